@@ -1,0 +1,1 @@
+"""What the model runs on: the CPU layer and, on a GPU, the building blocks of a layer."""

@@ -1,0 +1,292 @@
+"""Runs unmodified Megatron on a machine without CUDA, over gloo.
+
+Megatron addresses its device as ``torch.cuda`` throughout. :func:`install` lets the CPU answer for
+it: tensors asked for on ``"cuda"`` are made on the CPU, streams and events do nothing, memory
+figures are zero, and the settings that only a GPU can honour are replaced when Megatron's arguments
+are validated. Nothing happens on import, and nothing at all where CUDA is used.
+
+What it does not imitate: concurrency (a stream runs in order with everything else) and the
+arithmetic of a GPU's reduced precisions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+# Settings of Megatron that need a GPU or a compiled extension, and what they become here.
+FORCED_SETTINGS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "persist_layer_norm": False,
+    "no_persist_layer_norm": True,
+    "cross_entropy_loss_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+}
+
+
+def wanted() -> bool:
+    """Whether the CPU layer is to be used: no CUDA device, or ``DYNMOE_DEVICE=cpu``.
+
+    Raises:
+        ValueError: ``DYNMOE_DEVICE`` is neither ``cpu``, ``cuda`` nor ``auto``, or asks for CUDA
+            where there is none.
+    """
+    device = os.environ.get("DYNMOE_DEVICE", "auto")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
+    has_cuda = not _installed() and torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError(
+            "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device. "
+            "Unset it to run on the CPU, or install a driver and a torch build for your GPU."
+        )
+    return device == "cpu" or not has_cuda
+
+
+def install() -> None:
+    """Let the CPU answer for ``torch.cuda`` in this process, once, and say so on rank 0."""
+    if _installed():
+        return
+    why = "DYNMOE_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device"
+    # The jit fuser would compile for an accelerator that is not there. Answering here, rather than
+    # disabling dynamo, also spares each process the import of the compiler.
+    torch.compile = lambda model=None, **options: model if model is not None else _identity
+    # Megatron insists on it for sequence parallelism, whatever the device.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    host_generator = torch.Generator().manual_seed(torch.initial_seed())
+    _answer_for_torch_cuda(host_generator)
+    _RedirectToCpu(host_generator).__enter__()
+    torch.nn.Module.cuda = lambda self, device=None: self
+    _redirect_megatron()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
+
+
+def _installed() -> bool:
+    return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
+
+
+class _RedirectToCpu(TorchFunctionMode):
+    """Rewrites every torch call that names CUDA so that it happens on the CPU.
+
+    Two generators stay apart, as on a GPU: torch's default one is the model's and answers for
+    CUDA's, ``host_generator`` answers for the CPU's. The host draws at times that differ between a
+    resumed run and one in one go (when data loaders are built); if that disturbed the model's
+    generator, a resume with dropout would not be bitwise equal.
+    """
+
+    def __init__(self, host_generator: torch.Generator) -> None:
+        super().__init__()
+        self.host_generator = host_generator
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if name == "to" and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        elif name in ("cuda", "pin_memory") and isinstance(args[0], torch.Tensor):
+            return args[0]
+        elif name == "record_stream":
+            return None
+        elif name == "random_" and kwargs.get("generator") is None:
+            # Data loaders draw the seeds of their workers like this.
+            kwargs["generator"] = self.host_generator
+        elif name == "type" and len(args) == 1 and not kwargs:
+            # Gradient clipping asserts the name of a CUDA tensor type.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Stream:
+    """A CUDA stream on a device that runs everything in order: nothing to wait for."""
+
+    device = CPU
+    cuda_stream = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+
+def _discard(value: object) -> None:
+    pass
+
+
+def _identity(function):
+    return function
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    """A new function each time: the compiler refuses two names for one function in torch."""
+    return lambda *args, **kwargs: value
+
+
+def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
+    default = torch.default_generator
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=memory_bytes, multi_processor_count=1
+    )
+    answers = {
+        "_dynmoe_cpu_layer": True,
+        # devices
+        "is_available": _returns(True),
+        "is_initialized": _returns(True),
+        "is_current_stream_capturing": _returns(False),
+        "device_count": _returns(1),
+        "current_device": _returns(CPU),
+        "set_device": _returns(None),
+        "device": _returns(contextlib.nullcontext()),
+        "synchronize": _returns(None),
+        "get_device_properties": _returns(properties),
+        "get_device_capability": _returns((properties.major, properties.minor)),
+        "get_device_name": _returns(properties.name),
+        "_lazy_init": _returns(None),
+        "_lazy_call": lambda function, **kwargs: function(),
+        # streams and events
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": _returns(contextlib.nullcontext()),
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "set_stream": _returns(None),
+        # memory
+        "empty_cache": _returns(None),
+        "memory_allocated": _returns(0),
+        "max_memory_allocated": _returns(0),
+        "memory_reserved": _returns(0),
+        "max_memory_reserved": _returns(0),
+        "reset_peak_memory_stats": _returns(None),
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "mem_get_info": _returns((memory_bytes, memory_bytes)),
+        # random numbers: see _RedirectToCpu
+        "get_rng_state": lambda *args, **kwargs: default.get_state(),
+        "set_rng_state": lambda state, *args, **kwargs: default.set_state(state),
+        "manual_seed": lambda seed: _discard(default.manual_seed(int(seed))),
+        # torch.manual_seed seeds the default generator, then calls this.
+        "manual_seed_all": lambda seed: _discard(host_generator.manual_seed(int(seed))),
+        # tensor types
+        "FloatTensor": torch.FloatTensor,
+        "DoubleTensor": torch.DoubleTensor,
+        "HalfTensor": torch.HalfTensor,
+        "BFloat16Tensor": torch.BFloat16Tensor,
+        "ByteTensor": torch.ByteTensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    for module in (torch, torch.random):
+        module.get_rng_state = lambda: host_generator.get_state()
+        module.set_rng_state = lambda state: _discard(host_generator.set_state(state))
+    torch.cuda.nvtx.range_push = _returns(None)
+    torch.cuda.nvtx.range_pop = _returns(None)
+    # Otherwise the data loader pins memory.
+    torch.accelerator.is_available = _returns(False)
+    torch.accelerator.current_accelerator = _returns(None)
+
+
+def _redirect_megatron() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.training.arguments as megatron_arguments
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(
+        state
+    )
+
+    validate = megatron_arguments.validate_args
+
+    def validate_for_cpu(args, defaults=None):
+        if args.tensor_model_parallel_size > 1:
+            raise ValueError(
+                f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}: without "
+                "Transformer Engine the norms cannot run sequence-parallel, which an MoE layer "
+                "under tensor parallelism needs. Use 1, and spread the model with "
+                "--expert-model-parallel-size or --pipeline-model-parallel-size."
+            )
+        for name, value in FORCED_SETTINGS.items():
+            if hasattr(args, name):
+                setattr(args, name, value)
+        return validate(args, defaults or {})
+
+    megatron_arguments.validate_args = validate_for_cpu

@@ -1,0 +1,55 @@
+"""Runs any script that uses Megatron with this package's CPU layer and patches underneath.
+
+    torchrun --nproc-per-node 2 -m megatron_dynmoe.run pretrain_gpt.py FLAGS
+
+One process needs no launcher: plain ``python -m`` does. On a machine with CUDA only the patches of
+:mod:`megatron_dynmoe.compat` are applied.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+
+def prepare() -> None:
+    """Install the CPU layer where it is wanted, and the patches. Call before using Megatron."""
+    from megatron_dynmoe.backends import cpu
+
+    if cpu.wanted():
+        cpu.install()
+    from megatron_dynmoe import compat
+
+    compat.install()
+    if "RANK" not in os.environ:
+        _be_a_world_of_one()
+
+
+def _be_a_world_of_one() -> None:
+    """Set what torchrun would, so that one process can be started by hand."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def main() -> None:
+    """Run the script named on the command line as ``__main__``."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m megatron_dynmoe.run SCRIPT [ARGS ...]")
+    script = Path(sys.argv[1])
+    if not script.is_file():
+        raise SystemExit(f"megatron_dynmoe.run: there is no script at {script}")
+    prepare()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
