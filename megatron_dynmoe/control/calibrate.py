@@ -1,0 +1,214 @@
+"""Where the controller starts and how hard it acts, computed from normal logits before step 1.
+
+Counts follow the selection rule: sort by probability descending, keep the shortest prefix whose
+cumulative probability exceeds the threshold, at least one expert, at most ``max_experts``.
+Letters: T tokens, E experts, K = min(E, max_experts) the most experts a token can use.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Loop gains K * slope / num_experts. docs/controller.md derives the choice: the loop settles to
+# 2 % in about 32 steps and stays stable until the slope is 9 times the computed one.
+PROPORTIONAL_LOOP_GAIN = 0.05
+INTEGRAL_LOOP_GAIN = 0.12
+
+_POPULATION_LOGITS = 2**20
+_POPULATION_SEED = 20251213
+
+
+def mean_experts_per_token(
+    probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
+) -> Tensor:
+    """Mean number of experts that top-p selects for a token, a 0-d tensor.
+
+    Args:
+        probs_TE: [T, E] floating point, the router's probabilities.
+        threshold: a number or a tensor of one element; 0 gives 1 expert, 1 or more gives K.
+        max_experts: cap on the experts of a token; None for no cap.
+    """
+    crossings = _crossings(probs_TE, max_experts)
+    return 1 + (crossings <= threshold).sum() / len(probs_TE)
+
+
+def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | None = None) -> float:
+    """The threshold at which these probabilities give ``target`` mean experts per token.
+
+    Exact up to the resolution 1 / T of a mean over T tokens; where cumulative probabilities tie,
+    the mean jumps over values that no threshold gives, and the threshold at the jump is returned.
+
+    Args:
+        probs_TE: [T, E] floating point, the router's probabilities.
+        target: mean experts per token, from 1 (threshold 0) to K (threshold 1).
+        max_experts: cap on the experts of a token; None for no cap.
+
+    Raises:
+        ValueError: target or max_experts is out of range.
+    """
+    _check_target(target, probs_TE.shape[1], max_experts)
+    return _threshold_at(_crossings(probs_TE, max_experts).flatten(), len(probs_TE), target)
+
+
+def initial_threshold(
+    num_experts: int,
+    target: float,
+    logits_std: float = 1.0,
+    normalized: bool = True,
+    max_experts: int | None = None,
+    theta: float = 1.0,
+) -> float:
+    """The threshold that gives ``target`` mean experts per token on normal logits, to 4 decimals.
+
+    Args:
+        num_experts: routed experts of a layer, E.
+        target: mean experts per token, from 1 to K.
+        logits_std: standard deviation of the router's logits; without effect when normalized.
+        normalized: whether dynamic routing normalization is applied: mean 0 and population
+            standard deviation 1 over a token's experts, times theta.
+        max_experts: cap on the experts of a token; None for no cap.
+        theta: scale of the normalized logits; without effect when not normalized.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
+    return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[0]
+
+
+def plant_slope(
+    num_experts: int,
+    target: float,
+    logits_std: float = 1.0,
+    normalized: bool = True,
+    max_experts: int | None = None,
+    theta: float = 1.0,
+) -> float:
+    """Mean experts per token gained per unit of threshold, around ``target``, on normal logits.
+
+    It is the slope of the secant over the target +- 10 %, at least +- half an expert, within 1 and
+    K. 0 where a token can only use one expert. Arguments and errors as for
+    :func:`initial_threshold`.
+    """
+    std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
+    return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[1]
+
+
+def default_gains(
+    num_experts: int,
+    target: float,
+    logits_std: float = 1.0,
+    normalized: bool = True,
+    max_experts: int | None = None,
+    theta: float = 1.0,
+) -> tuple[float, float]:
+    """``K_p`` and ``K_i`` that give the default loop gains on normal logits.
+
+    Both are 0 where a token can only use one expert. Arguments and errors as for
+    :func:`initial_threshold`.
+    """
+    slope = plant_slope(num_experts, target, logits_std, normalized, max_experts, theta)
+    if slope == 0:
+        return 0.0, 0.0
+    return (
+        PROPORTIONAL_LOOP_GAIN * num_experts / slope,
+        INTEGRAL_LOOP_GAIN * num_experts / slope,
+    )
+
+
+def gain_margin(
+    proportional_gain: float, integral_gain: float, slope: float, num_experts: int
+) -> float:
+    """The factor by which the slope may grow before the loop becomes unstable.
+
+    At 1 or less the loop oscillates without end. Ask for at least 3, since the slope changes as
+    the router learns. ``slope`` is that of :func:`plant_slope`.
+    """
+    loop_gain = (2 * proportional_gain + integral_gain) * slope / num_experts
+    return math.inf if loop_gain == 0 else 2 / loop_gain
+
+
+def _crossings(probs_TE: Tensor, max_experts: int | None) -> Tensor:
+    """[T, K - 1]: the thresholds from which on a token uses a 2nd, 3rd, ..., K-th expert."""
+    limit = _max_selected(probs_TE.shape[1], max_experts)
+    sorted_probs_TE = probs_TE.sort(dim=-1, descending=True).values
+    # Rounding may carry a sum past 1, and a threshold of 1 must still select all.
+    return sorted_probs_TE.cumsum(-1).clamp(max=1)[:, : limit - 1]
+
+
+@lru_cache
+def _operating_point(
+    num_experts: int,
+    target: float,
+    logits_std: float,
+    normalized: bool,
+    max_experts: int | None,
+    theta: float,
+) -> tuple[float, float]:
+    """Threshold and slope at the target. Rounded, so that they do not depend on the platform."""
+    _check_target(target, num_experts, max_experts)
+    probs_TE = _normal_probs(num_experts, logits_std, normalized, theta)
+    crossings = _crossings(probs_TE, max_experts).flatten()
+    threshold = _threshold_at(crossings, len(probs_TE), target)
+
+    limit = _max_selected(num_experts, max_experts)
+    if limit == 1:
+        return threshold, 0.0
+    # Nearly equal logits make the count a staircase, which a band of one expert averages out.
+    half_width = max(0.5, 0.1 * target)
+    low, high = max(1.0, target - half_width), min(float(limit), target + half_width)
+    ranks = [max(1, round((mean - 1) * len(probs_TE))) for mean in (low, high)]
+    at_low, at_high = (float(crossings.kthvalue(rank).values) for rank in ranks)
+    return round(threshold, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
+
+
+def _threshold_at(crossings: Tensor, num_tokens: int, target: float) -> float:
+    """The threshold that has passed as many of the crossings, a flat tensor, as the target asks."""
+    num_passed = round((target - 1) * num_tokens)
+    if num_passed == 0:
+        return 0.0
+    if num_passed == len(crossings):
+        return 1.0
+    below, above = (float(crossings.kthvalue(k).values) for k in (num_passed, num_passed + 1))
+    return (below + above) / 2
+
+
+def _normal_probs(num_experts: int, logits_std: float, normalized: bool, theta: float) -> Tensor:
+    """[T, E] float64: the router's probabilities on normal logits, always the same ones.
+
+    ``RandomState`` is used because NumPy guarantees its stream across versions and platforms; it
+    touches no global generator.
+    """
+    for name, scale in (("logits_std", logits_std), ("theta", theta)):
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"{name} is {scale}: it must be finite and greater than 0")
+    shape = (_POPULATION_LOGITS // num_experts, num_experts)
+    logits_TE = torch.from_numpy(np.random.RandomState(_POPULATION_SEED).standard_normal(shape))
+    logits_TE *= logits_std
+    if normalized:
+        variance, mean = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
+        logits_TE = theta * (logits_TE - mean) * torch.rsqrt(variance + 1e-6)
+    return logits_TE.softmax(-1)
+
+
+def _max_selected(num_experts: int, max_experts: int | None) -> int:
+    """The most experts a token can use, K."""
+    if max_experts is None:
+        return num_experts
+    if max_experts < 1:
+        raise ValueError(f"max_experts is {max_experts}: it must be at least 1, or None for no cap")
+    return min(num_experts, max_experts)
+
+
+def _check_target(target: float, num_experts: int, max_experts: int | None) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}: it must be at least 1")
+    limit = _max_selected(num_experts, max_experts)
+    if not 1 <= target <= limit:
+        raise ValueError(
+            f"target is {target}: a token uses between 1 and {limit} of {num_experts} experts "
+            f"(max_experts is {max_experts}); choose a target in this range or raise max_experts"
+        )
