@@ -1,0 +1,49 @@
+# `make` alone lists what there is. Everything runs in .venv, which `make setup` makes.
+PYTHON_VENV := .venv/bin/python
+# Several processes a test times several threads each would fight for the cores.
+TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
+SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh launch/*.sh)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-unit test-distributed lint format types constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  PYTHON=/path/to/python with any of them chooses the interpreter."
+
+setup: ## makes .venv with the tested set of packages (about 5 GB, once)
+	@bash tools/setup.sh
+
+quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
+
+test: setup lint types ## lint, types and every test that this machine can run
+	@$(TEST) tests -n 2 --dist loadgroup
+
+test-unit: setup ## the tests in one process
+	@$(TEST) tests -m "not distributed"
+
+test-distributed: setup ## the tests that start torchrun
+	@$(TEST) tests -m distributed
+
+lint: setup ## ruff (rules and format), and shellcheck where it is installed
+	@$(PYTHON_VENV) -m ruff check .
+	@$(PYTHON_VENV) -m ruff format --check .
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: the shell scripts are not checked"; fi
+
+format: setup ## puts imports and layout right
+	@$(PYTHON_VENV) -m ruff check --fix .
+	@$(PYTHON_VENV) -m ruff format .
+
+types: setup ## mypy on the modules listed in pyproject.toml
+	@$(PYTHON_VENV) -m mypy
+
+constraints: setup ## writes what is installed in .venv to constraints.txt
+	@{ sed '/^[^#]/,$$d' constraints.txt; \
+	   $(PYTHON_VENV) -m pip freeze --all --exclude-editable | grep -vE '^(nvidia-|cuda-|triton==|pip==)'; \
+	 } > constraints.new && mv constraints.new constraints.txt
+
+clean: ## removes caches and build files; .venv and runs/ stay
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

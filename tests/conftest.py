@@ -1,0 +1,25 @@
+"""What holds for every test: how they share a machine, and what they need to run."""
+
+import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine's load than about the code.
+settings.register_profile("shared-machine", deadline=None, print_blob=True)
+settings.load_profile("shared-machine")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            # One worker runs them one after another: two torchrun jobs at once only wait for
+            # each other's cores.
+            item.add_marker(pytest.mark.xdist_group("distributed"))
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
