@@ -1,0 +1,213 @@
+"""The pipeline: documents are read and batched, encoded by threads, and written in order.
+
+One thread (the caller's) reads, parses and writes, which takes a few percent of the time;
+`workers` threads encode whole batches. The encoders are native code that frees the interpreter
+lock, so threads scale like processes and no document travels between processes.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dynmoe.data.indexed import IndexedDatasetWriter, token_dtype
+from megatron_dynmoe.data.progress import Progress
+from megatron_dynmoe.data.readers import OnUnreadable, Unreadable, expand_inputs, open_reader
+from megatron_dynmoe.data.tokenizer import Tokenizer
+
+# A batch is closed at this much text (characters) or this many documents. Larger batches leave a
+# thread idle at the end, smaller ones cost more switches; between these memory is bounded.
+BATCH_CHARACTERS = 1 << 18
+BATCH_DOCUMENTS = 4096
+
+# The tokens of a batch and the number of tokens of each document.
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Summary:
+    """What a run did: counts, the size of the text in bytes of UTF-8, and the time in seconds."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        megabytes = self.text_bytes / 1e6
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {megabytes:.2f} MB of text in "
+            f"{self.seconds:.1f} s ({megabytes / self.seconds:.2f} MB/s, "
+            f"{self.tokens / self.seconds:,.0f} tokens/s), {self.skipped:,} skipped"
+        )
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str,
+    tokenizer: Tokenizer,
+    *,
+    json_keys: Sequence[str] = ("text",),
+    append_eod: bool = False,
+    workers: int = 2,
+    skip_unreadable: bool = False,
+    overwrite: bool = False,
+    log_interval: int | None = None,
+) -> Summary:
+    """Encode the documents of `inputs` to PREFIX_KEY_document.bin and .idx, one pair a key.
+
+    The output depends on documents and tokenizer only, not on `workers`. It appears under its
+    name when it is complete; an exception of any kind leaves none.
+
+    Args:
+        inputs: files or globs; see `readers`.
+        append_eod: end every document that has a token with `tokenizer.eod`.
+        workers: threads that encode.
+        skip_unreadable: leave out and count records that are no documents, instead of raising.
+        overwrite: replace an output that exists.
+        log_interval: documents between progress lines where stderr is no terminal; every 30 s
+            if None.
+
+    Returns:
+        The counts, over all keys.
+
+    Raises:
+        ValueError: input, output or tokenizer cannot be used, or hold no document.
+        Unreadable: a record is no document (names file and line), unless skipped.
+        OSError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    paths = expand_inputs(inputs)
+    prefixes = _output_prefixes(output_prefix, json_keys)
+    if append_eod and tokenizer.eod is None:
+        raise ValueError("append_eod: the tokenizer has no end-of-document (eos) token")
+    _check_targets(prefixes, overwrite)
+
+    summary = Summary()
+    dtype = token_dtype(tokenizer.vocab_size)
+    eod = np.array([tokenizer.eod] if append_eod else [], dtype)
+    writers: list[IndexedDatasetWriter] = []
+    try:
+        for prefix in prefixes:
+            writers.append(IndexedDatasetWriter(prefix, dtype))
+        with Progress(paths, log_interval) as progress:
+            batches = _batches(paths, json_keys, _policy(skip_unreadable, summary), progress)
+            for num_bytes, columns in _encode(batches, tokenizer, eod, workers):
+                summary.text_bytes += num_bytes
+                summary.documents += len(columns[0][1])
+                for writer, (tokens, lengths) in zip(writers, columns, strict=True):
+                    writer.add(tokens, lengths)
+                progress.update(summary.documents, summary.text_bytes)
+        if not summary.documents:
+            raise ValueError(f"no documents in {', '.join(map(str, paths))}: nothing was written")
+        for writer in writers:
+            writer.close()
+        _check_targets(prefixes, overwrite)  # another run may have finished in the meantime
+        for writer in writers:
+            writer.publish()
+    finally:
+        for writer in writers:
+            writer.discard()
+    summary.tokens = sum(writer.num_tokens for writer in writers)
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+@dataclass
+class _Batch:
+    """Texts of some documents: `columns[key][document]`, and their size in bytes of UTF-8."""
+
+    columns: list[list[str]]
+    num_characters: int = 0
+
+
+def _batches(
+    paths: Sequence[Path], keys: Sequence[str], policy: OnUnreadable, progress: Progress
+) -> Iterator[_Batch]:
+    batch = _Batch([[] for _ in keys])
+    for path in paths:
+        reader = open_reader(path, keys, policy)
+        with progress.reading(reader):
+            for texts in reader:
+                for column, text in zip(batch.columns, texts, strict=True):
+                    column.append(text)
+                    batch.num_characters += len(text)
+                if (
+                    batch.num_characters >= BATCH_CHARACTERS
+                    or len(batch.columns[0]) >= BATCH_DOCUMENTS
+                ):
+                    yield batch
+                    batch = _Batch([[] for _ in keys])
+    if batch.columns[0]:
+        yield batch
+
+
+def _encode(
+    batches: Iterator[_Batch], tokenizer: Tokenizer, eod: np.ndarray, workers: int
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """Encode batches by `workers` threads and yield them in order: text bytes, then each key."""
+
+    def encode(batch: _Batch) -> tuple[int, list[Encoded]]:
+        num_bytes = sum(len(text.encode()) for column in batch.columns for text in column)
+        return num_bytes, [_join(tokenizer.encode_batch(column), eod) for column in batch.columns]
+
+    pending: deque[Future[tuple[int, list[Encoded]]]] = deque()
+    pool = ThreadPoolExecutor(workers, "encode")
+    try:
+        for batch in batches:
+            pending.append(pool.submit(encode, batch))
+            # One batch a thread is waiting while each encodes one: enough that none runs dry
+            # while this thread writes, and the bound on memory.
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _join(documents: Sequence[np.ndarray], eod: np.ndarray) -> Encoded:
+    """All tokens in one array of `eod`'s dtype, with `eod` after each document that has tokens."""
+    parts: list[np.ndarray] = []
+    for tokens in documents:
+        if len(tokens):
+            parts += (tokens, eod)
+    lengths = np.array([len(tokens) for tokens in documents], np.int32)
+    lengths[lengths > 0] += len(eod)
+    joined = np.concatenate(parts) if parts else eod[:0]
+    limit = np.iinfo(eod.dtype).max
+    if len(joined) and joined.max() > limit:
+        raise ValueError(f"the tokenizer gave id {joined.max()}, above its vocabulary's {limit}")
+    return joined.astype(eod.dtype), lengths
+
+
+def _policy(skip_unreadable: bool, summary: Summary) -> OnUnreadable:
+    def on_unreadable(error: Unreadable) -> None:
+        if not skip_unreadable:
+            raise error
+        summary.skipped += 1
+
+    return on_unreadable
+
+
+def _output_prefixes(output_prefix: str, keys: Sequence[str]) -> list[Path]:
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"json_keys {' '.join(keys)}: a field is named twice")
+    prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
+    folder = prefixes[0].parent
+    if not folder.is_dir():
+        raise ValueError(f"output prefix {output_prefix}: there is no folder {folder}: create it")
+    return prefixes
+
+
+def _check_targets(prefixes: Sequence[Path], overwrite: bool) -> None:
+    for prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            target = prefix.with_name(prefix.name + suffix)
+            if target.exists() and not overwrite:
+                raise ValueError(f"{target} exists: give another prefix, or --overwrite")

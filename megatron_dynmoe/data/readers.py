@@ -1,0 +1,209 @@
+"""Documents from files: JSON lines (plain, gzip, zstd) and Parquet, one record at a time."""
+
+import codecs
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+# Rows decoded at a time from Parquet: small, because a row may be a whole book.
+PARQUET_ROWS = 64
+
+
+class Unreadable(ValueError):
+    """One record that is no document; the message names file, line (or row) and reason."""
+
+
+OnUnreadable = Callable[[Unreadable], None]
+
+
+def expand_inputs(patterns: Sequence[str]) -> list[Path]:
+    """The input files named by `patterns`, each a path or a glob, in the order given.
+
+    The files of one glob come sorted by name, so that the output does not depend on the file
+    system.
+
+    Raises:
+        ValueError: a pattern names no file, a folder, or a file that was named before.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not names:
+            raise ValueError(f"input {pattern}: no such file, and no file matches it as a pattern")
+        for name in names:
+            path = Path(name)
+            if path.is_dir():
+                raise ValueError(f"input {name} is a folder: name its files, such as '{name}/*'")
+            if path in paths:
+                raise ValueError(f"input {name} is named twice: it would be read twice")
+            paths.append(path)
+    return paths
+
+
+def open_reader(path: Path, keys: Sequence[str], on_unreadable: OnUnreadable) -> "Reader":
+    """The reader for `path`, chosen by its last suffix: .parquet, .gz, .zst, or plain JSON lines.
+
+    Args:
+        keys: the fields whose text is read, in this order.
+        on_unreadable: called with every record that is no document; if it returns, the record is
+            left out and reading goes on.
+    """
+    reader = ParquetReader if path.suffix == ".parquet" else JsonLinesReader
+    return reader(path, keys, on_unreadable)
+
+
+class Reader:
+    """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one a key.
+
+    Raises:
+        ValueError: the file cannot be opened or decompressed; the message names the file.
+        Unreadable: from `on_unreadable`, where that raises.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str], on_unreadable: OnUnreadable) -> None:
+        self.path = path
+        self.keys = list(keys)
+        self.on_unreadable = on_unreadable
+        self.size = path.stat().st_size
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        raise NotImplementedError
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file (compressed, where it is) consumed so far."""
+        raise NotImplementedError
+
+    def _texts(self, record: Any) -> tuple[str, ...]:
+        """The texts of one record; raises ValueError with the reason if it is no document."""
+        if not isinstance(record, dict):
+            raise ValueError(f"a JSON object is wanted, not {type(record).__name__}")
+        texts = []
+        for key in self.keys:
+            if key not in record:
+                raise ValueError(f"no field '{key}' (it has {', '.join(record) or 'none'})")
+            text = record[key]
+            if isinstance(text, bytes):
+                text = text.decode("utf-8")
+            elif not isinstance(text, str):
+                raise ValueError(f"field '{key}' is {type(text).__name__}, not a string")
+            elif not text.isascii():
+                text.encode("utf-8")  # an escaped half of a surrogate pair is no Unicode text
+            texts.append(text)
+        return tuple(texts)
+
+
+class JsonLinesReader(Reader):
+    """One JSON object a line, UTF-8; plain, .gz or .zst."""
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        number = 0
+        try:
+            with open(self.path, "rb") as self._raw, self._decompressed() as stream:
+                for number, line in enumerate(stream, 1):  # noqa: B007 - named in the error below
+                    try:
+                        document = self._texts(self._parse(number, line))
+                    except (ValueError, RecursionError) as error:
+                        reason = _reason(error)
+                        self.on_unreadable(Unreadable(f"{self.path}, line {number}: {reason}"))
+                        continue
+                    yield document
+        except (EOFError, OSError, zlib.error) as error:
+            # Every decompressor has its own exception for a truncated or damaged file.
+            raise ValueError(f"{self.path}: cannot be read after line {number}: {error}") from error
+
+    def _decompressed(self) -> IO[bytes]:
+        if self.path.suffix == ".gz":
+            return io.BufferedReader(gzip.GzipFile(fileobj=self._raw), 1 << 18)
+        if self.path.suffix in (".zst", ".zstd"):
+            import pyarrow
+
+            # Unlike the zstandard package's stream, Arrow's raises on a truncated file.
+            return io.BufferedReader(pyarrow.CompressedInputStream(self._raw, "zstd"), 1 << 18)
+        return self._raw
+
+    @staticmethod
+    def _parse(number: int, line: bytes) -> Any:
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        text = line.decode("utf-8")
+        if not text.strip():
+            raise ValueError("the line is empty")
+        return json.loads(text)
+
+    @property
+    def position(self) -> int:
+        return self._raw.tell() if hasattr(self, "_raw") and not self._raw.closed else 0
+
+
+class ParquetReader(Reader):
+    """One document a row, from columns of strings."""
+
+    _rows = 0
+    _rows_total = 1
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            # Without a pre-buffer and with a stream's buffer, a row group is not held whole.
+            file = pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
+            with file:
+                self._check_columns(file.schema_arrow)
+                self._rows_total = file.metadata.num_rows
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=self.keys):
+                    # As bytes, so that a row that is not UTF-8 is that row's error only.
+                    columns = {
+                        key: batch.column(key).cast(pyarrow.large_binary()).to_pylist()
+                        for key in self.keys
+                    }
+                    for row in range(batch.num_rows):
+                        self._rows += 1
+                        try:
+                            document = self._texts({key: columns[key][row] for key in self.keys})
+                        except ValueError as error:
+                            message = f"{self.path}, row {self._rows}: {_reason(error)}"
+                            self.on_unreadable(Unreadable(message))
+                            continue
+                        yield document
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{self.path}: cannot be read after row {self._rows}: {error}"
+            ) from error
+
+    def _check_columns(self, schema: Any) -> None:
+        import pyarrow.types as types
+
+        for key in self.keys:
+            if key not in schema.names:
+                raise ValueError(
+                    f"{self.path}: no column '{key}'; its columns are {', '.join(schema.names)}: "
+                    "name the text column with --json-keys"
+                )
+            kind = schema.field(key).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not (types.is_string(kind) or types.is_large_string(kind)):
+                raise ValueError(f"{self.path}: column '{key}' is {kind}, not string")
+
+    @property
+    def position(self) -> int:
+        return self.size * self._rows // max(self._rows_total, 1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 (byte {error.start}: {error.reason})"
+    if isinstance(error, UnicodeEncodeError):
+        return "its text has half of a surrogate pair, which is no Unicode character"
+    if isinstance(error, RecursionError):
+        return "not valid JSON (nested too deeply)"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return str(error)

@@ -1,0 +1,121 @@
+"""A SentencePiece BPE model trained on the same inputs as `preprocess` reads."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_dynmoe.data.readers import OnUnreadable, Unreadable, expand_inputs, open_reader
+
+# <unk>, <s>, </s> and one piece for each byte.
+FIXED_PIECES = 259
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output_prefix: str,
+    vocab_size: int,
+    *,
+    json_keys: Sequence[str] = ("text",),
+    skip_unreadable: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Train a byte-fallback BPE model as Llama's: `<unk>`, `<s>`, `</s>` are ids 0, 1, 2.
+
+    Digits are single pieces, runs of spaces are kept and may be pieces, characters outside the
+    vocabulary (line breaks among them) become their bytes, and no space is put before a text, so
+    that decoding gives back exactly the text that was encoded. The same inputs give the same
+    model.
+
+    Args:
+        inputs, json_keys, skip_unreadable: as in `preprocess`.
+        vocab_size: pieces in all, above `FIXED_PIECES`.
+
+    Returns:
+        The model's path, PREFIX.model; PREFIX.vocab beside it lists the pieces.
+
+    Raises:
+        ValueError: the inputs cannot be used, or hold too little text for `vocab_size`.
+        Unreadable: a record is no document, unless skipped.
+        OSError: the output cannot be written.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    paths = expand_inputs(inputs)
+    targets = [Path(f"{output_prefix}{suffix}") for suffix in (".model", ".vocab")]
+    partial = Path(output_prefix).with_name(f".{Path(output_prefix).name}.{os.getpid()}.partial")
+    if not partial.parent.is_dir():
+        raise ValueError(f"output {output_prefix}: there is no folder {partial.parent}: create it")
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} exists: give another prefix, or --overwrite")
+    if vocab_size <= FIXED_PIECES:
+        raise ValueError(f"vocab_size {vocab_size}: more than {FIXED_PIECES} is wanted")
+
+    lines = _Lines(paths, json_keys, skip_unreadable)
+    partials = [partial.with_name(partial.name + suffix) for suffix in (".model", ".vocab")]
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(partial),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=2,
+        )
+        for source, target in zip(reversed(partials), reversed(targets), strict=True):
+            source.rename(target)
+    except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
+        if not lines.count:
+            raise ValueError(f"no text in {', '.join(map(str, paths))}") from error
+        raise ValueError(
+            f"vocab_size {vocab_size} cannot be reached with this text ({lines.count:,} lines): "
+            f"give more text or a smaller size ({error})"
+        ) from error
+    finally:
+        for path in partials:
+            path.unlink(missing_ok=True)
+    return targets[0]
+
+
+class _Lines:
+    """The documents' lines without their ends; keeps an error that the trainer would swallow."""
+
+    def __init__(self, paths: Sequence[Path], keys: Sequence[str], skip_unreadable: bool) -> None:
+        self.count = 0
+        self.error: Exception | None = None
+        self._paths, self._keys, self._skip_unreadable = paths, keys, skip_unreadable
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for path in self._paths:
+                for texts in open_reader(path, self._keys, self._policy):
+                    for text in texts:
+                        for line in text.split("\n"):
+                            if line:
+                                self.count += 1
+                                yield line
+        except Exception as error:
+            self.error = error
+            raise
+
+    @property
+    def _policy(self) -> OnUnreadable:
+        def on_unreadable(error: Unreadable) -> None:
+            if not self._skip_unreadable:
+                raise error
+
+        return on_unreadable

@@ -1,0 +1,12 @@
+"""Train a SentencePiece tokenizer on text files; see docs/data.md."""
+
+import sys
+from pathlib import Path
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.data.commands import train_tokenizer  # noqa: E402
+
+if __name__ == "__main__":
+    train_tokenizer()
