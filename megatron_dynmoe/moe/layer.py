@@ -1,0 +1,42 @@
+"""DynMoELayer: upstream's MoE layer with a dispatcher that fits any routing map."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
+
+
+class DynMoELayer(MoELayer):
+    """Upstream's MoELayer; only its all-to-all dispatcher is replaced.
+
+    The forward steps are upstream's: route, dispatch preprocess (permute), dispatch, experts,
+    combine, postprocess (unpermute, add the shared experts).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Build the layer; arguments are upstream's."""
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        # Upstream chooses the dispatcher by a string, so there is no place to hand ours in.
+        if config.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = VariableKAlltoAllTokenDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=config,
+                pg_collection=pg_collection,
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)

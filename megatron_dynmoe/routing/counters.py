@@ -1,0 +1,161 @@
+"""What a router counts in one global batch, and how the counts become one tensor.
+
+Everything that the controller and the logs need rides in one all-reduce of a fixed
+``[num_layers, NUM_STATISTICS + E]`` float64 tensor: integers stay exact in it up to 2**53, and a
+pipeline stage without routers contributes zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over tokens or micro-batches, of one router or of all layers.
+
+    Of one router each is a scalar tensor (``assignments``: [E]); of all layers there is a leading
+    dimension L. Any sum over ranks, layers or steps is again such statistics.
+    """
+
+    tokens: Tensor
+    tokens_at_cap: Tensor
+    squared_experts: Tensor  # sum over tokens of (experts of the token) ** 2
+    balance_loss: Tensor
+    dynamic_loss: Tensor
+    micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
+    thetas: Tensor  # sum over contributing routers, as is the next
+    thresholds: Tensor
+    routers: Tensor
+    assignments: Tensor
+
+    @property
+    def mean_experts(self) -> Tensor:
+        """Experts per token; NaN where no token was counted."""
+        return self.assignments.sum(dim=-1) / self.tokens
+
+    def pooled(self) -> RoutingStatistics:
+        """Sum over layers (dimension 0)."""
+        return RoutingStatistics(*(value.sum(dim=0) for value in self))
+
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:  # type: ignore[override]
+        return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # all but the assignments are one column
+
+
+def pack(
+    routers: Iterable[tuple[int, RoutingStatistics]],
+    num_layers: int,
+    num_experts: int,
+    device: torch.device,
+) -> Tensor:
+    """Put the statistics of this rank's routers into the tensor that is all-reduced.
+
+    Args:
+        routers: (global layer number, 1-based; statistics of that router).
+
+    Returns:
+        [num_layers, NUM_STATISTICS + E] float64; rows without a router are zero.
+    """
+    packed = torch.zeros(
+        num_layers, NUM_STATISTICS + num_experts, dtype=torch.float64, device=device
+    )
+    for layer_number, statistics in routers:
+        *scalars, assignments_E = statistics
+        packed[layer_number - 1] += torch.cat(
+            [torch.stack([value.double().reshape(()) for value in scalars]), assignments_E.double()]
+        )
+    return packed
+
+
+def unpack(packed: Tensor) -> RoutingStatistics:
+    """Statistics with the dimension L first, from a tensor of :func:`pack`."""
+    return RoutingStatistics(
+        *packed[..., :NUM_STATISTICS].unbind(dim=-1), packed[..., NUM_STATISTICS:]
+    )
+
+
+class KeepDtype(torch.nn.Module):
+    """A module whose own buffers move between devices but are never cast.
+
+    Float16Module casts every floating-point buffer. Casting back afterwards is too late: a
+    threshold of 0.2374 has become 0.23730469 by then.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class RoutingCounters(KeepDtype):
+    """Accumulates the statistics of one router on its device, without a host sync."""
+
+    tokens: Tensor
+    tokens_at_cap: Tensor
+    squared_experts: Tensor
+    balance_loss: Tensor
+    dynamic_loss: Tensor
+    micro_batches: Tensor
+    assignments: Tensor
+
+    def __init__(self, num_experts: int, device: torch.device | int) -> None:
+        super().__init__()
+        for name in ("tokens", "tokens_at_cap", "squared_experts"):
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            self.register_buffer(name, zero, persistent=False)
+        for name in ("balance_loss", "dynamic_loss", "micro_batches"):
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            self.register_buffer(name, zero, persistent=False)
+        zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("assignments", zeros_E, persistent=False)
+
+    @torch.no_grad()
+    def add_map(
+        self, routing_map_TE: Tensor, max_experts: int | None, valid_T: Tensor | None
+    ) -> None:
+        """Count one micro-batch's routing map [T, E], without padding (``valid_T`` False)."""
+        if valid_T is not None:
+            routing_map_TE = routing_map_TE & valid_T.unsqueeze(-1)
+        experts_T = routing_map_TE.sum(dim=-1)
+        self.assignments += routing_map_TE.sum(dim=0)
+        self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()
+        self.squared_experts += experts_T.square().sum()
+        if max_experts is not None:
+            self.tokens_at_cap += (experts_T == max_experts).sum()
+
+    @torch.no_grad()
+    def add_losses(self, balance_loss: Tensor, dynamic_loss: Tensor, group_size: int) -> None:
+        """Add one micro-batch's losses, of which each of ``group_size`` ranks holds a share."""
+        self.balance_loss += balance_loss
+        self.dynamic_loss += dynamic_loss
+        self.micro_batches += 1 / group_size
+
+    def read(self, theta: Tensor, threshold: Tensor) -> RoutingStatistics:
+        """The statistics so far, with the router's present theta and threshold."""
+        return RoutingStatistics(
+            tokens=self.tokens,
+            tokens_at_cap=self.tokens_at_cap,
+            squared_experts=self.squared_experts,
+            balance_loss=self.balance_loss,
+            dynamic_loss=self.dynamic_loss,
+            micro_batches=self.micro_batches,
+            thetas=theta,
+            thresholds=threshold,
+            routers=torch.ones_like(self.tokens),
+            assignments=self.assignments,
+        )
+
+    def clear(self) -> None:
+        """Start a new global batch."""
+        for buffer in self.buffers():
+            buffer.zero_()

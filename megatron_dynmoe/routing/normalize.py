@@ -1,0 +1,25 @@
+"""Dynamic routing normalization (DTop-p)."""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+
+
+def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
+    """Bring each token's logits to mean 0 and standard deviation 1, then scale by theta.
+
+    ``theta * (logits - mean) / sqrt(variance + 1e-6)`` over the experts of one token, with the
+    population variance. Per token, so that it is causal and the same in training and inference.
+    Constant logits, and a single expert, give zeros: uniform probabilities, never NaN.
+
+    Args:
+        logits_TE: [T, E], any floating dtype.
+        theta: the layer's learnable scale, [1] or a number. Larger is sharper: fewer experts.
+
+    Returns:
+        [T, E], dtype of ``logits_TE``.
+    """
+    centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
+    variance_T1 = centered_TE.square().mean(dim=-1, keepdim=True)
+    return theta * (centered_TE * torch.rsqrt(variance_T1 + EPSILON))

@@ -1,0 +1,177 @@
+"""TopPRouter: upstream's router with a varying number of experts per token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
+from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.select import select, weigh
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dynmoe.config import DynMoEConfig
+
+# Under these names upstream's own tracker, where it is asked for them, shows the balance loss.
+UPSTREAM_LOSS_NAMES = {
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "aux_loss": "load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+class TopPRouter(KeepDtype, TopKRouter):
+    """Routes each token to the experts whose cumulative probability exceeds the threshold.
+
+    Gate, input jitter, z-loss and forced balancing are upstream's; this class replaces what comes
+    after: normalize, softmax, select, weigh, losses, counts.
+
+    State, replicated over ranks and saved with the model:
+        threshold: [1] float32, the threshold in force; written once per global batch.
+        integral: [1] float32, the PI controller's sum of errors.
+        theta_offset: [1] parameter, theta = 1 + theta_offset scales the normalized logits. An
+            offset, because near 1 bf16 would round its updates away; one-dimensional, because
+            upstream exempts such parameters from weight decay.
+    """
+
+    threshold: Tensor
+    integral: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        dynmoe: DynMoEConfig,
+        initial_threshold: float,
+    ) -> None:
+        """Build the router.
+
+        Args:
+            dynmoe: resolved settings, routing ``top_p`` or ``dtop_p``.
+            initial_threshold: the threshold of the first step.
+        """
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.dynmoe = dynmoe
+        device = (
+            self.weight.device if config.use_cpu_initialization else torch.cuda.current_device()
+        )
+        self.register_buffer("threshold", torch.full((1,), initial_threshold, device=device))
+        self.register_buffer("integral", torch.zeros(1, device=device))
+        self.theta_offset = None
+        if dynmoe.normalization == "drn":
+            self.theta_offset = torch.nn.Parameter(
+                torch.zeros(1, dtype=config.params_dtype, device=device)
+            )
+            # Under sequence parallelism each rank sees a part of the tokens, as for the gate.
+            self.theta_offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.counters = RoutingCounters(self.num_experts, device)
+        self.evaluation_counters = RoutingCounters(self.num_experts, device)
+
+    @property
+    def theta(self) -> Tensor:
+        """The scale of the normalized logits, [1] float32."""
+        if self.theta_offset is None:
+            return torch.ones_like(self.threshold)
+        return 1 + self.theta_offset.float()
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turn gate logits into weights and a routing map.
+
+        Args:
+            logits: [S, B, E] float32.
+            padding_mask: [S, B], True for padding, which enters neither losses nor counts.
+
+        Returns:
+            Weights [T, E] float32 and routing map [T, E] bool, T = S * B.
+        """
+        num_sequences = logits.shape[1]
+        logits_TE = logits.reshape(-1, self.num_experts)
+        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+
+        # 1. Normalize
+        logits_TE = self.apply_z_loss(logits_TE, padding_mask=None if valid_T is None else ~valid_T)
+        if self.theta_offset is not None:
+            logits_TE = normalize(logits_TE, self.theta)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+
+        # 2. Select
+        threshold, cap = self._threshold_and_cap()
+        map_TE = select(probs_TE, threshold, cap)
+
+        # 3. Weigh
+        weights_TE = weigh(probs_TE, map_TE, renormalize=self.dynmoe.weights == "renormalized")
+
+        # 4. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
+        #    first of the two forward passes of recomputation
+        if self.training and torch.is_grad_enabled():
+            self.counters.add_map(map_TE, cap, valid_T)
+            weights_TE = self._attach_losses(weights_TE, probs_TE, map_TE, num_sequences, valid_T)
+        elif not self.training:
+            self.evaluation_counters.add_map(map_TE, cap, valid_T)
+        return weights_TE, map_TE
+
+    def _threshold_and_cap(self) -> tuple[Tensor | float, int | None]:
+        if self.training:
+            return self.threshold, self.dynmoe.max_experts_per_token
+        override = self.dynmoe.inference_threshold
+        threshold = self.threshold if override is None else override
+        return threshold, self.dynmoe.inference_max_experts_per_token
+
+    def _attach_losses(
+        self,
+        weights_TE: Tensor,
+        probs_TE: Tensor,
+        map_TE: Tensor,
+        num_sequences: int,
+        valid_T: Tensor | None,
+    ) -> Tensor:
+        """Send the gradients of both losses into the router with the weights' own."""
+        dynmoe, group = self.dynmoe, self.tp_cp_group
+        if dynmoe.balance_loss != "seq_aux_loss":
+            num_sequences = 1
+        assignments_BE, tokens_B = count_assignments(map_TE, num_sequences, valid_T)
+        num_local_tokens = tokens_B.sum()
+        if group.size() > 1:
+            torch.distributed.all_reduce(assignments_BE, group=group)
+            torch.distributed.all_reduce(tokens_B, group=group)
+        fractions_BE = self._fractions(assignments_BE, tokens_B)
+
+        balance = load_balance_loss(probs_TE, fractions_BE, tokens_B, valid_T)
+        dynamic = dynamic_loss(probs_TE, tokens_B.sum().clamp(min=1), valid_T)
+        self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
+        if dynmoe.balance_loss in UPSTREAM_LOSS_NAMES:
+            get_moe_metrics_tracker().record(
+                UPSTREAM_LOSS_NAMES[dynmoe.balance_loss],
+                balance,
+                self.layer_number,
+                self.config.num_layers,
+                reduce_group=group,
+            )
+
+        loss = dynmoe.dynamic_loss_coeff * dynamic
+        if dynmoe.balance_loss != "none":
+            loss = loss + dynmoe.balance_loss_coeff * balance
+        if self.calculate_per_token_loss:
+            # Upstream then divides all gradients by the tokens of the global batch; see its
+            # attach_and_log_load_balancing_loss.
+            loss = loss * num_local_tokens * group.size()
+        return MoEAuxLossAutoScaler.apply(weights_TE, loss)
+
+    def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor) -> Tensor:
+        """f of equation (7), [B, E] float32, at the scope of the balance loss."""
+        if self.dynmoe.balance_loss == "global_aux_loss":
+            counted = torch.cat([self.counters.assignments, self.counters.tokens.view(1)])
+            torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
+            assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:]
+        return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
