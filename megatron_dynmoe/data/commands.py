@@ -109,7 +109,7 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
 def _preprocess_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
-        description="Encode JSON lines or Parquet files to Megatron's PREFIX_KEY_document.bin/.idx.",
+        description="Encode JSON lines or Parquet to Megatron's PREFIX_KEY_document.bin/.idx.",
         allow_abbrev=False,
     )
     _add_input_flags(parser)

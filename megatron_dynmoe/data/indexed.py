@@ -42,8 +42,9 @@ class IndexedDatasetWriter:
         self.targets = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
         self._partial = [t.with_name(f".{t.name}.{os.getpid()}.partial") for t in self.targets]
         self.num_documents = self.num_sequences = self.num_tokens = 0
-        self._bin = open(self._partial[0], "wb")
-        self._lengths = tempfile.TemporaryFile(dir=prefix.parent)
+        # Open until `close` or `discard`.
+        self._bin = open(self._partial[0], "wb")  # noqa: SIM115
+        self._lengths = tempfile.TemporaryFile(dir=prefix.parent)  # noqa: SIM115
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents.

@@ -106,7 +106,7 @@ class JsonLinesReader(Reader):
         number = 0
         try:
             with open(self.path, "rb") as self._raw, self._decompressed() as stream:
-                for number, line in enumerate(stream, 1):  # noqa: B007 - named in the error below
+                for number, line in enumerate(stream, 1):
                     try:
                         document = self._texts(self._parse(number, line))
                     except (ValueError, RecursionError) as error:
