@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly venv=.venv stamp=.venv/.installed
 readonly minors="12 13" # of Python 3; in step with requires-python in pyproject.toml
+# Called with the modules that it has to have.
 readonly probe='
 import sys
 version = "%d.%d.%d" % sys.version_info[:3]
@@ -20,10 +21,11 @@ elif sys.implementation.name != "cpython" or "t" in sys.abiflags:
     print("is not the usual CPython (PyPy or free-threaded)")
 else:
     try:
-        import ensurepip, venv
+        for name in sys.argv[1:]:
+            __import__(name)
         print("ok " + version)
     except ImportError:
-        print("is Python " + version + " without venv (Debian, Ubuntu: apt-get install python3-venv)")
+        print("is Python " + version + " without " + name)
 '
 python="" verdict="" looked_at=""
 
@@ -47,17 +49,18 @@ main() {
     install
 }
 
-# Sets verdict to "ok VERSION" or to why the interpreter $1 cannot be used. It is started for
-# real, since a file of the right name may be a pyenv shim of a version that is not installed.
+# Sets verdict to "ok VERSION" or to why the interpreter $1, which has to have the modules $2...,
+# cannot be used. It is started for real, since a file of the right name may be a pyenv shim of a
+# version that is not installed.
 examine() {
-    verdict=$("$1" -c "$probe" 2>/dev/null </dev/null) || verdict="does not run"
+    verdict=$("$1" -Ic "$probe" "${@:2}" 2>/dev/null </dev/null) || verdict="does not run"
     [[ -n $verdict ]] || verdict="does not run"
     [[ $verdict == "ok "* ]]
 }
 
 # Takes the interpreter $1 if it can be used, and remembers that it was looked at if not.
 accept() {
-    if examine "$1"; then
+    if examine "$1" venv ensurepip; then # Debian and Ubuntu have a package apart for ensurepip
         python=$1
     else
         looked_at+="  $1 $verdict"$'\n'
@@ -98,8 +101,7 @@ find_python() {
 
 # An interrupted `python -m venv` leaves an interpreter without pip.
 has_working_venv() {
-    [[ -e $venv/bin/python ]] && examine "$venv/bin/python" &&
-        { "$venv/bin/python" -c 'import pip' 2>/dev/null || { verdict="has no pip" && false; }; }
+    [[ -e $venv/bin/python ]] && examine "$venv/bin/python" pip
 }
 
 # The folder is part of it because the package is installed in place: after a move of the

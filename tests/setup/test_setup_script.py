@@ -18,8 +18,7 @@ TOO_OLD = "#!/bin/sh\necho 'is Python 3.11.2'\n"
 # environment by copying itself there.
 WORKING = """#!/bin/sh
 case "$1 $2" in
-    "-c import pip") ;;
-    "-c "*) echo "ok $VERSION" ;;
+    "-Ic "*) echo "ok $VERSION" ;;
     "-m venv") mkdir -p "$4/bin"; cat "$0" > "$4/bin/python"; chmod +x "$4/bin/python"
                echo "$0" >> calls.venv ;;
     "-m pip") echo "$*" >> calls.pip; exit "${PIP_EXIT:-0}" ;;
@@ -209,7 +208,7 @@ def test_the_script_and_the_metadata_name_the_same_versions() -> None:
 
 def test_the_script_accepts_the_python_that_runs_the_tests(sandbox: Sandbox) -> None:
     """The probe itself, which the stubs above do not run: here only making .venv is a stub."""
-    real = f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+    real = f'#!/bin/sh\n[ "$1" = -Ic ] && exec {sys.executable} "$@"\n'
     named = sandbox.put(sandbox.bin / "real", real + WORKING.removeprefix("#!/bin/sh\n"))
     result = sandbox.run(PYTHON=str(named), LANG=os.environ.get("LANG", "C"))
     version = ".".join(map(str, sys.version_info[:3]))
