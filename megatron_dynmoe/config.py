@@ -60,9 +60,7 @@ class TargetSchedule:
         if not all(math.isfinite(target) for _, target in points):
             raise ValueError(message)
         iterations = [iteration for iteration, _ in points]
-        if iterations[0] < 0 or any(
-            b <= a for a, b in zip(iterations, iterations[1:], strict=False)
-        ):
+        if iterations[0] < 0 or any(b <= a for a, b in pairwise(iterations)):
             raise ValueError(message)
         return cls(points)
 

@@ -1,0 +1,171 @@
+"""Once per global batch: reduce the counts, compute the next threshold, write it after the step.
+
+Two phases, because Megatron finalizes gradients before it knows whether the optimizer will skip
+the step, and may finalize one step twice when it re-runs it:
+
+1. *Stage*, in ``finalize_model_grads_func``: one all-reduce of all counts, the PI law, the counters
+   are cleared. Running it again replaces what was staged.
+2. *Commit*, after the optimizer's inner step: the staged threshold is written into the routers. A
+   skipped step has no inner step, so the controller's state stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.metrics import DynMoEMetricsTracker
+from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
+from megatron_dynmoe.routing.router import TopPRouter
+
+
+class GlobalBatchUpdate:
+    """A ``finalize_model_grads_func`` that also steers the threshold.
+
+    Every rank takes part in the one all-reduce, also a pipeline stage without routers, and computes
+    the same next threshold: the reduced counts are integers in float64, exact in any order.
+    """
+
+    def __init__(
+        self,
+        dynmoe: DynMoEConfig,
+        controller: PIController | None,
+        finalize: Callable[..., None] | None = None,
+    ) -> None:
+        """Wrap the training loop's hook.
+
+        Args:
+            dynmoe: resolved settings.
+            controller: the law, or None where the threshold is fixed.
+            finalize: the hook to run first; upstream's ``finalize_model_grads`` if None.
+        """
+        self.dynmoe = dynmoe
+        self.controller = controller
+        self.finalize = finalize or finalize_model_grads
+        self._staged: tuple[Tensor, Tensor] | None = None
+        self._routers: list[TopPRouter] = []
+        self._hooked: set[int] = set()
+
+    def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        """End a global batch; arguments are those of upstream's ``finalize_model_grads``."""
+        self.finalize(model, *args, **kwargs)
+        self._routers = list(routers_of(model))
+        config = get_model_config(model[0])
+        statistics = reduce_statistics(
+            self._routers, config.num_layers, config.num_moe_experts, evaluation=False
+        )
+        tracker = get_moe_metrics_tracker()
+        if isinstance(tracker, DynMoEMetricsTracker):
+            tracker.add(statistics)
+        if self.controller is not None:
+            self._stage(statistics)
+            if not self._commit_after(config.grad_scale_func):
+                self._commit()
+
+    def _stage(self, statistics: RoutingStatistics) -> None:
+        assert self.controller is not None and self.dynmoe.target_experts_per_token is not None
+        if self.dynmoe.scope == "global":
+            statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
+        measured = statistics.mean_experts
+        target = self.dynmoe.target_experts_per_token.at(finished_iterations())
+        self._staged = self.controller.step(*self._committed(measured), measured, target)
+
+    def _committed(self, measured: Tensor) -> tuple[Tensor, Tensor]:
+        """Threshold and integral, [S] each, as this rank's routers hold them.
+
+        Entries of layers on other ranks are zero: their update is computed there.
+        """
+        threshold = torch.zeros(len(measured), device=measured.device)
+        integral = torch.zeros_like(threshold)
+        for router in self._routers:
+            index = self._index(router)
+            threshold[index : index + 1] = router.threshold
+            integral[index : index + 1] = router.integral
+        return threshold, integral
+
+    def _index(self, router: TopPRouter) -> int:
+        return 0 if self.dynmoe.scope == "global" else router.layer_number - 1
+
+    def _commit_after(self, grad_scale_func: Any) -> bool:
+        """Arrange for the commit after the step of Megatron's optimizer.
+
+        ``megatron.training`` sets ``grad_scale_func`` to a method of its optimizer, which leads to
+        the torch optimizers inside. Returns False where this rank has none: nothing is trained
+        here, and no step can tell that the batch counted.
+        """
+        owner = getattr(grad_scale_func, "__self__", None)
+        inner = list(_torch_optimizers(owner))
+        for optimizer in inner:
+            if id(optimizer) not in self._hooked:
+                optimizer.register_step_post_hook(lambda *_: self._commit())
+                self._hooked.add(id(optimizer))
+        return bool(inner)
+
+    def _commit(self) -> None:
+        if self._staged is None:
+            return
+        threshold, integral = self._staged
+        self._staged = None
+        with torch.no_grad():
+            for router in self._routers:
+                index = self._index(router)
+                router.threshold.copy_(threshold[index : index + 1])
+                router.integral.copy_(integral[index : index + 1])
+
+
+def routers_of(model: list[torch.nn.Module]) -> Iterator[TopPRouter]:
+    """This rank's routers, over all of its model chunks."""
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, TopPRouter):
+                yield module
+
+
+def reduce_statistics(
+    routers: list[TopPRouter], num_layers: int, num_experts: int, evaluation: bool
+) -> RoutingStatistics:
+    """Sum the counts of all routers over the world, and clear them.
+
+    A fixed shape on every rank, so that stages without routers take part. Where several ranks count
+    the same tokens, numerator and denominator grow alike and means stay right.
+
+    Returns:
+        Statistics with the dimension L (all layers of the model) first, float64, on the device.
+    """
+    device = torch.device(torch.cuda.current_device())
+    read = []
+    for router in routers:
+        counters = router.evaluation_counters if evaluation else router.counters
+        theta = router.theta.detach()
+        read.append((router.layer_number, counters.read(theta, router.threshold)))
+    packed = pack(read, num_layers, num_experts, device)
+    for router in routers:
+        (router.evaluation_counters if evaluation else router.counters).clear()
+    torch.distributed.all_reduce(packed)
+    return unpack(packed)
+
+
+def finished_iterations() -> int:
+    """The number of finished iterations, from Megatron's training loop."""
+    from megatron.training import get_args
+
+    return get_args().curr_iteration
+
+
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """The torch optimizers inside one of Megatron's, whatever wraps them."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        yield optimizer
+        return
+    for inner in getattr(optimizer, "chained_optimizers", []):
+        yield from _torch_optimizers(inner)
+    if not hasattr(optimizer, "chained_optimizers") and hasattr(optimizer, "optimizer"):
+        yield from _torch_optimizers(optimizer.optimizer)

@@ -1,0 +1,209 @@
+"""What a run reports: names, reductions, and where they are written.
+
+The statistics come reduced from :mod:`megatron_dynmoe.control.update`; upstream's metrics tracker
+is the place from which they reach the console, TensorBoard and W&B, once per iteration.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.routing.counters import RoutingStatistics
+
+PREFIX = "dynmoe"
+
+
+class RoutingSummary(NamedTuple):
+    """Means over what the statistics cover; lists have one entry per layer, NaN without experts."""
+
+    experts_per_token: float
+    std_experts_per_token: float  # over tokens and layers
+    experts_per_token_by_layer: list[float]
+    threshold: float  # mean over layers
+    threshold_by_layer: list[float]
+    theta_by_layer: list[float]
+    balance_loss: float
+    dynamic_loss: float
+    max_over_mean_load: (
+        float  # the busiest expert of a layer against that layer's mean, worst layer
+    )
+    share_at_cap: float
+    tokens: float  # token-layer pairs / MoE layers: tokens that entered the model
+
+
+def summarize(statistics: RoutingStatistics) -> RoutingSummary:
+    """Turn reduced statistics [L, ...] into numbers on the host: one device-to-host copy."""
+    statistics = RoutingStatistics(
+        *torch.cat([value.reshape(len(statistics.tokens), -1) for value in statistics], dim=1)
+        .cpu()
+        .split([value[0].numel() for value in statistics], dim=1)
+    )
+    layer = RoutingStatistics(*(value.squeeze(-1) for value in statistics[:-1]), statistics[-1])
+    has_experts = layer.routers > 0
+    pooled = layer.pooled()
+    mean = pooled.mean_experts
+    variance = pooled.squared_experts / pooled.tokens - mean.square()
+    load_LE = layer.assignments[has_experts]
+    imbalance_L = load_LE.amax(dim=-1) / load_LE.mean(dim=-1)
+    return RoutingSummary(
+        experts_per_token=mean.item(),
+        std_experts_per_token=variance.clamp(min=0).sqrt().item(),
+        experts_per_token_by_layer=layer.mean_experts.tolist(),
+        threshold=(pooled.thresholds / pooled.routers).item(),
+        threshold_by_layer=(layer.thresholds / layer.routers).tolist(),
+        theta_by_layer=(layer.thetas / layer.routers).tolist(),
+        balance_loss=(pooled.balance_loss / pooled.micro_batches).item(),
+        dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
+        max_over_mean_load=imbalance_L.max().item() if len(load_LE) else float("nan"),
+        share_at_cap=(pooled.tokens_at_cap / pooled.tokens).item(),
+        tokens=(pooled.tokens / has_experts.sum()).item(),
+    )
+
+
+def scalars(summary: RoutingSummary, dynmoe: DynMoEConfig) -> Iterator[tuple[str, float]]:
+    """Names and values for TensorBoard and W&B."""
+    yield f"{PREFIX}/experts_per_token", summary.experts_per_token
+    yield f"{PREFIX}/std_experts_per_token", summary.std_experts_per_token
+    yield f"{PREFIX}/threshold", summary.threshold
+    yield f"{PREFIX}/balance_loss", summary.balance_loss
+    yield f"{PREFIX}/dynamic_loss", summary.dynamic_loss
+    yield f"{PREFIX}/max_over_mean_load", summary.max_over_mean_load
+    if dynmoe.max_experts_per_token is not None:
+        yield f"{PREFIX}/share_of_tokens_at_cap", summary.share_at_cap
+    by_layer = {"experts_per_token": summary.experts_per_token_by_layer}
+    if dynmoe.normalization == "drn":
+        by_layer["theta"] = summary.theta_by_layer
+    if dynmoe.scope == "layer":
+        by_layer["threshold"] = summary.threshold_by_layer
+    for name, values in by_layer.items():
+        for index, value in enumerate(values):
+            if value == value:  # layers without experts are NaN
+                yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
+
+
+class DynMoEMetricsTracker(MoEMetricsTracker):
+    """Upstream's tracker, which also reports the routing.
+
+    ``report`` is called by the training loop on every rank after every iteration; only the last
+    rank holds writers and prints, and only there the statistics are read.
+    """
+
+    def __init__(self, dynmoe: DynMoEConfig) -> None:
+        super().__init__()
+        self.dynmoe = dynmoe
+        self._step: RoutingStatistics | None = None
+        self._interval: RoutingStatistics | None = None
+        self._num_steps = 0
+        self._interval_started = time.monotonic()
+
+    def add(self, statistics: RoutingStatistics) -> None:
+        """Take the statistics of one global batch; a re-run of the same batch replaces them."""
+        self._step = statistics
+
+    def report(
+        self,
+        *args: Any,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        **kwargs: Any,
+    ) -> str:
+        """Report upstream's metrics and the routing; returns the addition to the console line."""
+        line = super().report(
+            *args, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **kwargs
+        )
+        if self._step is not None:
+            step, self._step = self._step, None
+            self._interval = step if self._interval is None else self._interval + step
+            self._num_steps += 1
+            if writer is not None or wandb_writer is not None:
+                self._write(
+                    dict(scalars(summarize(step), self.dynmoe)), iteration, writer, wandb_writer
+                )
+        from megatron.training import get_args
+
+        args_of_run = get_args()
+        if iteration % args_of_run.log_interval == 0 and self._interval is not None:
+            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
+            self._interval, self._num_steps = None, 0
+            self._interval_started = time.monotonic()
+        return line
+
+    def _report_interval(self, args: Any, iteration: int, writer: Any, wandb_writer: Any) -> str:
+        assert self._interval is not None
+        summary = summarize(self._interval)
+        seconds = time.monotonic() - self._interval_started
+        # Duplicates over tensor-parallel ranks cancel in means, not in this sum, so count samples.
+        tokens = self._num_steps * args.global_batch_size * args.seq_length
+        flops = self._num_steps * flops_per_batch(args, summary.experts_per_token)
+        rates = {
+            f"{PREFIX}/tokens_per_second": tokens / seconds,
+            f"{PREFIX}/tflops_per_second": flops / seconds / 1e12,
+        }
+        self._write(rates, iteration, writer, wandb_writer)
+        print(_layer_table(summary, self.dynmoe), flush=True)
+        target = self.dynmoe.target_experts_per_token
+        aim = f" (target {target.at(iteration):g})" if target is not None else ""
+        cap = self.dynmoe.max_experts_per_token
+        at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
+        return (
+            f" experts per token: {summary.experts_per_token:.4f}{aim} |"
+            f" threshold: {summary.threshold:.5f} |"
+            f" balance loss: {summary.balance_loss:.4f} |"
+            f" dynamic loss: {summary.dynamic_loss:.4f} |"
+            f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}"
+            f" tokens/s: {tokens / seconds:.0f} |"
+            f" TFLOP/s from measured experts: {flops / seconds / 1e12:.3g} |"
+        )
+
+    @staticmethod
+    def _write(values: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
+        if writer is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        if wandb_writer is not None:
+            wandb_writer.log(values, iteration)
+
+
+def _layer_table(summary: RoutingSummary, dynmoe: DynMoEConfig) -> str:
+    rows = {"experts per token": summary.experts_per_token_by_layer}
+    if dynmoe.scope == "layer":
+        rows["threshold"] = summary.threshold_by_layer
+    if dynmoe.normalization == "drn":
+        rows["theta"] = summary.theta_by_layer
+    return "\n".join(
+        f"  {name + ' by layer':<27}"
+        + " ".join("     -" if value != value else f"{value:6.3f}" for value in values)
+        for name, values in rows.items()
+    )
+
+
+def install_metrics_tracker(dynmoe: DynMoEConfig) -> None:
+    """Make upstream's loop report the routing."""
+    if not isinstance(get_moe_metrics_tracker(), DynMoEMetricsTracker):
+        set_moe_metrics_tracker(DynMoEMetricsTracker(dynmoe))
+
+
+def flops_per_batch(args: Any, experts_per_token: float) -> float:
+    """Floating-point operations of one global batch, forward and backward.
+
+    Upstream's own formula with the measured number of experts in the place of
+    ``--moe-router-topk``, in which it is linear.
+    """
+    from megatron.training.training import num_floating_point_operations
+
+    measured = copy.copy(args)
+    measured.moe_router_topk = experts_per_token
+    return num_floating_point_operations(measured, args.global_batch_size)

@@ -1,0 +1,26 @@
+"""Pre-trains a GPT with dynamic routing: Megatron's own loop, arguments and datasets.
+
+    torchrun --nproc-per-node 8 -m megatron_dynmoe.pretrain MEGATRON_FLAGS --moe-dynamic-routing ...
+
+Takes every flag of Megatron's ``pretrain_gpt.py`` but those of its fine-tuning and distillation
+modes. Without a GPU it runs on the CPU over gloo.
+"""
+
+from __future__ import annotations
+
+import time
+
+from megatron_dynmoe.run import prepare
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    program_start = time.time()
+    prepare()
+    from megatron_dynmoe.training import loop
+
+    loop.train(program_start)
+
+
+if __name__ == "__main__":
+    main()

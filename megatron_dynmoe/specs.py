@@ -1,0 +1,166 @@
+"""Where the plugin enters a model: upstream's layer spec with our MoE layer and router.
+
+``--spec megatron_dynmoe.specs dynmoe_layer_spec`` names :func:`dynmoe_layer_spec`; with it the
+stock ``pretrain_gpt.py`` trains with dynamic routing, its settings read from ``DYNMOE_CONFIG``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
+from megatron_dynmoe.config import AUTO, DynMoEConfig
+from megatron_dynmoe.control import calibrate
+from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.update import GlobalBatchUpdate
+from megatron_dynmoe.metrics import install_metrics_tracker
+from megatron_dynmoe.moe.layer import DynMoELayer
+from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.upstream_flags import check_upstream_settings
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+
+def dynmoe_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The ``--spec`` target: settings from the YAML file that ``DYNMOE_CONFIG`` names.
+
+    Raises:
+        ValueError: ``DYNMOE_CONFIG`` is not set, or a setting makes no sense.
+    """
+    dynmoe = config_from_environment()
+    if dynmoe is None:
+        raise ValueError(
+            "DYNMOE_CONFIG is not set: with --spec megatron_dynmoe.specs dynmoe_layer_spec it must "
+            "name a YAML file of settings, such as 'routing: dtop_p'."
+        )
+    transformer = config.transformer
+    # Upstream's defaults here are values, so only others can be told to be a user's choice.
+    kinds, coefficients = transformer.moe_router_load_balancing_type, transformer.moe_aux_loss_coeff
+    dynmoe = adopt_upstream_balance_loss(
+        dynmoe,
+        kinds if dynmoe.is_dynamic and kinds != "aux_loss" else None,
+        coefficients if dynmoe.is_dynamic and coefficients != 0 else None,
+    )
+    return layer_spec(config, vp_stage=vp_stage, dynmoe=dynmoe)
+
+
+def layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None, *, dynmoe: DynMoEConfig
+) -> TransformerBlockSubmodules:
+    """Upstream's layer spec for one model chunk, with dynamic routing where it has experts.
+
+    Called once per chunk; installs the update at the end of a global batch and the metrics with
+    the first.
+
+    Args:
+        config: upstream's model config. Its ``transformer`` is adapted: routing in fp32, and the
+            hook that ends a global batch.
+        vp_stage: the chunk's virtual pipeline stage.
+        dynmoe: settings as the user gave them.
+
+    Raises:
+        ValueError: a setting of ours or of upstream makes no sense with dynamic routing.
+    """
+    transformer = config.transformer
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    if not dynmoe.is_dynamic:
+        return spec
+    if transformer.num_moe_experts is None:
+        raise ValueError(
+            f"routing is {dynmoe.routing!r}, but the model has no experts: set --num-experts."
+        )
+    check_upstream_settings(transformer)
+    resolved, controller = settle(dynmoe, transformer)
+
+    transformer.moe_router_dtype = "fp32"
+    transformer.moe_router_load_balancing_type = "none"
+    if not isinstance(transformer.finalize_model_grads_func, GlobalBatchUpdate):
+        transformer.finalize_model_grads_func = GlobalBatchUpdate(
+            resolved, controller, transformer.finalize_model_grads_func
+        )
+        install_metrics_tracker(resolved)
+
+    router = partial(
+        TopPRouter,
+        dynmoe=resolved,
+        initial_threshold=controller.initial_threshold if controller else resolved.threshold,
+    )
+    spec = dataclasses.replace(
+        spec, layer_specs=[_with_dynamic_moe(layer, router) for layer in spec.layer_specs]
+    )
+    return spec
+
+
+def settle(
+    dynmoe: DynMoEConfig, transformer: TransformerConfig
+) -> tuple[DynMoEConfig, PIController | None]:
+    """Fill defaults and compute what ``auto`` stands for, from the model's own configuration.
+
+    Returns:
+        The resolved settings and, for ``dtop_p``, the controller.
+
+    Raises:
+        ValueError: a setting makes no sense with another or with the model.
+    """
+    num_experts = transformer.num_moe_experts
+    resolved = dynmoe.resolve(num_experts)
+    if not resolved.is_controlled:
+        return resolved, None
+    plant: dict[str, Any] = {
+        "num_experts": num_experts,
+        "target": resolved.target_experts_per_token.at(0),
+        "normalized": resolved.normalization == "drn",
+        # The gate reads normalized hidden states of root mean square 1.
+        "logits_std": transformer.init_method_std * math.sqrt(transformer.hidden_size),
+        "max_experts": resolved.max_experts_per_token,
+    }
+    computed = dict(
+        zip(("proportional_gain", "integral_gain"), calibrate.default_gains(**plant), strict=True)
+    )
+    low, high = resolved.min_threshold, resolved.max_threshold
+    computed["initial_threshold"] = min(max(calibrate.initial_threshold(**plant), low), high)
+    resolved = dataclasses.replace(
+        resolved,
+        **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
+    )
+    controller = PIController(
+        num_experts=num_experts,
+        initial_threshold=resolved.initial_threshold,
+        proportional_gain=resolved.proportional_gain,
+        integral_gain=resolved.integral_gain,
+        min_threshold=low,
+        max_threshold=high,
+    )
+    return resolved, controller
+
+
+def _with_dynamic_moe(layer: Any, router: Any) -> Any:
+    """A copy of one layer's spec whose MoE layer, if it has one, is ours."""
+    mlp = layer.submodules.mlp
+    if not (isinstance(mlp, partial) and mlp.func is MoELayer):
+        return layer
+    # Upstream shares one spec object among all layers.
+    layer = copy.copy(layer)
+    submodules = dataclasses.replace(mlp.keywords["submodules"], router=router)
+    layer.submodules = dataclasses.replace(
+        layer.submodules, mlp=partial(DynMoELayer, **(mlp.keywords | {"submodules": submodules}))
+    )
+    return layer

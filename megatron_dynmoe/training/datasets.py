@@ -1,0 +1,67 @@
+"""GPT datasets from Megatron's flags."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+
+def train_valid_test_datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Build the training, validation and test datasets of one model chunk.
+
+    Args:
+        num_samples: samples wanted of each of the three.
+        vp_stage: the chunk's virtual pipeline stage.
+    """
+    args = get_args()
+    print_rank_0("> building training, validation and test datasets ...")
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        partial(_is_built_here, vp_stage),
+        dataset_config(args),
+    ).build()
+
+
+# Every rank builds its part; without this Megatron builds on tensor-parallel rank 0 alone.
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def dataset_config(args: Any) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def _is_built_here(vp_stage: int | None) -> bool:
+    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)

@@ -1,0 +1,114 @@
+"""From the command line into Megatron's training loop."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import megatron.training.arguments as megatron_arguments
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.utils import get_model_config
+from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_balance_loss
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
+from megatron_dynmoe.metrics import PREFIX, summarize
+from megatron_dynmoe.specs import layer_spec
+from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
+from megatron_dynmoe.training.forward import forward_step
+from megatron_dynmoe.upstream_flags import check_upstream_settings
+
+# Modes of upstream's script that need its own batches and losses.
+_OTHER_SCRIPTS_MODES = {
+    "sft": "fine-tuning on packed sequences",
+    "fim_data": "fill-in-the-middle data",
+    "dataloader_inter_document_masking": "masking between packed documents",
+    "hybrid_context_parallel": "hybrid context parallelism",
+    "logits_load_dir": "distillation from cached logits",
+}
+
+
+def train(program_start: float) -> None:
+    """Train as the command line says.
+
+    Raises:
+        ValueError: a setting makes no sense; before anything is built.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    args, dynmoe = parse_command_line()
+    model_config = gpt_config_from_args(args)
+    if args.spec is None:
+        model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        non_loss_data_func=report_evaluation,
+    )
+
+
+def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
+    """Parse and check all flags; registers them as Megatron's global arguments."""
+    found: list[DynMoEConfig] = []
+    validate = megatron_arguments.validate_args
+
+    def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        dynmoe = settle_balance_loss(args, config_from_args(args))
+        for mode, meaning in _OTHER_SCRIPTS_MODES.items():
+            if getattr(args, mode, None):
+                raise ValueError(
+                    f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
+                    "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
+                    "dynmoe_layer_spec and DYNMOE_CONFIG."
+                )
+        if dynmoe.is_dynamic:
+            if args.num_experts is None:
+                raise ValueError(
+                    f"routing is {dynmoe.routing!r}, but the model has no experts: set "
+                    "--num-experts."
+                )
+            check_upstream_settings(args)
+            dynmoe.resolve(args.num_experts)
+        found.append(dynmoe)
+        return validate(args, defaults or {})
+
+    megatron_arguments.validate_args = validate_all
+    try:
+        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_dynmoe_args)
+    finally:
+        megatron_arguments.validate_args = validate
+    return args, found[0]
+
+
+def report_evaluation(model: list[torch.nn.Module]) -> None:
+    """Print and write the mean experts per token of the evaluation that just ran.
+
+    Megatron calls it on every rank at the end of an evaluation (``non_loss_data_func``).
+    """
+    config = get_model_config(model[0])
+    if not isinstance(config.finalize_model_grads_func, GlobalBatchUpdate):
+        return  # stock top-k
+    statistics = reduce_statistics(
+        list(routers_of(model)), config.num_layers, config.num_moe_experts, evaluation=True
+    )
+    if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+        return
+    summary = summarize(statistics)
+    print_rank_last(
+        f" validation experts per token: {summary.experts_per_token:.4f} "
+        f"(std {summary.std_experts_per_token:.3f}) | by layer: "
+        + " ".join(f"{value:.3f}" for value in summary.experts_per_token_by_layer)
+    )
+    name, iteration = f"{PREFIX}/validation_experts_per_token", get_args().curr_iteration
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    if writer is not None:
+        writer.add_scalar(name, summary.experts_per_token, iteration)
+    if wandb_writer is not None:
+        wandb_writer.log({name: summary.experts_per_token}, iteration)

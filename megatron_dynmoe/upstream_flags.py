@@ -1,0 +1,212 @@
+"""Every MoE setting of upstream, and whether dynamic routing works with it.
+
+The one table behind the checks at start-up, ``docs/upstream_flags.md`` and a test that fails when
+upstream adds a setting that is not here. A setting is refused only where it is used: where its
+value differs from ``unused``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Works:
+    """The setting has its usual effect; ``note`` says what is particular."""
+
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The setting stops the run at start-up where its value is not one of ``unused``."""
+
+    unused: tuple[Any, ...]
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """The setting is read by nothing that dynamic routing uses."""
+
+    note: str
+
+
+_FIXED_K = "it takes a fixed number of experts per token for granted"
+_CAP = "use --moe-dynamic-max-experts-per-token to bound the worst case"
+_TOP_K_ONLY = "it belongs to upstream's top-k selection"
+_FLEX = "only used by the flex dispatcher, which is refused"
+_LEAVE_OUT = "leave it out"
+
+UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
+    # experts and layers
+    "num_moe_experts": Works("--num-experts, 1 to 512"),
+    "moe_layer_freq": Works("layers without experts have no threshold and no counts"),
+    "moe_ffn_hidden_size": Works(),
+    "moe_grouped_gemm": Works("needs Transformer Engine, as upstream"),
+    "moe_single_grouped_weight": Works("needs Transformer Engine, as upstream"),
+    "moe_single_grouped_bias": Works("needs Transformer Engine, as upstream"),
+    "moe_mlp_glu_interleave_size": Works("needs Transformer Engine, as upstream"),
+    "moe_layer_recompute": Works("counts are taken once"),
+    "moe_per_layer_logging": Works("per-layer metrics are always logged"),
+    "moe_grad_scale_func": Works("set by the training loop"),
+    "expert_model_parallel_size": Works(),
+    "expert_tensor_parallel_size": Works("tensor parallelism needs Transformer Engine"),
+    "expert_tensor_parallel_num_weight_shards": Refused(
+        (None, 1), "sharded expert weights are untested with it", _LEAVE_OUT
+    ),
+    "expert_gtp_weight_remat_size": Refused(
+        (1,), "sharded expert weights are untested with it", _LEAVE_OUT
+    ),
+    # shared experts
+    "moe_shared_expert_intermediate_size": Works("shared experts are not counted"),
+    "moe_shared_expert_gate": Works(),
+    "moe_shared_expert_overlap": Works("with the alltoall dispatcher, as upstream"),
+    "moe_shared_expert_glu_interleave_size": Works("needs Transformer Engine, as upstream"),
+    "use_grouped_gemm_for_shared_expert": Works("needs Transformer Engine, as upstream"),
+    # routing
+    "moe_router_topk": Ignored("has no meaning where tokens choose how many experts they use"),
+    "moe_router_load_balancing_type": Works(
+        "seq_aux_loss (the default here), aux_loss, global_aux_loss, none; sinkhorn and "
+        "quantile_balancing are refused, they are top-k methods"
+    ),
+    "moe_aux_loss_coeff": Works("not divided by the number of experts a token uses"),
+    "moe_z_loss_coeff": Works("on the logits before normalization"),
+    "moe_input_jitter_eps": Works(),
+    "moe_router_dtype": Works("always fp32, whatever the model's dtype; fp64 is refused"),
+    "moe_router_force_load_balancing": Works("random logits, for benchmarks"),
+    "moe_router_force_biased": Works("biased random logits, for benchmarks"),
+    "moe_router_score_function": Refused(
+        ("softmax",), "top-p needs probabilities that sum to 1", "use softmax"
+    ),
+    "moe_router_num_groups": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
+    "moe_router_group_topk": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
+    "moe_router_topk_limited_devices": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
+    "moe_router_topk_scaling_factor": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
+    "moe_router_pre_softmax": Ignored("dynamic routing always selects after the softmax"),
+    "moe_router_enable_expert_bias": Refused(
+        (False,), "its update steers top-k selection", "balance with --moe-aux-loss-coeff"
+    ),
+    "moe_router_bias_update_rate": Ignored("only used with expert bias, which is refused"),
+    "moe_router_quantile_balancing_ema": Ignored("only used by quantile_balancing"),
+    "moe_router_fusion": Refused((False,), "upstream's fused router is top-k only", _LEAVE_OUT),
+    "moe_enable_routing_replay": Refused((False,), _FIXED_K, _LEAVE_OUT),
+    "moe_apply_probs_on_input": Refused((False,), "it requires exactly one expert", _LEAVE_OUT),
+    "moe_router_padding_for_quantization": Refused(
+        (False, None), "low-precision experts are untested with it", _LEAVE_OUT
+    ),
+    "moe_router_padding_for_fp8": Refused(
+        (False, None), "low-precision experts are untested with it", _LEAVE_OUT
+    ),
+    "moe_latent_size": Works("needs Transformer Engine, as upstream"),
+    # dropping
+    "moe_expert_capacity_factor": Refused((None,), _FIXED_K, _CAP),
+    "moe_expert_rank_capacity_factor": Refused((None,), _FIXED_K, _CAP),
+    "moe_pad_expert_input_to_capacity": Refused((False,), _FIXED_K, _CAP),
+    "moe_pad_experts_for_cuda_graph_inference": Refused((False,), _FIXED_K, _CAP),
+    "moe_token_dropping": Refused((False,), _FIXED_K, _CAP),
+    "moe_token_drop_policy": Ignored("only used with a capacity factor, which is refused"),
+    "moe_paged_stash": Refused((False,), _FIXED_K, _LEAVE_OUT),
+    "moe_paged_stash_page_size": Ignored("only used by the paged stash, which is refused"),
+    "moe_paged_stash_buffer_size_factor_cuda": Ignored("as above"),
+    "moe_paged_stash_buffer_size_factor_cpu": Ignored("as above"),
+    # dispatch
+    "moe_token_dispatcher_type": Works("alltoall (recommended) and allgather; flex is refused"),
+    "moe_permute_fusion": Works("needs Transformer Engine, as upstream"),
+    "moe_enable_deepep": Refused((False,), "its dispatcher is sized by a fixed k", _LEAVE_OUT),
+    "moe_flex_dispatcher_backend": Ignored(_FLEX),
+    "moe_flex_dispatcher_num_sms": Ignored(_FLEX),
+    "moe_deepep_num_sms": Ignored(_FLEX),
+    "moe_hybridep_num_sms": Ignored(_FLEX),
+    "moe_hybridep_num_blocks_permute": Ignored(_FLEX),
+    "moe_hybridep_num_blocks_unpermute": Ignored(_FLEX),
+    "moe_hybridep_num_sms_preprocessing": Ignored(_FLEX),
+    "moe_hybridep_pad_uneven_dispatch_inputs": Ignored(_FLEX),
+    "moe_permute_fusion_into_hybridep": Ignored(_FLEX),
+    "moe_ncclep_static_shape": Ignored(_FLEX),
+    "moe_ncclep_zero_copy": Ignored(_FLEX),
+    "overlap_moe_expert_parallel_comm": Refused(
+        (False,), "its schedule is untested with a varying number of rows", _LEAVE_OUT
+    ),
+    "overlap_dispatch_backward_with_experts_wgrad": Refused(
+        (False,), "its schedule is untested with a varying number of rows", _LEAVE_OUT
+    ),
+    # multi-token prediction: its layers come from upstream's own spec and would stay top-k
+    "mtp_num_layers": Refused(
+        (None, 0), "upstream builds these layers with its own top-k router", _LEAVE_OUT
+    ),
+    "mtp_standalone": Ignored("only used with multi-token prediction, which is refused"),
+    "mtp_grad_scale_func": Ignored("as above"),
+    "mtp_loss_scaling_factor": Ignored("as above"),
+    "mtp_use_repeated_layer": Ignored("as above"),
+    "mtp_detach_heads": Ignored("as above"),
+    "mtp_hybrid_override_pattern": Ignored("as above"),
+    # CUDA graphs
+    "cuda_graph_impl": Refused(
+        ("none",), "a graph has fixed shapes, and the rows of a layer vary", "use none"
+    ),
+    "enable_cuda_graph": Refused((False,), "a graph has fixed shapes", _LEAVE_OUT),
+    "external_cuda_graph": Refused((False,), "a graph has fixed shapes", _LEAVE_OUT),
+    "cuda_graph_modules": Ignored("only used with CUDA graphs, which are refused"),
+    "cuda_graph_scope": Ignored("as above"),
+    "cuda_graph_use_single_mempool": Ignored("as above"),
+    "cuda_graph_retain_backward_graph": Ignored("as above"),
+    "cuda_graph_warmup_steps": Ignored("as above"),
+    "delay_offload_until_cuda_graph": Ignored("as above"),
+    "inference_cuda_graph_scope": Ignored("as above"),
+    # inference and precision
+    "transformer_impl": Works("local and transformer_engine; inference_optimized is refused"),
+    "inference_moe_disable_fused_quant_kernels": Ignored("only used by inference_optimized"),
+    "inference_moe_token_dispatcher_type": Ignored("only used by inference_optimized"),
+    "fp8": Refused((None,), "low-precision experts are untested with it", "train in bf16"),
+    "fp4": Refused((None,), "low-precision experts are untested with it", "train in bf16"),
+}
+
+# Refused values of settings that otherwise work.
+_REFUSED_VALUES = {
+    ("moe_token_dispatcher_type", "flex"): (
+        "its back ends are sized by a fixed number of experts per token",
+        "use alltoall or allgather",
+    ),
+    ("moe_router_load_balancing_type", "sinkhorn"): (
+        "it is a top-k method",
+        "use seq_aux_loss",
+    ),
+    ("moe_router_load_balancing_type", "quantile_balancing"): (
+        "it is a top-k method",
+        "use seq_aux_loss",
+    ),
+    ("moe_router_dtype", "fp64"): ("thresholds are kept in fp32", "use fp32 or leave it out"),
+    ("transformer_impl", "inference_optimized"): (
+        "its router and dispatcher take a fixed number of experts per token for granted",
+        "use local or transformer_engine",
+    ),
+}
+
+
+def check_upstream_settings(settings: Any) -> None:
+    """Refuse upstream settings that dynamic routing cannot honour.
+
+    Args:
+        settings: upstream's argument namespace or TransformerConfig.
+
+    Raises:
+        ValueError: names the flag, its value, the reason and the remedy.
+    """
+    for name, entry in UPSTREAM_FLAGS.items():
+        value = getattr(settings, name, None)
+        used = hasattr(settings, name) and isinstance(entry, Refused) and value not in entry.unused
+        if used:
+            _refuse(name, value, entry.reason, entry.remedy)
+        for single in value if isinstance(value, list) else [value]:
+            if isinstance(single, str) and (name, single) in _REFUSED_VALUES:
+                _refuse(name, single, *_REFUSED_VALUES[name, single])
+
+
+def _refuse(name: str, value: Any, reason: str, remedy: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    raise ValueError(
+        f"{flag} is {value}, which dynamic routing refuses: {reason}. Remedy: {remedy}."
+    )
