@@ -206,6 +206,25 @@ def test_the_script_and_the_metadata_name_the_same_versions() -> None:
     assert 'minors="12 13"' in script
 
 
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ("sys.version_info = (3, 11, 2)", "is Python 3.11.2"),
+        ("sys.version_info = (3, 14, 0)", "is Python 3.14.0"),
+        ("sys.version_info = (2, 7, 18)", "is Python 2.7.18"),
+        ("sys.abiflags = 't'", "is not the usual CPython"),
+        ("sys.modules['ensurepip'] = None", "without ensurepip"),  # Debian without python3-venv
+    ],
+)
+def test_what_the_probe_refuses(sandbox: Sandbox, change: str, verdict: str) -> None:
+    """Here the script's own probe runs, in the interpreter of the tests with one thing changed."""
+    changed = f'#!/bin/sh\nshift\nprobe=$1\nshift\nexec {sys.executable} -Ic "import sys; {change}'
+    sandbox.put(sandbox.bin / "python3", changed + '\n$probe" "$@"\n')
+    result = sandbox.run()
+    assert result.returncode == 1
+    assert verdict in result.stderr
+
+
 def test_the_script_accepts_the_python_that_runs_the_tests(sandbox: Sandbox) -> None:
     """The probe itself, which the stubs above do not run: here only making .venv is a stub."""
     real = f'#!/bin/sh\n[ "$1" = -Ic ] && exec {sys.executable} "$@"\n'
