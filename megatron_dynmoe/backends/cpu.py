@@ -265,14 +265,22 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
     torch.accelerator.current_accelerator = _returns(None)
 
 
+def _as_the_host_wants_it(tensor, as_numpy=False, record_stream=False):
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def _redirect_megatron() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
     import megatron.training.arguments as megatron_arguments
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(
         state
     )
+
+    # Upstream turns splits into numpy arrays only while it copies them from a GPU.
+    megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
 
     validate = megatron_arguments.validate_args
 
