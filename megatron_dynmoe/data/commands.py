@@ -85,9 +85,7 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--vocab-size", type=_positive, required=True, help="pieces, the 259 fixed ones included"
     )
-    parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab"
-    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     args = parser.parse_args(argv)
 
     def run() -> str:

@@ -94,7 +94,11 @@ def preprocess(
     writers: list[IndexedDatasetWriter] = []
     try:
         for prefix in prefixes:
-            writers.append(IndexedDatasetWriter(prefix, dtype))
+            try:
+                writers.append(IndexedDatasetWriter(prefix, dtype))
+            except OSError as error:
+                reason = error.strerror
+                raise ValueError(f"output folder {prefix.parent}: {reason}") from error
         with Progress(paths, log_interval) as progress:
             batches = _batches(paths, json_keys, _policy(skip_unreadable, summary), progress)
             for num_bytes, columns in _encode(batches, tokenizer, eod, workers):

@@ -83,7 +83,7 @@ class Reader:
     def _texts(self, record: Any) -> tuple[str, ...]:
         """The texts of one record; raises ValueError with the reason if it is no document."""
         if not isinstance(record, dict):
-            raise ValueError(f"a JSON object is wanted, not {type(record).__name__}")
+            raise ValueError(f"no JSON object but {json.dumps(record)[:40]}")
         texts = []
         for key in self.keys:
             if key not in record:
@@ -92,7 +92,7 @@ class Reader:
             if isinstance(text, bytes):
                 text = text.decode("utf-8")
             elif not isinstance(text, str):
-                raise ValueError(f"field '{key}' is {type(text).__name__}, not a string")
+                raise ValueError(f"field '{key}' is no string but {json.dumps(text)[:40]}")
             elif not text.isascii():
                 text.encode("utf-8")  # an escaped half of a surrogate pair is no Unicode text
             texts.append(text)
@@ -181,6 +181,7 @@ class ParquetReader(Reader):
     def _check_columns(self, schema: Any) -> None:
         import pyarrow.types as types
 
+        text_types = (types.is_string, types.is_large_string, types.is_string_view)
         for key in self.keys:
             if key not in schema.names:
                 raise ValueError(
@@ -189,7 +190,7 @@ class ParquetReader(Reader):
                 )
             kind = schema.field(key).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
-            if not (types.is_string(kind) or types.is_large_string(kind)):
+            if not any(is_text(kind) for is_text in text_types):
                 raise ValueError(f"{self.path}: column '{key}' is {kind}, not string")
 
     @property

@@ -47,7 +47,8 @@ def build_tokenizer(
     path = Path(model)
     if not path.exists():
         raise ValueError(
-            f"tokenizer model {model}: no such file or folder; download a hub model to a folder first"
+            f"tokenizer model {model}: no such file or folder (a model on a hub has to be "
+            "downloaded to a folder first)"
         )
     if tokenizer_type in SENTENCEPIECE_TYPES:
         return SentencePieceTokenizer(path)

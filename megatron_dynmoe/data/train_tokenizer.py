@@ -1,5 +1,6 @@
 """A SentencePiece BPE model trained on the same inputs as `preprocess` reads."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def train_tokenizer(
         vocab_size: pieces in all, above `FIXED_PIECES`.
 
     Returns:
-        The model's path, PREFIX.model; PREFIX.vocab beside it lists the pieces.
+        The model's path, PREFIX.model.
 
     Raises:
         ValueError: the inputs cannot be used, or hold too little text for `vocab_size`.
@@ -41,22 +42,20 @@ def train_tokenizer(
     from sentencepiece import SentencePieceTrainer
 
     paths = expand_inputs(inputs)
-    targets = [Path(f"{output_prefix}{suffix}") for suffix in (".model", ".vocab")]
-    partial = Path(output_prefix).with_name(f".{Path(output_prefix).name}.{os.getpid()}.partial")
-    if not partial.parent.is_dir():
-        raise ValueError(f"output {output_prefix}: there is no folder {partial.parent}: create it")
-    for target in targets:
-        if target.exists() and not overwrite:
-            raise ValueError(f"{target} exists: give another prefix, or --overwrite")
+    target = Path(f"{output_prefix}.model")
+    if not target.parent.is_dir():
+        raise ValueError(f"output {output_prefix}: there is no folder {target.parent}: create it")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists: give another prefix, or --overwrite")
     if vocab_size <= FIXED_PIECES:
         raise ValueError(f"vocab_size {vocab_size}: more than {FIXED_PIECES} is wanted")
 
     lines = _Lines(paths, json_keys, skip_unreadable)
-    partials = [partial.with_name(partial.name + suffix) for suffix in (".model", ".vocab")]
+    model = io.BytesIO()  # not a file: its name would become part of the model
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
-            model_prefix=str(partial),
+            model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             unk_id=0,
@@ -74,8 +73,6 @@ def train_tokenizer(
             num_threads=1,
             minloglevel=2,
         )
-        for source, target in zip(reversed(partials), reversed(targets), strict=True):
-            source.rename(target)
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
@@ -85,10 +82,13 @@ def train_tokenizer(
             f"vocab_size {vocab_size} cannot be reached with this text ({lines.count:,} lines): "
             f"give more text or a smaller size ({error})"
         ) from error
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(model.getvalue())
+        partial.rename(target)
     finally:
-        for path in partials:
-            path.unlink(missing_ok=True)
-    return targets[0]
+        partial.unlink(missing_ok=True)
+    return target
 
 
 class _Lines:

@@ -1,0 +1,185 @@
+"""Rate of tools/preprocess_data.py against raw encoding of the same documents.
+
+    python benchmarks/preprocess.py --tokenizer-model MODEL [--megatron-lm FOLDER]
+
+Raw encoding is SentencePiece's own batch call on two threads with the documents in memory, to
+Python lists and to NumPy arrays; ours is the whole pipeline on two threads: reading, parsing,
+encoding, writing, syncing. With a checkout of Megatron-LM its tool is run too, with two workers;
+its start-up (a run on one document) is subtracted from its time. All take turns in one run, since
+machines drift; a round's ratio is against the faster raw call of that round. Rows are appended to
+benchmarks/results/preprocess.csv.
+"""
+
+import argparse
+import csv
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sentencepiece import SentencePieceProcessor
+
+from megatron_dynmoe.data.preprocess import preprocess
+from megatron_dynmoe.data.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "preprocess.csv"
+PACKAGES = ("sentencepiece", "numpy")
+THREADS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer-model", required=True)
+    parser.add_argument("--megabytes", type=float, default=16, help="text to encode (default: 16)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM to compare")
+    args = parser.parse_args()
+
+    documents = repeat_to(corpus(), args.megabytes * 1e6)
+    megabytes = sum(len(text.encode()) for text in documents) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        providers = make_providers(documents, args.tokenizer_model, args.megatron_lm, Path(folder))
+        rates: dict[str, list[float]] = {name: [] for name in providers}
+        processor: dict[str, list[float]] = {name: [] for name in providers}
+        for _ in range(args.rounds):
+            for name, seconds in providers.items():
+                before = time.process_time()
+                rates[name].append(megabytes / seconds())
+                processor[name].append((time.process_time() - before) / megabytes)
+    raw = [max(pair) for pair in zip(rates["raw to lists"], rates["raw to numpy"], strict=True)]
+    workload = f"{len(documents)} documents, {megabytes:.1f} MB, {Path(args.tokenizer_model).name}"
+    rows = []
+    for name, values in rates.items():
+        ratios = [value / best for value, best in zip(values, raw, strict=True)]
+        cost = statistics.median(processor[name])
+        rows.append(row(workload, name, values, ratios, cost))
+        print(
+            f"{name}: {statistics.median(values):.2f} MB/s, "
+            f"{100 * statistics.median(ratios):.0f} % of raw "
+            f"({', '.join(f'{100 * ratio:.0f}' for ratio in ratios)}), best "
+            f"{max(values):.2f} MB/s, {cost:.3f} processor seconds/MB"
+        )
+    append(rows)
+
+
+def corpus() -> list[str]:
+    texts = []
+    for path in sorted((ROOT / "examples" / "data").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            texts += [json.loads(line)["text"] for line in file]
+    return texts
+
+
+def repeat_to(texts: list[str], num_bytes: float) -> list[str]:
+    """`texts` again and again up to `num_bytes`; SentencePiece keeps nothing between documents."""
+    repeated: list[str] = []
+    size = 0
+    while size < num_bytes:
+        text = texts[len(repeated) % len(texts)]
+        repeated.append(text)
+        size += len(text.encode())
+    return repeated
+
+
+def make_providers(
+    documents: list[str], model: str, megatron_lm: Path | None, folder: Path
+) -> dict[str, Callable[[], float]]:
+    """Name to a function that encodes all documents once and returns the seconds it took."""
+    processor = SentencePieceProcessor(model_file=model)
+    tokenizer = build_tokenizer("Llama2Tokenizer", model)
+    source, one = folder / "documents.jsonl", folder / "one.jsonl"
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    source.write_text("".join(lines))
+    one.write_text(lines[0])
+
+    def raw(return_type: type | str) -> float:
+        started = time.perf_counter()
+        processor.encode(documents, num_threads=THREADS, return_type=return_type)
+        return time.perf_counter() - started
+
+    def ours() -> float:
+        return preprocess(
+            [str(source)],
+            str(folder / "ours"),
+            tokenizer,
+            append_eod=True,
+            workers=THREADS,
+            overwrite=True,
+        ).seconds
+
+    def megatron(path: Path) -> float:
+        command = [sys.executable, "tools/preprocess_data.py", "--input", str(path)]
+        command += ["--output-prefix", str(folder / "megatron"), "--workers", str(THREADS)]
+        command += ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", model]
+        started = time.perf_counter()
+        subprocess.run([*command, "--append-eod"], cwd=megatron_lm, check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    providers = {
+        "raw to lists": lambda: raw(int),
+        "ours": ours,
+        "raw to numpy": lambda: raw("numpy"),
+    }
+    if megatron_lm:
+        providers["Megatron-LM"] = lambda: megatron(source) - megatron(one)
+    return providers
+
+
+def row(
+    workload: str, name: str, rates: list[float], ratios: list[float], cost: float
+) -> dict[str, str]:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    p20, *_, p80 = statistics.quantiles(rates, n=5, method="inclusive")
+    return {
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {cpu_model()}",
+        "versions": ", ".join(
+            [f"python {platform.python_version()}"]
+            + [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
+        ),
+        "workload": workload,
+        "provider": name,
+        "rounds": str(len(rates)),
+        "median_mb_per_s": f"{statistics.median(rates):.3f}",
+        "p20_mb_per_s": f"{p20:.3f}",
+        "p80_mb_per_s": f"{p80:.3f}",
+        "best_mb_per_s": f"{max(rates):.3f}",
+        "median_ratio_to_raw": f"{statistics.median(ratios):.3f}",
+        # A subprocess's time is not counted.
+        "processor_s_per_mb": f"{cost:.4f}" if name != "Megatron-LM" else "",
+        "load_1min": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def append(rows: list[dict[str, str]]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    new = not RESULTS.exists()
+    with open(RESULTS, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
