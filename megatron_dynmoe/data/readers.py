@@ -31,7 +31,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: a pattern names no file, a folder, or a file that was named before.
     """
-    paths: list[Path] = []
+    paths: dict[Path, None] = {}  # in order, and quick to look up in
     for pattern in patterns:
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not names:
@@ -42,8 +42,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
                 raise ValueError(f"input {name} is a folder: name its files, such as '{name}/*'")
             if path in paths:
                 raise ValueError(f"input {name} is named twice: it would be read twice")
-            paths.append(path)
-    return paths
+            paths[path] = None
+    return list(paths)
 
 
 def open_reader(path: Path, keys: Sequence[str], on_unreadable: OnUnreadable) -> "Reader":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dynmoe.data import commands
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
 
@@ -105,3 +106,15 @@ def test_megatron_reads_it(sp_model: Path, tmp_path: Path) -> None:
     expected = [ids.tolist() for ids in tokenizer.encode_batch(ODD_TEXTS) if len(ids)]
     assert [dataset[i].tolist() for i in range(len(dataset))] == expected
     assert len(dataset.document_indices) == len(ODD_TEXTS) + 1
+
+
+def test_every_tokenizer_flag_is_accepted_or_refused_with_a_reason() -> None:
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import _add_tokenizer_args
+
+    def flags(parser: ArgumentParser) -> set[str]:
+        return {flag for action in parser._actions for flag in action.option_strings}
+
+    theirs = flags(_add_tokenizer_args(ArgumentParser()))
+    assert theirs <= flags(commands._preprocess_parser())

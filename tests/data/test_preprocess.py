@@ -239,16 +239,6 @@ def test_flags_that_make_no_sense(args: list[str], run_preprocess: Run, tmp_path
     assert result.code == 2 and f"{args[0]}" in result.error.splitlines()[-1]
 
 
-def test_every_flag_of_megatrons_tokenizer_is_known() -> None:
-    # A flag that Megatron's users have in their scripts is accepted or refused with a reason,
-    # never "unrecognized".
-    from megatron_dynmoe.data.commands import REFUSED_FLAGS, _preprocess_parser
-
-    known = {o for action in _preprocess_parser()._actions for o in action.option_strings}
-    assert set(REFUSED_FLAGS) <= known
-    assert {"--keep-sequential-samples", "--log-interval", "--append-eod"} <= known
-
-
 # What is left behind
 
 
