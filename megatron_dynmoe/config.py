@@ -263,7 +263,7 @@ class DynMoEConfig:
             settings["target_experts_per_token"] = str(self.target_experts_per_token)
         return {name: value for name, value in settings.items() if value is not None}
 
-    def resolve(self, num_experts: int) -> DynMoEConfig:
+    def resolve(self, num_experts: int | None) -> DynMoEConfig:
         """Fill every default of the chosen routing and check all settings against each other.
 
         ``auto`` values stay: :mod:`megatron_dynmoe.control.calibrate` computes them.
@@ -279,6 +279,10 @@ class DynMoEConfig:
                     f"'dtop_p', or leave {given[0]} out."
                 )
             return self
+        if num_experts is None:
+            raise ValueError(
+                f"routing is {self.routing!r}, but the model has no experts: set --num-experts."
+            )
         defaults = dict(_DEFAULTS[self.routing])
         foreign = _ONLY_DTOP_P if self.routing == "top_p" else ("threshold",)
         for name in foreign:

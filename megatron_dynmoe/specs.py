@@ -83,10 +83,6 @@ def layer_spec(
     )
     if not dynmoe.is_dynamic:
         return spec
-    if transformer.num_moe_experts is None:
-        raise ValueError(
-            f"routing is {dynmoe.routing!r}, but the model has no experts: set --num-experts."
-        )
     check_upstream_settings(transformer)
     resolved, controller = settle(dynmoe, transformer)
 

@@ -69,13 +69,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                     "dynmoe_layer_spec and DYNMOE_CONFIG."
                 )
         if dynmoe.is_dynamic:
-            if args.num_experts is None:
-                raise ValueError(
-                    f"routing is {dynmoe.routing!r}, but the model has no experts: set "
-                    "--num-experts."
-                )
             check_upstream_settings(args)
-            dynmoe.resolve(args.num_experts)
+        dynmoe.resolve(args.num_experts)
         found.append(dynmoe)
         return validate(args, defaults or {})
 
