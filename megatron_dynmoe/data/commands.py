@@ -12,6 +12,7 @@ from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
 _PADDING = "the size of the model's vocabulary is the training job's matter: leave it out"
 _FOLDER = "give the tokenizer's folder or model file with --tokenizer-model"
+_SPACES = "use a SentencePiece model that was trained to keep spaces"
 _THREADS = "one run reads all inputs and --workers threads encode: leave it out"
 
 # Flags of Megatron-LM's tools/preprocess_data.py that have no meaning here, and why.
@@ -24,6 +25,7 @@ REFUSED_FLAGS = {
     "--max-documents": _THREADS,
     "--vocab-size": _PADDING,
     "--padded-vocab-size": _PADDING,
+    "--no-pad-vocab-size": _PADDING,
     "--disable-pad-vocab-size": _PADDING,
     "--vocab-extra-ids": _PADDING,
     "--vocab-file": _FOLDER,
@@ -31,7 +33,8 @@ REFUSED_FLAGS = {
     "--tokenizer-metadata": _FOLDER,
     "--tokenizer-special-tokens": "special tokens belong into the tokenizer's own files",
     "--tokenizer-sentencepiece-legacy": "special tokens belong into the tokenizer's own files",
-    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": "train a model that keeps spaces",
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": _SPACES,
+    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": _SPACES,
     "--tokenizer-hf-no-use-fast": "only fast (Rust) tokenizers are used",
     "--trust-remote-code": "code from a tokenizer's folder is never run",
     "--tiktoken-pattern": "TikTokenizer is not supported",
