@@ -25,6 +25,8 @@ def test_decoding_gives_back_the_text(sp_model: Path) -> None:
     for text in ODD_TEXTS:
         # SentencePiece's own sign for a space is read as one.
         assert model.decode(model.encode(text)) == text.replace("▁", " ")
+    # And it puts no space before a text, unlike Llama's.
+    assert model.encode("a", return_type=str) == ["a"]
 
 
 def test_same_input_same_model(sp_model: Path, tmp_path: Path) -> None:
