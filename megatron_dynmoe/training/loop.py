@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
-from megatron_dynmoe.specs import layer_spec
+from megatron_dynmoe.specs import layer_spec, settle
+from megatron_dynmoe.training import run_directory
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.upstream_flags import check_upstream_settings
@@ -45,13 +46,14 @@ def train(program_start: float) -> None:
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        non_loss_data_func=report_evaluation,
-    )
+    with run_directory.keeping(args, settle(dynmoe, model_config.transformer)[0], program_start):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            non_loss_data_func=report_evaluation,
+        )
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
@@ -60,6 +62,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     validate = megatron_arguments.validate_args
 
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        run_directory.set_paths(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
         for mode, meaning in _OTHER_SCRIPTS_MODES.items():
             if getattr(args, mode, None):
@@ -76,10 +79,14 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
 
     megatron_arguments.validate_args = validate_all
     try:
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_dynmoe_args)
+        args = megatron_arguments.parse_and_validate_args(extra_args_provider=_add_flags)
     finally:
         megatron_arguments.validate_args = validate
     return args, found[0]
+
+
+def _add_flags(parser: ArgumentParser) -> ArgumentParser:
+    return run_directory.add_flag(add_dynmoe_args(parser))
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

@@ -1,0 +1,100 @@
+"""``--run-dir``: one folder that holds all a run leaves, and what it was asked to do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.training.global_vars import get_tensorboard_writer
+
+from megatron_dynmoe import report
+from megatron_dynmoe.config import DynMoEConfig
+
+COMMAND = "command.txt"
+
+
+def add_flag(parser: ArgumentParser) -> ArgumentParser:
+    """Add ``--run-dir``."""
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="Keep everything of this run here: checkpoints (--save), TensorBoard events "
+        "(--tensorboard-dir), the command, the resolved settings and, at the end, summary.json "
+        "and curves.png. Paths given by their own flags stay.",
+    )
+    return parser
+
+
+def set_paths(args: Namespace) -> None:
+    """Derive Megatron's paths from ``--run-dir``; before its arguments are validated."""
+    if args.run_dir is None:
+        return
+    run_dir = Path(args.run_dir)
+    args.save = args.save or str(run_dir / report.CHECKPOINTS)
+    if args.save_interval is None and args.non_persistent_save_interval is None:
+        # Megatron wants an interval with --save; it always saves at the end.
+        args.save_interval = args.train_iters or 1000
+    args.tensorboard_dir = args.tensorboard_dir or str(run_dir / report.TENSORBOARD)
+
+
+@contextmanager
+def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> Iterator[None]:
+    """Write into ``--run-dir``, where one is given, what a run is and, at its end, what it did.
+
+    Args:
+        args: Megatron's arguments.
+        resolved: settings with all defaults and computed values filled in.
+        program_start: seconds since the epoch.
+    """
+    if args.run_dir is None:
+        yield
+        return
+    run_dir = Path(args.run_dir)
+    if args.rank == 0:
+        _write_settings(run_dir, args, resolved)
+    try:
+        yield
+    except SystemExit:  # --exit-interval and its like end the process from within the loop
+        _write_report(run_dir, args, program_start)
+        raise
+    _write_report(run_dir, args, program_start)
+
+
+def _write_settings(run_dir: Path, args: Namespace, resolved: DynMoEConfig) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    command = shlex.join([*launcher, "-m", "megatron_dynmoe.pretrain", *sys.argv[1:]])
+    with open(run_dir / COMMAND, "a") as file:  # a resumed run adds its own
+        file.write(command + "\n")
+    settings = {
+        "dynamic_routing": resolved.to_dict(),
+        "megatron": {name: _plain(value) for name, value in sorted(vars(args).items())},
+    }
+    (run_dir / report.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
+    writer = get_tensorboard_writer()  # the last rank's
+    if args.rank == args.world_size - 1 and writer is not None:
+        writer.flush()
+        report.write_report(run_dir, wall_seconds=time.time() - program_start)
+
+
+def _plain(value: Any) -> Any:
+    """A value that YAML can hold; others by their name."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # Exact types: an IntEnum is an int that YAML cannot hold.
+    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
