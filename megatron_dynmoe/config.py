@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
+
+from megatron_dynmoe.schedule import TargetSchedule
 
 ROUTINGS = ("top_k", "top_p", "dtop_p")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
@@ -26,58 +26,6 @@ class Setting(NamedTuple):
     kind: str
     help: str
     choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TargetSchedule:
-    """The target number of experts per token as a piecewise linear function of the iteration.
-
-    ``points`` are (iteration, target), iterations strictly increasing; before the first and after
-    the last the target is constant. A plain number is a schedule of one point.
-    """
-
-    points: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def parse(cls, text: str | float) -> TargetSchedule:
-        """Read ``2``, or ``0:8,1000:2`` (iteration:target, linear in between).
-
-        Raises:
-            ValueError: not of that form, or the iterations do not increase.
-        """
-        message = (
-            f"target_experts_per_token is {text!r}: use a number such as 2, or a schedule "
-            "ITERATION:TARGET,... such as 0:8,1000:2 with increasing iterations."
-        )
-        try:
-            if ":" not in str(text):
-                points: tuple[tuple[int, float], ...] = ((0, float(text)),)
-            else:
-                pairs = [point.split(":") for point in str(text).split(",")]
-                points = tuple((int(iteration), float(target)) for iteration, target in pairs)
-        except ValueError:
-            raise ValueError(message) from None
-        if not all(math.isfinite(target) for _, target in points):
-            raise ValueError(message)
-        iterations = [iteration for iteration, _ in points]
-        if iterations[0] < 0 or any(b <= a for a, b in pairwise(iterations)):
-            raise ValueError(message)
-        return cls(points)
-
-    def at(self, iteration: int) -> float:
-        """The target for the step that follows ``iteration`` finished ones."""
-        index = bisect_right([start for start, _ in self.points], iteration)
-        if index == 0:
-            return self.points[0][1]
-        if index == len(self.points):
-            return self.points[-1][1]
-        (i0, t0), (i1, t1) = self.points[index - 1], self.points[index]
-        return t0 + (t1 - t0) * (iteration - i0) / (i1 - i0)
-
-    def __str__(self) -> str:
-        if len(self.points) == 1:
-            return f"{self.points[0][1]:g}"
-        return ",".join(f"{iteration}:{target:g}" for iteration, target in self.points)
 
 
 @dataclass(frozen=True)
