@@ -1,0 +1,230 @@
+"""Runs test cases in real torchrun processes over gloo, many cases to one session.
+
+A test module describes its runs as cases and asks for their results::
+
+    EP2 = add(Case("ep2", num_ranks=2, flags=f"{TINY} {DTOP_P} --expert-model-parallel-size 2"))
+
+    def test_ep2(results):
+        assert results[EP2].losses[-1] < results[EP2].losses[0]
+
+The first result asked for runs every case that was added, once. Tests that need a session of their
+own call :func:`run_session`. In flags and environment, ``{dir}`` is the session's directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SESSION_TIMEOUT = 400  # seconds
+
+# A model that takes a step in some ten milliseconds: 4 layers of 8 experts, dropout off.
+TINY = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 3 "
+    "--lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 0 --hidden-dropout 0 "
+    "--attention-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 120 "
+    "--make-vocab-size-divisible-by 8 --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --num-experts 8 "
+    "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 "
+    "--distributed-timeout-minutes 1 --no-create-attention-mask-in-dataloader"
+)
+DTOP_P = "--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        name: of its files; unique in the session.
+        num_ranks: size of its world.
+        flags: the command line.
+        entry: ``module:function`` to call with that command line.
+        hooks: ``module:function`` of context managers around the call, each called with the
+            worker's Recorder: injected faults and probes.
+        env: environment variables to set.
+        after: cases that have to be finished before.
+    """
+
+    name: str
+    num_ranks: int = 1
+    flags: str = ""
+    entry: str = "megatron_dynmoe.pretrain:main"
+    hooks: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict, hash=False)
+    after: tuple[Case, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What every rank of a case left: its result (see the worker's Recorder) and its log."""
+
+    case: Case
+    directory: Path
+    ranks: list[dict[str, Any]]
+
+    def log(self, rank: int = -1) -> str:
+        """The output of one rank; by default the last, which prints the training log."""
+        path = self.directory / f"{self.case.name}.rank{rank % self.case.num_ranks}.log"
+        return path.read_text() if path.exists() else "(no log)"
+
+    @property
+    def error(self) -> str | None:
+        """The traceback of the first rank that raised."""
+        return next((rank["error"] for rank in self.ranks if "error" in rank), None)
+
+    def check(self) -> CaseResult:
+        """Fail with the traceback and the end of each log if any rank raised."""
+        if self.error is not None:
+            tails = [
+                f"--- {self.case.name}, rank {rank}\n" + self.log(rank)[-3000:]
+                for rank in range(self.case.num_ranks)
+            ]
+            raise AssertionError("\n".join([self.error, *tails]))
+        return self
+
+    @property
+    def losses(self) -> list[float]:
+        """Language-model loss of each step."""
+        return [step["loss"] for step in self.ranks[-1]["steps"]]
+
+    @property
+    def finalized(self) -> list[dict[str, Any]]:
+        """The reduced statistics of each finalized batch; fails unless all ranks have the same."""
+        first, *others = (rank["finalized"] for rank in self.ranks)
+        for other in others:
+            # Repr, because NaN is not equal to itself.
+            assert repr(other) == repr(first), f"{self.case.name}: ranks disagree on the counts"
+        return first
+
+    @property
+    def assignments(self) -> list[list[list[float]]]:
+        """Tokens per step, layer and expert."""
+        return [batch["assignments"] for batch in self.finalized]
+
+    @property
+    def experts_per_token(self) -> list[float]:
+        """Mean over layers and tokens, of each step."""
+        return [
+            sum(sum(layer) for layer in batch["assignments"]) / sum(batch["tokens"])
+            for batch in self.finalized
+        ]
+
+    def by_layer(self, name: str) -> list[dict[int, float]]:
+        """``threshold``, ``integral``, ``theta`` or ``counted`` after each step, by layer number.
+
+        Fails if two ranks hold different values for one layer.
+        """
+        merged: list[dict[int, float]] = []
+        for steps in zip(*(rank["steps"] for rank in self.ranks), strict=True):
+            values: dict[int, float] = {}
+            for rank, step in enumerate(steps):
+                for layer, value in step[name].items():
+                    known = values.setdefault(int(layer), value)
+                    assert known == value, (
+                        f"{self.case.name}: {name} of layer {layer} is {value} on rank {rank}, "
+                        f"{known} on another"
+                    )
+            merged.append(dict(sorted(values.items())))
+        return merged
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The threshold after each step; fails unless all layers on all ranks share it."""
+        found = []
+        for values in self.by_layer("threshold"):
+            assert len(set(values.values())) == 1, f"{self.case.name}: thresholds are {values}"
+            found.append(next(iter(values.values())))
+        return found
+
+
+class Results:
+    """Results of the cases added so far, run when the first is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._results: dict[str, CaseResult] = {}
+
+    def __getitem__(self, case: Case) -> CaseResult:
+        """The result of a case, which must not have failed."""
+        return self.any(case).check()
+
+    def any(self, case: Case) -> CaseResult:
+        """The result of a case, whether or not it failed."""
+        if not self._results:
+            self._results = run_session(_CASES, self.directory)
+        return self._results[case.name]
+
+
+_CASES: list[Case] = []
+
+
+def add(case: Case) -> Case:
+    """Have the case run in the session that all test modules share."""
+    if case not in _CASES:
+        assert case.name not in {other.name for other in _CASES}, f"two cases are {case.name}"
+        _CASES.append(case)
+    return case
+
+
+def run_session(cases: list[Case], directory: Path) -> dict[str, CaseResult]:
+    """Run all cases in one torchrun, as far as possible side by side.
+
+    Args:
+        cases: each after those it names in ``after``.
+        directory: for results, logs and whatever the cases write.
+
+    Returns:
+        Results by the cases' names. A case that did not end has an error.
+    """
+    num_processes = max(case.num_ranks for case in cases)
+    load, placed = [0] * num_processes, []
+    for case in cases:
+        settings = dataclasses.asdict(case)
+        settings["flags"] = shlex.split(case.flags.replace("{dir}", str(directory)))
+        settings["env"] = {
+            name: value.replace("{dir}", str(directory)) for name, value in case.env.items()
+        }
+        settings["after"] = [other.name for other in case.after]
+        first = min(
+            range(num_processes - case.num_ranks + 1),
+            key=lambda start: max(load[start : start + case.num_ranks]),
+        )
+        ends = max(load[first : first + case.num_ranks]) + 1
+        load[first : first + case.num_ranks] = [ends] * case.num_ranks
+        placed.append(settings | {"first_process": first})
+    (directory / "cases.json").write_text(json.dumps(placed))
+
+    with open(directory / "torchrun.log", "w") as log:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(num_processes)]
+        command += [str(REPOSITORY / "tests/distributed/worker.py"), str(directory)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=directory)
+        try:
+            process.wait(SESSION_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers
+            process.wait()
+    return {case.name: _read(case, directory) for case in cases}
+
+
+def _read(case: Case, directory: Path) -> CaseResult:
+    ranks = []
+    for rank in range(case.num_ranks):
+        path = directory / f"{case.name}.rank{rank}.json"
+        if path.exists():
+            ranks.append(json.loads(path.read_text()))
+        else:
+            end = (directory / "torchrun.log").read_text()[-3000:]
+            ranks.append({"error": f"rank {rank} did not end; torchrun's log:\n{end}"})
+    return CaseResult(case, directory, ranks)

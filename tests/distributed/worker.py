@@ -1,0 +1,187 @@
+"""One process of the test session: runs many cases one after another.
+
+    torchrun --nproc-per-node N tests/distributed/worker.py SESSION_DIRECTORY
+
+Importing torch and Megatron takes several seconds a process, so the cases share processes. Each
+case has its own world, made of some of these processes, its own log, and a result file for each
+rank; Megatron's global state is taken down after each. See :mod:`tests.distributed.harness`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, Store
+
+PATIENCE = timedelta(minutes=10)  # for other processes, while they work on other cases
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+
+
+class Recorder:
+    """Collects what a case did; hooks add their own under :attr:`result`.
+
+    Attributes:
+        result: what becomes the rank's JSON: ``steps``, one entry per call of Megatron's
+            ``train_step``; ``finalized``, one per reduction of the counts.
+        model: this rank's model chunks, from the first step on.
+        optimizer: Megatron's optimizer, from the first step on.
+    """
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {"steps": [], "finalized": []}
+        self.model: list[torch.nn.Module] = []
+        self.optimizer: Any = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the training steps and the reduced counts."""
+        from megatron.training import training
+
+        from megatron_dynmoe.metrics import DynMoEMetricsTracker
+
+        train_step, add = training.train_step, DynMoEMetricsTracker.add
+
+        def recorded_step(forward_step, data_iterator, model, optimizer, *args, **kwargs):
+            self.model, self.optimizer = model, optimizer
+            outcome = train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
+            self._record_step(losses=outcome[0], skipped=outcome[1], grad_norm=outcome[5])
+            return outcome
+
+        def recorded_add(tracker, statistics):
+            self.result["finalized"].append(
+                {name: value.tolist() for name, value in statistics._asdict().items()}
+            )
+            add(tracker, statistics)
+
+        training.train_step, DynMoEMetricsTracker.add = recorded_step, recorded_add
+        try:
+            yield
+        finally:
+            training.train_step, DynMoEMetricsTracker.add = train_step, add
+
+    def _record_step(self, losses: dict[str, Any], skipped: int, grad_norm: float) -> None:
+        from megatron_dynmoe.control.update import routers_of
+
+        routers = {router.layer_number: router for router in routers_of(self.model)}
+        loss = losses.get("lm loss")
+        self.result["steps"].append(
+            {
+                "loss": None if loss is None else float(loss),  # only on the last stage
+                "skipped": bool(skipped),
+                "grad_norm": grad_norm,
+                # By global layer number, after the step:
+                "threshold": {layer: r.threshold.item() for layer, r in routers.items()},
+                "integral": {layer: r.integral.item() for layer, r in routers.items()},
+                "theta": {layer: r.theta.item() for layer, r in routers.items()},
+                "counted": {layer: r.counters.tokens.item() for layer, r in routers.items()},
+            }
+        )
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    process = int(os.environ["RANK"])
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    for case in json.loads((directory / "cases.json").read_text()):
+        rank = process - case["first_process"]
+        if not 0 <= rank < case["num_ranks"]:
+            continue
+        store.wait([f"done/{name}" for name in case["after"]])
+        with _output_to(directory / f"{case['name']}.rank{rank}.log"):
+            result = _run(case, rank, PrefixStore(case["name"], store))
+        path = directory / f"{case['name']}.rank{rank}.json"
+        path.write_text(json.dumps(result, allow_nan=True))
+        if store.add(f"finished/{case['name']}", 1) == case["num_ranks"]:
+            store.set(f"done/{case['name']}", "")
+
+
+def _run(case: dict[str, Any], rank: int, store: Store) -> dict[str, Any]:
+    """Run one case in a world of its own; what it raises becomes ``error`` in the result."""
+    recorder = Recorder()
+    environment, argv = dict(os.environ), sys.argv
+    os.environ.update(
+        case["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["num_ranks"])
+    )
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    sys.argv = [case["entry"], *case["flags"]]
+    torch.distributed.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=case["num_ranks"],
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(recorder.watching())
+            for hook in case["hooks"]:
+                stack.enter_context(_find(hook)(recorder))
+            _find(case["entry"])()
+    except SystemExit as exit:  # how Megatron's loop ends at --exit-interval
+        if exit.code:
+            recorder.result["error"] = traceback.format_exc()
+    except Exception:
+        recorder.result["error"] = traceback.format_exc()
+        traceback.print_exc()
+    finally:
+        _take_down()
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = argv
+    return recorder.result
+
+
+def _find(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _take_down() -> None:
+    """Undo what Megatron keeps in modules, so that the next case starts as a new process would."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.training.global_vars import get_tensorboard_writer
+    from megatron.training.training import destroy_global_state
+
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
+    destroy_global_state()
+    destroy_moe_metrics_tracker()
+    torch.distributed.destroy_process_group()
+    gc.collect()
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send standard output and error, also those of C++, to a file."""
+    kept = os.dup(1), os.dup(2)
+    with open(path, "w") as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for old, standard in zip(kept, (1, 2), strict=True):
+                os.dup2(old, standard)
+                os.close(old)
+
+
+if __name__ == "__main__":
+    from megatron_dynmoe.run import prepare
+
+    prepare()  # before the cases replace environment and output
+    main()
