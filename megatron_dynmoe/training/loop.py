@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -42,11 +43,16 @@ def train(program_start: float) -> None:
         ValueError: a setting makes no sense; before anything is built.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    args, dynmoe = parse_command_line()
-    model_config = gpt_config_from_args(args)
+    try:
+        args, dynmoe = parse_command_line()
+        model_config = gpt_config_from_args(args)
+        resolved, _ = settle(dynmoe, model_config.transformer)
+    except ValueError:
+        sys.tracebacklimit = 0  # the message says what to do; a stack would bury it
+        raise
     if args.spec is None:
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
-    with run_directory.keeping(args, settle(dynmoe, model_config.transformer)[0], program_start):
+    with run_directory.keeping(args, resolved, program_start):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             train_valid_test_datasets_provider,

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# From text to a trained model on this machine: tokenizer, data, pre-training, report.
+#
+#   RUN      folder of the run             (runs/quickstart)
+#   STEPS    training steps                (300)
+#   NPROC    processes, one a core         (2, or 1 on a single core)
+#   ROUTING  flags of the routing          (DTop-p at a target of 2 experts per token)
+#
+# Further arguments are passed on to the training command.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+RUN=${RUN:-runs/quickstart}
+STEPS=${STEPS:-300}
+NPROC=${NPROC:-$(($(nproc) > 1 ? 2 : 1))}
+ROUTING=${ROUTING:---moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2 \
+--moe-dynamic-balance-loss-coeff 1e-2}
+KINDS=(book code reference dictionary)
+export OMP_NUM_THREADS=1 # one thread a process: the processes already fill the cores
+
+say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
+show() { # print a command, then run it
+  printf '  %s\n' "$(printf '%q ' "$@")"
+  "$@"
+}
+
+if [ -e "$RUN" ]; then
+  kept="$RUN-$(date -r "$RUN" +%Y%m%d-%H%M%S)"
+  mv "$RUN" "$kept"
+  echo "the earlier run is kept as $kept"
+fi
+mkdir -p "$RUN/data"
+
+say "1/4  a tokenizer of 4096 pieces from examples/data"
+show python tools/train_tokenizer.py --input "examples/data/*.jsonl.gz" --vocab-size 4096 \
+  --output "$RUN/data/tokenizer"
+
+say "2/4  text to token files"
+data=()
+for kind in "${KINDS[@]}"; do # one data set a kind, so that validation holds out a part of each
+  show python tools/preprocess_data.py --input "examples/data/$kind.jsonl.gz" --append-eod \
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/data/tokenizer.model" \
+    --output-prefix "$RUN/data/$kind"
+  data+=("$RUN/data/${kind}_text_document")
+done
+
+say "3/4  pre-training: 6 layers of 16 experts, $STEPS steps on $NPROC processes"
+# shellcheck disable=SC2206 # the routing's flags are words
+command=(
+  torchrun --nproc-per-node "$NPROC" -m megatron_dynmoe.pretrain
+  --run-dir "$RUN" --data-cache-path "$RUN/data/cache"
+  --num-layers 6 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4
+  --num-experts 16 --expert-model-parallel-size "$NPROC" --moe-token-dispatcher-type alltoall
+  $ROUTING
+  --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
+  --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+  --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/data/tokenizer.model"
+  --data-path "${data[@]}" --split "95,5,0" --seq-length 256 --max-position-embeddings 256
+  --micro-batch-size 4 --global-batch-size 8 --train-iters "$STEPS"
+  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 10))
+  --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+  --log-interval $((STEPS >= 10 ? 10 : 1)) --eval-interval $((STEPS / 3)) --eval-iters 8
+  --save-interval $((STEPS / 3))
+  "$@"
+)
+printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"
+status=0
+"${command[@]}" > >(tee "$RUN/log.txt" | python tools/show_progress.py) 2>"$RUN/errors.txt" ||
+  status=$?
+wait
+if [ "$status" -ne 0 ]; then
+  echo "training failed (exit code $status); the end of $RUN/errors.txt:" >&2
+  grep -E '^(\[rank[0-9]+\]: )?[A-Za-z]*(Error|Exception)\b' "$RUN/errors.txt" | head -5 >&2 ||
+    tail -20 "$RUN/errors.txt" >&2
+  exit "$status"
+fi
+
+say "4/4  what came out: $RUN/summary.json"
+cat "$RUN/summary.json"
+say "next"
+cat <<NEXT
+  see the curves          $RUN/curves.png
+  more of them            .venv/bin/tensorboard --logdir $RUN/tensorboard
+  the baseline, top-2     RUN=runs/top2 ROUTING="--moe-router-topk 2 --moe-aux-loss-coeff 2e-2 --moe-router-load-balancing-type seq_aux_loss" make quickstart
+  a fixed threshold       RUN=runs/top_p ROUTING="--moe-dynamic-routing top_p --moe-dynamic-threshold 0.2" make quickstart
+  train on                the command in $RUN/command.txt with --load $RUN/checkpoints --train-iters $((STEPS * 2))
+NEXT

@@ -1,0 +1,41 @@
+"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+_ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
+_FIELDS = {
+    "loss": re.compile(r"\blm loss: (\S+)"),
+    "experts per token": re.compile(r"experts per token: ([\d.]+(?: \(target \S+\))?)"),
+    "threshold": re.compile(r"threshold: (\S+)"),
+    "tokens/s": re.compile(r"tokens/s: (\S+)"),
+}
+_MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
+_VALIDATION = re.compile(r"validation loss at (iteration \d+)\D.*lm loss value: (\S+)")
+
+
+def shorten(line: str) -> str | None:
+    """The short form of a line of Megatron's log, or None for one that is left out."""
+    if match := _VALIDATION.search(line):
+        return f"  validation at {match[1]}: loss {float(match[2]):.3f}"
+    if (match := _ITERATION.search(line)) is None:
+        return None
+    done, total = int(match[1]), int(match[2])
+    parts = [f"  step {done:>{len(str(total))}}/{total}"]
+    for name, pattern in _FIELDS.items():
+        if found := pattern.search(line):
+            value = f"{float(found[1]):.3f}" if name == "loss" else found[1]
+            parts.append(f"{name} {value}")
+    if found := _MILLISECONDS.search(line):
+        minutes, seconds = divmod(round((total - done) * float(found[1]) / 1000), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return " | ".join(parts)
+
+
+def main() -> None:
+    """Read stdin, print short lines as they come."""
+    for line in sys.stdin:
+        if short := shorten(line):
+            print(short, flush=True)
