@@ -7,7 +7,6 @@ is the place from which they reach the console, TensorBoard and W&B, once per it
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
+from megatron.training import get_args, get_timers
+from megatron.training.training import num_floating_point_operations
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.routing.counters import RoutingStatistics
@@ -105,7 +106,6 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._step: RoutingStatistics | None = None
         self._interval: RoutingStatistics | None = None
         self._num_steps = 0
-        self._interval_started = time.monotonic()
 
     def add(self, statistics: RoutingStatistics) -> None:
         """Take the statistics of one global batch; a re-run of the same batch replaces them."""
@@ -131,20 +131,18 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
                 self._write(
                     dict(scalars(summarize(step), self.dynmoe)), iteration, writer, wandb_writer
                 )
-        from megatron.training import get_args
-
         args_of_run = get_args()
         if iteration % args_of_run.log_interval == 0 and self._interval is not None:
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
             self._interval, self._num_steps = None, 0
-            self._interval_started = time.monotonic()
         return line
 
     def _report_interval(self, args: Any, iteration: int, writer: Any, wandb_writer: Any) -> str:
         assert self._interval is not None
         summary = summarize(self._interval)
-        seconds = time.monotonic() - self._interval_started
+        # Upstream stops this timer during evaluation and checkpoints, and resets it after us.
+        seconds = get_timers()("interval-time").elapsed(reset=False)
         # Duplicates over tensor-parallel ranks cancel in means, not in this sum, so count samples.
         tokens = self._num_steps * args.global_batch_size * args.seq_length
         flops = self._num_steps * flops_per_batch(args, summary.experts_per_token)
@@ -202,8 +200,6 @@ def flops_per_batch(args: Any, experts_per_token: float) -> float:
     Upstream's own formula with the measured number of experts in the place of
     ``--moe-router-topk``, in which it is linear.
     """
-    from megatron.training.training import num_floating_point_operations
-
     measured = copy.copy(args)
     measured.moe_router_topk = experts_per_token
     return num_floating_point_operations(measured, args.global_batch_size)

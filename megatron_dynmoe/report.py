@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +109,8 @@ def summarize_run(
         std = _mean(_tail(scalars["dynmoe/std_experts_per_token"]))
     validation = scalars.get("lm loss validation")
     threshold = scalars.get("dynmoe/threshold")
-    step_seconds = (loss.times[-1] - loss.times[0]) / max(1, len(loss.times) - 1)
+    # The median, since some steps are followed by an evaluation or a checkpoint.
+    step_seconds = statistics.median(b - a for a, b in pairwise(loss.times)) if loss[0][1:] else 0
     tokens_per_step = megatron["global_batch_size"] * megatron["seq_length"]
     return {
         "routing": routing["routing"],
