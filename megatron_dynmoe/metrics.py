@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
     get_moe_metrics_tracker,
@@ -105,7 +106,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self.dynmoe = dynmoe
         self._step: RoutingStatistics | None = None
         self._interval: RoutingStatistics | None = None
-        self._num_steps = 0
+        self._num_samples = 0
 
     def add(self, statistics: RoutingStatistics) -> None:
         """Take the statistics of one global batch; a re-run of the same batch replaces them."""
@@ -123,19 +124,17 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         line = super().report(
             *args, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **kwargs
         )
+        args_of_run = get_args()
         if self._step is not None:
             step, self._step = self._step, None
             self._interval = step if self._interval is None else self._interval + step
-            self._num_steps += 1
-            if writer is not None or wandb_writer is not None:
-                self._write(
-                    dict(scalars(summarize(step), self.dynmoe)), iteration, writer, wandb_writer
-                )
-        args_of_run = get_args()
+            self._num_samples += get_current_global_batch_size()  # it may ramp up
+            if iteration % args_of_run.tensorboard_log_interval == 0:
+                self._write_step(step, iteration, writer, wandb_writer)
         if iteration % args_of_run.log_interval == 0 and self._interval is not None:
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
-            self._interval, self._num_steps = None, 0
+            self._interval, self._num_samples = None, 0
         return line
 
     def _report_interval(self, args: Any, iteration: int, writer: Any, wandb_writer: Any) -> str:
@@ -144,8 +143,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         # Upstream stops this timer during evaluation and checkpoints, and resets it after us.
         seconds = get_timers()("interval-time").elapsed(reset=False)
         # Duplicates over tensor-parallel ranks cancel in means, not in this sum, so count samples.
-        tokens = self._num_steps * args.global_batch_size * args.seq_length
-        flops = self._num_steps * flops_per_batch(args, summary.experts_per_token)
+        tokens = self._num_samples * args.seq_length
+        flops = floating_point_operations(args, self._num_samples, summary.experts_per_token)
         rates = {
             f"{PREFIX}/tokens_per_second": tokens / seconds,
             f"{PREFIX}/tflops_per_second": flops / seconds / 1e12,
@@ -165,6 +164,13 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             f" tokens/s: {tokens / seconds:.0f} |"
             f" TFLOP/s from measured experts: {flops / seconds / 1e12:.3g} |"
         )
+
+    def _write_step(
+        self, step: RoutingStatistics, iteration: int, writer: Any, wandb_writer: Any
+    ) -> None:
+        if writer is not None or wandb_writer is not None:  # only there the host reads
+            values = dict(scalars(summarize(step), self.dynmoe))
+            self._write(values, iteration, writer, wandb_writer)
 
     @staticmethod
     def _write(values: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
@@ -194,12 +200,12 @@ def install_metrics_tracker(dynmoe: DynMoEConfig) -> None:
         set_moe_metrics_tracker(DynMoEMetricsTracker(dynmoe))
 
 
-def flops_per_batch(args: Any, experts_per_token: float) -> float:
-    """Floating-point operations of one global batch, forward and backward.
+def floating_point_operations(args: Any, num_samples: int, experts_per_token: float) -> float:
+    """Floating-point operations of training on some samples, forward and backward.
 
     Upstream's own formula with the measured number of experts in the place of
     ``--moe-router-topk``, in which it is linear.
     """
     measured = copy.copy(args)
     measured.moe_router_topk = experts_per_token
-    return num_floating_point_operations(measured, args.global_batch_size)
+    return num_floating_point_operations(measured, num_samples)
