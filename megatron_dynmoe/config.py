@@ -157,7 +157,7 @@ class DynMoEConfig:
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "routing":
                 object.__setattr__(self, name, _coerce(name, setting, value))
 
     @property
@@ -194,7 +194,7 @@ class DynMoEConfig:
         import yaml
 
         try:
-            settings = yaml.safe_load(Path(path).read_text())
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"DYNMOE_CONFIG is {str(path)!r}: cannot read it ({error}).") from None
         if not isinstance(settings, dict):
@@ -227,7 +227,7 @@ class DynMoEConfig:
                     f"'dtop_p', or leave {given[0]} out."
                 )
             return self
-        if num_experts is None:
+        if not num_experts:  # Megatron takes --num-experts 0 for none
             raise ValueError(
                 f"routing is {self.routing!r}, but the model has no experts: set --num-experts."
             )
@@ -244,6 +244,13 @@ class DynMoEConfig:
                     f"{name} is {getattr(self, name)}, which routing {self.routing!r} does not "
                     f"have: {remedy}."
                 )
+        if self.balance_loss == "none":
+            if self.balance_loss_coeff:
+                raise ValueError(
+                    f"balance_loss_coeff is {self.balance_loss_coeff} and balance_loss is 'none': "
+                    "leave the coefficient out, or choose a loss, such as seq_aux_loss."
+                )
+            defaults["balance_loss_coeff"] = 0.0
         if self.inference_max_experts_per_token is None:
             defaults["inference_max_experts_per_token"] = self.max_experts_per_token
         resolved = dataclasses.replace(
@@ -376,6 +383,6 @@ def _coerce(name: str, setting: Setting, value: Any) -> Any:
             raise ValueError
         if kind == "int" and number != int(number):
             raise ValueError
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}: use {wanted}.") from None
     return int(number) if kind == "int" else number

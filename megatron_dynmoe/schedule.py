@@ -30,12 +30,14 @@ class TargetSchedule:
             "ITERATION:TARGET,... such as 0:8,1000:2 with increasing iterations."
         )
         try:
+            if isinstance(text, bool):  # a YAML file's yes, which Python would take for 1
+                raise ValueError
             if ":" not in str(text):
                 points: tuple[tuple[int, float], ...] = ((0, float(text)),)
             else:
                 pairs = [point.split(":") for point in str(text).split(",")]
                 points = tuple((int(iteration), float(target)) for iteration, target in pairs)
-        except ValueError:
+        except (OverflowError, TypeError, ValueError):
             raise ValueError(message) from None
         if not all(math.isfinite(target) for _, target in points):
             raise ValueError(message)
@@ -55,6 +57,8 @@ class TargetSchedule:
         return t0 + (t1 - t0) * (iteration - i0) / (i1 - i0)
 
     def __str__(self) -> str:
-        if len(self.points) == 1:
-            return f"{self.points[0][1]:g}"
-        return ",".join(f"{iteration}:{target:g}" for iteration, target in self.points)
+        targets = [str(target).removesuffix(".0") for _, target in self.points]
+        iterations = [iteration for iteration, _ in self.points]
+        if iterations == [0]:
+            return targets[0]
+        return ",".join(f"{i}:{target}" for i, target in zip(iterations, targets, strict=True))
