@@ -18,7 +18,7 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
         theta: the layer's learnable scale, [1] or a number. Larger is sharper: fewer experts.
 
     Returns:
-        [T, E], dtype of ``logits_TE``.
+        [T, E], dtype of ``logits_TE`` (or of a theta tensor, where that is wider).
     """
     centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
     variance_T1 = centered_TE.square().mean(dim=-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -66,8 +66,9 @@ class TopPRouter(KeepDtype, TopKRouter):
         device = (
             self.weight.device if config.use_cpu_initialization else torch.cuda.current_device()
         )
-        self.register_buffer("threshold", torch.full((1,), initial_threshold, device=device))
-        self.register_buffer("integral", torch.zeros(1, device=device))
+        state: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_buffer("threshold", torch.tensor([initial_threshold], **state))
+        self.register_buffer("integral", torch.zeros(1, **state))
         self.theta_offset = None
         if dynmoe.normalization == "drn":
             self.theta_offset = torch.nn.Parameter(

@@ -15,7 +15,8 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
 
     Sort the probabilities in descending order, ties by expert index, and keep the shortest prefix
     whose sum exceeds the threshold (strictly). At least one expert; all where the sum never exceeds
-    it, as for a threshold of 1 or more; at most ``max_experts``.
+    it, as for a threshold of 1 or more; at most ``max_experts``. A row of NaN gets the first
+    expert, so that a run that has gone wrong ends in Megatron's check and not out of memory.
 
     Args:
         probs_TE: [T, E], float32 or float64, rows summing to 1.
@@ -29,7 +30,7 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
         sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
         units_TE = _fixed_point(sorted_TE)
         before_TE = units_TE.cumsum(dim=-1) - units_TE
-        keep_TE = before_TE <= _fixed_point_threshold(threshold, probs_TE)
+        keep_TE = (before_TE <= _fixed_point_threshold(threshold, probs_TE)) & (sorted_TE >= 0)
         keep_TE[:, 0] = True
         if max_experts is not None:
             keep_TE[:, max_experts:] = False

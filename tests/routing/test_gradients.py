@@ -1,0 +1,58 @@
+"""gradcheck in float64 through everything between logits and losses."""
+
+import pytest
+import torch
+
+from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.select import select, weigh
+
+S, B, E = 4, 2, 5
+
+
+def routing(logits, theta, values, threshold, renormalize, valid, normalized):
+    """A task loss on the weights, the balance loss and the dynamic loss, as a router has them."""
+    if normalized:
+        logits = normalize(logits, theta)
+    probs = logits.softmax(-1)
+    routing_map = select(probs, threshold)
+    weights = weigh(probs, routing_map, renormalize)
+    assignments, tokens = count_assignments(routing_map, B, valid)
+    fractions = assignments.double() / tokens.clamp(min=1).unsqueeze(-1)
+    return (
+        (weights * values).sum().tanh(),
+        load_balance_loss(probs, fractions, tokens, valid),
+        dynamic_loss(probs, tokens.sum(), valid),
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.55, 1.0])
+def test_gradcheck(threshold, renormalize, normalized, padded):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(S * B, E, generator=generator, dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    values = torch.randn(S * B, E, generator=generator, dtype=torch.float64)
+    valid = torch.rand(S * B, generator=generator) < 0.7 if padded else None
+
+    def function(logits, theta):
+        return routing(logits, theta, values, threshold, renormalize, valid, normalized)
+
+    # A step across the threshold would change the map, which is not differentiated.
+    probs = (normalize(logits, theta) if normalized else logits).softmax(-1)
+    sums = probs.sort(descending=True).values.cumsum(-1)[:, :-1]
+    assert (sums - threshold).abs().min() > 1e-4
+    inputs = (logits, theta) if normalized else (logits, theta.detach())
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("loss", [0, 1, 2], ids=["task", "balance", "dynamic"])
+def test_theta_receives_a_gradient_from_every_loss(loss):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(S * B, E, generator=generator, dtype=torch.float64)
+    values = torch.randn(S * B, E, generator=generator, dtype=torch.float64)
+    theta = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    routing(logits, theta, values, 0.55, True, None, True)[loss].backward()
+    assert theta.grad.abs() > 1e-6
