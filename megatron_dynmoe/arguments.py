@@ -7,7 +7,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_dynmoe.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.config import BALANCE_LOSSES, SETTINGS, DynMoEConfig
 
 PREFIX = "moe_dynamic_"
 
@@ -21,8 +21,8 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
     for name, setting in SETTINGS.items():
         group.add_argument(
             f"--{PREFIX}{name}".replace("_", "-"),
-            choices=setting.choices or None,
-            metavar=None if setting.choices else setting.kind.upper(),
+            # Not argparse's choices: like every bad value, a bad choice is a ValueError.
+            metavar="|".join(setting.choices) or setting.kind.upper(),
             help=setting.help.replace("%", "%%"),
         )
     # Upstream's defaults for these cannot be told from a user's choice; None can.
@@ -74,7 +74,8 @@ def adopt_upstream_balance_loss(
     """Take over ``--moe-router-load-balancing-type`` and ``--moe-aux-loss-coeff`` where given.
 
     Raises:
-        ValueError: several losses are asked for, or upstream's flag and ours differ.
+        ValueError: several losses or an unknown one are asked for, or upstream's flag and ours
+            differ.
     """
     given: dict[str, Any] = {}
     for name, flag, value in (
@@ -90,6 +91,11 @@ def adopt_upstream_balance_loss(
         ours = getattr(config, name)
         if value is None:
             continue
+        if name == "balance_loss" and value not in BALANCE_LOSSES:
+            raise ValueError(
+                f"{flag} is {value}, which dynamic routing does not have: use one of "
+                f"{', '.join(BALANCE_LOSSES)}."
+            )
         if ours is not None and ours != value:
             raise ValueError(
                 f"{flag} is {value} and {name} is {ours}: they set the same thing; give one."

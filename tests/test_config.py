@@ -118,10 +118,10 @@ def test_yaml_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 def test_yaml_that_does_not_parse_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="DYNMOE_CONFIG is .*: cannot read it"):
+    with pytest.raises(ValueError, match=r"DYNMOE_CONFIG is .*: cannot read it"):
         DynMoEConfig.from_yaml(write(tmp_path, "routing: [top_p"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00r")
-    with pytest.raises(ValueError, match="DYNMOE_CONFIG is .*: cannot read it"):
+    with pytest.raises(ValueError, match=r"DYNMOE_CONFIG is .*: cannot read it"):
         DynMoEConfig.from_yaml(tmp_path / "binary.yaml")
 
 
@@ -133,7 +133,7 @@ def test_an_unknown_name_in_yaml_names_the_file(tmp_path):
 
 @pytest.mark.parametrize("line", ["threshold: yes", "threshold: [0.4]", "threshold: much"])
 def test_a_bad_value_in_yaml_is_refused(tmp_path, line):
-    with pytest.raises(ValueError, match="threshold is .*: use a number"):
+    with pytest.raises(ValueError, match=r"threshold is .*: use a number"):
         DynMoEConfig.from_yaml(write(tmp_path, f"routing: top_p\n{line}"))
 
 
