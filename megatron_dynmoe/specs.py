@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.training import print_rank_0
 
 from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
 from megatron_dynmoe.config import AUTO, DynMoEConfig
@@ -93,6 +94,8 @@ def layer_spec(
             resolved, controller, transformer.finalize_model_grads_func
         )
         install_metrics_tracker(resolved)
+        settings = ", ".join(f"{name} {value}" for name, value in resolved.to_dict().items())
+        print_rank_0(f"> dynamic routing: {settings}")
 
     router = partial(
         TopPRouter,
