@@ -30,11 +30,11 @@ from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_L
 GRANULARITIES = ((16, 2), (64, 8), (128, 16))
 SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)
 LOOP_GAINS = (
-    (0.0, 0.12),
+    (0.0, INTEGRAL_LOOP_GAIN),
     (PROPORTIONAL_LOOP_GAIN, INTEGRAL_LOOP_GAIN),
+    (0.15, INTEGRAL_LOOP_GAIN),
+    (0.3, INTEGRAL_LOOP_GAIN),
     (0.05, 0.05),
-    (0.12, 0.12),
-    (0.3, 0.12),
     (0.05, 0.3),
     (0.3, 0.6),
     (0.05, 1.0),
@@ -142,7 +142,7 @@ def print_loop_gains() -> None:
 def print_lag() -> None:
     """Overshoot where part of the count follows the threshold late, which the law cannot know."""
     rows = []
-    for kappa_p in (0.0, 0.05, 0.12, 0.3):
+    for kappa_p in (0.0, PROPORTIONAL_LOOP_GAIN, 0.15, 0.3):
         row = [f"{kappa_p:g}, {INTEGRAL_LOOP_GAIN:g}"]
         for pole in (0.0, 0.5, 0.8, 0.9, 0.95):
             error = linear_response(kappa_p, INTEGRAL_LOOP_GAIN, steps=1000, pole=pole)
