@@ -94,7 +94,10 @@ def layer_spec(
             resolved, controller, transformer.finalize_model_grads_func
         )
         install_metrics_tracker(resolved)
-        settings = ", ".join(f"{name} {value}" for name, value in resolved.to_dict().items())
+        settings = ", ".join(
+            f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in resolved.to_dict().items()
+        )
         print_rank_0(f"> dynamic routing: {settings}")
 
     router = partial(

@@ -1,0 +1,34 @@
+"""The short console lines of the quickstart."""
+
+from megatron_dynmoe.progress_lines import shorten
+
+ITERATION = (
+    " [2026-11-22 01:24:57.791281] iteration        6/       8 | consumed samples:           48 |"
+    " elapsed time per iteration (ms): 30500.0 | learning rate: 2.694296E-04 | global batch size:"
+    "     8 | lm loss: 6.679120E+00 | experts per token: 1.9980 (target 2) | threshold: 0.50951 |"
+    " balance loss: 2.1277 | tokens/s: 604 | loss scale: 1.0 | grad norm: 0.637 |"
+)
+
+
+def test_a_step_of_dynamic_routing():
+    assert shorten(ITERATION) == (
+        "  step 6/8 | loss 6.679 | experts per token 1.9980 (target 2) | threshold 0.50951"
+        " | tokens/s 604 | 1:01 left"
+    )
+
+
+def test_a_step_of_the_baseline_has_no_routing():
+    line = ITERATION.replace("experts per token", "x").replace("threshold", "y")
+    assert shorten(line.replace("tokens/s", "z")) == "  step 6/8 | loss 6.679 | 1:01 left"
+
+
+def test_an_evaluation():
+    line = " validation loss at iteration 100 | lm loss value: 5.901234E+00 | lm loss PPL: 3E+02 | "
+    assert shorten(line) == "  validation at iteration 100: loss 5.901"
+    final = line.replace("100 |", "8 on validation set |")
+    assert shorten(final) == "  validation at iteration 8: loss 5.901"
+
+
+def test_all_else_is_left_out():
+    assert shorten("  vocab_size ...................................... 1000") is None
+    assert shorten("") is None
