@@ -6,7 +6,9 @@ upstream changes so that a patch is no longer needed.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ def install() -> None:
     """Apply the patches that every run under Megatron 0.19 needs, once."""
     _use_the_packaged_dataset_helpers()
     _resume_the_distributed_optimizer()
+    _resume_under_another_layout()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -78,3 +81,90 @@ def _resume_the_distributed_optimizer() -> None:
 
 def _is_torch_adam(optimizer: object) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _resume_under_another_layout() -> None:
+    """``megatron/core/optimizer/optimizer.py`` loads no optimizer state from EP > 1 under EP = 1.
+
+    With expert parallelism ``ChainedOptimizer`` holds two optimizers, dense and experts, without it
+    one. The tensors of a checkpoint are named after the parameters and find their place in either;
+    what is stored beside them (step, hyperparameters of each parameter group, loss scale) keeps the
+    structure of the run that saved it, and ``load_state_dict`` refuses any other. We bring that
+    part into the structure of the running optimizer first.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    if getattr(ChainedOptimizer, "_dynmoe_restructures", False):
+        return
+    load_state_dict = ChainedOptimizer.load_state_dict
+
+    def load_restructured(self, loaded):
+        load_state_dict(self, _restructured(loaded, self.chained_optimizers))
+
+    ChainedOptimizer.load_state_dict = load_restructured
+    ChainedOptimizer._dynmoe_restructures = True
+
+
+def _restructured(loaded: Any, optimizers: list[Any]) -> Any:
+    """The state dict of a chained optimizer in the structure of the one that loads it.
+
+    Args:
+        loaded: what the checkpoint held of the optimizer's state, merged by upstream with what this
+            run asked for. One optimizer's state is a dict, that of several is a dict of these with
+            the keys 0, 1, ...; where the two runs differ in that, both forms lie in one dict.
+        optimizers: the optimizers of this run, each with its parameter groups.
+
+    Raises:
+        ValueError: a parameter group of this run has no counterpart in the checkpoint.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import merge
+
+    if not isinstance(loaded, dict):
+        return loaded
+    whole = {key: value for key, value in loaded.items() if not isinstance(key, int)}
+    parts = {key: value for key, value in loaded.items() if isinstance(key, int)}
+    asked = [whole] if len(optimizers) == 1 else [parts.get(i, {}) for i in range(len(optimizers))]
+    saved = [part for part in (whole, *parts.values()) if _saved_groups(part)]
+    if not saved or len(saved) == len(optimizers):
+        return loaded
+
+    groups = [group for part in saved for group in _saved_groups(part)]
+    result = {}
+    for index, optimizer in enumerate(optimizers):
+        # Step and loss scale are common to all, so any part of the checkpoint has them.
+        own = copy.deepcopy(saved[0])
+        own.get("optimizer", own)["param_groups"] = [
+            {**_counterpart(group, groups), "is_expert_parallel": group["is_expert_parallel"]}
+            for group in optimizer.param_groups
+        ]
+        result[index] = merge(own, asked[index])
+    return result[0] if len(optimizers) == 1 else result
+
+
+def _saved_groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of a checkpoint, without those that only list this run's parameters."""
+    groups = part.get("optimizer", part).get("param_groups", [])
+    return [group for group in groups if set(group) != {"params"}]
+
+
+def _counterpart(group: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The hyperparameters that the checkpoint holds for one of this run's parameter groups.
+
+    Groups are told apart as upstream does, except that being an expert's or not does not count
+    where the checkpoint has only one of the two.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
+
+    def matches(saved: dict[str, Any], ignored: str | None = None) -> bool:
+        return all(group.get(key) == saved.get(key) for key in keys if key != ignored)
+
+    for ignored in (None, "is_expert_parallel"):
+        for saved in saved_groups:
+            if matches(saved, ignored):
+                return saved
+    wanted = {key: group.get(key) for key in keys}
+    raise ValueError(
+        f"The checkpoint has no optimizer parameter group with {wanted}. Resume with the flags of "
+        "the run that saved it (learning rates, weight decay), or give --no-load-optim to start "
+        "with a fresh optimizer."
+    )
