@@ -1,0 +1,85 @@
+"""Real Megatron in the test's own process: the CPU layer, a world of one, and small modules."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def megatron_on_cpu() -> None:
+    """Put the CPU layer under this process. Stays for its other tests, which do not notice."""
+    from megatron_dynmoe.backends import cpu
+
+    cpu.install()
+    # A test before this one may have imported Megatron without the layer: nothing is to compile.
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+    from megatron_dynmoe import compat
+
+    compat.install()
+
+
+@functools.cache
+def world_of_one() -> None:
+    """Megatron's process groups, each with this rank alone."""
+    megatron_on_cpu()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+
+def forget_global_state() -> None:
+    """What a test left in upstream's globals."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def transformer_config(num_experts: int = 4, hidden_size: int = 8, **settings: Any) -> Any:
+    """A TransformerConfig of two small MoE layers; ``settings`` override."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    defaults: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": hidden_size,
+        "num_attention_heads": 2,
+        "num_moe_experts": num_experts,
+        "moe_ffn_hidden_size": 12,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "init_method_std": 0.5,
+    }
+    return TransformerConfig(**(defaults | settings))
+
+
+def moe_layer(dynmoe: Any, **settings: Any) -> Any:
+    """The DynMoELayer of the first layer, built from the spec as a model builds it."""
+    from megatron_dynmoe.specs import layer_spec
+
+    config = transformer_config(**settings)
+    spec = layer_spec(SimpleNamespace(transformer=config), dynmoe=dynmoe)
+    layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    return layer
+
+
+def router(dynmoe: Any, **settings: Any) -> Any:
+    """The TopPRouter of such a layer."""
+    return moe_layer(dynmoe, **settings).router
