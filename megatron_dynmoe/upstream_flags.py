@@ -20,11 +20,15 @@ class Works:
 
 @dataclass(frozen=True)
 class Refused:
-    """The setting stops the run at start-up where its value is not one of ``unused``."""
+    """The setting stops the run at start-up where its value is not one of ``unused``.
+
+    ``flag`` is upstream's, where it is not the setting's name.
+    """
 
     unused: tuple[Any, ...]
     reason: str
     remedy: str
+    flag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,13 @@ _LEAVE_OUT = "leave it out"
 
 UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     # experts and layers
-    "num_moe_experts": Works("--num-experts, 1 to 512"),
+    "num_moe_experts": Works("--num-experts"),
+    "num_experts": Works("from 1; tested up to 512"),
     "moe_layer_freq": Works("layers without experts have no threshold and no counts"),
+    "moe_use_upcycling": Refused(
+        (False,), "it first builds a dense model, which has nothing to route", "upcycle with top_k"
+    ),
+    "moe_upcycling_granularity": Ignored("only used by upcycling, which is refused"),
     "moe_ffn_hidden_size": Works(),
     "moe_grouped_gemm": Works("needs Transformer Engine, as upstream"),
     "moe_single_grouped_weight": Works("needs Transformer Engine, as upstream"),
@@ -52,6 +61,7 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_layer_recompute": Works("counts are taken once"),
     "moe_per_layer_logging": Works("per-layer metrics are always logged"),
     "moe_grad_scale_func": Works("set by the training loop"),
+    "save_tokens_per_expert_interval": Works(),
     "expert_model_parallel_size": Works(),
     "expert_tensor_parallel_size": Works("tensor parallelism needs Transformer Engine"),
     "expert_tensor_parallel_num_weight_shards": Refused(
@@ -93,6 +103,13 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_router_quantile_balancing_ema": Ignored("only used by quantile_balancing"),
     "moe_router_fusion": Refused((False,), "upstream's fused router is top-k only", _LEAVE_OUT),
     "moe_enable_routing_replay": Refused((False,), _FIXED_K, _LEAVE_OUT),
+    "moe_routing_trace_path": Refused(
+        (None,), "it records the top-k experts, whatever was selected", _LEAVE_OUT
+    ),
+    "moe_routing_trace_max_training_iters": Ignored("only used by the trace, which is refused"),
+    "moe_routing_trace_capture_logits": Ignored("as above"),
+    "moe_routing_trace_capture_hidden_states": Ignored("as above"),
+    "moe_routing_trace_dump_weights": Ignored("as above"),
     "moe_apply_probs_on_input": Refused((False,), "it requires exactly one expert", _LEAVE_OUT),
     "moe_router_padding_for_quantization": Refused(
         (False, None), "low-precision experts are untested with it", _LEAVE_OUT
@@ -149,8 +166,12 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     ),
     "enable_cuda_graph": Refused((False,), "a graph has fixed shapes", _LEAVE_OUT),
     "external_cuda_graph": Refused((False,), "a graph has fixed shapes", _LEAVE_OUT),
+    "optimizer_cuda_graph": Refused(
+        (False,), "a replayed step runs no hook, so the threshold would stand still", _LEAVE_OUT
+    ),
     "cuda_graph_modules": Ignored("only used with CUDA graphs, which are refused"),
     "cuda_graph_scope": Ignored("as above"),
+    "cuda_graph_scope_deprecated": Ignored("as above"),
     "cuda_graph_use_single_mempool": Ignored("as above"),
     "cuda_graph_retain_backward_graph": Ignored("as above"),
     "cuda_graph_warmup_steps": Ignored("as above"),
@@ -160,8 +181,12 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "transformer_impl": Works("local and transformer_engine; inference_optimized is refused"),
     "inference_moe_disable_fused_quant_kernels": Ignored("only used by inference_optimized"),
     "inference_moe_token_dispatcher_type": Ignored("only used by inference_optimized"),
-    "fp8": Refused((None,), "low-precision experts are untested with it", "train in bf16"),
-    "fp4": Refused((None,), "low-precision experts are untested with it", "train in bf16"),
+    "fp8": Refused(
+        (None,), "low-precision experts are untested with it", "train in bf16", "--fp8-format"
+    ),
+    "fp4": Refused(
+        (None,), "low-precision experts are untested with it", "train in bf16", "--fp4-format"
+    ),
 }
 
 # Refused values of settings that otherwise work.
@@ -197,16 +222,21 @@ def check_upstream_settings(settings: Any) -> None:
     """
     for name, entry in UPSTREAM_FLAGS.items():
         value = getattr(settings, name, None)
-        used = hasattr(settings, name) and isinstance(entry, Refused) and value not in entry.unused
-        if used:
-            _refuse(name, value, entry.reason, entry.remedy)
+        if hasattr(settings, name) and isinstance(entry, Refused) and value not in entry.unused:
+            _refuse(entry.flag or _flag(name), value, entry.reason, entry.remedy)
         for single in value if isinstance(value, list) else [value]:
             if isinstance(single, str) and (name, single) in _REFUSED_VALUES:
-                _refuse(name, single, *_REFUSED_VALUES[name, single])
+                _refuse(_flag(name), single, *_REFUSED_VALUES[name, single])
+    frequency = getattr(settings, "moe_layer_freq", None)
+    if isinstance(frequency, list) and not any(frequency):
+        _refuse(_flag("moe_layer_freq"), frequency, "no layer has experts", "put a 1 into it")
 
 
-def _refuse(name: str, value: Any, reason: str, remedy: str) -> None:
-    flag = "--" + name.replace("_", "-")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse(flag: str, value: Any, reason: str, remedy: str) -> None:
     raise ValueError(
         f"{flag} is {value}, which dynamic routing refuses: {reason}. Remedy: {remedy}."
     )

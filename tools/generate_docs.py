@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Writes the documents that are tables of the code: configuration and upstream's flags.
+
+    python tools/generate_docs.py
+
+A test compares the files with what this would write.
+"""
+
+from pathlib import Path
+
+from megatron_dynmoe.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+CONFIGURATION = """\
+# Configuration
+
+Written by `tools/generate_docs.py` from `megatron_dynmoe/config.py`: change it there.
+
+Every setting is a flag of `python -m megatron_dynmoe.pretrain` and a line of the YAML file that the
+environment variable `DYNMOE_CONFIG` names. A flag overrides the file. The file is how Megatron's
+own `pretrain_gpt.py` gets its settings, with `--spec megatron_dynmoe.specs dynmoe_layer_spec`:
+
+```yaml
+routing: dtop_p
+target_experts_per_token: 2
+```
+
+A setting that is left out has the default of the routing. One that the routing does not have, a
+value out of range and a combination that makes no sense stop the run at start-up.
+
+A schedule is a number, or `ITERATION:TARGET,...` with increasing iterations, linear in between and
+constant outside: `0:8,1000:2` goes from 8 experts to 2 in the first thousand steps.
+
+The load-balance loss may also be set by Megatron's `--moe-router-load-balancing-type` and
+`--moe-aux-loss-coeff`. Which of Megatron's other flags work is listed in
+[upstream_flags.md](upstream_flags.md).
+
+| setting and flag | value | `top_p` | `dtop_p` | meaning |
+| --- | --- | --- | --- | --- |
+"""
+
+UPSTREAM = """\
+# Megatron's MoE flags with dynamic routing
+
+Written by `tools/generate_docs.py` from `megatron_dynmoe/upstream_flags.py`: change it there. A
+test fails when Megatron has a setting that is not in the table. With `--moe-dynamic-routing top_k`
+nothing is refused: that is stock Megatron.
+
+A flag that is refused stops the run at start-up where it is used, that is, where its value is not
+the one given here.
+
+| setting | with dynamic routing | remark |
+| --- | --- | --- |
+"""
+
+
+def configuration() -> str:
+    """The text of docs/configuration.md."""
+    top_p = DynMoEConfig(routing="top_p").resolve(512)
+    dtop_p = DynMoEConfig(routing="dtop_p", target_experts_per_token=1).resolve(512)
+    rows = []
+    for name, setting in SETTINGS.items():
+        value = (
+            ", ".join(f"`{choice}`" for choice in setting.choices)
+            or {
+                "int": "whole number",
+                "float": "number",
+                "float_or_auto": "number or `auto`",
+                "schedule": "schedule",
+            }[setting.kind]
+        )
+        defaults = [_default(name, resolved) for resolved in (top_p, dtop_p)]
+        flag = "--moe-dynamic-" + name.replace("_", "-")
+        rows.append(f"| `{name}`<br>`{flag}` | {value} | {' | '.join(defaults)} | {setting.help} |")
+    return CONFIGURATION + "\n".join(rows) + "\n"
+
+
+def _default(name: str, resolved: DynMoEConfig) -> str:
+    if name == "routing":
+        return ""
+    if name == "target_experts_per_token" and resolved.is_controlled:
+        return "required"
+    value = getattr(resolved, name)
+    return "-" if value is None else f"`{value}`"
+
+
+def upstream_flags() -> str:
+    """The text of docs/upstream_flags.md."""
+    rows = []
+    for name, entry in UPSTREAM_FLAGS.items():
+        match entry:
+            case Works(note):
+                status, remark = "works", note
+            case Ignored(note):
+                status, remark = "ignored", note
+            case Refused(unused, reason, remedy):
+                values = " or ".join(f"`{value}`" for value in unused)
+                status, remark = f"refused unless {values}", f"{reason}; remedy: {remedy}"
+        rows.append(f"| `{name}` | {status} | {remark} |")
+    return UPSTREAM + "\n".join(rows) + "\n"
+
+
+DOCUMENTS = {"configuration.md": configuration, "upstream_flags.md": upstream_flags}
+
+if __name__ == "__main__":
+    for name, text in DOCUMENTS.items():
+        (DOCS / name).write_text(text(), encoding="utf-8")
