@@ -2,27 +2,30 @@
 
     torchrun --nproc-per-node N tests/distributed/worker.py SESSION_DIRECTORY
 
-Importing torch and Megatron takes several seconds a process, so the cases share processes. Each
+Importing torch and Megatron takes several seconds a process, so a process imports them once and
+forks a child for each case: what a case leaves in modules, and gloo's threads, end with it. Each
 case has its own world, made of some of these processes, its own log, and a result file for each
-rank; Megatron's global state is taken down after each. See :mod:`tests.distributed.harness`.
+rank. See :mod:`tests.distributed.harness`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import importlib
+import inspect
 import json
 import os
 import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore
 
 PATIENCE = timedelta(minutes=10)  # for other processes, while they work on other cases
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
@@ -42,6 +45,7 @@ class Recorder:
         self.result: dict[str, Any] = {"steps": [], "finalized": []}
         self.model: list[torch.nn.Module] = []
         self.optimizer: Any = None
+        self._reduced: list[Any] = []  # tensors, so that following a step does not disturb it
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,9 +63,7 @@ class Recorder:
             return outcome
 
         def recorded_add(tracker, statistics):
-            self.result["finalized"].append(
-                {name: value.tolist() for name, value in statistics._asdict().items()}
-            )
+            self._reduced.append(statistics._make(value.clone() for value in statistics))
             add(tracker, statistics)
 
         training.train_step, DynMoEMetricsTracker.add = recorded_step, recorded_add
@@ -69,6 +71,10 @@ class Recorder:
             yield
         finally:
             training.train_step, DynMoEMetricsTracker.add = train_step, add
+            self.result["finalized"] = [
+                {name: value.tolist() for name, value in statistics._asdict().items()}
+                for statistics in self._reduced
+            ]
 
     def _record_step(self, losses: dict[str, Any], skipped: int, grad_norm: float) -> None:
         from megatron_dynmoe.control.update import routers_of
@@ -99,18 +105,31 @@ def main() -> None:
         if not 0 <= rank < case["num_ranks"]:
             continue
         store.wait([f"done/{name}" for name in case["after"]])
-        with _output_to(directory / f"{case['name']}.rank{rank}.log"):
-            result = _run(case, rank, PrefixStore(case["name"], store))
-        path = directory / f"{case['name']}.rank{rank}.json"
-        path.write_text(json.dumps(result, allow_nan=True))
+        _in_a_child(case, rank, directory)
         if store.add(f"finished/{case['name']}", 1) == case["num_ranks"]:
             store.set(f"done/{case['name']}", "")
 
 
-def _run(case: dict[str, Any], rank: int, store: Store) -> dict[str, Any]:
+def _in_a_child(case: dict[str, Any], rank: int, directory: Path) -> None:
+    """Run one case in a forked process and leave its result beside its log."""
+    path = directory / f"{case['name']}.rank{rank}.json"
+    child = os.fork()
+    if child == 0:
+        with _output_to(path.with_suffix(".log")):
+            result = _run(case, rank)
+        path.write_text(json.dumps(result, allow_nan=True))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status != 0 and not path.exists():
+        path.write_text(json.dumps({"error": f"the process ended with wait status {status}"}))
+
+
+def _run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Run one case in a world of its own; what it raises becomes ``error`` in the result."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
     recorder = Recorder()
-    environment, argv = dict(os.environ), sys.argv
+    store, _, _ = next(torch.distributed.rendezvous("env://"))  # the parent's cannot be shared
     os.environ.update(
         case["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["num_ranks"])
     )
@@ -118,7 +137,7 @@ def _run(case: dict[str, Any], rank: int, store: Store) -> dict[str, Any]:
     sys.argv = [case["entry"], *case["flags"]]
     torch.distributed.init_process_group(
         "gloo",
-        store=store,
+        store=PrefixStore(case["name"], store),
         rank=rank,
         world_size=case["num_ranks"],
         timeout=COLLECTIVE_TIMEOUT,
@@ -135,32 +154,15 @@ def _run(case: dict[str, Any], rank: int, store: Store) -> dict[str, Any]:
     except Exception:
         recorder.result["error"] = traceback.format_exc()
         traceback.print_exc()
-    finally:
-        _take_down()
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv = argv
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
     return recorder.result
 
 
 def _find(name: str) -> Any:
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _take_down() -> None:
-    """Undo what Megatron keeps in modules, so that the next case starts as a new process would."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    from megatron.training.global_vars import get_tensorboard_writer
-    from megatron.training.training import destroy_global_state
-
-    writer = get_tensorboard_writer()
-    if writer is not None:
-        writer.close()
-    destroy_global_state()
-    destroy_moe_metrics_tracker()
-    torch.distributed.destroy_process_group()
-    gc.collect()
 
 
 @contextlib.contextmanager
@@ -180,8 +182,21 @@ def _output_to(path: Path) -> Iterator[None]:
                 os.close(old)
 
 
+def warm_up() -> None:
+    """Import and read here, once, what every case would by itself."""
+    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer  # noqa: F401
+    from megatron.training.arguments import add_megatron_arguments
+
+    import megatron_dynmoe.training.loop  # noqa: F401
+
+    # Megatron reads its help texts from its own source, each time that it parses arguments.
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(ArgumentParser())
+
+
 if __name__ == "__main__":
     from megatron_dynmoe.run import prepare
 
     prepare()  # before the cases replace environment and output
+    warm_up()
     main()

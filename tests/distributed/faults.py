@@ -1,0 +1,121 @@
+"""Hooks of cases: faults to inject, and probes. Each is given the worker's Recorder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.training import training
+
+from megatron_dynmoe.control.update import GlobalBatchUpdate, routers_of
+from megatron_dynmoe.routing.router import TopPRouter
+
+SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def second_step_is_skipped(recorder: Any) -> Iterator[None]:
+    """The optimizer finds an infinity in the gradients of the second step."""
+    prepare = FP32Optimizer.prepare_grads
+
+    def prepare_grads(optimizer):
+        found_inf = prepare(optimizer)
+        return found_inf or len(recorder.result["steps"]) == 1
+
+    with replaced(FP32Optimizer, "prepare_grads", prepare_grads):
+        yield
+
+
+@contextlib.contextmanager
+def every_step_runs_twice(recorder: Any) -> Iterator[None]:
+    """Upstream's rerun machine reports how reproducible a step is.
+
+    Its flag, ``--rerun-mode report_stats``, is not a value of its own enumeration in Megatron 0.19.
+    """
+    train_step = training.train_step
+
+    def in_that_mode(*args, **kwargs):
+        get_rerun_state_machine().set_mode(RerunMode.REPORT_DETERMINISM_STATS)
+        return train_step(*args, **kwargs)
+
+    with replaced(training, "train_step", in_that_mode):
+        yield
+
+
+@contextlib.contextmanager
+def first_run_of_a_step_is_wrong(recorder: Any) -> Iterator[None]:
+    """Every odd call of the update sees counts that are far too high."""
+    update, calls = GlobalBatchUpdate.__call__, []
+
+    def wrong_at_first(self, model, *args, **kwargs):
+        calls.append(None)
+        if len(calls) % 2 == 1:
+            for router in routers_of(model):
+                router.counters.assignments += 1000
+        update(self, model, *args, **kwargs)
+
+    with replaced(GlobalBatchUpdate, "__call__", wrong_at_first):
+        yield
+
+
+@contextlib.contextmanager
+def count_syncs_and_reductions(recorder: Any) -> Iterator[None]:
+    """``update``: all-reduces and host syncs of the update alone, a pair each global batch.
+
+    ``routing_syncs``: host syncs in all calls of the router.
+    """
+    counted = recorder.result
+    counted.update(update=[], routing_syncs=0, syncs=[])
+    found = {"reductions": 0, "syncs": 0}
+    update, routing = GlobalBatchUpdate.__call__, TopPRouter.routing
+    all_reduce = torch.distributed.all_reduce
+
+    def counting(name, function):
+        def called(*args, **kwargs):
+            found[name] += 1
+            return function(*args, **kwargs)
+
+        return called
+
+    def counted_update(self, *args, **kwargs):
+        finalize, total = self.finalize, {}
+
+        def upstreams(*inner_args, **inner_kwargs):
+            finalize(*inner_args, **inner_kwargs)
+            total.update(found)  # what upstream did is not ours
+
+        total.update(found)
+        with replaced(self, "finalize", upstreams):
+            update(self, *args, **kwargs)
+        counted["update"].append([found[name] - total[name] for name in ("reductions", "syncs")])
+
+    def counted_routing(self, *args, **kwargs):
+        before = found["syncs"]
+        outcome = routing(self, *args, **kwargs)
+        counted["routing_syncs"] += found["syncs"] - before
+        return outcome
+
+    with contextlib.ExitStack() as stack:
+        for name in SYNCS:
+            original = getattr(torch.Tensor, name)
+            stack.enter_context(replaced(torch.Tensor, name, counting("syncs", original)))
+        reduce = counting("reductions", all_reduce)
+        stack.enter_context(replaced(torch.distributed, "all_reduce", reduce))
+        stack.enter_context(replaced(GlobalBatchUpdate, "__call__", counted_update))
+        stack.enter_context(replaced(TopPRouter, "routing", counted_routing))
+        yield

@@ -1,0 +1,40 @@
+"""What cannot work ends at start-up, with one ValueError that names flag, reason and remedy."""
+
+import pytest
+
+from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
+
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+
+MISTAKES = {
+    "--tensor-model-parallel-size 2 --sequence-parallel": ("Transformer Engine", "Use 1"),
+    "--moe-expert-capacity-factor 1.0": ("fixed number", "--moe-dynamic-max-experts-per-token"),
+    "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity": ("fixed number",),
+    "--mtp-num-layers 1": ("top-k", "leave it out"),
+    "--moe-token-dispatcher-type flex": ("flex", "use alltoall or allgather"),
+    "--moe-router-load-balancing-type sinkhorn": ("sinkhorn", "seq_aux_loss"),
+    "--moe-router-score-function sigmoid": ("sum to 1", "use softmax"),
+    "--moe-router-enable-expert-bias": ("top-k",),
+    "--moe-dynamic-target-experts-per-token 9": ("target_experts_per_token", "1 to 8"),
+    "--moe-dynamic-max-experts-per-token 0": ("max_experts_per_token", "1 to 8"),
+    "--moe-dynamic-threshold 0.4": ("threshold", "initial_threshold"),
+    "--moe-dynamic-integral-gain 0": ("integral_gain", "auto"),
+    "--sft": ("--sft", "pretrain_gpt.py"),
+}
+CASES = {
+    flags: add(Case(f"refused_{number}", 1, f"{TINY} {DTOP_P} {flags}"))
+    for number, flags in enumerate(MISTAKES)
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_is_named_at_start_up(results: Results, flags: str) -> None:
+    result = results.any(CASES[flags])
+    assert result.error, f"{flags} was accepted"
+    message = result.error.strip().splitlines()[-1]
+    assert message.startswith("ValueError: "), message
+    name = flags.split()[0].removeprefix("--moe-dynamic-")
+    named = name if name.startswith("--") else name.replace("-", "_")
+    for part in (named, *MISTAKES[flags]):
+        assert part in message
+    assert result.ranks[0]["steps"] == []

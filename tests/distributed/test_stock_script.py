@@ -1,0 +1,57 @@
+"""``python -m megatron_dynmoe.run`` with a script that knows nothing of dynamic routing."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
+
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+
+SCRIPT = Path(__file__).with_name("stock_script.py")
+SPEC = "--spec megatron_dynmoe.specs dynmoe_layer_spec"
+SETTINGS = "routing: dtop_p\ntarget_experts_per_token: 2\n"
+RUN = "megatron_dynmoe.run:main"
+SETTINGS_FILE = "{dir}/dynmoe.yaml"
+EP2 = "--expert-model-parallel-size 2"
+
+
+def stock(name: str, flags: str, settings: str | None = None, num_ranks: int = 2) -> Case:
+    env = {} if settings is None else {"DYNMOE_CONFIG": settings}
+    return add(Case(f"stock_{name}", num_ranks, f"{SCRIPT} {TINY} {flags}", entry=RUN, env=env))
+
+
+OURS = add(Case("ours_ep2", 2, f"{TINY} {DTOP_P} {EP2}"))
+DYNAMIC = stock("dynamic", f"{EP2} {SPEC}", SETTINGS_FILE)
+TOP_K = stock("top_k", EP2)
+NO_SETTINGS = stock("no_settings", SPEC, num_ranks=1)
+MISTAKE = stock("mistake", f"{SPEC} --moe-expert-capacity-factor 1.0", SETTINGS_FILE, num_ranks=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_file(results: Results) -> None:
+    (results.directory / "dynmoe.yaml").write_text(SETTINGS)
+
+
+def test_the_spec_gives_what_our_entry_point_gives(results: Results) -> None:
+    stock_script, ours = results[DYNAMIC], results[OURS]
+    assert stock_script.losses == ours.losses
+    assert stock_script.finalized == ours.finalized
+    assert stock_script.thresholds == ours.thresholds
+    assert "experts per token: " in stock_script.log()
+
+
+def test_a_script_without_the_spec_stays_stock(results: Results) -> None:
+    result = results[TOP_K]
+    assert result.losses[-1] < result.losses[0]
+    assert result.finalized == []
+
+
+def test_the_spec_needs_settings(results: Results) -> None:
+    message = results.any(NO_SETTINGS).error.strip().splitlines()[-1]
+    assert message.startswith("ValueError: DYNMOE_CONFIG is not set")
+
+
+def test_the_spec_refuses_what_cannot_work(results: Results) -> None:
+    message = results.any(MISTAKE).error.strip().splitlines()[-1]
+    assert message.startswith("ValueError: --moe-expert-capacity-factor is 1.0")
