@@ -1,6 +1,7 @@
 """Pre-trains a GPT with dynamic routing: Megatron's own loop, arguments and datasets.
 
-    torchrun --nproc-per-node 8 -m megatron_dynmoe.pretrain MEGATRON_FLAGS --moe-dynamic-routing ...
+    torchrun --standalone --nproc-per-node 8 -m megatron_dynmoe.pretrain \
+        MEGATRON_FLAGS --moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2
 
 Takes every flag of Megatron's ``pretrain_gpt.py`` but those of its fine-tuning and distillation
 modes. Without a GPU it runs on the CPU over gloo.

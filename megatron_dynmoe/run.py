@@ -1,6 +1,6 @@
 """Runs any script that uses Megatron with this package's CPU layer and patches underneath.
 
-    torchrun --nproc-per-node 2 -m megatron_dynmoe.run pretrain_gpt.py FLAGS
+    torchrun --standalone --nproc-per-node 2 -m megatron_dynmoe.run pretrain_gpt.py FLAGS
 
 One process needs no launcher: plain ``python -m`` does. On a machine with CUDA only the patches of
 :mod:`megatron_dynmoe.compat` are applied.

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
+# The factor by which the response of the count may grow before the loop becomes unstable.
+MIN_GAIN_MARGIN = 3.0
+
 
 def dynmoe_layer_spec(
     config: GPTModelConfig, vp_stage: int | None = None
@@ -99,6 +102,8 @@ def layer_spec(
             for name, value in resolved.to_dict().items()
         )
         print_rank_0(f"> dynamic routing: {settings}")
+        if controller is not None:
+            _warn_of_high_gains(resolved, controller, transformer)
 
     router = partial(
         TopPRouter,
@@ -126,19 +131,14 @@ def settle(
     resolved = dynmoe.resolve(num_experts)
     if not resolved.is_controlled:
         return resolved, None
-    plant: dict[str, Any] = {
-        "num_experts": num_experts,
-        "target": resolved.target_experts_per_token.at(0),
-        "normalized": resolved.normalization == "drn",
-        # The gate reads normalized hidden states of root mean square 1.
-        "logits_std": transformer.init_method_std * math.sqrt(transformer.hidden_size),
-        "max_experts": resolved.max_experts_per_token,
-    }
-    computed = dict(
-        zip(("proportional_gain", "integral_gain"), calibrate.default_gains(**plant), strict=True)
-    )
+    targets, plant = _targets(resolved), _plant(resolved, transformer)
     low, high = resolved.min_threshold, resolved.max_threshold
-    computed["initial_threshold"] = min(max(calibrate.initial_threshold(**plant), low), high)
+    computed = dict(
+        zip(("proportional_gain", "integral_gain"), _gains(targets, plant), strict=True),
+        initial_threshold=min(
+            max(calibrate.initial_threshold(target=targets[0], **plant), low), high
+        ),
+    )
     resolved = dataclasses.replace(
         resolved,
         **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
@@ -152,6 +152,50 @@ def settle(
         max_threshold=high,
     )
     return resolved, controller
+
+
+def _targets(resolved: DynMoEConfig) -> list[float]:
+    return [target for _, target in resolved.target_experts_per_token.points]
+
+
+def _plant(resolved: DynMoEConfig, transformer: TransformerConfig) -> dict[str, Any]:
+    """What the response of the count to the threshold depends on, but for the target."""
+    return {
+        "num_experts": transformer.num_moe_experts,
+        "normalized": resolved.normalization == "drn",
+        # The gate reads normalized hidden states of root mean square 1.
+        "logits_std": transformer.init_method_std * math.sqrt(transformer.hidden_size),
+        "max_experts": resolved.max_experts_per_token,
+    }
+
+
+def _gain_margin(gains: tuple[float, float], targets: list[float], plant: dict[str, Any]) -> float:
+    steepest = max(calibrate.plant_slope(target=target, **plant) for target in targets)
+    return calibrate.gain_margin(*gains, steepest, plant["num_experts"])
+
+
+def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
+    """The default gains at the last target of a schedule, where the run spends most of its time.
+
+    Reduced where another target responds so much more strongly that the loop would come too close
+    to instability.
+    """
+    gains = calibrate.default_gains(target=targets[-1], **plant)
+    scale = min(1.0, _gain_margin(gains, targets, plant) / MIN_GAIN_MARGIN)
+    return gains[0] * scale, gains[1] * scale
+
+
+def _warn_of_high_gains(
+    resolved: DynMoEConfig, controller: PIController, transformer: TransformerConfig
+) -> None:
+    gains = controller.proportional_gain, controller.integral_gain
+    margin = _gain_margin(gains, _targets(resolved), _plant(resolved, transformer))
+    if margin < 0.999 * MIN_GAIN_MARGIN:  # _gains stops at the margin itself
+        print_rank_0(
+            f"WARNING: proportional_gain {gains[0]:.4g} and integral_gain {gains[1]:.4g} become "
+            f"unstable once the count responds {margin:.2g} times as strongly as at the start; "
+            f"ask for {MIN_GAIN_MARGIN:g} or more, or use auto."
+        )
 
 
 def _with_dynamic_moe(layer: Any, router: Any) -> Any:

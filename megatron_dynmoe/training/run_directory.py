@@ -72,7 +72,7 @@ def _write_settings(run_dir: Path, args: Namespace, resolved: DynMoEConfig) -> N
     run_dir.mkdir(parents=True, exist_ok=True)
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     command = shlex.join([*launcher, "-m", "megatron_dynmoe.pretrain", *sys.argv[1:]])
     with open(run_dir / COMMAND, "a") as file:  # a resumed run adds its own
         file.write(command + "\n")
