@@ -7,6 +7,7 @@ upstream changes so that a patch is no longer needed.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from typing import Any
 
@@ -47,8 +48,12 @@ def _resume_the_distributed_optimizer() -> None:
       tensors of each parameter and finds none, or the zero from the preparation. We hand it a step
       that is not a tensor, which it passes over. It also writes into parameters with gradients
       enabled, which autograd forbids where they are float32 and so the model's own.
+    - A pipeline stage without experts has an optimizer for experts without parameters, so without a
+      step. ``ChainedOptimizer._synchronize_steps``, which is there to give it one and runs before
+      each save and after each load, knows only the step of a group. We do the same for a state.
     """
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     cls = distrib_optimizer.DistributedOptimizer
     if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_dynmoe_resumes", False):
@@ -56,6 +61,7 @@ def _resume_the_distributed_optimizer() -> None:
     state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
     set_states = cls._set_main_param_and_optimizer_states
 
+    @functools.wraps(state_dict)
     def filled_state_dict(self):
         if _is_torch_adam(self.optimizer):
             self.init_state_fn(self.optimizer, self.config)
@@ -63,16 +69,33 @@ def _resume_the_distributed_optimizer() -> None:
                 state.setdefault("step", torch.zeros(()))
         return state_dict(self)
 
+    @functools.wraps(load_state_dict)
     def load_with_separate_steps(self, loaded):
         load_state_dict(self, loaded)
         if _is_torch_adam(self.optimizer):
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
+    @functools.wraps(set_states)
     def set_all_but_step(self, model_param, tensors):
         with torch.no_grad():
             set_states(self, model_param, {**tensors, "step": None})
 
+    synchronize_steps = ChainedOptimizer._synchronize_steps
+
+    @functools.wraps(synchronize_steps)
+    def synchronize_all_steps(self):
+        result = synchronize_steps(self)
+        parts = [part for part in self.chained_optimizers if isinstance(part, cls)]
+        inner = [part.optimizer for part in parts if _is_torch_adam(part.optimizer)]
+        states = [state for optimizer in inner for state in optimizer.state.values()]
+        step = next((state["step"] for state in states if "step" in state), torch.zeros(()))
+        for optimizer in inner:
+            if not any(group["params"] for group in optimizer.param_groups):
+                optimizer.state["no parameters"] = {"step": step.clone()}
+        return result
+
+    ChainedOptimizer._synchronize_steps = synchronize_all_steps
     cls.state_dict = filled_state_dict
     cls.load_state_dict = load_with_separate_steps
     cls._set_main_param_and_optimizer_states = set_all_but_step
@@ -98,6 +121,7 @@ def _resume_under_another_layout() -> None:
         return
     load_state_dict = ChainedOptimizer.load_state_dict
 
+    @functools.wraps(load_state_dict)
     def load_restructured(self, loaded):
         load_state_dict(self, _restructured(loaded, self.chained_optimizers))
 

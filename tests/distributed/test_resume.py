@@ -1,0 +1,269 @@
+"""Checkpoints: what a resumed run shares with one that never stopped.
+
+Compares the tensors of checkpoints, not log lines. A run takes 6 steps; another goes on from its
+checkpoint after 3. Before its first step it saves what it has loaded, so that what arrived can be
+told from what the next steps made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dynmoe import compat
+from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
+
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+
+HALF, STEPS = 3, 6
+TOP_K = (
+    f"{TINY} --num-layers 2 --num-experts 4 --micro-batch-size 1 --train-iters {STEPS} "
+    f"--split 1,0,0 --ckpt-format torch_dist --save-interval {HALF}"
+)
+MODEL = f"{TOP_K} {DTOP_P}"
+FOUR_LAYERS = "--num-layers 4"
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+BF16 = "--bf16"
+DISTRIBUTED = "--use-distributed-optimizer"
+RESHARDABLE = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable"
+
+# Name: number of ranks and flags.
+LAYOUTS = {
+    "one": (1, ""),
+    "dp2": (2, ""),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+}
+
+
+def run(name: str, layout: str, flags: str = "", model: str = MODEL) -> Case:
+    """A run with checkpoints after the half and at the end."""
+    num_ranks, layout_flags = LAYOUTS[layout]
+    return add(Case(name, num_ranks, f"{model} {layout_flags} --save {{dir}}/{name} {flags}"))
+
+
+def resume(name: str, origin: Case, layout: str, flags: str = "", hook: str = "saved_as_loaded"):
+    """A run that goes on from the half of another."""
+    num_ranks, layout_flags = LAYOUTS[layout]
+    flags = (
+        f"{MODEL} {layout_flags} --load {{dir}}/{origin.name} --ckpt-step {HALF} "
+        f"--save {{dir}}/{name} {flags}"
+    )
+    return add(Case(name, num_ranks, flags, hooks=(f"{__name__}:{hook}",), after=(origin,)))
+
+
+@contextlib.contextmanager
+def saved_as_loaded(recorder: Any) -> Iterator[None]:
+    """Save a checkpoint between loading and the first step."""
+    from megatron.training import get_args, training
+
+    train = training.train
+
+    def save_then_train(forward_step, model, optimizer, scheduler, *args, **kwargs):
+        training.save_checkpoint(get_args().iteration, model, optimizer, scheduler, 0)
+        return train(forward_step, model, optimizer, scheduler, *args, **kwargs)
+
+    training.train = save_then_train
+    try:
+        yield
+    finally:
+        training.train = train
+
+
+@contextlib.contextmanager
+def unpatched(recorder: Any) -> Iterator[None]:
+    """Take the patches of the optimizers away."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (ChainedOptimizer, "load_state_dict"),
+            (DistributedOptimizer, "state_dict"),
+            (DistributedOptimizer, "load_state_dict"),
+            (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
+        ):
+            patch.setattr(owner, name, getattr(owner, name).__wrapped__)
+        yield
+
+
+ONE = run("one_whole", "one")
+ONE_DROPOUT = run("one_dropout", "one", DROPOUT)
+EP2 = run("ep2_whole", "ep2")
+PP2 = run("pp2_whole", "pp2")
+PP2_DROPOUT = run("pp2_dropout", "pp2", DROPOUT)
+PP2EP2 = run("pp2ep2_whole", "pp2ep2")
+INTERLEAVED = run("interleaved_whole", "interleaved", FOUR_LAYERS)
+EP2_BF16 = run("ep2_bf16", "ep2", BF16)
+DIST_DP2 = run("dist_dp2", "dp2", RESHARDABLE)
+DIST_DP2_HALF = run("dist_dp2_half", "dp2", f"{DISTRIBUTED} --exit-interval {HALF}")
+# The first stage has no experts, and an optimizer for experts all the same.
+DENSE_FIRST = f"{RESHARDABLE} --moe-layer-freq ([0]*1+[1]*1)"
+DIST_DENSE_FIRST = run("dist_dense_first", "pp2ep2", DENSE_FIRST)
+DIST_EP2_BF16 = run("dist_ep2_bf16", "ep2", f"{RESHARDABLE} {BF16}")
+TOP_K_RUN = run("top_k", "one", model=TOP_K)
+
+SAME_LAYOUT = {
+    "one": (ONE, resume("one_resumed", ONE, "one")),
+    "one, dropout": (ONE_DROPOUT, resume("one_dropout_resumed", ONE_DROPOUT, "one", DROPOUT)),
+    "ep2": (EP2, resume("ep2_resumed", EP2, "ep2")),
+    "pp2, dropout": (PP2_DROPOUT, resume("pp2_dropout_resumed", PP2_DROPOUT, "pp2", DROPOUT)),
+    # From the optimizer's default format into the one whose tensors have no undefined padding.
+    "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
+}
+OTHER_LAYOUT = {
+    f"{origin.name} to {layout}": (
+        origin,
+        resume(f"{origin.name}_to_{layout}", origin, layout, flags),
+    )
+    for origin, layout, flags in (
+        (EP2, "one", ""),
+        (EP2, "pp2", ""),
+        (ONE, "ep2", ""),
+        (PP2, "one", ""),
+        (PP2EP2, "one", ""),
+        (INTERLEAVED, "one", FOUR_LAYERS),
+        (EP2_BF16, "one", BF16),
+        (DIST_DP2, "pp2", RESHARDABLE),
+        (DIST_DENSE_FIRST, "one", DENSE_FIRST),
+        (DIST_EP2_BF16, "one", f"{RESHARDABLE} {BF16}"),
+    )
+}
+OTHER_TARGET = resume("target_3", ONE, "one", "--moe-dynamic-target-experts-per-token 3")
+FROM_TOP_K = resume(
+    "from_top_k", TOP_K_RUN, "one", "--dist-ckpt-strictness log_all --no-load-optim"
+)
+UNPATCHED_EP = resume("unpatched_ep", EP2, "one", hook="unpatched")
+UNPATCHED_DIST = resume("unpatched_dist", DIST_DP2, "one", RESHARDABLE, hook="unpatched")
+
+
+@pytest.mark.parametrize("name", SAME_LAYOUT)
+def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:
+    whole, resumed = (results[case] for case in SAME_LAYOUT[name])
+    assert resumed.losses == whole.losses[HALF:]
+    assert differences(checkpoint(whole), checkpoint(resumed)) == {}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUT)
+def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: str) -> None:
+    origin, resumed = (results[case] for case in OTHER_LAYOUT[name])
+    assert differences(checkpoint(origin, HALF), checkpoint(resumed, HALF)) == {}
+    # In bf16 another order of summation shows.
+    tolerance = 1e-3 if BF16 in origin.case.flags else 1e-5
+    assert len(resumed.losses) == STEPS - HALF
+    assert resumed.losses == pytest.approx(origin.losses[HALF:], rel=tolerance)
+    if tolerance == 1e-5:
+        assert differences(checkpoint(origin), checkpoint(resumed), tolerance) == {}
+
+
+def test_router_state_is_float32_in_bf16(results: Results) -> None:
+    router = "decoder.layers.mlp.router."
+    saved = checkpoint(results[EP2_BF16])
+    threshold = saved[router + "threshold"]
+    assert threshold.dtype == saved[router + "integral"].dtype == torch.float32
+    assert not torch.equal(threshold, threshold.bfloat16().float())
+    assert saved[router + "theta_offset"].abs().min() > 0
+
+
+def test_threshold_goes_on_with_another_target(results: Results) -> None:
+    origin, resumed = results[ONE], results[OTHER_TARGET]
+    # The first batch is routed as it would have been; from then on the new target holds.
+    assert resumed.experts_per_token[0] == origin.experts_per_token[HALF]
+    assert resumed.experts_per_token[-1] == pytest.approx(3, rel=0.1)
+
+
+def test_weights_of_a_top_k_run_can_be_loaded(results: Results) -> None:
+    loaded = checkpoint(results[FROM_TOP_K], HALF)
+    weights = {
+        name: x for name, x in checkpoint(results[TOP_K_RUN], HALF).items() if is_model(name)
+    }
+    added = {name for name in loaded if is_model(name)} - weights.keys()
+    assert {name.rpartition(".")[2] for name in added} == {"threshold", "integral", "theta_offset"}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [(UNPATCHED_EP, "Could not find parameter group"), (UNPATCHED_DIST, "assert len(steps) == 1")],
+    ids=["ep", "distributed"],
+)
+def test_upstream_still_needs_the_patches(results: Results, case: Case, error: str) -> None:
+    assert error in (results.any(case).error or "it resumes: remove the patch from compat.py")
+
+
+def test_parameter_groups_without_counterpart_are_refused() -> None:
+    def group(**changes: Any) -> dict[str, Any]:
+        return {"max_lr": 1e-3, "wd_mult": 1.0, "is_expert_parallel": False} | changes
+
+    saved = {"state": {"common_step": 3}, "param_groups": [group()]}
+    optimizers = [SimpleNamespace(param_groups=[group(is_expert_parallel=b)]) for b in (0, 1)]
+    both = compat._restructured(saved, optimizers)
+    assert [part["param_groups"][0]["max_lr"] for part in both.values()] == [1e-3, 1e-3]
+    assert [part["state"]["common_step"] for part in both.values()] == [3, 3]
+
+    optimizers[1].param_groups[0]["max_lr"] = 1e-4
+    with pytest.raises(ValueError, match=r"max_lr.*--no-load-optim"):
+        compat._restructured(saved, optimizers)
+
+
+def checkpoint(result: CaseResult, iteration: int = STEPS) -> dict[str, Any]:
+    """The tensors of a checkpoint and what stands beside them, by name."""
+    return _read(result.directory / result.case.name / f"iter_{iteration:07d}")
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=path, no_dist=True)
+    common = load_common_state_dict(path)
+    # Sets, because a layout with expert parallelism has more parameter groups.
+    for name in ("common_step", "step", "lr", "weight_decay"):
+        state[name] = {float(value) for value in find(name, common["optimizer"])}
+    return state | {"scheduler": common["opt_param_scheduler"], "iteration": common["iteration"]}
+
+
+def find(name: str, tree: Any) -> Iterator[Any]:
+    """Every value under a name, however deep."""
+    if isinstance(tree, dict):
+        yield from ([tree[name]] if name in tree else [])
+    for branch in tree.values() if isinstance(tree, dict) else tree if type(tree) is list else ():
+        yield from find(name, branch)
+
+
+def is_model(name: str) -> bool:
+    return name.startswith(("decoder.", "embedding.", "output_layer."))
+
+
+def differences(
+    expected: dict[str, Any], actual: dict[str, Any], tolerance: float = 0
+) -> dict[str, Any]:
+    """What differs between two checkpoints, by name."""
+    found: dict[str, Any] = {name: "in one only" for name in expected.keys() ^ actual.keys()}
+    for name in expected.keys() & actual.keys():
+        a, b = expected[name], actual[name]
+        if not isinstance(a, torch.Tensor):
+            if a != b:
+                found[name] = (a, b)
+        elif (a.dtype, a.shape) != (b.dtype, b.shape):
+            found[name] = (a.dtype, b.dtype, a.shape, b.shape)
+        elif not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
+            found[name] = (a - b).abs().max().item()
+    return found
