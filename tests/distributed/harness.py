@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SESSION_TIMEOUT = 400  # seconds
+SESSION_TIMEOUT = 900  # seconds
 
 # A model that takes a step in some ten milliseconds: 4 layers of 8 experts, dropout off.
 TINY = (
@@ -35,7 +35,7 @@ TINY = (
     "--make-vocab-size-divisible-by 8 --normalization RMSNorm --swiglu --disable-bias-linear "
     "--position-embedding-type rope --untie-embeddings-and-output-weights --num-experts 8 "
     "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 "
-    "--distributed-timeout-minutes 1 --no-create-attention-mask-in-dataloader --split 100,0,0"
+    "--distributed-timeout-minutes 5 --no-create-attention-mask-in-dataloader --split 100,0,0"
 )
 DTOP_P = "--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2"
 

@@ -28,7 +28,7 @@ import torch
 from torch.distributed import PrefixStore
 
 PATIENCE = timedelta(minutes=10)  # for other processes, while they work on other cases
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # a rank that dies is noticed at once
 
 
 class Recorder:
