@@ -35,7 +35,7 @@ TINY = (
     "--make-vocab-size-divisible-by 8 --normalization RMSNorm --swiglu --disable-bias-linear "
     "--position-embedding-type rope --untie-embeddings-and-output-weights --num-experts 8 "
     "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 "
-    "--distributed-timeout-minutes 5 --no-create-attention-mask-in-dataloader --split 100,0,0"
+    "--distributed-timeout-minutes 5 --no-create-attention-mask-in-dataloader"
 )
 DTOP_P = "--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2"
 
@@ -52,6 +52,7 @@ class Case:
         hooks: ``module:function`` of context managers around the call, each called with the
             worker's Recorder: injected faults and probes.
         env: environment variables to set.
+        files: texts to write into the session's directory first, by name.
         after: cases that have to be finished before.
     """
 
@@ -61,6 +62,7 @@ class Case:
     entry: str = "megatron_dynmoe.pretrain:main"
     hooks: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict, hash=False)
+    files: dict[str, str] = field(default_factory=dict, hash=False)
     after: tuple[Case, ...] = ()
 
 
@@ -194,6 +196,8 @@ def run_session(cases: list[Case], directory: Path) -> dict[str, CaseResult]:
         settings["env"] = {
             name: value.replace("{dir}", str(directory)) for name, value in case.env.items()
         }
+        for name, text in settings.pop("files").items():
+            (directory / name).write_text(text)
         settings["after"] = [other.name for other in case.after]
         first = min(
             range(num_processes - case.num_ranks + 1),

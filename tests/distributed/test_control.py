@@ -64,7 +64,7 @@ EVALUATED = add(
     Case(
         "evaluated",
         1,
-        f"{STEPS} {TARGET_2} --eval-interval 1 --eval-iters 2 --split 90,5,5 "
+        f"{STEPS} {TARGET_2} --eval-interval 1 --eval-iters 2 "
         "--moe-dynamic-inference-max-experts-per-token 1",
     )
 )

@@ -10,27 +10,23 @@ pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 SCRIPT = Path(__file__).with_name("stock_script.py")
 SPEC = "--spec megatron_dynmoe.specs dynmoe_layer_spec"
-SETTINGS = "routing: dtop_p\ntarget_experts_per_token: 2\n"
 RUN = "megatron_dynmoe.run:main"
-SETTINGS_FILE = "{dir}/dynmoe.yaml"
 EP2 = "--expert-model-parallel-size 2"
 
 
-def stock(name: str, flags: str, settings: str | None = None, num_ranks: int = 2) -> Case:
-    env = {} if settings is None else {"DYNMOE_CONFIG": settings}
-    return add(Case(f"stock_{name}", num_ranks, f"{SCRIPT} {TINY} {flags}", entry=RUN, env=env))
+def stock(name: str, num_ranks: int, flags: str, **fields) -> Case:
+    return add(Case(f"stock_{name}", num_ranks, f"{SCRIPT} {TINY} {flags}", entry=RUN, **fields))
 
 
 OURS = add(Case("ours_ep2", 2, f"{TINY} {DTOP_P} {EP2}"))
-DYNAMIC = stock("dynamic", f"{EP2} {SPEC}", SETTINGS_FILE)
-TOP_K = stock("top_k", EP2)
-NO_SETTINGS = stock("no_settings", SPEC, num_ranks=1)
-MISTAKE = stock("mistake", f"{SPEC} --moe-expert-capacity-factor 1.0", SETTINGS_FILE, num_ranks=1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def settings_file(results: Results) -> None:
-    (results.directory / "dynmoe.yaml").write_text(SETTINGS)
+WITH_SETTINGS = {
+    "env": {"DYNMOE_CONFIG": "{dir}/dynmoe.yaml"},
+    "files": {"dynmoe.yaml": "routing: dtop_p\ntarget_experts_per_token: 2\n"},
+}
+DYNAMIC = stock("dynamic", 2, f"{EP2} {SPEC}", **WITH_SETTINGS)
+TOP_K = stock("top_k", 2, EP2)
+NO_SETTINGS = stock("no_settings", 1, SPEC)
+MISTAKE = stock("mistake", 1, f"{SPEC} --moe-expert-capacity-factor 1.0", **WITH_SETTINGS)
 
 
 def test_the_spec_gives_what_our_entry_point_gives(results: Results) -> None:

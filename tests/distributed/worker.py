@@ -184,6 +184,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def warm_up() -> None:
     """Import and read here, once, what every case would by itself."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
 
@@ -192,6 +193,8 @@ def warm_up() -> None:
     # Megatron reads its help texts from its own source, each time that it parses arguments.
     inspect.getsource = functools.cache(inspect.getsource)
     add_megatron_arguments(ArgumentParser())
+    # Mock documents: shuffling the samples of 100,000 takes half a second.
+    MockGPTLowLevelDataset.size = 1000
 
 
 if __name__ == "__main__":
