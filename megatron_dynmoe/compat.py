@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import queue
 from typing import Any
 
 import torch
 
 
+@functools.cache
 def install() -> None:
     """Apply the patches that every run under Megatron 0.19 needs, once."""
     _use_the_packaged_dataset_helpers()
+    _save_without_a_helper_process()
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
 
@@ -31,6 +34,30 @@ def _use_the_packaged_dataset_helpers() -> None:
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
+
+
+def _save_without_a_helper_process() -> None:
+    """``megatron/core/dist_checkpointing/strategies/torch.py`` starts a process to save.
+
+    It hands the result of writing from one function to the next through the queue of a
+    ``multiprocessing`` manager, also where both run in this process. The manager is a process of
+    its own, which imports torch again: some seconds and some hundred MB for each rank, and it
+    outlives a rank that is killed. A save that is not asynchronous gets a plain queue.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    save = TorchDistSaveShardedStrategy.save
+
+    @functools.wraps(save)
+    def save_with_plain_queue(self, *args, **kwargs):
+        kept, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            filesystem_async._results_queue = kept
+
+    TorchDistSaveShardedStrategy.save = save_with_plain_queue
 
 
 def _resume_the_distributed_optimizer() -> None:
@@ -56,7 +83,7 @@ def _resume_the_distributed_optimizer() -> None:
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_dynmoe_resumes", False):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
     set_states = cls._set_main_param_and_optimizer_states
@@ -99,7 +126,6 @@ def _resume_the_distributed_optimizer() -> None:
     cls.state_dict = filled_state_dict
     cls.load_state_dict = load_with_separate_steps
     cls._set_main_param_and_optimizer_states = set_all_but_step
-    cls._dynmoe_resumes = True
 
 
 def _is_torch_adam(optimizer: object) -> bool:
@@ -117,8 +143,6 @@ def _resume_under_another_layout() -> None:
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-    if getattr(ChainedOptimizer, "_dynmoe_restructures", False):
-        return
     load_state_dict = ChainedOptimizer.load_state_dict
 
     @functools.wraps(load_state_dict)
@@ -126,7 +150,6 @@ def _resume_under_another_layout() -> None:
         load_state_dict(self, _restructured(loaded, self.chained_optimizers))
 
     ChainedOptimizer.load_state_dict = load_restructured
-    ChainedOptimizer._dynmoe_restructures = True
 
 
 def _restructured(loaded: Any, optimizers: list[Any]) -> Any:

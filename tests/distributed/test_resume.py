@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ def saved_as_loaded(recorder: Any) -> Iterator[None]:
         yield
     finally:
         training.train = train
+        recorder.result["processes"] = len(multiprocessing.active_children())
 
 
 @contextlib.contextmanager
@@ -163,6 +165,10 @@ def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: s
     assert resumed.losses == pytest.approx(origin.losses[HALF:], rel=tolerance)
     if tolerance == 1e-5:
         assert differences(checkpoint(origin), checkpoint(resumed), tolerance) == {}
+
+
+def test_saving_starts_no_process(results: Results) -> None:
+    assert [rank["processes"] for rank in results[SAME_LAYOUT["ep2"][1]].ranks] == [0, 0]
 
 
 def test_router_state_is_float32_in_bf16(results: Results) -> None:
