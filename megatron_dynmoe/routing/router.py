@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import log_single_rank
 from torch import Tensor
 
 from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_dynmoe.config import DynMoEConfig
+
+logger = logging.getLogger(__name__)
 
 # Under these names upstream's own tracker, where it is asked for them, shows the balance loss.
 UPSTREAM_LOSS_NAMES = {
@@ -176,3 +180,16 @@ class TopPRouter(KeepDtype, TopKRouter):
             torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
             assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:]
         return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load; a fixed threshold is a setting, not state, so the flag wins over the checkpoint."""
+        super()._load_from_state_dict(*args, **kwargs)
+        fixed = self.dynmoe.threshold
+        if fixed is not None and self.threshold.item() != torch.tensor(fixed).item():
+            log_single_rank(
+                logger,
+                logging.WARNING,
+                f"layer {self.layer_number}: the checkpoint's threshold {self.threshold.item():g} "
+                f"is replaced by --moe-dynamic-threshold {fixed:g}",
+            )
+            self.threshold.fill_(fixed)

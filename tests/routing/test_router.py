@@ -290,14 +290,25 @@ def test_state_keeps_dtype_and_value_in_float16module(dtype):
 
 
 def test_the_state_dict_holds_what_training_needs_and_loads_without_rounding():
-    router = one_rank.router(top_p(normalization="drn"))
+    settings = DynMoEConfig(routing="dtop_p", target_experts_per_token=2)
+    router = one_rank.router(settings)
     assert set(router.state_dict()) == {"weight", "threshold", "integral", "theta_offset"}
     full_state(router)
-    other = one_rank.router(top_p(normalization="drn")).bfloat16()
+    other = one_rank.router(settings).bfloat16()
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.threshold, router.threshold)
     assert torch.equal(other.integral, router.integral)
     assert "theta_offset" not in one_rank.router(top_p()).state_dict()
+
+
+def test_a_fixed_threshold_wins_over_the_checkpoints_and_says_so(caplog):
+    router, saved = one_rank.router(top_p(threshold=0.3)), one_rank.router(top_p(threshold=0.6))
+    router.load_state_dict(saved.state_dict())
+    assert router.threshold.item() == pytest.approx(0.3)
+    assert "0.6" in caplog.text and "--moe-dynamic-threshold 0.3" in caplog.text
+    caplog.clear()
+    saved.load_state_dict(saved.state_dict())
+    assert not caplog.text
 
 
 def test_state_is_float32_under_another_default_dtype():
