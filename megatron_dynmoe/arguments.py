@@ -43,6 +43,8 @@ def config_from_args(args: Namespace) -> DynMoEConfig:
         ValueError: a flag's value is not of its kind.
     """
     base = config_from_environment() or DynMoEConfig()
+    if getattr(args, PREFIX + "routing", None) == "top_k":
+        base = DynMoEConfig()  # the baseline is one flag away from any file of settings
     flags = {name: getattr(args, PREFIX + name, None) for name in SETTINGS}
     given = {name: value for name, value in flags.items() if value is not None}
     return dataclasses.replace(base, **given)

@@ -14,7 +14,6 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
-    get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
 from megatron.training import get_args, get_timers
@@ -109,7 +108,10 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._num_samples = 0
 
     def add(self, statistics: RoutingStatistics) -> None:
-        """Take the statistics of one global batch; a re-run of the same batch replaces them."""
+        """Take the statistics of one global batch; a re-run of the same batch replaces them.
+
+        Steps that the optimizer skips are reported too: their tokens were routed and computed.
+        """
         self._step = statistics
 
     def report(
@@ -152,7 +154,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._write(rates, iteration, writer, wandb_writer)
         print(_layer_table(summary, self.dynmoe), flush=True)
         target = self.dynmoe.target_experts_per_token
-        aim = f" (target {target.at(iteration):g})" if target is not None else ""
+        # The batch of this iteration was steered after one iteration fewer had finished.
+        aim = f" (target {target.at(iteration - 1):g})" if target is not None else ""
         cap = self.dynmoe.max_experts_per_token
         at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
         return (
@@ -195,9 +198,8 @@ def _layer_table(summary: RoutingSummary, dynmoe: DynMoEConfig) -> str:
 
 
 def install_metrics_tracker(dynmoe: DynMoEConfig) -> None:
-    """Make upstream's loop report the routing."""
-    if not isinstance(get_moe_metrics_tracker(), DynMoEMetricsTracker):
-        set_moe_metrics_tracker(DynMoEMetricsTracker(dynmoe))
+    """Make upstream's loop report the routing of the run that starts."""
+    set_moe_metrics_tracker(DynMoEMetricsTracker(dynmoe))
 
 
 def floating_point_operations(args: Any, num_samples: int, experts_per_token: float) -> float:

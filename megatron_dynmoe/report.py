@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_dynmoe.schedule import TargetSchedule
+
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 RESOLVED = "resolved.yaml"
@@ -110,7 +112,10 @@ def summarize_run(
     validation = scalars.get("lm loss validation")
     threshold = scalars.get("dynmoe/threshold")
     # The median, since some steps are followed by an evaluation or a checkpoint.
-    step_seconds = statistics.median(b - a for a, b in pairwise(loss.times)) if loss[0][1:] else 0
+    steps = list(pairwise(zip(loss.iterations, loss.times, strict=True)))
+    step_seconds = statistics.median(
+        (t1 - t0) / (i1 - i0) for (i0, t0), (i1, t1) in steps or [((0, 0), (1, 0))]
+    )
     tokens_per_step = megatron["global_batch_size"] * megatron["seq_length"]
     return {
         "routing": routing["routing"],
@@ -154,9 +159,17 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
     if dynamic:
         experts_axis, threshold_axis = routing_axes
         _plot_by_layer(experts_axis, scalars, "experts_per_token")
-        target = _number(routing.get("target_experts_per_token"))
-        if isinstance(target, float):
-            experts_axis.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
+        if "target_experts_per_token" in routing:
+            target = TargetSchedule.parse(routing["target_experts_per_token"])
+            iterations = scalars["dynmoe/experts_per_token"].iterations
+            experts_axis.plot(
+                iterations,
+                [target.at(iteration - 1) for iteration in iterations],
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label="target",
+            )
         experts_axis.set(title="experts per token", xlabel="iteration")
         experts_axis.legend(frameon=False)
         _plot_by_layer(threshold_axis, scalars, "threshold")

@@ -29,7 +29,17 @@ def prepare() -> None:
 
 
 def _be_a_world_of_one() -> None:
-    """Set what torchrun would, so that one process can be started by hand."""
+    """Set what torchrun would, so that one process can be started by hand.
+
+    Raises:
+        ValueError: this is one of several Slurm tasks, which would all be worlds of their own.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1":
+        raise ValueError(
+            f"SLURM_NTASKS is {tasks}, but RANK is not set: let every task start torchrun, or set "
+            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

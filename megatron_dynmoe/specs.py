@@ -91,7 +91,6 @@ def layer_spec(
     resolved, controller = settle(dynmoe, transformer)
 
     transformer.moe_router_dtype = "fp32"
-    transformer.moe_router_load_balancing_type = "none"
     if not isinstance(transformer.finalize_model_grads_func, GlobalBatchUpdate):
         transformer.finalize_model_grads_func = GlobalBatchUpdate(
             resolved, controller, transformer.finalize_model_grads_func

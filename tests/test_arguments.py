@@ -80,6 +80,13 @@ def test_flags_override_the_settings_file(tmp_path, monkeypatch):
     )
 
 
+def test_the_baseline_is_one_flag_away_from_any_settings_file(tmp_path, monkeypatch):
+    path = tmp_path / "settings.yaml"
+    path.write_text("routing: dtop_p\ntarget_experts_per_token: 2\n")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(path))
+    assert config_from_args(parse(flag_of("routing"), "top_k")) == DynMoEConfig()
+
+
 def test_without_a_settings_file_there_are_no_settings(monkeypatch):
     assert config_from_environment() is None
     monkeypatch.setenv("DYNMOE_CONFIG", "")

@@ -177,6 +177,8 @@ def test_the_table_by_layer_marks_layers_without_experts():
 @pytest.fixture
 def tracker(monkeypatch):
     """The tracker, with the few things of a training run that it asks for."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
     from megatron_dynmoe import metrics
 
     args = SimpleNamespace(log_interval=2, tensorboard_log_interval=1, seq_length=10)
@@ -188,7 +190,7 @@ def tracker(monkeypatch):
         metrics, "floating_point_operations", lambda args, samples, experts: samples * 1e12
     )
     metrics.install_metrics_tracker(BY_LAYER)
-    return metrics.get_moe_metrics_tracker()
+    return get_moe_metrics_tracker()
 
 
 def writer():
@@ -245,15 +247,16 @@ def test_a_skipped_iteration_reports_nothing_new(tracker):
     assert not tensorboard.written
 
 
-def test_the_tracker_is_installed_once():
+def test_a_run_starts_with_a_tracker_of_its_own():
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     from megatron_dynmoe.metrics import install_metrics_tracker
 
+    install_metrics_tracker(BY_LAYER)
+    first = get_moe_metrics_tracker()
     install_metrics_tracker(TOP_P)
-    tracker = get_moe_metrics_tracker()
-    install_metrics_tracker(TOP_P)
-    assert get_moe_metrics_tracker() is tracker
+    assert get_moe_metrics_tracker() is not first
+    assert get_moe_metrics_tracker().dynmoe is TOP_P
 
 
 def test_flops_are_upstreams_formula_at_the_measured_number_of_experts():

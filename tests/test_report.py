@@ -83,6 +83,12 @@ def test_a_dense_model_has_no_experts(tmp_path):
     assert write_report(tmp_path)["mean_experts_per_token"] is None
 
 
+def test_the_rate_counts_iterations_not_events(tmp_path):
+    every_fifth = [(step, 9.0) for step in (5, 10, 15, 20)]
+    make_run(tmp_path, {"routing": "top_k"}, {"lm loss": every_fifth})
+    assert write_report(tmp_path)["tokens_per_second"] == pytest.approx(32.0)
+
+
 def test_one_step_has_no_rate(tmp_path):
     make_run(tmp_path, {"routing": "top_k"}, {"lm loss": [(1, 9.0)]})
     assert write_report(tmp_path)["tokens_per_second"] is None

@@ -265,6 +265,34 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
     torch.accelerator.current_accelerator = _returns(None)
 
 
+# Needs Transformer Engine's attention, norms or kernels; and what to do instead.
+_SPREAD = "spread the model with --expert-model-parallel-size or --pipeline-model-parallel-size"
+_NEEDS_A_GPU = {
+    "tensor_model_parallel_size": (
+        1,
+        "without Transformer Engine the norms cannot run sequence-parallel, which an MoE layer "
+        f"under tensor parallelism needs. Use 1, and {_SPREAD}",
+    ),
+    "context_parallel_size": (
+        1,
+        f"only Transformer Engine's attention splits a sequence. Use 1, and {_SPREAD}",
+    ),
+    "moe_grouped_gemm": (False, "grouped GEMM runs on GPUs only. Leave it out"),
+    "multi_latent_attention": (
+        False,
+        "the attention that needs no Transformer Engine cannot do it. Leave it out",
+    ),
+    "use_torch_fsdp2": (False, "it shards over GPUs. Leave it out"),
+}
+
+
+def _refuse_what_needs_a_gpu(args) -> None:
+    for name, (possible, reason) in _NEEDS_A_GPU.items():
+        value = getattr(args, name, possible)
+        if value != possible:
+            raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
+
+
 def _as_the_host_wants_it(tensor, as_numpy=False, record_stream=False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
@@ -285,14 +313,11 @@ def _redirect_megatron() -> None:
     validate = megatron_arguments.validate_args
 
     def validate_for_cpu(args, defaults=None):
-        if args.tensor_model_parallel_size > 1:
-            raise ValueError(
-                f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}: without "
-                "Transformer Engine the norms cannot run sequence-parallel, which an MoE layer "
-                "under tensor parallelism needs. Use 1, and spread the model with "
-                "--expert-model-parallel-size or --pipeline-model-parallel-size."
-            )
+        _refuse_what_needs_a_gpu(args)
         for name, value in FORCED_SETTINGS.items():
+            flag = "--" + name.replace("_", "-")
+            if flag in sys.argv and getattr(args, name) != value and args.rank == 0:
+                print(f"> megatron_dynmoe: {flag} needs a GPU and becomes {value}", file=sys.stderr)
             if hasattr(args, name):
                 setattr(args, name, value)
         return validate(args, defaults or {})

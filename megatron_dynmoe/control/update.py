@@ -11,6 +11,7 @@ the step, and may finalize one step twice when it re-runs it:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.metrics import DynMoEMetricsTracker
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
 from megatron_dynmoe.routing.router import TopPRouter
+
+logger = logging.getLogger(__name__)
 
 
 class GlobalBatchUpdate:
@@ -53,6 +56,7 @@ class GlobalBatchUpdate:
         self._staged: tuple[Tensor, Tensor] | None = None
         self._routers: list[TopPRouter] = []
         self._hooked: set[int] = set()
+        self._warned = False
 
     def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         """End a global batch; arguments are those of upstream's ``finalize_model_grads``."""
@@ -68,6 +72,7 @@ class GlobalBatchUpdate:
         if self.controller is not None:
             self._stage(statistics)
             if not self._commit_after(config.grad_scale_func):
+                self._warn_once()
                 self._commit()
 
     def _stage(self, statistics: RoutingStatistics) -> None:
@@ -108,6 +113,14 @@ class GlobalBatchUpdate:
                 optimizer.register_step_post_hook(lambda *_: self._commit())
                 self._hooked.add(id(optimizer))
         return bool(inner)
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "config.grad_scale_func leads to no optimizer on this rank, so a step that the "
+                "optimizer skips still moves the threshold"
+            )
+        self._warned = True
 
     def _commit(self) -> None:
         if self._staged is None:

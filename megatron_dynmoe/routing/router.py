@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Under these names upstream's own tracker, where it is asked for them, shows the balance loss.
+# Under the name of what --moe-router-load-balancing-type asks for, upstream's own tracker shows the
+# balance loss. Our entry point reports it itself and asks upstream for none.
 UPSTREAM_LOSS_NAMES = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "aux_loss": "load_balancing_loss",
@@ -155,9 +156,13 @@ class TopPRouter(KeepDtype, TopKRouter):
         balance = load_balance_loss(probs_TE, fractions_BE, tokens_B, valid_T)
         dynamic = dynamic_loss(probs_TE, tokens_B.sum().clamp(min=1), valid_T)
         self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
-        if dynmoe.balance_loss in UPSTREAM_LOSS_NAMES:
+        asked_for = self.config.moe_router_load_balancing_type
+        shown_as = UPSTREAM_LOSS_NAMES.get(
+            asked_for if isinstance(asked_for, str) else asked_for[0]
+        )
+        if dynmoe.balance_loss != "none" and shown_as is not None:
             get_moe_metrics_tracker().record(
-                UPSTREAM_LOSS_NAMES[dynmoe.balance_loss],
+                shown_as,
                 balance,
                 self.layer_number,
                 self.config.num_layers,

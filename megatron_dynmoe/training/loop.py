@@ -27,13 +27,21 @@ from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.upstream_flags import check_upstream_settings
 
 # Modes of upstream's script that need its own batches and losses.
-_OTHER_SCRIPTS_MODES = {
+_OTHER_BATCHES = {
     "sft": "fine-tuning on packed sequences",
     "fim_data": "fill-in-the-middle data",
     "dataloader_inter_document_masking": "masking between packed documents",
     "hybrid_context_parallel": "hybrid context parallelism",
     "logits_load_dir": "distillation from cached logits",
 }
+# Settings that build another model than the one into which dynamic routing is put.
+_OTHER_MODELS = (
+    "spec",
+    "hybrid_layer_pattern",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "experimental_attention_variant",
+)
 
 
 def train(program_start: float) -> None:
@@ -50,7 +58,7 @@ def train(program_start: float) -> None:
     except ValueError:
         sys.tracebacklimit = 0  # the message says what to do; a stack would bury it
         raise
-    if args.spec is None:
+    if dynmoe.is_dynamic:
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
     with run_directory.keeping(args, resolved, program_start):
         pretrain(
@@ -70,7 +78,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
-        for mode, meaning in _OTHER_SCRIPTS_MODES.items():
+        for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(
                     f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
@@ -78,6 +86,13 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                     "dynmoe_layer_spec and DYNMOE_CONFIG."
                 )
         if dynmoe.is_dynamic:
+            for name in _OTHER_MODELS:
+                if getattr(args, name, None):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
+                        f"{dynmoe.routing!r} this entry point builds the model's layers itself. "
+                        "Leave it out."
+                    )
             check_upstream_settings(args)
         dynmoe.resolve(args.num_experts)
         found.append(dynmoe)
@@ -88,6 +103,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         args = megatron_arguments.parse_and_validate_args(extra_args_provider=_add_flags)
     finally:
         megatron_arguments.validate_args = validate
+    if not found:
+        raise ValueError(
+            f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
+            "checks of this entry point. Give flags instead."
+        )
     return args, found[0]
 
 
@@ -114,7 +134,10 @@ def report_evaluation(model: list[torch.nn.Module]) -> None:
         f"(std {summary.std_experts_per_token:.3f}) | by layer: "
         + " ".join(f"{value:.3f}" for value in summary.experts_per_token_by_layer)
     )
-    name, iteration = f"{PREFIX}/validation_experts_per_token", get_args().curr_iteration
+    args = get_args()
+    # Upstream counts the iteration after the step; without training it sets none.
+    iteration = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
+    name = f"{PREFIX}/validation_experts_per_token"
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:
         writer.add_scalar(name, summary.experts_per_token, iteration)

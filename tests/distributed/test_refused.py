@@ -19,6 +19,10 @@ MISTAKES = {
     "--moe-dynamic-max-experts-per-token 0": ("max_experts_per_token", "1 to 8"),
     "--moe-dynamic-threshold 0.4": ("threshold", "initial_threshold"),
     "--moe-dynamic-integral-gain 0": ("integral_gain", "auto"),
+    "--context-parallel-size 2": ("Transformer Engine", "Use 1"),
+    "--moe-grouped-gemm": ("GPUs only", "Leave it out"),
+    "--hybrid-layer-pattern *E*E": ("builds the model's layers itself", "Leave it out"),
+    "--spec megatron_dynmoe.specs dynmoe_layer_spec": ("itself", "Leave it out"),
     "--sft": ("--sft", "pretrain_gpt.py"),
 }
 CASES = {

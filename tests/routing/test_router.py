@@ -466,13 +466,19 @@ def test_scaled_as_upstream_scales_its_losses(monkeypatch, scope, per_token, pad
     torch.testing.assert_close(got, want)
 
 
-def test_upstreams_tracker_shows_the_balance_loss_undivided():
+@pytest.mark.parametrize(
+    ("asked_for", "name"),
+    [("aux_loss", "load_balancing_loss"), ("seq_aux_loss", "seq_load_balancing_loss")],
+)
+def test_upstreams_tracker_shows_the_balance_loss_under_the_name_it_asks_for(asked_for, name):
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    router = one_rank.router(top_p(balance_loss="seq_aux_loss", balance_loss_coeff=0.1))
+    settings = top_p(balance_loss="seq_aux_loss", balance_loss_coeff=0.1)
+    router = one_rank.router(settings, moe_router_load_balancing_type=asked_for)
     router(hidden_states())
-    recorded = get_moe_metrics_tracker().metrics["seq_load_balancing_loss"].values
-    assert recorded.tolist() == pytest.approx([router.counters.balance_loss.item(), 0])
+    recorded = get_moe_metrics_tracker().metrics
+    assert list(recorded) == [name]
+    assert recorded[name].values.tolist() == pytest.approx([router.counters.balance_loss.item(), 0])
 
 
 def test_no_balance_loss_is_recorded_or_trained_where_there_is_none():
