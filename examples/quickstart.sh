@@ -83,5 +83,6 @@ cat <<NEXT
   more of them            .venv/bin/tensorboard --logdir $RUN/tensorboard
   the baseline, top-2     RUN=runs/top2 ROUTING="--moe-router-topk 2 --moe-aux-loss-coeff 2e-2 --moe-router-load-balancing-type seq_aux_loss" make quickstart
   a fixed threshold       RUN=runs/top_p ROUTING="--moe-dynamic-routing top_p --moe-dynamic-threshold 0.2" make quickstart
-  train on                the command in $RUN/command.txt with --load $RUN/checkpoints --train-iters $((STEPS * 2))
+  train on                the command in $RUN/command.txt with
+                          --load $RUN/checkpoints --train-iters $((STEPS * 2)) --override-opt-param-scheduler
 NEXT

@@ -13,13 +13,16 @@ _FIELDS = {
     "tokens/s": re.compile(r"tokens/s: (\S+)"),
 }
 _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
-_VALIDATION = re.compile(r"validation loss at (iteration \d+)\D.*lm loss value: (\S+)")
+_VALIDATION = re.compile(
+    r"validation loss at (iteration \d+)(?: on (\w+) set)? \|.*lm loss value: (\S+)"
+)
 
 
 def shorten(line: str) -> str | None:
     """The short form of a line of Megatron's log, or None for one that is left out."""
     if match := _VALIDATION.search(line):
-        return f"  validation at {match[1]}: loss {float(match[2]):.3f}"
+        where = f"at the end, {match[2]} set" if match[2] else f"validation at {match[1]}"
+        return f"  {where}: loss {float(match[3]):.3f}"
     if (match := _ITERATION.search(line)) is None:
         return None
     done, total = int(match[1]), int(match[2])

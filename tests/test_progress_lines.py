@@ -26,7 +26,7 @@ def test_an_evaluation():
     line = " validation loss at iteration 100 | lm loss value: 5.901234E+00 | lm loss PPL: 3E+02 | "
     assert shorten(line) == "  validation at iteration 100: loss 5.901"
     final = line.replace("100 |", "8 on validation set |")
-    assert shorten(final) == "  validation at iteration 8: loss 5.901"
+    assert shorten(final) == "  at the end, validation set: loss 5.901"
 
 
 def test_all_else_is_left_out():
