@@ -3,7 +3,7 @@
 #
 #   RUN      folder of the run             (runs/quickstart)
 #   STEPS    training steps                (300)
-#   NPROC    processes, one a core         (2, or 1 on a single core)
+#   NPROC    processes: 1, 2, 4 or 8       (2, or 1 on a single core)
 #   ROUTING  flags of the routing          (DTop-p at a target of 2 experts per token)
 #
 # Further arguments are passed on to the training command.
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 RUN=${RUN:-runs/quickstart}
 STEPS=${STEPS:-300}
-NPROC=${NPROC:-$(($(nproc) > 1 ? 2 : 1))}
+NPROC=${NPROC:-$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))}
 ROUTING=${ROUTING:---moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2 \
 --moe-dynamic-balance-loss-coeff 1e-2}
 KINDS=(book code reference dictionary)
@@ -56,11 +56,11 @@ command=(
   --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
   --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/data/tokenizer.model"
   --data-path "${data[@]}" --split "95,5,0" --seq-length 256 --max-position-embeddings 256
-  --micro-batch-size 4 --global-batch-size 8 --train-iters "$STEPS"
+  --micro-batch-size $((NPROC > 2 ? 8 / NPROC : 4)) --global-batch-size 8 --train-iters "$STEPS"
   --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 10))
   --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
-  --log-interval $((STEPS >= 10 ? 10 : 1)) --eval-interval $((STEPS / 3)) --eval-iters 8
-  --save-interval $((STEPS / 3))
+  --log-interval $((STEPS >= 10 ? 10 : 1)) --eval-interval $((STEPS > 2 ? STEPS / 3 : 1)) --eval-iters 8
+  --save-interval $((STEPS > 2 ? STEPS / 3 : 1))
   "$@"
 )
 printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -112,6 +113,9 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
 
 
 def _add_flags(parser: ArgumentParser) -> ArgumentParser:
+    # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
+    for action in parser._actions:
+        action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     return run_directory.add_flag(add_dynmoe_args(parser))
 
 

@@ -34,10 +34,21 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
 
 
 def set_paths(args: Namespace) -> None:
-    """Derive Megatron's paths from ``--run-dir``; before its arguments are validated."""
+    """Derive Megatron's paths from ``--run-dir``; before its arguments are validated.
+
+    Raises:
+        ValueError: the folder holds another run, which this one would mix with or overwrite.
+    """
     if args.run_dir is None:
         return
     run_dir = Path(args.run_dir)
+    # Asked on the one rank that writes events, and before it does: others could see its own.
+    events = (run_dir / report.TENSORBOARD).glob("events.out.tfevents.*")
+    if args.rank == args.world_size - 1 and args.load is None and any(events):
+        raise ValueError(
+            f"--run-dir is {run_dir}, which holds a run: go on with it by --load "
+            f"{run_dir / report.CHECKPOINTS}, or name another folder."
+        )
     args.save = args.save or str(run_dir / report.CHECKPOINTS)
     if args.save_interval is None and args.non_persistent_save_interval is None:
         # Megatron wants an interval with --save; it always saves at the end.

@@ -51,6 +51,20 @@ def test_quickstart_trains_and_reports(tmp_path):
     assert "initial_threshold: 0.33" in (run / "resolved.yaml").read_text()
     assert "step 6/6 | loss" in result.stdout and '"mean_experts_per_token"' in result.stdout
 
+    # Another run in the same folder would mix the two: refused, nothing is written.
+    command = (run / "command.txt").read_text().split()
+    module = command[command.index("-m") :]
+    again = subprocess.run(
+        [sys.executable, *module, "--expert-model-parallel-size", "1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert again.returncode != 0
+    assert f"--run-dir is {run}, which holds a run" in again.stderr
+    assert json.loads((run / "summary.json").read_text()) == summary
+
     # A mistake in a second run: a plain answer, and the first run is kept.
     failed = quickstart(run, "--moe-expert-capacity-factor", "1.0", NPROC="1")
     assert failed.returncode != 0
