@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.training import print_rank_0
+from megatron.training import get_args, print_rank_0
 
 from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
-from megatron_dynmoe.config import AUTO, DynMoEConfig
-from megatron_dynmoe.control import calibrate
+from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.metrics import install_metrics_tracker
 from megatron_dynmoe.moe.layer import DynMoELayer
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
-
-# The factor by which the response of the count may grow before the loop becomes unstable.
-MIN_GAIN_MARGIN = 3.0
 
 
 def dynmoe_layer_spec(
@@ -65,8 +62,8 @@ def layer_spec(
 ) -> TransformerBlockSubmodules:
     """Upstream's layer spec for one model chunk, with dynamic routing where it has experts.
 
-    Called once per chunk; installs the update at the end of a global batch and the metrics with
-    the first.
+    Called once per chunk; with the first it installs the update at the end of a global batch and
+    the metrics, and hands the resolved settings to the checkpoint.
 
     Args:
         config: upstream's model config. Its ``transformer`` is adapted: routing in fp32, and the
@@ -96,6 +93,9 @@ def layer_spec(
             resolved, controller, transformer.finalize_model_grads_func
         )
         install_metrics_tracker(resolved)
+        # Megatron saves its arguments with the model; settings from YAML would not be among them.
+        with suppress(AssertionError):  # a training loop of one's own has none
+            get_args().moe_dynamic_settings = resolved.to_dict()
         settings = ", ".join(
             f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in resolved.to_dict().items()
@@ -115,85 +115,15 @@ def layer_spec(
     return spec
 
 
-def settle(
-    dynmoe: DynMoEConfig, transformer: TransformerConfig
-) -> tuple[DynMoEConfig, PIController | None]:
-    """Fill defaults and compute what ``auto`` stands for, from the model's own configuration.
-
-    Returns:
-        The resolved settings and, for ``dtop_p``, the controller.
-
-    Raises:
-        ValueError: a setting makes no sense with another or with the model.
-    """
-    num_experts = transformer.num_moe_experts
-    resolved = dynmoe.resolve(num_experts)
-    if not resolved.is_controlled:
-        return resolved, None
-    targets, plant = _targets(resolved), _plant(resolved, transformer)
-    low, high = resolved.min_threshold, resolved.max_threshold
-    computed = dict(
-        zip(("proportional_gain", "integral_gain"), _gains(targets, plant), strict=True),
-        initial_threshold=min(
-            max(calibrate.initial_threshold(target=targets[0], **plant), low), high
-        ),
-    )
-    resolved = dataclasses.replace(
-        resolved,
-        **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
-    )
-    controller = PIController(
-        num_experts=num_experts,
-        initial_threshold=resolved.initial_threshold,
-        proportional_gain=resolved.proportional_gain,
-        integral_gain=resolved.integral_gain,
-        min_threshold=low,
-        max_threshold=high,
-    )
-    return resolved, controller
-
-
-def _targets(resolved: DynMoEConfig) -> list[float]:
-    return [target for _, target in resolved.target_experts_per_token.points]
-
-
-def _plant(resolved: DynMoEConfig, transformer: TransformerConfig) -> dict[str, Any]:
-    """What the response of the count to the threshold depends on, but for the target."""
-    return {
-        "num_experts": transformer.num_moe_experts,
-        "normalized": resolved.normalization == "drn",
-        # The gate reads normalized hidden states of root mean square 1.
-        "logits_std": transformer.init_method_std * math.sqrt(transformer.hidden_size),
-        "max_experts": resolved.max_experts_per_token,
-    }
-
-
-def _gain_margin(gains: tuple[float, float], targets: list[float], plant: dict[str, Any]) -> float:
-    steepest = max(calibrate.plant_slope(target=target, **plant) for target in targets)
-    return calibrate.gain_margin(*gains, steepest, plant["num_experts"])
-
-
-def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
-    """The default gains at the last target of a schedule, where the run spends most of its time.
-
-    Reduced where another target responds so much more strongly that the loop would come too close
-    to instability.
-    """
-    gains = calibrate.default_gains(target=targets[-1], **plant)
-    scale = min(1.0, _gain_margin(gains, targets, plant) / MIN_GAIN_MARGIN)
-    return gains[0] * scale, gains[1] * scale
-
-
 def _warn_of_high_gains(
     resolved: DynMoEConfig, controller: PIController, transformer: TransformerConfig
 ) -> None:
-    gains = controller.proportional_gain, controller.integral_gain
-    margin = _gain_margin(gains, _targets(resolved), _plant(resolved, transformer))
-    if margin < 0.999 * MIN_GAIN_MARGIN:  # _gains stops at the margin itself
+    margin = settled_gain_margin(resolved, transformer)
+    if margin < 0.999 * MIN_GAIN_MARGIN:  # computed gains stop at the margin itself
         print_rank_0(
-            f"WARNING: proportional_gain {gains[0]:.4g} and integral_gain {gains[1]:.4g} become "
-            f"unstable once the count responds {margin:.2g} times as strongly as at the start; "
-            f"ask for {MIN_GAIN_MARGIN:g} or more, or use auto."
+            f"WARNING: proportional_gain {controller.proportional_gain:.4g} and integral_gain "
+            f"{controller.integral_gain:.4g} become unstable once the count responds {margin:.2g} "
+            f"times as strongly as at the start; ask for {MIN_GAIN_MARGIN:g} or more, or use auto."
         )
 
 

@@ -66,6 +66,9 @@ class GlobalBatchUpdate:
         statistics = reduce_statistics(
             self._routers, config.num_layers, config.num_moe_experts, evaluation=False
         )
+        for router in self._routers:
+            index = router.layer_number - 1
+            router.measured.copy_(statistics.mean_experts[index : index + 1])
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, DynMoEMetricsTracker):
             tracker.add(statistics)

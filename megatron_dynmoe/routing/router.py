@@ -43,6 +43,8 @@ class TopPRouter(KeepDtype, TopKRouter):
     State, replicated over ranks and saved with the model:
         threshold: [1] float32, the threshold in force; written once per global batch.
         integral: [1] float32, the PI controller's sum of errors.
+        measured: [1] float32, mean experts per token over the last global batch, for whoever reads
+            the checkpoint; training does not.
         theta_offset: [1] parameter, theta = 1 + theta_offset scales the normalized logits. An
             offset, because near 1 bf16 would round its updates away; one-dimensional, because
             upstream exempts such parameters from weight decay.
@@ -50,6 +52,7 @@ class TopPRouter(KeepDtype, TopKRouter):
 
     threshold: Tensor
     integral: Tensor
+    measured: Tensor
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class TopPRouter(KeepDtype, TopKRouter):
         state: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("threshold", torch.tensor([initial_threshold], **state))
         self.register_buffer("integral", torch.zeros(1, **state))
+        self.register_buffer("measured", torch.zeros(1, **state))
         self.theta_offset = None
         if dynmoe.normalization == "drn":
             self.theta_offset = torch.nn.Parameter(

@@ -19,9 +19,10 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_balance_loss
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
-from megatron_dynmoe.specs import layer_spec, settle
+from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import run_directory
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step

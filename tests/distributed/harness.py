@@ -122,7 +122,7 @@ class CaseResult:
         ]
 
     def by_layer(self, name: str) -> list[dict[int, float]]:
-        """``threshold``, ``integral``, ``theta`` or ``counted`` after each step, by layer number.
+        """``threshold``, ``integral``, ``measured``, ``theta`` or ``counted`` after each step, by layer number.
 
         Fails if two ranks hold different values for one layer.
         """

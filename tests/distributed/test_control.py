@@ -129,7 +129,11 @@ def test_each_layer_may_follow_the_law_by_itself(results: Results) -> None:
             sum(batch["assignments"][layer]) / batch["tokens"][layer] for batch in result.finalized
         ]
         thresholds, integrals = expected(measured, [2.0] * 4)
-        for name, values in (("threshold", thresholds), ("integral", integrals)):
+        for name, values in (
+            ("threshold", thresholds),
+            ("integral", integrals),
+            ("measured", measured),
+        ):
             found = [step[layer + 1] for step in result.by_layer(name)]
             assert found == pytest.approx(values, abs=1e-6)
     assert len(set(result.by_layer("threshold")[-1].values())) == 4

@@ -193,7 +193,8 @@ def test_weights_of_a_top_k_run_can_be_loaded(results: Results) -> None:
         name: x for name, x in checkpoint(results[TOP_K_RUN], HALF).items() if is_model(name)
     }
     added = {name for name in loaded if is_model(name)} - weights.keys()
-    assert {name.rpartition(".")[2] for name in added} == {"threshold", "integral", "theta_offset"}
+    state = {"threshold", "integral", "theta_offset", "measured"}
+    assert {name.rpartition(".")[2] for name in added} == state
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 

@@ -89,6 +89,7 @@ class Recorder:
                 # By global layer number, after the step:
                 "threshold": {layer: r.threshold.item() for layer, r in routers.items()},
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
+                "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},
                 "counted": {layer: r.counters.tokens.item() for layer, r in routers.items()},
             }

@@ -1,0 +1,98 @@
+"""From the settings that a user gave to those that a model trains with.
+
+Megatron is not imported: the converter settles a checkpoint's first threshold with it, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+from megatron_dynmoe.config import AUTO, DynMoEConfig
+from megatron_dynmoe.control import calibrate
+from megatron_dynmoe.control.pi import PIController
+
+# The factor by which the response of the count may grow before the loop becomes unstable.
+MIN_GAIN_MARGIN = 3.0
+
+
+class ModelShape(Protocol):
+    """What of a model's configuration the computed values depend on; named as in Megatron's."""
+
+    num_moe_experts: int
+    hidden_size: int
+    init_method_std: float
+
+
+def settle(dynmoe: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIController | None]:
+    """Fill defaults and compute what ``auto`` stands for, from the model's own configuration.
+
+    Returns:
+        The resolved settings and, for ``dtop_p``, the controller.
+
+    Raises:
+        ValueError: a setting makes no sense with another or with the model.
+    """
+    num_experts = model.num_moe_experts
+    resolved = dynmoe.resolve(num_experts)
+    if not resolved.is_controlled:
+        return resolved, None
+    targets, plant = _targets(resolved), _plant(resolved, model)
+    low, high = resolved.min_threshold, resolved.max_threshold
+    computed = dict(
+        zip(("proportional_gain", "integral_gain"), _gains(targets, plant), strict=True),
+        initial_threshold=min(
+            max(calibrate.initial_threshold(target=targets[0], **plant), low), high
+        ),
+    )
+    resolved = dataclasses.replace(
+        resolved,
+        **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
+    )
+    controller = PIController(
+        num_experts=num_experts,
+        initial_threshold=resolved.initial_threshold,
+        proportional_gain=resolved.proportional_gain,
+        integral_gain=resolved.integral_gain,
+        min_threshold=low,
+        max_threshold=high,
+    )
+    return resolved, controller
+
+
+def settled_gain_margin(resolved: DynMoEConfig, model: ModelShape) -> float:
+    """The gain margin of settled ``dtop_p`` settings at the target that responds most."""
+    gains = resolved.proportional_gain, resolved.integral_gain
+    return _gain_margin(gains, _targets(resolved), _plant(resolved, model))
+
+
+def _targets(resolved: DynMoEConfig) -> list[float]:
+    return [target for _, target in resolved.target_experts_per_token.points]
+
+
+def _plant(resolved: DynMoEConfig, model: ModelShape) -> dict[str, Any]:
+    """What the response of the count to the threshold depends on, but for the target."""
+    return {
+        "num_experts": model.num_moe_experts,
+        "normalized": resolved.normalization == "drn",
+        # The gate reads normalized hidden states of root mean square 1.
+        "logits_std": model.init_method_std * math.sqrt(model.hidden_size),
+        "max_experts": resolved.max_experts_per_token,
+    }
+
+
+def _gain_margin(gains: tuple[float, float], targets: list[float], plant: dict[str, Any]) -> float:
+    steepest = max(calibrate.plant_slope(target=target, **plant) for target in targets)
+    return calibrate.gain_margin(*gains, steepest, plant["num_experts"])
+
+
+def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
+    """The default gains at the last target of a schedule, where the run spends most of its time.
+
+    Reduced where another target responds so much more strongly that the loop would come too close
+    to instability.
+    """
+    gains = calibrate.default_gains(target=targets[-1], **plant)
+    scale = min(1.0, _gain_margin(gains, targets, plant) / MIN_GAIN_MARGIN)
+    return gains[0] * scale, gains[1] * scale
