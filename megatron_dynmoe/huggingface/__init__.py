@@ -1,0 +1,12 @@
+"""The model for Transformers: importing this registers it with AutoConfig and AutoModel."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+from megatron_dynmoe.huggingface.modeling_dynmoe import DynMoEForCausalLM, DynMoEModel
+
+__all__ = ["DynMoEForCausalLM", "DynMoEModel", "DynMoEModelConfig"]
+
+AutoConfig.register(DynMoEModelConfig.model_type, DynMoEModelConfig, exist_ok=True)
+AutoModel.register(DynMoEModelConfig, DynMoEModel, exist_ok=True)
+AutoModelForCausalLM.register(DynMoEModelConfig, DynMoEForCausalLM, exist_ok=True)

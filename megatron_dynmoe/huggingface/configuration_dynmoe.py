@@ -1,0 +1,336 @@
+"""The model's configuration for Transformers: its shape, and every setting of its routing.
+
+This file is shipped with exported models, so it imports nothing of the package.
+"""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+ROUTINGS = ("top_k", "top_p", "dtop_p")
+
+# What a setting that is left out is, for each routing: the papers' values, as in training.
+ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "top_k": {
+        "normalization": "none",
+        "weights": "renormalized",
+        "balance_loss": "none",
+        "balance_loss_coeff": 0.0,
+        "dynamic_loss_coeff": 0.0,
+    },
+    "top_p": {
+        "threshold": 0.4,
+        "normalization": "none",
+        "weights": "raw",
+        "balance_loss": "seq_aux_loss",
+        "balance_loss_coeff": 1e-2,
+        "dynamic_loss_coeff": 1e-4,
+    },
+    "dtop_p": {
+        "normalization": "drn",
+        "weights": "renormalized",
+        "balance_loss": "seq_aux_loss",
+        "balance_loss_coeff": 1e-4,
+        "dynamic_loss_coeff": 1e-3,
+    },
+}
+
+DYNAMIC_ONLY = (
+    "threshold",
+    "inference_threshold",
+    "max_experts_per_token",
+    "inference_max_experts_per_token",
+    "target_experts_per_token",
+)
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "hidden_act": ("silu",),
+    "routing": ROUTINGS,
+    "normalization": ("none", "drn"),
+    "weights": ("raw", "renormalized"),
+    "router_dtype": ("float32", "bfloat16", "float16"),
+    "balance_loss": ("seq_aux_loss", "aux_loss", "global_aux_loss", "none"),
+}
+
+
+class DynMoEModelConfig(PreTrainedConfig):
+    """Shape and routing of a model; every field is written to ``config.json``.
+
+    The names of the routing settings, their units and defaults are those of training
+    (``--moe-dynamic-*``). Here also:
+
+        mlp_layer_types: ``sparse`` (experts) or ``dense``, one entry per layer; None: all sparse.
+        num_experts_per_tok: routing ``top_k`` only: experts per token.
+        threshold: cumulative probability in [0, 1] that a token's experts must exceed; one number,
+            or a list with one entry per layer (None for dense layers). Read at every forward, as
+            all routing settings are, so that setting it on ``model.config`` takes effect.
+        theta: scale of the normalized logits, one entry per layer (None for dense layers), with
+            ``normalization`` ``drn`` only. It initialises a new model; of a loaded one it is a
+            readable copy of the weights, which win.
+        router_dtype: dtype of gate, softmax and weights. ``float32``, as in training here; the
+            authors of Dynamic MoE route in the model's dtype. Selection sums exactly in any.
+        shared_expert_intermediate_size: ffn size of an expert that every token uses; None: none.
+        shared_expert_gate: whether a sigmoid gate scales that expert's output.
+        measured_experts_per_token: means over the last global batch of training, one entry per
+            layer (None for dense layers). Information only.
+        controller: state and settings of the PI controller, for training on in Megatron; here the
+            threshold stays as it is, also while training.
+
+    Raises:
+        ValueError: a setting makes no sense, alone or with another.
+    """
+
+    model_type = "dynmoe"
+    keys_to_ignore_at_inference = ["past_key_values", "experts_per_token", "aux_loss"]  # noqa: RUF012
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        rope_parameters: dict[str, Any] | None = None,
+        attention_bias: bool = False,
+        qk_norm: bool = False,
+        attention_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        pad_token_id: int | None = None,
+        num_experts: int = 16,
+        moe_intermediate_size: int = 2816,
+        intermediate_size: int | None = None,
+        mlp_layer_types: list[str] | None = None,
+        shared_expert_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
+        routing: str = "top_p",
+        num_experts_per_tok: int | None = None,
+        threshold: float | list[float | None] | None = None,
+        theta: list[float | None] | None = None,
+        max_experts_per_token: int | None = None,
+        inference_threshold: float | None = None,
+        inference_max_experts_per_token: int | None = None,
+        normalization: str | None = None,
+        weights: str | None = None,
+        router_dtype: str = "float32",
+        target_experts_per_token: float | str | None = None,
+        balance_loss: str | None = None,
+        balance_loss_coeff: float | None = None,
+        dynamic_loss_coeff: float | None = None,
+        output_router_logits: bool = False,
+        controller: dict[str, Any] | None = None,
+        measured_experts_per_token: list[float | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # 1. The transformer
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 1e4})
+        self.attention_bias = attention_bias
+        self.qk_norm = qk_norm
+        self.attention_dropout = attention_dropout
+        self.hidden_dropout = hidden_dropout
+        self.tie_word_embeddings = tie_word_embeddings
+        self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+
+        # 2. The experts
+        self.num_experts = num_experts
+        self.moe_intermediate_size = moe_intermediate_size
+        self.intermediate_size = intermediate_size
+        self.mlp_layer_types = list(mlp_layer_types or ["sparse"] * num_hidden_layers)
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
+
+        # 3. The routing
+        self.routing = routing
+        self.num_experts_per_tok = num_experts_per_tok
+        self.threshold = threshold
+        self.theta = theta
+        self.max_experts_per_token = max_experts_per_token
+        self.inference_threshold = inference_threshold
+        self.inference_max_experts_per_token = inference_max_experts_per_token
+        self.normalization = normalization
+        self.weights = weights
+        self.router_dtype = router_dtype
+        self.target_experts_per_token = target_experts_per_token
+        self.balance_loss = balance_loss
+        self.balance_loss_coeff = balance_loss_coeff
+        self.dynamic_loss_coeff = dynamic_loss_coeff
+        self.output_router_logits = output_router_logits
+        self.controller = controller
+        self.measured_experts_per_token = measured_experts_per_token
+        for name, default in ROUTING_DEFAULTS.get(routing, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+
+        self.validate_dynmoe()
+        super().__init__(**kwargs)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer (from 0) has experts."""
+        return self.mlp_layer_types[layer] == "sparse"
+
+    def threshold_and_cap(self, layer: int, training: bool) -> tuple[float, int | None]:
+        """The threshold and the most experts per token in force in a layer (from 0).
+
+        Raises:
+            ValueError: the threshold is missing or not in [0, 1].
+        """
+        if not training and self.inference_threshold is not None:
+            threshold = _checked_threshold("inference_threshold", self.inference_threshold)
+        elif isinstance(self.threshold, (list, tuple)):
+            threshold = _checked_threshold("threshold", self.threshold[layer], layer)
+        else:
+            threshold = _checked_threshold("threshold", self.threshold)
+        if not training and self.inference_max_experts_per_token is not None:
+            return threshold, self.inference_max_experts_per_token
+        return threshold, self.max_experts_per_token
+
+    def validate_dynmoe(self) -> None:
+        """Check all settings; also worth calling after changing some.
+
+        Raises:
+            ValueError: a setting makes no sense, alone or with another.
+        """
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use {' or '.join(choices)}.")
+        self._validate_shape()
+        self._validate_selection()
+        for name in ("balance_loss_coeff", "dynamic_loss_coeff"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: use 0 (off) or a positive number."
+                )
+        if self.theta is not None and self.normalization != "drn":
+            raise ValueError(
+                f"theta is given, but normalization is {self.normalization!r}, which has none: set "
+                "normalization to 'drn', or leave theta out."
+            )
+        for name in ("theta", "measured_experts_per_token"):
+            if getattr(self, name) is not None:
+                self._validate_per_layer(name, getattr(self, name))
+
+    def _validate_shape(self) -> None:
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        positive += ["num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size"]
+        for name in positive:
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use a whole number from 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}: use a divisor of "
+                f"num_attention_heads ({self.num_attention_heads})."
+            )
+        self._validate_length("mlp_layer_types", self.mlp_layer_types)
+        for layer, kind in enumerate(self.mlp_layer_types):
+            if kind not in ("sparse", "dense"):
+                raise ValueError(f"mlp_layer_types[{layer}] is {kind!r}: use sparse or dense.")
+        if "dense" in self.mlp_layer_types and not _is_count(self.intermediate_size):
+            raise ValueError(
+                f"intermediate_size is {self.intermediate_size!r}, but layer "
+                f"{self.mlp_layer_types.index('dense')} is dense: give its ffn size."
+            )
+        if self.shared_expert_gate and self.shared_expert_intermediate_size is None:
+            raise ValueError(
+                "shared_expert_gate is on, but there is no shared expert: set "
+                "shared_expert_intermediate_size, or leave the gate out."
+            )
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(
+                f"rope_parameters has rope_type {rope_type!r}: use 'default'; scaled rotary "
+                "embeddings are not supported."
+            )
+
+    def _validate_selection(self) -> None:
+        if self.routing == "top_k":
+            for name in DYNAMIC_ONLY:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, which routing 'top_k' does not have: "
+                        "set routing to 'top_p' or 'dtop_p', or leave it out."
+                    )
+            self._validate_experts("num_experts_per_tok", self.num_experts_per_tok)
+            return
+        if self.num_experts_per_tok is not None:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok!r}, which routing "
+                f"{self.routing!r} does not have: use max_experts_per_token for a cap, or set "
+                "routing to 'top_k'."
+            )
+        for name in ("max_experts_per_token", "inference_max_experts_per_token"):
+            if getattr(self, name) is not None:
+                self._validate_experts(name, getattr(self, name))
+        if self.inference_threshold is not None:
+            _checked_threshold("inference_threshold", self.inference_threshold)
+        if isinstance(self.threshold, (list, tuple)):
+            self._validate_per_layer("threshold", self.threshold)
+            for layer, threshold in enumerate(self.threshold):
+                if threshold is not None:
+                    _checked_threshold("threshold", threshold, layer)
+        else:
+            _checked_threshold("threshold", self.threshold)
+
+    def _validate_experts(self, name: str, value: Any) -> None:
+        if not _is_count(value) or value > self.num_experts:
+            raise ValueError(
+                f"{name} is {value!r}: use 1 to {self.num_experts} (the number of experts)."
+            )
+
+    def _validate_length(self, name: str, values: Any) -> None:
+        if not isinstance(values, (list, tuple)) or len(values) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name} is {values!r}: use a list with one entry for each of the "
+                f"{self.num_hidden_layers} layers."
+            )
+
+    def _validate_per_layer(self, name: str, values: Any) -> None:
+        """Check a list of one number for each sparse and None for each dense layer."""
+        self._validate_length(name, values)
+        for layer, value in enumerate(values):
+            if self.is_sparse(layer) and not _is_number(value):
+                raise ValueError(f"{name}[{layer}] is {value!r}: use a number.")
+            if not self.is_sparse(layer) and value is not None:
+                raise ValueError(
+                    f"{name}[{layer}] is {value!r}, but layer {layer} is dense: use null."
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _checked_threshold(name: str, value: Any, layer: int | None = None) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        where = name if layer is None else f"{name}[{layer}]"
+        raise ValueError(
+            f"{where} is {value!r}: it is a cumulative probability, so use 0 (one expert) to 1 "
+            "(all experts)."
+        )
+    return value

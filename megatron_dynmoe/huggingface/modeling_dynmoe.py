@@ -1,0 +1,670 @@
+"""The model for Transformers: attention and a mixture of experts that routes as in training.
+
+This file is shipped with exported models, together with the three files of ``routing`` that it
+imports: selection, normalization and losses are the ones that Megatron trains with.
+
+Dimension letters, in names as a suffix (``probs_TE``):
+    T  tokens, ``sequence * S + position``
+    B  sequences
+    S  positions of this forward
+    K  positions with those in the cache
+    N  attention heads
+    H  size of a head
+    E  experts
+    D  hidden size
+    F  ffn size of an expert
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.select import select, weigh
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DynMoEModelOutput(ModelOutput):
+    """Outputs of the model without its head.
+
+    Attributes:
+        last_hidden_state: [B, S, D], after the final norm.
+        past_key_values: the cache, with ``use_cache``.
+        hidden_states: the input of every layer and the last hidden state, each [B, S, D], with
+            ``output_hidden_states``.
+        attentions: per layer, [B, N, S, K], with ``output_attentions`` and eager attention.
+        router_logits: per MoE layer, [B, S, E] in the router's dtype, with
+            ``output_router_logits``: the input of the softmax, so after normalization.
+        experts_per_token: [MoE layers, B, S] int64, 0 for padding.
+        aux_loss: a scalar, with ``output_router_logits`` or labels: both losses of the routing
+            times their coefficients, summed over layers as in training; float32.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class DynMoECausalLMOutput(ModelOutput):
+    """Outputs of the language model; those not listed are as in :class:`DynMoEModelOutput`.
+
+    Attributes:
+        loss: a scalar, with labels: mean cross entropy plus ``aux_loss``.
+        logits: [B, S, vocabulary].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """A router's decision: logits and probs [T, E] and weights [T, E] in its dtype, map bool."""
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    map_TE: Tensor
+    weights_TE: Tensor
+
+
+class DynMoERouter(nn.Module):
+    """Gate, normalize, softmax, select, weigh: as Megatron's router in training."""
+
+    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if config.normalization == "drn":
+            self.theta_offset = nn.Parameter(torch.zeros(1))
+
+    @property
+    def theta(self) -> Tensor:
+        """The scale of the normalized logits, [1] float32."""
+        return 1 + self.theta_offset.float()
+
+    def forward(self, hidden_TD: Tensor) -> Routing:
+        """Choose the experts of each token."""
+        config, dtype = self.config, getattr(torch, self.config.router_dtype)
+
+        # 1. Gate and normalize
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TD.to(dtype), self.weight.to(dtype))
+        if config.normalization == "drn":
+            logits_TE = normalize(logits_TE, self.theta).to(dtype)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+
+        # 2. Select; the threshold is compared in float32 whatever the router's dtype
+        if config.routing == "top_k":
+            map_TE = select_top_k(probs_TE, config.num_experts_per_tok)
+        else:
+            threshold, cap = config.threshold_and_cap(self.layer, self.training)
+            map_TE = select(probs_TE.float(), threshold, cap)
+
+        # 3. Weigh
+        weights_TE = weigh(probs_TE, map_TE, renormalize=config.weights == "renormalized")
+        return Routing(logits_TE, probs_TE, map_TE, weights_TE)
+
+
+class DynMoEExperts(nn.Module):
+    """The experts of a layer, SwiGLU; each multiplies the rows of its tokens at once."""
+
+    def __init__(self, config: DynMoEModelConfig) -> None:
+        super().__init__()
+        num_experts, ffn = config.num_experts, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * ffn, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, ffn))
+
+    def forward(self, hidden_TD: Tensor, map_TE: Tensor, weights_TE: Tensor) -> Tensor:
+        """Sum each token's experts with their weights, in the order of the experts.
+
+        One expert after another, so that each adds to a token at most once: the order of the sum
+        is fixed on every device, and a token's result does not depend on the rest of the batch.
+        """
+        output_TD = torch.zeros_like(hidden_TD, dtype=weights_TE.dtype)
+        # unbind: the gradient of one index per expert would be a zero tensor of all experts each
+        experts = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        rows_per_expert = map_TE.sum(dim=0).tolist()
+        tokens_R = map_TE.t().nonzero()[:, 1]
+        for expert, (tokens, (gate_up, down)) in enumerate(
+            zip(tokens_R.split(rows_per_expert), experts, strict=True)
+        ):
+            if rows_per_expert[expert]:
+                gate, up = F.linear(hidden_TD[tokens], gate_up).chunk(2, dim=-1)
+                rows = F.linear(F.silu(gate) * up, down)
+                rows = rows * weights_TE[tokens, expert].unsqueeze(-1)
+                output_TD = output_TD.index_add(0, tokens, rows.to(output_TD.dtype))
+        return output_TD.to(hidden_TD.dtype)
+
+
+class DynMoEMLP(nn.Module):
+    """A dense SwiGLU layer; also the shared expert."""
+
+    def __init__(self, hidden_size: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden_size, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
+
+
+class DynMoESparseMLP(nn.Module):
+    """Mixture of experts: router, experts, and the shared expert where there is one."""
+
+    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = DynMoERouter(config, layer)
+        self.experts = DynMoEExperts(config)
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = DynMoEMLP(
+                config.hidden_size, config.shared_expert_intermediate_size
+            )
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(
+        self, hidden_BSD: Tensor, valid_BS: Tensor | None, with_loss: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Route, compute, combine.
+
+        Args:
+            hidden_BSD: [B, S, D].
+            valid_BS: [B, S] bool, False for padding, which uses no expert; None: no padding.
+            with_loss: whether to compute the losses of the routing.
+
+        Returns:
+            Output [B, S, D], router logits [B, S, E], experts per token [B, S], loss or None.
+        """
+        hidden_TD = hidden_BSD.flatten(0, 1)
+
+        # 1. Route
+        routing = self.router(hidden_TD)
+        map_TE = routing.map_TE
+        if valid_BS is not None:
+            map_TE = map_TE & valid_BS.flatten().unsqueeze(-1)
+
+        # 2. Compute and combine
+        output_TD = self.experts(hidden_TD, map_TE, routing.weights_TE)
+        if self.shared_expert is not None:
+            shared_TD = self.shared_expert(hidden_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * torch.sigmoid(self.shared_expert_gate(hidden_TD))
+            output_TD = output_TD + shared_TD
+
+        # 3. Losses and counts
+        shape = (*hidden_BSD.shape[:2], self.config.num_experts)
+        loss = None
+        if with_loss:
+            loss = routing_loss(
+                self.config, routing.probs_TE.view(shape), map_TE.view(shape), valid_BS
+            )
+        counts_BS = map_TE.sum(dim=-1).view(shape[:2])
+        return output_TD.view_as(hidden_BSD), routing.logits_TE.view(shape), counts_BS, loss
+
+
+class DynMoEAttention(nn.Module):
+    """Causal attention with grouped queries and split-half rotary embeddings."""
+
+    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        head_dim, bias = config.head_dim, config.attention_bias
+        num_queries = config.num_attention_heads * head_dim
+        num_keys = config.num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(config.hidden_size, num_queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, num_keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, num_keys, bias=bias)
+        self.o_proj = nn.Linear(num_queries, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_BSK: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; returns [B, S, D] and, with eager attention, the probabilities [B, N, S, K]."""
+        # 1. Project to [B, N, S, H]
+        shape = (*hidden_BSD.shape[:2], -1, self.config.head_dim)
+        query = self.q_norm(self.q_proj(hidden_BSD).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_BSD).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_BSD).view(shape).transpose(1, 2)
+
+        # 2. Rotate, and add what the cache holds
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer)
+        queries_per_key = query.shape[1] // key.shape[1]
+        if queries_per_key > 1:
+            key = key.repeat_interleave(queries_per_key, dim=1)
+            value = value.repeat_interleave(queries_per_key, dim=1)
+
+        # 3. Attend
+        dropout = self.config.attention_dropout if self.training else 0.0
+        is_causal = mask_BSK is None and query.shape[2] > 1
+        mask = None if mask_BSK is None else mask_BSK.unsqueeze(1)
+        if self.config._attn_implementation == "eager":
+            context, probs = eager_attention(query, key, value, mask, is_causal, dropout)
+        else:
+            probs = None
+            context = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+            )
+        return self.o_proj(context.transpose(1, 2).flatten(2)), probs
+
+
+class DynMoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then experts or a dense MLP, each after a norm and around a residual."""
+
+    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DynMoEAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.is_sparse = config.is_sparse(layer)
+        if self.is_sparse:
+            self.mlp: nn.Module = DynMoESparseMLP(config, layer)
+        else:
+            self.mlp = DynMoEMLP(config.hidden_size, config.intermediate_size or 0)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_BSK: Tensor | None,
+        valid_BS: Tensor | None,
+        with_loss: bool,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Output, attention probabilities, router logits, experts per token, loss of the routing.
+
+        A flat tuple: recomputation would lose the gradients of tensors inside other containers.
+        """
+        attended_BSD, attention = self.self_attn(
+            self.input_layernorm(hidden_BSD), rotary, mask_BSK, past_key_values
+        )
+        hidden_BSD = hidden_BSD + self._dropout(attended_BSD)
+        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        logits_BSE = counts_BS = loss = None
+        if self.is_sparse:
+            mlp_BSD, logits_BSE, counts_BS, loss = self.mlp(normed_BSD, valid_BS, with_loss)
+        else:
+            mlp_BSD = self.mlp(normed_BSD)
+        return hidden_BSD + self._dropout(mlp_BSD), attention, logits_BSE, counts_BS, loss
+
+    def _dropout(self, values: Tensor) -> Tensor:
+        return F.dropout(values, self.hidden_dropout, self.training)
+
+
+class DynMoEPreTrainedModel(PreTrainedModel):
+    """What both models share: initialisation, loading and saving."""
+
+    config_class = DynMoEModelConfig
+    config: DynMoEModelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DynMoEDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DynMoEExperts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
+        elif isinstance(module, DynMoERouter):
+            nn.init.normal_(module.weight, std=std)
+            if self.config.normalization == "drn":
+                theta = 1.0 if self.config.theta is None else self.config.theta[module.layer]
+                nn.init.constant_(module.theta_offset, theta - 1)
+
+    @property
+    def theta(self) -> list[float | None] | None:
+        """Theta of every layer, None for dense layers; None without normalization."""
+        if self.config.normalization != "drn":
+            return None
+        theta: list[float | None] = [None] * self.config.num_hidden_layers
+        for module in self.modules():
+            if isinstance(module, DynMoERouter):
+                theta[module.layer] = module.theta.item()
+        return theta
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as every model; warns where the config's theta is not that of the weights."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for layer, (said, theta) in enumerate(
+            zip(model.config.theta or (), model.theta or (), strict=True)
+        ):
+            # as far apart as rounding an offset to bfloat16 can bring them
+            if theta is not None and abs(said - theta) > 2**-8 * abs(theta - 1) + 1e-6:
+                logger.warning(
+                    f"theta[{layer}] is {said:g} in the config and {theta:g} in the weights: the "
+                    "weights are used."
+                )
+        model.config.theta = model.theta
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as every model; the config's theta is brought up to date first."""
+        self.config.theta = self.theta
+        super().save_pretrained(*args, **kwargs)
+
+
+class DynMoEModel(DynMoEPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: DynMoEModelConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DynMoEDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> DynMoEModelOutput:
+        """Run the layers.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, K], 0 for padding, with one entry for each position in the cache
+                and of this forward; None: no padding.
+            position_ids: [B, S]; counted from the first token that is not padding if None.
+            past_key_values: the cache of the positions before.
+            inputs_embeds: [B, S, D], instead of ``input_ids``.
+            use_cache: whether to return a cache; the config's unless training.
+            output_hidden_states, output_attentions, output_router_logits: see the outputs; the
+                config's if None.
+            output_aux_loss: whether to compute the losses of the routing.
+
+        Raises:
+            ValueError: the inputs do not fit together.
+        """
+        config = self.config
+        output_hidden_states = _or(output_hidden_states, config.output_hidden_states)
+        output_attentions = _or(output_attentions, config.output_attentions)
+        output_router_logits = _or(output_router_logits, config.output_router_logits)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds: give one of the two.")
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions is set, which only eager attention returns: load the model "
+                "with attn_implementation='eager'."
+            )
+
+        # 1. Embed
+        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if _or(use_cache, config.use_cache and not self.training) and past_key_values is None:
+            past_key_values = DynamicCache()
+
+        # 2. Positions and masks, the same for every layer
+        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_positions = hidden_BSD.shape[1]
+        valid_BK = valid_positions(attention_mask, num_cached + num_positions)
+        if position_ids is None:
+            position_ids = count_positions(valid_BK, num_cached, hidden_BSD)
+        rotary = rotary_tables(config, position_ids, hidden_BSD.dtype)
+        mask_BSK = causal_mask(valid_BK, num_cached, hidden_BSD)
+        valid_BS = None if valid_BK is None else valid_BK[:, num_cached:]
+
+        # 3. Layers
+        hidden_states, attentions, router_logits, counts, losses = [], [], [], [], []
+        for layer in self.layers:
+            hidden_states.append(hidden_BSD)
+            hidden_BSD, attention, logits_BSE, counts_BS, loss = layer(
+                hidden_BSD,
+                rotary,
+                mask_BSK,
+                valid_BS,
+                output_aux_loss or output_router_logits,
+                past_key_values=past_key_values,
+            )
+            attentions.append(attention)
+            if counts_BS is not None:
+                router_logits.append(logits_BSE)
+                counts.append(counts_BS)
+                losses.append(loss)
+
+        # 4. Norm
+        hidden_BSD = self.norm(hidden_BSD)
+        hidden_states.append(hidden_BSD)
+        return DynMoEModelOutput(
+            last_hidden_state=hidden_BSD,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+            experts_per_token=torch.stack(counts) if counts else position_ids.new_zeros(0),
+            aux_loss=torch.stack(losses).sum() if losses and losses[0] is not None else None,
+        )
+
+
+class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
+    """The language model: :class:`DynMoEModel` and the output layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The loss is a mean over this batch, so Trainer has to divide when it accumulates gradients.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: DynMoEModelConfig) -> None:
+        super().__init__(config)
+        self.model = DynMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DynMoECausalLMOutput:
+        """Run the model, and compute the training losses where labels are given.
+
+        Args:
+            labels: [B, S] int64, the input's own tokens: they are shifted here; -100: no loss.
+            logits_to_keep: how many of the last positions get logits, or which; 0: all.
+            The others: see :meth:`DynMoEModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            output_aux_loss=labels is not None,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+            if outputs.aux_loss is not None:
+                loss = loss + outputs.aux_loss.to(loss.device)
+        return DynMoECausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            experts_per_token=outputs.experts_per_token,
+            aux_loss=outputs.aux_loss,
+        )
+
+
+def select_top_k(probs_TE: Tensor, num_experts: int) -> Tensor:
+    """The map [T, E] of each token's ``num_experts`` most probable experts, ties by index."""
+    with torch.no_grad():
+        order_TE = probs_TE.sort(dim=-1, descending=True, stable=True).indices
+        map_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
+        return map_TE.scatter_(-1, order_TE[:, :num_experts], True)
+
+
+def routing_loss(
+    config: DynMoEModelConfig, probs_BSE: Tensor, map_BSE: Tensor, valid_BS: Tensor | None
+) -> Tensor:
+    """Balance and dynamic loss of one layer times their coefficients: a scalar, float32.
+
+    The scope ``global_aux_loss`` is that of ``aux_loss``: all tokens of this batch.
+    """
+    # The losses order tokens as Megatron does: position * B + sequence.
+    num_experts = probs_BSE.shape[-1]
+    probs_TE = probs_BSE.transpose(0, 1).reshape(-1, num_experts).float()
+    map_TE = map_BSE.transpose(0, 1).reshape(-1, num_experts)
+    valid_T = None if valid_BS is None else valid_BS.t().reshape(-1)
+
+    num_sequences = probs_BSE.shape[0] if config.balance_loss == "seq_aux_loss" else 1
+    assignments_BE, tokens_B = count_assignments(map_TE, num_sequences, valid_T)
+    loss = config.dynamic_loss_coeff * dynamic_loss(probs_TE, tokens_B.sum().clamp(min=1), valid_T)
+    if config.balance_loss != "none":
+        fractions_BE = assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
+        loss = loss + config.balance_loss_coeff * load_balance_loss(
+            probs_TE, fractions_BE, tokens_B, valid_T
+        )
+    return loss
+
+
+def valid_positions(attention_mask: Tensor | None, num_positions: int) -> Tensor | None:
+    """The attention mask as [B, K] bool, or None where there is no padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_positions:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, "
+            f"{num_positions}], one entry for each position in the cache and of the input. Static "
+            "caches are not supported."
+        )
+    valid_BK = attention_mask.bool()
+    return None if valid_BK.all() else valid_BK
+
+
+def count_positions(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor:
+    """Positions [B or 1, S] of the new tokens, from 0 for a sequence's first valid token."""
+    if valid_BK is not None:
+        return (valid_BK.long().cumsum(dim=-1) - 1).clamp(min=0)[:, num_cached:]
+    last = num_cached + hidden_BSD.shape[1]
+    return torch.arange(num_cached, last, device=hidden_BSD.device).unsqueeze(0)
+
+
+def causal_mask(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor | None:
+    """Who sees whom, [B or 1, S, K] bool; None where attention's own causal mask does.
+
+    Padding sees itself, so that no softmax is over nothing.
+    """
+    num_positions = hidden_BSD.shape[1]
+    if valid_BK is None and (num_cached == 0 or num_positions == 1):
+        return None
+    keys_K = torch.arange(num_cached + num_positions, device=hidden_BSD.device)
+    queries_S1 = keys_K[num_cached:].unsqueeze(-1)
+    mask_BSK = (keys_K <= queries_S1).unsqueeze(0)
+    if valid_BK is not None:
+        mask_BSK = mask_BSK & valid_BK.unsqueeze(1) | (keys_K == queries_S1)
+    return mask_BSK
+
+
+def rotary_tables(
+    config: DynMoEModelConfig, position_ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, [B or 1, 1, S, rotary size], computed in float32."""
+    rope = config.rope_parameters
+    size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
+    angles = position_ids.unsqueeze(-1).float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first part of each head of [B, N, S, H]; the rest passes."""
+    cosine, sine = rotary
+    size = cosine.shape[-1]
+    rotated, passed = values[..., :size], values[..., size:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((rotated, passed), dim=-1)
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, softmax in float32; output [B, N, S, H] and probs [B, N, S, K]."""
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    if is_causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(probs, dropout) @ value, probs
+
+
+def _or(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
