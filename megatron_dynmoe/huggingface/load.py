@@ -1,0 +1,104 @@
+"""Model and tokenizer from a folder, for the command lines: plain errors, no code from the folder.
+
+Only safetensors are read, nothing is fetched from a hub, and a tensor that is missing or unknown is
+an error instead of random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration in ``folder``.
+
+    Raises:
+        ValueError: no folder, no config.json, or one that is wrong.
+    """
+    import megatron_dynmoe.huggingface  # noqa: F401  (so that the folder's own code is not needed)
+
+    if not folder.is_dir():
+        raise ValueError(f"model {folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {folder}: it has no config.json, so it is no Hugging Face model")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The causal language model in ``folder``, in evaluation mode.
+
+    Args:
+        config: that of :func:`load_config`, changed where wanted; the model keeps it.
+        dtype: of :data:`DTYPES`; ``auto``: as stored.
+        device: such as ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: weights that are missing, damaged or do not fit, or a bad device.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model {folder}: it has no .safetensors file (weights in pickle files are not read)"
+        )
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        for kind in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(str(key) for key in found[f"{kind}_keys"]):
+                raise ValueError(f"{len(keys)} {kind} weights, the first is {keys[0]}")
+        return model.to(device).eval()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # safetensors and torch raise several kinds of their own
+        raise ValueError(f"model {folder}: {_one_line(error)}") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(
+            f"model {folder}: it has no tokenizer (no tokenizer.json or tokenizer.model): export "
+            "the model with one, or copy the files of the training tokenizer into the folder"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def be_quiet() -> None:
+    """Keep transformers' hints and bars off the terminal: errors are raised anyway."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
