@@ -1,0 +1,208 @@
+"""The model card of an exported folder: what the model is, how it was trained, how to use it."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe import __version__
+
+CARD = "README.md"
+
+_CITATIONS = """\
+```bibtex
+@article{huang2024harder,
+  title={Harder Task Needs More Experts: Dynamic Routing in MoE Models},
+  author={Huang, Quzhe and An, Zhenwei and Zhuang, Nan and Tao, Mingxu and Zhang, Chen and
+          Jin, Yang and Xu, Kun and Chen, Liwei and Huang, Songfang and Feng, Yansong},
+  journal={arXiv:2403.07652}, year={2024}
+}
+@article{jin2025dtopp,
+  title={Sparsity-Controllable Dynamic Top-p MoE for Large Foundation Model Pre-training},
+  author={Jin, Can and Peng, Hongwu and Xiang, Mingcan and Zhang, Qixin and Yuan, Xiangchi and
+          Hasan, Amit and Dibua, Ohiremen and Gong, Yifan and Kang, Yan and
+          Metaxas, Dimitris N.},
+  journal={arXiv:2512.13996}, year={2025}
+}
+```
+"""
+_HOW_TO_LOAD = {
+    "dynmoe": """\
+```python
+import megatron_dynmoe.huggingface  # or, without the package: trust_remote_code=True below
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokens = tokenizer("It was", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
+print(model(**tokens).experts_per_token)  # [layers with experts, batch, tokens]
+```
+""",
+    "mixtral": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native Mixtral
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+""",
+    "dynamic-moe": """\
+This is the layout that the authors of Dynamic MoE published, for their own modelling file and
+Transformers 4.33. Their code computes the routing in the type of the weights; training did so in
+float32. In a 16-bit type some tokens therefore choose another number of experts.
+""",
+}
+# Settings of a routing, in the order in which the card lists them.
+_SHOWN = (
+    "routing",
+    "num_experts",
+    "num_experts_per_tok",
+    "target_experts_per_token",
+    "threshold",
+    "theta",
+    "max_experts_per_token",
+    "inference_threshold",
+    "inference_max_experts_per_token",
+    "normalization",
+    "weights",
+    "router_dtype",
+    "balance_loss",
+    "balance_loss_coeff",
+    "dynamic_loss_coeff",
+)
+
+
+def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
+    """What Megatron's saved arguments say about the training, for the card."""
+    samples = getattr(args, "consumed_train_samples", 0) or 0
+    about: dict[str, Any] = {
+        "steps": iteration,
+        "tokens": samples * getattr(args, "seq_length", 0),
+        "global batch": getattr(args, "global_batch_size", None),
+        "sequence length": getattr(args, "seq_length", None),
+        "learning rate": getattr(args, "lr", None),
+        "optimizer": getattr(args, "optimizer", None),
+    }
+    data = getattr(args, "data_path", None) or getattr(args, "train_data_path", None)
+    if data:
+        # A path tells more about a cluster than about the data; weights may stand between paths.
+        about["data"] = ", ".join(Path(part).name for part in data if not _is_number(part))
+    elif getattr(args, "mock_data", False):
+        about["data"] = "random tokens (--mock-data)"
+    return {name: value for name, value in about.items() if value}
+
+
+def write_card(
+    folder: Path, config: dict[str, Any], about: dict[str, Any], format: str, dtype: str
+) -> None:
+    """Write the card into the folder."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [mixture-of-experts, dynamic-routing, megatron]",
+        "---",
+        "",
+        f"# {_title(config)}",
+        "",
+        _summary(config),
+        "",
+        "## Use",
+        "",
+        _HOW_TO_LOAD[format],
+        "## Model",
+        "",
+        *_table({name: config[name] for name in _MODEL} | {"dtype": dtype}),
+        "",
+        "## Training",
+        "",
+        *_table(about or {"steps": "not known"}),
+    ]
+    if config["num_experts"]:
+        shown = {name: config.get(name) for name in _SHOWN}
+        lines += ["", "## Routing", "", *_table({k: v for k, v in shown.items() if v is not None})]
+        lines += ["", *_measured(config)]
+    lines += [
+        "",
+        "## Citation",
+        "",
+        f"Written by megatron-dynmoe {__version__}. The methods:",
+        "",
+        _CITATIONS,
+    ]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+_MODEL = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "moe_intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _title(config: dict[str, Any]) -> str:
+    if not config["num_experts"]:
+        return "A dense language model"
+    kind = {"top_k": "top-k", "top_p": "top-p", "dtop_p": "DTop-p"}[config["routing"]]
+    return f"A mixture-of-experts language model with {kind} routing"
+
+
+def _summary(config: dict[str, Any]) -> str:
+    if config["routing"] == "top_k":
+        if not config["num_experts"]:
+            return "Trained with Megatron-Core."
+        return (
+            f"Every token uses {config['num_experts_per_tok']} of {config['num_experts']} experts. "
+            "Trained with Megatron-Core."
+        )
+    return (
+        f"Every token chooses how many of {config['num_experts']} experts it uses: it takes them "
+        "in the order of their probability until the sum exceeds a threshold. Trained with "
+        "Megatron-Core and megatron-dynmoe."
+    )
+
+
+def _measured(config: dict[str, Any]) -> list[str]:
+    if config["routing"] == "top_k":
+        return []
+    by_layer = config.get("measured_experts_per_token")
+    if not by_layer:
+        return ["Experts per token were not measured: the model was not trained with this routing."]
+    values = [value for value in by_layer if value is not None]
+    return [
+        f"Measured experts per token, over the last global batch of training: "
+        f"**{sum(values) / len(values):.3f}** on average; by layer "
+        + ", ".join("-" if value is None else f"{value:.2f}" for value in by_layer)
+        + "."
+    ]
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    rows = [f"| {name} | {_shown(value)} |" for name, value in values.items()]
+    return ["| | |", "| --- | --- |", *rows]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and len({item for item in value if item is not None}) == 1:
+        value = next(item for item in value if item is not None)  # the same in every layer
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if value >= 10000 else str(value)
+    if isinstance(value, list):
+        return ", ".join("-" if item is None else f"{item:.4g}" for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

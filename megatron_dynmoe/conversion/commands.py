@@ -1,0 +1,135 @@
+"""The command line of tools/convert_checkpoint.py."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from megatron_dynmoe.config import SETTINGS, DynMoEConfig
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert as the command line says; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return _to_hf(args) if args.command == "to-hf" else _from_hf(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert checkpoints between Megatron and Hugging Face, in one process and "
+        "without a GPU. docs/checkpoints.md says what each format can express."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    to_hf = commands.add_parser("to-hf", help="a Megatron checkpoint to a Hugging Face folder")
+    to_hf.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT", help="what --save named in training"
+    )
+    to_hf.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    to_hf.add_argument(
+        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+    )
+    to_hf.add_argument(
+        "--format",
+        choices=("dynmoe", "dynamic-moe", "mixtral"),
+        default="dynmoe",
+        help="dynmoe: ours, expresses everything; dynamic-moe: the published layout of Dynamic "
+        "MoE; mixtral: native Mixtral, for stock top-k (default: %(default)s)",
+    )
+    to_hf.add_argument(
+        "--dtype", choices=tuple(_DTYPES), help="type of the weights (default: as trained)"
+    )
+    to_hf.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="4GB",
+        metavar="SIZE",
+        help="largest file of weights, such as 500MB (default: %(default)s)",
+    )
+    to_hf.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="SentencePiece model or Hugging Face folder (default: what the training used)",
+    )
+
+    from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a Megatron checkpoint")
+    from_hf.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="folder of any of the formats"
+    )
+    from_hf.add_argument(
+        "--save", type=Path, required=True, metavar="CKPT", help="a new folder, for --load"
+    )
+    routing = from_hf.add_argument_group(
+        "routing", "train on with another routing; its settings are those of docs/configuration.md"
+    )
+    for name, setting in SETTINGS.items():
+        routing.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="|".join(setting.choices) or setting.kind.upper(),
+            help=setting.help.replace("%", "%%"),
+        )
+    for command in (to_hf, from_hf):
+        command.add_argument("--overwrite", action="store_true", help="replace what is there")
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from megatron_dynmoe.conversion.convert import to_hf
+
+    to_hf(
+        args.load,
+        args.output,
+        iteration=args.iteration,
+        format=args.format,
+        dtype=_DTYPES.get(args.dtype),
+        max_shard_size=args.max_shard_size,
+        tokenizer=args.tokenizer,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    print(f"{args.output}: format {args.format}")
+    return 0
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if given and "routing" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --routing")
+    routing = DynMoEConfig.from_dict(given, source="the command line") if given else None
+    from megatron_dynmoe.conversion.convert import FLAGS, from_hf
+
+    from_hf(
+        args.model,
+        args.save,
+        routing=routing,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    print(f"{args.save}: train on with the flags in {args.save / FLAGS}:")
+    print(
+        f"  python -m megatron_dynmoe.pretrain $(cat {args.save / FLAGS}) --load {args.save} "
+        "--exit-on-missing-checkpoint ..."
+    )
+    return 0
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 4GB or 500MB")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small")
+    return size

@@ -1,0 +1,523 @@
+"""From one kind of checkpoint to another: Megatron's to a Hugging Face folder and back.
+
+Every target asks for its tensors one after the other; the parameters inside them come from the
+source, whatever it is. Nothing but copies, so that a round trip gives every bit back.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.conversion import card, settings
+from megatron_dynmoe.conversion.folder import (
+    CONFIG,
+    Entry,
+    ModelFolder,
+    check_manifest,
+    new_folder,
+    write_json,
+    write_manifest,
+    write_shards,
+)
+from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, MegatronWriter
+from megatron_dynmoe.conversion.names import (
+    FORMATS,
+    MEGATRON,
+    PARAMETERS,
+    ROUTER_STATE,
+    Block,
+    Row,
+    Shapes,
+    rows_by_part,
+)
+
+FLAGS = "training_flags.txt"
+_TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model")
+_INV_FREQ = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+_PACKAGE = Path(__file__).parent.parent
+# The files that make an exported folder run by itself, from where they live in the package.
+_SHIPPED = (
+    "huggingface/configuration_dynmoe.py",
+    "huggingface/modeling_dynmoe.py",
+    "routing/select.py",
+    "routing/normalize.py",
+    "routing/losses.py",
+)
+
+
+class Source(Protocol):
+    """A checkpoint of any kind, opened for reading."""
+
+    config: dict[str, Any]
+    shapes: Shapes
+    table: tuple[Row, ...]
+    dtype: str  # of the weights: float32, bfloat16 or float16
+    about: dict[str, Any]  # what is known of the training, for the model card
+
+    def read(self, block: Block) -> Tensor:
+        """One block of one of the table's rows."""
+
+    def dtype_of(self, block: Block) -> torch.dtype:
+        """The type of a block."""
+
+
+class FromMegatron:
+    """A checkpoint of Megatron's, of any layout."""
+
+    table = MEGATRON
+
+    def __init__(self, load: Path, iteration: int | None = None) -> None:
+        self.checkpoint = MegatronCheckpoint(load, iteration)
+        args = self.checkpoint.args
+        key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)
+        vocab_size = self.checkpoint.shape(key)[0]
+        try:
+            # The state lies in layers whose kind the config says, so the config comes twice.
+            self.config = settings.config_from_megatron(args, vocab_size, _NO_STATE)
+            state = self._router_state()
+            self.config = settings.config_from_megatron(args, vocab_size, state)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{self.checkpoint.folder}: the saved arguments do not say what the model is "
+                f"({error})"
+            ) from error
+        self.shapes = Shapes(self.config)
+        self.dtype = settings.model_dtype(args)
+        self.about = card.about_training(args, self.checkpoint.iteration)
+        self._check()
+
+    def read(self, block: Block) -> Tensor:
+        return self.checkpoint.read_block(block)
+
+    def dtype_of(self, block: Block) -> torch.dtype:
+        key, _ = self.checkpoint.find((block.row.key, *block.row.aliases), block.layer)
+        return self.checkpoint.dtype(key)
+
+    def _router_state(self) -> settings.RouterState:
+        if self.config["routing"] == "top_k":
+            return _NO_STATE
+        state: settings.RouterState = {
+            name: [self._scalar(template, layer) for layer in range(len(self._layer_types))]
+            for name, template in ROUTER_STATE.items()
+        }
+        if self.config["normalization"] == "drn":
+            template = rows_by_part(MEGATRON)["theta_offset"].key
+            offsets = [self._scalar(template, layer) for layer in range(len(self._layer_types))]
+            state["theta"] = thetas(offsets)
+        return state
+
+    @property
+    def _layer_types(self) -> list[str]:
+        return self.config["mlp_layer_types"]
+
+    def _scalar(self, template: str, layer: int) -> float | None:
+        if self._layer_types[layer] != "sparse":
+            return None
+        key, index = self.checkpoint.find((template,), layer)
+        return settings.shortest(self.checkpoint.read(key, index).item())
+
+    def _check(self) -> None:
+        """Every entry has a meaning and the shape that the settings give it."""
+        known = {template.replace("{layer}.", "") for template in ROUTER_STATE.values()}
+        for layer in range(self.shapes.num_layers):
+            known |= {template.format(layer=layer) for template in ROUTER_STATE.values()}
+        for row in MEGATRON:
+            for block in self.shapes.blocks(row):
+                key, index = self.checkpoint.find((row.key, *row.aliases), block.layer)
+                if block.expert is not None:
+                    index = (*index, block.expert)
+                found = self.checkpoint.shape(key)[len(index) :]
+                _check_shape(str(self.checkpoint.folder), key, found, self.shapes.of_row(row))
+                for template in (row.key, *row.aliases):
+                    known.add(template.replace("{layer}.", ""))
+                    known.add(template.format(layer=block.layer))
+        unknown = sorted(self.checkpoint.model_keys - known)
+        if unknown:
+            raise ValueError(
+                f"{self.checkpoint.folder}: {unknown[0]} is part of the model, but the converter "
+                "does not know it; nothing was written"
+            )
+
+
+class FromFolder:
+    """A Hugging Face folder of any of the formats."""
+
+    def __init__(self, model: Path, progress: bool = False) -> None:
+        self.folder = ModelFolder(model)
+        with _bar("checking hashes", _size(model), progress) as bar:
+            check_manifest(model, bar.update)
+        theirs = self.folder.config
+        self.format = settings.format_of(theirs)
+        self.config = settings.from_format(theirs, self.format)
+        self.shapes = Shapes(self.config)
+        self.table = FORMATS[self.format]
+        stated = settings.dtype_name(theirs)
+        self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+        self.about = {"converted from": f"a folder of format {self.format}"}
+        self.inv_freq_dtype: str | None = None
+        self._check(stated)
+
+    def read(self, block: Block) -> Tensor:
+        return self.folder.read(block.key, block.expert if block.row.stacked else None)
+
+    def dtype_of(self, block: Block) -> torch.dtype:
+        return self.folder.dtype(block.key)
+
+    def _check(self, stated: str | None) -> None:
+        unknown = self.folder.keys
+        for row in self.table:
+            for block in self.shapes.blocks(row):
+                found = self.folder.shape(block.key)
+                if row.stacked:
+                    found = found[1:] if found[:1] == (self.shapes.num_experts,) else found
+                _check_shape(
+                    str(self.folder.file_of(block.key)), block.key, found, self.shapes.of_row(row)
+                )
+                self.folder.dtype(block.key)
+                unknown.discard(block.key)
+        if self.format == "dynamic-moe":
+            unknown -= self._check_inv_freq()
+        if unknown:
+            key = sorted(unknown)[0]
+            raise ValueError(
+                f"{self.folder.file_of(key)}: {key} has no place in a model of this config.json; "
+                "nothing was written"
+            )
+        if stated not in (None, self.dtype):
+            raise ValueError(
+                f"{self.folder.folder}/{CONFIG} says {stated}, the weights are {self.dtype}"
+            )
+        if self.config["normalization"] == "drn" and self.config["theta"] is not None:
+            self._check_thetas()
+
+    def _check_inv_freq(self) -> set[str]:
+        """The rotary frequencies, which follow from the settings."""
+        keys = {_INV_FREQ.format(layer=layer) for layer in range(self.shapes.num_layers)}
+        for key in sorted(keys & self.folder.keys):
+            found = self.folder.read(key)
+            if not torch.equal(found, inv_freq(self.config["head_dim"]).to(found.dtype)):
+                raise ValueError(
+                    f"{self.folder.file_of(key)}: {key} is not that of a rotary base of 10000"
+                )
+            self.inv_freq_dtype = str(found.dtype).removeprefix("torch.")
+        return keys
+
+    def _check_thetas(self) -> None:
+        row = rows_by_part(self.table)["theta_offset"]
+        offsets: list[float | None] = [None] * self.shapes.num_layers
+        for block in self.shapes.blocks(row):
+            offsets[block.layer] = self.read(block).item()  # type: ignore[index]
+        if thetas(offsets) != self.config["theta"]:
+            raise ValueError(
+                f"{self.folder.folder}/{CONFIG}: theta is {self.config['theta']}, the weights say "
+                f"{thetas(offsets)} (1 + theta_offset): change theta_offset to change theta"
+            )
+
+
+def to_hf(
+    load: Path,
+    output: Path,
+    *,
+    iteration: int | None = None,
+    format: str = "dynmoe",
+    dtype: str | None = None,
+    max_shard_size: int = 4 * 10**9,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write a Megatron checkpoint as a Hugging Face folder.
+
+    Args:
+        load: what ``--load`` names.
+        iteration: which checkpoint; the latest if None.
+        format: dynmoe, dynamic-moe or mixtral.
+        dtype: float32, bfloat16 or float16; as it is if None.
+        max_shard_size: bytes of a file of weights.
+        tokenizer: the tokenizer of the training; what its arguments name if None.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or the format cannot express the model.
+    """
+    source = FromMegatron(load, iteration)
+    args = source.checkpoint.args
+    named = getattr(args, "tokenizer_model", None)
+    if tokenizer is None and isinstance(named, str) and Path(named).exists():
+        tokenizer = Path(named)
+    elif tokenizer is None:
+        say(
+            f"no tokenizer goes into {output}: the one of the training, {named}, is not here; "
+            "name it by --tokenizer"
+        )
+    origin = getattr(args, "huggingface_source", None) or {}
+    write_folder(
+        source,
+        output,
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        progress=progress,
+        inv_freq_dtype=origin.get("inv_freq_dtype", "float32"),
+    )
+
+
+def convert_folder(
+    model: Path, output: Path, *, format: str = "dynmoe", overwrite: bool = False
+) -> None:
+    """Write a Hugging Face folder in another format.
+
+    Raises:
+        ValueError: the folder is damaged, or the format cannot express the model.
+    """
+    source = FromFolder(model)
+    write_folder(
+        source,
+        output,
+        format=format,
+        tokenizer=model if has_tokenizer(model) else None,
+        overwrite=overwrite,
+        progress=False,
+        inv_freq_dtype=source.inv_freq_dtype,
+    )
+
+
+def write_folder(
+    source: Source,
+    output: Path,
+    *,
+    format: str,
+    dtype: str | None = None,
+    max_shard_size: int = 4 * 10**9,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    inv_freq_dtype: str | None = "float32",
+) -> None:
+    """Write any source as a Hugging Face folder; see :func:`to_hf`."""
+    dtype = dtype or source.dtype
+    theirs = settings.to_format(source.config, format, dtype)
+    entries = list(_entries(source, format, getattr(torch, dtype)))
+    if format == "dynamic-moe" and inv_freq_dtype is not None:
+        entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
+    with new_folder(output, overwrite) as folder:
+        write_json(folder / CONFIG, theirs)  # transformers reads a tokenizer only beside it
+        special: dict[str, Any] = {}
+        if tokenizer is not None:
+            special = _write_tokenizer(tokenizer, folder)
+            write_json(folder / CONFIG, theirs | special)
+        if format == "dynmoe":
+            _ship_code(folder)
+        write_json(folder / "generation_config.json", special)
+        with _bar("writing", sum(entry.num_bytes for entry in entries), progress) as bar:
+            write_shards(folder, entries, max_shard_size, bar.update)
+        card.write_card(folder, source.config, source.about, format, dtype)
+        write_manifest(folder)
+
+
+def from_hf(
+    model: Path,
+    save: Path,
+    *,
+    routing: DynMoEConfig | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[str]:
+    """Write a Hugging Face folder as a checkpoint that Megatron trains on.
+
+    Args:
+        routing: another routing than the folder's, its state as at the start of training.
+
+    Returns:
+        The flags of a training command that fit the model.
+
+    Raises:
+        ValueError: the folder is damaged, or training has nothing like the model.
+    """
+    source = FromFolder(model, progress)
+    config = source.config if routing is None else settings.with_routing(source.config, routing)
+    shapes = Shapes(config)
+    args = settings.args_from_config(config, source.dtype)
+    args["huggingface_source"] = {"format": source.format, "inv_freq_dtype": source.inv_freq_dtype}
+    flags = settings.training_flags(config, source.dtype)
+    if has_tokenizer(model):
+        args["tokenizer_type"] = "HuggingFaceTokenizer"
+        args["tokenizer_model"] = str(model.resolve())
+        flags += [f"--{name.replace('_', '-')} {args[name]}" for name in _TOKENIZER_ARGS]
+    weights = _Weights(source)
+    alike = args["moe_layer_freq"] == 1
+    writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike)
+    total = 0
+    with _bar("writing", None, progress) as bar:
+        for block in _in_order(shapes, MEGATRON):
+            shape = shapes.of_row(block.row)
+            dtype = weights.dtype_of(block) or getattr(torch, source.dtype)
+            copies = 1 + len(block.row.aliases)
+            size = math.prod(shape) * dtype.itemsize
+            total += copies * size
+            writer.add(block, shape, dtype, _counted(weights.block, block, size, bar.update))
+        bar.total = total
+        _add_router_state(writer, config)
+        with new_folder(save, overwrite) as folder:
+            writer.write(folder, args)
+            (folder / FLAGS).write_text("\n".join(flags) + "\n")
+    return flags
+
+
+class _Weights:
+    """The parameters of a source, put together as the table of a target has them."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows = rows_by_part(source.table)
+        self._last: tuple[Block, Tensor] | None = None
+
+    def block(self, block: Block) -> Tensor:
+        """A block of the target's table."""
+        parts = [self._part(part, block) for part in block.row.parts]
+        return self._source.shapes.join(block.row, parts)
+
+    def dtype_of(self, block: Block) -> torch.dtype | None:
+        """The type of a block; None where the source lacks it."""
+        source = self._of_source(block.row.parts[0], block)
+        return None if source is None else self._source.dtype_of(source)
+
+    def _of_source(self, part: str, block: Block) -> Block | None:
+        row = self._rows.get(part)
+        needed = PARAMETERS[part].when
+        if row is None or (needed is not None and not self._source.shapes.has[needed]):
+            return None
+        return Block(row, block.layer, block.expert)
+
+    def _part(self, part: str, block: Block) -> Tensor:
+        source = self._of_source(part, block)
+        if source is None:
+            # Only theta_offset can be new: another routing was asked for. It starts at 0.
+            return torch.zeros(self._source.shapes.of_part(part))
+        if self._last is None or self._last[0] != source:
+            self._last = source, self._source.read(source)
+        return self._source.shapes.part(source.row, part, self._last[1])
+
+
+def thetas(offsets: list[float | None]) -> list[float | None]:
+    """The scale that each layer uses, computed as training does: 1 + offset in float32."""
+    return [
+        None if offset is None else settings.shortest(1 + torch.tensor(offset).item())
+        for offset in offsets
+    ]
+
+
+def inv_freq(head_dim: int) -> Tensor:
+    """The rotary frequencies of base 10000, [head_dim / 2] float32."""
+    return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer for transformers."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def say(message: str) -> None:
+    """A remark for the person at the terminal."""
+    print(message, file=sys.stderr)
+
+
+_NO_STATE: settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
+
+
+def _entries(source: Source, format: str, dtype: torch.dtype) -> Iterator[Entry]:
+    weights, shapes = _Weights(source), source.shapes
+    for block in _in_order(shapes, FORMATS[format]):
+        shape = shapes.of_row(block.row)
+        if not block.row.stacked:
+            yield Entry(block.key, shape, dtype, lambda block=block: weights.block(block))
+        elif block.expert == 0:
+            experts = [block._replace(expert=expert) for expert in range(shapes.num_experts)]
+            yield Entry(
+                block.key,
+                (len(experts), *shape),
+                dtype,
+                lambda experts=experts: torch.stack([weights.block(one) for one in experts]),
+            )
+
+
+def _inv_freq_entries(source: Source, dtype: torch.dtype) -> list[Entry]:
+    head_dim = source.config["head_dim"]
+    return [
+        Entry(
+            _INV_FREQ.format(layer=layer),
+            (head_dim // 2,),
+            dtype,
+            lambda: inv_freq(head_dim).to(dtype),
+        )
+        for layer in range(source.shapes.num_layers)
+    ]
+
+
+def _in_order(shapes: Shapes, table: tuple[Row, ...]) -> list[Block]:
+    """All blocks of a model, layer by layer, so that a source is read from front to back."""
+    blocks = [block for row in table for block in shapes.blocks(row)]
+    return sorted(blocks, key=lambda block: -1 if block.layer is None else block.layer)
+
+
+def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
+    if config["routing"] == "top_k":
+        return
+    for name, values in settings.router_state(config).items():
+        row = Row(ROUTER_STATE[name], ("theta_offset",))
+        for layer, value in enumerate(values):
+            if value is not None:
+                tensor = torch.tensor([value], dtype=torch.float32)
+                writer.add(Block(row, layer), (1,), torch.float32, lambda tensor=tensor: tensor)
+
+
+def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
+    import megatron_dynmoe.huggingface  # noqa: F401 - or transformers wonders about our config.json
+    from megatron_dynmoe.conversion.tokenizer import export_tokenizer, special_token_ids
+
+    differing = export_tokenizer(tokenizer, folder)
+    for text in differing:
+        say(f"the exported tokenizer gives other ids than the training's for {text!r}")
+    return special_token_ids(folder)
+
+
+def _ship_code(folder: Path) -> None:
+    """Copy the modelling files, which then import each other instead of the package."""
+    for name in _SHIPPED:
+        code = (_PACKAGE / name).read_text("utf-8")
+        for package in ("routing", "huggingface"):
+            code = code.replace(f"from megatron_dynmoe.{package}.", "from .")
+        (folder / Path(name).name).write_text(code)
+
+
+def _check_shape(where: str, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(found) != expected:
+        raise ValueError(
+            f"{where}: {key} has the shape {list(found)}, the settings say {list(expected)}"
+        )
+
+
+def _counted(make: Any, block: Block, size: int, update: Any) -> Any:
+    def counted() -> Tensor:
+        update(size)
+        return make(block)
+
+    return counted
+
+
+def _bar(name: str, total: int | None, show: bool) -> Any:
+    return tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=not show, leave=False)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

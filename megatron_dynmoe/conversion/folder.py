@@ -1,0 +1,299 @@
+"""A Hugging Face model folder: shards, index and manifest, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+SINGLE = "model.safetensors"
+_HASHED_AT_ONCE = 2**22
+
+
+class Entry(NamedTuple):
+    """One tensor that a folder shall hold; ``make`` produces it when its turn comes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when the block ends well, and else vanishes.
+
+    Raises:
+        ValueError: the target exists and is not empty, and ``overwrite`` is not given.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: name a folder")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not overwrite:
+        raise ValueError(f"{target} is not empty: name another folder, or give --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    beside.chmod(0o777 & ~_umask())
+    try:
+        yield beside
+        if target.exists():
+            old = Path(
+                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)
+            )
+            target.rename(old / target.name)
+            beside.rename(target)
+            shutil.rmtree(old)
+        else:
+            beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path,
+    entries: Iterable[Entry],
+    max_shard_size: int,
+    progress: Callable[[int], Any],
+) -> None:
+    """Write ``model*.safetensors`` and, for several of them, the index.
+
+    One shard is in memory at a time.
+
+    Args:
+        max_shard_size: in bytes; a single larger tensor gets a shard of its own.
+        progress: called with the bytes of each tensor that is done.
+    """
+    shards: list[list[Entry]] = [[]]
+    room = max_shard_size
+    for entry in entries:
+        if entry.num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(entry)
+        room -= entry.num_bytes
+    where, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        name = (
+            SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        tensors = {}
+        for entry in shard:
+            tensors[entry.key] = entry.make().to(entry.dtype).reshape(entry.shape).contiguous()
+            where[entry.key] = name
+            total += entry.num_bytes
+            progress(entry.num_bytes)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON; numbers so that they are read back exactly."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of names and values")
+    return content
+
+
+def write_manifest(folder: Path) -> None:
+    """Write size and SHA-256 of every file in the folder to ``manifest.json``."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = {name: _fingerprint(folder / name) for name in names if name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def update_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Bring the entries of some files up to date, where the folder has a manifest."""
+    path = folder / MANIFEST
+    if path.exists():
+        manifest = read_json(path)
+        manifest["files"] |= {name: _fingerprint(folder / name) for name in names}
+        partial = folder / f".{MANIFEST}.partial"
+        write_json(partial, manifest)
+        partial.replace(path)
+
+
+def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
+    """Compare every file with the manifest, where the folder has one.
+
+    Raises:
+        ValueError: a file is missing or differs; the message names it.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path} has no list of files")
+    for name, expected in files.items():
+        file = folder / _plain_name(name, path)
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: {MANIFEST} lists it")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {expected['bytes']}: it "
+                "is cut short or was changed"
+            )
+        if _fingerprint(file, progress) != expected:
+            raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}: it was changed")
+
+
+class ModelFolder:
+    """The weights of a Hugging Face folder, opened for reading; nothing in it is executed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder and look at every file's header.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another kind.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise ValueError(f"--model is {folder}: there is no such folder")
+        self.config = read_json(folder / CONFIG)
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        self._open: tuple[Path, Any] | None = None
+        for file in self._files():
+            reader = self._reader(file)
+            for key in reader.keys():  # noqa: SIM118 - it is not a mapping
+                if key in self._file_of:
+                    raise ValueError(f"{file}: {key} is also in {self._file_of[key]}")
+                part = reader.get_slice(key)
+                self._file_of[key] = file
+                self._shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+        self._check_index()
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of all tensors."""
+        return set(self._file_of)
+
+    def file_of(self, key: str) -> Path:
+        """The file that holds a tensor.
+
+        Raises:
+            ValueError: none does.
+        """
+        if key not in self._file_of:
+            raise ValueError(f"{self.folder} has no tensor {key}")
+        return self._file_of[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        self.file_of(key)
+        return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor."""
+        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        file, name = self.file_of(key), self._dtypes[key]
+        if name not in known:
+            raise ValueError(f"{file}: {key} is of type {name}; only {', '.join(known)} are read")
+        return known[name]
+
+    def read(self, key: str, index: int | None = None) -> Tensor:
+        """A tensor, or one of those that lie along its first dimension."""
+        part = self._reader(self.file_of(key)).get_slice(key)
+        return part[:] if index is None else part[index : index + 1].squeeze(0)
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.exists():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not where:
+                raise ValueError(f"{index} has no weight_map")
+            names = sorted({_plain_name(name, index) for name in where.values()})
+            for name in names:
+                if not (self.folder / name).is_file():
+                    raise ValueError(f"{self.folder / name} is missing: {INDEX} lists it")
+            return [self.folder / name for name in names]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"{self.folder} holds {pickles[0]}, a pickle, which may run code when it is read: "
+                "only safetensors are read; convert it where you trust it, with "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        if index.exists():
+            for key, name in read_json(index)["weight_map"].items():
+                if self._file_of.get(key) != self.folder / name:
+                    raise ValueError(f"{self.folder / name} has no tensor {key}: {INDEX} lists it")
+
+    def _reader(self, file: Path) -> Any:
+        # One at a time: the pages of a file that is mapped count as this process' memory.
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            try:
+                self._open = file, safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                with file.open("rb") as opened:
+                    start = opened.read(2)
+                if start in (b"PK", b"\x80\x02", b"\x80\x04"):
+                    reason = "it is a pickle, which may run code when it is read"
+                else:
+                    reason = f"it is cut short or damaged ({error})"
+                raise ValueError(f"{file} is no safetensors file: {reason}") from None
+        return self._open[1]
+
+
+def _plain_name(name: Any, source: Path) -> str:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{source} names {name!r}: only files in its own folder are read")
+    return name
+
+
+def _fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASHED_AT_ONCE):
+            digest.update(chunk)
+            progress(len(chunk))
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

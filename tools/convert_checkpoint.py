@@ -1,0 +1,12 @@
+"""Convert checkpoints between Megatron and Hugging Face; see docs/checkpoints.md."""
+
+import sys
+from pathlib import Path
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.conversion.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())
