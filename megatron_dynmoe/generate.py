@@ -107,6 +107,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from megatron_dynmoe.huggingface.load import (
         be_quiet,
+        check_ids,
         default_device,
         load_config,
         load_model,
@@ -120,6 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     _override_routing(config, args)
     tokenizer = load_tokenizer(args.model)
     prompt_ids = _encode(tokenizer, prompt)
+    check_ids(max(prompt_ids), config)
     max_new_tokens = _fit(config, len(prompt_ids), args.max_new_tokens)
     mode = _mode(args.experts)
     if mode != "none" and (reason := _fixed_experts(config)):

@@ -89,6 +89,19 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"tokenizer in {folder}: {_one_line(error)}") from error
 
 
+def check_ids(largest: int, config: Any) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: the folder's tokenizer is not that of the model.
+    """
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives the id {largest}, and the model knows 0 to "
+            f"{config.vocab_size - 1}: it is another model's tokenizer"
+        )
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
