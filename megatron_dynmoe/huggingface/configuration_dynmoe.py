@@ -164,9 +164,9 @@ class DynMoEModelConfig(PreTrainedConfig):
 
         # 3. The routing
         self.routing = routing
-        self.num_experts_per_tok = num_experts_per_tok
+        self.num_experts_per_tok: Any = num_experts_per_tok
         self.threshold = threshold
-        self.theta = theta
+        self.theta: Any = theta
         self.max_experts_per_token = max_experts_per_token
         self.inference_threshold = inference_threshold
         self.inference_max_experts_per_token = inference_max_experts_per_token
@@ -175,8 +175,8 @@ class DynMoEModelConfig(PreTrainedConfig):
         self.router_dtype = router_dtype
         self.target_experts_per_token = target_experts_per_token
         self.balance_loss = balance_loss
-        self.balance_loss_coeff = balance_loss_coeff
-        self.dynamic_loss_coeff = dynamic_loss_coeff
+        self.balance_loss_coeff: Any = balance_loss_coeff
+        self.dynamic_loss_coeff: Any = dynamic_loss_coeff
         self.output_router_logits = output_router_logits
         self.controller = controller
         self.measured_experts_per_token = measured_experts_per_token
@@ -186,6 +186,11 @@ class DynMoEModelConfig(PreTrainedConfig):
 
         self.validate_dynmoe()
         super().__init__(**kwargs)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts; num_experts may be 0 where none has."""
+        return "sparse" in self.mlp_layer_types
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts."""
@@ -217,7 +222,8 @@ class DynMoEModelConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use {' or '.join(choices)}.")
         self._validate_shape()
-        self._validate_selection()
+        if self.has_experts:
+            self._validate_selection()
         for name in ("balance_loss_coeff", "dynamic_loss_coeff"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(
@@ -234,7 +240,9 @@ class DynMoEModelConfig(PreTrainedConfig):
 
     def _validate_shape(self) -> None:
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-        positive += ["num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size"]
+        positive += ["num_key_value_heads", "head_dim"]
+        if self.has_experts:
+            positive += ["num_experts", "moe_intermediate_size"]
         for name in positive:
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use a whole number from 1.")

@@ -13,8 +13,10 @@ Dimension letters, in names as a suffix (``probs_TE``):
     E  experts
     D  hidden size
     F  ffn size of an expert
+    R  tokens of one expert
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,14 +26,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
 from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import select, weigh
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -142,18 +144,18 @@ class DynMoEExperts(nn.Module):
         is fixed on every device, and a token's result does not depend on the rest of the batch.
         """
         output_TD = torch.zeros_like(hidden_TD, dtype=weights_TE.dtype)
-        # unbind: the gradient of one index per expert would be a zero tensor of all experts each
-        experts = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        rows_per_expert = map_TE.sum(dim=0).tolist()
-        tokens_R = map_TE.t().nonzero()[:, 1]
-        for expert, (tokens, (gate_up, down)) in enumerate(
-            zip(tokens_R.split(rows_per_expert), experts, strict=True)
-        ):
+        map_ET = map_TE.t()
+        rows_per_expert = map_ET.sum(dim=-1).tolist()
+        tokens = map_ET.nonzero()[:, 1].split(rows_per_expert)
+        weights = weights_TE.t()[map_ET].unsqueeze(-1).split(rows_per_expert)
+        # unbind: the gradient of experts[i] alone would be a tensor of zeros for all experts
+        projections = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        for expert, (gate_up, down) in enumerate(projections):
             if rows_per_expert[expert]:
-                gate, up = F.linear(hidden_TD[tokens], gate_up).chunk(2, dim=-1)
-                rows = F.linear(F.silu(gate) * up, down)
-                rows = rows * weights_TE[tokens, expert].unsqueeze(-1)
-                output_TD = output_TD.index_add(0, tokens, rows.to(output_TD.dtype))
+                rows_RD = hidden_TD.index_select(0, tokens[expert])
+                gate_RF, up_RF = F.linear(rows_RD, gate_up).chunk(2, dim=-1)
+                rows_RD = F.linear(F.silu(gate_RF) * up_RF, down) * weights[expert]
+                output_TD.index_add_(0, tokens[expert], rows_RD.to(output_TD.dtype))
         return output_TD.to(hidden_TD.dtype)
 
 
@@ -240,7 +242,8 @@ class DynMoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, num_keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, num_keys, bias=bias)
         self.o_proj = nn.Linear(num_queries, config.hidden_size, bias=False)
-        self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
@@ -365,16 +368,15 @@ class DynMoEPreTrainedModel(PreTrainedModel):
         """Load as every model; warns where the config's theta is not that of the weights."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for layer, (said, theta) in enumerate(
-            zip(model.config.theta or (), model.theta or (), strict=True)
-        ):
-            # as far apart as rounding an offset to bfloat16 can bring them
-            if theta is not None and abs(said - theta) > 2**-8 * abs(theta - 1) + 1e-6:
+        stated = model.config.theta or [None] * model.config.num_hidden_layers
+        model.config.theta = model.theta
+        for layer, (said, theta) in enumerate(zip(stated, model.theta or [], strict=False)):
+            # further apart than rounding the offset to bfloat16 can bring them
+            if said is not None and abs(said - theta) > 2**-8 * abs(theta - 1) + 1e-6:
                 logger.warning(
                     f"theta[{layer}] is {said:g} in the config and {theta:g} in the weights: the "
                     "weights are used."
                 )
-        model.config.theta = model.theta
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,141 @@
+"""The model's configuration: what it refuses, and that it is written and read back exactly."""
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.huggingface import DynMoEModelConfig
+from tests.huggingface.tiny import tiny_config
+
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"], "intermediate_size": 48}
+
+REFUSED = [
+    ({"threshold": 1.5}, ["threshold is 1.5", "0 (one expert) to 1"]),
+    ({"threshold": -0.1}, ["threshold is -0.1"]),
+    ({"threshold": float("nan")}, ["threshold is nan"]),
+    ({"threshold": "0.4"}, ["threshold is '0.4'"]),
+    ({"threshold": [0.4, 1.01, 0.4]}, ["threshold[1] is 1.01"]),
+    ({"threshold": [0.4, 0.4]}, ["threshold is [0.4, 0.4]", "each of the 3 layers"]),
+    ({"threshold": [0.4, None, 0.4]}, ["threshold[1] is None"]),
+    ({"threshold": [0.4, 0.4, 0.4], **DENSE_FIRST}, ["threshold[0] is 0.4", "layer 0 is dense"]),
+    ({"routing": "dtop_p"}, ["threshold is None"]),
+    ({"inference_threshold": 2}, ["inference_threshold is 2"]),
+    ({"routing": "topk"}, ["routing is 'topk'", "top_k or top_p or dtop_p"]),
+    ({"normalization": "rms"}, ["normalization is 'rms'"]),
+    ({"weights": "sum"}, ["weights is 'sum'"]),
+    ({"router_dtype": "float64"}, ["router_dtype is 'float64'"]),
+    ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "silu"]),
+    ({"balance_loss": "z_loss"}, ["balance_loss is 'z_loss'"]),
+    ({"balance_loss_coeff": -1}, ["balance_loss_coeff is -1"]),
+    ({"routing": "top_k"}, ["num_experts_per_tok is None", "1 to 8"]),
+    ({"routing": "top_k", "num_experts_per_tok": 9}, ["num_experts_per_tok is 9", "1 to 8"]),
+    ({"routing": "top_k", "num_experts_per_tok": 0}, ["num_experts_per_tok is 0"]),
+    (
+        {"routing": "top_k", "num_experts_per_tok": 2, "threshold": 0.4},
+        ["threshold is 0.4", "'top_k' does not have"],
+    ),
+    ({"num_experts_per_tok": 2}, ["num_experts_per_tok is 2", "max_experts_per_token"]),
+    ({"max_experts_per_token": 9}, ["max_experts_per_token is 9", "1 to 8"]),
+    ({"inference_max_experts_per_token": 0}, ["inference_max_experts_per_token is 0"]),
+    ({"theta": [1.0, 1.0, 1.0]}, ["theta is given", "'drn'"]),
+    ({"normalization": "drn", "theta": [1.0]}, ["theta is [1.0]", "each of the 3 layers"]),
+    ({"normalization": "drn", "theta": [1.0, "x", 1.0]}, ["theta[1] is 'x'"]),
+    ({"measured_experts_per_token": [2.0]}, ["measured_experts_per_token is [2.0]"]),
+    ({"mlp_layer_types": ["sparse"]}, ["mlp_layer_types is ['sparse']", "3 layers"]),
+    ({"mlp_layer_types": ["sparse", "moe", "dense"]}, ["mlp_layer_types[1] is 'moe'"]),
+    ({"mlp_layer_types": ["dense"] * 3}, ["intermediate_size is None", "layer 0 is dense"]),
+    ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor"]),
+    ({"num_experts": 0}, ["num_experts is 0"]),
+    ({"shared_expert_gate": True}, ["shared_expert_intermediate_size"]),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type 'yarn'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_what_makes_no_sense_is_refused_by_name(settings, said):
+    with pytest.raises(ValueError) as error:
+        tiny_config(**settings)
+    for words in said:
+        assert words in str(error.value)
+
+
+def test_a_threshold_set_later_is_checked_too():
+    config = tiny_config()
+    config.threshold = 1.5
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        config.threshold_and_cap(layer=0, training=False)
+
+
+def test_every_field_survives_its_file_exactly(tmp_path):
+    tenth = 0.1 + 0.2  # 0.30000000000000004: the shortest text that reads back as it
+    config = tiny_config(
+        routing="dtop_p",
+        threshold=[None, tenth, 1 / 3],
+        theta=[None, 1.5, 0.1 + 0.7],
+        max_experts_per_token=5,
+        inference_threshold=2 / 3,
+        inference_max_experts_per_token=2,
+        target_experts_per_token="0:8,1000:2",
+        controller={"scope": "layer", "integral": [None, 1e-17, -3.3e-5]},
+        measured_experts_per_token=[None, 2.0000000000000004, 1.9],
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        shared_expert_intermediate_size=24,
+        shared_expert_gate=True,
+        tie_word_embeddings=True,
+        qk_norm=True,
+        **DENSE_FIRST,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = DynMoEModelConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert Fraction(loaded.threshold[1]) == Fraction(tenth)
+    again = DynMoEModelConfig.from_json_file(tmp_path / "config.json")
+    assert again.to_json_string() == config.to_json_string()
+
+
+def test_the_file_states_every_routing_setting(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    stated = {
+        "routing": "top_p",
+        "threshold": 0.4,
+        "normalization": "none",
+        "weights": "raw",
+        "router_dtype": "float32",
+        "max_experts_per_token": None,
+        "balance_loss_coeff": 0.01,
+    }
+    assert stated.items() <= written.items()
+
+
+@pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
+def test_defaults_are_those_of_training(routing):
+    settings = {"routing": routing}
+    if routing == "dtop_p":
+        settings["target_experts_per_token"] = 2
+    training = DynMoEConfig(**settings).resolve(num_experts=8)
+    config = tiny_config(routing=routing, threshold=training.threshold or 0.3)
+    for name in ("normalization", "weights", "balance_loss", "balance_loss_coeff"):
+        assert getattr(config, name) == getattr(training, name)
+    assert config.dynamic_loss_coeff == training.dynamic_loss_coeff
+    assert config.threshold == (training.threshold or 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "training", "expected"),
+    [
+        ({"threshold": 0.5}, False, (0.5, None)),
+        ({"threshold": [0.1, 0.2, 0.3]}, False, (0.2, None)),
+        ({"max_experts_per_token": 3}, True, (0.4, 3)),
+        ({"max_experts_per_token": 3}, False, (0.4, 3)),
+        ({"max_experts_per_token": 3, "inference_max_experts_per_token": 2}, False, (0.4, 2)),
+        ({"max_experts_per_token": 3, "inference_max_experts_per_token": 2}, True, (0.4, 3)),
+        ({"inference_threshold": 0.9}, False, (0.9, None)),
+        ({"inference_threshold": 0.0}, False, (0.0, None)),
+        ({"inference_threshold": 0.9}, True, (0.4, None)),
+    ],
+)
+def test_inference_has_a_threshold_and_a_cap_of_its_own(settings, training, expected):
+    assert tiny_config(**settings).threshold_and_cap(layer=1, training=training) == expected
