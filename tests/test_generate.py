@@ -117,6 +117,23 @@ def test_characters_of_several_byte_level_tokens_are_held_back() -> None:
     assert "\ufffd" not in pieces
 
 
+def test_the_space_that_decoding_strips_comes_once(folder: Path) -> None:
+    """As Llama's: a space is put before the text, and decoding takes the first one away."""
+    import tokenizers
+    import transformers
+
+    rust = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    rust.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=rust)
+    ids = tokenizer(" and so they were  very good" * 30)["input_ids"]
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
+    assert "".join(pieces) == decode(tokenizer, ids)
+    assert not pieces[0].startswith(" ") and pieces[1].startswith(" ")
+
+
 def test_words_appear_with_their_token(tokenizer: Any) -> None:
     """Holding everything back to the end would be right, too, but no streaming."""
     ids = tokenizer("and so they were very good " * 30)["input_ids"]
@@ -494,4 +511,8 @@ def test_code_in_the_folder_is_not_run(
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     status, _, err = run(tmp_path, "--prompt", "x", "--max-new-tokens", "1", capsys=capsys)
     assert status == 0, err
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "foreign"}))
+    status, _, err = run(tmp_path, "--prompt", "x", capsys=capsys)
+    assert status == 1 and "config.json" in err
     assert not (tmp_path / "ran").exists()
