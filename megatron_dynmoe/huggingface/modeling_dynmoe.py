@@ -143,7 +143,8 @@ class DynMoEExperts(nn.Module):
         One expert after another, so that each adds to a token at most once: the order of the sum
         is fixed on every device, and a token's result does not depend on the rest of the batch.
         """
-        output_TD = torch.zeros_like(hidden_TD, dtype=weights_TE.dtype)
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)  # of the sum, rounded once
+        output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
         map_ET = map_TE.t()
         rows_per_expert = map_ET.sum(dim=-1).tolist()
         tokens = map_ET.nonzero()[:, 1].split(rows_per_expert)
@@ -155,7 +156,7 @@ class DynMoEExperts(nn.Module):
                 rows_RD = hidden_TD.index_select(0, tokens[expert])
                 gate_RF, up_RF = F.linear(rows_RD, gate_up).chunk(2, dim=-1)
                 rows_RD = F.linear(F.silu(gate_RF) * up_RF, down) * weights[expert]
-                output_TD.index_add_(0, tokens[expert], rows_RD.to(output_TD.dtype))
+                output_TD.index_add_(0, tokens[expert], rows_RD.to(dtype))
         return output_TD.to(hidden_TD.dtype)
 
 

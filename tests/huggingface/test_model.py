@@ -257,6 +257,20 @@ def test_a_bfloat16_model_routes_in_float32():
     assert rounded > 0
 
 
+@pytest.mark.parametrize("router_dtype", ["float32", "bfloat16"])
+def test_the_experts_of_a_bfloat16_model_are_summed_in_float32(router_dtype):
+    moe = tiny_model(threshold=1.0, router_dtype=router_dtype).bfloat16().model.layers[0].mlp
+    hidden_TD = torch.randn(20, 32).bfloat16()
+    routing = moe.router(hidden_TD)
+    expected_TD = torch.zeros(20, 32)
+    for expert in range(8):
+        gate, up = (hidden_TD @ moe.experts.gate_up_proj[expert].t()).chunk(2, dim=-1)
+        rows = (torch.nn.functional.silu(gate) * up) @ moe.experts.down_proj[expert].t()
+        expected_TD += (rows * routing.weights_TE[:, expert, None]).float()
+    actual_TD = moe.experts(hidden_TD, routing.map_TE, routing.weights_TE)
+    assert torch.equal(actual_TD, expected_TD.bfloat16())
+
+
 def test_a_router_in_bfloat16_compares_with_the_unrounded_threshold():
     """0.4 is 0.400390625 in bfloat16, which a sum of bfloat16 probabilities can equal."""
     model = tiny_model(threshold=0.4, router_dtype="bfloat16")
