@@ -68,7 +68,7 @@ class GlobalBatchUpdate:
         )
         for router in self._routers:
             index = router.layer_number - 1
-            router.measured.copy_(statistics.mean_experts[index : index + 1])
+            router.measured.copy_(statistics.mean_experts[index : index + 1].nan_to_num())
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, DynMoEMetricsTracker):
             tracker.add(statistics)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.conversion import card, settings
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
 from megatron_dynmoe.conversion.folder import (
     CONFIG,
     Entry,
@@ -82,16 +82,16 @@ class FromMegatron:
         vocab_size = self.checkpoint.shape(key)[0]
         try:
             # The state lies in layers whose kind the config says, so the config comes twice.
-            self.config = settings.config_from_megatron(args, vocab_size, _NO_STATE)
+            self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
             state = self._router_state()
-            self.config = settings.config_from_megatron(args, vocab_size, state)
+            self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"{self.checkpoint.folder}: the saved arguments do not say what the model is "
                 f"({error})"
             ) from error
         self.shapes = Shapes(self.config)
-        self.dtype = settings.model_dtype(args)
+        self.dtype = megatron_settings.model_dtype(args)
         self.about = card.about_training(args, self.checkpoint.iteration)
         self._check()
 
@@ -123,7 +123,13 @@ class FromMegatron:
         if self._layer_types[layer] != "sparse":
             return None
         key, index = self.checkpoint.find((template,), layer)
-        return settings.shortest(self.checkpoint.read(key, index).item())
+        value = self.checkpoint.read(key, index).item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {key} of layer {layer} is {value}: the run had gone "
+                "wrong; take an earlier iteration"
+            )
+        return settings.shortest(value)
 
     def _check(self) -> None:
         """Every entry has a meaning and the shape that the settings give it."""
@@ -156,11 +162,11 @@ class FromFolder:
         with _bar("checking hashes", _size(model), progress) as bar:
             check_manifest(model, bar.update)
         theirs = self.folder.config
-        self.format = settings.format_of(theirs)
-        self.config = settings.from_format(theirs, self.format)
+        self.format = format_settings.format_of(theirs)
+        self.config = format_settings.from_format(theirs, self.format)
         self.shapes = Shapes(self.config)
         self.table = FORMATS[self.format]
-        stated = settings.dtype_name(theirs)
+        stated = format_settings.dtype_name(theirs)
         self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         self.about = {"converted from": f"a folder of format {self.format}"}
         self.inv_freq_dtype: str | None = None
@@ -254,10 +260,8 @@ def to_hf(
     if tokenizer is None and isinstance(named, str) and Path(named).exists():
         tokenizer = Path(named)
     elif tokenizer is None:
-        say(
-            f"no tokenizer goes into {output}: the one of the training, {named}, is not here; "
-            "name it by --tokenizer"
-        )
+        reason = "the checkpoint names none" if named is None else f"{named} is not here"
+        say(f"no tokenizer goes into {output}: {reason}; give --tokenizer")
     origin = getattr(args, "huggingface_source", None) or {}
     write_folder(
         source,
@@ -306,7 +310,7 @@ def write_folder(
 ) -> None:
     """Write any source as a Hugging Face folder; see :func:`to_hf`."""
     dtype = dtype or source.dtype
-    theirs = settings.to_format(source.config, format, dtype)
+    theirs = format_settings.to_format(source.config, format, dtype)
     entries = list(_entries(source, format, getattr(torch, dtype)))
     if format == "dynamic-moe" and inv_freq_dtype is not None:
         entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
@@ -347,9 +351,9 @@ def from_hf(
     source = FromFolder(model, progress)
     config = source.config if routing is None else settings.with_routing(source.config, routing)
     shapes = Shapes(config)
-    args = settings.args_from_config(config, source.dtype)
+    args = megatron_settings.args_from_config(config, source.dtype)
     args["huggingface_source"] = {"format": source.format, "inv_freq_dtype": source.inv_freq_dtype}
-    flags = settings.training_flags(config, source.dtype)
+    flags = megatron_settings.training_flags(config, source.dtype)
     if has_tokenizer(model):
         args["tokenizer_type"] = "HuggingFaceTokenizer"
         args["tokenizer_model"] = str(model.resolve())
@@ -386,6 +390,13 @@ class _Weights:
         """A block of the target's table."""
         parts = [self._part(part, block) for part in block.row.parts]
         return self._source.shapes.join(block.row, parts)
+
+    def stacked(self, blocks: list[Block], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Blocks of one shape along a new first dimension, without a second copy of all."""
+        target = torch.empty((len(blocks), *shape), dtype=dtype)
+        for place, block in zip(target, blocks, strict=True):
+            place.copy_(self.block(block))
+        return target
 
     def dtype_of(self, block: Block) -> torch.dtype | None:
         """The type of a block; None where the source lacks it."""
@@ -447,7 +458,7 @@ def _entries(source: Source, format: str, dtype: torch.dtype) -> Iterator[Entry]
                 block.key,
                 (len(experts), *shape),
                 dtype,
-                lambda experts=experts: torch.stack([weights.block(one) for one in experts]),
+                lambda experts=experts, shape=shape: weights.stacked(experts, shape, dtype),
             )
 
 

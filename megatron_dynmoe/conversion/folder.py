@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 SINGLE = "model.safetensors"
 _HASHED_AT_ONCE = 2**22
+_MAPPED_AT_MOST = 2**28
 
 
 class Entry(NamedTuple):
@@ -189,6 +190,7 @@ class ModelFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._open: tuple[Path, Any] | None = None
+        self._mapped = 0
         for file in self._files():
             reader = self._reader(file)
             for key in reader.keys():  # noqa: SIM118 - it is not a mapping
@@ -230,7 +232,9 @@ class ModelFolder:
     def read(self, key: str, index: int | None = None) -> Tensor:
         """A tensor, or one of those that lie along its first dimension."""
         part = self._reader(self.file_of(key)).get_slice(key)
-        return part[:] if index is None else part[index : index + 1].squeeze(0)
+        tensor = part[:] if index is None else part[index : index + 1].squeeze(0)
+        self._mapped += tensor.nbytes
+        return tensor.clone()  # a view would keep the file mapped
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -262,9 +266,9 @@ class ModelFolder:
                     raise ValueError(f"{self.folder / name} has no tensor {key}: {INDEX} lists it")
 
     def _reader(self, file: Path) -> Any:
-        # One at a time: the pages of a file that is mapped count as this process' memory.
-        if self._open is None or self._open[0] != file:
-            self._open = None
+        # The pages that were read of a mapped file count as memory until it is closed.
+        if self._open is None or self._open[0] != file or self._mapped > _MAPPED_AT_MOST:
+            self._open, self._mapped = None, 0
             try:
                 self._open = file, safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:

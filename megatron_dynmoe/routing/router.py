@@ -43,8 +43,8 @@ class TopPRouter(KeepDtype, TopKRouter):
     State, replicated over ranks and saved with the model:
         threshold: [1] float32, the threshold in force; written once per global batch.
         integral: [1] float32, the PI controller's sum of errors.
-        measured: [1] float32, mean experts per token over the last global batch, for whoever reads
-            the checkpoint; training does not.
+        measured: [1] float32, mean experts per token over the last global batch (0: none counted),
+            for whoever reads the checkpoint; training does not.
         theta_offset: [1] parameter, theta = 1 + theta_offset scales the normalized logits. An
             offset, because near 1 bf16 would round its updates away; one-dimensional, because
             upstream exempts such parameters from weight decay.

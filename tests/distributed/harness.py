@@ -122,9 +122,9 @@ class CaseResult:
         ]
 
     def by_layer(self, name: str) -> list[dict[int, float]]:
-        """``threshold``, ``integral``, ``measured``, ``theta`` or ``counted`` after each step, by layer number.
+        """``threshold``, ``integral``, ``measured``, ``theta`` or ``counted`` after each step.
 
-        Fails if two ranks hold different values for one layer.
+        By layer number. Fails if two ranks hold different values for one layer.
         """
         merged: list[dict[int, float]] = []
         for steps in zip(*(rank["steps"] for rank in self.ranks), strict=True):

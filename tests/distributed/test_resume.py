@@ -230,6 +230,17 @@ def checkpoint(result: CaseResult, iteration: int = STEPS) -> dict[str, Any]:
 @functools.cache
 def _read(path: Path) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+    state = tensors(path)
+    common = load_common_state_dict(path)
+    # Sets, because a layout with expert parallelism has more parameter groups.
+    for name in ("common_step", "step", "lr", "weight_decay"):
+        state[name] = {float(value) for value in find(name, common["optimizer"])}
+    return state | {"scheduler": common["opt_param_scheduler"], "iteration": common["iteration"]}
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint, by name."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -240,11 +251,7 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(entry, TensorStorageMetadata)
     }
     load(state, checkpoint_id=path, no_dist=True)
-    common = load_common_state_dict(path)
-    # Sets, because a layout with expert parallelism has more parameter groups.
-    for name in ("common_step", "step", "lr", "weight_decay"):
-        state[name] = {float(value) for value in find(name, common["optimizer"])}
-    return state | {"scheduler": common["opt_param_scheduler"], "iteration": common["iteration"]}
+    return state
 
 
 def find(name: str, tree: Any) -> Iterator[Any]:

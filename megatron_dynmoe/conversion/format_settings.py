@@ -1,0 +1,242 @@
+"""What ``config.json`` of each format holds, and what a format cannot express."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.conversion.settings import (
+    NO_ROUTING,
+    Needed,
+    kinds_of_layers,
+    layer_frequency,
+    partial_rotary_factor,
+    per_layer,
+    rope_of,
+    rope_theta,
+    shown,
+    with_routing,
+)
+
+# What the published layout of Dynamic MoE has no word for; its own code assumes these values.
+_NEEDED_BY_DYNAMIC_MOE = (
+    Needed("routing", "top_p", "another routing than top-p with a fixed threshold"),
+    Needed("normalization", "none", "routing normalization with a theta"),
+    Needed("weights", "raw", "renormalized weights"),
+    Needed("max_experts_per_token", None, "a cap"),
+    Needed("inference_max_experts_per_token", None, "a cap at inference"),
+    Needed("inference_threshold", None, "another threshold at inference"),
+    Needed("rope_theta", 10000.0, "another rotary base"),
+    Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+    Needed("attention_bias", False, "biases in attention"),
+    Needed("qk_norm", False, "norms of queries and keys"),
+    Needed("shared_expert_intermediate_size", None, "shared experts"),
+    Needed("tie_word_embeddings", False, "tied embeddings"),
+)
+_NEEDED_BY_MIXTRAL = (
+    Needed("routing", "top_k", "a varying number of experts per token"),
+    Needed("weights", "renormalized", "raw weights (--moe-router-pre-softmax)"),
+    Needed("attention_bias", False, "biases in attention"),
+    Needed("qk_norm", False, "norms of queries and keys"),
+    Needed("shared_expert_intermediate_size", None, "shared experts"),
+    Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+)
+
+
+def to_format(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]:
+    """What ``config.json`` of a format holds.
+
+    Raises:
+        ValueError: the format cannot express a setting; the message names it.
+    """
+    if format == "dynmoe":
+        return config | {
+            "architectures": ["DynMoEForCausalLM"],
+            "model_type": "dynmoe",
+            "auto_map": {
+                "AutoConfig": "configuration_dynmoe.DynMoEModelConfig",
+                "AutoModel": "modeling_dynmoe.DynMoEModel",
+                "AutoModelForCausalLM": "modeling_dynmoe.DynMoEForCausalLM",
+            },
+            "dtype": dtype,
+        }
+    _check_expressible(config, format)
+    shared = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["moe_intermediate_size"],
+        "num_hidden_layers": config["num_hidden_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_key_value_heads": config["num_key_value_heads"],
+        "hidden_act": "silu",
+        "max_position_embeddings": config["max_position_embeddings"],
+        "initializer_range": config["initializer_range"],
+        "rms_norm_eps": config["rms_norm_eps"],
+        "rope_theta": rope_theta(config),
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+    if format == "mixtral":
+        return shared | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "head_dim": config["head_dim"],
+            "attention_dropout": config["attention_dropout"],
+            "num_local_experts": config["num_experts"],
+            "num_experts_per_tok": config["num_experts_per_tok"],
+            "sliding_window": None,
+        }
+    sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
+    threshold = next(value for value in per_layer(config, "threshold") if value is not None)
+    return shared | {
+        "architectures": ["MoEForCausalLM"],
+        "model_type": "llama",
+        "num_experts": config["num_experts"],
+        "experts_topk": 2,  # there in the published file, and unused
+        "expert_frequency": layer_frequency(sparse),
+        "top_p_threshold": threshold,
+        "rope_scaling": None,
+    }
+
+
+def format_of(theirs: dict[str, Any]) -> str:
+    """Which of the formats a ``config.json`` is of.
+
+    Raises:
+        ValueError: none of them.
+    """
+    kind = theirs.get("model_type")
+    if kind in ("dynmoe", "mixtral"):
+        return kind
+    if "MoEForCausalLM" in (theirs.get("architectures") or []) or "top_p_threshold" in theirs:
+        return "dynamic-moe"
+    raise ValueError(
+        f"config.json has model_type {kind!r} and architectures {theirs.get('architectures')}: "
+        "only dynmoe, mixtral and the published Dynamic MoE layout (architectures "
+        "['MoEForCausalLM']) can be read."
+    )
+
+
+def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
+    """The config, from what ``config.json`` of a format holds.
+
+    Raises:
+        ValueError: a setting is missing, or training has nothing like it.
+    """
+    if format == "dynmoe":
+        from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+
+        checked = DynMoEModelConfig.from_dict(theirs).to_dict()
+        return checked
+    heads = _required(theirs, "num_attention_heads")
+    ffn = _required(theirs, "intermediate_size")
+    num_layers = _required(theirs, "num_hidden_layers")
+    config = NO_ROUTING | {
+        "vocab_size": _required(theirs, "vocab_size"),
+        "hidden_size": _required(theirs, "hidden_size"),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _required(theirs, "hidden_size") // heads,
+        "hidden_act": theirs.get("hidden_act", "silu"),
+        "max_position_embeddings": _required(theirs, "max_position_embeddings"),
+        "initializer_range": theirs.get("initializer_range", 0.02),
+        "rms_norm_eps": theirs.get("rms_norm_eps", 1e-5 if format == "mixtral" else 1e-6),
+        "attention_bias": False,
+        "qk_norm": False,
+        "attention_dropout": theirs.get("attention_dropout", 0.0),
+        "hidden_dropout": 0.0,
+        "tie_word_embeddings": theirs.get("tie_word_embeddings", False),
+        "intermediate_size": ffn,
+        "moe_intermediate_size": ffn,
+        "shared_expert_intermediate_size": None,
+        "shared_expert_gate": False,
+        "router_dtype": "float32",
+    }
+    if format == "mixtral":
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for needed, value in (
+            (Needed("sliding_window", None, ""), theirs.get("sliding_window")),
+            (Needed("rope_type", "default", ""), kind),
+        ):
+            if value != needed.value:
+                raise ValueError(
+                    f"config.json: {needed.name} is {shown(value)}, which training does not have."
+                )
+        base = rope.get("rope_theta") or theirs.get("rope_theta") or 1e6  # Mixtral's own default
+        return config | {
+            "num_key_value_heads": theirs.get("num_key_value_heads") or heads,
+            "head_dim": theirs.get("head_dim") or config["head_dim"],
+            "rope_parameters": rope_of(float(base), 1.0),
+            "num_experts": theirs.get("num_local_experts", theirs.get("num_experts", 8)),
+            "num_experts_per_tok": theirs.get("num_experts_per_tok", 2),
+            "mlp_layer_types": ["sparse"] * num_layers,
+            "router_dtype": dtype_name(theirs) or "float32",
+        }
+    threshold = _required(theirs, "top_p_threshold")
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise ValueError(
+            f"config.json: top_p_threshold is {threshold!r}: it is a cumulative probability, so "
+            "use 0 to 1."
+        )
+    frequency = theirs.get("expert_frequency", 1)
+    layer_types = kinds_of_layers(frequency, num_layers, dense=False)
+    dynmoe = DynMoEConfig(routing="top_p", threshold=float(threshold))
+    config |= {
+        "num_experts": _required(theirs, "num_experts"),
+        "rope_parameters": rope_of(10000.0, 1.0),  # that code never reads the config's
+        "mlp_layer_types": layer_types,
+    }
+    return with_routing(config, dynmoe)
+
+
+def dtype_name(theirs: dict[str, Any]) -> str | None:
+    """The type that a ``config.json`` states for its weights."""
+    found = theirs.get("dtype") or theirs.get("torch_dtype")
+    return found.removeprefix("torch.") if isinstance(found, str) else None
+
+
+def _check_expressible(config: dict[str, Any], format: str) -> None:
+    known = config | {
+        "rope_theta": rope_theta(config),
+        "partial_rotary_factor": partial_rotary_factor(config),
+    }
+    needed = _NEEDED_BY_MIXTRAL if format == "mixtral" else _NEEDED_BY_DYNAMIC_MOE
+    for name, value, otherwise in needed:
+        if known[name] != value:
+            raise ValueError(
+                f"format {format} cannot express {name} {shown(known[name])} ({otherwise}): it "
+                f"has {shown(value)} only. Use --format dynmoe."
+            )
+    sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
+    if format == "mixtral":
+        if not all(sparse):
+            raise ValueError(
+                "format mixtral cannot express mlp_layer_types with layers without experts. Use "
+                "--format dynmoe."
+            )
+        return
+    problems = {
+        "threshold": len({v for v in per_layer(config, "threshold") if v is not None}) != 1,
+        "num_key_value_heads": config["num_key_value_heads"] != config["num_attention_heads"],
+        "head_dim": config["head_dim"] * config["num_attention_heads"] != config["hidden_size"],
+        "mlp_layer_types": not isinstance(layer_frequency(sparse), int),
+        "intermediate_size": not all(sparse)
+        and config["intermediate_size"] != config["moe_intermediate_size"],
+    }
+    for name, cannot in problems.items():
+        if cannot:
+            raise ValueError(
+                f"format dynamic-moe cannot express {name} {shown(config[name])}: its code has "
+                "one threshold for all layers, as many key-value heads as heads, heads that "
+                "divide the hidden size, experts in every n-th layer and one intermediate size. "
+                "Use --format dynmoe."
+            )
+
+
+def _required(theirs: dict[str, Any], name: str) -> Any:
+    if theirs.get(name) is None:
+        raise ValueError(f"config.json has no {name}")
+    return theirs[name]

@@ -1,0 +1,77 @@
+"""What the worker calls for test_conversion: a conversion, real text, and a look at the logits."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BOOK = Path(__file__).parents[2] / "examples" / "data" / "book.jsonl.gz"
+
+
+def convert() -> None:
+    """Entry: tools/convert_checkpoint.py with the case's command line."""
+    from megatron_dynmoe.conversion.commands import main
+
+    raise SystemExit(main())
+
+
+def prepare_text() -> None:
+    """Entry: a tokenizer of 504 pieces and the tokens of a real book, under one prefix."""
+    from megatron_dynmoe.data.commands import preprocess_data
+    from megatron_dynmoe.data.train_tokenizer import train_tokenizer
+
+    prefix = sys.argv[1]
+    model = train_tokenizer([str(BOOK)], prefix, 504)
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    sys.argv[1:] = ["--input", str(BOOK), "--append-eod", *tokenizer, "--output-prefix", prefix]
+    preprocess_data()
+
+
+@contextlib.contextmanager
+def computed(recorder: Any) -> Iterator[None]:
+    """Hook: write down what the model computes for the first batch of an evaluation.
+
+    The file beside ``--load`` holds ``tokens`` [B, S], ``logits`` [B, S, V] and, of each layer
+    with experts in order, ``probs`` and ``maps`` [S, B, E].
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.training import get_args
+
+    from megatron_dynmoe.routing import router as dynamic
+
+    seen: dict[str, list[torch.Tensor]] = {"probs": [], "maps": []}
+    forward, select, routing = GPTModel.forward, dynamic.select, TopKRouter.routing
+
+    def dump(self, input_ids, position_ids, attention_mask, *args, **kwargs):
+        if not self.training and "logits" not in seen:
+            seen["logits"] = []
+            logits = forward(self, input_ids, position_ids, attention_mask)
+            shape = (input_ids.shape[1], input_ids.shape[0], -1)
+            by_layer = {name: [x.view(shape) for x in seen[name]] for name in ("probs", "maps")}
+            path = f"{get_args().load}.computed.pt"
+            torch.save({"tokens": input_ids, "logits": logits, **by_layer}, path)
+        return forward(self, input_ids, position_ids, attention_mask, *args, **kwargs)
+
+    def keep(probs, threshold, cap):
+        chosen = select(probs, threshold, cap)
+        seen["probs"].append(probs)
+        seen["maps"].append(chosen)
+        return chosen
+
+    def keep_top_k(self, logits, *args, **kwargs):
+        weights, chosen = routing(self, logits, *args, **kwargs)
+        seen["probs"].append(weights)
+        seen["maps"].append(chosen)
+        return weights, chosen
+
+    GPTModel.forward, dynamic.select, TopKRouter.routing = dump, keep, keep_top_k
+    try:
+        yield
+    finally:
+        GPTModel.forward, dynamic.select, TopKRouter.routing = forward, select, routing
