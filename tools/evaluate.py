@@ -1,0 +1,154 @@
+"""Evaluate an exported model with EleutherAI's lm-eval and count its experts per token by task.
+
+Presets are the tasks of Dynamic MoE, with its numbers of examples (BBH 3, the others 0): paper for
+all of them, or piqa, hellaswag, arc-e, commonsenseqa, bbh, winogrande. Any other task of lm-eval
+goes by its name, a task of your own by its YAML file. Works with any causal language model in
+safetensors; runs no code from the model's folder.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    try:
+        report = _run(args)
+        _print_tasks(report)
+        _print_layers(report)
+        if args.output is not None:
+            _write(report, args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted: nothing was written")
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    from megatron_dynmoe.evaluate import evaluate, load_tasks
+    from megatron_dynmoe.huggingface import load
+
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder for it: create it")
+    load.be_quiet()
+    config = load.load_config(args.model)
+    tokenizer = load.load_tokenizer(args.model)
+    load.check_ids(len(tokenizer) - 1, config)
+    tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading
+    device = args.device or load.default_device()
+    model = load.load_model(args.model, config, dtype=args.dtype, device=device)
+    report = evaluate(
+        model,
+        tokenizer,
+        tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": str(args.model), "dtype": dtype, "device": device, **report}
+
+
+def _print_tasks(report: dict[str, Any]) -> None:
+    rows = []
+    for name, entry in {**report["groups"], **report["tasks"]}.items():
+        experts = entry["mean_experts_per_token"]
+        if experts is None:
+            experts = "-"
+        else:
+            experts = f"{experts:.3f}" if entry["experts_are_counted"] else f"{experts} (fixed)"
+        shots = str(entry["num_fewshot"])
+        for metric, number in entry["metrics"].items():
+            error = "-" if number["stderr"] is None else f"{number['stderr']:.4f}"
+            rows.append([name, shots, metric, f"{number['value']:.4f}", error, experts])
+            name = shots = experts = ""
+    print()
+    _print_table(["task", "shots", "metric", "value", "stderr", "experts/token"], rows)
+
+
+def _print_layers(report: dict[str, Any]) -> None:
+    """Experts per token, a row for each layer and a column for each task that was asked for."""
+    entries = {**report["tasks"], **report["groups"]}
+    columns = {
+        name: entries[name].get("experts_per_token_by_layer") for name in report["requested"]
+    }
+    if not all(columns.values()):
+        return
+    layers = [*columns[report["requested"][0]]]
+    rows = [[layer, *(f"{column[layer]:.3f}" for column in columns.values())] for layer in layers]
+    print()
+    _print_table(["layer", *columns], rows)
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    # Text to the left, numbers to the right.
+    left = [not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        cells = zip(row, widths, left, strict=True)
+        print("  ".join(f"{c:<{w}}" if to_left else f"{c:>{w}}" for c, w, to_left in cells))
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"\nwritten: {path}")
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """An argparse type."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value}: at least {low} is wanted")
+        return value
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="TASK,...",
+        help="presets, names of lm-eval's tasks, or YAML files",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="a folder of your own tasks, by name"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=_at_least(0), metavar="N", help="default: as each task says"
+    )
+    parser.add_argument(
+        "--limit", type=_at_least(1), metavar="N", help="only the first N documents of each task"
+    )
+    parser.add_argument("--batch-size", type=_at_least(1), default=8, help="default: %(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: as stored",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
