@@ -22,6 +22,7 @@ import datasets
 import lm_eval
 import yaml
 from huggingface_hub import constants
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -44,7 +45,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     # It starts a dozen programs to describe the machine.
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
     cache = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
 
