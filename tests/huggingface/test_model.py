@@ -1,5 +1,6 @@
 """The Transformers model against Transformers' own models and against plain loops."""
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -328,6 +329,25 @@ def test_a_padded_batch_generates_what_each_row_does_alone(attention, how):
     for row, continued in zip(rows, together, strict=True):
         alone = model.generate(row.unsqueeze(0), **GENERATE, **how)[0]
         assert torch.equal(continued[-8:], alone[-8:])
+
+
+def test_positions_count_from_the_first_token_of_a_row():
+    model = tiny_model(threshold=0.5)
+    ids, mask = left_padded([tokens(1, 4)[0], tokens(1, 7)[0]])
+    positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        counted = model(ids, attention_mask=mask, use_cache=True)
+    given = model(ids, attention_mask=mask, position_ids=positions)
+    assert torch.equal(counted.logits, given.logits)
+    # and on from there with the cache
+    following, mask = tokens(2, 2), torch.cat((mask, torch.ones(2, 2, dtype=mask.dtype)), dim=1)
+    caches = copy.deepcopy(counted.past_key_values), counted.past_key_values
+    positions = None, torch.tensor([[4, 5], [7, 8]])
+    logits = [
+        model(following, attention_mask=mask, position_ids=ids, past_key_values=cache).logits
+        for ids, cache in zip(positions, caches, strict=True)
+    ]
+    assert torch.equal(*logits)
 
 
 def test_padding_takes_part_in_nothing():
