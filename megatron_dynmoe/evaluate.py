@@ -102,6 +102,8 @@ def evaluate(
     from megatron_dynmoe.counting_lm import CountingLM
 
     lm = CountingLM(model, tokenizer, batch_size)
+    # Bootstrapping would fork this process, which has threads and perhaps a GPU.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=[*tasks.by_name.values()],

@@ -227,8 +227,13 @@ def test_tasks_are_kept_apart_and_scores_are_lm_evals(
     assert together["requested"] == ["choice", "other", "rolling", "free"]
 
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, prefix_token_id=2)
-    tasks = [*load_tasks(paths).by_name.values()]
-    theirs = lm_eval.simple_evaluate(model=plain, tasks=tasks, bootstrap_iters=0)
+    tasks = load_tasks(paths)
+    theirs = lm_eval.simple_evaluate(
+        model=plain,
+        tasks=[*tasks.by_name.values()],
+        task_manager=tasks.manager,
+        bootstrap_iters=0,
+    )
     for name, metric in (
         ("choice", "acc"),
         ("free", "exact_match"),
