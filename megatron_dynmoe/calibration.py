@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.control.calibrate import mean_experts_per_token, threshold_for_target
+from megatron_dynmoe.conversion.card import CARD, update_routing
 from megatron_dynmoe.conversion.folder import CONFIG, read_json, update_manifest, write_json
 
 # Probabilities kept of one pass, over all layers: 16 MiB.
@@ -213,7 +214,7 @@ def set_threshold(config: Any, threshold: Threshold) -> None:
 
 
 def write_calibration(folder: Path, calibration: Calibration, cap: int | None, data: str) -> None:
-    """Put the threshold, and how it was found, into a folder's config.json; nothing else changes.
+    """Put the threshold, and how it was found, into a folder's config.json and model card.
 
     The file is written beside and renamed, and the folder's manifest, where it has one, follows.
 
@@ -245,7 +246,8 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
     partial = folder / f".{CONFIG}.partial"
     write_json(partial, config)
     partial.replace(path)
-    update_manifest(folder, [CONFIG])
+    update_routing(folder, config)
+    update_manifest(folder, [name for name in (CONFIG, CARD) if (folder / name).exists()])
 
 
 class _Search:

@@ -56,6 +56,7 @@ float32. In a 16-bit type some tokens therefore choose another number of experts
 """,
 }
 # Settings of a routing, in the order in which the card lists them.
+_ROUTING = "## Routing"
 _SHOWN = (
     "routing",
     "num_experts",
@@ -121,12 +122,9 @@ def write_card(
         "",
         *_table(about or {"steps": "not known"}),
     ]
-    if config["num_experts"]:
-        shown = {name: config.get(name) for name in _SHOWN}
-        lines += ["", "## Routing", "", *_table({k: v for k, v in shown.items() if v is not None})]
-        lines += ["", *_measured(config)]
     lines += [
         "",
+        *_routing(config),
         "## Citation",
         "",
         f"Written by megatron-dynmoe {__version__}. The methods:",
@@ -134,6 +132,18 @@ def write_card(
         _CITATIONS,
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def update_routing(folder: Path, config: dict[str, Any]) -> None:
+    """Bring the card's section on routing up to date, where the folder has such a card."""
+    path = folder / CARD
+    text = path.read_text("utf-8") if path.is_file() else ""
+    start, end = text.find(_ROUTING), text.find("## Citation")
+    if 0 <= start < end:
+        text = text[:start] + "\n".join(_routing(config)) + "\n" + text[end:]
+        partial = folder / f".{CARD}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 _MODEL = (
@@ -170,8 +180,25 @@ def _summary(config: dict[str, Any]) -> str:
     )
 
 
+def _routing(config: dict[str, Any]) -> list[str]:
+    if not config["num_experts"]:
+        return []
+    shown = {name: config.get(name) for name in _SHOWN}
+    lines = [_ROUTING, "", *_table({k: v for k, v in shown.items() if v is not None}), ""]
+    calibration = config.get("calibration")
+    if calibration:
+        lines += [
+            f"The threshold was set after the training, so that a token of {calibration['data']} "
+            f"uses {calibration['mean_experts_per_token']:.3f} experts on average (over "
+            f"{calibration['tokens']:,} tokens, target "
+            f"{calibration['target_experts_per_token']:g}).",
+            "",
+        ]
+    return [*lines, *_measured(config), ""]
+
+
 def _measured(config: dict[str, Any]) -> list[str]:
-    if config["routing"] == "top_k":
+    if config["routing"] == "top_k" or (config.get("calibration") or {}).get("before"):
         return []
     by_layer = config.get("measured_experts_per_token")
     if not by_layer:

@@ -97,6 +97,8 @@ def to_format(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]
         "expert_frequency": layer_frequency(sparse),
         "top_p_threshold": threshold,
         "rope_scaling": None,
+        # Not in the published file; its code keeps what it does not know.
+        "measured_experts_per_token": config["measured_experts_per_token"],
     }
 
 
@@ -189,7 +191,8 @@ def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
         "rope_parameters": rope_of(10000.0, 1.0),  # that code never reads the config's
         "mlp_layer_types": layer_types,
     }
-    return with_routing(config, dynmoe)
+    measured = theirs.get("measured_experts_per_token")
+    return with_routing(config, dynmoe) | {"measured_experts_per_token": measured}
 
 
 def dtype_name(theirs: dict[str, Any]) -> str | None:

@@ -189,6 +189,7 @@ def warm_up() -> None:
     from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
 
+    import megatron_dynmoe.huggingface.configuration_dynmoe
     import megatron_dynmoe.training.loop  # noqa: F401
 
     # Megatron reads its help texts from its own source, each time that it parses arguments.
