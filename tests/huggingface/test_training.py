@@ -136,8 +136,10 @@ def test_recomputation_changes_no_bit(use_reentrant):
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_dropout_is_for_training_only():
-    model, ids = tiny_model(hidden_dropout=0.3, attention_dropout=0.3), tokens(1, 9)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
+def test_dropout_is_for_training_only(name, attention):
+    model, ids = tiny_model(attention=attention, **{name: 0.3}), tokens(1, 9)
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
