@@ -2,7 +2,7 @@
 PYTHON_VENV := .venv/bin/python
 # Several processes a test times several threads each would fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
-SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh launch/*.sh)
+SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-unit test-distributed lint format types constraints clean
@@ -11,7 +11,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=/path/to/python with any of them chooses the interpreter."
 
-setup: ## makes .venv with the tested set of packages (about 5 GB, once)
+setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 	@bash tools/setup.sh
 
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores

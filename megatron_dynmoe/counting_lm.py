@@ -56,11 +56,11 @@ class CountingLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         # Sharing would depend on which windows meet in a batch.
-        shared, self.logits_cache = self.logits_cache, False
+        self.logits_cache = False
         try:
             return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
         finally:
-            self.logits_cache = shared
+            self.logits_cache = True
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._by_task(super().generate_until, requests, disable_tqdm)

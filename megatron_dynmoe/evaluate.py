@@ -204,8 +204,8 @@ def _experts(lm: CountingLM, tasks: Sequence[str], config: Any) -> dict[str, Any
         fixed = getattr(config, "num_experts_per_tok", None)
         return {"tokens": None, "mean_experts_per_token": fixed, "experts_are_counted": False}
     tokens = sum(lm.tokens[task] for task in tasks)
-    sums_L = sum(lm.experts_L[task] for task in tasks)
-    by_layer = [experts / tokens for experts in sums_L.tolist()]
+    experts_of_tasks = [lm.experts_L[task].tolist() for task in tasks]
+    by_layer = [sum(layer) / tokens for layer in zip(*experts_of_tasks, strict=True)]
     sparse = [i for i, kind in enumerate(config.mlp_layer_types, 1) if kind == "sparse"]
     return {
         "tokens": tokens,

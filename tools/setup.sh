@@ -116,7 +116,7 @@ install() {
     [[ -t 1 ]] || quiet=(--quiet) # pip's own progress is for people, not for logs
     rm -f "$stamp"
     echo "Installing the package and the tested set of its dependencies into $venv:" \
-        "the first time about 5 GB on disk, most of it torch's CUDA libraries, in 2 to 20 minutes"
+        "the first time about 6 GB on disk, most of it torch's CUDA libraries, in 2 to 20 minutes"
     "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
         --editable '.[dev]' --constraint constraints.txt || {
         echo "The installation did not finish (pip's message is above). Run it again when that is" \

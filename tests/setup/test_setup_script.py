@@ -153,7 +153,7 @@ def test_naming_another_version_replaces_the_environment(sandbox: Sandbox, tmp_p
 def test_a_second_call_installs_nothing_and_a_change_installs_again(sandbox: Sandbox) -> None:
     sandbox.put(sandbox.bin / "python3.12", WORKING)
     first = sandbox.run()
-    assert "about 5 GB" in first.stdout
+    assert "about 6 GB" in first.stdout
     second = sandbox.run()
     assert second.returncode == 0
     assert "up to date" in second.stdout
