@@ -40,7 +40,7 @@ class DynMoEConfig:
         str,
         Setting(
             "choice",
-            "How experts are chosen: top_k (stock Megatron, the baseline), top_p (Dynamic MoE: a "
+            "How experts are chosen: top_k (stock Megatron, the default), top_p (Dynamic MoE: a "
             "fixed threshold) or dtop_p (DTop-p: a PI controller steers the threshold to the "
             "target).",
             ROUTINGS,

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.slow]
 
 
-def quickstart(run, *arguments, **settings):
+def example(script, run, *arguments, **settings):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RUN": str(run),
@@ -21,7 +21,7 @@ def quickstart(run, *arguments, **settings):
         **settings,
     }
     return subprocess.run(
-        ["bash", "examples/quickstart.sh", *arguments],
+        ["bash", f"examples/{script}", *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -30,10 +30,17 @@ def quickstart(run, *arguments, **settings):
     )
 
 
-def test_quickstart_trains_and_reports(tmp_path):
-    run = tmp_path / "run"
-    result = quickstart(run, NPROC="2")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a quickstart of 6 steps, and what it printed."""
+    run = tmp_path_factory.mktemp("quickstart") / "run"
+    result = example("quickstart.sh", run, NPROC="2")
     assert result.returncode == 0, result.stdout + result.stderr
+    return run, result
+
+
+def test_quickstart_trains_and_reports(trained):
+    run, result = trained
     summary = json.loads((run / "summary.json").read_text())
     assert summary["routing"] == "dtop_p"
     assert summary["target_experts_per_token"] == 2
@@ -65,11 +72,34 @@ def test_quickstart_trains_and_reports(tmp_path):
     assert f"--run-dir is {run}, which holds a run" in again.stderr
     assert json.loads((run / "summary.json").read_text()) == summary
 
-    # A mistake in a second run: a plain answer, and the first run is kept.
-    failed = quickstart(run, "--moe-expert-capacity-factor", "1.0", NPROC="1")
+
+def test_export_and_generate_ends_in_text(trained):
+    run, _ = trained
+    result = example(
+        "export_and_generate/run.sh", run, "--experts", "digits", PROMPT="It is a truth"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    exported = run / "huggingface"
+    config = json.loads((exported / "config.json").read_text())
+    assert config["routing"] == "dtop_p" and len(config["threshold"]) == 6
+    card = (exported / "README.md").read_text()
+    assert "| steps | 6 |" in card and "book_text_document, code_text_document" in card
+    assert "Measured experts per token" in card and "huang2024harder" in card
+    assert {"tokenizer.json", "generation_config.json", "manifest.json"} <= {
+        path.name for path in exported.iterdir()
+    }
+    assert "<- target 2" in result.stdout
+    assert "experts per token" in result.stdout and "truth" in result.stdout
+
+
+def test_a_mistake_gets_a_plain_answer_and_the_first_run_is_kept(trained):
+    """Last in this file: it moves the run."""
+    run, _ = trained
+    summary = json.loads((run / "summary.json").read_text())
+    failed = example("quickstart.sh", run, "--moe-expert-capacity-factor", "1.0", NPROC="1")
     assert failed.returncode != 0
     assert "--moe-expert-capacity-factor is 1.0" in failed.stderr
     assert "Remedy" in failed.stderr
     assert "is kept as" in failed.stdout
-    (kept,) = tmp_path.glob("run-*")
+    (kept,) = run.parent.glob("run-*")
     assert json.loads((kept / "summary.json").read_text()) == summary
