@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.conversion import megatron_settings
-from megatron_dynmoe.conversion.megatron import MegatronWriter
+from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
 
 ROOT = Path(__file__).resolve().parent.parent

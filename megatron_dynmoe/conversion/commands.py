@@ -20,8 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _to_hf(args) if args.command == "to-hf" else _from_hf(args)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

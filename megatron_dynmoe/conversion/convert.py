@@ -7,7 +7,9 @@ source, whatever it is. Nothing but copies, so that a round trip gives every bit
 from __future__ import annotations
 
 import math
+import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,15 +22,18 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
 from megatron_dynmoe.conversion.folder import (
     CONFIG,
+    WEIGHT_DTYPES,
     Entry,
     ModelFolder,
     check_manifest,
+    check_target,
     new_folder,
     write_json,
     write_manifest,
     write_shards,
 )
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, MegatronWriter
+from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import (
     FORMATS,
     MEGATRON,
@@ -66,9 +71,6 @@ class Source(Protocol):
     def read(self, block: Block) -> Tensor:
         """One block of one of the table's rows."""
 
-    def dtype_of(self, block: Block) -> torch.dtype:
-        """The type of a block."""
-
 
 class FromMegatron:
     """A checkpoint of Megatron's, of any layout."""
@@ -80,27 +82,30 @@ class FromMegatron:
         args = self.checkpoint.args
         key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)
         vocab_size = self.checkpoint.shape(key)[0]
+        num_layers = self.checkpoint.num_layers
+        if getattr(args, "num_layers", None) != num_layers:
+            raise ValueError(
+                f"{self.checkpoint.folder}: the saved arguments say num_layers "
+                f"{getattr(args, 'num_layers', None)!r}, the weights have {num_layers} layers"
+            )
         try:
             # The state lies in layers whose kind the config says, so the config comes twice.
             self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
             state = self._router_state()
             self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
-        except (AttributeError, TypeError) as error:
+            settings.check_config(self.config)
+            self.about = card.about_training(args, self.checkpoint.iteration)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.checkpoint.folder}: the saved arguments do not say what the model is "
-                f"({error})"
+                f"{self.checkpoint.folder}: the saved arguments do not say what the model is, or "
+                f"say what cannot be converted: {error}"
             ) from error
         self.shapes = Shapes(self.config)
         self.dtype = megatron_settings.model_dtype(args)
-        self.about = card.about_training(args, self.checkpoint.iteration)
         self._check()
 
     def read(self, block: Block) -> Tensor:
         return self.checkpoint.read_block(block)
-
-    def dtype_of(self, block: Block) -> torch.dtype:
-        key, _ = self.checkpoint.find((block.row.key, *block.row.aliases), block.layer)
-        return self.checkpoint.dtype(key)
 
     def _router_state(self) -> settings.RouterState:
         if self.config["routing"] == "top_k":
@@ -123,6 +128,8 @@ class FromMegatron:
         if self._layer_types[layer] != "sparse":
             return None
         key, index = self.checkpoint.find((template,), layer)
+        found = self.checkpoint.shape(key)[len(index) :]
+        _check_shape(str(self.checkpoint.folder), key, found, (1,))
         value = self.checkpoint.read(key, index).item()
         if not math.isfinite(value):
             raise ValueError(
@@ -138,11 +145,14 @@ class FromMegatron:
             known |= {template.format(layer=layer) for template in ROUTER_STATE.values()}
         for row in MEGATRON:
             for block in self.shapes.blocks(row):
+                where = str(self.checkpoint.folder)
                 key, index = self.checkpoint.find((row.key, *row.aliases), block.layer)
+                lead = (self.shapes.num_layers,) if index else ()
                 if block.expert is not None:
-                    index = (*index, block.expert)
-                found = self.checkpoint.shape(key)[len(index) :]
-                _check_shape(str(self.checkpoint.folder), key, found, self.shapes.of_row(row))
+                    lead = (*lead, self.shapes.num_experts)
+                shape = (*lead, *self.shapes.of_row(row))
+                _check_shape(where, key, self.checkpoint.shape(key), shape)
+                _check_dtype(where, key, self.checkpoint.dtype(key), self.dtype)
                 for template in (row.key, *row.aliases):
                     known.add(template.replace("{layer}.", ""))
                     known.add(template.format(layer=block.layer))
@@ -162,8 +172,12 @@ class FromFolder:
         with _bar("checking hashes", _size(model), progress) as bar:
             check_manifest(model, bar.update)
         theirs = self.folder.config
-        self.format = format_settings.format_of(theirs)
-        self.config = format_settings.from_format(theirs, self.format)
+        self._check_num_layers()
+        try:
+            self.format = format_settings.format_of(theirs)
+            self.config = format_settings.from_format(theirs, self.format)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{model / CONFIG}: {error}") from error
         self.shapes = Shapes(self.config)
         self.table = FORMATS[self.format]
         stated = format_settings.dtype_name(theirs)
@@ -175,8 +189,16 @@ class FromFolder:
     def read(self, block: Block) -> Tensor:
         return self.folder.read(block.key, block.expert if block.row.stacked else None)
 
-    def dtype_of(self, block: Block) -> torch.dtype:
-        return self.folder.dtype(block.key)
+    def _check_num_layers(self) -> None:
+        """Before anything is made for so many layers."""
+        stated = self.folder.config.get("num_hidden_layers")
+        matches = (re.match(r"model\.layers\.(\d+)\.", key) for key in self.folder.keys)
+        found = len({match[1] for match in matches if match})
+        if stated != found or isinstance(stated, bool):
+            raise ValueError(
+                f"{self.folder.folder / CONFIG}: num_hidden_layers is {stated!r}, the weights have "
+                f"{found} layers"
+            )
 
     def _check(self, stated: str | None) -> None:
         unknown = self.folder.keys
@@ -185,10 +207,9 @@ class FromFolder:
                 found = self.folder.shape(block.key)
                 if row.stacked:
                     found = found[1:] if found[:1] == (self.shapes.num_experts,) else found
-                _check_shape(
-                    str(self.folder.file_of(block.key)), block.key, found, self.shapes.of_row(row)
-                )
-                self.folder.dtype(block.key)
+                where = str(self.folder.file_of(block.key))
+                _check_shape(where, block.key, found, self.shapes.of_row(row))
+                _check_dtype(where, block.key, self.folder.dtype(block.key), self.dtype)
                 unknown.discard(block.key)
         if self.format == "dynamic-moe":
             unknown -= self._check_inv_freq()
@@ -214,7 +235,7 @@ class FromFolder:
                 raise ValueError(
                     f"{self.folder.file_of(key)}: {key} is not that of a rotary base of 10000"
                 )
-            self.inv_freq_dtype = str(found.dtype).removeprefix("torch.")
+            self.inv_freq_dtype = str(self.folder.dtype(key)).removeprefix("torch.")
         return keys
 
     def _check_thetas(self) -> None:
@@ -254,15 +275,12 @@ def to_hf(
     Raises:
         ValueError: the checkpoint is damaged, or the format cannot express the model.
     """
+    check_target(output, overwrite, source=load)
     source = FromMegatron(load, iteration)
     args = source.checkpoint.args
     named = getattr(args, "tokenizer_model", None)
     if tokenizer is None and isinstance(named, str) and Path(named).exists():
         tokenizer = Path(named)
-    elif tokenizer is None:
-        reason = "the checkpoint names none" if named is None else f"{named} is not here"
-        say(f"no tokenizer goes into {output}: {reason}; give --tokenizer")
-    origin = getattr(args, "huggingface_source", None) or {}
     write_folder(
         source,
         output,
@@ -272,8 +290,11 @@ def to_hf(
         tokenizer=tokenizer,
         overwrite=overwrite,
         progress=progress,
-        inv_freq_dtype=origin.get("inv_freq_dtype", "float32"),
+        inv_freq_dtype=_inv_freq_dtype(args),
     )
+    if tokenizer is None:
+        reason = "the checkpoint names none" if named is None else f"{named} is not here"
+        say(f"no tokenizer is in {output}: {reason}; give --tokenizer")
 
 
 def convert_folder(
@@ -284,6 +305,7 @@ def convert_folder(
     Raises:
         ValueError: the folder is damaged, or the format cannot express the model.
     """
+    check_target(output, overwrite, source=model)
     source = FromFolder(model)
     write_folder(
         source,
@@ -348,6 +370,7 @@ def from_hf(
     Raises:
         ValueError: the folder is damaged, or training has nothing like the model.
     """
+    check_target(save, overwrite, source=model)
     source = FromFolder(model, progress)
     config = source.config if routing is None else settings.with_routing(source.config, routing)
     shapes = Shapes(config)
@@ -359,13 +382,13 @@ def from_hf(
         args["tokenizer_model"] = str(model.resolve())
         flags += [f"--{name.replace('_', '-')} {args[name]}" for name in _TOKENIZER_ARGS]
     weights = _Weights(source)
+    dtype = getattr(torch, source.dtype)
     alike = args["moe_layer_freq"] == 1
     writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike)
     total = 0
     with _bar("writing", None, progress) as bar:
         for block in _in_order(shapes, MEGATRON):
             shape = shapes.of_row(block.row)
-            dtype = weights.dtype_of(block) or getattr(torch, source.dtype)
             copies = 1 + len(block.row.aliases)
             size = math.prod(shape) * dtype.itemsize
             total += copies * size
@@ -397,11 +420,6 @@ class _Weights:
         for place, block in zip(target, blocks, strict=True):
             place.copy_(self.block(block))
         return target
-
-    def dtype_of(self, block: Block) -> torch.dtype | None:
-        """The type of a block; None where the source lacks it."""
-        source = self._of_source(block.row.parts[0], block)
-        return None if source is None else self._source.dtype_of(source)
 
     def _of_source(self, part: str, block: Block) -> Block | None:
         row = self._rows.get(part)
@@ -475,6 +493,15 @@ def _inv_freq_entries(source: Source, dtype: torch.dtype) -> list[Entry]:
     ]
 
 
+def _inv_freq_dtype(args: Namespace) -> str | None:
+    """Of which type the rotary frequencies were in the folder that a checkpoint was made of."""
+    origin = getattr(args, "huggingface_source", None)
+    dtype = origin.get("inv_freq_dtype") if isinstance(origin, dict) else "float32"
+    if dtype not in (None, *WEIGHT_DTYPES.values()):
+        raise ValueError(f"the saved arguments say {dtype!r} for the type of inv_freq")
+    return dtype
+
+
 def _in_order(shapes: Shapes, table: tuple[Row, ...]) -> list[Block]:
     """All blocks of a model, layer by layer, so that a source is read from front to back."""
     blocks = [block for row in table for block in shapes.blocks(row)]
@@ -496,7 +523,12 @@ def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
     import megatron_dynmoe.huggingface  # noqa: F401 - or transformers wonders about our config.json
     from megatron_dynmoe.conversion.tokenizer import export_tokenizer, special_token_ids
 
-    differing = export_tokenizer(tokenizer, folder)
+    try:
+        differing = export_tokenizer(tokenizer, folder)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of whatever kind, from the libraries that read one
+        raise ValueError(f"{tokenizer} is no tokenizer that can be read: {error}") from error
     for text in differing:
         say(f"the exported tokenizer gives other ids than the training's for {text!r}")
     return special_token_ids(folder)
@@ -516,6 +548,11 @@ def _check_shape(where: str, key: str, found: tuple[int, ...], expected: tuple[i
         raise ValueError(
             f"{where}: {key} has the shape {list(found)}, the settings say {list(expected)}"
         )
+
+
+def _check_dtype(where: str, key: str, found: torch.dtype, expected: str) -> None:
+    if found != getattr(torch, expected):
+        raise ValueError(f"{where}: {key} is of type {found}, the model's weights are {expected}")
 
 
 def _counted(make: Any, block: Block, size: int, update: Any) -> Any:

@@ -21,6 +21,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 SINGLE = "model.safetensors"
+# The types of weights, as safetensors and as torch name them.
+WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HASHED_AT_ONCE = 2**22
 _MAPPED_AT_MOST = 2**28
 
@@ -47,27 +49,39 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         ValueError: the target exists and is not empty, and ``overwrite`` is not given.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: name a folder")
-    occupied = target.is_dir() and any(target.iterdir())
-    if occupied and not overwrite:
-        raise ValueError(f"{target} is not empty: name another folder, or give --overwrite")
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     beside.chmod(0o777 & ~_umask())
     try:
         yield beside
         if target.exists():
-            old = Path(
-                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)
-            )
-            target.rename(old / target.name)
-            beside.rename(target)
-            shutil.rmtree(old)
+            _replace(target, beside)
         else:
             beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Whether a folder may be written; worth asking before hours of reading.
+
+    Args:
+        source: the folder that is read, whose files nothing may replace.
+
+    Raises:
+        ValueError: the target is a file, is not empty, or shares files with the source.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: name a folder")
+    if source is not None:
+        here, there = target.resolve(), source.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise ValueError(
+                f"{target} is, holds or lies in {source}, which is read: name a folder elsewhere"
+            )
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} is not empty: name another folder, or give --overwrite")
 
 
 def write_shards(
@@ -103,7 +117,10 @@ def write_shards(
             where[entry.key] = name
             total += entry.num_bytes
             progress(entry.num_bytes)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / name} cannot be written: {error}") from None
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
@@ -117,13 +134,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is missing or holds something else.
+        ValueError: the file is missing or holds something else, such as a name twice.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(
+            path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} instead of names and values")
@@ -161,7 +180,9 @@ def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None
     if not isinstance(files, dict):
         raise ValueError(f"{path} has no list of files")
     for name, expected in files.items():
-        file = folder / _plain_name(name, path)
+        file = folder / plain_name(name, path)
+        if not isinstance(expected, dict) or expected.keys() != {"sha256", "bytes"}:
+            raise ValueError(f"{path}: {name} needs exactly sha256 and bytes")
         if not file.is_file():
             raise ValueError(f"{file} is missing: {MANIFEST} lists it")
         if file.stat().st_size != expected["bytes"]:
@@ -223,11 +244,12 @@ class ModelFolder:
 
     def dtype(self, key: str) -> torch.dtype:
         """The type of a tensor."""
-        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         file, name = self.file_of(key), self._dtypes[key]
-        if name not in known:
-            raise ValueError(f"{file}: {key} is of type {name}; only {', '.join(known)} are read")
-        return known[name]
+        if name not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{file}: {key} is of type {name}; only {', '.join(WEIGHT_DTYPES)} are read"
+            )
+        return getattr(torch, WEIGHT_DTYPES[name])
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """A tensor, or one of those that lie along its first dimension."""
@@ -242,7 +264,7 @@ class ModelFolder:
             where = read_json(index).get("weight_map")
             if not isinstance(where, dict) or not where:
                 raise ValueError(f"{index} has no weight_map")
-            names = sorted({_plain_name(name, index) for name in where.values()})
+            names = sorted({plain_name(name, index) for name in where.values()})
             for name in names:
                 if not (self.folder / name).is_file():
                     raise ValueError(f"{self.folder / name} is missing: {INDEX} lists it")
@@ -282,10 +304,41 @@ class ModelFolder:
         return self._open[1]
 
 
-def _plain_name(name: Any, source: Path) -> str:
+def plain_name(name: Any, source: Path) -> str:
+    """The name of a file in the folder of ``source``, which gives it.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{source} names {name!r}: only files in its own folder are read")
     return name
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Put a folder in another's place; the old one goes only when the new one is there."""
+    parked = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old = target.rename(parked / target.name)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        parked.rmdir()
+        raise
+    shutil.rmtree(parked)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:

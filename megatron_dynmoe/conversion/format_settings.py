@@ -8,6 +8,8 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.conversion.settings import (
     NO_ROUTING,
     Needed,
+    check_config,
+    check_kinds,
     kinds_of_layers,
     layer_frequency,
     partial_rotary_factor,
@@ -111,10 +113,10 @@ def format_of(theirs: dict[str, Any]) -> str:
     kind = theirs.get("model_type")
     if kind in ("dynmoe", "mixtral"):
         return kind
-    if "MoEForCausalLM" in (theirs.get("architectures") or []) or "top_p_threshold" in theirs:
+    if theirs.get("architectures") == ["MoEForCausalLM"] or "top_p_threshold" in theirs:
         return "dynamic-moe"
     raise ValueError(
-        f"config.json has model_type {kind!r} and architectures {theirs.get('architectures')}: "
+        f"model_type is {kind!r} and architectures {theirs.get('architectures')}: "
         "only dynmoe, mixtral and the published Dynamic MoE layout (architectures "
         "['MoEForCausalLM']) can be read."
     )
@@ -124,27 +126,31 @@ def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
     """The config, from what ``config.json`` of a format holds.
 
     Raises:
-        ValueError: a setting is missing, or training has nothing like it.
+        ValueError: a setting is missing or of the wrong kind, or training has nothing like it.
     """
+    check_kinds(theirs)
     if format == "dynmoe":
-        from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+        return check_config(theirs)
+    config = _from_mixtral(theirs) if format == "mixtral" else _from_dynamic_moe(theirs)
+    check_config(config)
+    return config
 
-        checked = DynMoEModelConfig.from_dict(theirs).to_dict()
-        return checked
+
+def _from_both(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
+    """What Mixtral and the published layout have under the same names."""
     heads = _required(theirs, "num_attention_heads")
     ffn = _required(theirs, "intermediate_size")
-    num_layers = _required(theirs, "num_hidden_layers")
-    config = NO_ROUTING | {
+    return NO_ROUTING | {
         "vocab_size": _required(theirs, "vocab_size"),
         "hidden_size": _required(theirs, "hidden_size"),
-        "num_hidden_layers": num_layers,
+        "num_hidden_layers": _required(theirs, "num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": _required(theirs, "hidden_size") // heads,
         "hidden_act": theirs.get("hidden_act", "silu"),
         "max_position_embeddings": _required(theirs, "max_position_embeddings"),
         "initializer_range": theirs.get("initializer_range", 0.02),
-        "rms_norm_eps": theirs.get("rms_norm_eps", 1e-5 if format == "mixtral" else 1e-6),
+        "rms_norm_eps": theirs.get("rms_norm_eps", rms_norm_eps),
         "attention_bias": False,
         "qk_norm": False,
         "attention_dropout": theirs.get("attention_dropout", 0.0),
@@ -156,43 +162,46 @@ def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
         "shared_expert_gate": False,
         "router_dtype": "float32",
     }
-    if format == "mixtral":
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        for needed, value in (
-            (Needed("sliding_window", None, ""), theirs.get("sliding_window")),
-            (Needed("rope_type", "default", ""), kind),
-        ):
-            if value != needed.value:
-                raise ValueError(
-                    f"config.json: {needed.name} is {shown(value)}, which training does not have."
-                )
-        base = rope.get("rope_theta") or theirs.get("rope_theta") or 1e6  # Mixtral's own default
-        return config | {
-            "num_key_value_heads": theirs.get("num_key_value_heads") or heads,
-            "head_dim": theirs.get("head_dim") or config["head_dim"],
-            "rope_parameters": rope_of(float(base), 1.0),
-            "num_experts": theirs.get("num_local_experts", theirs.get("num_experts", 8)),
-            "num_experts_per_tok": theirs.get("num_experts_per_tok", 2),
-            "mlp_layer_types": ["sparse"] * num_layers,
-            "router_dtype": dtype_name(theirs) or "float32",
-        }
+
+
+def _from_mixtral(theirs: dict[str, Any]) -> dict[str, Any]:
+    config = _from_both(theirs, rms_norm_eps=1e-5)
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    for name, needed, value in (
+        ("sliding_window", None, theirs.get("sliding_window")),
+        ("rope_type", "default", rope.get("rope_type", rope.get("type", "default"))),
+        ("partial_rotary_factor", 1.0, rope.get("partial_rotary_factor", 1.0)),
+    ):
+        if value != needed:
+            raise ValueError(f"{name} is {shown(value)}, which training does not have.")
+    base = rope.get("rope_theta") or theirs.get("rope_theta") or 1e6  # Mixtral's own default
+    return config | {
+        "num_key_value_heads": theirs.get("num_key_value_heads") or config["num_key_value_heads"],
+        "head_dim": theirs.get("head_dim") or config["head_dim"],
+        "rope_parameters": rope_of(float(base), 1.0),
+        "num_experts": theirs.get("num_local_experts", theirs.get("num_experts", 8)),
+        "num_experts_per_tok": theirs.get("num_experts_per_tok", 2),
+        "mlp_layer_types": ["sparse"] * config["num_hidden_layers"],
+        "router_dtype": dtype_name(theirs) or "float32",
+    }
+
+
+def _from_dynamic_moe(theirs: dict[str, Any]) -> dict[str, Any]:
+    config = _from_both(theirs, rms_norm_eps=1e-6)
     threshold = _required(theirs, "top_p_threshold")
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    if not 0 <= threshold <= 1:
         raise ValueError(
-            f"config.json: top_p_threshold is {threshold!r}: it is a cumulative probability, so "
-            "use 0 to 1."
+            f"top_p_threshold is {threshold!r}: it is a cumulative probability, so use 0 to 1."
         )
-    frequency = theirs.get("expert_frequency", 1)
-    layer_types = kinds_of_layers(frequency, num_layers, dense=False)
-    dynmoe = DynMoEConfig(routing="top_p", threshold=float(threshold))
     config |= {
         "num_experts": _required(theirs, "num_experts"),
         "rope_parameters": rope_of(10000.0, 1.0),  # that code never reads the config's
-        "mlp_layer_types": layer_types,
+        "mlp_layer_types": kinds_of_layers(
+            theirs.get("expert_frequency", 1), config["num_hidden_layers"], dense=False
+        ),
     }
-    measured = theirs.get("measured_experts_per_token")
-    return with_routing(config, dynmoe) | {"measured_experts_per_token": measured}
+    routed = with_routing(config, DynMoEConfig(routing="top_p", threshold=float(threshold)))
+    return routed | {"measured_experts_per_token": theirs.get("measured_experts_per_token")}
 
 
 def dtype_name(theirs: dict[str, Any]) -> str | None:
@@ -241,5 +250,5 @@ def _check_expressible(config: dict[str, Any], format: str) -> None:
 
 def _required(theirs: dict[str, Any], name: str) -> Any:
     if theirs.get(name) is None:
-        raise ValueError(f"config.json has no {name}")
+        raise ValueError(f"there is no {name}")
     return theirs[name]

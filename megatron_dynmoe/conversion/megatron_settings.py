@@ -202,8 +202,8 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
     flags.append(f"--moe-ffn-hidden-size {config['moe_intermediate_size']}")
     frequency = args["moe_layer_freq"]
     if frequency != 1:
-        shown = str(frequency).replace(" ", "")
-        flags.append(f"--moe-layer-freq '{shown}'" if "[" in shown else f"--moe-layer-freq {shown}")
+        # No quotes: a shell takes those that come out of $(cat ...) for a part of the value.
+        flags.append(f"--moe-layer-freq {str(frequency).replace(' ', '')}")
     settings = args.get("moe_dynamic_settings")
     if settings is None:
         flags.append(f"--moe-router-topk {args['moe_router_topk']}")

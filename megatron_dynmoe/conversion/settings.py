@@ -45,6 +45,21 @@ NO_ROUTING = dict.fromkeys(_ROUTING) | {
     "measured_experts_per_token": None,
     "num_experts_per_tok": None,
 }
+# What kind of value a setting has, under the names of any format.
+_COUNTS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "intermediate_size"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts"),
+    *("num_local_experts", "num_experts_per_tok", "expert_frequency"),
+)
+_NUMBERS = (
+    *("initializer_range", "rms_norm_eps", "attention_dropout", "hidden_dropout", "rope_theta"),
+    *("partial_rotary_factor", "top_p_threshold"),
+)
+_FLAGS = ("attention_bias", "qk_norm", "tie_word_embeddings", "shared_expert_gate")
+_LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token")
+_MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
+_NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], "top_p_threshold", *_FLAGS}
 RouterState = dict[str, list[float | None]]
 
 
@@ -54,6 +69,44 @@ class Needed(NamedTuple):
     name: str
     value: Any
     otherwise: str
+
+
+def check_kinds(values: dict[str, Any]) -> None:
+    """Whether the settings that are there have values of their kind; others are not looked at.
+
+    Raises:
+        ValueError: one has not; the message names it.
+    """
+    for names, fits, kind in (
+        (_COUNTS, _is_count, "a whole number from 1"),
+        (_NUMBERS, _is_number, "a number from 0"),
+        (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
+        (_LISTS, lambda value: isinstance(value, list), "a list"),
+        (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
+    ):
+        for name in names:
+            value = values.get(name)
+            no_experts = name == "num_experts" and value == 0
+            may_be_null = name not in values or name not in _NEVER_NULL
+            if not (fits(value) or no_experts or (value is None and may_be_null)):
+                raise ValueError(f"{name} is {value!r}: use {kind}.")
+    if values.get("rope_parameters"):
+        check_kinds(values["rope_parameters"])
+
+
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the defaults of what it leaves out, checked as for use.
+
+    Raises:
+        ValueError: a setting makes no sense, alone or with another.
+    """
+    from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+
+    check_kinds(config)
+    checked = DynMoEModelConfig.from_dict(config).to_dict()
+    if not checked["rope_parameters"].get("rope_theta"):
+        raise ValueError("rope_parameters has no rope_theta.")
+    return checked
 
 
 def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, Any]:
@@ -70,7 +123,7 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
     return routing | {
         "threshold": state["threshold"],
         "theta": state["theta"] if dynmoe.normalization == "drn" else None,
-        "target_experts_per_token": float(target) if _is_number(target) else target,
+        "target_experts_per_token": float(target) if _is_constant(target) else target,
         "controller": controller,
         "measured_experts_per_token": measured if any(measured) else None,
         "num_experts_per_tok": None,
@@ -158,15 +211,26 @@ def partial_rotary_factor(config: dict[str, Any]) -> float:
 
 
 def rope_of(theta: float, partial: float) -> dict[str, Any]:
+    """The config's ``rope_parameters``."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     return rope if partial == 1 else rope | {"partial_rotary_factor": partial}
 
 
 def kinds_of_layers(frequency: int | list[int], num_layers: int, dense: bool) -> list[str]:
+    """Sparse or dense for each layer, from Megatron's ``moe_layer_freq``.
+
+    Raises:
+        ValueError: the frequency is of another kind.
+    """
     if dense:
         return ["dense"] * num_layers
-    if isinstance(frequency, int):
+    if _is_count(frequency):
         frequency = [int(layer % frequency == 0) for layer in range(num_layers)]
+    if not isinstance(frequency, list) or len(frequency) != num_layers:
+        raise ValueError(
+            f"experts are in layers {frequency!r}: use N for every N-th, or a list of 0 and 1 with "
+            f"an entry for each of the {num_layers} layers."
+        )
     return ["sparse" if sparse else "dense" for sparse in frequency]
 
 
@@ -179,6 +243,7 @@ def layer_frequency(sparse: list[bool]) -> int | list[int]:
 
 
 def per_layer(config: dict[str, Any], name: str) -> list[float | None]:
+    """A setting of every layer, None for those without experts."""
     value = config[name]
     return value if isinstance(value, list) else _where_sparse(config, value)
 
@@ -187,12 +252,20 @@ def _where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
     return [value if kind == "sparse" else None for kind in config["mlp_layer_types"]]
 
 
-def _is_number(text: str | None) -> bool:
-    try:
-        return text is not None and float(text) > 0
-    except ValueError:
+def _is_constant(schedule: str | None) -> bool:
+    return schedule is not None and ":" not in schedule
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    return 0 <= value <= 1e300  # and not NaN
 
 
 def shown(value: Any) -> str:
+    """A value as a message has it."""
     return repr(value) if isinstance(value, str) else str(value)
