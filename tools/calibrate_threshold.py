@@ -171,7 +171,10 @@ def _describe(config: Any) -> str:
         config.threshold if config.inference_threshold is None else config.inference_threshold
     )
     if isinstance(threshold, list):
-        return "threshold by layer"
+        different = {value for value in threshold if value is not None}
+        if len(different) > 1:
+            return "threshold by layer"
+        threshold = different.pop()
     return f"threshold {threshold:.6g}"
 
 
