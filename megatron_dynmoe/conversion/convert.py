@@ -176,14 +176,15 @@ class FromFolder:
         try:
             self.format = format_settings.format_of(theirs)
             self.config = format_settings.from_format(theirs, self.format)
+            stated = format_settings.dtype_name(theirs)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error
         self.shapes = Shapes(self.config)
         self.table = FORMATS[self.format]
-        stated = format_settings.dtype_name(theirs)
         self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         self.about = {"converted from": f"a folder of format {self.format}"}
-        self.inv_freq_dtype: str | None = None
+        # None: that layout without the frequencies, which its code can do without
+        self.inv_freq_dtype = None if self.format == "dynamic-moe" else "float32"
         self._check(stated)
 
     def read(self, block: Block) -> Tensor:
@@ -230,11 +231,11 @@ class FromFolder:
         """The rotary frequencies, which follow from the settings."""
         keys = {_INV_FREQ.format(layer=layer) for layer in range(self.shapes.num_layers)}
         for key in sorted(keys & self.folder.keys):
+            where, shape = str(self.folder.file_of(key)), (self.config["head_dim"] // 2,)
+            _check_shape(where, key, self.folder.shape(key), shape)
             found = self.folder.read(key)
             if not torch.equal(found, inv_freq(self.config["head_dim"]).to(found.dtype)):
-                raise ValueError(
-                    f"{self.folder.file_of(key)}: {key} is not that of a rotary base of 10000"
-                )
+                raise ValueError(f"{where}: {key} is not that of a rotary base of 10000")
             self.inv_freq_dtype = str(self.folder.dtype(key)).removeprefix("torch.")
         return keys
 
@@ -372,9 +373,14 @@ def from_hf(
     """
     check_target(save, overwrite, source=model)
     source = FromFolder(model, progress)
-    config = source.config if routing is None else settings.with_routing(source.config, routing)
+    try:
+        config = source.config
+        if routing is not None:
+            config = settings.with_routing(config, routing)
+        args = megatron_settings.args_from_config(config, source.dtype)
+    except ValueError as error:
+        raise ValueError(f"{model / CONFIG}: {error}") from error
     shapes = Shapes(config)
-    args = megatron_settings.args_from_config(config, source.dtype)
     args["huggingface_source"] = {"format": source.format, "inv_freq_dtype": source.inv_freq_dtype}
     flags = megatron_settings.training_flags(config, source.dtype)
     if has_tokenizer(model):

@@ -59,6 +59,10 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             _replace(target, beside)
         else:
             beside.rename(target)
+    except OSError as error:
+        if error.filename is None:  # a full disk, for one
+            raise OSError(f"{target} cannot be written: {error}") from error
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -120,7 +124,7 @@ def write_shards(
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{folder / name} cannot be written: {error}") from None
+            raise OSError(f"{name}: {error}") from None
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
@@ -234,7 +238,7 @@ class ModelFolder:
             ValueError: none does.
         """
         if key not in self._file_of:
-            raise ValueError(f"{self.folder} has no tensor {key}")
+            raise ValueError(f"{self.folder} has no tensor {key}, which its {CONFIG} asks for")
         return self._file_of[key]
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -206,8 +206,10 @@ def _from_dynamic_moe(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def dtype_name(theirs: dict[str, Any]) -> str | None:
     """The type that a ``config.json`` states for its weights."""
-    found = theirs.get("dtype") or theirs.get("torch_dtype")
-    return found.removeprefix("torch.") if isinstance(found, str) else None
+    found = theirs.get("dtype", theirs.get("torch_dtype"))
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"dtype is {found!r}: use a name, such as bfloat16.")
+    return found and found.removeprefix("torch.")
 
 
 def _check_expressible(config: dict[str, Any], format: str) -> None:

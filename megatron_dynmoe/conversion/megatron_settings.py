@@ -155,9 +155,9 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "swiglu": True,
         "add_bias_linear": False,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "num_experts": config["num_experts"] or None,
+        "num_experts": config["num_experts"] if any(sparse) else None,
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_layer_freq": layer_frequency(sparse),
+        "moe_layer_freq": layer_frequency(sparse) if any(sparse) else 1,
         "moe_router_topk": config["num_experts_per_tok"] or 2,
         "moe_router_pre_softmax": config["routing"] == "top_k" and config["weights"] == "raw",
         "moe_router_dtype": {"float32": "fp32"}.get(config["router_dtype"]),
@@ -196,7 +196,7 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
     if args["untie_embeddings_and_output_weights"]:
         flags.append("--untie-embeddings-and-output-weights")
     flags += [f"--{name}" for name in ("bf16", "fp16") if args[name]]
-    if not config["num_experts"]:
+    if args["num_experts"] is None:
         return flags
     flags.append(f"--num-experts {config['num_experts']}")
     flags.append(f"--moe-ffn-hidden-size {config['moe_intermediate_size']}")

@@ -123,7 +123,7 @@ class MegatronWriter:
         try:
             results = writer.write_data(plan, self).wait()  # type: ignore[arg-type]
         except RuntimeError as error:  # how torch.save says that the disk is full
-            raise OSError(f"{folder} cannot be written: {error}") from error
+            raise OSError(str(error)) from error
         writer.finish(metadata, [results])
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
         (save / TRACKER).write_text(RELEASE)

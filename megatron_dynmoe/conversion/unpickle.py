@@ -55,6 +55,10 @@ class Unknown:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Forget what it was made from."""
 
+    def __call__(self, *args: Any) -> Unknown:
+        """Do nothing, where a pickle calls what it has made."""
+        return self
+
     def __setstate__(self, state: Any) -> None:
         """Forget what it held."""
 
@@ -152,6 +156,7 @@ def _check_metadata(loaded: Any) -> None:
     for index, info in loaded.storage_data.items():
         _require(index, metadata.MetadataIndex)
         _require(info, filesystem._StorageInfo)
+        _require(info.relative_path, str)
         _require_sizes([info.offset, info.length])
     for key, entry in loaded.state_dict_metadata.items():
         _require(key, str)
