@@ -81,6 +81,7 @@ def write_megatron(
     dtype: str = "float32",
     seed: int = 0,
     make: Any = torch.randn,
+    threshold: float = 0.3,
     **args: Any,
 ) -> Path:
     """A checkpoint with random weights; ``args`` are further arguments of the run."""
@@ -93,11 +94,11 @@ def write_megatron(
             tensor = make(shapes.of_row(row), generator=generator)
             writer.add(block, tensor.shape, getattr(torch, dtype), lambda tensor=tensor: tensor)
     if config["routing"] != "top_k":
-        for template in ROUTER_STATE.values():
+        for name, template in ROUTER_STATE.items():
             for layer, kind in enumerate(config["mlp_layer_types"]):
                 if kind == "sparse":
                     block = Block(Row(template, ("theta_offset",)), layer)
-                    value = torch.tensor([0.3])
+                    value = torch.tensor([threshold if name == "threshold" else 0.0])
                     writer.add(block, (1,), torch.float32, lambda value=value: value)
     writer.write(save, megatron_settings.args_from_config(config, dtype) | args)
     return save

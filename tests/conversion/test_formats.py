@@ -1,0 +1,294 @@
+"""What each format expresses, to the bit, and what it refuses, by the setting's name."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_dynmoe.conversion import format_settings, megatron_settings
+from megatron_dynmoe.conversion.convert import convert_folder, from_hf, to_hf
+from megatron_dynmoe.conversion.format_settings import from_format, to_format
+from megatron_dynmoe.conversion.settings import check_config, router_state
+from tests.conversion.checkpoints import (
+    DTOP_P,
+    ROUTING_OF,
+    TOP_P,
+    megatron_tensors,
+    model_config,
+    write_megatron,
+)
+
+# Each makes every format that has it, or ours alone, carry something of its own.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain dynmoe": ("dynmoe", DTOP_P),
+    "plain dynamic-moe": ("dynamic-moe", TOP_P),
+    "plain mixtral": ("mixtral", {}),
+    "grouped queries": ("mixtral", {"num_attention_heads": 6, "num_key_value_heads": 3}),
+    "one key for all": ("mixtral", {"num_key_value_heads": 1}),
+    "wide heads": ("mixtral", {"head_dim": 10}),
+    "one layer, one expert": (
+        "mixtral",
+        {"num_hidden_layers": 1, "num_experts": 1, "num_experts_per_tok": 1},
+    ),
+    "tied mixtral": ("mixtral", {"tie_word_embeddings": True}),
+    "a vocabulary of 1": ("dynamic-moe", TOP_P | {"vocab_size": 1}),
+    "a prime vocabulary": ("dynamic-moe", TOP_P | {"vocab_size": 4099}),
+    "every second layer dense": (
+        "dynamic-moe",
+        TOP_P | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "dense layers of another size": (
+        "dynmoe",
+        DTOP_P | {"mlp_layer_types": ["dense", "sparse"], "intermediate_size": 10},
+    ),
+    "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
+    "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),
+    "shared expert": ("dynmoe", {"shared_expert_intermediate_size": 10}),
+    "gated shared expert": (
+        "dynmoe",
+        TOP_P | {"shared_expert_intermediate_size": 10, "shared_expert_gate": True},
+    ),
+    "biases, norms, tied": (
+        "dynmoe",
+        DTOP_P | {"attention_bias": True, "qk_norm": True, "tie_word_embeddings": True},
+    ),
+    "no experts": (
+        "dynmoe",
+        {"num_experts": 0, "num_experts_per_tok": None, "mlp_layer_types": ["dense"] * 2},
+    ),
+}
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same bits of the same types; NaN included."""
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype, key
+        assert torch.equal(one[key].view(torch.uint8), other[key].view(torch.uint8)), key
+
+
+def with_odd_numbers(shape: Any, generator: torch.Generator) -> Tensor:
+    """Random bits would do as weights: here NaN, infinities, -0 and subnormals among them."""
+    tensor = torch.randn(shape, generator=generator)
+    odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-41])
+    flat = tensor.view(-1)
+    flat[: min(len(odd), flat.numel())] = odd[: flat.numel()]
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trips_are_exact(tmp_path: Path, name: str, dtype: str) -> None:
+    format, settings = MODELS[name]
+    # The state of the controller is read as numbers, which NaN would not be.
+    make = with_odd_numbers if settings.get("normalization") != "drn" else torch.randn
+    config = model_config(**settings)
+    load = write_megatron(tmp_path / "load", config, dtype, make=make)
+    shards = {"max_shard_size": 2000, "format": format, "progress": False}
+    to_hf(load, tmp_path / "hf", **shards)
+    from_hf(tmp_path / "hf", tmp_path / "back", progress=False)
+    to_hf(tmp_path / "back", tmp_path / "again", **shards)
+    assert_same(megatron_tensors(load), megatron_tensors(tmp_path / "back"))
+    assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))
+    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("hf", "again")]
+    assert configs[0] == configs[1]
+    assert configs[0].get("dtype", configs[0].get("torch_dtype")) == dtype
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_becomes_ours_and_back(tmp_path: Path, name: str) -> None:
+    format, settings = MODELS[name]
+    load = write_megatron(tmp_path / "load", model_config(**settings))
+    to_hf(load, tmp_path / "hf", format=format, progress=False)
+    convert_folder(tmp_path / "hf", tmp_path / "ours")
+    convert_folder(tmp_path / "ours", tmp_path / "again", format=format)
+    to_hf(load, tmp_path / "direct", progress=False)
+    assert_same(hf_tensors(tmp_path / "ours"), hf_tensors(tmp_path / "direct"))
+    assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("format", ROUTING_OF)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_casts_are_those_of_torch(tmp_path: Path, format: str, dtype: str) -> None:
+    config = model_config(**ROUTING_OF[format])
+    load = write_megatron(tmp_path / "load", config, "float32")
+    to_hf(load, tmp_path / "as_it_is", format=format, progress=False)
+    to_hf(load, tmp_path / "cast", format=format, dtype=dtype, progress=False)
+    kept = hf_tensors(tmp_path / "as_it_is")
+    expected = {
+        key: x if key.endswith("inv_freq") else x.to(getattr(torch, dtype))
+        for key, x in kept.items()
+    }
+    assert_same(hf_tensors(tmp_path / "cast"), expected)
+
+
+# Anything else than the value in the table: one for each of its entries.
+OTHERWISE: dict[str, Any] = {
+    "routing": DTOP_P,
+    "normalization": {"normalization": "drn"},
+    "max_experts_per_token": {"max_experts_per_token": 3},
+    "inference_max_experts_per_token": {"inference_max_experts_per_token": 3},
+    "inference_threshold": {"inference_threshold": 0.2},
+    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "partial_rotary_factor": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        }
+    },
+    "attention_bias": {"attention_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "shared_expert_intermediate_size": {"shared_expert_intermediate_size": 3},
+    "tie_word_embeddings": {"tie_word_embeddings": True},
+    # Not single values of the table
+    "threshold": {"threshold": [0.3, 0.4]},
+    "num_key_value_heads": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 6},
+    "intermediate_size": {"intermediate_size": 7, "mlp_layer_types": ["sparse", "dense"]},
+}
+OTHERWISE_OF = {
+    "dynamic-moe": OTHERWISE
+    | {
+        "weights": {"weights": "renormalized"},
+        "mlp_layer_types": {"mlp_layer_types": ["dense", "sparse"]},
+    },
+    "mixtral": {
+        name: OTHERWISE[name]
+        for name in (
+            *("routing", "attention_bias", "qk_norm", "shared_expert_intermediate_size"),
+            "partial_rotary_factor",
+        )
+    }
+    | {
+        "weights": {"weights": "raw"},
+        "mlp_layer_types": {"mlp_layer_types": ["sparse", "dense"]},
+    },
+}
+TABLES = {
+    "dynamic-moe": format_settings._NEEDED_BY_DYNAMIC_MOE,
+    "mixtral": format_settings._NEEDED_BY_MIXTRAL,
+}
+
+
+def test_every_entry_of_the_tables_is_tried() -> None:
+    for format, table in TABLES.items():
+        assert {needed.name for needed in table} <= OTHERWISE_OF[format].keys()
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [(f, name) for f, names in OTHERWISE_OF.items() for name in names]
+)
+def test_a_format_refuses_what_it_cannot_express(format: str, name: str) -> None:
+    settings = ROUTING_OF[format] | OTHERWISE_OF[format][name]
+    config = model_config(**settings)
+    with pytest.raises(ValueError, match=f"{format} cannot express {name} .*--format dynmoe"):
+        to_format(config, format, "float32")
+    to_format(model_config(**ROUTING_OF[format]), format, "float32")
+    assert to_format(config, "dynmoe", "float32")["model_type"] == "dynmoe"
+
+
+@pytest.mark.parametrize("needed", megatron_settings._NEEDED_OF_MEGATRON, ids=lambda n: n.name)
+def test_what_no_format_has_is_refused(tmp_path: Path, needed: Any) -> None:
+    other = {True: False, False: True}.get(needed.value, "something else")
+    load = write_megatron(tmp_path / "load", model_config(), **{needed.name: other})
+    with pytest.raises(ValueError, match=rf"{needed.name} is .*which no format has"):
+        to_hf(load, tmp_path / "hf", progress=False)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_megatrons_flags_of_a_model_with_dense_layers() -> None:
+    """They are pasted by $(cat ...), where a quote would reach Megatron as part of the value."""
+    kinds = ["dense", "sparse", "sparse"]
+    config = model_config(num_hidden_layers=3, mlp_layer_types=kinds)
+    flags = " ".join(megatron_settings.training_flags(config, "float32")).split()
+    assert flags[flags.index("--moe-layer-freq") + 1] == "[0,1,1]"
+    assert not {"'", '"', "$", ";"} & set("".join(flags))
+
+
+# Random settings ----------------------------------------------------------------------------------
+
+
+@st.composite
+def settings_of(draw: st.DrawFn, format: str) -> dict[str, Any]:
+    """A config that a format can hold."""
+    count, rate = st.integers(1, 9), st.floats(0, 1)
+    heads = draw(count)
+    layers = draw(count)
+    settings = ROUTING_OF[format] | {
+        "vocab_size": draw(st.integers(1, 10**6)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 4,
+        "hidden_size": 4 * heads,
+        "max_position_embeddings": draw(st.integers(1, 10**6)),
+        "initializer_range": draw(st.floats(1e-4, 1)),
+        "rms_norm_eps": draw(st.floats(1e-9, 1e-3)),
+    }
+    if format == "mixtral":
+        groups = draw(st.sampled_from([g for g in range(1, heads + 1) if heads % g == 0]))
+        settings |= {
+            "num_key_value_heads": groups,
+            "head_dim": 2 * draw(count),
+            "tie_word_embeddings": draw(st.booleans()),
+            "attention_dropout": draw(rate),
+            "num_experts": (experts := draw(count)),
+            "num_experts_per_tok": draw(st.integers(1, experts)),
+            "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.floats(1, 1e9))},
+        }
+    else:
+        every = draw(st.integers(1, 3))
+        kinds = ["dense" if layer % every else "sparse" for layer in range(layers)]
+        settings["mlp_layer_types"] = kinds
+        settings["threshold"] = draw(st.floats(0, 1, width=32).map(lambda x: float(f"{x:.6g}")))
+    if format == "dynmoe":
+        settings |= {
+            "intermediate_size": draw(count),
+            "inference_threshold": draw(st.none() | rate),
+            "max_experts_per_token": draw(st.none() | st.integers(2, 4)),
+            "weights": draw(st.sampled_from(("raw", "renormalized"))),
+            "normalization": draw(st.sampled_from(("none", "drn"))),
+            "target_experts_per_token": draw(st.sampled_from((2.0, 1.5, "0:2,100:1.5"))),
+        }
+    return settings
+
+
+@given(st.data(), st.sampled_from(tuple(ROUTING_OF)))
+def test_settings_come_back_from_every_format(data: st.DataObject, format: str) -> None:
+    config = model_config(**data.draw(settings_of(format)))
+    written = json.loads(json.dumps(to_format(config, format, "float32")))
+    back = from_format(written, format)
+    again = json.loads(json.dumps(to_format(back, format, "float32")))
+    assert again == written if format != "dynmoe" else again.items() >= written.items()
+    for name in config.keys() - {"threshold", "theta", "measured_experts_per_token"}:
+        assert back[name] == config[name], name
+    assert router_state(back)["threshold"] == router_state(config)["threshold"]
+
+
+@given(st.data(), st.sampled_from(tuple(ROUTING_OF)))
+def test_settings_come_back_from_megatron(data: st.DataObject, format: str) -> None:
+    config = check_config(model_config(**data.draw(settings_of(format))))
+    args = Namespace(**megatron_settings.args_from_config(config, "float32"))
+    state = router_state(config) | {"theta": config["theta"]}
+    back = megatron_settings.config_from_megatron(args, config["vocab_size"], state)
+    assert back["mlp_layer_types"] == config["mlp_layer_types"]
+    for name in ("num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "weights"):
+        assert back[name] == config[name], name
+    for name in ("max_experts_per_token", "inference_threshold", "target_experts_per_token"):
+        assert back[name] == config[name], name

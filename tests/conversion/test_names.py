@@ -1,0 +1,121 @@
+"""The tables of names: complete, without doubles, and exact in both directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dynmoe.conversion.names import (
+    DENSE,
+    FORMATS,
+    MEGATRON,
+    PARAMETERS,
+    SPARSE,
+    Row,
+    Shapes,
+    rows_by_part,
+)
+from tests.conversion.checkpoints import model_config
+
+TABLES = FORMATS | {"megatron": MEGATRON}
+# What a format has no row for is refused by its settings; test_formats.py asks for each of them.
+LACKING = {
+    "megatron": set(),
+    "dynmoe": set(),
+    "dynamic-moe": {name for name, p in PARAMETERS.items() if p.when not in (None, "untied")},
+    "mixtral": {
+        name
+        for name, parameter in PARAMETERS.items()
+        if parameter.when not in (None, "untied") or parameter.where == DENSE
+    },
+}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Any model that training has, small."""
+    small = st.integers(1, 5)
+    groups, head = draw(small), draw(small) * 2
+    layers = draw(st.lists(st.sampled_from((SPARSE, DENSE)), min_size=1, max_size=4))
+    shared = draw(st.none() | small)
+    return model_config(
+        num_hidden_layers=len(layers),
+        mlp_layer_types=layers,
+        vocab_size=draw(small),
+        hidden_size=draw(small),
+        num_attention_heads=groups * draw(small),
+        num_key_value_heads=groups,
+        head_dim=head,
+        intermediate_size=draw(small),
+        moe_intermediate_size=draw(small),
+        num_experts=draw(small),
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=draw(st.booleans()) and shared is not None,
+        attention_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        normalization=draw(st.sampled_from(("none", "drn"))),
+    )
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_parameter_has_one_place(name: str) -> None:
+    parts = [part for row in TABLES[name] for part in row.parts]
+    assert len(parts) == len(set(parts))
+    assert PARAMETERS.keys() - set(parts) == LACKING[name]
+    keys = [key for row in TABLES[name] for key in (row.key, *row.aliases)]
+    assert len(keys) == len(set(keys))
+    assert rows_by_part(TABLES[name]).keys() == set(parts)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_parts_of_a_row_exist_together(name: str) -> None:
+    for row in TABLES[name]:
+        first, *others = (PARAMETERS[part] for part in row.parts)
+        for other in others:
+            assert (other.where, other.when, other.per_expert, other.shape[1:]) == (
+                *(first.where, first.when, first.per_expert, first.shape[1:]),
+            )
+
+
+@given(configs())
+def test_no_two_blocks_share_a_key(config: dict[str, Any]) -> None:
+    shapes = Shapes(config)
+    for table in TABLES.values():
+        blocks = [block for row in table for block in shapes.blocks(row)]
+        places = {(block.key, block.expert if block.row.stacked else None) for block in blocks}
+        assert len(places) == len(blocks)
+
+
+@given(configs(), st.sampled_from([(n, row) for n, t in TABLES.items() for row in t]))
+def test_join_and_part_undo_each_other(config: dict[str, Any], named: tuple[str, Row]) -> None:
+    row, shapes = named[1], Shapes(config)
+    if not any(True for _ in shapes.blocks(row)):
+        return
+    numel = torch.Size(shapes.of_row(row)).numel()
+    block = torch.arange(numel).reshape(shapes.of_row(row))
+    parts = [shapes.part(row, part, block) for part in row.parts]
+    assert [tuple(part.shape) for part in parts] == [shapes.of_part(part) for part in row.parts]
+    assert torch.equal(shapes.join(row, parts), block)
+    assert torch.cat([part.flatten() for part in parts]).unique().numel() == numel
+
+
+@given(configs())
+def test_queries_lie_before_their_keys_and_values(config: dict[str, Any]) -> None:
+    """Megatron's order, by hand: for each group its queries, then its key, then its value."""
+    shapes, row = Shapes(config), rows_by_part(MEGATRON)["q"]
+    groups, head = config["num_key_value_heads"], config["head_dim"]
+    per_group = config["num_attention_heads"] // groups
+    hidden = config["hidden_size"]
+    q = torch.arange(groups * per_group * head * hidden).reshape(-1, hidden)
+    k = torch.arange(groups * head * hidden).reshape(-1, hidden) + 10**6
+    v = k + 10**6
+    expected = []
+    for group in range(groups):
+        expected.append(q[group * per_group * head : (group + 1) * per_group * head])
+        expected += [x[group * head : (group + 1) * head] for x in (k, v)]
+    assert torch.equal(shapes.join(row, [q, k, v]), torch.cat(expected))
