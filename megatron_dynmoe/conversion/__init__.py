@@ -1,16 +1,25 @@
 """Checkpoints to Hugging Face and back.
 
-names.py      which tensor is called what where: one table per format
-settings.py   a model's settings in each format's words
-megatron.py   Megatron's checkpoints, read and written; unpickle.py keeps that safe
-folder.py     Hugging Face folders: shards, index, manifest
-tokenizer.py  the training's tokenizer for transformers
-card.py       the model card
-convert.py    from one to the other
+names.py              which tensor is called what where: one table per format
+settings.py           a model's settings, in the middle between
+megatron_settings.py  Megatron's arguments, and
+format_settings.py    the config.json of each format
+megatron.py           reads Megatron's checkpoints; unpickle.py keeps that safe
+megatron_writer.py    writes them
+folder.py             Hugging Face folders: shards, index, manifest
+tokenizer.py          the training's tokenizer for transformers
+card.py               the model card
+convert.py            from one to the other
+commands.py           the command line
 """
 
+from pathlib import Path
 
-def convert_folder(model, output, *, format="dynmoe", overwrite=False):  # type: ignore[no-untyped-def]
+
+def convert_folder(
+    model: Path, output: Path, *, format: str = "dynmoe", overwrite: bool = False
+) -> None:
+    """Write a Hugging Face folder in another format; torch is imported only then."""
     from megatron_dynmoe.conversion.convert import convert_folder as convert
 
     convert(model, output, format=format, overwrite=overwrite)

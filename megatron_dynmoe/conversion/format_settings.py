@@ -21,7 +21,7 @@ from megatron_dynmoe.conversion.settings import (
 )
 
 # What the published layout of Dynamic MoE has no word for; its own code assumes these values.
-_NEEDED_BY_DYNAMIC_MOE = (
+NEEDED_BY_DYNAMIC_MOE = (
     Needed("routing", "top_p", "another routing than top-p with a fixed threshold"),
     Needed("normalization", "none", "routing normalization with a theta"),
     Needed("weights", "raw", "renormalized weights"),
@@ -35,7 +35,7 @@ _NEEDED_BY_DYNAMIC_MOE = (
     Needed("shared_expert_intermediate_size", None, "shared experts"),
     Needed("tie_word_embeddings", False, "tied embeddings"),
 )
-_NEEDED_BY_MIXTRAL = (
+NEEDED_BY_MIXTRAL = (
     Needed("routing", "top_k", "a varying number of experts per token"),
     Needed("weights", "renormalized", "raw weights (--moe-router-pre-softmax)"),
     Needed("attention_bias", False, "biases in attention"),
@@ -217,7 +217,7 @@ def _check_expressible(config: dict[str, Any], format: str) -> None:
         "rope_theta": rope_theta(config),
         "partial_rotary_factor": partial_rotary_factor(config),
     }
-    needed = _NEEDED_BY_MIXTRAL if format == "mixtral" else _NEEDED_BY_DYNAMIC_MOE
+    needed = NEEDED_BY_MIXTRAL if format == "mixtral" else NEEDED_BY_DYNAMIC_MOE
     for name, value, otherwise in needed:
         if known[name] != value:
             raise ValueError(

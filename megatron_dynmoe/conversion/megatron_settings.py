@@ -42,7 +42,7 @@ _SAME = (
 )
 
 # Megatron's arguments that change the function of a model in a way that no format here has.
-_NEEDED_OF_MEGATRON = (
+NEEDED_OF_MEGATRON = (
     Needed("position_embedding_type", "rope", "positions of another kind than rotary"),
     Needed("normalization", "RMSNorm", "another norm than RMSNorm"),
     Needed("swiglu", True, "another activation than SwiGLU"),
@@ -93,7 +93,7 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
         ValueError: the model does something that no format has.
     """
     dense = not getattr(args, "num_experts", None)
-    for needed in _NEEDED_OF_MEGATRON:
+    for needed in NEEDED_OF_MEGATRON:
         value = getattr(args, needed.name, None)
         allowed = needed.value if isinstance(needed.value, tuple) else (needed.value,)
         if value not in (None, *allowed) and not (dense and needed.name.startswith("moe_")):

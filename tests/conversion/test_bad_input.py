@@ -653,3 +653,69 @@ def test_a_missing_parent_is_made(model: Path, tmp_path: Path) -> None:
     save = tmp_path / "a" / "b" / "c"
     assert main(["from-hf", "--quiet", "--model", str(model), "--save", str(save)]) == 0
     assert sorted(path.name for path in save.parent.iterdir()) == ["c"]
+
+
+def test_overwriting_replaces_all_of_a_folder(load: Path, tmp_path: Path) -> None:
+    output = tmp_path / "parent" / "new"
+    output.mkdir(parents=True)
+    (output / "old").write_text("old")
+    command = ["to-hf", "--quiet", "--load", str(load), "--output", str(output), "--overwrite"]
+    assert main(command) == 0
+    assert (output / "config.json").exists() and not (output / "old").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["new"]
+
+
+def test_a_folder_of_links_is_read_and_left_alone(model: Path, tmp_path: Path) -> None:
+    """As the cache of huggingface_hub keeps models, whose files nothing may change."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in model.iterdir():
+        path.chmod(0o444)
+        (links / path.name).symlink_to(path)
+    before = listing(model), listing(links)
+    assert main(["from-hf", "--quiet", "--model", str(links), "--save", str(tmp_path / "new")]) == 0
+    assert (listing(model), listing(links)) == before
+
+
+@pytest.mark.parametrize("content", (b"", b"garbage", b"\x80\x02cos\nsystem\n(S'false'\ntR."))
+@pytest.mark.parametrize("name", ("t.model", "tokenizer.json", "folder"))
+def test_what_is_no_tokenizer(load: Path, refused: Refused, name: str, content: bytes) -> None:
+    tokenizer = load.parent / name
+    if name == "folder":
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_bytes(content)
+    else:
+        tokenizer.write_bytes(content)
+    refused.to_hf(load, str(tokenizer), flags=("--tokenizer", str(tokenizer)))
+
+
+def test_a_tokenizer_that_is_not_there(load: Path, refused: Refused) -> None:
+    tokenizer = load.parent / "missing.model"
+    refused.to_hf(load, str(tokenizer), flags=("--tokenizer", str(tokenizer)))
+
+
+def test_a_tokenizer_with_code_of_its_own(load: Path, refused: Refused) -> None:
+    folder = load.parent / "tokenizer"
+    folder.mkdir()
+    evidence = load.parent / "evidence"
+    (folder / "code.py").write_text(f"open({str(evidence)!r}, 'w')\nclass T: pass\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}})
+    )
+    refused.to_hf(load, str(folder), flags=("--tokenizer", str(folder)))
+    assert not evidence.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--threshold", "0.3"), ("--threshold needs --routing",)),
+        (("--routing", "top_p", "--threshold", "2"), ("threshold is 2",)),
+        (("--routing", "dtop_p"), ("target_experts_per_token",)),
+        (("--routing", "top_k"), ("top_k", "knows no k")),
+        (("--routing", "best"), ("routing is 'best'",)),
+    ],
+    ids=str,
+)
+def test_another_routing(model: Path, refused: Refused, flags: tuple, says: tuple) -> None:
+    refused.from_hf(model, *says, flags=flags)

@@ -181,8 +181,8 @@ OTHERWISE_OF = {
     },
 }
 TABLES = {
-    "dynamic-moe": format_settings._NEEDED_BY_DYNAMIC_MOE,
-    "mixtral": format_settings._NEEDED_BY_MIXTRAL,
+    "dynamic-moe": format_settings.NEEDED_BY_DYNAMIC_MOE,
+    "mixtral": format_settings.NEEDED_BY_MIXTRAL,
 }
 
 
@@ -203,7 +203,7 @@ def test_a_format_refuses_what_it_cannot_express(format: str, name: str) -> None
     assert to_format(config, "dynmoe", "float32")["model_type"] == "dynmoe"
 
 
-@pytest.mark.parametrize("needed", megatron_settings._NEEDED_OF_MEGATRON, ids=lambda n: n.name)
+@pytest.mark.parametrize("needed", megatron_settings.NEEDED_OF_MEGATRON, ids=lambda n: n.name)
 def test_what_no_format_has_is_refused(tmp_path: Path, needed: Any) -> None:
     other = {True: False, False: True}.get(needed.value, "something else")
     load = write_megatron(tmp_path / "load", model_config(), **{needed.name: other})
