@@ -9,6 +9,7 @@ megatron_writer.py    writes them
 folder.py             Hugging Face folders: shards, index, manifest
 tokenizer.py          the training's tokenizer for transformers
 card.py               the model card
+sources.py            a checkpoint of either kind, opened and checked
 convert.py            from one to the other
 commands.py           the command line
 """

@@ -102,7 +102,11 @@ def _to_hf(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
-    print(f"{args.output}: format {args.format}")
+    weights = [file.stat().st_size for file in args.output.glob("*.safetensors")]
+    print(
+        f"{args.output}: format {args.format}, {sum(weights) / 1e6:,.1f} MB of weights in "
+        f"{len(weights)} file{'s' if len(weights) > 1 else ''}"
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dynmoe.conversion import convert, folder
+from megatron_dynmoe.conversion import convert, folder, megatron_settings, names, sources
 from megatron_dynmoe.conversion.commands import main
 from megatron_dynmoe.conversion.folder import write_manifest
 from megatron_dynmoe.conversion.megatron import TRACKER
@@ -280,7 +280,7 @@ def test_any_value_of_the_wrong_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing but a clear error or a config that works comes out of any single wrong value."""
-    monkeypatch.setattr(convert, "check_manifest", lambda *_: None)
+    monkeypatch.setattr(sources, "check_manifest", lambda *_: None)
     model = shutil.copytree(good[format][1], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     unread = ("architectures", "auto_map", "bos_token_id", "eos_token_id", "use_cache")
@@ -288,9 +288,9 @@ def test_any_value_of_the_wrong_kind(
         for value in (*WRONG, None):
             (model / "config.json").write_text(json.dumps(config | {name: value}))
             try:
-                source = convert.FromFolder(model)
-                convert.Shapes(source.config)
-                convert.megatron_settings.training_flags(source.config, source.dtype)
+                source = sources.FromFolder(model)
+                names.Shapes(source.config)
+                megatron_settings.training_flags(source.config, source.dtype)
             except ValueError as error:
                 named = ("config.json", "settings", name)
                 assert any(word in str(error) for word in named), (name, value)
@@ -499,7 +499,7 @@ def test_bits_flipped_anywhere_in_a_checkpoint(load: Path, refused: Refused) -> 
         data[place] ^= 1 << place % 8
         path.write_bytes(data)
         try:
-            convert.FromMegatron(load)
+            sources.FromMegatron(load)
         except ValueError as error:
             assert "release" in str(error), place
 

@@ -1,0 +1,302 @@
+"""Checkpoints of either kind, opened for reading, and their parameters for any target.
+
+A source refuses what does not fit together when it is opened, before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
+from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, check_manifest
+from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.names import (
+    FORMATS,
+    MEGATRON,
+    PARAMETERS,
+    ROUTER_STATE,
+    Block,
+    Row,
+    Shapes,
+    rows_by_part,
+)
+
+INV_FREQ = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+
+_NO_STATE: settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
+
+
+class Source(Protocol):
+    """A checkpoint of any kind, opened for reading."""
+
+    config: dict[str, Any]
+    shapes: Shapes
+    table: tuple[Row, ...]
+    dtype: str  # of the weights: float32, bfloat16 or float16
+    about: dict[str, Any]  # what is known of the training, for the model card
+
+    def read(self, block: Block) -> Tensor:
+        """One block of one of the table's rows."""
+
+
+class FromMegatron:
+    """A checkpoint of Megatron's, of any layout."""
+
+    table = MEGATRON
+
+    def __init__(self, load: Path, iteration: int | None = None) -> None:
+        self.checkpoint = MegatronCheckpoint(load, iteration)
+        args = self.checkpoint.args
+        key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)
+        vocab_size = self.checkpoint.shape(key)[0]
+        num_layers = self.checkpoint.num_layers
+        if getattr(args, "num_layers", None) != num_layers:
+            raise ValueError(
+                f"{self.checkpoint.folder}: the saved arguments say num_layers "
+                f"{getattr(args, 'num_layers', None)!r}, the weights have {num_layers} layers"
+            )
+        try:
+            # The state lies in layers whose kind the config says, so the config comes twice.
+            self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
+            state = self._router_state()
+            self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
+            settings.check_config(self.config)
+            self.about = card.about_training(args, self.checkpoint.iteration)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.checkpoint.folder}: the saved arguments do not say what the model is, or "
+                f"say what cannot be converted: {error}"
+            ) from error
+        self.shapes = Shapes(self.config)
+        self.dtype = megatron_settings.model_dtype(args)
+        self._check()
+
+    def read(self, block: Block) -> Tensor:
+        return self.checkpoint.read_block(block)
+
+    def _router_state(self) -> settings.RouterState:
+        if self.config["routing"] == "top_k":
+            return _NO_STATE
+        state: settings.RouterState = {
+            name: [self._scalar(template, layer) for layer in range(len(self._layer_types))]
+            for name, template in ROUTER_STATE.items()
+        }
+        if self.config["normalization"] == "drn":
+            template = rows_by_part(MEGATRON)["theta_offset"].key
+            offsets = [self._scalar(template, layer) for layer in range(len(self._layer_types))]
+            state["theta"] = thetas(offsets)
+        return state
+
+    @property
+    def _layer_types(self) -> list[str]:
+        return self.config["mlp_layer_types"]
+
+    def _scalar(self, template: str, layer: int) -> float | None:
+        if self._layer_types[layer] != "sparse":
+            return None
+        key, index = self.checkpoint.find((template,), layer)
+        found = self.checkpoint.shape(key)[len(index) :]
+        _check_shape(str(self.checkpoint.folder), key, found, (1,))
+        value = self.checkpoint.read(key, index).item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {key} of layer {layer} is {value}: the run had gone "
+                "wrong; take an earlier iteration"
+            )
+        return settings.shortest(value)
+
+    def _check(self) -> None:
+        """Every entry has a meaning and the shape that the settings give it."""
+        known = {template.replace("{layer}.", "") for template in ROUTER_STATE.values()}
+        for layer in range(self.shapes.num_layers):
+            known |= {template.format(layer=layer) for template in ROUTER_STATE.values()}
+        for row in MEGATRON:
+            for block in self.shapes.blocks(row):
+                where = str(self.checkpoint.folder)
+                key, index = self.checkpoint.find((row.key, *row.aliases), block.layer)
+                lead = (self.shapes.num_layers,) if index else ()
+                if block.expert is not None:
+                    lead = (*lead, self.shapes.num_experts)
+                shape = (*lead, *self.shapes.of_row(row))
+                _check_shape(where, key, self.checkpoint.shape(key), shape)
+                _check_dtype(where, key, self.checkpoint.dtype(key), self.dtype)
+                for template in (row.key, *row.aliases):
+                    known.add(template.replace("{layer}.", ""))
+                    known.add(template.format(layer=block.layer))
+        unknown = sorted(self.checkpoint.model_keys - known)
+        if unknown:
+            raise ValueError(
+                f"{self.checkpoint.folder}: {unknown[0]} is part of the model, but the converter "
+                "does not know it; nothing was written"
+            )
+
+
+class FromFolder:
+    """A Hugging Face folder of any of the formats."""
+
+    def __init__(self, model: Path, progress: bool = False) -> None:
+        self.folder = ModelFolder(model)
+        with progress_bar("checking hashes", _size(model), progress) as bar:
+            check_manifest(model, bar.update)
+        theirs = self.folder.config
+        self._check_num_layers()
+        try:
+            self.format = format_settings.format_of(theirs)
+            self.config = format_settings.from_format(theirs, self.format)
+            stated = format_settings.dtype_name(theirs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{model / CONFIG}: {error}") from error
+        self.shapes = Shapes(self.config)
+        self.table = FORMATS[self.format]
+        self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+        self.about = {"converted from": f"a folder of format {self.format}"}
+        # None: that layout without the frequencies, which its code can do without
+        self.inv_freq_dtype = None if self.format == "dynamic-moe" else "float32"
+        self._check(stated)
+
+    def read(self, block: Block) -> Tensor:
+        return self.folder.read(block.key, block.expert if block.row.stacked else None)
+
+    def _check_num_layers(self) -> None:
+        """Before anything is made for so many layers."""
+        stated = self.folder.config.get("num_hidden_layers")
+        matches = (re.match(r"model\.layers\.(\d+)\.", key) for key in self.folder.keys)
+        found = len({match[1] for match in matches if match})
+        if stated != found or isinstance(stated, bool):
+            raise ValueError(
+                f"{self.folder.folder / CONFIG}: num_hidden_layers is {stated!r}, the weights have "
+                f"{found} layers"
+            )
+
+    def _check(self, stated: str | None) -> None:
+        unknown = self.folder.keys
+        for row in self.table:
+            for block in self.shapes.blocks(row):
+                found = self.folder.shape(block.key)
+                if row.stacked:
+                    found = found[1:] if found[:1] == (self.shapes.num_experts,) else found
+                where = str(self.folder.file_of(block.key))
+                _check_shape(where, block.key, found, self.shapes.of_row(row))
+                _check_dtype(where, block.key, self.folder.dtype(block.key), self.dtype)
+                unknown.discard(block.key)
+        if self.format == "dynamic-moe":
+            unknown -= self._check_inv_freq()
+        if unknown:
+            key = sorted(unknown)[0]
+            raise ValueError(
+                f"{self.folder.file_of(key)}: {key} has no place in a model of this config.json; "
+                "nothing was written"
+            )
+        if stated not in (None, self.dtype):
+            raise ValueError(
+                f"{self.folder.folder}/{CONFIG} says {stated}, the weights are {self.dtype}"
+            )
+        if self.config["normalization"] == "drn" and self.config["theta"] is not None:
+            self._check_thetas()
+
+    def _check_inv_freq(self) -> set[str]:
+        """The rotary frequencies, which follow from the settings."""
+        keys = {INV_FREQ.format(layer=layer) for layer in range(self.shapes.num_layers)}
+        for key in sorted(keys & self.folder.keys):
+            where, shape = str(self.folder.file_of(key)), (self.config["head_dim"] // 2,)
+            _check_shape(where, key, self.folder.shape(key), shape)
+            found = self.folder.read(key)
+            if not torch.equal(found, inv_freq(self.config["head_dim"]).to(found.dtype)):
+                raise ValueError(f"{where}: {key} is not that of a rotary base of 10000")
+            self.inv_freq_dtype = str(self.folder.dtype(key)).removeprefix("torch.")
+        return keys
+
+    def _check_thetas(self) -> None:
+        row = rows_by_part(self.table)["theta_offset"]
+        offsets: list[float | None] = [None] * self.shapes.num_layers
+        for block in self.shapes.blocks(row):
+            offsets[block.layer] = self.read(block).item()  # type: ignore[index]
+        if thetas(offsets) != self.config["theta"]:
+            raise ValueError(
+                f"{self.folder.folder}/{CONFIG}: theta is {self.config['theta']}, the weights say "
+                f"{thetas(offsets)} (1 + theta_offset): change theta_offset to change theta"
+            )
+
+
+class Weights:
+    """The parameters of a source, put together as the table of a target has them."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows = rows_by_part(source.table)
+        self._last: tuple[Block, Tensor] | None = None
+
+    def block(self, block: Block) -> Tensor:
+        """A block of the target's table."""
+        parts = [self._part(part, block) for part in block.row.parts]
+        return self._source.shapes.join(block.row, parts)
+
+    def stacked(self, blocks: list[Block], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Blocks of one shape along a new first dimension, without a second copy of all."""
+        target = torch.empty((len(blocks), *shape), dtype=dtype)
+        for place, block in zip(target, blocks, strict=True):
+            place.copy_(self.block(block))
+        return target
+
+    def _of_source(self, part: str, block: Block) -> Block | None:
+        row = self._rows.get(part)
+        needed = PARAMETERS[part].when
+        if row is None or (needed is not None and not self._source.shapes.has[needed]):
+            return None
+        return Block(row, block.layer, block.expert)
+
+    def _part(self, part: str, block: Block) -> Tensor:
+        source = self._of_source(part, block)
+        if source is None:
+            # Only theta_offset can be new: another routing was asked for. It starts at 0.
+            return torch.zeros(self._source.shapes.of_part(part))
+        if self._last is None or self._last[0] != source:
+            self._last = source, self._source.read(source)
+        return self._source.shapes.part(source.row, part, self._last[1])
+
+
+def thetas(offsets: list[float | None]) -> list[float | None]:
+    """The scale that each layer uses, computed as training does: 1 + offset in float32."""
+    return [
+        None if offset is None else settings.shortest(1 + torch.tensor(offset).item())
+        for offset in offsets
+    ]
+
+
+def inv_freq(head_dim: int) -> Tensor:
+    """The rotary frequencies of base 10000, [head_dim / 2] float32."""
+    return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+
+def in_order(shapes: Shapes, table: tuple[Row, ...]) -> list[Block]:
+    """All blocks of a model, layer by layer, so that a source is read from front to back."""
+    blocks = [block for row in table for block in shapes.blocks(row)]
+    return sorted(blocks, key=lambda block: -1 if block.layer is None else block.layer)
+
+
+def progress_bar(name: str, total: int | None, show: bool) -> Any:
+    """A bar that counts bytes."""
+    return tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=not show, leave=False)
+
+
+def _check_shape(where: str, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(found) != expected:
+        raise ValueError(
+            f"{where}: {key} has the shape {list(found)}, the settings say {list(expected)}"
+        )
+
+
+def _check_dtype(where: str, key: str, found: torch.dtype, expected: str) -> None:
+    if found != getattr(torch, expected):
+        raise ValueError(f"{where}: {key} is of type {found}, the model's weights are {expected}")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
