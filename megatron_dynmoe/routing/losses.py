@@ -21,12 +21,15 @@ def count_assignments(
     Returns:
         Assignments [B, E] and tokens [B], int64.
     """
+    num_tokens, num_experts = routing_map_TE.shape
     if valid_T is None:
-        valid_T = torch.ones_like(routing_map_TE[:, 0])
-    routing_map_TE = routing_map_TE & valid_T.unsqueeze(-1)
-    num_experts = routing_map_TE.shape[-1]
-    assignments_BE = routing_map_TE.view(-1, num_sequences, num_experts).sum(dim=0)
-    return assignments_BE, valid_T.view(-1, num_sequences).sum(dim=0)
+        tokens_B = routing_map_TE.new_full(
+            (num_sequences,), num_tokens // num_sequences, dtype=torch.int64
+        )
+    else:
+        routing_map_TE = routing_map_TE & valid_T.unsqueeze(-1)
+        tokens_B = valid_T.view(-1, num_sequences).sum(dim=0)
+    return routing_map_TE.view(-1, num_sequences, num_experts).sum(dim=0), tokens_B
 
 
 def load_balance_loss(

@@ -20,6 +20,12 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
     Returns:
         [T, E], dtype of ``logits_TE`` (or of a theta tensor, where that is wider).
     """
+    return theta * standardize(logits_TE)[0]
+
+
+def standardize(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalized logits before theta [T, E], and the reciprocal standard deviation [T, 1]."""
     centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
     variance_T1 = centered_TE.square().mean(dim=-1, keepdim=True)
-    return theta * (centered_TE * torch.rsqrt(variance_T1 + EPSILON))
+    scale_T1 = torch.rsqrt(variance_T1 + EPSILON)
+    return centered_TE * scale_T1, scale_T1

@@ -92,3 +92,23 @@ def choices_of(routing_map_TE: Tensor) -> list[set[int]]:
 def map_of(choices: Sequence[set[int]], num_experts: int) -> Tensor:
     """The boolean map [T, E] of choices."""
     return torch.tensor([[e in choice for e in range(num_experts)] for choice in choices])
+
+
+def select_by_sort(probs_TE: Tensor, threshold, max_experts: int | None = None) -> Tensor:
+    """Algorithm 1 in its plainest vectorised form: a stable sort and exact cumulative sums.
+
+    Sums are of whole numbers of 2**-60, as the rule defines them. For whole tensors, where
+    :func:`algorithm_1` would take too long.
+    """
+    sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    units_TE = (sorted_TE.double() * 2.0**60).long()
+    before_TE = units_TE.cumsum(dim=-1) - units_TE
+    threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype)
+    limit = torch.where(
+        threshold >= 1, torch.iinfo(torch.int64).max, (threshold.clamp(max=1).double() * 2**60).long()
+    )
+    keep_TE = (before_TE <= limit) & (sorted_TE >= 0)
+    keep_TE[:, 0] = True
+    if max_experts is not None:
+        keep_TE[:, max_experts:] = False
+    return torch.zeros_like(keep_TE).scatter_(-1, order_TE, keep_TE)

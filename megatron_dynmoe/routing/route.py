@@ -1,0 +1,170 @@
+"""Everything a router does after its gate, forward and backward, in one differentiable step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_dynmoe import kernels
+from megatron_dynmoe.routing.losses import count_assignments
+from megatron_dynmoe.routing.normalize import standardize
+from megatron_dynmoe.routing.select import select_and_count
+
+# On a CPU the tokens are taken in blocks whose temporaries stay in its caches: fresh memory for
+# every temporary of all tokens costs more time than the arithmetic.
+CPU_BLOCK_ELEMENTS = 1 << 18
+
+
+class Routing(NamedTuple):
+    """What becomes of the logits of one micro-batch; B sequences, or 1 for all tokens as one."""
+
+    weights_TE: Tensor  # [T, E], zero where not selected; differentiable
+    map_TE: Tensor  # [T, E] bool
+    experts_T: Tensor  # [T] int64, the experts of each token
+    prob_sums_BE: Tensor  # [B, E], probabilities summed over valid tokens; differentiable
+    entropy: Tensor  # scalar, in nats, of the probabilities, summed over valid tokens; likewise
+    assignments_BE: Tensor  # [B, E] int64, valid tokens that chose each expert
+
+
+def route(
+    logits_TE: Tensor,
+    threshold: Tensor | float,
+    *,
+    theta: Tensor | None = None,
+    max_experts: int | None = None,
+    renormalize: bool = False,
+    num_sequences: int = 1,
+    valid_T: Tensor | None = None,
+    use_kernel: bool = True,
+) -> Routing:
+    """Normalize, softmax, select, weigh, and sum up what losses and counters need.
+
+    The same as :func:`normalize`, ``softmax``, :func:`select` and :func:`weigh` one after another,
+    with a gradient in closed form. On a CUDA device a Triton kernel does it in one pass.
+
+    Args:
+        logits_TE: [T, E], any floating dtype; computed in float32 (float64 stays float64). Tokens
+            are ordered as ``position * num_sequences + sequence``.
+        threshold: a number or a tensor of one element.
+        theta: [1], the scale of the normalized logits; None: they are not normalized.
+        max_experts: the cap, or None.
+        renormalize: whether a token's weights sum to 1 or are the probabilities.
+        num_sequences: B.
+        valid_T: [T], bool, False for padding, which is routed but enters no sum; None: no padding.
+        use_kernel: False keeps to plain PyTorch on every device.
+
+    Returns:
+        See :class:`Routing`; float32 (or float64).
+    """
+    if logits_TE.dtype != torch.float64:
+        if use_kernel and logits_TE.numel() and kernels.available(logits_TE.device):
+            from megatron_dynmoe.kernels.routing import fused_route
+
+            return Routing(
+                *fused_route(
+                    logits_TE, threshold, theta, max_experts, renormalize, num_sequences, valid_T
+                )
+            )
+        logits_TE = logits_TE.float()
+    return Routing(
+        *_PlainRoute.apply(
+            logits_TE, threshold, theta, max_experts, renormalize, num_sequences, valid_T
+        )
+    )
+
+
+class _PlainRoute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        threshold: Tensor | float,
+        theta: Tensor | None,
+        max_experts: int | None,
+        renormalize: bool,
+        num_sequences: int,
+        valid_T: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        num_tokens, num_experts = logits_TE.shape
+        weights_TE, probs_TE = torch.empty_like(logits_TE), torch.empty_like(logits_TE)
+        map_TE = torch.empty_like(logits_TE, dtype=torch.bool)
+        experts_T = torch.empty(num_tokens, dtype=torch.int64, device=logits_TE.device)
+        standard_TE = torch.empty_like(logits_TE) if theta is not None else logits_TE
+        scale_T1 = torch.empty_like(logits_TE[:, :1])
+        prob_sums_BE = logits_TE.new_zeros(num_sequences, num_experts)
+        assignments_BE = torch.zeros_like(prob_sums_BE, dtype=torch.int64)
+        entropy = logits_TE.new_zeros(())
+        for rows in _blocks(logits_TE, num_sequences):
+            scaled_TE = logits_TE[rows]
+            if theta is not None:
+                standard_TE[rows], scale_T1[rows] = standardize(logits_TE[rows])
+                scaled_TE = theta * standard_TE[rows]
+            probs = torch.softmax(scaled_TE, dim=-1, out=probs_TE[rows])
+            chosen, experts_T[rows] = select_and_count(probs, threshold, max_experts)
+            map_TE[rows] = chosen
+            weights = torch.mul(probs, chosen, out=weights_TE[rows])
+            if renormalize:
+                weights /= weights.sum(dim=-1, keepdim=True)
+
+            valid = None if valid_T is None else valid_T[rows]
+            assignments_BE += count_assignments(chosen, num_sequences, valid)[0]
+            # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
+            tiny = torch.finfo(probs.dtype).tiny
+            entropy_T = -torch.linalg.vecdot(probs, probs.clamp(min=tiny).log())
+            if valid is not None:
+                entropy_T = torch.where(valid, entropy_T, 0)
+                probs = probs * valid.unsqueeze(-1)
+            prob_sums_BE += probs.view(-1, num_sequences, num_experts).sum(dim=0)
+            entropy += entropy_T.sum()
+        ctx.save_for_backward(standard_TE, scale_T1, probs_TE, weights_TE, map_TE, theta, valid_T)
+        ctx.renormalize = renormalize
+        ctx.mark_non_differentiable(map_TE, experts_T, assignments_BE)
+        return weights_TE, map_TE, experts_T, prob_sums_BE, entropy, assignments_BE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, _assignments):
+        standard_TE, scale_T1, probs_TE, weights_TE, map_TE, theta, valid_T = ctx.saved_tensors
+        num_sequences, num_experts = d_sums_BE.shape
+        d_logits_TE = torch.empty_like(probs_TE)
+        d_theta = None if theta is None else torch.zeros_like(theta)
+        for rows in _blocks(probs_TE, num_sequences):
+            standard, probs = standard_TE[rows], probs_TE[rows]
+            # 1. Sums: with respect to the probabilities; the entropy's is -z and a constant, which
+            #    the softmax's own backward takes away
+            d_entropy_TE = standard * (-d_entropy if theta is None else -d_entropy * theta)
+            d_probs = d_entropy_TE.view(-1, num_sequences, num_experts).add_(d_sums_BE)
+            d_probs = d_probs.view_as(probs)
+            if valid_T is not None:
+                d_probs *= valid_T[rows].unsqueeze(-1)
+            # 2. Weights: renormalised, they are a softmax over the selected experts
+            if not ctx.renormalize:
+                d_probs.addcmul_(d_weights_TE[rows], map_TE[rows])
+            d_scaled = _softmax_backward(d_probs, probs)
+            if ctx.renormalize:
+                d_scaled += _softmax_backward(d_weights_TE[rows], weights_TE[rows])
+            # 3. Normalization; the gradient of a softmax sums to 0, so its mean needs no removing
+            if theta is not None:
+                projection_T1 = torch.linalg.vecdot(d_scaled, standard).unsqueeze(-1)
+                d_theta += projection_T1.sum()
+                d_scaled -= standard * (projection_T1 / num_experts)
+                d_scaled *= scale_T1[rows] * theta
+            d_logits_TE[rows] = d_scaled
+        return d_logits_TE, None, d_theta, None, None, None, None
+
+
+def _blocks(values_TE: Tensor, num_sequences: int) -> list[slice]:
+    """Slices of whole positions (one token of each sequence); one slice where blocks do not help."""
+    num_tokens, num_experts = values_TE.shape
+    step = max(num_tokens, 1)
+    if values_TE.is_cpu:
+        step = max(1, CPU_BLOCK_ELEMENTS // (num_sequences * num_experts)) * num_sequences
+    return [slice(start, start + step) for start in range(0, num_tokens, step)]
+
+
+def _softmax_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """``output * (gradient - sum(output * gradient))`` in one pass."""
+    return torch.ops.aten._softmax_backward_data(gradient, output, -1, output.dtype)
