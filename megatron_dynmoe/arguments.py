@@ -26,7 +26,9 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
             help=setting.help.replace("%", "%%"),
         )
     # Upstream's defaults for these cannot be told from a user's choice; None can.
-    parser.set_defaults(moe_router_load_balancing_type=None, moe_aux_loss_coeff=None)
+    parser.set_defaults(
+        moe_router_load_balancing_type=None, moe_aux_loss_coeff=None, transformer_impl=None
+    )
     return parser
 
 
@@ -44,7 +46,8 @@ def config_from_args(args: Namespace) -> DynMoEConfig:
     """
     base = config_from_environment() or DynMoEConfig()
     if getattr(args, PREFIX + "routing", None) == "top_k":
-        base = DynMoEConfig()  # the baseline is one flag away from any file of settings
+        # The baseline is one flag away from any file of settings, on the same back end.
+        base = DynMoEConfig(backend=base.backend)
     flags = {name: getattr(args, PREFIX + name, None) for name in SETTINGS}
     given = {name: value for name, value in flags.items() if value is not None}
     return dataclasses.replace(base, **given)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from megatron_dynmoe.schedule import TargetSchedule
 
 ROUTINGS = ("top_k", "top_p", "dtop_p")
+BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 AUTO = "auto"
 
@@ -145,6 +146,16 @@ class DynMoEConfig:
             "instead. Default 1e-2 for top_p, 1e-4 for dtop_p.",
         ),
     ] = None
+    backend: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "Code of attention, norms and experts, with top_k too: torch_native (PyTorch's fused "
+            "calls), local (Megatron's own, without Transformer Engine), transformer_engine, or "
+            "auto (the default): transformer_engine where it is installed, else torch_native.",
+            BACKENDS,
+        ),
+    ] = None
     inference_threshold: Annotated[
         float | None,
         Setting("float", "Threshold in evaluation and inference. Default: the trained one."),
@@ -220,7 +231,7 @@ class DynMoEConfig:
             ValueError: a setting makes no sense, alone, with another, or for ``num_experts``.
         """
         if not self.is_dynamic:
-            given = [name for name in self.to_dict() if name != "routing"]
+            given = [name for name in self.to_dict() if name not in ("routing", "backend")]
             if given:
                 raise ValueError(
                     f"routing is 'top_k', which has no {given[0]}: set routing to 'top_p' or "
@@ -326,7 +337,7 @@ SETTINGS: dict[str, Setting] = {
     for name, hint in get_type_hints(DynMoEConfig, include_extras=True).items()
 }
 
-_SHARED_DEFAULTS: dict[str, Any] = {"balance_loss": "seq_aux_loss"}
+_SHARED_DEFAULTS: dict[str, Any] = {"balance_loss": "seq_aux_loss", "backend": AUTO}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # "Harder Task Needs More Experts": p = 0.4, equation 4, alpha = 1e-2 and beta = 1e-4.
     "top_p": _SHARED_DEFAULTS

@@ -17,7 +17,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training import get_args, print_rank_0
 
 from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.backends import torch_native
+from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
@@ -75,6 +76,7 @@ def layer_spec(
         ValueError: a setting of ours or of upstream makes no sense with dynamic routing.
     """
     transformer = config.transformer
+    plan = _settle_backend(dynmoe, transformer)
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=transformer.transformer_impl == "transformer_engine",
@@ -82,6 +84,10 @@ def layer_spec(
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
+    if plan.backend == "torch_native":
+        spec = torch_native.with_native_modules(spec, plan, transformer)
+    if not vp_stage:
+        print_rank_0(torch_native.describe(plan, transformer))
     if not dynmoe.is_dynamic:
         return spec
     check_upstream_settings(transformer)
@@ -113,6 +119,19 @@ def layer_spec(
         spec, layer_specs=[_with_dynamic_moe(layer, router) for layer in spec.layer_specs]
     )
     return spec
+
+
+def _settle_backend(dynmoe: DynMoEConfig, transformer: TransformerConfig) -> torch_native.Plan:
+    """Choose the back end and let upstream's config agree with it."""
+    optimizer = "adam"
+    with suppress(AssertionError):  # a training loop of one's own has no arguments
+        optimizer = get_args().optimizer
+    impl: str | None = transformer.transformer_impl
+    if impl == "transformer_engine" and not torch_native.has_transformer_engine():
+        impl = None  # upstream's default, which cannot have been meant
+    plan = torch_native.plan(dynmoe.backend or AUTO, impl, transformer, optimizer)
+    transformer.transformer_impl = torch_native.implementation(plan.backend)
+    return plan
 
 
 def _warn_of_high_gains(

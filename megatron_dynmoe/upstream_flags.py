@@ -63,9 +63,9 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_grad_scale_func": Works("set by the training loop"),
     "save_tokens_per_expert_interval": Works(),
     "expert_model_parallel_size": Works(),
-    "expert_tensor_parallel_size": Works("tensor parallelism needs Transformer Engine"),
-    "expert_tensor_parallel_num_weight_shards": Refused(
-        (None, 1), "sharded expert weights are untested with it", _LEAVE_OUT
+    "expert_tensor_parallel_size": Works("follows tensor parallelism unless it is given"),
+    "expert_tensor_parallel_num_weight_shards": Works(
+        "not beyond the tensor-parallel size: expert_gtp_weight_remat_size"
     ),
     "expert_gtp_weight_remat_size": Refused(
         (1,), "sharded expert weights are untested with it", _LEAVE_OUT
@@ -178,7 +178,10 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "delay_offload_until_cuda_graph": Ignored("as above"),
     "inference_cuda_graph_scope": Ignored("as above"),
     # inference and precision
-    "transformer_impl": Works("local and transformer_engine; inference_optimized is refused"),
+    "transformer_impl": Works(
+        "local and transformer_engine; inference_optimized is refused. --moe-dynamic-backend says "
+        "more, so leave it out"
+    ),
     "inference_moe_disable_fused_quant_kernels": Ignored("only used by inference_optimized"),
     "inference_moe_token_dispatcher_type": Ignored("only used by inference_optimized"),
     "fp8": Refused(

@@ -176,6 +176,7 @@ def test_defaults_of_top_p_are_those_of_the_paper():
         "balance_loss": "seq_aux_loss",
         "balance_loss_coeff": 1e-2,
         "dynamic_loss_coeff": 1e-4,
+        "backend": "auto",
     }
 
 
@@ -194,7 +195,15 @@ def test_defaults_of_dtop_p_are_those_of_the_paper():
         "balance_loss": "seq_aux_loss",
         "balance_loss_coeff": 1e-4,
         "dynamic_loss_coeff": 1e-3,
+        "backend": "auto",
     }
+
+
+def test_top_k_has_a_back_end():
+    given = DynMoEConfig(backend="local")
+    assert given.resolve(16) == given
+    with pytest.raises(ValueError, match="backend is 'te'"):
+        DynMoEConfig(backend="te")
 
 
 def test_top_k_stays_as_it_is():
@@ -268,7 +277,7 @@ def test_the_edges_of_what_makes_sense(settings, num_experts):
 EVERY_DYNAMIC_SETTING = {
     name: setting.choices[0] if setting.choices else {"int": 1}.get(setting.kind, 0.5)
     for name, setting in SETTINGS.items()
-    if name != "routing"
+    if name not in ("routing", "backend")
 }
 
 

@@ -12,6 +12,7 @@ arithmetic of a GPU's reduced precisions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections import defaultdict
@@ -53,7 +54,7 @@ def wanted() -> bool:
     device = os.environ.get("DYNMOE_DEVICE", "auto")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
-    has_cuda = not _installed() and torch.cuda.is_available()
+    has_cuda = not is_installed() and torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ValueError(
             "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device. "
@@ -64,7 +65,7 @@ def wanted() -> bool:
 
 def install() -> None:
     """Let the CPU answer for ``torch.cuda`` in this process, once, and say so on rank 0."""
-    if _installed():
+    if is_installed():
         return
     why = "DYNMOE_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device"
     # The jit fuser would compile for an accelerator that is not there. Answering here, rather than
@@ -82,7 +83,8 @@ def install() -> None:
         print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
 
 
-def _installed() -> bool:
+def is_installed() -> bool:
+    """Whether the CPU answers for ``torch.cuda`` in this process."""
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
 
 
@@ -265,14 +267,9 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
     torch.accelerator.current_accelerator = _returns(None)
 
 
-# Needs Transformer Engine's attention, norms or kernels; and what to do instead.
+# Needs Transformer Engine's attention or kernels; and what to do instead.
 _SPREAD = "spread the model with --expert-model-parallel-size or --pipeline-model-parallel-size"
 _NEEDS_A_GPU = {
-    "tensor_model_parallel_size": (
-        1,
-        "without Transformer Engine the norms cannot run sequence-parallel, which an MoE layer "
-        f"under tensor parallelism needs. Use 1, and {_SPREAD}",
-    ),
     "context_parallel_size": (
         1,
         f"only Transformer Engine's attention splits a sequence. Use 1, and {_SPREAD}",
@@ -293,6 +290,41 @@ def _refuse_what_needs_a_gpu(args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
 
 
+def _all_gather(
+    outputs: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+    *,
+    original: Callable[..., Any],
+) -> Any:
+    """``all_gather`` that takes parts of different lengths, as NCCL's does and gloo's does not."""
+    if len({output.shape for output in outputs}) == 1:
+        return original(outputs, tensor, group, async_op)
+    for rank, output in enumerate(outputs):
+        if rank == torch.distributed.get_rank(group):
+            output.copy_(tensor)
+        if output.numel():
+            torch.distributed.broadcast(output, group=group, group_src=rank)
+    return None
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    parts: list[torch.Tensor],
+    op: Any = torch.distributed.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> None:
+    """``reduce_scatter`` that takes parts of different lengths, likewise."""
+    for rank, part in enumerate(parts):
+        summed = part.clone()
+        if part.numel():
+            torch.distributed.reduce(summed, op=op, group=group, group_dst=rank)
+        if rank == torch.distributed.get_rank(group):
+            output.copy_(summed)
+
+
 def _as_the_host_wants_it(tensor, as_numpy=False, record_stream=False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
@@ -309,6 +341,12 @@ def _redirect_megatron() -> None:
 
     # Upstream turns splits into numpy arrays only while it copies them from a GPU.
     megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
+
+    # Under tensor parallelism the ranks of an expert hold different numbers of rows.
+    torch.distributed.all_gather = functools.partial(
+        _all_gather, original=torch.distributed.all_gather
+    )
+    torch.distributed.reduce_scatter = _reduce_scatter
 
     validate = megatron_arguments.validate_args
 

@@ -18,7 +18,8 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_balance_loss
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.backends import torch_native
+from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
@@ -56,11 +57,15 @@ def train(program_start: float) -> None:
     try:
         args, dynmoe = parse_command_line()
         model_config = gpt_config_from_args(args)
+        plan = torch_native.plan(
+            dynmoe.backend or AUTO, args.transformer_impl, model_config.transformer, args.optimizer
+        )
         resolved, _ = settle(dynmoe, model_config.transformer)
     except ValueError:
         sys.tracebacklimit = 0  # the message says what to do; a stack would bury it
         raise
-    if dynmoe.is_dynamic:
+    is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
+    if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
     with run_directory.keeping(args, resolved, program_start):
         pretrain(
@@ -80,6 +85,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
+        backend, _ = torch_native.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
+        args.transformer_impl = torch_native.implementation(backend)
+        if backend == "torch_native":
+            torch_native.adapt_arguments(args)
+        torch_native.check_norms(backend, args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(
@@ -87,14 +97,15 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                     "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
                     "dynmoe_layer_spec and DYNMOE_CONFIG."
                 )
-        if dynmoe.is_dynamic:
+        if dynmoe.is_dynamic or dynmoe.backend == "torch_native":
             for name in _OTHER_MODELS:
                 if getattr(args, name, None):
                     raise ValueError(
                         f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                        f"{dynmoe.routing!r} this entry point builds the model's layers itself. "
-                        "Leave it out."
+                        f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
+                        "model's layers itself. Leave it out."
                     )
+        if dynmoe.is_dynamic:
             check_upstream_settings(args)
         dynmoe.resolve(args.num_experts)
         found.append(dynmoe)

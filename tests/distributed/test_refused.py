@@ -7,7 +7,16 @@ from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 MISTAKES = {
-    "--tensor-model-parallel-size 2 --sequence-parallel": ("Transformer Engine", "Use 1"),
+    "--sequence-parallel --tensor-model-parallel-size 2 --moe-dynamic-backend local": (
+        "the norms of local",
+        "torch_native",
+    ),
+    "--moe-dynamic-backend torch_native --disable-bias-linear --softmax-type off-by-one": (
+        "attention cannot do softmax_type off-by-one",
+        "auto",
+    ),
+    "--moe-dynamic-backend transformer_engine": ("not installed", "use auto or torch_native"),
+    "--transformer-impl transformer_engine --moe-dynamic-backend local": ("which needs local",),
     "--moe-expert-capacity-factor 1.0": ("fixed number", "--moe-dynamic-max-experts-per-token"),
     "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity": ("fixed number",),
     "--mtp-num-layers 1": ("top-k", "leave it out"),

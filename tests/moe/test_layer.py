@@ -1,5 +1,7 @@
 """DynMoELayer on one rank against a loop over tokens and experts: outputs and every gradient."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -70,7 +72,11 @@ def doubles(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def gated_mlp(parameters: dict[str, torch.Tensor], name: str):
     """A function of one token [D]: fc2(silu(gate) * up), with (gate; up) = fc1."""
-    fc1, fc2 = (parameters[f"{name}.linear_fc{i}.weight"] for i in (1, 2))
+    if name.startswith("experts.") and "experts.weight1" in parameters:
+        expert = int(name.rpartition(".")[2])
+        fc1, fc2 = (parameters[f"experts.weight{i}"][expert] for i in (1, 2))
+    else:
+        fc1, fc2 = (parameters[f"{name}.linear_fc{i}.weight"] for i in (1, 2))
 
     def apply(hidden_D: torch.Tensor) -> torch.Tensor:
         gate, up = (fc1 @ hidden_D).chunk(2)
@@ -89,10 +95,10 @@ def looped_layer(parameters, hidden_SBD, choices, dynmoe: DynMoEConfig) -> torch
     weights = []
     for hidden_D, choice in zip(hidden_TD, choices, strict=True):
         logits = list(parameters["router.weight"] @ hidden_D)
-        if dynmoe is DTOP_P:
+        if dynmoe.is_controlled:
             logits = oracle.normalize(logits, 1 + parameters["router.theta_offset"][0])
         probs = oracle.softmax(logits)
-        weights.append(oracle.weights(probs, choice, renormalize=dynmoe is DTOP_P))
+        weights.append(oracle.weights(probs, choice, renormalize=dynmoe.is_controlled))
     output_TD = oracle.moe(hidden_TD, weights, choices, experts)
     if any(name.startswith("shared_experts") for name in parameters):
         shared = gated_mlp(parameters, "shared_experts")
@@ -126,11 +132,15 @@ def assert_equals_loops(layer, hidden: torch.Tensor, routing_map, dynmoe: DynMoE
         )
 
 
+@pytest.mark.parametrize("backend", ["local", "torch_native"])
 @pytest.mark.parametrize("shared", [None, 6], ids=["", "shared"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("dynmoe", [TOP_P, DTOP_P], ids=["top_p", "dtop_p"])
 @pytest.mark.parametrize("make_map", MAPS)
-def test_equals_a_loop_over_tokens_and_experts(monkeypatch, make_map, dynmoe, dispatcher, shared):
+def test_equals_a_loop_over_tokens_and_experts(
+    monkeypatch, make_map, dynmoe, dispatcher, shared, backend
+):
+    dynmoe = dataclasses.replace(dynmoe, backend=backend)
     layer = one_rank.moe_layer(
         dynmoe,
         num_experts=E,
@@ -170,9 +180,13 @@ def test_a_threshold_of_one_uses_all_experts(dispatcher):
     hidden = hidden_states(S * B)
     output, _ = layer(hidden)
     probs = (hidden.view(-1, D) @ layer.router.weight.T).softmax(-1)
-    dense = sum(
-        probs[:, e : e + 1] * layer.experts.local_experts[e](hidden.view(-1, D))[0]
-        for e in range(E)
+    parameters = dict(layer.named_parameters())
+    experts = [gated_mlp(parameters, f"experts.local_experts.{e}") for e in range(E)]
+    dense = torch.stack(
+        [
+            sum(prob * expert(token_D) for prob, expert in zip(row, experts, strict=True))
+            for row, token_D in zip(probs, hidden.view(-1, D), strict=True)
+        ]
     )
     torch.testing.assert_close(output.view(-1, D), dense, rtol=1e-4, atol=1e-5)
 

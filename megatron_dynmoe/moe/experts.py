@@ -1,0 +1,272 @@
+"""GroupedExperts: the SwiGLU experts of a rank as two stacked weights and grouped GEMMs.
+
+Needs nothing but PyTorch. Weights, results and checkpoints are those of upstream's SequentialMLP,
+which holds two linear layers for each expert and runs them one after another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch import Tensor
+
+ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
+_EXTRA_STATE = "_extra_state"
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of one rank; built and called as upstream builds and calls SequentialMLP.
+
+    With E local experts, hidden size D and F of the experts' FFN size on this rank:
+
+    Attributes:
+        weight1: [E, 2F, D], gate rows first.
+        weight2: [E, D, F].
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        """Build the experts; arguments are upstream's."""
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.tp_group = pg_collection.expt_tp
+        weights1, weights2 = [], []
+        # Upstream's layers draw the weights, in its order, so that a seed gives those of `local`.
+        for _ in range(num_local_experts):
+            shared: dict[str, Any] = {
+                "config": config,
+                "bias": False,
+                "skip_bias_add": True,
+                "is_expert": True,
+                "tp_group": self.tp_group,
+            }
+            hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+            fc1 = ColumnParallelLinear(
+                hidden,
+                2 * ffn,
+                init_method=config.init_method,
+                gather_output=False,
+                stride=2,
+                **shared,
+            )
+            fc2 = RowParallelLinear(
+                ffn,
+                hidden,
+                init_method=config.output_layer_init_method,
+                input_is_parallel=True,
+                **shared,
+            )
+            weights1.append(fc1.weight)
+            weights2.append(fc2.weight)
+        self.weight1, self.weight2 = _stacked(weights1), _stacked(weights2)
+
+    def forward(
+        self, hidden_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run every row through its expert and weight the result.
+
+        Args:
+            hidden_RD: [R, D], the rows of expert 0, then those of expert 1, ...
+            tokens_per_expert: [E] int64, on any device; sums to R.
+            probs_R: [R] float32, the rows' weights.
+
+        Returns:
+            [R, D] in the input's dtype; and no bias.
+        """
+        gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
+        gate, up = gate_up.chunk(2, dim=-1)
+        # Upstream weights after the activation too, and rounds once, to the model's dtype.
+        activated = torch.nn.functional.silu(gate) * up
+        weighted_RF = (activated * probs_R.unsqueeze(-1)).to(activated.dtype)
+        return grouped_linear(weighted_RF, self.weight2, tokens_per_expert), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """The weights under the names and in the global shapes of upstream's experts.
+
+        Raises:
+            ValueError: the checkpoint is to hold one tensor per expert.
+        """
+        if (metadata or {}).get("singleton_local_shards", False):
+            raise ValueError(
+                "The checkpoint is to name every expert's tensors on its own (singleton local "
+                "shards), which torch_native's experts cannot do: use --moe-dynamic-backend local."
+            )
+        sharded: ShardedStateDict = {}
+        for name, weight, layer, tp_axis, num_parts in (
+            ("weight1", self.weight1, "linear_fc1", 1, 2),
+            ("weight2", self.weight2, "linear_fc2", 2, 1),
+        ):
+            key = f"{prefix}experts.{layer}"
+            sharded[f"{prefix}{name}"] = self._sharded(
+                weight, f"{key}.weight", tp_axis, num_parts, sharded_offsets
+            )
+            # Upstream's layers save an empty state beside each weight and expect it back.
+            first = self.ep_group.rank() * self.num_local_experts
+            for expert in range(self.num_local_experts):
+                experts = self.ep_group.size() * self.num_local_experts
+                offset = (len(sharded_offsets), first + expert, experts)
+                sharded[f"{prefix}{layer}.{expert}.{_EXTRA_STATE}"] = (
+                    make_sharded_object_for_checkpoint(
+                        None,
+                        f"{key}.{_EXTRA_STATE}",
+                        (*sharded_offsets, offset),
+                        replica_id=(0, self.tp_group.rank(), self.dp_group.rank()),
+                    )
+                )
+        return sharded
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, without the empty states."""
+        for name in [name for name in state_dict if name.endswith(_EXTRA_STATE)]:
+            if name.startswith(prefix):
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _sharded(
+        self, weight: Tensor, key: str, tp_axis: int, num_parts: int, layers: tuple[Any, ...]
+    ) -> ShardedTensorFactory:
+        """A weight [E, ...] as part of [layers, all experts, ...].
+
+        Args:
+            tp_axis: the axis that tensor parallelism splits.
+            num_parts: how many parts (gate and up) it splits on its own.
+            layers: the offset in the axis of layers, which the weight itself lacks.
+        """
+        prepended = len(layers)
+        ep_rank, ep_size = self.ep_group.rank(), self.ep_group.size()
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def build(
+            key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    part,
+                    *layers,
+                    (prepended, ep_rank, ep_size),
+                    (prepended + tp_axis, tp_rank + number * tp_size, num_parts * tp_size),
+                    replica_id=replica_id,
+                    prepend_axis_num=prepended,
+                )
+                for number, part in enumerate(tensor.chunk(num_parts, dim=tp_axis))
+            ]
+
+        def merge(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts, dim=tp_axis)
+
+        return ShardedTensorFactory(key, weight, build, merge, (0, 0, self.dp_group.rank()))
+
+
+def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply the rows of each expert by its weight, transposed.
+
+    Args:
+        rows_RI: [R, I], the rows of expert 0 first.
+        weight_EOI: [E, O, I] of the rows' dtype.
+        tokens_per_expert: [E] int64, sums to R.
+
+    Returns:
+        [R, O].
+    """
+    if len(rows_RI) and uses_grouped_mm(rows_RI.device, rows_RI.dtype, *weight_EOI.shape[1:]):
+        ends = tokens_per_expert.to(rows_RI.device, non_blocking=True).cumsum(0).int()
+        return _GroupedLinear.apply(rows_RI, weight_EOI, ends)
+    counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
+    return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
+
+
+def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether these GEMMs run as ``torch.nn.functional.grouped_mm``, or else one by one.
+
+    On GPUs it has a kernel for bf16 from Hopper on; elsewhere there it copies the counts to the
+    host and loops, which the loop here does too, and mostly without the copy: the dispatcher has
+    made it. On CPU it is as fast as that loop or up to 12 % faster (docs/backends.md).
+    """
+    if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
+        return False
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """:func:`grouped_linear` in one call for all experts, forward, and two backward.
+
+    ``grouped_mm`` has a derivative of its own, which fails where the gradient is an expanded
+    tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
+        grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
+        return grad_rows, grad_weight, None
+
+
+class _LoopedLinear(torch.autograd.Function):
+    """:func:`grouped_linear`, an expert at a time, without copies of rows or weights."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
+        output = rows.new_empty(len(rows), weight.shape[1])
+        for expert, (rows_e, output_e) in enumerate(_groups(counts, rows, output)):
+            torch.mm(rows_e, weight[expert].t(), out=output_e)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        groups = _groups(ctx.counts, rows, grad, grad_rows)
+        for expert, (rows_e, grad_e, grad_rows_e) in enumerate(groups):
+            torch.mm(grad_e, weight[expert], out=grad_rows_e)
+            torch.mm(grad_e.t(), rows_e, out=grad_weight[expert])  # zero where there are no rows
+        return grad_rows, grad_weight, None
+
+
+def _groups(counts: list[int], *tensors: Tensor) -> Any:
+    return zip(*(tensor.split(counts) for tensor in tensors), strict=True)
+
+
+def _stacked(weights: list[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """The weights as one parameter that upstream takes for an expert's; frees them."""
+    stacked = torch.nn.Parameter(torch.stack([weight.detach() for weight in weights]))
+    # Whether data-parallel ranks outside the experts' group share it, and its split over TP.
+    for name in ("allreduce", "tensor_model_parallel", "partition_stride"):
+        if hasattr(weights[0], name):
+            setattr(stacked, name, getattr(weights[0], name))
+    stacked.partition_dim = getattr(weights[0], "partition_dim", 0) + 1  # type: ignore[attr-defined]
+    return stacked
