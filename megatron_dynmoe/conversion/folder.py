@@ -117,7 +117,10 @@ def write_shards(
         )
         tensors = {}
         for entry in shard:
-            tensors[entry.key] = entry.make().to(entry.dtype).reshape(entry.shape).contiguous()
+            tensor = entry.make().to(entry.dtype).reshape(entry.shape).contiguous()
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                tensor = tensor.clone()  # a part would keep the whole that it was cut from
+            tensors[entry.key] = tensor
             where[entry.key] = name
             total += entry.num_bytes
             progress(entry.num_bytes)

@@ -276,9 +276,9 @@ def inv_freq(head_dim: int) -> Tensor:
 
 
 def in_order(shapes: Shapes, table: tuple[Row, ...]) -> list[Block]:
-    """All blocks of a model, layer by layer, so that a source is read from front to back."""
+    """All blocks of a model by layer and expert, so that a source is read from front to back."""
     blocks = [block for row in table for block in shapes.blocks(row)]
-    return sorted(blocks, key=lambda block: -1 if block.layer is None else block.layer)
+    return sorted(blocks, key=lambda block: [-1 if x is None else x for x in block[1:]])
 
 
 def progress_bar(name: str, total: int | None, show: bool) -> Any:
