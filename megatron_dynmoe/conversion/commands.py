@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -17,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
+    _return_freed_memory()
     try:
         return _to_hf(args) if args.command == "to-hf" else _from_hf(args)
     except (ValueError, OSError) as error:
@@ -130,6 +134,15 @@ def _from_hf(args: argparse.Namespace) -> int:
         "--exit-on-missing-checkpoint ..."
     )
     return 0
+
+
+def _return_freed_memory() -> None:
+    """Have large tensors mapped one by one: from the heap, holes between them stay this process'.
+
+    Without it a shard of 4 GB in small tensors took 5.6 GB. Only glibc has this setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _size(text: str) -> int:
