@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-# What upstream adds to a score that is masked.
+# Added to a score that is masked; upstream writes the same in its place.
 MASKED_SCORE = -10000.0
 
 
@@ -273,7 +273,8 @@ class ScaledDotProductAttention(DotProductAttention):
         is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
         mask = None
         if attention_mask is not None:
-            # Not minus infinity: a row that is masked whole attends to all, as upstream's does.
+            # Not minus infinity: a row that is masked whole (padding) attends to all, by its scores;
+            # upstream's does so evenly.
             mask = torch.zeros_like(attention_mask, dtype=query.dtype)
             mask.masked_fill_(attention_mask, MASKED_SCORE)
         dropout = self.attention_dropout.p if self.training else 0.0
@@ -300,11 +301,42 @@ class ScaledDotProductAttention(DotProductAttention):
         return self.softmax_scale * (self.layer_number if divided else 1)
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMSNorm; on the CPU, where PyTorch strings ten calls together, in fewer."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize the last dimension, in float32, and scale it."""
+        if hidden.device.type == "cuda":
+            return super().forward(hidden)
+        return _RMSNormOnCPU.apply(hidden, self.weight, self.eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        return (wide * scale).mul_(weight).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        wide_weight = weight.float()
+        normed = hidden * scale  # float32, as scale is
+        by_normed = grad * normed
+        mean = (by_normed @ wide_weight).div_(hidden.shape[-1]).unsqueeze(-1)
+        grad_hidden = (grad * wide_weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        grad_weight = by_normed.flatten(0, -2).sum(0)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None
+
+
 def native_norm(
     config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
 ) -> torch.nn.Module:
     """PyTorch's RMSNorm or LayerNorm, whose gradients are summed over sequence-parallel ranks."""
-    cls = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+    cls = {"RMSNorm": RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
     norm = cls(hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -92,10 +93,11 @@ class GroupedExperts(MegatronModule):
             [R, D] in the input's dtype; and no bias.
         """
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
-        gate, up = gate_up.chunk(2, dim=-1)
-        # Upstream weights after the activation too, and rounds once, to the model's dtype.
-        activated = torch.nn.functional.silu(gate) * up
-        weighted_RF = (activated * probs_R.unsqueeze(-1)).to(activated.dtype)
+        # Upstream weights the activations, not the outputs, too.
+        if self.config.bias_activation_fusion:
+            weighted_RF = weighted_bias_swiglu_impl(gate_up, None, probs_R.unsqueeze(-1))
+        else:
+            weighted_RF = _WeightedSwiGLU.apply(gate_up, probs_R)
         return grouped_linear(weighted_RF, self.weight2, tokens_per_expert), None
 
     def sharded_state_dict(
@@ -211,6 +213,31 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bo
     if device.type != "cuda":
         return True
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """probs * silu(gate) * up, of which only the inputs are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_R2F, probs_R)
+        gate, up = gate_up_R2F.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up).mul_(probs_R.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, probs = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        grad_activated = grad_RF * up
+        grad_probs = torch.linalg.vecdot(grad_activated.to(probs.dtype), activated.to(probs.dtype))
+        torch.mul(grad_RF, activated.mul_(probs.unsqueeze(-1)), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(
+            grad_activated.mul_(probs.unsqueeze(-1)), gate, grad_input=grad_gate
+        )
+        return grad_gate_up, grad_probs
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -1,0 +1,118 @@
+"""GroupedExperts against upstream's SequentialMLP from the same seed, and its two kinds of GEMM."""
+
+import pytest
+import torch
+
+from megatron_dynmoe.config import DynMoEConfig
+from tests.moe import one_rank
+
+pytestmark = pytest.mark.megatron
+
+E, D = 4, 8
+COUNTS = [[5, 0, 1, 4], [0, 0, 0, 7], [3, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def experts(backend: str, **settings):
+    torch.manual_seed(7)
+    layer = one_rank.moe_layer(DynMoEConfig(backend=backend), num_experts=E, **settings)
+    return layer.experts
+
+
+def weights_of(local, name: str, gradient: bool = False) -> torch.Tensor:
+    """The weights or gradients of upstream's experts, stacked."""
+    weights = [getattr(expert, name).weight for expert in local.local_experts]
+    if not gradient:
+        return torch.stack([weight.detach() for weight in weights])
+    zero = torch.zeros_like(weights[0])
+    return torch.stack([zero if weight.grad is None else weight.grad for weight in weights])
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+# 12: rows of grouped_mm in fp32; 10: not aligned, so one by one.
+@pytest.mark.parametrize("ffn", [12, 16, 10])
+def test_equal_to_upstreams_experts(counts, dtype, tolerance, ffn):
+    settings = {"moe_ffn_hidden_size": ffn, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
+    local, native = experts("local", **settings), experts("torch_native", **settings)
+    assert torch.equal(native.weight1, weights_of(local, "linear_fc1"))
+    assert torch.equal(native.weight2, weights_of(local, "linear_fc2"))
+
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(sum(counts), D, generator=generator).to(dtype)
+    probs = torch.rand(sum(counts), generator=generator)
+    direction = torch.randn(sum(counts), D, generator=generator).to(dtype)
+    results = []
+    for module in (local, native):
+        inputs = [rows.clone().requires_grad_(), probs.clone().requires_grad_()]
+        output, bias = module(inputs[0], torch.tensor(counts), inputs[1])
+        assert bias is None
+        output.backward(direction)
+        results.append([output, *(leaf.grad for leaf in inputs)])
+    results[0] += [weights_of(local, name, gradient=True) for name in ("linear_fc1", "linear_fc2")]
+    results[1] += [native.weight1.grad, native.weight2.grad]
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_kinds_of_gemm_agree(dtype):
+    from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
+
+    assert uses_grouped_mm(torch.device("cpu"), dtype, 16, 24)
+    assert not uses_grouped_mm(torch.device("cpu"), dtype, 16, 25)
+    counts = torch.tensor([3, 0, 5])
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(8, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(3, 24, 16, generator=generator).to(dtype).requires_grad_()
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 1))  # 25 rows, of which one is empty
+    grouped = grouped_linear(rows, weight, counts)
+    looped = grouped_linear(rows, padded, counts)[:, :24]
+    torch.testing.assert_close(grouped, looped)
+    # The gradient of a sum is an expanded tensor.
+    got = torch.autograd.grad(grouped.sum(), (rows, weight))
+    want = torch.autograd.grad(looped.sum(), (rows, weight))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_upstreams_fused_activation_agrees():
+    native = experts("torch_native", moe_ffn_hidden_size=16)
+    rows, probs = torch.randn(6, D), torch.rand(6)
+    counts = torch.tensor([1, 2, 3, 0])
+    plain, _ = native(rows, counts, probs)
+    native.config.bias_activation_fusion = True
+    fused, _ = native(rows, counts, probs)
+    torch.testing.assert_close(fused, plain)
+
+
+def test_singleton_shards_are_refused():
+    with pytest.raises(ValueError, match="backend local"):
+        experts("torch_native").sharded_state_dict(metadata={"singleton_local_shards": True})
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_them_in_bf16_without_a_copy_to_the_host():
+    from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
+
+    device = torch.device("cuda")
+    if not uses_grouped_mm(device, torch.bfloat16, 64, 128):
+        pytest.skip("grouped_mm has no kernel for this GPU: it needs Hopper or later")
+    counts = torch.tensor([7, 0, 130, 63], device=device)  # not multiples of a tile or of 8
+    rows = torch.randn(200, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = grouped_linear(rows, weight, counts)
+        output.backward(torch.ones_like(output))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    starts = [0, *counts.cumsum(0).tolist()]
+    for expert in range(4):
+        part = slice(starts[expert], starts[expert + 1])
+        torch.testing.assert_close(
+            output[part], rows[part] @ weight[expert].t(), rtol=2e-2, atol=2e-1
+        )
+        expected = torch.ones_like(output[part]).t() @ rows[part]
+        torch.testing.assert_close(weight.grad[expert], expected, rtol=2e-2, atol=2e-1)
