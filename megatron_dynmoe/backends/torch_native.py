@@ -273,8 +273,8 @@ class ScaledDotProductAttention(DotProductAttention):
         is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
         mask = None
         if attention_mask is not None:
-            # Not minus infinity: a row that is masked whole (padding) attends to all, by its scores;
-            # upstream's does so evenly.
+            # Not minus infinity: a row that is masked whole, of padding, stays finite. It attends
+            # to all by its scores; upstream's does so evenly.
             mask = torch.zeros_like(attention_mask, dtype=query.dtype)
             mask.masked_fill_(attention_mask, MASKED_SCORE)
         dropout = self.attention_dropout.p if self.training else 0.0
