@@ -1,11 +1,18 @@
 """What holds for every test: how they share a machine, and what they need to run."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
 # How long an example takes says more about the machine's load than about the code.
 settings.register_profile("shared-machine", deadline=None, print_blob=True)
 settings.load_profile("shared-machine")
+
+# Where there is no GPU, Triton interprets its kernels on the CPU, if it hears so before its import.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook

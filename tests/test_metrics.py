@@ -37,6 +37,10 @@ def random_maps(seed: int = 0) -> dict[int, np.ndarray]:
     return maps
 
 
+def add_map(counters, routing_map: torch.Tensor, cap: int | None) -> None:
+    counters.add_counts(routing_map.sum(dim=0), routing_map.sum(dim=1), cap, None)
+
+
 def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
     """The reduced statistics, made as routers make them: counters, pack, unpack."""
     from megatron_dynmoe.routing.counters import RoutingCounters, pack, unpack
@@ -45,7 +49,7 @@ def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
     for layer, routing_map in maps.items():
         counters = RoutingCounters(E, torch.device("cpu"))
         for micro_batch in np.array_split(routing_map, 2):
-            counters.add_map(torch.from_numpy(micro_batch), CAP, None)
+            add_map(counters, torch.from_numpy(micro_batch), CAP)
             counters.add_losses(torch.tensor(1.5 * layer), torch.tensor(0.25 * layer), 1)
         theta, threshold = torch.tensor([1 + layer / 10]), torch.tensor([layer / 20])
         routers.append((layer, counters.read(theta, threshold)))
@@ -112,7 +116,7 @@ def test_one_layer_and_one_expert(num_layers):
     from megatron_dynmoe.routing.counters import RoutingCounters, pack, unpack
 
     counters = RoutingCounters(1, torch.device("cpu"))
-    counters.add_map(torch.ones(5, 1, dtype=torch.bool), None, None)
+    add_map(counters, torch.ones(5, 1, dtype=torch.bool), None)
     read = counters.read(torch.ones(1), torch.zeros(1))
     summary = summarize(unpack(pack([(1, read)], num_layers, 1, torch.device("cpu"))))
     assert summary.experts_per_token == summary.max_over_mean_load == 1

@@ -120,14 +120,22 @@ class RoutingCounters(KeepDtype):
         self.register_buffer("assignments", zeros_E, persistent=False)
 
     @torch.no_grad()
-    def add_map(
-        self, routing_map_TE: Tensor, max_experts: int | None, valid_T: Tensor | None
+    def add_counts(
+        self,
+        assignments_E: Tensor,
+        experts_T: Tensor,
+        max_experts: int | None,
+        valid_T: Tensor | None,
     ) -> None:
-        """Count one micro-batch's routing map [T, E], without padding (``valid_T`` False)."""
+        """Count one micro-batch, without padding (``valid_T`` False).
+
+        Args:
+            assignments_E: [E] int64, the valid tokens that chose each expert.
+            experts_T: [T] int64, the experts of each token, padding or not.
+        """
         if valid_T is not None:
-            routing_map_TE = routing_map_TE & valid_T.unsqueeze(-1)
-        experts_T = routing_map_TE.sum(dim=-1)
-        self.assignments += routing_map_TE.sum(dim=0)
+            experts_T = experts_T * valid_T
+        self.assignments += assignments_E
         self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()
         self.squared_experts += experts_T.square().sum()
         if max_experts is not None:

@@ -21,15 +21,19 @@ def count_assignments(
     Returns:
         Assignments [B, E] and tokens [B], int64.
     """
-    num_tokens, num_experts = routing_map_TE.shape
-    if valid_T is None:
-        tokens_B = routing_map_TE.new_full(
-            (num_sequences,), num_tokens // num_sequences, dtype=torch.int64
-        )
-    else:
+    num_experts = routing_map_TE.shape[-1]
+    tokens_B = count_tokens(routing_map_TE, num_sequences, valid_T)
+    if valid_T is not None:
         routing_map_TE = routing_map_TE & valid_T.unsqueeze(-1)
-        tokens_B = valid_T.view(-1, num_sequences).sum(dim=0)
     return routing_map_TE.view(-1, num_sequences, num_experts).sum(dim=0), tokens_B
+
+
+def count_tokens(routing_map_TE: Tensor, num_sequences: int, valid_T: Tensor | None) -> Tensor:
+    """The valid tokens of each sequence, [B] int64; arguments as for :func:`count_assignments`."""
+    if valid_T is not None:
+        return valid_T.view(-1, num_sequences).sum(dim=0)
+    tokens = len(routing_map_TE) // num_sequences
+    return routing_map_TE.new_full((num_sequences,), tokens, dtype=torch.int64)
 
 
 def load_balance_loss(
@@ -56,9 +60,16 @@ def load_balance_loss(
     num_sequences, num_experts = fractions_BE.shape
     if valid_T is not None:
         probs_TE = probs_TE * valid_T.unsqueeze(-1)
-    probs_BE = probs_TE.view(-1, num_sequences, num_experts).sum(dim=0)
-    mean_probs_BE = probs_BE / tokens_B.clamp(min=1).unsqueeze(-1)
-    loss_B = num_experts * (fractions_BE * mean_probs_BE).sum(dim=-1)
+    prob_sums_BE = probs_TE.view(-1, num_sequences, num_experts).sum(dim=0)
+    return load_balance_loss_of_sums(prob_sums_BE, fractions_BE, tokens_B)
+
+
+def load_balance_loss_of_sums(
+    prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor
+) -> Tensor:
+    """:func:`load_balance_loss`, given the sums over valid tokens of their probabilities, [B, E]."""
+    mean_probs_BE = prob_sums_BE / tokens_B.clamp(min=1).unsqueeze(-1)
+    loss_B = fractions_BE.shape[-1] * (fractions_BE * mean_probs_BE).sum(dim=-1)
     return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
 
 

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.routing.losses import count_assignments
 from megatron_dynmoe.routing.normalize import standardize
 from megatron_dynmoe.routing.select import select_and_count
 
 # On a CPU the tokens are taken in blocks whose temporaries stay in its caches: fresh memory for
 # every temporary of all tokens costs more time than the arithmetic.
-CPU_BLOCK_ELEMENTS = 1 << 18
+CPU_BLOCK_ELEMENTS = 1 << 17
 
 
 class Routing(NamedTuple):
@@ -103,22 +102,23 @@ class _PlainRoute(torch.autograd.Function):
                 standard_TE[rows], scale_T1[rows] = standardize(logits_TE[rows])
                 scaled_TE = theta * standard_TE[rows]
             probs = torch.softmax(scaled_TE, dim=-1, out=probs_TE[rows])
-            chosen, experts_T[rows] = select_and_count(probs, threshold, max_experts)
-            map_TE[rows] = chosen
+            map_TE[rows], experts_T[rows] = select_and_count(probs, threshold, max_experts)
+            chosen = map_TE[rows].to(probs.dtype)  # arithmetic with bool converts it every time
             weights = torch.mul(probs, chosen, out=weights_TE[rows])
             if renormalize:
                 weights /= weights.sum(dim=-1, keepdim=True)
 
-            valid = None if valid_T is None else valid_T[rows]
-            assignments_BE += count_assignments(chosen, num_sequences, valid)[0]
             # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
             tiny = torch.finfo(probs.dtype).tiny
             entropy_T = -torch.linalg.vecdot(probs, probs.clamp(min=tiny).log())
-            if valid is not None:
-                entropy_T = torch.where(valid, entropy_T, 0)
-                probs = probs * valid.unsqueeze(-1)
-            prob_sums_BE += probs.view(-1, num_sequences, num_experts).sum(dim=0)
+            if valid_T is not None:
+                valid_T1 = valid_T[rows].unsqueeze(-1)
+                entropy_T = entropy_T.masked_fill(~valid_T[rows], 0)
+                probs, chosen = probs * valid_T1, chosen * valid_T1
             entropy += entropy_T.sum()
+            prob_sums_BE += probs.view(-1, num_sequences, num_experts).sum(dim=0)
+            # Whole numbers below 2**24, the tokens of a block, are exact in float32.
+            assignments_BE += chosen.view(-1, num_sequences, num_experts).sum(dim=0).long()
         ctx.save_for_backward(standard_TE, scale_T1, probs_TE, weights_TE, map_TE, theta, valid_T)
         ctx.renormalize = renormalize
         ctx.mark_non_differentiable(map_TE, experts_T, assignments_BE)

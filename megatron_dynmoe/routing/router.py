@@ -13,9 +13,8 @@ from megatron.core.utils import log_single_rank
 from torch import Tensor
 
 from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
-from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
-from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.select import select, weigh
+from megatron_dynmoe.routing.losses import count_tokens, load_balance_loss_of_sums
+from megatron_dynmoe.routing.route import Routing, route
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -105,31 +104,35 @@ class TopPRouter(KeepDtype, TopKRouter):
         Returns:
             Weights [T, E] float32 and routing map [T, E] bool, T = S * B.
         """
-        num_sequences = logits.shape[1]
+        dynmoe = self.dynmoe
+        num_sequences = logits.shape[1] if dynmoe.balance_loss == "seq_aux_loss" else 1
         logits_TE = logits.reshape(-1, self.num_experts)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
 
-        # 1. Normalize
+        # 1. z-loss, on the logits as they are
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=None if valid_T is None else ~valid_T)
-        if self.theta_offset is not None:
-            logits_TE = normalize(logits_TE, self.theta)
-        probs_TE = torch.softmax(logits_TE, dim=-1)
 
-        # 2. Select
+        # 2. Normalize, select, weigh
         threshold, cap = self._threshold_and_cap()
-        map_TE = select(probs_TE, threshold, cap)
+        routed = route(
+            logits_TE,
+            threshold,
+            theta=None if self.theta_offset is None else self.theta,
+            max_experts=cap,
+            renormalize=dynmoe.weights == "renormalized",
+            num_sequences=num_sequences,
+            valid_T=valid_T,
+        )
 
-        # 3. Weigh
-        weights_TE = weigh(probs_TE, map_TE, renormalize=self.dynmoe.weights == "renormalized")
-
-        # 4. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
+        # 3. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
         #    first of the two forward passes of recomputation
+        weights_TE, assignments_E = routed.weights_TE, routed.assignments_BE.sum(dim=0)
         if self.training and torch.is_grad_enabled():
-            self.counters.add_map(map_TE, cap, valid_T)
-            weights_TE = self._attach_losses(weights_TE, probs_TE, map_TE, num_sequences, valid_T)
+            self.counters.add_counts(assignments_E, routed.experts_T, cap, valid_T)
+            weights_TE = self._attach_losses(routed, valid_T)
         elif not self.training:
-            self.evaluation_counters.add_map(map_TE, cap, valid_T)
-        return weights_TE, map_TE
+            self.evaluation_counters.add_counts(assignments_E, routed.experts_T, cap, valid_T)
+        return weights_TE, routed.map_TE
 
     def _threshold_and_cap(self) -> tuple[Tensor | float, int | None]:
         if self.training:
@@ -138,27 +141,19 @@ class TopPRouter(KeepDtype, TopKRouter):
         threshold = self.threshold if override is None else override
         return threshold, self.dynmoe.inference_max_experts_per_token
 
-    def _attach_losses(
-        self,
-        weights_TE: Tensor,
-        probs_TE: Tensor,
-        map_TE: Tensor,
-        num_sequences: int,
-        valid_T: Tensor | None,
-    ) -> Tensor:
+    def _attach_losses(self, routed: Routing, valid_T: Tensor | None) -> Tensor:
         """Send the gradients of both losses into the router with the weights' own."""
         dynmoe, group = self.dynmoe, self.tp_cp_group
-        if dynmoe.balance_loss != "seq_aux_loss":
-            num_sequences = 1
-        assignments_BE, tokens_B = count_assignments(map_TE, num_sequences, valid_T)
+        assignments_BE = routed.assignments_BE
+        tokens_B = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
         num_local_tokens = tokens_B.sum()
         if group.size() > 1:
             torch.distributed.all_reduce(assignments_BE, group=group)
             torch.distributed.all_reduce(tokens_B, group=group)
         fractions_BE = self._fractions(assignments_BE, tokens_B)
 
-        balance = load_balance_loss(probs_TE, fractions_BE, tokens_B, valid_T)
-        dynamic = dynamic_loss(probs_TE, tokens_B.sum().clamp(min=1), valid_T)
+        balance = load_balance_loss_of_sums(routed.prob_sums_BE, fractions_BE, tokens_B)
+        dynamic = routed.entropy / tokens_B.sum().clamp(min=1)
         self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
         asked_for = self.config.moe_router_load_balancing_type
         shown_as = UPSTREAM_LOSS_NAMES.get(
@@ -180,7 +175,7 @@ class TopPRouter(KeepDtype, TopKRouter):
             # Upstream then divides all gradients by the tokens of the global batch; see its
             # attach_and_log_load_balancing_loss.
             loss = loss * num_local_tokens * group.size()
-        return MoEAuxLossAutoScaler.apply(weights_TE, loss)
+        return MoEAuxLossAutoScaler.apply(routed.weights_TE, loss)
 
     def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor) -> Tensor:
         """f of equation (7), [B, E] float32, at the scope of the balance loss."""

@@ -88,7 +88,7 @@ def fixed_point_threshold(threshold: Tensor | float, probs_TE: Tensor) -> Tensor
 
 
 def _fixed_point(values: Tensor) -> Tensor:
-    return (values.double() * 2.0**FIXED_POINT_BITS).long()
+    return (values * 2.0**FIXED_POINT_BITS).long()  # a power of two: exact in float32 too
 
 
 def _is_plain_cpu(values: Tensor) -> bool:

@@ -59,7 +59,10 @@ def hidden_states(tokens: int) -> torch.Tensor:
 
 def force(monkeypatch, routing_map: torch.Tensor) -> None:
     """Route by this map; weights, gate and losses stay the router's own."""
-    monkeypatch.setattr("megatron_dynmoe.routing.router.select", lambda *_: routing_map)
+    monkeypatch.setattr(
+        "megatron_dynmoe.routing.route.select_and_count",
+        lambda *_: (routing_map, routing_map.sum(dim=-1)),
+    )
 
 
 def doubles(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,5 @@
+"""Where kernel tests run: on CUDA, or on a CPU under Triton's interpreter (see tests/conftest.py)."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
