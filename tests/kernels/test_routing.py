@@ -14,10 +14,19 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 from megatron_dynmoe.kernels import routing  # noqa: E402
 
-NUM_EXPERTS = (
-    *(1, 2, 16, 64),  # powers of two; 1 is padded to 2
-    *(5, 100),  # padded to the next one
-)
+CASES = [
+    (num_experts, 5, normalized, renormalize, cap)
+    for num_experts in (1, 2, 5, 16)  # 1 and 5 are padded to the next power of two
+    for normalized in (False, True)
+    for renormalize in (False, True)
+    for cap in (None, 3)
+] + [
+    # the interpreter takes long to sort wide rows
+    (64, 2, True, True, None),
+    (100, 1, True, True, None),
+    (512, 1, True, True, None),
+    (512, 1, False, False, 7),  # a partial sort
+]
 
 
 def fused(logits, threshold, **settings) -> Routing:
@@ -37,14 +46,14 @@ def away_from_the_threshold(probs, threshold) -> torch.Tensor:
     return ((sums - threshold).abs() > 1e-6).all(-1)
 
 
-@pytest.mark.parametrize("cap", [None, 3])
-@pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+@pytest.mark.parametrize(
+    ("num_experts", "num_positions", "normalized", "renormalize", "cap"), CASES
+)
 def test_outputs_and_gradients_are_those_of_plain_pytorch(
-    num_experts, normalized, renormalize, cap
+    num_experts, num_positions, normalized, renormalize, cap
 ):
-    num_sequences, num_tokens = 2, 10
+    num_sequences = 2
+    num_tokens = num_positions * num_sequences
     logits = random_logits(num_tokens, num_experts)
     theta = torch.tensor([1.3], device=DEVICE, requires_grad=True) if normalized else None
     valid = torch.arange(num_tokens, device=DEVICE) % 5 != 3
@@ -71,7 +80,7 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_any_dtype_in_and_float32_inside(dtype):
-    logits = random_logits(40, 16, dtype)
+    logits = random_logits(20, 16, dtype)
     got, want = fused(logits, 0.6, renormalize=True), route(logits, 0.6, renormalize=True)
     assert got.weights_TE.dtype == torch.float32
     clear = away_from_the_threshold(logits.float().softmax(-1), 0.6)
@@ -88,7 +97,7 @@ def exact_map(probs: torch.Tensor, threshold: float, cap: int | None) -> torch.T
     most = min(cap or probs.shape[1], probs.shape[1])
     _select_alone[(len(probs),)](
         probs, chosen, torch.tensor([threshold], device=DEVICE), most, probs.shape[1],
-        WIDTH=width, TOP=triton.next_power_of_2(most),
+        WIDTH=width, TOP=max(2, triton.next_power_of_2(most)),
     )  # fmt: skip
     return chosen
 
@@ -112,7 +121,7 @@ def _select_alone(
     st.one_of(st.floats(-0.25, 1.25, width=32), st.integers(0, 40)),
     st.one_of(st.none(), st.integers(1, 30)),
 )
-@settings(max_examples=60)
+@settings(max_examples=50)
 def test_the_mask_is_the_references_exactly_with_ties_and_boundaries(masses, threshold, cap):
     probs = torch.tensor([masses], dtype=torch.float32) / sum(masses)
     if isinstance(threshold, int):  # exactly one of the cumulative sums
@@ -124,7 +133,7 @@ def test_the_mask_is_the_references_exactly_with_ties_and_boundaries(masses, thr
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, 2.0, -1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("num_experts", [2, 5, 512])
+@pytest.mark.parametrize("num_experts", [2, 5, 64])
 def test_extreme_thresholds_and_probabilities(num_experts, threshold):
     one_hot = torch.zeros(1, num_experts)
     one_hot[0, -1] = 1
@@ -146,7 +155,7 @@ def test_rows_of_nan_get_the_first_expert():
 
 
 def test_results_repeat_bitwise():
-    logits, theta = random_logits(200, 64), torch.ones(1, device=DEVICE, requires_grad=True)
+    logits, theta = random_logits(40, 8), torch.ones(1, device=DEVICE, requires_grad=True)
 
     def once():
         result = fused(logits, 0.5, theta=theta, renormalize=True)
