@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "train_step.csv"
 PACKAGES = ("torch", "megatron-core")
+# Of the code that is about to be imported; "+" where files differ from the commit.
+GIT = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+COMMIT = subprocess.run(GIT, capture_output=True, text=True).stdout.strip()
 
 # The quickstart's model.
 MODEL = (
@@ -259,12 +262,11 @@ def report(providers: dict[str, Provider], args: Any, options: argparse.Namespac
 
 
 def row(workload: str, provider: Provider, tokens: int) -> dict[str, str]:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     p20, *_, p80 = statistics.quantiles(provider.seconds, n=5, method="inclusive")
     median = statistics.median(provider.seconds)
     return {
         "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": COMMIT,
         "hardware": hardware(),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         "workload": workload,
