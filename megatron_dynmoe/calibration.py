@@ -228,6 +228,8 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
     if config["routing"] == "top_k":
         before = {name: config[name] for name in ("routing", "num_experts_per_tok")}
         config |= {"routing": "top_p", "num_experts_per_tok": None}
+        # Else the losses of top-p training would come with its name.
+        config |= {"balance_loss": "none", "balance_loss_coeff": 0.0, "dynamic_loss_coeff": 0.0}
     config["threshold"] = calibration.threshold
     config["inference_threshold"] = None
     if cap is not None:

@@ -318,7 +318,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads stdin")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
-    parser.add_argument("--max-new-tokens", type=_number(int, 1), default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=128, metavar="N", help="default: 128"
+    )
     parser.add_argument(
         "--experts",
         choices=MODES,
@@ -328,8 +330,15 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("choice of tokens (greedy, unless one of the first three)")
     group.add_argument("--temperature", type=_number(float, 0), metavar="T", help="0 is greedy")
-    group.add_argument("--top-p", type=_number(float, 0, 1), metavar="P")
-    group.add_argument("--top-k", type=_number(int, 0), metavar="K")
+    group.add_argument(
+        "--top-p",
+        type=_number(float, 0, 1),
+        metavar="P",
+        help="sample from the most probable tokens up to this sum (not the experts' threshold)",
+    )
+    group.add_argument(
+        "--top-k", type=_number(int, 0), metavar="K", help="sample from the K most probable tokens"
+    )
     group.add_argument("--seed", type=_number(int, 0), default=0, help="of sampling (default: 0)")
     group.add_argument(
         "--num-beams",
@@ -340,8 +349,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("routing, instead of the model's own")
-    group.add_argument("--threshold", type=_number(float, 0, 1), metavar="T")
-    group.add_argument("--max-experts-per-token", type=_number(int, 1), metavar="K")
+    group.add_argument(
+        "--threshold",
+        type=_number(float, 0, 1),
+        metavar="T",
+        help="cumulative probability that a token's experts must exceed",
+    )
+    group.add_argument(
+        "--max-experts-per-token", type=_number(int, 1), metavar="K", help="no token uses more"
+    )
 
     group = parser.add_argument_group("runtime")
     group.add_argument(

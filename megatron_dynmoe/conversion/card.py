@@ -31,7 +31,7 @@ _CITATIONS = """\
 _HOW_TO_LOAD = {
     "dynmoe": """\
 ```python
-import megatron_dynmoe.huggingface  # or, without the package: trust_remote_code=True below
+import megatron_dynmoe.huggingface  # without the package: trust_remote_code=True in both calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
@@ -93,6 +93,9 @@ def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
         about["data"] = ", ".join(Path(part).name for part in data if not _is_number(part))
     elif getattr(args, "mock_data", False):
         about["data"] = "random tokens (--mock-data)"
+    origin = getattr(args, "huggingface_source", None)
+    if iteration == 0 and isinstance(origin, dict) and isinstance(origin.get("format"), str):
+        return {"converted from": f"a folder of format {origin['format']}"}
     return {name: value for name, value in about.items() if value}
 
 
@@ -109,7 +112,7 @@ def write_card(
         "",
         f"# {_title(config)}",
         "",
-        _summary(config),
+        _summary(config, about),
         "",
         "## Use",
         "",
@@ -165,19 +168,19 @@ def _title(config: dict[str, Any]) -> str:
     return f"A mixture-of-experts language model with {kind} routing"
 
 
-def _summary(config: dict[str, Any]) -> str:
-    if config["routing"] == "top_k":
-        if not config["num_experts"]:
-            return "Trained with Megatron-Core."
-        return (
-            f"Every token uses {config['num_experts_per_tok']} of {config['num_experts']} experts. "
-            "Trained with Megatron-Core."
+def _summary(config: dict[str, Any], about: dict[str, Any]) -> str:
+    experts = config["num_experts"]
+    sentences = []
+    if config["routing"] != "top_k":
+        sentences.append(
+            f"Every token chooses how many of {experts} experts it uses: it takes them in the "
+            "order of their probability until the sum exceeds a threshold."
         )
-    return (
-        f"Every token chooses how many of {config['num_experts']} experts it uses: it takes them "
-        "in the order of their probability until the sum exceeds a threshold. Trained with "
-        "Megatron-Core and megatron-dynmoe."
-    )
+    elif experts:
+        sentences.append(f"Every token uses {config['num_experts_per_tok']} of {experts} experts.")
+    if "steps" in about:
+        sentences.append("Trained with Megatron-Core and megatron-dynmoe.")
+    return " ".join(sentences)
 
 
 def _routing(config: dict[str, Any]) -> list[str]:

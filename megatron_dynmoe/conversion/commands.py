@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
 
     to_hf = commands.add_parser("to-hf", help="a Megatron checkpoint to a Hugging Face folder")
     to_hf.add_argument(
-        "--load", type=Path, required=True, metavar="CKPT", help="what --save named in training"
+        "--load",
+        type=Path,
+        required=True,
+        metavar="CKPT",
+        help="what --save named in training; or a Hugging Face folder of another format",
     )
     to_hf.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     to_hf.add_argument(
@@ -93,12 +97,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from megatron_dynmoe.conversion.convert import to_hf
+    from megatron_dynmoe.conversion.convert import convert_folder, to_hf
 
-    to_hf(
+    if (args.load / "config.json").is_file():
+        if args.iteration is not None:
+            raise ValueError(f"--iteration: {args.load} is a Hugging Face folder, which has none")
+        convert, which = convert_folder, {}
+    else:
+        convert, which = to_hf, {"iteration": args.iteration}
+    convert(
         args.load,
         args.output,
-        iteration=args.iteration,
+        **which,
         format=args.format,
         dtype=_DTYPES.get(args.dtype),
         max_shard_size=args.max_shard_size,

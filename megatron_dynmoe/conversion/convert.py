@@ -46,6 +46,7 @@ from megatron_dynmoe.conversion.sources import (
     in_order,
     inv_freq,
     progress_bar,
+    theta_in,
 )
 
 FLAGS = "training_flags.txt"
@@ -109,22 +110,37 @@ def to_hf(
 
 
 def convert_folder(
-    model: Path, output: Path, *, format: str = "dynmoe", overwrite: bool = False
+    model: Path,
+    output: Path,
+    *,
+    format: str = "dynmoe",
+    dtype: str | None = None,
+    max_shard_size: int = 4 * 10**9,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
-    """Write a Hugging Face folder in another format.
+    """Write a Hugging Face folder in another format; arguments as of :func:`to_hf`.
+
+    Args:
+        tokenizer: the folder's own if None.
 
     Raises:
         ValueError: the folder is damaged, or the format cannot express the model.
     """
     check_target(output, overwrite, source=model)
-    source = FromFolder(model)
+    source = FromFolder(model, progress)
+    if tokenizer is None and has_tokenizer(model):
+        tokenizer = model
     write_folder(
         source,
         output,
         format=format,
-        tokenizer=model if has_tokenizer(model) else None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
         overwrite=overwrite,
-        progress=False,
+        progress=progress,
         inv_freq_dtype=source.inv_freq_dtype,
     )
 
@@ -143,7 +159,8 @@ def write_folder(
 ) -> None:
     """Write any source as a Hugging Face folder; see :func:`to_hf`."""
     dtype = dtype or source.dtype
-    theirs = format_settings.to_format(source.config, format, dtype)
+    config = source.config | theta_in(source, getattr(torch, dtype))
+    theirs = format_settings.to_format(config, format, dtype)
     entries = list(_entries(source, format, getattr(torch, dtype)))
     if format == "dynamic-moe" and inv_freq_dtype is not None:
         entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
@@ -158,7 +175,7 @@ def write_folder(
         write_json(folder / "generation_config.json", special)
         with progress_bar("writing", sum(entry.num_bytes for entry in entries), progress) as bar:
             write_shards(folder, entries, max_shard_size, bar.update)
-        card.write_card(folder, source.config, source.about, format, dtype)
+        card.write_card(folder, config, source.about, format, dtype)
         write_manifest(folder)
 
 
@@ -183,10 +200,13 @@ def from_hf(
     """
     check_target(save, overwrite, source=model)
     source = FromFolder(model, progress)
-    try:
-        config = source.config
-        if routing is not None:
+    config = source.config
+    if routing is not None:
+        try:
             config = settings.with_routing(config, routing)
+        except ValueError as error:
+            raise ValueError(f"--routing {routing.routing}: {error}") from error
+    try:
         args = megatron_settings.args_from_config(config, source.dtype)
     except ValueError as error:
         raise ValueError(f"{model / CONFIG}: {error}") from error

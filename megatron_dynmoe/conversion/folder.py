@@ -126,6 +126,7 @@ def write_shards(
             progress(entry.num_bytes)
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(0o666 & ~_umask())  # the library's is for its owner only
         except SafetensorError as error:
             raise OSError(f"{name}: {error}") from None
     if len(shards) > 1:

@@ -6,9 +6,12 @@ one block at a time, so that a checkpoint larger than memory passes through.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import re
+import zipfile
+import zlib
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +73,7 @@ class MegatronCheckpoint:
         self._check_files()
         self._check_lengths()
         self._reader = FileSystemReader(self.folder)
+        self._checked: set[tuple[str, int]] = set()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         common = self._common()
         self.iteration: int = common.get("iteration", 0)
@@ -125,6 +129,8 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if not _tile(items, torch.Size(sizes).numel()):
             raise ValueError(f"{self.folder}: the stored parts of {key} do not cover {index}")
+        for item in items:
+            self._check_sum(key, self._storage[item.storage_index])
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))  # type: ignore[arg-type]
@@ -134,6 +140,23 @@ class MegatronCheckpoint:
                 f"{self.folder / files[0]}: {key} cannot be read ({error}); the file is damaged"
             ) from error
         return target.reshape(sizes[len(index) :])
+
+    def _check_sum(self, key: str, info: Any) -> None:
+        """Compare a record with its CRC-32, which torch writes and does not read."""
+        if (info.relative_path, info.offset) in self._checked:
+            return
+        path = self.folder / info.relative_path
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            record = io.BytesIO(file.read(info.length))
+        try:
+            with zipfile.ZipFile(record) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+            damaged = str(error)
+        if damaged is not None:
+            raise ValueError(f"{path}: {key} does not have its checksum: the file is damaged")
+        self._checked.add((info.relative_path, info.offset))
 
     def read_block(self, block: Block) -> Tensor:
         """The tensor of a row of the Megatron table in one layer and for one expert."""

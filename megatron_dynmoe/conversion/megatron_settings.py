@@ -122,6 +122,7 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
     if settings is None:
         if not dense:
             config["num_experts_per_tok"] = args.moe_router_topk
+            config |= _top_k_loss(args)
             config["weights"] = "raw" if args.moe_router_pre_softmax else "renormalized"
             config["router_dtype"] = _DTYPES.get(args.moe_router_dtype) or model_dtype(args)
         return config
@@ -159,6 +160,7 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_layer_freq": layer_frequency(sparse) if any(sparse) else 1,
         "moe_router_topk": config["num_experts_per_tok"] or 2,
+        **_upstream_loss(config),
         "moe_router_pre_softmax": config["routing"] == "top_k" and config["weights"] == "raw",
         "moe_router_dtype": {"float32": "fp32"}.get(config["router_dtype"]),
         "moe_router_score_function": "softmax",
@@ -188,6 +190,7 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
         elif value is not None and value is not False:
             flags.append(f"{flag} {value}")
     flags.append(f"--seq-length {args['seq_length']}")
+    flags.append(f"--padded-vocab-size {args['padded_vocab_size']}")
     flags.append(f"--rotary-base {args['rotary_base']:g}")
     if args["rotary_percent"] != 1:
         flags.append(f"--rotary-percent {args['rotary_percent']:g}")
@@ -207,6 +210,9 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
     settings = args.get("moe_dynamic_settings")
     if settings is None:
         flags.append(f"--moe-router-topk {args['moe_router_topk']}")
+        if "moe_aux_loss_coeff" in args:
+            flags.append(f"--moe-router-load-balancing-type {config['balance_loss']}")
+            flags.append(f"--moe-aux-loss-coeff {args['moe_aux_loss_coeff']!r}")
         if args["moe_router_pre_softmax"]:
             flags.append("--moe-router-pre-softmax")
         if args["moe_router_dtype"]:
@@ -227,3 +233,25 @@ def model_dtype(args: Namespace) -> str:
 def _query_groups(args: Namespace) -> int:
     grouped = getattr(args, "group_query_attention", False)
     return args.num_query_groups if grouped else args.num_attention_heads
+
+
+def _top_k_loss(args: Namespace) -> dict[str, Any]:
+    """Stock top-k's balance loss in our words: upstream divides it by k, ours is not."""
+    kinds = getattr(args, "moe_router_load_balancing_type", None)
+    coefficients = getattr(args, "moe_aux_loss_coeff", None)
+    kind = kinds[0] if isinstance(kinds, list) and len(kinds) == 1 else kinds
+    if isinstance(coefficients, list) and len(coefficients) == 1:
+        coefficients = coefficients[0]
+    if kind not in ("aux_loss", "seq_aux_loss", "global_aux_loss") or not coefficients:
+        return {}
+    return {"balance_loss": kind, "balance_loss_coeff": coefficients / args.moe_router_topk}
+
+
+def _upstream_loss(config: dict[str, Any]) -> dict[str, Any]:
+    coefficient = config["balance_loss_coeff"]
+    if config["routing"] != "top_k" or config["balance_loss"] == "none" or not coefficient:
+        return {}
+    return {
+        "moe_router_load_balancing_type": config["balance_loss"],
+        "moe_aux_loss_coeff": coefficient * config["num_experts_per_tok"],
+    }

@@ -147,6 +147,8 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
     else:
         settings["target_experts_per_token"] = config["target_experts_per_token"]
         settings |= {name: (config.get("controller") or {}).get(name) for name in _CONTROLLER}
+    if settings["balance_loss"] == "none":
+        settings["balance_loss_coeff"] = None
     given = {name: value for name, value in settings.items() if value is not None}
     return settled(DynMoEConfig.from_dict(given, source="config.json"), config).to_dict()
 

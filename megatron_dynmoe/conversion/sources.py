@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -214,14 +215,13 @@ class FromFolder:
         return keys
 
     def _check_thetas(self) -> None:
-        row = rows_by_part(self.table)["theta_offset"]
-        offsets: list[float | None] = [None] * self.shapes.num_layers
-        for block in self.shapes.blocks(row):
-            offsets[block.layer] = self.read(block).item()  # type: ignore[index]
-        if thetas(offsets) != self.config["theta"]:
+        found = theta_in(self, getattr(torch, self.dtype))["theta"]
+        # As float32: whoever saved the folder may have written more decimals than needed.
+        stated = [None if value is None else np.float32(value) for value in self.config["theta"]]
+        if stated != [None if value is None else np.float32(value) for value in found]:
             raise ValueError(
                 f"{self.folder.folder}/{CONFIG}: theta is {self.config['theta']}, the weights say "
-                f"{thetas(offsets)} (1 + theta_offset): change theta_offset to change theta"
+                f"{found} (1 + theta_offset): change theta_offset to change theta"
             )
 
 
@@ -260,6 +260,16 @@ class Weights:
         if self._last is None or self._last[0] != source:
             self._last = source, self._source.read(source)
         return self._source.shapes.part(source.row, part, self._last[1])
+
+
+def theta_in(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    """The config's ``theta``, of weights in a type to which theta_offset is rounded."""
+    row = rows_by_part(source.table).get("theta_offset")
+    offsets: list[float | None] = [None] * source.shapes.num_layers
+    blocks = list(source.shapes.blocks(row)) if row is not None else []
+    for block in blocks:
+        offsets[block.layer] = source.read(block).to(dtype).item()  # type: ignore[index]
+    return {"theta": thetas(offsets)} if blocks else {}
 
 
 def thetas(offsets: list[float | None]) -> list[float | None]:

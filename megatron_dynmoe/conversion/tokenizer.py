@@ -109,7 +109,12 @@ def special_token_ids(folder: Path) -> dict[str, int]:
 def _write_json(proto: Any, source: Path, output: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
-    sentencepiece_json.to_rust_tokenizer(proto).save(str(output / "tokenizer.json"))
+    tokenizer = json.loads(sentencepiece_json.to_rust_tokenizer(proto).to_str())
+    if "merges" in tokenizer["model"]:
+        # As text, which the library of Transformers 4 reads, too; no piece holds a space.
+        tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    text = json.dumps(tokenizer, indent=2, ensure_ascii=False)
+    (output / "tokenizer.json").write_text(text + "\n", "utf-8")
     shutil.copyfile(source, output / "tokenizer.model")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -122,6 +127,8 @@ def _write_json(proto: Any, source: Path, output: Path) -> None:
         number = getattr(processor, f"{name}_id")()
         if number >= 0:
             config[f"{name}_token"] = processor.id_to_piece(number)
+    if "pad_token" not in config and "eos_token" in config:
+        config["pad_token"] = config["eos_token"]  # or a batch could not be padded
     _write_config(config, output)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_dynmoe.conversion.folder import read_json
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -27,6 +29,11 @@ def load_config(folder: Path) -> Any:
         raise ValueError(f"model {folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {folder}: it has no config.json, so it is no Hugging Face model")
+    if "MoEForCausalLM" in (read_json(folder / "config.json").get("architectures") or []):
+        raise ValueError(
+            f"model {folder} is in the published layout of Dynamic MoE, for which Transformers has "
+            f"no code: convert_checkpoint.py to-hf --load {folder} --output DIR makes one of ours"
+        )
     try:
         return transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
