@@ -44,9 +44,10 @@ def computed(recorder: Any) -> Iterator[None]:
     from megatron.training import get_args
 
     from megatron_dynmoe.routing import router as dynamic
+    from megatron_dynmoe.routing.normalize import normalize
 
     seen: dict[str, list[torch.Tensor]] = {"probs": [], "maps": []}
-    forward, select, routing = GPTModel.forward, dynamic.select, TopKRouter.routing
+    forward, route, routing = GPTModel.forward, dynamic.route, TopKRouter.routing
 
     def dump(self, input_ids, position_ids, attention_mask, *args, **kwargs):
         if not self.training and "logits" not in seen:
@@ -58,11 +59,12 @@ def computed(recorder: Any) -> Iterator[None]:
             torch.save({"tokens": input_ids, "logits": logits, **by_layer}, path)
         return forward(self, input_ids, position_ids, attention_mask, *args, **kwargs)
 
-    def keep(probs, threshold, cap):
-        chosen = select(probs, threshold, cap)
-        seen["probs"].append(probs)
-        seen["maps"].append(chosen)
-        return chosen
+    def keep(logits, threshold, *, theta=None, **settings):
+        routed = route(logits, threshold, theta=theta, **settings)
+        logits = logits.float() if theta is None else normalize(logits.float(), theta)
+        seen["probs"].append(logits.softmax(dim=-1))
+        seen["maps"].append(routed.map_TE)
+        return routed
 
     def keep_top_k(self, logits, *args, **kwargs):
         weights, chosen = routing(self, logits, *args, **kwargs)
@@ -70,8 +72,8 @@ def computed(recorder: Any) -> Iterator[None]:
         seen["maps"].append(chosen)
         return weights, chosen
 
-    GPTModel.forward, dynamic.select, TopKRouter.routing = dump, keep, keep_top_k
+    GPTModel.forward, dynamic.route, TopKRouter.routing = dump, keep, keep_top_k
     try:
         yield
     finally:
-        GPTModel.forward, dynamic.select, TopKRouter.routing = forward, select, routing
+        GPTModel.forward, dynamic.route, TopKRouter.routing = forward, route, routing
