@@ -5,7 +5,8 @@ TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed lint format types constraints clean
+.PHONY: help setup quickstart test test-unit test-distributed test-gpu bench-gpu-select \
+	lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,14 @@ test-unit: setup ## the tests in one process
 
 test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m distributed
+
+test-gpu: ## what needs a CUDA device, and the kernels natively
+	@$(TEST) tests -m gpu
+	@$(TEST) tests/kernels
+
+bench-gpu-select: ## selection against stock Megatron, plain PyTorch and a copy of the same bytes
+	@$(PYTHON_VENV) benchmarks/select_experts.py
+	@$(PYTHON_VENV) benchmarks/select_experts.py --tokens 262144
 
 lint: setup ## ruff (rules and format), and shellcheck where it is installed
 	@$(PYTHON_VENV) -m ruff check .

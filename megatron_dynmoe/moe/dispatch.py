@@ -7,13 +7,16 @@ all-to-all dispatcher takes ``tokens * moe_router_topk`` for the number of rows 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_dynmoe.moe.permute import order_rows, permute, unpermute
+
 
 class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """Upstream's all-to-all dispatcher with a measured number of rows.
 
     Right for every map: experts or ranks without a token, all tokens to one expert, every token to
     every expert. Costs one device-to-host copy before the permutation, as upstream's does with a
-    capacity factor.
+    capacity factor. On one rank the rows already are in the order of the experts, so upstream's
+    second permutation is left out.
     """
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
@@ -29,3 +32,55 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count, and put the rows that this rank sends in the order of the experts.
+
+        Args:
+            hidden_states: [..., D].
+            routing_map: [T, E], bool.
+            probs: [T, E], the weights.
+
+        Returns:
+            Rows [R, D] and their weights [R].
+        """
+        if self.config.moe_permute_fusion:  # Transformer Engine's kernels
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        self.hidden_shape = hidden_states.shape
+        self.probs, self.routing_map = probs, routing_map
+        tokens_TD = hidden_states.reshape(-1, self.hidden_shape[-1])
+        self.tokens_per_expert = self.preprocess(routing_map)
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_permutation_1", self.tokens_per_expert
+        )
+        self.row_order = order_rows(routing_map, int(self.num_out_tokens))
+        return permute(tokens_TD, probs, self.row_order)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, tokens of each local expert and weights, as the experts take them."""
+        if self.ep_size * self.tp_size > 1:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None
+        return global_input_tokens, tokens_per_expert, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Bring the experts' rows into the order in which they are sent back."""
+        if self.ep_size * self.tp_size > 1:
+            return super().combine_preprocess(hidden_states)
+        return hidden_states
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Add up each token's rows, and its shared experts' output."""
+        if self.config.moe_permute_fusion:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        output = unpermute(permutated_local_input_tokens, self.row_order).view(self.hidden_shape)
+        self.row_order = None
+        if self.shared_experts is not None:
+            output = output + self.shared_experts.get_output()
+        return output

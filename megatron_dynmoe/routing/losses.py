@@ -67,7 +67,7 @@ def load_balance_loss(
 def load_balance_loss_of_sums(
     prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor
 ) -> Tensor:
-    """:func:`load_balance_loss`, given the sums over valid tokens of their probabilities, [B, E]."""
+    """:func:`load_balance_loss`, given the probabilities summed over valid tokens, [B, E]."""
     mean_probs_BE = prob_sums_BE / tokens_B.clamp(min=1).unsqueeze(-1)
     loss_B = fractions_BE.shape[-1] * (fractions_BE * mean_probs_BE).sum(dim=-1)
     return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)

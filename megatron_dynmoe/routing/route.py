@@ -157,7 +157,7 @@ class _PlainRoute(torch.autograd.Function):
 
 
 def _blocks(values_TE: Tensor, num_sequences: int) -> list[slice]:
-    """Slices of whole positions (one token of each sequence); one slice where blocks do not help."""
+    """Slices of whole positions (one token of each sequence); one slice but on a CPU."""
     num_tokens, num_experts = values_TE.shape
     step = max(num_tokens, 1)
     if values_TE.is_cpu:

@@ -106,9 +106,7 @@ def _sort(values: Tensor, on_cpu: bool) -> Tensor:
     return values.sort(dim=-1).values
 
 
-def _count(
-    ascending_TE: Tensor, limit: Tensor, max_experts: int | None, on_cpu: bool
-) -> Tensor:
+def _count(ascending_TE: Tensor, limit: Tensor, max_experts: int | None, on_cpu: bool) -> Tensor:
     """Experts of each token, [T, 1] int64, from its sorted probabilities."""
     num_experts = ascending_TE.shape[-1]
     width = most = min(num_experts, max_experts or num_experts)

@@ -1,4 +1,4 @@
-"""Where kernel tests run: on CUDA, or on a CPU under Triton's interpreter (see tests/conftest.py)."""
+"""Where kernel tests run: on CUDA, or under Triton's interpreter (see tests/conftest.py)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The routing kernel against plain PyTorch: under Triton's interpreter on a CPU, natively on CUDA."""
+"""The routing kernel against plain PyTorch: natively on CUDA, else under Triton's interpreter."""
 
 import pytest
 import torch

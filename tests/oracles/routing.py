@@ -104,9 +104,8 @@ def select_by_sort(probs_TE: Tensor, threshold, max_experts: int | None = None) 
     units_TE = (sorted_TE.double() * 2.0**60).long()
     before_TE = units_TE.cumsum(dim=-1) - units_TE
     threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype)
-    limit = torch.where(
-        threshold >= 1, torch.iinfo(torch.int64).max, (threshold.clamp(max=1).double() * 2**60).long()
-    )
+    units = (threshold.clamp(max=1).double() * 2.0**60).long()
+    limit = torch.where(threshold >= 1, torch.iinfo(torch.int64).max, units)
     keep_TE = (before_TE <= limit) & (sorted_TE >= 0)
     keep_TE[:, 0] = True
     if max_experts is not None:

@@ -5,6 +5,7 @@ import torch
 
 from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
 from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.route import route
 from megatron_dynmoe.routing.select import select, weigh
 
 S, B, E = 4, 2, 5
@@ -46,6 +47,57 @@ def test_gradcheck(threshold, renormalize, normalized, padded):
     assert (sums - threshold).abs().min() > 1e-4
     inputs = (logits, theta) if normalized else (logits, theta.detach())
     assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_one_step_equals_its_parts_and_passes_gradcheck(renormalize, normalized, padded):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(S * B, E, generator=generator, dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor([1.3], dtype=torch.float64, requires_grad=normalized)
+    valid = torch.rand(S * B, generator=generator) < 0.7 if padded else None
+
+    def one_step(logits, theta):
+        return route(
+            logits,
+            0.55,
+            theta=theta if normalized else None,
+            renormalize=renormalize,
+            num_sequences=B,
+            valid_T=valid,
+        )
+
+    routed = one_step(logits, theta)
+    probs = (normalize(logits, theta) if normalized else logits).softmax(-1)
+    routing_map = select(probs, 0.55)
+    kept = probs if valid is None else probs * valid.unsqueeze(-1)
+    assert torch.equal(routed.map_TE, routing_map)
+    assert torch.equal(routed.experts_T, routing_map.sum(-1))
+    assert torch.equal(routed.assignments_BE, count_assignments(routing_map, B, valid)[0])
+    torch.testing.assert_close(routed.weights_TE, weigh(probs, routing_map, renormalize))
+    torch.testing.assert_close(routed.prob_sums_BE, kept.view(S, B, E).sum(0))
+    torch.testing.assert_close(routed.entropy, dynamic_loss(probs, 1, valid))
+
+    def function(logits, theta):
+        routed = one_step(logits, theta)
+        return routed.weights_TE, routed.prob_sums_BE, routed.entropy
+
+    assert torch.autograd.gradcheck(function, (logits, theta))
+
+
+def test_blocks_of_tokens_change_nothing(monkeypatch):
+    logits = torch.randn(S * B, E, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    theta = torch.tensor([1.3], requires_grad=True)
+    results = []
+    for elements in (1, 3 * B * E, 1 << 20):
+        monkeypatch.setattr("megatron_dynmoe.routing.route.CPU_BLOCK_ELEMENTS", elements)
+        routed = route(logits, 0.55, theta=theta, renormalize=True, num_sequences=B)
+        loss = routed.weights_TE.square().sum() + routed.entropy + routed.prob_sums_BE[1, 2]
+        results.append((*routed, *torch.autograd.grad(loss, (logits, theta))))
+    for other in results[:-1]:
+        for one, whole in zip(other, results[-1], strict=True):
+            torch.testing.assert_close(one, whole)
 
 
 @pytest.mark.parametrize("loss", [0, 1, 2], ids=["task", "balance", "dynamic"])

@@ -1,0 +1,292 @@
+"""Triton: everything a router does after its gate, in one pass over the logits each way.
+
+A program takes ``BLOCK`` tokens of one sequence with all their experts. Its selection is exactly
+:func:`megatron_dynmoe.routing.select.select` of the float32 probabilities it has computed: those
+are sorted as integers (the bits of a float >= 0 have its order), their sums are 64-bit integers in
+the same units, and equal probabilities are told apart by index. The probabilities themselves differ
+from PyTorch's softmax in their last bits, so whole routings agree wherever no cumulative
+probability is within 1e-6 of the threshold.
+
+The backward pass computes the probabilities again, from the logits: the forward pass writes only
+weights and map. Sums over tokens go through one partial sum a program: no atomics, so that runs
+repeat bitwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_dynmoe.routing.normalize import EPSILON
+
+ELEMENTS_PER_PROGRAM = 2048
+NEVER_EXCEEDED = tl.constexpr(2**63 - 1)
+
+
+def fused_route(
+    logits_TE: Tensor,
+    threshold: Tensor | float,
+    theta: Tensor | None,
+    max_experts: int | None,
+    renormalize: bool,
+    num_sequences: int,
+    valid_T: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """:func:`megatron_dynmoe.routing.route.route` in a kernel; 1 to 512 experts, some tokens.
+
+    Returns:
+        The fields of :class:`megatron_dynmoe.routing.route.Routing` in their order.
+    """
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((1,), threshold, dtype=torch.float32, device=logits_TE.device)
+    return _FusedRoute.apply(
+        logits_TE, threshold.float(), theta, max_experts, renormalize, num_sequences, valid_T
+    )
+
+
+class _FusedRoute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        threshold: Tensor,
+        theta: Tensor | None,
+        max_experts: int | None,
+        renormalize: bool,
+        num_sequences: int,
+        valid_T: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        logits_TE = logits_TE.contiguous()
+        num_tokens, num_experts = logits_TE.shape
+        launch = _Launch(num_tokens, num_experts, num_sequences, theta, valid_T, renormalize)
+        make = {"device": logits_TE.device}
+        weights_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, **make)
+        map_TE = torch.empty(num_tokens, num_experts, dtype=torch.bool, **make)
+        experts_T = torch.empty(num_tokens, dtype=torch.int64, **make)
+        partial = (launch.grid[0], num_sequences, num_experts)
+        prob_sums = torch.empty(partial, dtype=torch.float32, **make)
+        assignments = torch.empty(partial, dtype=torch.int32, **make)
+        entropies = torch.empty(launch.grid, dtype=torch.float32, **make)
+        cap = num_experts if max_experts is None else min(max_experts, num_experts)
+        _forward[launch.grid](
+            logits_TE, threshold, theta, valid_T,
+            weights_TE, map_TE, experts_T, prob_sums, entropies, assignments,
+            cap, **launch.settings, TOP=max(2, triton.next_power_of_2(cap)),
+        )  # fmt: skip
+        ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
+        ctx.launch = launch
+        ctx.mark_non_differentiable(map_TE, experts_T)
+        assignments_BE = assignments.sum(dim=0)  # of int32 PyTorch makes int64
+        ctx.mark_non_differentiable(assignments_BE)
+        return (
+            weights_TE, map_TE, experts_T, prob_sums.sum(dim=0), entropies.sum(), assignments_BE
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, _assignments):
+        logits_TE, map_TE, theta, valid_T = ctx.saved_tensors
+        launch = ctx.launch
+        d_logits_TE = torch.empty_like(logits_TE)
+        d_thetas = torch.empty(launch.grid, dtype=torch.float32, device=logits_TE.device)
+        _backward[launch.grid](
+            logits_TE, map_TE, theta, valid_T,
+            d_weights_TE.contiguous(), d_sums_BE.contiguous(), d_entropy.contiguous(),
+            d_logits_TE, d_thetas, **launch.settings,
+        )  # fmt: skip
+        d_theta = None if theta is None else d_thetas.sum().to(theta.dtype).view_as(theta)
+        return d_logits_TE, None, d_theta, None, None, None, None
+
+
+class _Launch:
+    """Grid and settings that both kernels share."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_experts: int,
+        num_sequences: int,
+        theta: Tensor | None,
+        valid_T: Tensor | None,
+        renormalize: bool,
+    ) -> None:
+        width = max(2, triton.next_power_of_2(num_experts))
+        num_positions = num_tokens // num_sequences
+        block = min(max(1, ELEMENTS_PER_PROGRAM // width), triton.next_power_of_2(num_positions))
+        self.grid = (triton.cdiv(num_positions, block), num_sequences)
+        self.settings = {
+            "num_positions": num_positions,
+            "num_sequences": num_sequences,
+            "num_experts": num_experts,
+            "epsilon": EPSILON,
+            "NORMALIZE": theta is not None,
+            "RENORMALIZE": renormalize,
+            "PADDED": valid_T is not None,
+            "BLOCK": block,
+            "WIDTH": width,
+        }
+
+
+@triton.jit
+def _tokens(num_positions, num_sequences, BLOCK: tl.constexpr):
+    """Of this program's block: the numbers of its tokens, and which of them exist."""
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tokens = positions.to(tl.int64) * num_sequences + tl.program_id(1)
+    return tokens, positions < num_positions
+
+
+@triton.jit
+def _probabilities(
+    logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon,
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Standardized logits, their scale [BLOCK, 1], and probabilities (0 in the padding columns)."""
+    standard = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.full([standard.shape[0], 1], 1.0, tl.float32)
+    theta = 1.0
+    real = columns < num_experts
+    if NORMALIZE:
+        theta = tl.load(theta_ptr).to(tl.float32)
+        mean = tl.sum(standard, axis=1, keep_dims=True) / num_experts
+        centered = tl.where(real, standard - mean, 0.0)
+        variance = tl.sum(centered * centered, axis=1, keep_dims=True) / num_experts
+        scale = 1.0 / tl.sqrt(variance + epsilon)
+        standard = centered * scale
+    scaled = tl.where(real, standard * theta, float("-inf"))
+    powers = tl.exp(scaled - tl.max(scaled, axis=1, keep_dims=True))
+    probs = powers / tl.sum(powers, axis=1, keep_dims=True)
+    return standard, scale, theta, probs
+
+
+@triton.jit
+def _fixed_point(bits):
+    """Units of 2**-60 in a float32 in [0, 1], given its bits; truncated."""
+    exponent = bits >> 23
+    mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.int64)
+    shift = exponent - 90  # the last bit of the mantissa is worth 2**(exponent - 150)
+    left = tl.maximum(shift, 0).to(tl.int64)
+    right = tl.minimum(tl.maximum(-shift, 0), 63).to(tl.int64)
+    return tl.where(exponent > 0, (mantissa << left) >> right, 0)
+
+
+@triton.jit
+def _select(probs, columns, num_experts, threshold, cap, WIDTH: tl.constexpr, TOP: tl.constexpr):
+    """The map, and the experts of each token [BLOCK, 1]."""
+    is_nan = tl.sum((probs != probs).to(tl.int32), axis=1, keep_dims=True) > 0
+    bits = probs.to(tl.int32, bitcast=True)
+    bits = tl.where(columns < num_experts, bits, -1)
+    bits = tl.where(is_nan, -1, bits)
+    if TOP < WIDTH:  # noqa: SIM108 (decided while compiling)
+        ordered = tl.topk(bits, TOP)
+    else:
+        ordered = tl.sort(bits, descending=True)
+    units = tl.where(ordered >= 0, _fixed_point(tl.maximum(ordered, 0)), 0)
+    before = tl.cumsum(units, axis=1) - units
+    limit = tl.where(
+        threshold > 0,
+        _fixed_point(tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True)),
+        tl.where(threshold == 0, 0, -1).to(tl.int64),  # -1: NaN or below 0
+    )
+    limit = tl.where(threshold >= 1, NEVER_EXCEEDED, limit)
+    kept = ((before <= limit) & (ordered >= 0)).to(tl.int32)
+    experts = tl.sum(kept, axis=1, keep_dims=True)
+    experts = tl.minimum(tl.maximum(experts, 1), cap)
+
+    ranks = tl.arange(0, TOP)[None, :]
+    least = tl.max(tl.where(ranks == experts - 1, ordered, -1), axis=1, keep_dims=True)
+    above = bits > least
+    equal = (bits == least) & (columns < num_experts)
+    room = experts - tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= room))
+    return tl.where(is_nan, columns == 0, chosen), experts
+
+
+@triton.jit
+def _forward(
+    logits_ptr, threshold_ptr, theta_ptr, valid_ptr,
+    weights_ptr, map_ptr, experts_ptr, prob_sums_ptr, entropies_ptr, assignments_ptr,
+    cap, num_positions, num_sequences, num_experts, epsilon,
+    NORMALIZE: tl.constexpr, RENORMALIZE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    tokens, exist = _tokens(num_positions, num_sequences, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = exist[:, None] & (columns < num_experts)
+    offsets = tokens[:, None] * num_experts + columns
+    # 1. Normalize, softmax
+    _, _, _, probs = _probabilities(
+        logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon, NORMALIZE
+    )
+    # 2. Select
+    threshold = tl.load(threshold_ptr)
+    chosen, experts = _select(probs, columns, num_experts, threshold, cap, WIDTH, TOP)
+    # 3. Weigh
+    weights = tl.where(chosen, probs, 0.0)
+    if RENORMALIZE:
+        weights = weights / tl.sum(weights, axis=1, keep_dims=True)
+    tl.store(weights_ptr + offsets, weights, mask=inside)
+    tl.store(map_ptr + offsets, chosen, mask=inside)
+    tl.store(experts_ptr + tokens, tl.sum(experts, axis=1).to(tl.int64), mask=exist)
+    # 4. Sums over this program's tokens
+    counted = exist
+    if PADDED:
+        counted = exist & (tl.load(valid_ptr + tokens, mask=exist, other=0) != 0)
+    counted = counted[:, None] & (columns < num_experts)
+    logs = tl.log(tl.where(probs > 1.17549435e-38, probs, 1.17549435e-38))
+    entropy = tl.sum(tl.sum(tl.where(counted, -probs * logs, 0.0), axis=1), axis=0)
+    tl.store(entropies_ptr + tl.program_id(0) * num_sequences + tl.program_id(1), entropy)
+    row = (tl.program_id(0) * num_sequences + tl.program_id(1)) * num_experts
+    sums_at = row + tl.arange(0, WIDTH)
+    real = tl.arange(0, WIDTH) < num_experts
+    prob_sums = tl.sum(tl.where(counted, probs, 0.0), axis=0)
+    tl.store(prob_sums_ptr + sums_at, prob_sums, mask=real)
+    assignments = tl.sum((counted & chosen).to(tl.int32), axis=0)
+    tl.store(assignments_ptr + sums_at, assignments, mask=real)
+
+
+@triton.jit
+def _backward(
+    logits_ptr, map_ptr, theta_ptr, valid_ptr, d_weights_ptr, d_sums_ptr, d_entropy_ptr,
+    d_logits_ptr, d_thetas_ptr,
+    num_positions, num_sequences, num_experts, epsilon,
+    NORMALIZE: tl.constexpr, RENORMALIZE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    tokens, exist = _tokens(num_positions, num_sequences, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = exist[:, None] & (columns < num_experts)
+    offsets = tokens[:, None] * num_experts + columns
+    standard, scale, theta, probs = _probabilities(
+        logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon, NORMALIZE
+    )
+    chosen = tl.load(map_ptr + offsets, mask=inside, other=0) != 0
+    d_weights = tl.load(d_weights_ptr + offsets, mask=inside, other=0.0)
+    d_weights = tl.where(chosen, d_weights, 0.0)
+    # 1. Sums: the entropy's gradient is -z and a constant, which the softmax's backward takes away
+    d_sums_at = d_sums_ptr + tl.program_id(1) * num_experts + columns
+    d_probs = tl.load(d_sums_at, mask=columns < num_experts, other=0.0)
+    d_probs = d_probs - tl.load(d_entropy_ptr) * theta * standard
+    if PADDED:
+        counted = tl.load(valid_ptr + tokens, mask=exist, other=0) != 0
+        d_probs = tl.where(counted[:, None], d_probs, 0.0)
+    # 2. Weights: renormalised, they are a softmax over the selected experts
+    d_scaled = tl.zeros_like(probs)
+    if RENORMALIZE:
+        weights = tl.where(chosen, probs, 0.0)
+        weights = weights / tl.sum(weights, axis=1, keep_dims=True)
+        d_scaled = weights * (d_weights - tl.sum(weights * d_weights, axis=1, keep_dims=True))
+    else:
+        d_probs += d_weights
+    d_scaled += probs * (d_probs - tl.sum(probs * d_probs, axis=1, keep_dims=True))
+    # 3. Normalization
+    if NORMALIZE:
+        projection = tl.sum(d_scaled * standard, axis=1, keep_dims=True)
+        d_theta = tl.sum(tl.sum(tl.where(exist[:, None], projection, 0.0), axis=1), axis=0)
+        tl.store(d_thetas_ptr + tl.program_id(0) * num_sequences + tl.program_id(1), d_theta)
+        d_scaled = (d_scaled - standard * (projection / num_experts)) * (scale * theta)
+    tl.store(d_logits_ptr + offsets, d_scaled, mask=inside)

@@ -1,0 +1,55 @@
+"""Between logits and combined tokens the host never waits for the device."""
+
+import pytest
+import torch
+
+from megatron_dynmoe.moe.permute import order_rows, permute, unpermute
+from megatron_dynmoe.routing.route import route
+
+pytestmark = pytest.mark.gpu
+
+T, E, D = 512, 64, 256
+
+
+def step(num_rows: int | None, **settings):
+    generator = torch.Generator("cuda").manual_seed(0)
+    make = {"generator": generator, "device": "cuda", "requires_grad": True}
+    logits, tokens = torch.randn(T, E, **make), torch.randn(T, D, **make)
+    threshold = torch.full((1,), 0.4, device="cuda")
+    theta = torch.ones(1, device="cuda", requires_grad=True)
+    routed = route(logits, threshold, theta=theta, renormalize=True, **settings)
+    if num_rows is None:
+        num_rows = int(routed.map_TE.sum())
+    order = order_rows(routed.map_TE, num_rows)
+    rows, weights = permute(tokens, routed.weights_TE, order)
+    output = unpermute(rows * weights.unsqueeze(-1), order)
+    (output.square().sum() + routed.entropy).backward()
+    return num_rows, (output, logits.grad, tokens.grad, theta.grad)
+
+
+@pytest.mark.parametrize("use_kernel", [True, False])
+def test_no_sync_once_the_number_of_rows_is_known(use_kernel):
+    num_rows, _ = step(None, use_kernel=use_kernel)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(num_rows, use_kernel=use_kernel)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_repeat_bitwise():
+    num_rows, one = step(None)
+    _, other = step(num_rows)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_routing_can_be_captured_in_a_cuda_graph():
+    logits, threshold = torch.randn(T, E, device="cuda"), torch.full((1,), 0.4, device="cuda")
+    want = route(logits, threshold)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = route(logits, threshold)
+    graph.replay()
+    assert torch.equal(got.map_TE, want.map_TE)
+    assert torch.equal(got.weights_TE, want.weights_TE)
