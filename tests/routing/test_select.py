@@ -167,7 +167,9 @@ def test_equals_algorithm_1(probs, threshold, cap):
 def test_whole_tensors_equal_a_stable_sort_with_ties_and_boundaries(num_experts, sharpness, cap):
     """Rows that need many sums and rows that need few; values that repeat; sums met exactly."""
     probs = random_probs(num_experts, sharpness, torch.float32)
-    probs = torch.cat([probs, (probs * 64).round() / 64, torch.full_like(probs[:2], 1 / num_experts)])
+    probs = torch.cat(
+        [probs, (probs * 64).round() / 64, torch.full_like(probs[:2], 1 / num_experts)]
+    )
     sums = probs.sort(dim=-1, descending=True).values.cumsum(-1)
     for threshold in (0.0, 0.3, 0.75, 0.9999, 1.0, *sums[1, :4].tolist(), *sums[-3, :4].tolist()):
         got = select(probs, threshold, cap)
