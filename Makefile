@@ -28,12 +28,12 @@ test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m distributed
 
 test-gpu: ## what needs a CUDA device, and the kernels natively
-	@$(TEST) tests -m gpu
-	@$(TEST) tests/kernels
+	@DYNMOE_KERNELS=1 $(TEST) tests -m gpu
+	@DYNMOE_KERNELS=1 $(TEST) tests/kernels
 
 bench-gpu-select: ## selection against stock Megatron, plain PyTorch and a copy of the same bytes
-	@$(PYTHON_VENV) benchmarks/select_experts.py
-	@$(PYTHON_VENV) benchmarks/select_experts.py --tokens 262144
+	@DYNMOE_KERNELS=1 $(PYTHON_VENV) benchmarks/select_experts.py
+	@DYNMOE_KERNELS=1 $(PYTHON_VENV) benchmarks/select_experts.py --tokens 262144
 
 lint: setup ## ruff (rules and format), and shellcheck where it is installed
 	@$(PYTHON_VENV) -m ruff check .

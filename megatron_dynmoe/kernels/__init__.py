@@ -10,9 +10,10 @@ import torch
 def available(device: torch.device) -> bool:
     """Whether kernels are used for tensors on ``device``: on CUDA, where Triton is installed.
 
-    ``DYNMOE_KERNELS=0`` in the environment turns them off.
+    Only with ``DYNMOE_KERNELS=1`` in the environment: they were tried in Triton's interpreter, not
+    on a GPU.
     """
-    return device.type == "cuda" and _has_triton() and os.environ.get("DYNMOE_KERNELS") != "0"
+    return device.type == "cuda" and _has_triton() and os.environ.get("DYNMOE_KERNELS") == "1"
 
 
 @functools.cache
