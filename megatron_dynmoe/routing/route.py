@@ -42,8 +42,8 @@ def route(
     """Normalize, softmax, select, weigh, and sum up what losses and counters need.
 
     The same as :func:`normalize`, ``softmax``, :func:`select` and :func:`weigh` one after another,
-    with a gradient in closed form. Where :mod:`megatron_dynmoe.kernels` are available, a Triton kernel
-    does it in one pass.
+    with a gradient in closed form. Where :mod:`megatron_dynmoe.kernels` are available,
+    a Triton kernel does it in one pass.
 
     Args:
         logits_TE: [T, E], any floating dtype; computed in float32 (float64 stays float64). Tokens
