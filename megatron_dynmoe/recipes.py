@@ -1,0 +1,158 @@
+"""Recipes: files of flags in ``launch/recipes``, and what they say.
+
+    python -m megatron_dynmoe.recipes                          # which recipes there are
+    python -m megatron_dynmoe.recipes dtop_p_16e [FLAGS ...]   # its flags, and yours after them
+    python -m megatron_dynmoe.recipes --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
+
+A recipe holds flags as typed on the command line. ``#`` starts a comment; a line ``include FILE``
+takes in another file of the same folder. A later flag overrides an earlier one. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+SUFFIX = ".flags"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the project; files that start with ``_`` are parts of others."""
+    return sorted(path.stem for path in FOLDER.glob(f"[!_]*{SUFFIX}"))
+
+
+def recipe_flags(name_or_path: str | Path) -> list[str]:
+    """The words of a recipe, includes resolved.
+
+    Args:
+        name_or_path: a name out of :func:`recipe_names`, or the path of a ``.flags`` file.
+
+    Raises:
+        ValueError: there is no such recipe, an include is missing or goes round in a circle, or a
+            line cannot be read.
+    """
+    return list(_words(_find(name_or_path), ()))
+
+
+def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each flag, by its name without dashes in front; the last of a name counts.
+
+    ``["--lr", "1", "--bf16", "--lr=2"]`` gives ``{"lr": ["2"], "bf16": []}``.
+
+    Raises:
+        ValueError: a value stands before the first flag.
+    """
+    values: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            current = values[name] = [value] if equals else []
+        elif current is None:
+            raise ValueError(
+                f"{word!r} is no flag and stands before all flags: flags start with --."
+            )
+        else:
+            current.append(word)
+    return values
+
+
+def describe(name: str) -> str:
+    """The first comment line of a recipe."""
+    first = _find(name).read_text().partition("\n")[0]
+    return first.lstrip("# ")
+
+
+def format_flags(flags: Sequence[str]) -> str:
+    """Flags as text, one with its values on each line, quoted for a shell."""
+    lines: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(word)
+    return "\n".join(shlex.join(line) for line in lines)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if text.endswith(SUFFIX) or "/" in text:
+        if not Path(text).is_file():
+            raise ValueError(f"recipe is {text}, but there is no such file.")
+        return Path(text)
+    path = FOLDER / f"{text}{SUFFIX}"
+    if path.is_file():
+        return path
+    known = recipe_names()
+    if not known:
+        raise ValueError(
+            f"recipe is {text!r}, but there is no folder {FOLDER}: recipes come with a checkout of "
+            "the project; elsewhere give the path of a .flags file."
+        )
+    near = difflib.get_close_matches(text, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"recipe is {text!r}, which is unknown: {hint}Use one of {', '.join(known)}, or the path "
+        f"of a {SUFFIX} file."
+    )
+
+
+def _words(path: Path, within: tuple[Path, ...]) -> Iterator[str]:
+    path = path.resolve()
+    if path in within:
+        circle = " -> ".join(part.name for part in (*within[within.index(path) :], path))
+        raise ValueError(f"recipe {within[0]} includes itself: {circle}. Take one include out.")
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error} in {line.strip()!r}.") from None
+        if words[:1] == ["include"]:
+            included = path.parent / "".join(words[1:2])
+            if len(words) != 2 or not included.is_file():
+                raise ValueError(
+                    f"{path}, line {number}: {line.strip()!r} must name one file in {path.parent}."
+                )
+            yield from _words(included, (*within, path))
+        else:
+            yield from words
+
+
+def main() -> None:
+    """List recipes, or print the flags of one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dynmoe.recipes",
+        description="Lists recipes and prints their flags.",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="check first that the flags fit a run of N processes, and that its data is there",
+    )
+    parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags, which win")
+    args = parser.parse_args()
+    if args.recipe is None:
+        names = recipe_names()
+        for name in names:
+            print(f"{name:<{max(map(len, names))}}  {describe(name)}")
+        return
+    try:
+        flags = [*recipe_flags(args.recipe), *args.flags]
+        if args.world_size is not None:
+            from megatron_dynmoe.preflight import check_run
+
+            check_run(flags, args.world_size)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(format_flags(flags))
+
+
+if __name__ == "__main__":
+    main()
