@@ -62,28 +62,27 @@ class Layout:
             return int(given[0])
 
         experts = values.get("num-experts")
-        tensor, pipeline = (
-            size(f"{name}-model-parallel-size", 1) for name in ("tensor", "pipeline")
-        )
-        layout = cls(
+        tensor = size("tensor-model-parallel-size", 1)
+        pipeline = size("pipeline-model-parallel-size", 1)
+        context = size("context-parallel-size", 1)
+        micro_batch, model_size = size("micro-batch-size"), tensor * pipeline * context
+        return cls(
             world_size=world_size,
             num_layers=size("num-layers"),
             num_attention_heads=size("num-attention-heads"),
             num_experts=0 if experts is None or experts == ["0"] else size("num-experts"),
             seq_length=size("seq-length"),
-            micro_batch=size("micro-batch-size"),
-            # Megatron's own default: one micro-batch per replica.
-            global_batch=size("global-batch-size", 0),
+            micro_batch=micro_batch,
+            global_batch=size("global-batch-size", micro_batch * (world_size // model_size)),
             tensor=tensor,
             pipeline=pipeline,
-            context=size("context-parallel-size", 1),
+            context=context,
             expert=size("expert-model-parallel-size", 1),
             expert_tensor=size("expert-tensor-parallel-size", tensor),
             stages_per_rank=size("num-virtual-stages-per-pipeline-rank", 1),
             sequence_parallel="sequence-parallel" in values,
             has_own_split=any(name in values for name in _OWN_SPLITS),
         )
-        return layout
 
     @property
     def model_size(self) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dynmoe.arguments import PREFIX, config_from_args
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.layout import Layout, check_layout
 from megatron_dynmoe.recipes import values_of
 
-_DYNAMIC = "moe-dynamic-"
 _DATA_FLAGS = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path")
 
 
@@ -30,22 +31,24 @@ def check_run(flags: Sequence[str], world_size: int) -> None:
 
 
 def check_routing(flags: Sequence[str], num_experts: int) -> None:
-    """Check the ``--moe-dynamic-*`` flags against each other.
+    """Check the ``--moe-dynamic-*`` flags, and ``DYNMOE_CONFIG`` under them, against each other.
 
     Raises:
         ValueError: see :class:`~megatron_dynmoe.config.DynMoEConfig`.
     """
     settings = {}
     for name, values in values_of(flags).items():
-        if not name.startswith(_DYNAMIC):
+        argument = name.replace("-", "_")
+        if not argument.startswith(PREFIX):
             continue
-        field = name.removeprefix(_DYNAMIC).replace("-", "_")
+        field = argument.removeprefix(PREFIX)
         if field in SETTINGS and len(values) != 1:
-            raise ValueError(
-                f"--{name} is {' '.join(values) or 'without a value'}: give one value."
-            )
+            given = " ".join(values) or "without a value"
+            raise ValueError(f"--{name} is {given}: give one value.")
         settings[field] = "".join(values)
-    DynMoEConfig.from_dict(settings, "the command line").resolve(num_experts)
+    DynMoEConfig.from_dict(settings, "the command line")  # knows the names
+    arguments = {PREFIX + field: value for field, value in settings.items()}
+    config_from_args(Namespace(**arguments)).resolve(num_experts)
 
 
 def check_files(flags: Sequence[str]) -> None:
@@ -68,13 +71,12 @@ def check_files(flags: Sequence[str]) -> None:
             if _is_number(path):  # the weight of the next prefix
                 continue
             endings = ("",) if name.endswith("args-path") else (".bin", ".idx")
-            for missing in (
-                f"{path}{end}" for end in endings if not Path(f"{path}{end}").is_file()
-            ):
-                raise ValueError(
-                    f"--{name} names {path}, but there is no file {missing}: give the prefix that "
-                    "tools/preprocess_data.py wrote, without .bin."
-                )
+            for file in (f"{path}{ending}" for ending in endings):
+                if not Path(file).is_file():
+                    raise ValueError(
+                        f"--{name} names {path}, but there is no file {file}: give the prefix "
+                        "that tools/preprocess_data.py wrote, without .bin."
+                    )
     tokenizer = values.get("tokenizer-model")
     kind = "".join(values.get("tokenizer-type", []))
     if tokenizer is None:

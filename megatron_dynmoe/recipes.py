@@ -5,8 +5,8 @@
     python -m megatron_dynmoe.recipes --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
 
 A recipe holds flags as typed on the command line. ``#`` starts a comment; a line ``include FILE``
-takes in another file of the same folder. A later flag overrides an earlier one. Nothing here imports
-torch.
+takes in another file of the same folder. A later flag overrides an earlier one. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
