@@ -27,7 +27,7 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
     Returns:
         The routing map [T, E], bool. Not differentiable: gradients flow through the weights.
     """
-    return select_and_count(probs_TE, threshold, max_experts)[0]
+    return select_and_count(probs_TE, threshold, max_experts)[0].bool()
 
 
 @torch.no_grad()
@@ -41,23 +41,63 @@ def select_and_count(
     the map, except where the next probability is equal.
 
     Returns:
-        The routing map [T, E], bool, and the experts of each token [T], int64.
+        1 where an expert is selected and 0 elsewhere, [T, E] in the dtype of ``probs_TE``, because
+        arithmetic with bool is slow on a CPU; and the experts of each token, [T] int64.
     """
-    num_experts = probs_TE.shape[-1]
     limit = fixed_point_threshold(threshold, probs_TE)
-    on_cpu = _is_plain_cpu(probs_TE)
-    ascending_TE = _sort(probs_TE.detach(), on_cpu)
-    experts_T1 = _count(ascending_TE, limit, max_experts, on_cpu)
-    least_prob_T1 = ascending_TE.gather(-1, num_experts - experts_T1)
-    if not on_cpu:  # a device need not wait for its host to hear which rows are special
-        return _map_with_ties(probs_TE, least_prob_T1, experts_T1), experts_T1.squeeze(-1)
-    map_TE = probs_TE >= least_prob_T1
-    next_T1 = ascending_TE.gather(-1, (num_experts - 1 - experts_T1).clamp(min=0))
-    is_tie_T1 = (next_T1 == least_prob_T1) & (experts_T1 < num_experts)
-    rows = (is_tie_T1 | least_prob_T1.isnan()).squeeze(-1).nonzero().squeeze(-1)
+    most = min(probs_TE.shape[-1], max_experts or probs_TE.shape[-1])
+    if _is_plain_cpu(probs_TE):
+        return _select_on_cpu(probs_TE.detach(), limit.item(), most)
+    ascending_TE = probs_TE.sort(dim=-1).values
+    sums_TE = _fixed_point(ascending_TE.flip(-1)).cumsum(dim=-1)
+    limit_T1 = limit.expand(len(sums_TE), 1).contiguous()
+    experts_T1 = (torch.searchsorted(sums_TE, limit_T1, right=True) + 1).clamp(max=most)
+    experts_T1 = experts_T1.masked_fill(ascending_TE[:, -1:].isnan(), 1)
+    least_prob_T1 = ascending_TE.gather(-1, probs_TE.shape[-1] - experts_T1)
+    # A device need not wait for its host to hear which rows have ties.
+    selected_TE = _map_with_ties(probs_TE, least_prob_T1, experts_T1).to(probs_TE.dtype)
+    return selected_TE, experts_T1.squeeze(-1)
+
+
+def _select_on_cpu(probs_TE: Tensor, limit: int, most: int) -> tuple[Tensor, Tensor]:
+    """:func:`select_and_count`, with NumPy where its operations on short rows are the faster.
+
+    It sorts 16384 rows of 64 in 2 ms with vector instructions, PyTorch's sort takes 40 ms and its
+    topk of 8 takes 17 ms (one core of a Xeon with AVX-512).
+    """
+    num_tokens, num_experts = probs_TE.shape
+    ascending_TE = np.sort(probs_TE.numpy(), axis=-1)
+    experts_T = _count_on_cpu(ascending_TE, limit, most)
+    # A token's least selected probability and the next after it; of all experts there is no next,
+    # and the neighbour read in its place can at most send the row to be looked at as a tie.
+    place_T = np.arange(1, num_tokens + 1) * num_experts - experts_T
+    least_prob_T, next_T = (ascending_TE.take(places) for places in (place_T, place_T - 1))
+    tie_or_nan_T = (next_T == least_prob_T) | np.isnan(least_prob_T)
+
+    least_prob_T1 = torch.from_numpy(least_prob_T).unsqueeze(-1)
+    selected_TE = torch.ge(probs_TE, least_prob_T1, out=torch.empty_like(probs_TE))
+    counts_T = torch.from_numpy(experts_T)
+    rows = torch.from_numpy(np.flatnonzero(tie_or_nan_T))
     if len(rows):
-        map_TE[rows] = _map_with_ties(probs_TE[rows], least_prob_T1[rows], experts_T1[rows])
-    return map_TE, experts_T1.squeeze(-1)
+        exact = _map_with_ties(probs_TE[rows], least_prob_T1[rows], counts_T[rows].unsqueeze(-1))
+        selected_TE[rows] = exact.to(selected_TE.dtype)
+    return selected_TE, counts_T
+
+
+def _count_on_cpu(ascending_TE: np.ndarray, limit: int, most: int) -> np.ndarray:
+    """Experts of each token, [T] int64, from its sorted probabilities."""
+    sums_T = np.zeros(len(ascending_TE), dtype=np.int64)
+    experts_T = np.ones_like(sums_T)
+    unit = ascending_TE.dtype.type(2.0**FIXED_POINT_BITS)
+    with np.errstate(invalid="ignore"):  # NaN, below
+        for taken in range(1, most):
+            sums_T += (ascending_TE[:, -taken] * unit).astype(np.int64)
+            wants_more_T = sums_T <= limit
+            if not wants_more_T.any():
+                break
+            experts_T += wants_more_T
+    experts_T[np.isnan(ascending_TE[:, -1])] = 1
+    return experts_T
 
 
 def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor:
@@ -93,39 +133,6 @@ def _fixed_point(values: Tensor) -> Tensor:
 
 def _is_plain_cpu(values: Tensor) -> bool:
     return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
-
-
-def _sort(values: Tensor, on_cpu: bool) -> Tensor:
-    """Ascending along the last dimension, NaN last.
-
-    NumPy sorts short rows with vector instructions: 16384 rows of 64 in 2 ms, PyTorch's sort takes
-    40 ms and its topk of 8 takes 17 ms (one core of a Xeon with AVX-512).
-    """
-    if on_cpu:
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
-    return values.sort(dim=-1).values
-
-
-def _count(ascending_TE: Tensor, limit: Tensor, max_experts: int | None, on_cpu: bool) -> Tensor:
-    """Experts of each token, [T, 1] int64, from its sorted probabilities."""
-    num_experts = ascending_TE.shape[-1]
-    width = most = min(num_experts, max_experts or num_experts)
-    if on_cpu:  # most tokens need the sums of few experts
-        width = min(most, max(16, num_experts // 4))
-    experts_T1 = _count_among(ascending_TE[:, num_experts - width :], limit)
-    if width < most:
-        rows = (experts_T1 > width).squeeze(-1).nonzero().squeeze(-1)
-        if len(rows):
-            experts_T1[rows] = _count_among(ascending_TE[rows, num_experts - most :], limit)
-    is_nan_T1 = ascending_TE[:, -1:].isnan()
-    return experts_T1.clamp(max=most).masked_fill(is_nan_T1, 1)
-
-
-def _count_among(ascending_TK: Tensor, limit: Tensor) -> Tensor:
-    """The length of the shortest prefix whose sum exceeds the limit; K + 1 where none does."""
-    sums_TK = _fixed_point(ascending_TK.flip(-1)).cumsum(dim=-1)
-    limit_T1 = limit.expand(len(sums_TK), 1).contiguous()
-    return torch.searchsorted(sums_TK, limit_T1, right=True) + 1
 
 
 def _map_with_ties(probs_TE: Tensor, least_prob_T1: Tensor, experts_T1: Tensor) -> Tensor:

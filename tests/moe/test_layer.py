@@ -61,7 +61,7 @@ def force(monkeypatch, routing_map: torch.Tensor) -> None:
     """Route by this map; weights, gate and losses stay the router's own."""
     monkeypatch.setattr(
         "megatron_dynmoe.routing.route.select_and_count",
-        lambda *_: (routing_map, routing_map.sum(dim=-1)),
+        lambda probs, *_: (routing_map.to(probs.dtype), routing_map.sum(dim=-1)),
     )
 
 

@@ -463,7 +463,8 @@ def test_scaled_as_upstream_scales_its_losses(monkeypatch, scope, per_token, pad
     hidden = hidden_states()
     _, top_2 = upstream(hidden, mask)
     monkeypatch.setattr(
-        "megatron_dynmoe.routing.route.select_and_count", lambda *_: (top_2, top_2.sum(dim=-1))
+        "megatron_dynmoe.routing.route.select_and_count",
+        lambda *_: (top_2.float(), top_2.sum(dim=-1)),
     )
     got = loss_gradients(ours, hidden, mask=mask)["weight"]
     want = loss_gradients(upstream, hidden, mask=mask)["weight"]
