@@ -1,0 +1,110 @@
+"""The command line of the doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check, data, guarded, machine, software
+from megatron_dynmoe.doctor.table import write_table
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Look and report; exits with 0 (nothing failed), 1 (something failed) or 2 (usage)."""
+    args = _parser().parse_args(argv)
+    checks = software.look(args.timeout)
+    checks += _machine_checks(args)
+    checks += _data_checks(args)
+    if args.json:
+        counts = {
+            name: sum(check.state == state for check in checks)
+            for name, state in (("passed", PASSED), ("warnings", WARNING), ("failed", FAILED))
+        }
+        print(json.dumps({"checks": [check._asdict() for check in checks]} | counts, indent=2))
+    else:
+        write_table(checks, sys.stdout)
+    sys.exit(int(any(check.state == FAILED for check in checks)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dynmoe.doctor",
+        description="Is this machine ready to train? Looks at software, GPUs, data and disk.",
+        epilog="Exit code: 0 passed, warnings included; 1 something failed; 2 usage.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PREFIX",
+        help="token files without .bin and .idx, as for training; weights between them are skipped",
+    )
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument("--tokenizer-model", metavar="PATH", help="compared with the data")
+    vocabulary.add_argument(
+        "--vocab-size", type=int, metavar="N", help="instead of a tokenizer: all ids are below N"
+    )
+    parser.add_argument("--tokenizer-type", metavar="TYPE", help="guessed from the path")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="where checkpoints will go")
+    parser.add_argument("--data-cache-path", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="compare the disk with the checkpoints of this run"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=180, metavar="SECONDS", help="for imports and GPUs (180)"
+    )
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    return parser
+
+
+def _machine_checks(args: argparse.Namespace) -> list[Check]:
+    folders = {"temporary files": Path(tempfile.gettempdir())}
+    if args.save is not None:
+        folders["--save"] = args.save
+    if args.data_cache_path is not None:
+        folders["--data-cache-path"] = args.data_cache_path
+    checks = [
+        guarded(name, lambda name=name, folder=folder: machine.check_writable(name, folder))
+        for name, folder in folders.items()
+    ]
+    return [
+        *checks,
+        guarded("disk space", lambda: _space(args)),
+        guarded("shared memory", machine.check_shared_memory),
+        guarded("Slurm", machine.check_slurm),
+        guarded("launcher", machine.check_launcher),
+    ]
+
+
+def _space(args: argparse.Namespace) -> Check:
+    folder = args.save or Path.cwd()
+    if args.recipe is None:
+        return machine.check_space(folder, None, None)
+    from megatron_dynmoe.planning.settings import read_settings
+
+    settings = read_settings(args.recipe, [])
+    return machine.check_space(folder, settings.checkpoint_bytes, settings.num_checkpoints)
+
+
+def _data_checks(args: argparse.Namespace) -> list[Check]:
+    checks, vocabulary = [], None
+    if args.tokenizer_model is not None:
+        check, vocabulary = data.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        checks.append(check)
+    elif args.vocab_size is not None:
+        vocabulary = data.Vocabulary(args.vocab_size, None, "--vocab-size")
+    return checks + [
+        guarded("data", lambda prefix=prefix: data.check_dataset(prefix, vocabulary))
+        for prefix in data.prefixes(args.data_path)
+    ]
+
+
+if __name__ == "__main__":
+    main()
