@@ -23,9 +23,9 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
     return theta * standardize(logits_TE)[0]
 
 
-def standardize(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+def standardize(logits_TE: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normalized logits before theta [T, E], and the reciprocal standard deviation [T, 1]."""
     centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
     variance_T1 = centered_TE.square().mean(dim=-1, keepdim=True)
     scale_T1 = torch.rsqrt(variance_T1 + EPSILON)
-    return centered_TE * scale_T1, scale_T1
+    return torch.mul(centered_TE, scale_T1, out=out), scale_T1

@@ -14,7 +14,7 @@ from megatron_dynmoe.routing.select import select_and_count
 
 # On a CPU the tokens are taken in blocks whose temporaries stay in its caches: fresh memory for
 # every temporary of all tokens costs more time than the arithmetic.
-CPU_BLOCK_ELEMENTS = 1 << 17
+CPU_BLOCK_ELEMENTS = 1 << 18
 
 
 class Routing(NamedTuple):
@@ -88,32 +88,46 @@ class _PlainRoute(torch.autograd.Function):
         num_sequences: int,
         valid_T: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        blocks = [
-            _route_block(
-                logits_TE[rows],
-                threshold,
-                theta,
-                max_experts,
-                renormalize,
-                num_sequences,
-                None if valid_T is None else valid_T[rows],
-            )
-            for rows in _blocks(logits_TE, num_sequences)
-        ]
-        routed = blocks[0] if len(blocks) == 1 else _join(blocks)
-        standard_TE = logits_TE if theta is None else routed.standard_TE
-        ctx.save_for_backward(
-            standard_TE,
-            routed.scale_T1,
-            routed.probs_TE,
-            routed.weights_TE if renormalize else routed.selected_TE,
-            theta,
-            valid_T,
-        )
+        num_tokens, num_experts = logits_TE.shape
+        by_sequence = (-1, num_sequences, num_experts)
+        weights_TE, probs_TE = torch.empty_like(logits_TE), torch.empty_like(logits_TE)
+        # Renormalised weights need no more for their gradient than themselves.
+        chosen_TE = weights_TE if renormalize else torch.empty_like(logits_TE)
+        map_TE = torch.empty_like(logits_TE, dtype=torch.bool)
+        experts_T = torch.empty(num_tokens, dtype=torch.int64, device=logits_TE.device)
+        standard_TE = torch.empty_like(logits_TE) if theta is not None else logits_TE
+        scale_T1 = torch.empty_like(logits_TE[:, :1])
+        prob_sums_BE = logits_TE.new_zeros(num_sequences, num_experts)
+        assignments_BE = torch.zeros_like(prob_sums_BE, dtype=torch.int64)
+        entropy = logits_TE.new_zeros(())
+        for rows in _blocks(logits_TE, num_sequences):
+            probs, weights = probs_TE[rows], weights_TE[rows]
+            scaled = logits_TE[rows]
+            if theta is not None:
+                _, scale_T1[rows] = standardize(scaled, out=standard_TE[rows])
+                scaled = torch.mul(standard_TE[rows], theta, out=weights)  # not yet needed itself
+            torch.softmax(scaled, dim=-1, out=probs)
+            selected, experts_T[rows] = select_and_count(probs, threshold, max_experts)
+            map_TE[rows] = selected
+            torch.mul(probs, selected, out=weights)
+            if renormalize:
+                weights /= weights.sum(dim=-1, keepdim=True)
+            else:
+                chosen_TE[rows] = selected
+
+            # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
+            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log_()
+            if valid_T is not None:
+                valid_T1 = valid_T[rows].unsqueeze(-1)
+                probs, selected = probs * valid_T1, selected * valid_T1
+            entropy -= torch.linalg.vecdot(probs, log_probs).sum()
+            prob_sums_BE += probs.view(by_sequence).sum(dim=0)
+            # Whole numbers below 2**24, the tokens of a block, are exact in float32.
+            assignments_BE += selected.view(by_sequence).sum(dim=0).long()
+        ctx.save_for_backward(standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T)
         ctx.renormalize = renormalize
-        outputs = Routing(*(getattr(routed, name) for name in Routing._fields))
-        ctx.mark_non_differentiable(outputs.map_TE, outputs.experts_T, outputs.assignments_BE)
-        return tuple(outputs)
+        ctx.mark_non_differentiable(map_TE, experts_T, assignments_BE)
+        return weights_TE, map_TE, experts_T, prob_sums_BE, entropy, assignments_BE
 
     @staticmethod
     @once_differentiable
@@ -146,76 +160,6 @@ class _PlainRoute(torch.autograd.Function):
             d_scaled.addcmul_(standard, projection_T1, value=-1 / num_experts)
             torch.mul(d_scaled, scale_T1[rows] * theta, out=d_logits_TE[rows])
         return d_logits_TE, None, d_theta, None, None, None, None
-
-
-class _Block(NamedTuple):
-    """The fields of Routing, and what the backward pass needs, of some of the tokens."""
-
-    weights_TE: Tensor
-    map_TE: Tensor
-    experts_T: Tensor
-    prob_sums_BE: Tensor
-    entropy: Tensor
-    assignments_BE: Tensor
-    probs_TE: Tensor
-    selected_TE: Tensor
-    standard_TE: Tensor | None
-    scale_T1: Tensor | None
-
-
-def _route_block(
-    logits_TE: Tensor,
-    threshold: Tensor | float,
-    theta: Tensor | None,
-    max_experts: int | None,
-    renormalize: bool,
-    num_sequences: int,
-    valid_T: Tensor | None,
-) -> _Block:
-    standard_TE = scale_T1 = None
-    scaled_TE = logits_TE
-    if theta is not None:
-        standard_TE, scale_T1 = standardize(logits_TE)
-        scaled_TE = theta * standard_TE
-    probs_TE = torch.softmax(scaled_TE, dim=-1)
-    selected_TE, experts_T = select_and_count(probs_TE, threshold, max_experts)
-    weights_TE = probs_TE * selected_TE
-    if renormalize:
-        weights_TE /= weights_TE.sum(dim=-1, keepdim=True)
-
-    counted_TE, chosen_TE = probs_TE, selected_TE
-    if valid_T is not None:
-        valid_T1 = valid_T.unsqueeze(-1)
-        counted_TE, chosen_TE = probs_TE * valid_T1, selected_TE * valid_T1
-    # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
-    log_probs_TE = probs_TE.clamp(min=torch.finfo(probs_TE.dtype).tiny).log_()
-    by_sequence = (-1, num_sequences, logits_TE.shape[-1])
-    return _Block(
-        weights_TE=weights_TE,
-        map_TE=selected_TE.bool(),
-        experts_T=experts_T,
-        prob_sums_BE=counted_TE.view(by_sequence).sum(dim=0),
-        entropy=torch.linalg.vecdot(counted_TE, log_probs_TE).sum().neg(),
-        # Whole numbers below 2**24 are exact in float32: there are no more tokens in a block.
-        assignments_BE=chosen_TE.view(by_sequence).sum(dim=0).long(),
-        probs_TE=probs_TE,
-        selected_TE=selected_TE,
-        standard_TE=standard_TE,
-        scale_T1=scale_T1,
-    )
-
-
-def _join(blocks: list[_Block]) -> _Block:
-    """One block of the tokens of all."""
-
-    def join(name: str, parts: tuple[Tensor | None, ...]) -> Any:
-        if parts[0] is None:
-            return None
-        of_tokens = name.rpartition("_")[2].startswith("T")
-        return torch.cat(parts) if of_tokens else sum(parts)  # type: ignore[arg-type]
-
-    columns = zip(_Block._fields, zip(*blocks, strict=True), strict=True)
-    return _Block(**{name: join(name, parts) for name, parts in columns})
 
 
 def _blocks(values_TE: Tensor, num_sequences: int) -> list[slice]:

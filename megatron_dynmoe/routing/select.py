@@ -47,7 +47,7 @@ def select_and_count(
     limit = fixed_point_threshold(threshold, probs_TE)
     most = min(probs_TE.shape[-1], max_experts or probs_TE.shape[-1])
     if _is_plain_cpu(probs_TE):
-        return _select_on_cpu(probs_TE.detach(), limit.item(), most)
+        return _select_on_cpu(probs_TE.detach(), int(limit), most)
     ascending_TE = probs_TE.sort(dim=-1).values
     sums_TE = _fixed_point(ascending_TE.flip(-1)).cumsum(dim=-1)
     limit_T1 = limit.expand(len(sums_TE), 1).contiguous()
