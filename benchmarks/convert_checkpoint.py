@@ -11,10 +11,7 @@ pages of files that it has mapped.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,12 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import measure
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "convert_checkpoint.csv"
+RESULTS = measure.RESULTS / "convert_checkpoint.csv"
 PAPER = {
     "vocab_size": 32000,
     "hidden_size": 1024,
@@ -89,11 +86,7 @@ def main() -> None:
             ("from-hf", from_hf, back),
         ):
             seconds, peak = measured(command)
-            row = {
-                "date": datetime.date.today().isoformat(),
-                "commit": commit(),
-                "hardware": f"{os.cpu_count()} x {platform.machine()}",
-                "torch": torch.__version__,
+            row = measure.identity("torch") | {
                 "parameters": num_parameters,
                 "step": step,
                 "format": format,
@@ -103,7 +96,7 @@ def main() -> None:
                 "disk_gb": size(written),
             }
             print(row)
-            append(row)
+            measure.append(RESULTS, [row])
         shutil.rmtree(there)
         shutil.rmtree(back)
     shutil.rmtree(args.folder)
@@ -136,7 +129,7 @@ def random_checkpoint(save: Path, num_layers: int) -> int:
 def measured(command: list[object]) -> tuple[float, int]:
     """Seconds and peak resident bytes of one conversion."""
     start = time.perf_counter()
-    tool = ROOT / "tools" / "convert_checkpoint.py"
+    tool = measure.ROOT / "tools" / "convert_checkpoint.py"
     process = subprocess.Popen([sys.executable, tool, *map(str, command)])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -147,22 +140,6 @@ def measured(command: list[object]) -> tuple[float, int]:
 def size(folder: Path) -> float:
     """Gigabytes on disk."""
     return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9, 2)
-
-
-def commit() -> str:
-    """The commit that is checked out."""
-    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def append(row: dict[str, object]) -> None:
-    """Add a row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -11,31 +11,26 @@ benchmarks/results/preprocess.csv.
 """
 
 import argparse
-import csv
-import gzip
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sentencepiece import SentencePieceProcessor
 
+from benchmarks import measure
+from benchmarks.text import corpus
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "preprocess.csv"
-PACKAGES = ("sentencepiece", "numpy")
+RESULTS = measure.RESULTS / "preprocess.csv"
 THREADS = 2
 
 
@@ -51,19 +46,18 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         providers = make_providers(documents, args.tokenizer_model, args.megatron_lm, Path(folder))
-        rates: dict[str, list[float]] = {name: [] for name in providers}
-        processor: dict[str, list[float]] = {name: [] for name in providers}
-        for _ in range(args.rounds):
-            for name, seconds in providers.items():
-                before = time.process_time()
-                rates[name].append(megabytes / seconds())
-                processor[name].append((time.process_time() - before) / megabytes)
+        taken = measure.take_turns(
+            {name: partial(rate_and_cost, run, megabytes) for name, run in providers.items()},
+            args.rounds,
+            warm_up=0,
+        )
+    rates = {name: [rate for rate, _ in values] for name, values in taken.items()}
     raw = [max(pair) for pair in zip(rates["raw to lists"], rates["raw to numpy"], strict=True)]
     workload = f"{len(documents)} documents, {megabytes:.1f} MB, {Path(args.tokenizer_model).name}"
     rows = []
     for name, values in rates.items():
         ratios = [value / best for value, best in zip(values, raw, strict=True)]
-        cost = statistics.median(processor[name])
+        cost = statistics.median(cost for _, cost in taken[name])
         rows.append(row(workload, name, values, ratios, cost))
         print(
             f"{name}: {statistics.median(values):.2f} MB/s, "
@@ -71,15 +65,14 @@ def main() -> None:
             f"({', '.join(f'{100 * ratio:.0f}' for ratio in ratios)}), best "
             f"{max(values):.2f} MB/s, {cost:.3f} processor seconds/MB"
         )
-    append(rows)
+    measure.append(RESULTS, rows)
 
 
-def corpus() -> list[str]:
-    texts = []
-    for path in sorted((ROOT / "examples" / "data").glob("*.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            texts += [json.loads(line)["text"] for line in file]
-    return texts
+def rate_and_cost(run: Callable[[], float], megabytes: float) -> tuple[float, float]:
+    """Megabytes a second of one call, and processor seconds a megabyte."""
+    before = time.process_time()
+    rate = megabytes / run()
+    return rate, (time.process_time() - before) / megabytes
 
 
 def repeat_to(texts: list[str], num_bytes: float) -> list[str]:
@@ -140,45 +133,20 @@ def make_providers(
 def row(
     workload: str, name: str, rates: list[float], ratios: list[float], cost: float
 ) -> dict[str, str]:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    p20, *_, p80 = statistics.quantiles(rates, n=5, method="inclusive")
-    return {
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {cpu_model()}",
-        "versions": ", ".join(
-            [f"python {platform.python_version()}"]
-            + [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
-        ),
+    spread = measure.spread(rates)
+    return measure.identity("sentencepiece", "numpy") | {
         "workload": workload,
         "provider": name,
         "rounds": str(len(rates)),
-        "median_mb_per_s": f"{statistics.median(rates):.3f}",
-        "p20_mb_per_s": f"{p20:.3f}",
-        "p80_mb_per_s": f"{p80:.3f}",
+        "median_mb_per_s": f"{spread.median:.3f}",
+        "p20_mb_per_s": f"{spread.p20:.3f}",
+        "p80_mb_per_s": f"{spread.p80:.3f}",
         "best_mb_per_s": f"{max(rates):.3f}",
         "median_ratio_to_raw": f"{statistics.median(ratios):.3f}",
         # A subprocess's time is not counted.
         "processor_s_per_mb": f"{cost:.4f}" if name != "Megatron-LM" else "",
-        "load_1min": f"{os.getloadavg()[0]:.1f}",
+        "load_1min": measure.load(),
     }
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
-def append(rows: list[dict[str, str]]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,317 @@
+"""What the benchmarks share: turns, statistics, the machine's ceilings, and rows of CSV.
+
+A row begins with who measured: date, commit, hardware, versions. Providers take turns, because
+machines drift: every round runs each of them once, in an order that rotates, and a ratio is taken
+within a round.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Of the code that is about to be imported; "+" where files differ from the commit. A copy of the
+# tree without its history can name it in the environment.
+_GIT = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+COMMIT = (
+    os.environ.get("BENCHMARK_COMMIT")
+    or subprocess.run(_GIT, capture_output=True, text=True).stdout.strip()
+    or "unknown"
+)
+# FLOP/s in bf16 without sparsity, by a part of the device's name: NVIDIA's data sheets.
+DATA_SHEET_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "A800": 312e12}
+MIN_ROUNDS = 5  # however short the time
+
+
+def on_gpu() -> bool:
+    """Whether there is a CUDA device and the CPU does not answer for it."""
+    from megatron_dynmoe.backends import cpu
+
+    return not cpu.is_installed() and torch.cuda.is_available()
+
+
+# --- turns ---------------------------------------------------------------------------------------
+
+
+def take_turns[Result](
+    providers: Mapping[str, Callable[[], Result]],
+    rounds: int,
+    warm_up: int = 3,
+    seconds: float = math.inf,
+) -> dict[str, list[Result]]:
+    """Call every provider once a round.
+
+    Args:
+        providers: name to function.
+        rounds: how many count.
+        warm_up: rounds before those.
+        seconds: after this time no round begins, once there are ``MIN_ROUNDS``.
+
+    Returns:
+        The functions' results, in the order of the rounds.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in providers}
+    names = list(providers)
+    stop = time.monotonic() + seconds
+    for number in range(-warm_up, rounds):
+        if number >= MIN_ROUNDS and time.monotonic() > stop:
+            break
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            result = providers[name]()
+            if number >= 0:
+                results[name].append(result)
+    return results
+
+
+def without_failing(
+    providers: Mapping[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The providers that run, and why the others do not (out of memory, say)."""
+    running, failures = {}, {}
+    for name, function in providers.items():
+        try:
+            function()
+            running[name] = function
+        except RuntimeError as error:
+            failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{name} is left out: {failures[name]}")
+    return running, failures
+
+
+def timed(*functions: Callable[[], Any], repeats: int = 1) -> tuple[float, ...]:
+    """Seconds of each function, called one after another, all of them ``repeats`` times.
+
+    On a GPU its own clock is read, between the functions, without waiting for it.
+    """
+    if not on_gpu():
+        marks = [time.perf_counter()]
+        for function in functions:
+            for _ in range(repeats):
+                function()
+            marks.append(time.perf_counter())
+        return tuple((end - start) / repeats for start, end in itertools.pairwise(marks))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for function, end in zip(functions, events[1:], strict=True):
+        for _ in range(repeats):
+            function()
+        end.record()
+    torch.cuda.synchronize()
+    pairs = itertools.pairwise(events)
+    return tuple(start.elapsed_time(end) / 1e3 / repeats for start, end in pairs)
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """Of some measurements."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(statistics.median(values), p20, p80)
+
+
+class Ratio(NamedTuple):
+    """A median with its confidence interval of 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], paired: bool = True) -> Ratio:
+    """How many times as large the first are as the second.
+
+    Args:
+        paired: whether both were measured in the same rounds: the median is of the rounds' ratios
+            then, and otherwise the ratio of the medians. The interval is a bootstrap's.
+    """
+    generator = random.Random(0)
+    if paired:
+        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+        middle = statistics.median(ratios)
+        draws = [_resampled_median(ratios, generator) for _ in range(2000)]
+    else:
+        middle = statistics.median(numerators) / statistics.median(denominators)
+        draws = [
+            _resampled_median(numerators, generator) / _resampled_median(denominators, generator)
+            for _ in range(2000)
+        ]
+    draws.sort()
+    return Ratio(middle, draws[50], draws[1949])
+
+
+def _resampled_median(values: Sequence[float], generator: random.Random) -> float:
+    return statistics.median(generator.choices(values, k=len(values)))
+
+
+# --- the machine's ceilings ----------------------------------------------------------------------
+
+
+class Ceilings(NamedTuple):
+    """The best that this machine does, in this run, with this number of threads."""
+
+    bytes_per_s: float  # of a copy, read and written
+    flops_per_s: float  # of a square matrix product
+
+    def seconds(self, flops: float = 0, num_bytes: float = 0) -> float:
+        """The roofline: no less time can so much work take."""
+        return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+
+
+def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
+    """Measure both, the best of several: products of random matrices, copies larger than caches.
+
+    Args:
+        dtype: of the matrices.
+        scale: of sizes, for a test.
+    """
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    width, num_bytes = (8192, 2**32) if on_gpu() else (2048, 2**28)
+    width, num_bytes = max(8, int(width * scale)), max(1024, int(num_bytes * scale))
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    providers = {
+        "copy": lambda: timed(lambda: target.copy_(source))[0],
+        "product": lambda: timed(lambda: torch.mm(left, right, out=product))[0],
+    }
+    seconds = take_turns(providers, rounds=7)
+    return Ceilings(2 * num_bytes / min(seconds["copy"]), 2 * width**3 / min(seconds["product"]))
+
+
+def data_sheet_flops() -> float | None:
+    """The vendor's figure for bf16, None where it is not known."""
+    if not on_gpu():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for part, flops in DATA_SHEET_FLOPS.items() if part in name), None)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """Bytes above those that were there before."""
+
+    held: int  # between forward and backward pass
+    peak: int  # at any time in either
+
+
+def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
+    """What PyTorch's allocator gives out in the two passes.
+
+    On the CPU, where the allocator keeps no account, by the profiler's record of it.
+    """
+    if on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward()
+        held = torch.cuda.memory_allocated() - before
+        backward()
+        torch.cuda.synchronize()
+        return Memory(held, torch.cuda.max_memory_allocated() - before)
+    forward_held, forward_peak = _profiled(forward)
+    _, backward_peak = _profiled(backward)
+    return Memory(forward_held, max(forward_peak, forward_held + backward_peak))
+
+
+def _profiled(function: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes held at the end of a call and at the most, from the allocations within it."""
+    with torch.profiler.profile(profile_memory=True, activities=_CPU) as profiler:
+        function()
+    records = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return held, peak
+
+
+_CPU = [torch.profiler.ProfilerActivity.CPU]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def identity(*packages: str) -> dict[str, str]:
+    """The first columns of a row."""
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": COMMIT,
+        "hardware": hardware(),
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+    }
+
+
+def hardware() -> str:
+    """What measures: the GPU, or the machine and its processor."""
+    if on_gpu():
+        return torch.cuda.get_device_name()
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, {models[0] if models else 'unknown'}"
+
+
+def load() -> str:
+    """The machine's load over the last minute."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file; columns that it lacks are added to it."""
+    old: list[dict[str, Any]] = []
+    columns: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old, columns = list(reader), list(reader.fieldnames or [])
+    columns += [
+        name for name in dict.fromkeys(n for row in rows for n in row) if name not in columns
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+    partial.replace(path)

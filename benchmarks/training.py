@@ -1,0 +1,227 @@
+"""Models of several routings and back ends in Megatron's own train_step."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.text import words_as_tokens
+
+_COMMON = (
+    "--num-experts 16 --moe-token-dispatcher-type alltoall --normalization RMSNorm --swiglu "
+    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--attention-dropout 0 --hidden-dropout 0 --min-lr 2e-5 --lr-decay-style cosine "
+    "--lr-warmup-iters 10 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --split 100,0,0 "
+    "--train-iters 300 --eval-iters 0 --eval-interval 1000000 --num-workers 0 "
+)
+MODELS = {
+    # The quickstart's.
+    "small": _COMMON + "--num-layers 6 --hidden-size 128 --ffn-hidden-size 256 "
+    "--num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--micro-batch-size 4 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4",
+    # Dynamic MoE's: 3.5 B parameters, of which 581 M work on a token with two experts.
+    "paper": _COMMON + "--num-layers 24 --hidden-size 1024 --ffn-hidden-size 2816 "
+    "--num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 "
+    "--micro-batch-size 8 --global-batch-size 16 --lr 3e-4 --init-method-std 0.006 --bf16",
+}
+VOCAB_SIZES = {"small": 4096, "paper": 32000}  # of words, where no run lends its tokenizer
+KINDS = ("book", "code", "reference", "dictionary")
+MEAN_EXPERTS = 2.0  # where a routing does not say another
+BALANCE_LOSS = ("seq_aux_loss", 1e-2)
+
+
+class Routing(NamedTuple):
+    """What stands in the place of the MLP: ``top_k``, ``dtop_p``, ``dense``, ``dtop_p@1.82``."""
+
+    kind: str
+    experts: float  # top_k's k, dtop_p's target, and how many experts dense is as wide as
+
+    @classmethod
+    def parse(cls, text: str) -> Routing:
+        """From the command line.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        kind, _, experts = text.partition("@")
+        routing = cls(kind, float(experts or MEAN_EXPERTS))
+        if kind not in ("top_k", "dtop_p", "dense") or routing.experts < 1:
+            raise ValueError(
+                f"{text} is no routing: top_k, dtop_p or dense, with @EXPERTS if not 2"
+            )
+        if kind == "top_k" and routing.experts != int(routing.experts):
+            raise ValueError(f"{text}: top_k takes a whole number of experts")
+        return routing
+
+    def __str__(self) -> str:
+        return self.kind if self.experts == MEAN_EXPERTS else f"{self.kind}@{self.experts:g}"
+
+
+@dataclass
+class Provider:
+    """One model in training."""
+
+    routing: Routing
+    args: Any  # Megatron's, as they were when it was built
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    config: Any
+    tracker: Any
+
+
+class Step(NamedTuple):
+    """One measured training step."""
+
+    seconds: float
+    processor_seconds: float
+    experts_per_token: float
+
+
+def start_megatron(model: str, run: Path | None, extra: list[str]) -> Any:
+    """Parse the model's flags and make Megatron's process groups.
+
+    Args:
+        model: a name in ``MODELS``.
+        run: a quickstart's folder, for its text and tokenizer; None: the words of examples/data.
+        extra: flags of Megatron that override the model's.
+    """
+    from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+
+    from megatron_dynmoe.training import loop
+
+    flags = MODELS[model].split()
+    flags += ["--expert-model-parallel-size", os.environ["WORLD_SIZE"]]
+    if run is None:
+        prefix = words_as_tokens(VOCAB_SIZES[model])
+        flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZES[model])]
+        flags += ["--data-path", str(prefix), "--data-cache-path", str(prefix.parent / "cache")]
+    else:
+        data = run / "data"
+        flags += ["--tokenizer-type", "SentencePieceTokenizer"]
+        flags += ["--tokenizer-model", str(data / "tokenizer.model")]
+        flags += ["--data-path", *(str(data / f"{kind}_text_document") for kind in KINDS)]
+        flags += ["--data-cache-path", str(data / "cache")]
+    sys.argv = [sys.argv[0], *flags, *extra]
+    args, _ = loop.parse_command_line()
+    initialize_megatron()
+    set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+    return args
+
+
+def build(args: Any, backend: str, routing: Routing) -> Provider:
+    """A model with its optimizer, as Megatron's pretrain builds them."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.utils import get_model_config
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.training import setup_model_and_optimizer
+
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.specs import layer_spec
+
+    loss, coefficient = BALANCE_LOSS
+    args, dynmoe = copy.copy(args), DynMoEConfig(backend=backend)
+    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
+    if routing.kind == "top_k":
+        args.moe_router_topk = int(routing.experts)
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = loss, coefficient
+    elif routing.kind == "dtop_p":
+        dynmoe = DynMoEConfig(
+            routing="dtop_p",
+            target_experts_per_token=routing.experts,
+            balance_loss=loss,
+            balance_loss_coeff=coefficient,
+            backend=backend,
+        )
+    else:
+        args.num_experts = args.moe_ffn_hidden_size = None
+        args.ffn_hidden_size = round(routing.experts * args.ffn_hidden_size)
+    torch.manual_seed(args.seed)
+    model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, model_config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in model:
+        chunk.train()
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    if config.finalize_model_grads_func is None:
+        config.finalize_model_grads_func = finalize_model_grads
+    tracker = get_moe_metrics_tracker()
+    return Provider(routing, args, model, optimizer, scheduler, config, tracker)
+
+
+def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
+    """Micro-batches of real text, those of a step together."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training.training import build_train_valid_test_data_iterators
+
+    from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
+
+    args.iteration, args.consumed_train_samples, args.consumed_valid_samples = 0, 0, 0
+    args.train_iters = max(args.train_iters, number)
+    iterator, _, _ = build_train_valid_test_data_iterators(train_valid_test_datasets_provider)
+    return [[next(iterator) for _ in range(get_num_microbatches())] for _ in range(number)]
+
+
+def step(provider: Provider, batch: list[dict[str, Any]]) -> None:
+    """One training step."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+    from megatron.training import get_args
+    from megatron.training.training import train_step
+
+    from megatron_dynmoe.training.forward import forward_step
+
+    set_moe_metrics_tracker(provider.tracker)
+    get_args().curr_iteration = 0  # the target does not change with it
+    train_step(
+        forward_step,
+        RerunDataIterator(iter(batch)),
+        provider.model,
+        provider.optimizer,
+        provider.scheduler,
+        provider.config,
+        get_forward_backward_func(),
+        iteration=0,
+    )
+    provider.tracker.clear()
+
+
+def timed_step(provider: Provider, batch: list[dict[str, Any]]) -> Step:
+    """One training step, timed on the slowest rank."""
+    from megatron_dynmoe.control.update import routers_of
+
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    started, processor = time.perf_counter(), time.process_time()
+    step(provider, batch)
+    torch.cuda.synchronize()
+    seconds = torch.tensor(
+        [time.perf_counter() - started, time.process_time() - processor], dtype=torch.float64
+    ).to(torch.cuda.current_device())
+    torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
+    measured = [router.measured.item() for router in routers_of(provider.model)]
+    experts = statistics.fmean(measured) if measured else provider.routing.experts
+    return Step(*seconds.tolist(), experts)
