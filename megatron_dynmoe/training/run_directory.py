@@ -16,6 +16,7 @@ import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_dynmoe import report
+from megatron_dynmoe.attempts import mark_finished
 from megatron_dynmoe.config import DynMoEConfig
 
 COMMAND = "command.txt"
@@ -77,6 +78,8 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
         _write_report(run_dir, args, program_start)
         raise
     _write_report(run_dir, args, program_start)
+    if args.rank == 0:
+        mark_finished(run_dir, args.train_iters, args.train_samples)
 
 
 def _write_settings(run_dir: Path, args: Namespace, resolved: DynMoEConfig) -> None:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Trains on this machine alone, without Slurm:
+#
+#   [NPROC=8] launch/local.sh RECIPE [FLAGS ...]
+#
+# One process a GPU, or one process in all on a machine without. The same command with
+# --run-dir DIR goes on with an earlier run. SIGTERM leads to a checkpoint and a clean exit.
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "$0")/common.sh"
+if (($# == 0)) || [[ $1 == --* ]]; then
+  fail "name a recipe: launch/local.sh smoke. python -m megatron_dynmoe.recipes lists them."
+fi
+CLUSTER_ENV=${CLUSTER_ENV:-$launch/cluster.env}
+if [[ ! -f $CLUSTER_ENV ]]; then CLUSTER_ENV=/dev/null; fi # a workstation needs none
+load_settings
+read_arguments "$@"
+
+if [[ -z ${NPROC:-} ]]; then
+  NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+  if ((NPROC == 0)); then NPROC=1; fi
+fi
+export NPROC NODES=1 LAUNCHER=torchrun
+begin_attempt "$NPROC"
+
+stopped='' ranks=''
+# shellcheck disable=SC2317 # trap calls it
+stop_ranks() {
+  stopped=1
+  if [[ -n $ranks ]]; then pkill -TERM -P "$ranks" || true; fi
+}
+trap stop_ranks TERM
+"${CONTAINER[@]}" bash "$launch/rank.sh" "${rank_flags[@]}" &
+ranks=$!
+log=$ATTEMPT/rank-$(printf %03d $((NPROC - 1))).log # the last rank prints the training's progress
+touch "$log"
+tail --pid="$ranks" --lines=+1 --follow "$log" | "$PYTHON" "$checkout/tools/show_progress.py" &
+wait_for_ranks
+wait # for the last lines
+
+verdict=0
+run_python -m megatron_dynmoe.attempts end "$ATTEMPT" --status "$status" \
+  ${stopped:+--stopped} || verdict=$?
+if ((verdict == 75)); then
+  echo "to go on: the same command with --run-dir $(dirname "$(dirname "$ATTEMPT")")"
+  if [[ -n $stopped ]]; then verdict=0; fi
+fi
+exit "$verdict"

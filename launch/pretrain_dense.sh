@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dense
+#SBATCH --nodes=1
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+# Pre-trains the dense baselines.
+#
+#   sbatch [SBATCH OPTIONS] launch/pretrain_dense.sh [RECIPE] [FLAGS ...]     # dense_374m
+#
+# Any recipe of launch/recipes may be named; see launch/README.md.
+set -euo pipefail
+launch=$(dirname "$0")
+if [[ -n ${SLURM_JOB_ID:-} && ! -f $launch/common.sh ]]; then # Slurm runs a copy of this script
+  command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')
+  launch=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "$command")" && pwd)
+fi
+# shellcheck source=common.sh
+source "$launch/common.sh"
+run_job dense_374m "$@"

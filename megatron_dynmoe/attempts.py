@@ -1,0 +1,277 @@
+"""A run that is stopped and goes on: what the launch scripts do before and after each attempt.
+
+    python -m megatron_dynmoe.attempts begin --world-size 16 RECIPE FLAGS ... --run-dir DIR
+    python -m megatron_dynmoe.attempts end DIR/attempts/0001 --status 0
+
+``begin`` checks the flags, adds what resuming needs, records flags, commit and environment in the
+attempt's folder, and prints its path. ``end`` says how the attempt ended, and whether the job is to
+be queued again: exactly when the work is not done and going on can help. Imports no torch, because
+it runs before the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.preflight import check_run
+from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of
+from megatron_dynmoe.report import CHECKPOINTS, TENSORBOARD
+
+ATTEMPTS, FINISHED = "attempts", "finished.json"
+
+# Exit codes. 75 is EX_TEMPFAIL: try again later.
+DONE, FAILED, GO_ON, ALREADY_FINISHED = 0, 1, 75, 3
+
+# What says how a run starts is left out where it goes on from its own checkpoint.
+_START = (
+    *("load", "pretrained-checkpoint", "finetune", "ckpt-step", "no-load-optim", "no-load-rng"),
+    *("exit-on-missing-checkpoint",),
+)
+_DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b")
+_PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
+
+
+def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int) -> Path | None:
+    """Open the next attempt of a run.
+
+    Args:
+        recipe: its name or path.
+        flags: what comes after the recipe's own; ``--run-dir`` among them.
+        world_size: number of processes.
+        max_restarts: how often one job may start again from the same iteration.
+
+    Returns:
+        The attempt's folder, or None where the run is finished.
+
+    Raises:
+        ValueError: the flags cannot work, or the job has started too often without progress.
+    """
+    words = [*recipe_flags(recipe), *flags]
+    values = values_of(words)
+    if "mock-data" in values:
+        words = _without(words, _DATA)  # the cluster's, which this run does not read
+    if not values.get("run-dir"):
+        raise ValueError("--run-dir is missing: name the folder in which to keep the run.")
+    run_dir = Path(values["run-dir"][0])
+    if is_finished(run_dir, values):
+        return None
+    iteration = latest_iteration(run_dir, values)
+    if iteration is not None:
+        words = _without(words, _START)
+        words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
+    check_run(words, world_size)
+
+    earlier = sorted((run_dir / ATTEMPTS).glob("[0-9]*"))
+    job = os.environ.get("SLURM_JOB_ID")
+    _check_progress(earlier, job, iteration, max_restarts)
+    attempt = run_dir / ATTEMPTS / f"{len(earlier) + 1:04d}"
+    attempt.mkdir(parents=True)
+    if iteration is None and (run_dir / TENSORBOARD).exists():
+        # Curves of steps that no checkpoint holds; the run begins anew.
+        (run_dir / TENSORBOARD).rename(attempt / "tensorboard-before")
+    (attempt / "flags.txt").write_text(format_flags(words) + "\n")
+    _record(attempt, job=job, iteration=iteration, world_size=world_size, began=_now())
+    _write_origin(attempt)
+    _say_what_changed(earlier, words)
+    start = "from the start" if iteration is None else f"from iteration {iteration}"
+    print(
+        f"attempt {len(earlier) + 1} of {run_dir}: {start}, {world_size} processes", file=sys.stderr
+    )
+    return attempt
+
+
+def end(attempt: Path, status: int, was_stopped: bool) -> int:
+    """Say how an attempt ended.
+
+    Args:
+        attempt: its folder.
+        status: the exit status of its processes.
+        was_stopped: it was told to stop, by its time limit or a preemption.
+
+    Returns:
+        :data:`DONE`, :data:`FAILED`, or :data:`GO_ON`: another attempt is to follow.
+    """
+    run_dir = attempt.parent.parent
+    values = values_of(shlex.split((attempt / "flags.txt").read_text()))
+    began = json.loads((attempt / "attempt.json").read_text())["iteration"]
+    iteration = latest_iteration(run_dir, values)
+    has_progress = iteration is not None and iteration > (began or 0)
+    reached = "no checkpoint" if iteration is None else f"checkpoint {iteration}"
+    _record(attempt, status=status, ended=_now(), reached=iteration)
+    if is_finished(run_dir, values):
+        print(f"finished: {run_dir} ({reached})")
+        return DONE
+    if status == 0 and "exit-interval" in values:
+        print(f"stopped at --exit-interval {values['exit-interval'][0]}: {run_dir} ({reached})")
+        return DONE
+    if status == 0 or was_stopped:
+        print(f"stopped before its end: {run_dir} ({reached})")
+        return GO_ON
+    print(f"failed with exit status {status}: {run_dir} ({reached}); logs in {attempt}")
+    for line in _errors(attempt):
+        print(f"  {line}")
+    if has_progress:
+        print("it had saved a new checkpoint, so it may go on from there")
+        return GO_ON
+    print("it had saved no new checkpoint, so trying again would fail again")
+    return FAILED
+
+
+def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
+    """The iteration of the last complete checkpoint, which Megatron notes when all is saved."""
+    tracker = _checkpoints(run_dir, values) / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
+    """Whether the run has come to its end, and the flags ask for no more than that."""
+    marker = run_dir / FINISHED
+    if not marker.is_file():
+        return False
+    done = json.loads(marker.read_text())
+    return all(
+        int("".join(values[flag])) <= (done[flag] or 0)
+        for flag in ("train-iters", "train-samples")
+        if flag in values
+    )
+
+
+def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | None) -> None:
+    """Note that a run has come to its end."""
+    done = {"train-iters": train_iters, "train-samples": train_samples}
+    (run_dir / FINISHED).write_text(json.dumps(done) + "\n")
+
+
+def _checkpoints(run_dir: Path, values: dict[str, list[str]]) -> Path:
+    return Path("".join(values.get("save", [])) or run_dir / CHECKPOINTS)
+
+
+def _check_progress(
+    earlier: Sequence[Path], job: str | None, iteration: int | None, max_restarts: int
+) -> None:
+    """Count the attempts of this job that began where this one would."""
+    restarts = 0
+    for attempt in reversed(earlier):
+        record = json.loads((attempt / "attempt.json").read_text())
+        if job is None or (record["job"], record["iteration"]) != (job, iteration):
+            break
+        restarts += 1
+    if restarts > max_restarts:
+        place = "the start" if iteration is None else f"iteration {iteration}"
+        raise ValueError(
+            f"job {job} has started {restarts} times from {place} without a new checkpoint "
+            f"(MAX_RESTARTS is {max_restarts}): look into {earlier[-1]}, mend the cause, and "
+            "submit again; the count begins anew with a new job."
+        )
+
+
+def _without(words: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The words without some flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word[2:].partition("=")[0] in names
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _record(attempt: Path, **facts: Any) -> None:
+    path = attempt / "attempt.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | facts, indent=2) + "\n")
+
+
+def _write_origin(attempt: Path) -> None:
+    """Keep the commit, what differs from it, the versions and the environment, without secrets."""
+    checkout = Path(__file__).resolve().parent.parent
+    commit = _git(checkout, "rev-parse", "HEAD") or "unknown: not a git checkout\n"
+    (attempt / "commit.txt").write_text(commit + _git(checkout, "status", "--short"))
+    (attempt / "changes.diff").write_text(_git(checkout, "diff", "HEAD"))
+    versions = [f"# Python {sys.version.split()[0]}"]
+    for package in _PACKAGES:
+        try:
+            versions.append(f"# {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"# {package} is not installed")
+    environment = [
+        f"{name}={'(left out)' if _SECRET.search(name) else value}"
+        for name, value in sorted(os.environ.items())
+    ]
+    (attempt / "environment.txt").write_text("\n".join([*versions, *environment]) + "\n")
+
+
+def _git(folder: Path, *command: str) -> str:
+    try:
+        answer = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
+    if not earlier:
+        return
+    last = shlex.split((earlier[-1] / "flags.txt").read_text())
+    old, new = (set(format_flags(_without(flags, _START)).splitlines()) for flags in (last, words))
+    for sign, lines in (("-", old - new), ("+", new - old)):
+        for line in sorted(lines):
+            print(f"flags since attempt {len(earlier)}: {sign} {line}", file=sys.stderr)
+
+
+def _errors(attempt: Path) -> list[str]:
+    """The first error in each rank's log, once; the rank that died first comes first."""
+    found: dict[str, str] = {}
+    for log in sorted(attempt.glob("rank-*.log"), key=lambda path: path.stat().st_mtime):
+        lines = log.read_text(errors="replace").splitlines()
+        message = next((line for line in lines if _ERROR.match(line)), None)
+        if message is not None:
+            found.setdefault(re.sub(r"^\[rank\d+\]: ", "", message), log.name)
+    return [f"{log}: {message}" for message, log in found.items()][:5]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def main() -> None:
+    """Begin or end an attempt; the exit codes are those above."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_dynmoe.attempts")
+    commands = parser.add_subparsers(required=True, dest="command")
+    start = commands.add_parser("begin")
+    start.add_argument("--world-size", type=int, required=True)
+    start.add_argument("--max-restarts", type=int, default=2)
+    start.add_argument("recipe")
+    start.add_argument("flags", nargs=argparse.REMAINDER)
+    finish = commands.add_parser("end")
+    finish.add_argument("attempt", type=Path)
+    finish.add_argument("--status", type=int, required=True)
+    finish.add_argument("--stopped", action="store_true")
+    args = parser.parse_args()
+    if args.command == "end":
+        sys.exit(end(args.attempt, args.status, args.stopped))
+    try:
+        attempt = begin(args.recipe, args.flags, args.world_size, args.max_restarts)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if attempt is None:
+        sys.exit(ALREADY_FINISHED)
+    print(attempt)
+
+
+if __name__ == "__main__":
+    main()
