@@ -18,6 +18,7 @@ from megatron_dynmoe.schedule import TargetSchedule
 ROUTINGS = ("top_k", "top_p", "dtop_p")
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
+ROW_BUFFERS = ("measured", "worst_case")
 AUTO = "auto"
 
 
@@ -144,6 +145,17 @@ class DynMoEConfig:
             "float",
             "Coefficient of the load-balance loss; upstream's --moe-aux-loss-coeff may be given "
             "instead. Default 1e-2 for top_p, 1e-4 for dtop_p.",
+        ),
+    ] = None
+    row_buffer: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "Room for the rows (a token at an expert) that a layer dispatches: measured (the "
+            "default: as many as were routed, for which the host waits) or worst_case (as many as "
+            "max_experts_per_token allows: more memory, and the host never waits; for one "
+            "expert-parallel rank and torch_native's grouped GEMMs).",
+            ROW_BUFFERS,
         ),
     ] = None
     backend: Annotated[
@@ -278,6 +290,12 @@ class DynMoEConfig:
                     f"{name} is {cap}: use 1 to {num_experts} (the number of experts), or leave it "
                     "out for no cap."
                 )
+        if self.row_buffer == "worst_case" and self.max_experts_per_token is None:
+            raise ValueError(
+                "row_buffer is 'worst_case' and max_experts_per_token is not set, so the worst "
+                f"case is all {num_experts} experts for every token: set max_experts_per_token, or "
+                "leave row_buffer out."
+            )
         for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
             coefficient = getattr(self, name)
             if coefficient is not None and coefficient < 0:
@@ -337,7 +355,11 @@ SETTINGS: dict[str, Setting] = {
     for name, hint in get_type_hints(DynMoEConfig, include_extras=True).items()
 }
 
-_SHARED_DEFAULTS: dict[str, Any] = {"balance_loss": "seq_aux_loss", "backend": AUTO}
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "balance_loss": "seq_aux_loss",
+    "row_buffer": "measured",
+    "backend": AUTO,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # "Harder Task Needs More Experts": p = 0.4, equation 4, alpha = 1e-2 and beta = 1e-4.
     "top_p": _SHARED_DEFAULTS

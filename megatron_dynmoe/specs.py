@@ -92,6 +92,8 @@ def layer_spec(
         return spec
     check_upstream_settings(transformer)
     resolved, controller = settle(dynmoe, transformer)
+    if resolved.row_buffer == "worst_case":
+        _check_worst_case_rows(plan, transformer)
 
     transformer.moe_router_dtype = "fp32"
     if not isinstance(transformer.finalize_model_grads_func, GlobalBatchUpdate):
@@ -110,13 +112,18 @@ def layer_spec(
         if controller is not None:
             _warn_of_high_gains(resolved, controller, transformer)
 
+    caps = resolved.max_experts_per_token, resolved.inference_max_experts_per_token
+    rows_per_token = max(cap or 0 for cap in caps) if resolved.row_buffer == "worst_case" else None
     router = partial(
         TopPRouter,
         dynmoe=resolved,
         initial_threshold=controller.initial_threshold if controller else resolved.threshold,
     )
     spec = dataclasses.replace(
-        spec, layer_specs=[_with_dynamic_moe(layer, router) for layer in spec.layer_specs]
+        spec,
+        layer_specs=[
+            _with_dynamic_moe(layer, router, rows_per_token) for layer in spec.layer_specs
+        ],
     )
     return spec
 
@@ -146,7 +153,36 @@ def _warn_of_high_gains(
         )
 
 
-def _with_dynamic_moe(layer: Any, router: Any) -> Any:
+def _check_worst_case_rows(plan: torch_native.Plan, transformer: TransformerConfig) -> None:
+    """Refuse ``row_buffer`` worst_case where the number of rows is needed on the host."""
+    remedy = "leave row_buffer out (measured)"
+    if plan.backend != "torch_native" or "experts" in plan.kept:
+        reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"
+        remedy += ", or use torch_native"
+    elif not torch_native.has_grouped_gemm(transformer):
+        reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
+        remedy += ", or use bf16 on Hopper or later and sizes in multiples of 16 bytes"
+    elif transformer.moe_token_dispatcher_type != "alltoall":
+        reason = f"--moe-token-dispatcher-type is {transformer.moe_token_dispatcher_type}"
+        remedy += ", or use alltoall"
+    elif transformer.expert_model_parallel_size * transformer.tensor_model_parallel_size > 1:
+        reason = (
+            f"rows travel between ranks (--expert-model-parallel-size "
+            f"{transformer.expert_model_parallel_size}, --tensor-model-parallel-size "
+            f"{transformer.tensor_model_parallel_size})"
+        )
+    elif transformer.moe_permute_fusion:
+        reason = "--moe-permute-fusion is given"
+        remedy += ", or leave that out"
+    else:
+        return
+    raise ValueError(
+        f"row_buffer is 'worst_case', but the host has to know the number of rows, because {reason}"
+        f": {remedy}."
+    )
+
+
+def _with_dynamic_moe(layer: Any, router: Any, rows_per_token: int | None) -> Any:
     """A copy of one layer's spec whose MoE layer, if it has one, is ours."""
     mlp = layer.submodules.mlp
     if not (isinstance(mlp, partial) and mlp.func is MoELayer):
@@ -155,6 +191,10 @@ def _with_dynamic_moe(layer: Any, router: Any) -> Any:
     layer = copy.copy(layer)
     submodules = dataclasses.replace(mlp.keywords["submodules"], router=router)
     layer.submodules = dataclasses.replace(
-        layer.submodules, mlp=partial(DynMoELayer, **(mlp.keywords | {"submodules": submodules}))
+        layer.submodules,
+        mlp=partial(
+            DynMoELayer,
+            **(mlp.keywords | {"submodules": submodules, "rows_per_token": rows_per_token}),
+        ),
     )
     return layer

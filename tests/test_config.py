@@ -176,6 +176,7 @@ def test_defaults_of_top_p_are_those_of_the_paper():
         "balance_loss": "seq_aux_loss",
         "balance_loss_coeff": 1e-2,
         "dynamic_loss_coeff": 1e-4,
+        "row_buffer": "measured",
         "backend": "auto",
     }
 
@@ -195,6 +196,7 @@ def test_defaults_of_dtop_p_are_those_of_the_paper():
         "balance_loss": "seq_aux_loss",
         "balance_loss_coeff": 1e-4,
         "dynamic_loss_coeff": 1e-3,
+        "row_buffer": "measured",
         "backend": "auto",
     }
 

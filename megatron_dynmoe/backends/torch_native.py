@@ -218,13 +218,11 @@ def describe(plan: Plan, config: TransformerConfig) -> str:
     """One line that says which code runs attention, norms and experts."""
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
-    device, dtype = torch.device(torch.cuda.current_device()), config.params_dtype
-    ffn = config.moe_ffn_hidden_size or 0
-    gemm = "grouped_mm" if uses_grouped_mm(device, dtype, config.hidden_size, ffn) else "a loop"
+    gemm = "grouped_mm" if has_grouped_gemm(config) else "a loop"
     ours = {
         "attention": "scaled_dot_product_attention",
         "norm": f"torch {config.normalization}",
-        "experts": f"stacked, by {gemm} in {str(dtype).removeprefix('torch.')}",
+        "experts": f"stacked, by {gemm} in {str(config.params_dtype).removeprefix('torch.')}",
     }
     if not config.num_moe_experts:
         del ours["experts"]
@@ -233,6 +231,12 @@ def describe(plan: Plan, config: TransformerConfig) -> str:
         for part, code in ours.items()
     ]
     return f"> back end: torch_native ({plan.why}) | " + " | ".join(parts)
+
+
+def has_grouped_gemm(config: TransformerConfig) -> bool:
+    """Whether the stacked experts run as grouped GEMMs on this device."""
+    device, ffn = torch.device(torch.cuda.current_device()), config.moe_ffn_hidden_size or 0
+    return uses_grouped_mm(device, config.params_dtype, config.hidden_size, ffn)
 
 
 class ScaledDotProductAttention(DotProductAttention):

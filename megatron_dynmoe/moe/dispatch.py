@@ -15,9 +15,15 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     Right for every map: experts or ranks without a token, all tokens to one expert, every token to
     every expert. Costs one device-to-host copy before the permutation, as upstream's does with a
-    capacity factor. On one rank the rows already are in the order of the experts, so upstream's
-    second permutation is left out.
+    capacity factor; none where it makes room for ``rows_per_token`` rows instead of counting them,
+    which needs one rank and experts that take their counts on the device. On one rank the rows
+    already are in the order of the experts, so upstream's second permutation is left out.
+
+    Attributes:
+        rows_per_token: the most experts of any token, to make room for; None: rows are counted.
     """
+
+    rows_per_token: int | None = None
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Compute the counts and splits of one dispatch.
@@ -29,8 +35,11 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             Tokens of each local expert, [number of local experts] int64.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
-        self.num_out_tokens = routing_map.sum()
-        self._maybe_update_cuda_sync_point("before_permutation_1")
+        if self.rows_per_token is None:
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
+        else:
+            self.num_out_tokens = len(routing_map) * self.rows_per_token
         return tokens_per_local_expert
 
     def dispatch_preprocess(
@@ -57,7 +66,9 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self.tokens_per_expert
         )
-        self.row_order = order_rows(routing_map, int(self.num_out_tokens))
+        self.row_order = order_rows(
+            routing_map, int(self.num_out_tokens), all_used=self.rows_per_token is None
+        )
         return permute(tokens_TD, probs, self.row_order)
 
     def dispatch_postprocess(
@@ -84,3 +95,11 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output
+
+    def _maybe_dtoh_and_synchronize(
+        self, point: str, tokens_per_expert: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Upstream's copies to the host, and its wait for them; neither if no one there counts."""
+        if self.rows_per_token is not None:
+            return tokens_per_expert
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)

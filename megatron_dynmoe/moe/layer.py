@@ -25,8 +25,10 @@ class DynMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
+        *,
+        rows_per_token: int | None = None,
     ) -> None:
-        """Build the layer; arguments are upstream's."""
+        """Build the layer; arguments are upstream's and the dispatcher's ``rows_per_token``."""
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -38,5 +40,6 @@ class DynMoELayer(MoELayer):
                 config=config,
                 pg_collection=pg_collection,
             )
+            self.token_dispatcher.rows_per_token = rows_per_token
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)

@@ -1,6 +1,8 @@
 """From tokens to rows by expert and back, for any number of experts a token.
 
-A row is one token at one expert; rows are ordered by expert, and by token within an expert.
+A row is one token at one expert; rows are ordered by expert, and by token within an expert. Where
+there is room for more rows than were routed, the rest follow: they hold nothing in particular, and
+neither a sum nor a gradient reads them.
 """
 
 from __future__ import annotations
@@ -15,33 +17,38 @@ from megatron_dynmoe import kernels
 
 
 class RowOrder(NamedTuple):
-    """Which token and expert each of the R rows of a routing map [T, E] is for."""
+    """Which token and expert each of R rows is for, of a routing map [T, E]."""
 
-    token_R: Tensor  # int64
-    expert_R: Tensor  # int64
+    token_R: Tensor  # int64; T for a row that is not used
+    weight_R: Tensor  # int64, its place among the weights, token * E + expert; T * E likewise
     num_tokens: int
+    all_used: bool
     # The rows of token 0, then of token 1 ..., and where each token's end; None: not needed.
     row_of_slot: Tensor | None
     end_T: Tensor | None
 
 
-def order_rows(map_TE: Tensor, num_rows: int) -> RowOrder:
+def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder:
     """The rows of a routing map.
 
     Args:
         map_TE: [T, E], bool.
-        num_rows: how many are True in it.
+        num_rows: R, how many are True in it, or at most, then ``all_used`` is False.
     """
-    num_tokens = len(map_TE)
+    num_tokens, num_experts = map_TE.shape
     by_expert = map_TE.t().reshape(-1)
-    if map_TE.is_cpu:
+    if map_TE.is_cpu and all_used:
         flat_R = by_expert.nonzero().squeeze(-1)
     else:  # its size is known, so the host need not wait for the device
         flat_R = torch.nonzero_static(by_expert, size=num_rows).squeeze(-1)
     token_R, expert_R = flat_R % num_tokens, flat_R // num_tokens
-    if not kernels.available(map_TE.device):
-        return RowOrder(token_R, expert_R, num_tokens, None, None)
-    return RowOrder(token_R, expert_R, num_tokens, *_by_token(map_TE, token_R))
+    weight_R = token_R * num_experts + expert_R
+    if not all_used:
+        unused_R = flat_R < 0  # nonzero_static's filling
+        token_R = token_R.masked_fill(unused_R, num_tokens)
+        weight_R = weight_R.masked_fill(unused_R, map_TE.numel())
+    slots = _by_token(map_TE, token_R) if kernels.available(map_TE.device) else (None, None)
+    return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
 
 
 def _by_token(map_TE: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +66,10 @@ def permute(tokens_TD: Tensor, weights_TE: Tensor, order: RowOrder) -> tuple[Ten
         [R, D] and [R], differentiable in both; gradients of a token's rows add up in a fixed order
         on CUDA and are sums of float32 there.
     """
-    flat_R = order.token_R * weights_TE.shape[1] + order.expert_R
-    return _Gather.apply(tokens_TD, order), weights_TE.reshape(-1).index_select(0, flat_R)
+    weights = weights_TE.reshape(-1)
+    if not order.all_used:  # what comes back for unused rows ends in one more place
+        weights = torch.nn.functional.pad(weights, (0, 1))
+    return _Gather.apply(tokens_TD, order), weights.index_select(0, order.weight_R)
 
 
 def unpermute(rows_RD: Tensor, order: RowOrder) -> Tensor:
@@ -72,7 +81,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return tokens_TD.index_select(0, order.token_R)
+        return _rows_of(tokens_TD, order)
 
     @staticmethod
     @once_differentiable
@@ -89,7 +98,12 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sums_TD: Tensor):
-        return d_sums_TD.index_select(0, ctx.order.token_R), None
+        return _rows_of(d_sums_TD, ctx.order), None
+
+
+def _rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
+    token_R = order.token_R if order.all_used else order.token_R.clamp(max=order.num_tokens - 1)
+    return tokens_TD.index_select(0, token_R)
 
 
 def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
@@ -97,5 +111,6 @@ def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
         from megatron_dynmoe.kernels.permute import sum_rows
 
         return sum_rows(rows_RD, order.row_of_slot, order.end_T)
-    sums_TD = rows_RD.new_zeros(order.num_tokens, rows_RD.shape[1])
-    return sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
+    sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
+    sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
+    return sums_TD[: order.num_tokens]

@@ -1,0 +1,95 @@
+"""Room for the worst case: the same results as with counted rows, and no wait for the device."""
+
+import dataclasses
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dynmoe.config import DynMoEConfig
+from tests.moe import one_rank
+
+E, S, B, D = 6, 10, 3, 8
+CAP = 4
+MEASURED = DynMoEConfig(
+    routing="top_p", threshold=0.6, max_experts_per_token=CAP, backend="torch_native"
+)
+WORST_CASE = dataclasses.replace(MEASURED, row_buffer="worst_case")
+# What makes the host wait for a device.
+SYNCS = ("aten._local_scalar_dense", "aten.nonzero.", "aten.masked_select", "aten.is_nonzero")
+# The number of rows; and on a CPU, which need not be told it, the look for them.
+WAITS_FOR_COUNT = {"aten._local_scalar_dense.default": 1, "aten.nonzero.default": 1}
+
+
+def layer_of(dynmoe: DynMoEConfig):
+    torch.manual_seed(0)
+    return one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D, moe_ffn_hidden_size=16)
+
+
+def one_step(layer) -> dict[str, torch.Tensor]:
+    hidden = torch.randn(S, B, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    output, _ = layer(hidden)
+    output.square().sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"output": output, "hidden": hidden.grad} | gradients
+
+
+def poisoned_grouped_mm(grouped_mm):
+    """grouped_mm that fills what no group covers with NaN: nobody promises zeros there."""
+
+    def called(left, right, *, offs):
+        result = grouped_mm(left, right, offs=offs)
+        if result.dim() == 2:
+            result[int(offs[-1]) :] = torch.nan
+        return result
+
+    return called
+
+
+def test_results_are_those_of_counted_rows_whatever_the_unused_rows_hold():
+    measured = one_step(layer_of(MEASURED))
+    layer = layer_of(WORST_CASE)
+    functional = torch.nn.functional
+    with mock.patch.object(functional, "grouped_mm", poisoned_grouped_mm(functional.grouped_mm)):
+        worst_case = one_step(layer)
+    assert measured.keys() == worst_case.keys()
+    assert {"router.weight", "experts.weight1", "experts.weight2"} <= measured.keys()
+    for name, want in measured.items():
+        assert torch.equal(worst_case[name], want), name
+
+
+@pytest.mark.parametrize(("dynmoe", "waits"), [(MEASURED, WAITS_FOR_COUNT), (WORST_CASE, {})])
+def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, waits):
+    monkeypatch.setattr("megatron_dynmoe.routing.select._is_plain_cpu", lambda values: False)
+    layer = layer_of(dynmoe)
+    found = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found[str(function)] += str(function).startswith(SYNCS)
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        one_step(layer)
+    assert +found == waits
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"moe_token_dispatcher_type": "allgather"}, "--moe-token-dispatcher-type is allgather"),
+        ({"moe_ffn_hidden_size": 13}, "loop on this device"),
+        ({"add_bias_linear": True}, "upstream's"),
+    ],
+)
+def test_what_needs_the_number_on_the_host_is_refused(settings, reason):
+    dynmoe = dataclasses.replace(WORST_CASE, backend="auto")
+    with pytest.raises(ValueError, match=f"row_buffer is 'worst_case'.*{reason}.*leave row_buffer"):
+        one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D, **settings)
+
+
+def test_a_worst_case_without_a_cap_is_refused():
+    with pytest.raises(ValueError, match="all 6 experts for every token: set max_experts_per_"):
+        dataclasses.replace(WORST_CASE, max_experts_per_token=None).resolve(E)
