@@ -221,51 +221,6 @@ def data_sheet_flops() -> float | None:
     return next((flops for part, flops in DATA_SHEET_FLOPS.items() if part in name), None)
 
 
-# --- memory --------------------------------------------------------------------------------------
-
-
-class Memory(NamedTuple):
-    """Bytes above those that were there before."""
-
-    held: int  # between forward and backward pass
-    peak: int  # at any time in either
-
-
-def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
-    """What PyTorch's allocator gives out in the two passes.
-
-    On the CPU, where the allocator keeps no account, by the profiler's record of it.
-    """
-    if on_gpu():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        forward()
-        held = torch.cuda.memory_allocated() - before
-        backward()
-        torch.cuda.synchronize()
-        return Memory(held, torch.cuda.max_memory_allocated() - before)
-    forward_held, forward_peak = _profiled(forward)
-    _, backward_peak = _profiled(backward)
-    return Memory(forward_held, max(forward_peak, forward_held + backward_peak))
-
-
-def _profiled(function: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes held at the end of a call and at the most, from the allocations within it."""
-    with torch.profiler.profile(profile_memory=True, activities=_CPU) as profiler:
-        function()
-    records = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        peak = max(peak, held)
-    return held, peak
-
-
-_CPU = [torch.profiler.ProfilerActivity.CPU]
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 

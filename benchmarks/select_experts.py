@@ -82,6 +82,8 @@ def compare(
     mean = routed.experts_T.double().mean().item()
     running, failures = measure.without_failing(make_providers(logits_TE, threshold, target))
     turns = {name: partial(one_turn, call, repeats(call)) for name, call in running.items()}
+    if STOCK not in running:
+        raise SystemExit(f"{STOCK} does not run, and everything is compared with it")
     taken = measure.take_turns(turns, rounds, seconds=seconds)
     workload = f"{num_tokens} tokens, {num_experts} experts, {kind} logits"
     workload += "" if measure.on_gpu() else f", {torch.get_num_threads()} threads"

@@ -9,14 +9,14 @@ from unittest import mock
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from benchmarks import measure
+from benchmarks.profiling import activities, table
 from benchmarks.training import Provider, step
 
 ROUTING, CONTROL, FINALIZE = (f"dynmoe {name}" for name in ("routing", "control", "finalize"))
 _BACKWARD = "autograd::engine::evaluate_function"
-_TABLE_ROWS = 30
 
 
 class StepProfile(NamedTuple):
@@ -36,11 +36,10 @@ class StepProfile(NamedTuple):
 
 def profiled_step(provider: Provider, batch: list[dict[str, Any]]) -> StepProfile:
     """Run one training step under PyTorch's profiler."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if measure.on_gpu() else [])]
     made_while_routing: set[int] = set()
     with (
         _marked(provider, made_while_routing),
-        profile(activities=activities, acc_events=True) as profiler,
+        profile(activities=activities(), acc_events=True) as profiler,
     ):
         step(provider, batch)
         torch.cuda.synchronize()
@@ -52,11 +51,10 @@ def profiled_step(provider: Provider, batch: list[dict[str, Any]]) -> StepProfil
         for event in events
         if event.name.startswith(_BACKWARD) and event.sequence_nr in made_while_routing
     )
-    key = "self_device_time_total" if measure.on_gpu() else "self_cpu_time_total"
     return StepProfile(
         (by_name[ROUTING] + backward) / total,
         (by_name[CONTROL] - by_name[FINALIZE]) / total,
-        profiler.key_averages().table(sort_by=key, row_limit=_TABLE_ROWS),
+        table(profiler),
     )
 
 

@@ -263,6 +263,7 @@ def row(name: str, provider: Measured) -> dict[str, str]:
         "ceiling_tflops_per_s": f"{provider.ceiling_flops / 1e12:.4g}",
         "of_ceiling": f"{flops_per_s / provider.ceiling_flops:.3f}",
         "of_data_sheet": f"{flops_per_s / data_sheet:.3f}" if data_sheet else "",
+        "roofline_s": f"{provider.flops / provider.ceiling_flops:.4f}",
         "routing_share": f"{provider.routing_share:.4f}",
         "control_share": f"{provider.control_share:.4f}",
         "peak_memory_gb": f"{provider.peak_memory_gb:.2f}" if provider.peak_memory_gb else "",

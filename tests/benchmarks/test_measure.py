@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, profiling
 
 
 def test_turns_rotate_and_only_counted_rounds_count():
@@ -86,7 +86,7 @@ def test_memory_is_that_of_the_tensors():
         kept.clear()
         del temporary
 
-    held, peak = measure.memory(forward, backward)
+    held, peak = profiling.memory(forward, backward)
     assert held == pytest.approx(megabyte, rel=0.01)
     assert peak == pytest.approx(5 * megabyte, rel=0.01)
 

@@ -1,0 +1,177 @@
+"""Draws the newest rows of each workload: docs/images/benchmark_{select,layer,train}_{cpu,gpu}.png.
+
+python benchmarks/plot.py [--results benchmarks/results] [--images docs/images]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parent.parent
+INK, MUTED = "#1f2328", "#6e7781"
+OURS_COLOURS, OTHER_COLOURS = ("#0b6e6e", "#6bb5b0"), ("#8c959f", "#ced4da")
+
+Row = dict[str, str]
+
+
+class Figure(NamedTuple):
+    """Where a picture's numbers are."""
+
+    title: str
+    file: str
+    parts: dict[str, str]  # a bar's parts, one after another: column to legend
+    low: str | None  # 20th and 80th percentile of the whole bar
+    high: str | None
+    unit: str
+    roofline: str
+    remark: tuple[str, str]  # behind a bar: a column and its meaning
+
+
+FIGURES = {
+    "select": Figure(
+        "Selecting experts, forward and backward",
+        "select.csv",
+        {"median_ms": ""},
+        "p20_ms",
+        "p80_ms",
+        "ms",
+        "roofline_ms",
+        ("median_ratio_to_stock", "of stock"),
+    ),
+    "layer": Figure(
+        "One MoE layer",
+        "layer.csv",
+        {"forward_ms": "forward", "backward_ms": "backward"},
+        None,
+        None,
+        "ms",
+        "roofline_ms",
+        ("of_ceiling", "of the ceiling"),
+    ),
+    "train": Figure(
+        "One training step",
+        "train_step.csv",
+        {"median_s": ""},
+        "p20_s",
+        "p80_s",
+        "s",
+        "roofline_s",
+        ("of_ceiling", "of the ceiling"),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    args = parser.parse_args()
+    args.images.mkdir(parents=True, exist_ok=True)
+    for name, figure in FIGURES.items():
+        path = args.results / figure.file
+        if not path.exists():
+            continue
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for kind in ("cpu", "gpu"):
+            workloads = newest([row for row in rows if device(row) == kind], figure)
+            if workloads:
+                image = args.images / f"benchmark_{name}_{kind}.png"
+                draw(figure, workloads, image)
+                print(f"wrote {image}")
+
+
+def device(row: Row) -> str:
+    return "cpu" if " CPUs, " in row["hardware"] else "gpu"
+
+
+def newest(rows: list[Row], figure: Figure) -> dict[str, list[Row]]:
+    """Each workload's rows of its last run, by workload; only those with a roofline."""
+    complete = [row for row in rows if row.get(figure.roofline)]
+    last = {row["workload"]: (row["date"], row["commit"], row["hardware"]) for row in complete}
+    chosen: dict[str, dict[str, Row]] = {}
+    for row in complete:
+        if (row["date"], row["commit"], row["hardware"]) == last[row["workload"]]:
+            chosen.setdefault(row["workload"], {})[row["provider"]] = row
+    return {workload: list(by_provider.values()) for workload, by_provider in chosen.items()}
+
+
+def draw(figure: Figure, workloads: dict[str, list[Row]], image: Path) -> None:
+    """One panel a workload: bars of the providers, and the roofline as a line."""
+    columns = min(2, len(workloads))
+    lines = -(-len(workloads) // columns)
+    tallest = max(len(rows) for rows in workloads.values())
+    plot, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(6.4 * columns, lines * (1.3 + 0.36 * tallest) + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel in axes.flat[len(workloads) :]:
+        panel.axis("off")
+    for panel, (workload, rows) in zip(axes.flat, workloads.items(), strict=False):
+        draw_panel(panel, figure, workload, rows)
+    first = next(iter(workloads.values()))[0]
+    where = f"{first['hardware']}, {first['versions']}, commit {first['commit']}, {first['date']}"
+    plot.suptitle(figure.title, fontsize=13, color=INK, weight="bold")
+    plot.supxlabel(where, fontsize=7.5, color=MUTED)
+    plot.savefig(image, dpi=130)
+    plt.close(plot)
+
+
+def draw_panel(panel: Axes, figure: Figure, workload: str, rows: list[Row]) -> None:
+    names = [row["provider"] for row in rows]
+    column, meaning = figure.remark
+    longest = 0.0
+    for place, row in enumerate(rows):
+        colours = OURS_COLOURS if is_ours(row["provider"]) else OTHER_COLOURS
+        end = 0.0
+        for (part, _), colour in zip(figure.parts.items(), colours, strict=False):
+            panel.barh(place, float(row[part]), left=end, height=0.62, color=colour)
+            end += float(row[part])
+        if figure.low and figure.high:
+            spread = [[end - float(row[figure.low])], [float(row[figure.high]) - end]]
+            panel.errorbar(end, place, xerr=spread, color=INK, linewidth=1, capsize=2)
+            end = float(row[figure.high])
+        text = f"{sum(float(row[part]) for part in figure.parts):.3g} {figure.unit}"
+        text += f", {float(row[column]):.2f} {meaning}" if row[column] else ""
+        panel.annotate(
+            text, (end, place), (5, 0), textcoords="offset points",
+            va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+        longest = max(longest, end)
+    roofline = max(float(row[figure.roofline]) for row in rows)
+    panel.axvline(roofline, color="#b35900", linestyle="--", linewidth=1, label="roofline")
+    for (_, legend), colour in zip(figure.parts.items(), OTHER_COLOURS, strict=False):
+        if legend:
+            panel.barh(0, 0, color=colour, label=legend)
+    panel.legend(fontsize=7.5, frameon=False, loc="lower right")
+    panel.set_yticks(range(len(rows)), labels=names, fontsize=8.5)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.6 * max(longest, roofline))
+    panel.set_xlabel(figure.unit, fontsize=8, color=MUTED)
+    panel.set_title("\n".join(textwrap.wrap(workload, 72)), fontsize=8.5, color=INK, loc="left")
+    panel.tick_params(axis="x", labelsize=8, colors=MUTED)
+    panel.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+
+
+def is_ours(provider: str) -> bool:
+    """Whether a bar shows dynamic routing on our back end."""
+    return provider.startswith("ours") or provider.startswith("torch_native dtop_p")
+
+
+if __name__ == "__main__":
+    main()
