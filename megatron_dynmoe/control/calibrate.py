@@ -79,6 +79,21 @@ def initial_threshold(
     return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[0]
 
 
+def initial_experts_per_token(
+    num_experts: int,
+    threshold: float,
+    logits_std: float = 1.0,
+    normalized: bool = True,
+    max_experts: int | None = None,
+) -> float:
+    """The mean experts per token that ``threshold`` gives on normal logits.
+
+    The inverse of :func:`initial_threshold`; arguments and errors as there.
+    """
+    probs_TE = _normal_probs(num_experts, 1.0 if normalized else logits_std, normalized, 1.0)
+    return float(mean_experts_per_token(probs_TE, threshold, max_experts))
+
+
 def plant_slope(
     num_experts: int,
     target: float,

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,12 +72,12 @@ def _machine_checks(args: argparse.Namespace) -> list[Check]:
     if args.data_cache_path is not None:
         folders["--data-cache-path"] = args.data_cache_path
     checks = [
-        guarded(name, lambda name=name, folder=folder: machine.check_writable(name, folder))
+        guarded(name, partial(machine.check_writable, name, folder))
         for name, folder in folders.items()
     ]
     return [
         *checks,
-        guarded("disk space", lambda: _space(args)),
+        guarded("disk space", partial(_space, args)),
         guarded("shared memory", machine.check_shared_memory),
         guarded("Slurm", machine.check_slurm),
         guarded("launcher", machine.check_launcher),
@@ -87,10 +88,9 @@ def _space(args: argparse.Namespace) -> Check:
     folder = args.save or Path.cwd()
     if args.recipe is None:
         return machine.check_space(folder, None, None)
-    from megatron_dynmoe.planning.settings import read_settings
+    from megatron_dynmoe.planning.plan import checkpoints
 
-    settings = read_settings(args.recipe, [])
-    return machine.check_space(folder, settings.checkpoint_bytes, settings.num_checkpoints)
+    return machine.check_space(folder, *checkpoints(args.recipe, []))
 
 
 def _data_checks(args: argparse.Namespace) -> list[Check]:
@@ -101,7 +101,7 @@ def _data_checks(args: argparse.Namespace) -> list[Check]:
     elif args.vocab_size is not None:
         vocabulary = data.Vocabulary(args.vocab_size, None, "--vocab-size")
     return checks + [
-        guarded("data", lambda prefix=prefix: data.check_dataset(prefix, vocabulary))
+        guarded("data", partial(data.check_dataset, prefix, vocabulary))
         for prefix in data.prefixes(args.data_path)
     ]
 

@@ -1,0 +1,271 @@
+"""The memory of one GPU, part by part.
+
+Weights, gradients and optimizer state are exact but for buffers of some kilobytes. Activations are
+an estimate for the ``torch_native`` back end with fused attention: the tensors that its operations
+keep, and the largest step in between. Not in it: CUDA's context, NCCL's buffers and fragmentation.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.precision import Precision, Recompute
+from megatron_dynmoe.planning.shape import (
+    ModelShape,
+    Parameters,
+    layers_of,
+    parameters_on_gpu,
+    total_parameters,
+)
+from megatron_dynmoe.planning.worst_case import (
+    ROUTER_BYTES,
+    ExpertSizes,
+    kept_row_bytes,
+    mean_rows,
+    passing_row_bytes,
+    worst_case_rows,
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU.
+
+    Attributes:
+        activations: everything that does not depend on the routing, the router included.
+        expert_rows: everything whose size is a number of rows.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    expert_rows: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.state + self.activations + self.expert_rows
+
+    @property
+    def state(self) -> float:
+        """What is there before the first step, and exact."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What the memory of a run's GPUs follows from.
+
+    Attributes:
+        shards_optimizer: the distributed optimizer is used.
+        gathers_tokens: experts' tokens are gathered instead of sent (the allgather dispatcher).
+        mask_bytes: of each hidden value, for dropout.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    precision: Precision
+    recompute: Recompute
+    shards_optimizer: bool
+    gathers_tokens: bool
+    mask_bytes: int
+
+    @classmethod
+    def from_args(cls, args: Namespace, layout: Layout, has_theta: bool) -> MemoryModel:
+        """Read Megatron's arguments; defaults that Megatron derives have to be filled in.
+
+        Raises:
+            ValueError: a setting is used whose effect is not known here.
+        """
+        return cls(
+            shape=ModelShape.from_args(args, has_theta),
+            layout=layout,
+            precision=Precision.from_args(args),
+            recompute=Recompute.from_args(args),
+            shards_optimizer=args.use_distributed_optimizer,
+            gathers_tokens=args.moe_token_dispatcher_type == "allgather",
+            mask_bytes=1 if args.hidden_dropout else 0,
+        )
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a micro-batch that a rank routes."""
+        return self._tokens // (self.layout.tensor if self.layout.sequence_parallel else 1)
+
+    @property
+    def _tokens(self) -> int:
+        return self.layout.seq_length * self.layout.micro_batch // self.layout.context
+
+    def fullest(self, rows_per_token: float) -> tuple[int, Memory]:
+        """The pipeline rank that needs most where the load is balanced, and what it needs."""
+        rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token)
+        return self._fullest(rows, self.local_tokens * rows_per_token)
+
+    def worst_case(self, cap: int | None) -> tuple[int, Memory]:
+        """The same with the most rows in every layer at once that the cap allows."""
+        layout, num_experts = self.layout, self.shape.num_experts
+        if not num_experts:
+            return self.fullest(0)
+        rows = worst_case_rows(
+            self.local_tokens, num_experts, layout.expert, layout.expert_tensor, cap
+        )
+        return self._fullest(rows, self.local_tokens * min(cap or num_experts, num_experts))
+
+    def cap_that_fits(self, num_bytes: float) -> int | None:
+        """The largest cap whose worst case fits, or None where that of 1 does not."""
+        fitting = (
+            cap
+            for cap in range(self.shape.num_experts, 0, -1)
+            if self.worst_case(cap)[1].total <= num_bytes
+        )
+        return next(fitting, None)
+
+    def state(self, stage: int) -> tuple[float, float, float]:
+        """Bytes of weights, gradients and optimizer state on a pipeline rank's GPUs."""
+        parameters = parameters_on_gpu(self.shape, self.layout, stage)
+        sharing = Parameters(1, 1)
+        if self.shards_optimizer:
+            sharing = Parameters(self.layout.data * self.layout.context, self.layout.expert_data)
+        optimizer = self.precision.optimizer * (
+            parameters.dense / sharing.dense + parameters.expert / sharing.expert
+        )
+        return (
+            self.precision.weight * parameters.total,
+            self.precision.gradient * parameters.total,
+            optimizer,
+        )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: weights, main parameters and moments."""
+        each = self.precision.weight + self.precision.optimizer - self.precision.gradient_copies
+        if self.shards_optimizer and self.precision.weight == 4:
+            each += 4  # the distributed optimizer saves float32 weights a second time, as its own
+        return each * total_parameters(self.shape)
+
+    def _fullest(self, rows: float, sent_rows: float) -> tuple[int, Memory]:
+        stages = range(self.layout.pipeline)
+        each = [Memory(*self.state(s), *self._activations(s, rows, sent_rows)) for s in stages]
+        stage = max(stages, key=lambda index: each[index].total)
+        return stage, each[stage]
+
+    def _activations(self, stage: int, rows: float, sent_rows: float) -> tuple[float, float]:
+        """Of a pipeline rank: what does not depend on the rows, and what does."""
+        layers = [
+            self.shape.moe_layers[index] for index in layers_of(self.shape, self.layout, stage)
+        ]
+        stored, again = self._stored_and_recomputed(layers)
+        in_flight = self._micro_batches_in_flight(stage)
+
+        kept_bytes = kept_row_bytes(self._experts, rows)
+        keeps_rows = not self.recompute.modules & {"moe"}
+        kept_layers = in_flight * sum(stored) * keeps_rows
+        # Layers that are recomputed together are all there at once, for one micro-batch.
+        at_once = sum(again) if self.recompute.method else any(layers) * (not keeps_rows)
+        expert_rows = kept_bytes * (kept_layers + at_once)
+        if any(layers):
+            is_spread = self.layout.expert * self.layout.expert_tensor > 1
+            expert_rows += passing_row_bytes(self._experts, rows, sent_rows, is_spread)
+            expert_rows += self._gathered_tokens_bytes
+
+        activations = in_flight * sum(map(self._kept_bytes, stored))
+        if self.recompute.method:
+            activations += in_flight * self._num_inputs_kept(len(layers)) * self._hidden_bytes
+            activations += sum(map(self._kept_bytes, again))
+        activations += self._passing_bytes
+        if stage == self.layout.pipeline - 1:
+            activations += self._output_bytes
+        return activations, expert_rows
+
+    def _stored_and_recomputed(self, layers: list[bool]) -> tuple[list[bool], list[bool]]:
+        """Layers whose activations are kept, and the largest group recomputed at once."""
+        recompute = self.recompute
+        if recompute.method == "block":
+            # Only the first ones; each is a group of its own.
+            return layers[recompute.num_layers :], sorted(layers)[-1:]
+        if recompute.method == "uniform":
+            size = recompute.num_layers
+            groups = [layers[first : first + size] for first in range(0, len(layers), size)]
+            return [], max(groups, key=sum)
+        return layers, []
+
+    def _num_inputs_kept(self, num_layers: int) -> int:
+        if self.recompute.method == "block":
+            return min(self.recompute.num_layers, num_layers)
+        return -(-num_layers // self.recompute.num_layers)
+
+    def _micro_batches_in_flight(self, stage: int) -> float:
+        """How many micro-batches' activations a pipeline rank holds at most; 1F1B."""
+        layout = self.layout
+        ahead = layout.pipeline - stage
+        if layout.stages_per_rank == 1:
+            return min(ahead, layout.num_micro_batches)
+        chunks = 2 * (ahead - 1) + (layout.stages_per_rank - 1) * layout.pipeline + 1
+        most = layout.num_micro_batches * layout.stages_per_rank
+        return min(chunks, most) / layout.stages_per_rank
+
+    @property
+    def _experts(self) -> ExpertSizes:
+        shape, layout = self.shape, self.layout
+        return ExpertSizes(
+            shape.hidden,
+            shape.expert_ffn // layout.expert_tensor,
+            shape.gate_factor,
+            shape.num_experts // layout.expert,
+            self.precision.activation,
+        )
+
+    @property
+    def _hidden_bytes(self) -> int:
+        """Of the hidden states of a micro-batch, as they lie between layers."""
+        return self.local_tokens * self.shape.hidden * self.precision.activation
+
+    def _kept_bytes(self, is_moe: bool) -> float:
+        """What a layer keeps from forward to backward, rows apart."""
+        shape, size, modules = self.shape, self.precision.activation, self.recompute.modules
+        tokens = self._tokens / self.layout.tensor  # of what tensor parallelism splits
+        # The input of each norm, and its output.
+        kept: float = self._hidden_bytes * (2 if "layernorm" in modules else 4)
+        kept += 2 * self.local_tokens * (4 + self.mask_bytes * shape.hidden)
+        # Queries, keys and values before and after rotation, the attention's output twice (as it
+        # comes and as the projection takes it), and its normalizer in float32.
+        projected = shape.query_size + shape.key_value_size
+        rotated = 0 if shape.positions else shape.query_size + shape.key_value_size / 2
+        outputs = shape.query_size * (1 if "core_attn" in modules else 2)
+        kept += tokens * ((projected + rotated + outputs) * size + 4 * shape.num_heads)
+        width = shape.gate_factor + 1
+        if not is_moe:
+            return kept + ("mlp" not in modules) * tokens * width * shape.ffn * size
+        if "moe" in modules:
+            return kept
+        kept += self.local_tokens * shape.num_experts * ROUTER_BYTES
+        return kept + ("shared_experts" not in modules) * tokens * width * shape.shared_ffn * size
+
+    @property
+    def _passing_bytes(self) -> float:
+        """The most that a layer needs for a moment, rows apart: gradients at its largest GEMM."""
+        shape, tokens = self.shape, self._tokens / self.layout.tensor
+        dense_ffn = 0 if all(shape.moe_layers) else shape.ffn
+        widest = max(
+            2 * (shape.query_size + shape.key_value_size),
+            (2 * shape.gate_factor + 3) * max(dense_ffn, shape.shared_ffn),
+        )
+        return 4 * self._hidden_bytes + tokens * widest * self.precision.activation
+
+    @property
+    def _gathered_tokens_bytes(self) -> float:
+        """The tokens of all ranks that share experts, with their maps and weights."""
+        ranks = self.layout.expert * self.layout.expert_tensor
+        if not self.gathers_tokens or ranks == 1:
+            return 0
+        width = 2 * self.shape.hidden * self.precision.activation
+        return ranks * self.local_tokens * (width + 5 * self.shape.num_experts)
+
+    @property
+    def _output_bytes(self) -> float:
+        """The last norm, and logits with their float32 copy for the loss; for one micro-batch."""
+        logits = self._tokens * self.shape.vocab / self.layout.tensor
+        return 2 * self._hidden_bytes + logits * (4 + self.precision.activation)

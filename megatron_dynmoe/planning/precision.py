@@ -1,0 +1,71 @@
+"""What of a run's settings decides how many bytes a parameter and an activation take."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of each parameter's state, and of an activation.
+
+    Attributes:
+        optimizer: main parameters and moments; spread by the distributed optimizer.
+        gradient_copies: of the optimizer's bytes, those of gradients in float32.
+    """
+
+    weight: int
+    gradient: int
+    optimizer: int
+    gradient_copies: int
+    activation: int
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Precision:
+        """Read Megatron's flags.
+
+        Raises:
+            ValueError: the optimizer's state is not known.
+        """
+        if args.optimizer not in ("adam", "sgd"):
+            raise ValueError(
+                f"--optimizer is {args.optimizer}, whose state is not known: use adam or sgd."
+            )
+        is_half = args.bf16 or args.fp16
+        gradient = 4
+        if args.grad_reduce_in_bf16 or (args.fp16 and not args.accumulate_allreduce_grads_in_fp32):
+            gradient = 2
+        moments = 8 if args.optimizer == "adam" else 4
+        copies = 4 if gradient == 2 else 0
+        return cls(
+            weight=2 if is_half else 4,
+            gradient=gradient,
+            optimizer=moments + (4 if is_half else 0) + copies,  # main parameters in float32
+            gradient_copies=copies,
+            activation=2 if is_half else 4,
+        )
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again in the backward pass instead of kept.
+
+    Attributes:
+        modules: with the selective kind.
+        method: ``uniform`` or ``block`` with the full kind, else None.
+        num_layers: of a chunk (uniform), or that are recomputed (block).
+    """
+
+    modules: frozenset[str] = frozenset()
+    method: str | None = None
+    num_layers: int = 0
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Recompute:
+        """Read Megatron's flags."""
+        if args.recompute_granularity == "full":
+            return cls(method=args.recompute_method, num_layers=args.recompute_num_layers or 1)
+        if args.recompute_granularity == "selective":
+            return cls(frozenset(args.recompute_modules or ["core_attn"]))
+        return cls()

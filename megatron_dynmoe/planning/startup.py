@@ -1,0 +1,78 @@
+"""The check when a training starts: can the routing, at its worst, exceed the device's memory?"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.memory import MemoryModel
+
+
+def memory_report(args: Namespace, dynmoe: DynMoEConfig) -> str:
+    """What a run can need at most on its fullest device, against what this one has.
+
+    It warns and does not stop: the bound takes every token of all ranks for the same device and
+    all layers at once, which no trained router comes near.
+
+    Args:
+        args: Megatron's arguments, validated.
+        dynmoe: resolved settings of dynamic routing.
+
+    Returns:
+        A line for the log.
+    """
+    import torch
+
+    from megatron_dynmoe.backends import cpu
+
+    device_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if cpu.is_installed():  # the processes of this machine share its memory
+        device_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        model = MemoryModel.from_args(
+            args, layout_from_args(args), has_theta=dynmoe.normalization == "drn"
+        )
+    except ValueError as error:
+        return f"> memory: its bound is not known: {error}"
+    return describe_bound(model, dynmoe.max_experts_per_token, device_bytes)
+
+
+def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> str:
+    """The line of :func:`memory_report`."""
+    most = model.worst_case(cap)[1].total
+    sizes = f"{most / 1e9:.2f} GB of {device_bytes / 1e9:.2f} GB"
+    if most <= device_bytes:
+        return f"> memory: at most {sizes}, whatever the routing"
+    fitting = model.cap_that_fits(device_bytes)
+    setting = (
+        "no max_experts_per_token is set" if cap is None else f"max_experts_per_token is {cap}"
+    )
+    remedy = (
+        f"{fitting} is the largest that cannot"
+        if fitting is not None
+        else "no value rules it out: lower --micro-batch-size, or add --recompute-granularity full"
+    )
+    return f"WARNING: {setting}, with which a step can need {sizes} at worst; {remedy}."
+
+
+def layout_from_args(args: Namespace) -> Layout:
+    """The layout that Megatron's validated arguments say."""
+    return Layout(
+        world_size=args.world_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_experts=args.num_experts or 0,
+        seq_length=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        expert=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size,
+        stages_per_rank=args.virtual_pipeline_model_parallel_size or 1,
+        sequence_parallel=args.sequence_parallel,
+        has_own_split=False,
+    )

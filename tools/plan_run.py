@@ -1,0 +1,12 @@
+"""Plan a run before it has a GPU; see docs/planning.md."""
+
+import sys
+from pathlib import Path
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.planning.commands import main
+
+if __name__ == "__main__":
+    main()
