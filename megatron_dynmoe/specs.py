@@ -24,6 +24,7 @@ from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.metrics import install_metrics_tracker
 from megatron_dynmoe.moe.layer import DynMoELayer
+from megatron_dynmoe.planning.startup import memory_report
 from megatron_dynmoe.routing.router import TopPRouter
 from megatron_dynmoe.upstream_flags import check_upstream_settings
 
@@ -104,6 +105,7 @@ def layer_spec(
         # Megatron saves its arguments with the model; settings from YAML would not be among them.
         with suppress(AssertionError):  # a training loop of one's own has none
             get_args().moe_dynamic_settings = resolved.to_dict()
+            print_rank_0(memory_report(get_args(), resolved))
         settings = ", ".join(
             f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in resolved.to_dict().items()
@@ -159,7 +161,7 @@ def _check_worst_case_rows(plan: torch_native.Plan, transformer: TransformerConf
     if plan.backend != "torch_native" or "experts" in plan.kept:
         reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"
         remedy += ", or use torch_native"
-    elif not torch_native.has_grouped_gemm(transformer):
+    elif torch_native.gemm_of(transformer) == "a loop":
         reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
         remedy += ", or use bf16 on Hopper or later and sizes in multiples of 16 bytes"
     elif transformer.moe_token_dispatcher_type != "alltoall":

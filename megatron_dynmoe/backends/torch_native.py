@@ -33,7 +33,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
 from megatron_dynmoe.backends import cpu
-from megatron_dynmoe.moe.experts import GroupedExperts, uses_grouped_mm
+from megatron_dynmoe.moe.experts import GroupedExperts, has_grouped_gemm, uses_grouped_mm
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -218,7 +218,7 @@ def describe(plan: Plan, config: TransformerConfig) -> str:
     """One line that says which code runs attention, norms and experts."""
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
-    gemm = "grouped_mm" if has_grouped_gemm(config) else "a loop"
+    gemm = gemm_of(config)
     ours = {
         "attention": "scaled_dot_product_attention",
         "norm": f"torch {config.normalization}",
@@ -233,10 +233,13 @@ def describe(plan: Plan, config: TransformerConfig) -> str:
     return f"> back end: torch_native ({plan.why}) | " + " | ".join(parts)
 
 
-def has_grouped_gemm(config: TransformerConfig) -> bool:
-    """Whether the stacked experts run as grouped GEMMs on this device."""
+def gemm_of(config: TransformerConfig) -> str:
+    """What runs the stacked experts' GEMMs on this device; "a loop" needs counts on the host."""
     device, ffn = torch.device(torch.cuda.current_device()), config.moe_ffn_hidden_size or 0
-    return uses_grouped_mm(device, config.params_dtype, config.hidden_size, ffn)
+    gemms = device, config.params_dtype, config.hidden_size, ffn
+    if uses_grouped_mm(*gemms):
+        return "grouped_mm"
+    return "a Triton kernel" if has_grouped_gemm(*gemms) else "a loop"
 
 
 class ScaledDotProductAttention(DotProductAttention):

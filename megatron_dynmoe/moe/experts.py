@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from megatron_dynmoe import kernels
+
 ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
 _EXTRA_STATE = "_extra_state"
 
@@ -194,19 +196,28 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
     Returns:
         [R, O].
     """
-    if len(rows_RI) and uses_grouped_mm(rows_RI.device, rows_RI.dtype, *weight_EOI.shape[1:]):
-        ends = tokens_per_expert.to(rows_RI.device, non_blocking=True).cumsum(0).int()
-        return _GroupedLinear.apply(rows_RI, weight_EOI, ends)
+    device = rows_RI.device
+    if len(rows_RI) and has_grouped_gemm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
+        ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0).int()
+        if uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
+            return _GroupedLinear.apply(rows_RI, weight_EOI, ends)
+        return _KernelLinear.apply(rows_RI, weight_EOI, ends)
     counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
     return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
+
+
+def has_grouped_gemm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether these GEMMs run in one call that takes the counts on the device."""
+    return uses_grouped_mm(device, dtype, *sizes) or kernels.available(device)
 
 
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     """Whether these GEMMs run as ``torch.nn.functional.grouped_mm``, or else one by one.
 
     On GPUs it has a kernel for bf16 from Hopper on; elsewhere there it copies the counts to the
-    host and loops, which the loop here does too, and mostly without the copy: the dispatcher has
-    made it. On CPU it is as fast as that loop or up to 12 % faster (docs/backends.md).
+    host and loops. So does the loop here, mostly without the copy, which the dispatcher has made;
+    :mod:`megatron_dynmoe.kernels.grouped_gemm` needs neither. On CPU it is as fast as that loop or
+    up to 12 % faster (docs/backends.md).
     """
     if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
         return False
@@ -259,6 +270,24 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
         grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
         return grad_rows, grad_weight, None
+
+
+class _KernelLinear(torch.autograd.Function):
+    """:func:`grouped_linear` by Triton's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        from megatron_dynmoe.kernels.grouped_gemm import multiply_rows
+
+        ctx.save_for_backward(rows, weight, ends)
+        return multiply_rows(rows, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        from megatron_dynmoe.kernels.grouped_gemm import multiply_by_rows, multiply_rows
+
+        rows, weight, ends = ctx.saved_tensors
+        return multiply_rows(grad, weight, ends), multiply_by_rows(grad, rows, ends), None
 
 
 class _LoopedLinear(torch.autograd.Function):
