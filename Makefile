@@ -2,11 +2,16 @@
 PYTHON_VENV := .venv/bin/python
 # Several processes a test times several threads each would fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
+# A machine with a GPU may bring its own PyTorch.
+PYTHON_GPU := $(or $(wildcard .venv/bin/python),$(PYTHON),python3)
+OUTPUT ?= benchmarks/results
+BENCHMARK := $(PYTHON_GPU) benchmarks
+PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT)"
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-gpu bench-gpu-select \
-	lint format types constraints clean
+.PHONY: help setup quickstart test test-unit test-distributed test-gpu bench-gpu \
+	bench-gpu-select bench-gpu-layer bench-gpu-train lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,12 +33,26 @@ test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m distributed
 
 test-gpu: ## what needs a CUDA device, and the kernels natively
-	@DYNMOE_KERNELS=1 $(TEST) tests -m gpu
-	@DYNMOE_KERNELS=1 $(TEST) tests/kernels
+	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests -m gpu
+	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/kernels
+
+bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 
 bench-gpu-select: ## selection against stock Megatron, plain PyTorch and a copy of the same bytes
-	@DYNMOE_KERNELS=1 $(PYTHON_VENV) benchmarks/select_experts.py
-	@DYNMOE_KERNELS=1 $(PYTHON_VENV) benchmarks/select_experts.py --tokens 262144
+	@DYNMOE_KERNELS=1 $(BENCHMARK)/select_experts.py --seconds-budget 150 --output "$(OUTPUT)"
+	@DYNMOE_KERNELS=1 $(BENCHMARK)/select_experts.py --seconds-budget 150 --output "$(OUTPUT)" \
+	  --tokens 262144
+	@$(PLOT)
+
+bench-gpu-layer: ## one MoE layer against stock Megatron's and a dense one
+	@$(BENCHMARK)/layer.py --rounds 50 --seconds-budget 240 --output "$(OUTPUT)"
+	@$(PLOT)
+
+bench-gpu-train: ## training steps of the paper's 3.5 B model, on one GPU of 141 GB
+	@DYNMOE_KERNELS=1 $(BENCHMARK)/train_step.py --model paper --apart --backends torch_native \
+	  --routings top_k dtop_p dtop_p@1.82 dense --settle 15 --rounds 12 --visits 3 \
+	  --seconds-budget 440 --output "$(OUTPUT)"
+	@$(PLOT)
 
 lint: setup ## ruff (rules and format), and shellcheck where it is installed
 	@$(PYTHON_VENV) -m ruff check .

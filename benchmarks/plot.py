@@ -144,7 +144,8 @@ def draw_panel(panel: Axes, figure: Figure, workload: str, rows: list[Row]) -> N
             spread = [[end - float(row[figure.low])], [float(row[figure.high]) - end]]
             panel.errorbar(end, place, xerr=spread, color=INK, linewidth=1, capsize=2)
             end = float(row[figure.high])
-        text = f"{sum(float(row[part]) for part in figure.parts):.3g} {figure.unit}"
+        total = sum(float(row[part]) for part in figure.parts)
+        text = f"{total:.0f} {figure.unit}" if total >= 100 else f"{total:.3g} {figure.unit}"
         text += f", {float(row[column]):.2f} {meaning}" if row[column] else ""
         panel.annotate(
             text, (end, place), (5, 0), textcoords="offset points",

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ class Measured:
     ceiling_flops: float  # per second, of this machine
     flops: float  # of a step, from the measured number of experts
     steps: list[Step]
-    routing_share: float
-    control_share: float
+    routing_share: float | None
+    control_share: float | None
     profile: str
     peak_memory_gb: float | None
 
@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds-budget", type=float, default=math.inf, help="no further visit would pass this")
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     add("--no-append", action="store_true", help="write no rows")
+    add("--no-profile", action="store_true", help="measure no shares")
     add("--raw", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -143,7 +144,9 @@ def in_turns(
         warm_up=0,
     )
     peak = peak_memory_gb() if len(names) == 1 else None
-    profiles = {name: profiled_step(p, batches[-1]) for name, p in providers.items()}
+    profiles = dict.fromkeys(providers, (None, None, ""))
+    if not options.no_profile:
+        profiles = {name: profiled_step(p, batches[-1]) for name, p in providers.items()}
     torch.distributed.barrier()
     if torch.distributed.get_rank():
         return {}
@@ -180,24 +183,24 @@ def visit_apart(
     if "RANK" in os.environ:
         raise SystemExit("--apart starts its processes itself: leave torchrun out")
     measured: dict[str, Measured] = {}
-    started, longest = time.monotonic(), 0.0
+    stop, longest = time.monotonic() + options.seconds_budget, 0.0
     for visit, name in itertools.product(range(options.visits), names):
         begun = time.monotonic()
-        if begun + longest - started > options.seconds_budget:
+        if begun + longest > stop:
             print(f"the time is used up: {name} gets no visit {visit + 1}")
             continue
-        result = one_visit(name, options, extra)
+        result = one_visit(name, options, extra, stop - begun, no_profile=name in measured)
         longest = max(longest, time.monotonic() - begun)
         if result is None:
             continue
         print(f"{name}, visit {visit + 1}: {time.monotonic() - begun:.0f} s", flush=True)
-        if name in measured:
-            result.steps = measured[name].steps + result.steps
-        measured[name] = result
+        measured.setdefault(name, replace(result, steps=[])).steps += result.steps
     return measured
 
 
-def one_visit(name: str, options: argparse.Namespace, extra: list[str]) -> Measured | None:
+def one_visit(
+    name: str, options: argparse.Namespace, extra: list[str], seconds: float, no_profile: bool
+) -> Measured | None:
     """What this script measures of one provider in another process; None where that fails."""
     backend, routing = name.split()
     with tempfile.TemporaryDirectory() as folder:
@@ -207,9 +210,21 @@ def one_visit(name: str, options: argparse.Namespace, extra: list[str]) -> Measu
         command += ["--rounds", str(options.rounds), "--settle", str(options.settle)]
         command += ["--threads", str(options.threads)]
         command += ["--run", str(options.run)] if options.run else []
-        process = subprocess.run([*command, *extra], capture_output=True, text=True)
-        if process.returncode:
-            print(f"{name} failed:\n{process.stderr[-3000:]}", flush=True)
+        command += ["--no-profile"] if no_profile or options.no_profile else []
+        try:
+            subprocess.run(
+                [*command, *extra],
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=None if seconds == math.inf else seconds,
+            )
+        except subprocess.CalledProcessError as error:
+            print(f"{name} failed:\n{error.stdout[-3000:]}", flush=True)
+            return None
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped, the time is used up", flush=True)
             return None
         fields = json.loads(raw.read_text())[name]
     return Measured(**fields | {"steps": [Step(*values) for values in fields["steps"]]})
@@ -262,12 +277,16 @@ def row(name: str, provider: Measured) -> dict[str, str]:
         "tflops_per_s": f"{flops_per_s / 1e12:.4g}",
         "ceiling_tflops_per_s": f"{provider.ceiling_flops / 1e12:.4g}",
         "of_ceiling": f"{flops_per_s / provider.ceiling_flops:.3f}",
-        "of_data_sheet": f"{flops_per_s / data_sheet:.3f}" if data_sheet else "",
+        "of_data_sheet": decimals(data_sheet and flops_per_s / data_sheet, 3),
         "roofline_s": f"{provider.flops / provider.ceiling_flops:.4f}",
-        "routing_share": f"{provider.routing_share:.4f}",
-        "control_share": f"{provider.control_share:.4f}",
-        "peak_memory_gb": f"{provider.peak_memory_gb:.2f}" if provider.peak_memory_gb else "",
+        "routing_share": decimals(provider.routing_share, 4),
+        "control_share": decimals(provider.control_share, 4),
+        "peak_memory_gb": decimals(provider.peak_memory_gb, 2),
     }
+
+
+def decimals(value: float | None, number: int) -> str:
+    return "" if value is None else f"{value:.{number}f}"
 
 
 def ratio_row(base: str, other: str, measured: dict[str, Measured], paired: bool) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""The selection benchmark on a few tokens, and where its logits come from."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import logits, plot
+
+pytestmark = pytest.mark.megatron
+
+
+def test_it_runs_on_both_kinds_of_logits(monkeypatch, tmp_path):
+    from benchmarks import select_experts
+
+    ceilings = select_experts.measure.Ceilings(bytes_per_s=1e6, flops_per_s=1)
+    monkeypatch.setattr(select_experts.measure, "ceilings", lambda dtype: ceilings)
+    command = ["select_experts.py", "--experts", "16,256", "--tokens", "64", "--rounds", "3"]
+    monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path)])
+    select_experts.main()
+    with (tmp_path / "select.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases = [row["workload"].rpartition(",")[0] for row in rows[::2]]
+    assert cases == [
+        "64 tokens, 16 experts, normal logits",
+        "64 tokens, 256 experts, normal logits",
+        "64 tokens, 16 experts, trained logits",
+    ]
+    for stock, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert (stock["provider"], ours["provider"]) == ("stock top-k", "ours, plain")
+        assert stock["median_ratio_to_stock"] == "1.000"
+        experts = 16 if "256" in ours["workload"] else 2
+        assert float(ours["mean_experts"]) == pytest.approx(experts, abs=0.05)
+        elements = 64 * (256 if "256" in ours["workload"] else 16)
+        assert float(ours["roofline_ms"]) == pytest.approx(22 * elements / 1e6 * 1e3, rel=1e-3)
+
+    # The rows can be drawn.
+    monkeypatch.setattr(
+        "sys.argv", ["plot.py", "--results", str(tmp_path), "--images", str(tmp_path)]
+    )
+    plot.main()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["benchmark_select_cpu.png"]
+
+
+def test_trained_logits_are_repeated_where_more_are_asked_for():
+    logits_TE = logits.trained_logits(20000)
+    assert logits_TE.shape == (20000, 16)
+    assert torch.equal(logits_TE[16384:], logits_TE[: 20000 - 16384])
+    # Of a router with normalization.
+    assert logits_TE.mean(dim=-1).abs().max() < 0.01
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    torch.save({"logits": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="one tensor"):
+        logits.read_logits(tmp_path / "other.pt")

@@ -1,0 +1,114 @@
+"""The training benchmark: a tiny run, and how visits of separate processes come together."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import measure, text, train_step
+from benchmarks.training import Routing, Step
+
+
+@pytest.mark.slow
+@pytest.mark.megatron
+def test_it_runs_and_writes_its_rows(tmp_path):
+    command = f"""benchmarks/train_step.py --model paper --backends torch_native
+        --routings top_k dtop_p@1.5 dense --settle 1 --rounds 2 --output {tmp_path}
+        --num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 2
+        --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4"""
+    subprocess.run(
+        [sys.executable, *command.split()], cwd=measure.ROOT, check=True, capture_output=True
+    )
+    with (tmp_path / "train_step.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p@1.5", "dense")]
+    assert list(rows) == [*names, f"{names[1]} / {names[0]}", f"{names[2]} / {names[0]}"]
+    top_k, dtop_p, dense = (rows[name] for name in names)
+    assert all(row["workload"].startswith("train: 2 layers, hidden 32") for row in rows.values())
+    assert float(top_k["experts_per_token"]) == 2
+    assert 1 < float(dtop_p["experts_per_token"]) < 2.2
+    # Routing costs something in a tiny model, is not all of it, and dense has none.
+    assert 0.005 < float(top_k["routing_share"]) < 0.5
+    assert 0.005 < float(dtop_p["routing_share"]) < 0.5
+    assert 0.0005 < float(dtop_p["control_share"]) < 0.2
+    assert float(dense["routing_share"]) == float(dense["control_share"]) == 0
+    for row in (top_k, dtop_p, dense):
+        of_ceiling = float(row["tflops_per_s"]) / float(row["ceiling_tflops_per_s"])
+        assert float(row["of_ceiling"]) == pytest.approx(of_ceiling, abs=1e-3)
+    profile = (tmp_path / "train_step_profile.txt").read_text()
+    assert profile.count("Self CPU time total") == 3
+
+
+@pytest.fixture
+def no_rank(monkeypatch):
+    """Other tests of this process may have said that it is a rank."""
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def measured(steps: list[Step]) -> train_step.Measured:
+    return train_step.Measured("train: tiny", 64, 1e12, 2e9, steps, 0.01, 0.001, "", 1.5)
+
+
+def test_visits_take_turns_and_their_steps_come_together(monkeypatch, tmp_path, no_rank):
+    visited = []
+
+    def one_visit(name, options, extra, seconds, no_profile):
+        visited.append((name, no_profile))
+        assert extra == ["--num-layers", "1"]
+        if name == "torch_native dense":
+            return None
+        return measured([Step(2.0 if "top_k" in name else 1.0, 1.0, 2.0)] * 3)
+
+    monkeypatch.setattr(train_step, "one_visit", one_visit)
+    command = ["train_step.py", "--apart", "--backends", "torch_native", "--num-layers", "1"]
+    command += ["--routings", "top_k", "dtop_p", "dense", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    train_step.main()
+    names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p", "dense")]
+    first, second = [(name, False) for name in names], [(name, True) for name in names[:2]]
+    assert visited == [*first, *second, (names[2], False)]
+    with (tmp_path / "train_step.csv").open(newline="") as file:
+        top_k, dtop_p, ratio = csv.DictReader(file)
+    assert (top_k["rounds"], dtop_p["rounds"]) == ("6", "6")
+    assert dtop_p["of_ceiling"] == "0.002"
+    assert ratio["speed_ratio"] == "2.000 [2.000, 2.000]"
+
+
+def test_no_visit_begins_that_would_pass_the_time(monkeypatch, capsys, no_rank):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(train_step.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train_step, "one_visit", lambda *_, **__: measured([Step(1.0, 1.0, 2.0)]))
+    options = train_step.parser().parse_args(["--seconds-budget", "55", "--visits", "2"])
+    result = train_step.visit_apart(["a x", "b x"], options, [])
+    assert [len(result[name].steps) for name in ("a x", "b x")] == [1, 1]
+    assert "a x gets no visit 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [("top_k", ("top_k", 2)), ("dtop_p@1.82", ("dtop_p", 1.82)), ("dense@4", ("dense", 4))],
+)
+def test_routings_of_the_command_line(given, parsed):
+    assert Routing.parse(given) == parsed
+    assert str(Routing.parse(given)) == given
+
+
+@pytest.mark.parametrize("given", ["top_p", "top_k@1.5", "dtop_p@0.5", "dense@x"])
+def test_other_routings_are_refused(given):
+    with pytest.raises(ValueError):
+        Routing.parse(given)
+
+
+def test_words_are_tokens_of_the_vocabulary(monkeypatch, tmp_path):
+    documents = ["a a a b, b", "", "c d e f g h i j k l m n o p q"]
+    monkeypatch.setattr(text, "corpus", lambda: documents)
+    monkeypatch.setattr(text.measure, "ROOT", tmp_path)
+    prefix = text.words_as_tokens(16)
+    tokens = np.fromfile(prefix.with_suffix(".bin"), np.uint16).tolist()
+    # The most frequent words come first; the last id ends each document, the empty one too.
+    assert tokens[:8] == [0, 0, 0, 1, 2, 1, 15, 15]
+    # 14 words have ids of their own, the others share what is left.
+    assert tokens[8:] == [*range(3, 14), 14, 14, 14, 14, 15]
+    assert text.words_as_tokens(16) == prefix
