@@ -138,6 +138,7 @@ stop_ranks() {
 }
 
 requeue() {
+  trap - USR1 TERM
   local state
   state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
   if [[ $state != JobState=RUNNING ]]; then

@@ -13,7 +13,8 @@ if [[ $LAUNCHER == torchrun && -z ${RANK:-} ]]; then
       --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
   fi
   exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC" \
-    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" --no-python bash "${BASH_SOURCE[0]}" "$@"
+    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" --no-python bash "${BASH_SOURCE[0]}" "$@" \
+    >>"$ATTEMPT/torchrun-$(printf %03d "${SLURM_NODEID:-0}").log" 2>&1
 fi
 
 if [[ -z ${RANK:-} ]]; then

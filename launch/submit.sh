@@ -22,6 +22,7 @@ for ((i = 0; i < ${#options[@]}; i++)); do
   if [[ $value == "${options[i]}" ]]; then value=${options[i + 1]:-}; fi
   case ${options[i]} in
     -N | --nodes | --nodes=*) nodes=$value ;;
+    -N*) nodes=${options[i]#-N} ;;
     --gpus-per-node | --gpus-per-node=*) per_node=$value ;;
     --ntasks-per-node | --ntasks-per-node=*)
       if [[ -z ${SBATCH_GPUS_PER_NODE:-} ]]; then per_node=$value; fi

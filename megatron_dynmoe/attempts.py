@@ -87,9 +87,8 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     _write_origin(attempt)
     _say_what_changed(earlier, words)
     start = "from the start" if iteration is None else f"from iteration {iteration}"
-    print(
-        f"attempt {len(earlier) + 1} of {run_dir}: {start}, {world_size} processes", file=sys.stderr
-    )
+    size = "1 process" if world_size == 1 else f"{world_size} processes"
+    print(f"attempt {len(earlier) + 1} of {run_dir}: {start}, {size}", file=sys.stderr)
     return attempt
 
 
@@ -234,9 +233,10 @@ def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
 
 
 def _errors(attempt: Path) -> list[str]:
-    """The first error in each rank's log, once; the rank that died first comes first."""
+    """The first error in each log, once; the rank that died first comes first, torchrun last."""
     found: dict[str, str] = {}
-    for log in sorted(attempt.glob("rank-*.log"), key=lambda path: path.stat().st_mtime):
+    ranks = sorted(attempt.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+    for log in [*ranks, *sorted(attempt.glob("torchrun-*.log"))]:
         lines = log.read_text(errors="replace").splitlines()
         message = next((line for line in lines if _ERROR.match(line)), None)
         if message is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 SYSTEM = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-START_TIMEOUT = 30  # seconds
+START_TIMEOUT, STOP_TIMEOUT = 30, 30  # seconds
 
 SETTINGS = """\
 ClusterName=two_nodes
@@ -84,6 +84,7 @@ def running() -> Iterator[dict[str, str]]:
         _wait_for(lambda: _idle_nodes(environment) == 2, folder)
         yield environment
     finally:
+        _end_jobs(environment)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -120,6 +121,20 @@ def _idle_nodes(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     return len(answer.stdout.split())
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """End what a failed test left: the processes of a job would outlive Slurm's daemons."""
+    subprocess.run(["scancel", "--state=PENDING,RUNNING", "--user=root"], env=environment)
+    for signal in ("TERM", "KILL"):
+        subprocess.run(["scancel", f"--signal={signal}", "--full", "--user=root"], env=environment)
+    queue = ["squeue", "--noheader"]
+    end = time.monotonic() + STOP_TIMEOUT
+    while time.monotonic() < end:
+        answer = subprocess.run(queue, env=environment, capture_output=True)
+        if not answer.stdout:
+            break
+        time.sleep(0.2)
 
 
 def _wait_for(condition, folder: Path) -> None:

@@ -1,0 +1,165 @@
+"""Attempts of a run: what each is started with, and what follows from how it ended."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_dynmoe.attempts import DONE, FAILED, GO_ON, begin, end, is_finished, mark_finished
+from megatron_dynmoe.recipes import values_of
+
+
+@pytest.fixture(autouse=True)
+def job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("DYNMOE_CONFIG", raising=False)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Begins the next attempt of one run of the smoke recipe."""
+
+    def start(*flags: str) -> Path:
+        return begin("smoke", ["--run-dir", str(tmp_path / "run"), *flags], 1, max_restarts=2)
+
+    return start
+
+
+def save(run_dir: Path, iteration: int) -> None:
+    """Leave what Megatron leaves when a checkpoint is complete."""
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def flags_of(attempt: Path) -> dict[str, list[str]]:
+    return values_of(shlex.split((attempt / "flags.txt").read_text()))
+
+
+def test_it_goes_on_from_its_own_checkpoint_and_only_then(start, tmp_path):
+    first = start("--load", "elsewhere", "--finetune", "--lr", "1")
+    assert first == tmp_path / "run" / "attempts" / "0001"
+    assert flags_of(first)["load"] == ["elsewhere"]
+    (tmp_path / "run" / "checkpoints" / "iter_0000003").mkdir(parents=True)  # never completed
+    assert "exit-on-missing-checkpoint" not in flags_of(start())
+    save(tmp_path / "run", 3)
+    third = start("--load", "elsewhere", "--finetune", "--ckpt-step", "9", "--lr", "1")
+    flags = flags_of(third)
+    assert flags["load"] == [str(tmp_path / "run" / "checkpoints")]
+    assert "exit-on-missing-checkpoint" in flags
+    assert "finetune" not in flags and "ckpt-step" not in flags
+    assert flags["lr"] == ["1"]
+
+
+def test_checkpoints_may_lie_elsewhere(start, tmp_path):
+    save(tmp_path / "far", 4)
+    attempt = start("--save", str(tmp_path / "far" / "checkpoints"))
+    assert flags_of(attempt)["load"] == [str(tmp_path / "far" / "checkpoints")]
+
+
+def test_events_that_no_checkpoint_covers_are_put_aside(start, tmp_path):
+    events = tmp_path / "run" / "tensorboard"
+    start()
+    events.mkdir()
+    second = start()
+    assert not events.exists() and (second / "tensorboard-before").exists()
+    save(tmp_path / "run", 3)
+    events.mkdir()
+    start()
+    assert events.exists()
+
+
+def test_the_clusters_data_is_left_out_where_data_is_made_up(start):
+    assert "data-path" not in flags_of(start("--data-path", "1", "nowhere", "--lr", "1"))
+
+
+def test_an_attempt_tells_where_it_came_from(start, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hidden")
+    monkeypatch.setenv("MY_PASSWORD", "hidden")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    attempt = start()
+    environment = (attempt / "environment.txt").read_text()
+    assert "NCCL_DEBUG=INFO" in environment and "# torch 2" in environment
+    assert "WANDB_API_KEY=(left out)" in environment and "hidden" not in environment
+    assert (attempt / "commit.txt").read_text()
+    assert (attempt / "changes.diff").exists()
+
+
+def test_changed_flags_are_told(start, capsys):
+    start("--lr", "1")
+    assert "flags since" not in capsys.readouterr().err
+    start("--lr", "2")
+    told = capsys.readouterr().err
+    assert "flags since attempt 1: - --lr 1" in told and "flags since attempt 1: + --lr 2" in told
+
+
+def test_bad_flags_open_no_attempt(start, tmp_path):
+    with pytest.raises(ValueError, match="without a pipeline"):
+        start("--num-layers", "5", "--num-virtual-stages-per-pipeline-rank", "2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_restarts_so_often_without_progress_and_no_more(start, tmp_path, monkeypatch):
+    for _ in range(3):
+        start()
+    with pytest.raises(ValueError, match="job 7 has started 3 times from the start without a new"):
+        start()
+    save(tmp_path / "run", 5)
+    for _ in range(3):
+        start()
+    with pytest.raises(ValueError, match="3 times from iteration 5"):
+        start()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # somebody has looked into it
+    start()
+
+
+@pytest.mark.parametrize(
+    ("status", "stopped", "saved", "flags", "verdict", "words"),
+    [
+        (0, False, 3, (), GO_ON, "stopped before its end"),
+        (0, True, 3, (), GO_ON, "checkpoint 3"),
+        (143, True, None, (), GO_ON, "no checkpoint"),
+        (1, False, None, (), FAILED, "trying again would fail again"),
+        (1, False, 3, (), GO_ON, "it had saved a new checkpoint"),
+        (0, False, 3, ("--exit-interval", "3"), DONE, "stopped at --exit-interval 3"),
+    ],
+)
+def test_how_it_ended_decides_what_follows(
+    start, tmp_path, capsys, status, stopped, saved, flags, verdict, words
+):
+    attempt = start(*flags)
+    if saved:
+        save(tmp_path / "run", saved)
+    assert end(attempt, status, stopped) == verdict
+    assert words in capsys.readouterr().out
+    record = json.loads((attempt / "attempt.json").read_text())
+    assert (record["status"], record["reached"], record["job"]) == (status, saved, "7")
+
+
+def test_a_failure_without_a_newer_checkpoint_is_final(start, tmp_path):
+    save(tmp_path / "run", 3)
+    assert end(start(), 1, was_stopped=False) == FAILED
+
+
+def test_a_failure_shows_the_first_error_of_each_kind(start, capsys):
+    attempt = start()
+    (attempt / "rank-001.log").write_text("Traceback\n[rank1]: ValueError: lr is -1\nlater\n")
+    (attempt / "rank-000.log").write_text("RuntimeError: Connection closed by peer\n")
+    (attempt / "rank-002.log").write_text("[rank2]: ValueError: lr is -1\n")
+    end(attempt, 1, was_stopped=False)
+    told = capsys.readouterr().out
+    assert "rank-001.log: ValueError: lr is -1" in told
+    assert "rank-000.log: RuntimeError: Connection closed" in told
+    assert "rank-002" not in told
+
+
+def test_a_finished_run_is_not_started_again_unless_it_is_to_go_further(start, tmp_path, capsys):
+    attempt = start("--train-iters", "20")
+    save(tmp_path / "run", 20)
+    mark_finished(tmp_path / "run", 20, None)
+    assert end(attempt, 0, was_stopped=True) == DONE
+    assert "finished" in capsys.readouterr().out
+    assert start("--train-iters", "20") is None
+    assert start("--train-iters", "21") is not None
+    assert not is_finished(tmp_path / "run", {"train-samples": ["160"]})
+    assert not is_finished(tmp_path / "other", {})
