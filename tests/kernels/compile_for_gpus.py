@@ -1,0 +1,80 @@
+"""Compile every kernel to machine code of Ampere and Hopper, which needs no GPU.
+
+    python -m tests.kernels.compile_for_gpus          # every variant, 3 minutes
+    python -m tests.kernels.compile_for_gpus quick    # one of each, as make test does
+
+What Triton's interpreter runs need not compile: it knows no types, shapes or shared memory.
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_dynmoe.kernels import grouped_gemm, permute, routing
+
+# Compute capability to the shared memory of a block, in bytes.
+TARGETS = {80: 163 * 1024, 90: 227 * 1024}
+TILES = {"TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_INNER": 32}
+
+
+def cases():
+    """A kernel, its pointers' types, its constants, and its number of warps."""
+    for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
+        settings = TILES | {"PRECISION": precision, "WIDEN": False}
+        values = dict.fromkeys(["rows_ptr", "weight_ptr", "output_ptr"], dtype)
+        counts = {"ends_ptr": "i32", "tile_ends_ptr": "i32"}
+        yield grouped_gemm._multiply_rows, values | counts, settings | {"WIDTH": 16}, 8
+        values = dict.fromkeys(["left_ptr", "right_ptr", "output_ptr"], dtype)
+        yield grouped_gemm._multiply_by_rows, values | counts, settings, 8
+    for dtype in ("bf16", "fp32"):
+        types = {"rows_ptr": dtype, "sums_ptr": dtype, "row_of_slot_ptr": "i64", "ends_ptr": "i64"}
+        yield permute._sum_rows, types, {"BLOCK": permute.BLOCK}, 4
+    for width, top in ((2, 2), (16, 16), (64, 64), (128, 16), (512, 32)):
+        # With all that a router may have, and with nothing of it.
+        for full in (True, False):
+            block = max(1, routing.ELEMENTS_PER_PROGRAM // width)
+            settings = {"NORMALIZE": full, "RENORMALIZE": full, "PADDED": full}
+            settings |= {"BLOCK": block, "WIDTH": width}
+            if not full:
+                settings |= {"theta_ptr": None, "valid_ptr": None}
+            types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
+            types |= {"experts_ptr": "i64", "assignments_ptr": "i32"}
+            yield routing._forward, types, settings | {"TOP": top}, 4
+            yield routing._backward, types, settings, 4
+
+
+def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return "*" + types.get(name, "fp32")
+        return "fp32" if name == "epsilon" else "i32"
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def main() -> None:
+    seen: set[str] = set()
+    for kernel, types, constants, warps in cases():
+        if "quick" in sys.argv and (kernel.__name__ in seen or constants.get("WIDTH") == 2):
+            continue
+        seen.add(kernel.__name__)
+        for capability, limit in TARGETS.items():
+            compiled = compile_case(kernel, types, constants, warps, capability)
+            used = compiled.metadata.shared
+            print(f"{kernel.__name__} {constants} sm_{capability}: {used} bytes of shared memory")
+            if used > limit:
+                raise SystemExit(f"more than the {limit} bytes that a block can have")
+
+
+if __name__ == "__main__":
+    main()
