@@ -32,5 +32,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     """The check's result; an error in it is a result, too."""
     try:
         return check()
+    except ValueError as error:  # its message is for users
+        return Check(name, FAILED, str(error))
     except Exception as error:
-        return Check(name, FAILED, f"{type(error).__name__}: {error}", "see the message")
+        return Check(name, FAILED, f"{type(error).__name__}: {error}")

@@ -100,7 +100,7 @@ def _cuda() -> Check:
         )
     found = f"torch for CUDA {torch.version.cuda}"
     if torch.cuda.is_available():
-        driver = torch._C._cuda_getDriverVersion()
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         return Check("CUDA", PASSED, f"{found}, driver for {driver // 1000}.{driver % 1000 // 10}")
     if has_driver:
         return Check(
@@ -226,7 +226,7 @@ def _experts() -> Check:
     import torch
 
     from megatron_dynmoe.backends import cpu
-    from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
+    from megatron_dynmoe.moe.experts import grouped_linear, has_grouped_gemm, uses_grouped_mm
 
     on_gpu = torch.cuda.is_available() and not cpu.is_installed()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -236,14 +236,15 @@ def _experts() -> Check:
     output = grouped_linear(rows, weight, torch.tensor([2, 4], device=device))
     output.sum().backward()
     assert output.min() == output.max() == 64 and rows.grad is not None
-    kind = f"{str(dtype).removeprefix('torch.')} on {torch.cuda.get_device_name(0)}"
+    kind = f"in {str(dtype).removeprefix('torch.')} on {torch.cuda.get_device_name(0)}, tried"
     if uses_grouped_mm(device, dtype, 64, 32):
-        return Check("experts' GEMM", PASSED, f"grouped_mm in {kind}, tried")
-    return Check(
-        "experts' GEMM",
-        PASSED,
-        f"one GEMM after another in {kind}, tried; grouped_mm has kernels from Hopper on",
+        return Check("experts' GEMM", PASSED, f"grouped_mm {kind}")
+    if has_grouped_gemm(device, dtype, 64, 32):
+        return Check("experts' GEMM", PASSED, f"a Triton kernel {kind}")
+    remedy = (
+        "PyTorch groups them from Hopper on; DYNMOE_KERNELS=1 does with Triton (docs/backends.md)"
     )
+    return Check("experts' GEMM", WARNING, f"one after another {kind}", remedy)
 
 
 CHECKS: dict[str, Callable[[], Check]] = {

@@ -1,0 +1,21 @@
+import functools
+
+import pytest
+
+from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.memory import MemoryModel
+from megatron_dynmoe.planning.settings import read_args
+from megatron_dynmoe.recipes import recipe_flags
+
+
+@pytest.fixture(scope="session")
+def memory_model():
+    """memory_model(recipe, flags, num_gpus) as the planner makes it."""
+
+    @functools.cache
+    def make(recipe: str, flags: str = "", num_gpus: int = 16) -> MemoryModel:
+        words = [*recipe_flags(recipe), *flags.split()]
+        args, layout = read_args(words), Layout.from_flags(words, num_gpus)
+        return MemoryModel.from_args(args, layout, has_theta="dtop_p" in words)
+
+    return make

@@ -1,0 +1,109 @@
+"""The planner's command line, and what it says."""
+
+import json
+
+import pytest
+
+from megatron_dynmoe.planning.commands import main
+from megatron_dynmoe.planning.gpus import GPUS
+
+pytestmark = pytest.mark.megatron
+
+
+def run(capsys, command: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(command.split())
+    output = capsys.readouterr()
+    code = exit.value.code
+    return (code, output.out, output.err) if isinstance(code, int) else (1, "", str(code))
+
+
+def plan(capsys, command: str) -> dict:
+    return json.loads(run(capsys, f"{command} --json")[1])
+
+
+def test_the_paper_model(capsys):
+    code, text, _ = run(capsys, "dtop_p_16e --gpus 128 --gpu a800-80g")
+    assert code == 0
+    for words in (
+        "3.489 B parameters, 581.9 M active at 2 experts per token (the target)",
+        "pipeline 2 x data 64",
+        "23,842 steps, 100 B tokens",
+        "no measurement",
+        "Fits with a balanced load.",
+    ):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_figures_follow_from_each_other(capsys):
+    found = plan(capsys, "dtop_p_16e --gpus 128 --gpu a800-80g --tokens 10e9 --utilisation 0.5")
+    assert found["steps"] == 2385 and found["tokens"] == 2385 * 2048 * 2048
+    # 6 FLOPs a parameter and token but for the embedding, and attention.
+    linear = 6 * (found["active_parameters"] - 32000 * 1024) * found["tokens"]
+    attention = 6 * 24 * 1024 * 2048 * found["tokens"]
+    assert found["flops"] == pytest.approx(linear + attention, rel=0.01)
+    hours = found["flops"] / (128 * GPUS["a800-80g"].flops * 0.5) / 3600
+    assert found["hours"] == pytest.approx(hours)
+    assert found["mean_total"] == pytest.approx(sum(found["mean"].values()))
+    assert found["checkpoint_bytes"] == 14 * found["parameters"]
+    assert found["num_checkpoints"] == 5
+
+
+def test_the_fixed_threshold_is_judged_by_its_first_steps(capsys):
+    command = "topp_fixed_64e --gpus 16 --gpu a100-40g --micro-batch-size 2"
+    found = plan(capsys, command)
+    assert found["mean_total"] < found["first_steps_total"] < found["worst_case_total"]
+    assert found["fits"] == (found["first_steps_total"] <= 40e9)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(capsys):
+    code, text, _ = run(capsys, "dtop_p_16e --gpus 2 --gpu a100-40g")
+    assert code == 1 and "Does not fit" in text
+    remedies = [line.strip() for line in text.splitlines() if line.startswith("  --")]
+    assert 1 <= len(remedies) <= 3
+    for remedy in remedies:
+        assert run(capsys, f"dtop_p_16e --gpus 2 --gpu a100-40g {remedy}")[0] == 0
+
+
+def test_what_nothing_helps_says_so(capsys):
+    code, text, _ = run(
+        capsys, "dtop_p_64e8a --gpus 1 --gpu a100-40g --expert-model-parallel-size 1"
+    )
+    assert code == 1 and "Neither recomputation" in text
+
+
+def test_the_worst_case_comes_with_the_cap_that_rules_it_out(capsys):
+    command = "dtop_p_16e --gpus 16 --gpu a800-80g"
+    cap = plan(capsys, command)["cap_that_fits"]
+    flag = "--moe-dynamic-max-experts-per-token"
+    assert f"{flag} {cap}" in " ".join(run(capsys, command)[1].split())
+    assert plan(capsys, f"{command} {flag} {cap}")["worst_case_total"] <= 80e9
+    assert plan(capsys, f"{command} {flag} {cap + 1}")["worst_case_total"] > 80e9
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("dtop_16e --gpus 8 --gpu a800-80g", "did you mean dtop_p_16e"),
+        ("dtop_p_16e --gpus 7 --gpu a800-80g", "number of processes is 7"),
+        ("dtop_p_16e --gpus 0 --gpu a800-80g", "number of processes is 0"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --num-experts 12 "
+         "--expert-model-parallel-size 5", "--num-experts is 12"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --global-batch-size 30", "--global-batch-size is 30"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --num-layer 3", "--num-layer"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --bf16 yes", "yes"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens -1", "--tokens is -1"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens nan", "--tokens is nan"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilisation is 40"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-dynamic-threshold 0.4", "threshold is 0.4"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(capsys, command, words):
+    code, _, error = run(capsys, command)
+    assert code == 1 and words in error
+
+
+@pytest.mark.parametrize("command", ["", "dtop_p_16e", "dtop_p_16e --gpus 8 --gpu v100"])
+def test_usage(capsys, command):
+    assert run(capsys, command)[0] == 2

@@ -1,0 +1,76 @@
+"""The bound on an MoE layer's memory against what a layer allocates at its worst."""
+
+import pytest
+import torch
+
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.planning.worst_case import ExpertSizes, layer_bound, worst_case_rows
+from tests.distributed.planning_cases import peak_bytes
+from tests.moe import one_rank
+
+pytestmark = pytest.mark.megatron
+TOP_P = {"routing": "top_p", "threshold": 1.0}  # every token takes as many as the cap allows
+DTOP_P = {"routing": "dtop_p", "target_experts_per_token": 1, "initial_threshold": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def megatron():
+    one_rank.world_of_one()
+    yield
+    one_rank.forget_global_state()
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "cap", "hidden", "ffn", "routing", "dtype"),
+    [
+        (8, None, 64, 96, TOP_P, torch.float32),
+        (8, 2, 64, 96, DTOP_P, torch.float32),
+        (8, 2, 64, 96, DTOP_P, torch.bfloat16),
+        (16, 4, 128, 32, TOP_P, torch.float32),  # wide tokens, narrow experts
+        (64, 8, 32, 16, DTOP_P, torch.float32),  # the router is a large part
+        (4, 1, 16, 256, DTOP_P, torch.float32),  # weights of experts outweigh rows
+    ],
+)
+def test_a_layer_stays_within_its_bound(num_experts, cap, hidden, ffn, routing, dtype):
+    layer = one_rank.moe_layer(
+        DynMoEConfig(max_experts_per_token=cap, **routing),
+        num_experts=num_experts,
+        hidden_size=hidden,
+        moe_ffn_hidden_size=ffn,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+    hidden_SBD = torch.randn(256, 2, hidden, dtype=dtype, requires_grad=True)
+
+    def step():
+        layer(hidden_SBD)[0].sum().backward()
+
+    step()  # what stays for good is made
+    layer.zero_grad()
+    hidden_SBD.grad = None
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        step()
+
+    assert layer.router.counters.assignments.sum() == 2 * 512 * (cap or num_experts)
+    sizes = ExpertSizes(hidden, ffn, 2, num_experts, dtype.itemsize)
+    bound = layer_bound(sizes, 512, num_experts, 1, 1, cap)
+    assert peak_bytes(profiler) <= bound <= 1.6 * peak_bytes(profiler)
+
+
+def brute_force_rows(tokens, num_experts, ranks, cap):
+    """Route every token of every rank to the first experts, and count those of rank 0."""
+    chosen = range(min(cap or num_experts, num_experts))
+    local = num_experts // ranks
+    return sum(expert < local for _ in range(ranks * tokens) for expert in chosen)
+
+
+@pytest.mark.parametrize("cap", [None, 1, 2, 3, 8, 16])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_rows_are_those_of_all_tokens_at_one_rank(ranks, cap):
+    assert worst_case_rows(5, 16, ranks, 1, cap) == brute_force_rows(5, 16, ranks, cap)
+
+
+def test_each_part_of_an_expert_sees_all_rows():
+    assert worst_case_rows(5, 8, 2, 4, 3) == 4 * worst_case_rows(5, 8, 2, 1, 3)
