@@ -36,6 +36,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
+KillWait=2
 MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 StateSaveLocation={folder}/state
@@ -125,14 +126,10 @@ def _idle_nodes(environment: dict[str, str]) -> int:
 
 def _end_jobs(environment: dict[str, str]) -> None:
     """End what a failed test left: the processes of a job would outlive Slurm's daemons."""
-    subprocess.run(["scancel", "--state=PENDING,RUNNING", "--user=root"], env=environment)
-    for signal in ("TERM", "KILL"):
-        subprocess.run(["scancel", f"--signal={signal}", "--full", "--user=root"], env=environment)
-    queue = ["squeue", "--noheader"]
+    subprocess.run(["scancel", "--user=root"], env=environment)
     end = time.monotonic() + STOP_TIMEOUT
     while time.monotonic() < end:
-        answer = subprocess.run(queue, env=environment, capture_output=True)
-        if not answer.stdout:
+        if not subprocess.run(["squeue", "-h"], env=environment, capture_output=True).stdout:
             break
         time.sleep(0.2)
 
