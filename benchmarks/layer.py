@@ -11,6 +11,7 @@ of --logits. DTop-p's threshold is calibrated on them; the mean is measured. Pro
 
     ours                   DTop-p on torch_native, with kernels on a GPU
     ours, no kernels       the same in PyTorch alone
+    ours, worst-case rows  room for twice the mean, so that the host need not wait for the count
     plain reference        DTop-p on Megatron's local experts, without kernels
     stock top-k, BACKEND   Megatron's own
     dense                  an MLP as wide as the experts that a token uses

@@ -135,6 +135,7 @@ def make_providers(
     providers = {OURS: make("dtop_p", "torch_native", has_kernels)}
     if has_kernels:
         providers["ours, no kernels"] = make("dtop_p", "torch_native", False)
+    providers["ours, worst-case rows"] = make("dtop_p", "torch_native", has_kernels, 2)
     providers["plain reference"] = make("dtop_p", "local", False)
     backends = ["local", "torch_native"]
     backends += ["transformer_engine"] if has_transformer_engine() else []
@@ -151,7 +152,14 @@ def _provider(
     routing: str,
     backend: str,
     use_kernels: bool,
+    room: int | None = None,
 ) -> Provider:
+    """One of them.
+
+    Args:
+        room: with DTop-p, rows for so many times the mean are kept instead of counted: the host
+            does not wait, and a token uses no more experts.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -177,6 +185,8 @@ def _provider(
             target_experts_per_token=workload.mean,
             balance_loss=loss,
             balance_loss_coeff=coefficient,
+            max_experts_per_token=room and room * workload.mean,
+            row_buffer="worst_case" if room else None,
             backend=backend,
         )
     elif routing == "dense":
@@ -224,6 +234,7 @@ def _calibrate(router: Any, hidden_SBD: torch.Tensor, workload: Workload) -> flo
 
     logits_TE = hidden_SBD[..., : workload.experts].reshape(-1, workload.experts).float()
     probs_TE = normalize(logits_TE, 1.0).softmax(-1)
-    router.threshold.fill_(threshold_for_target(probs_TE, workload.mean))
+    cap = router.dynmoe.max_experts_per_token
+    router.threshold.fill_(threshold_for_target(probs_TE, workload.mean, cap))
     _, map_TE = router.routing(logits_TE.view(*hidden_SBD.shape[:2], -1))
     return map_TE.sum().item() / len(map_TE)

@@ -36,8 +36,14 @@ COMMIT = (
     or subprocess.run(_GIT, capture_output=True, text=True).stdout.strip()
     or "unknown"
 )
-# FLOP/s in bf16 without sparsity, by a part of the device's name: NVIDIA's data sheets.
-DATA_SHEET_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "A800": 312e12}
+# Data sheets, by a part of the name that the driver gives a device.
+DATA_SHEETS = {
+    "H200": "h200-141g",
+    "H100 80GB HBM3": "h100-80g",
+    "H100 PCIe": "h100-pcie-80g",
+    "A100": "a100-80g",
+    "A800": "a800-80g",
+}
 MIN_ROUNDS = 5  # however short the time
 
 
@@ -214,11 +220,13 @@ def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
 
 
 def data_sheet_flops() -> float | None:
-    """The vendor's figure for bf16, None where it is not known."""
+    """The vendor's figure for bf16 without sparsity, None where it is not known."""
+    from megatron_dynmoe.planning.gpus import GPUS
+
     if not on_gpu():
         return None
     name = torch.cuda.get_device_name()
-    return next((flops for part, flops in DATA_SHEET_FLOPS.items() if part in name), None)
+    return next((GPUS[gpu].flops for part, gpu in DATA_SHEETS.items() if part in name), None)
 
 
 # --- rows ----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ fit beside each other, --apart gives each of them a process of its own, several 
 ratios are between medians then. Confidence intervals (95 %) are of medians, by bootstrap. At the
 end one step of each runs under the profiler. Rows are appended to OUTPUT/train_step.csv, profiles
 to OUTPUT/train_step_profile.txt. A routing's number of experts is 2 or follows an @; dense is an
-MLP as wide as that many experts. Further flags are Megatron's and override the model's.
+MLP as wide as that many experts; dtop_p/4 makes room for 4 experts of every token, so that the host
+need not wait for the number of rows. Further flags are Megatron's and override the model's.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Measured:
 
 def main() -> None:
     options, extra = parser().parse_known_args()
-    routings = [str(Routing.parse(text)) for text in options.routings]
+    try:
+        routings = [str(Routing.parse(text)) for text in options.routings]
+    except ValueError as error:
+        raise SystemExit(f"--routings: {error}") from error
     names = [f"{backend} {routing}" for routing in routings for backend in options.backends]
     if options.apart:
         measured = visit_apart(names, options, extra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import statistics
 import sys
 import time
@@ -40,10 +41,11 @@ BALANCE_LOSS = ("seq_aux_loss", 1e-2)
 
 
 class Routing(NamedTuple):
-    """What stands in the place of the MLP: ``top_k``, ``dtop_p``, ``dense``, ``dtop_p@1.82``."""
+    """What stands in the place of the MLP: ``top_k``, ``dense``, ``dtop_p@1.82``, ``dtop_p/4``."""
 
     kind: str
     experts: float  # top_k's k, dtop_p's target, and how many experts dense is as wide as
+    cap: int | None = None  # dtop_p's, with room for as many rows
 
     @classmethod
     def parse(cls, text: str) -> Routing:
@@ -52,18 +54,21 @@ class Routing(NamedTuple):
         Raises:
             ValueError: it is none of these.
         """
-        kind, _, experts = text.partition("@")
-        routing = cls(kind, float(experts or MEAN_EXPERTS))
-        if kind not in ("top_k", "dtop_p", "dense") or routing.experts < 1:
+        match = re.fullmatch(r"(top_k|dtop_p|dense)(?:@([\d.]+))?(?:/(\d+))?", text)
+        kind, experts, cap = match.groups() if match else ("", "", None)
+        routing = cls(kind, float(experts or MEAN_EXPERTS), cap and int(cap))
+        if routing.experts < 1 or not match or (cap and kind != "dtop_p"):
             raise ValueError(
-                f"{text} is no routing: top_k, dtop_p or dense, with @EXPERTS if not 2"
+                f"{text} is no routing: use top_k, dtop_p or dense, with @EXPERTS if not 2; "
+                "dtop_p@EXPERTS/CAP makes room for CAP experts of every token"
             )
         if kind == "top_k" and routing.experts != int(routing.experts):
             raise ValueError(f"{text}: top_k takes a whole number of experts")
         return routing
 
     def __str__(self) -> str:
-        return self.kind if self.experts == MEAN_EXPERTS else f"{self.kind}@{self.experts:g}"
+        experts = "" if self.experts == MEAN_EXPERTS else f"@{self.experts:g}"
+        return self.kind + experts + (f"/{self.cap}" if self.cap else "")
 
 
 @dataclass
@@ -147,6 +152,8 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
             target_experts_per_token=routing.experts,
             balance_loss=loss,
             balance_loss_coeff=coefficient,
+            max_experts_per_token=routing.cap,
+            row_buffer="worst_case" if routing.cap else None,
             backend=backend,
         )
     else:

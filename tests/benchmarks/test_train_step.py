@@ -15,7 +15,7 @@ from benchmarks.training import Routing, Step
 @pytest.mark.megatron
 def test_it_runs_and_writes_its_rows(tmp_path):
     command = f"""benchmarks/train_step.py --model paper --backends torch_native
-        --routings top_k dtop_p@1.5 dense --settle 1 --rounds 2 --output {tmp_path}
+        --routings top_k dtop_p@1.5/4 dense --settle 1 --rounds 2 --output {tmp_path}
         --num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 2
         --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4"""
     subprocess.run(
@@ -23,7 +23,7 @@ def test_it_runs_and_writes_its_rows(tmp_path):
     )
     with (tmp_path / "train_step.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}
-    names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p@1.5", "dense")]
+    names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p@1.5/4", "dense")]
     assert list(rows) == [*names, f"{names[1]} / {names[0]}", f"{names[2]} / {names[0]}"]
     top_k, dtop_p, dense = (rows[name] for name in names)
     assert all(row["workload"].startswith("train: 2 layers, hidden 32") for row in rows.values())
@@ -88,14 +88,19 @@ def test_no_visit_begins_that_would_pass_the_time(monkeypatch, capsys, no_rank):
 
 @pytest.mark.parametrize(
     ("given", "parsed"),
-    [("top_k", ("top_k", 2)), ("dtop_p@1.82", ("dtop_p", 1.82)), ("dense@4", ("dense", 4))],
+    [
+        ("top_k", ("top_k", 2, None)),
+        ("dtop_p@1.82", ("dtop_p", 1.82, None)),
+        ("dtop_p/4", ("dtop_p", 2, 4)),
+        ("dense@4", ("dense", 4, None)),
+    ],
 )
 def test_routings_of_the_command_line(given, parsed):
     assert Routing.parse(given) == parsed
     assert str(Routing.parse(given)) == given
 
 
-@pytest.mark.parametrize("given", ["top_p", "top_k@1.5", "dtop_p@0.5", "dense@x"])
+@pytest.mark.parametrize("given", ["top_p", "top_k@1.5", "dtop_p@0.5", "dense@x", "top_k/4"])
 def test_other_routings_are_refused(given):
     with pytest.raises(ValueError):
         Routing.parse(given)
