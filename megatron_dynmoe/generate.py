@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_dynmoe.command_line import number
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -294,20 +296,6 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def _number(kind: Callable[[str], Any], low: float, high: float | None = None) -> Callable:
-    """An argparse type: a number within limits."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= (sys.maxsize if high is None else high):
-            limits = f"{low} to {high}" if high is not None else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text}: use {limits}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"  # in argparse's own errors
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_dynmoe.generate",
@@ -319,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads stdin")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
     parser.add_argument(
-        "--max-new-tokens", type=_number(int, 1), default=128, metavar="N", help="default: 128"
+        "--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="default: 128"
     )
     parser.add_argument(
         "--experts",
@@ -329,20 +317,20 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("choice of tokens (greedy, unless one of the first three)")
-    group.add_argument("--temperature", type=_number(float, 0), metavar="T", help="0 is greedy")
+    group.add_argument("--temperature", type=number(float, 0), metavar="T", help="0 is greedy")
     group.add_argument(
         "--top-p",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         metavar="P",
         help="sample from the most probable tokens up to this sum (not the experts' threshold)",
     )
     group.add_argument(
-        "--top-k", type=_number(int, 0), metavar="K", help="sample from the K most probable tokens"
+        "--top-k", type=number(int, 0), metavar="K", help="sample from the K most probable tokens"
     )
-    group.add_argument("--seed", type=_number(int, 0), default=0, help="of sampling (default: 0)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of sampling (default: 0)")
     group.add_argument(
         "--num-beams",
-        type=_number(int, 1),
+        type=number(int, 1),
         default=1,
         metavar="N",
         help="with more than one, the text appears at the end",
@@ -351,12 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("routing, instead of the model's own")
     group.add_argument(
         "--threshold",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         metavar="T",
         help="cumulative probability that a token's experts must exceed",
     )
     group.add_argument(
-        "--max-experts-per-token", type=_number(int, 1), metavar="K", help="no token uses more"
+        "--max-experts-per-token", type=number(int, 1), metavar="K", help="no token uses more"
     )
 
     group = parser.add_argument_group("runtime")

@@ -10,13 +10,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.command_line import number
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
 
@@ -211,18 +213,6 @@ def _thresholds(text: str) -> list[float]:
     return values
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    """An argparse type."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value}: at least {low} is wanted")
-        return value
-
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
@@ -245,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-experts-per-token",
-        type=_at_least(1),
+        type=number(int, 1),
         metavar="K",
         help="cap in inference, for the sweep and the result (default: the model's)",
     )
@@ -257,12 +247,12 @@ def _parser() -> argparse.ArgumentParser:
         help="thresholds to measure as well (default: %(default)s), or none",
     )
     parser.add_argument(
-        "--tokens", type=_at_least(1), default=65536, metavar="N", help="default: %(default)s"
+        "--tokens", type=number(int, 1), default=65536, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--batch-size", type=_at_least(1), default=4, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=number(int, 1), default=4, help="default: %(default)s")
     parser.add_argument(
         "--sequence-length",
-        type=_at_least(2),  # one to read, one to predict
+        type=number(int, 2),  # one to read, one to predict
         metavar="S",
         help="default: the model's positions, at most 2048",
     )

@@ -10,12 +10,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.command_line import number
 
 
 def main() -> None:
@@ -67,9 +68,9 @@ def _print_tasks(report: dict[str, Any]) -> None:
         else:
             experts = f"{experts:.3f}" if entry["experts_are_counted"] else f"{experts} (fixed)"
         shots = str(entry["num_fewshot"])
-        for metric, number in entry["metrics"].items():
-            error = "-" if number["stderr"] is None else f"{number['stderr']:.4f}"
-            rows.append([name, shots, metric, f"{number['value']:.4f}", error, experts])
+        for metric, measured in entry["metrics"].items():
+            error = "-" if measured["stderr"] is None else f"{measured['stderr']:.4f}"
+            rows.append([name, shots, metric, f"{measured['value']:.4f}", error, experts])
             name = shots = experts = ""
     print()
     _print_table(["task", "shots", "metric", "value", "stderr", "experts/token"], rows)
@@ -108,18 +109,6 @@ def _write(report: dict[str, Any], path: Path) -> None:
     print(f"\nwritten: {path}")
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    """An argparse type."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value}: at least {low} is wanted")
-        return value
-
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
@@ -133,12 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "--include-path", type=Path, metavar="DIR", help="a folder of your own tasks, by name"
     )
     parser.add_argument(
-        "--num-fewshot", type=_at_least(0), metavar="N", help="default: as each task says"
+        "--num-fewshot", type=number(int, 0), metavar="N", help="default: as each task says"
     )
     parser.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="only the first N documents of each task"
+        "--limit", type=number(int, 1), metavar="N", help="only the first N documents of each task"
     )
-    parser.add_argument("--batch-size", type=_at_least(1), default=8, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=number(int, 1), default=8, help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--dtype",

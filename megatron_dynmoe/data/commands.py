@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from megatron_dynmoe.command_line import number
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
@@ -86,7 +87,10 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
     )
     _add_input_flags(parser)
     parser.add_argument(
-        "--vocab-size", type=_positive, required=True, help="pieces, the 259 fixed ones included"
+        "--vocab-size",
+        type=number(int, 1),
+        required=True,
+        help="pieces, the 259 fixed ones included",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     args = parser.parse_args(argv)
@@ -134,13 +138,13 @@ def _preprocess_parser() -> argparse.ArgumentParser:
     group.add_argument("--output-prefix", required=True, metavar="PREFIX")
     group.add_argument(
         "--workers",
-        type=_positive,
+        type=number(int, 1),
         default=len(os.sched_getaffinity(0)),
         help="threads that encode (default: the processors of this process, %(default)s)",
     )
     group.add_argument(
         "--log-interval",
-        type=_positive,
+        type=number(int, 1),
         metavar="DOCUMENTS",
         help="documents between progress lines where stderr is no terminal (default: 30 seconds)",
     )
@@ -184,13 +188,6 @@ class _Refuse(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         parser.error(f"{self.option_strings[0]} is not supported: {self._reason}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: at least 1 is wanted")
-    return value
 
 
 def _exit_with(prog: str, run: Callable[[], str]) -> NoReturn:
