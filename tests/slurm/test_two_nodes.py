@@ -89,12 +89,12 @@ def whole(cluster: Cluster) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(cluster: Cluster) -> Path:
-    """The run whose ranks got SIGTERM midway."""
+    """The run whose script got SIGTERM midway, and passed it on to the ranks."""
     job = cluster.submit("stopped", settings="LAUNCHER=torchrun")
     log = cluster.folder / "stopped" / "attempts" / "0001" / "rank-001.log"
     step = f"iteration {STOPPED_AFTER:8d}/"
     wait_until(lambda: log.exists() and step in log.read_text(), cluster.log)
-    cluster.command("scancel", "--signal=TERM", job)
+    cluster.command("scancel", "--batch", "--signal=TERM", job)
     assert cluster.wait(job) == "COMPLETED", cluster.log()
     return cluster.folder / "stopped"
 
