@@ -105,7 +105,7 @@ def layer_spec(
         # Megatron saves its arguments with the model; settings from YAML would not be among them.
         with suppress(AssertionError):  # a training loop of one's own has none
             get_args().moe_dynamic_settings = resolved.to_dict()
-            print_rank_0(memory_report(get_args(), resolved))
+            print_rank_0(memory_report(get_args(), resolved, plan))
         settings = ", ".join(
             f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in resolved.to_dict().items()

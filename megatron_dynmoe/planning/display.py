@@ -52,13 +52,13 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield _line(
         "time",
         f"{_hours(plan.hours)} at {plan.utilisation:.0%} of {plan.gpu.flops / 1e12:g} TFLOP/s a "
-        "GPU: arithmetic for that utilisation, no measurement",
+        "GPU: arithmetic, no measurement",
     )
     kept = ""
     if plan.num_checkpoints is not None:
         total = plan.num_checkpoints * plan.checkpoint_bytes
-        kept = f"; the run keeps {plan.num_checkpoints}, {total / 1e12:.2f} TB"
-    yield _line("checkpoint", f"{plan.checkpoint_bytes / 1e9:.1f} GB{kept}")
+        kept = f"; the run keeps {plan.num_checkpoints}, {_count(total)}B"
+    yield _line("checkpoint", f"{_count(plan.checkpoint_bytes)}B{kept}")
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:
@@ -70,17 +70,18 @@ def _memory_table(plan: Plan) -> Iterator[str]:
             "first steps": (plan.first_steps, counts.first_steps),
             "worst case": (plan.worst_case, most),
         }
+    unit, scale = ("GB", 1e9) if plan.mean.total >= 1e9 else ("MB", 1e6)
     where = "" if layout.pipeline == 1 else f", pipeline rank {plan.stage} of {layout.pipeline}"
-    yield f"  {'memory of a GPU, GB' + where:<45}" + "".join(f"{name:>13}" for name in columns)
+    yield f"  {f'memory of a GPU, {unit}' + where:<45}" + "".join(f"{name:>13}" for name in columns)
     if layout.num_experts:
         yield _row("experts per token", [f"{count:.2f}" for _, count in columns.values()])
     for part, is_exact in PARTS.items():
         name = part.replace("_", " ") + ("" if is_exact else " (estimated)")
-        yield _row(name, [f"{getattr(memory, part) / 1e9:.2f}" for memory, _ in columns.values()])
-    yield _row("total", [f"{memory.total / 1e9:.2f}" for memory, _ in columns.values()])
+        yield _row(name, [f"{getattr(memory, part) / scale:.2f}" for memory, _ in columns.values()])
+    yield _row("total", [f"{memory.total / scale:.2f}" for memory, _ in columns.values()])
     room = plan.gpu.memory
     yield _row(
-        f"of {room / 1e9:g}",
+        f"of {room / scale:,g}",
         ["fits" if memory.total <= room else "too much" for memory, _ in columns.values()],
     )
 
@@ -132,4 +133,4 @@ def _count(number: float) -> str:
 def _hours(hours: float) -> str:
     if hours >= 48:
         return f"{hours:,.0f} hours ({hours / 24:.1f} days)"
-    return f"{hours:.2g} hours" if hours < 10 else f"{hours:.1f} hours"
+    return f"{hours:.1f} hours" if hours >= 0.1 else "less than 6 minutes"

@@ -141,6 +141,11 @@ def _memory_model(args: Namespace, layout: Layout) -> MemoryModel:
 
 
 def _steps(args: Namespace, layout: Layout, tokens: float | None) -> int:
+    if args.step_batch_size_schedule:
+        raise ValueError(
+            f"--step-batch-size-schedule is {args.step_batch_size_schedule}: steps are planned for "
+            "one --global-batch-size. Leave it out to plan without."
+        )
     if tokens is not None:
         if not 1 <= tokens < math.inf:
             raise ValueError(f"--tokens is {tokens:g}: give the tokens of the run, such as 100e9.")

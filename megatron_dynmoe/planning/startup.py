@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
 
+if TYPE_CHECKING:
+    from megatron_dynmoe.backends.torch_native import Plan
 
-def memory_report(args: Namespace, dynmoe: DynMoEConfig) -> str:
+
+def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: Plan) -> str:
     """What a run can need at most on its fullest device, against what this one has.
 
     It warns and does not stop: the bound takes every token of all ranks for the same device and
@@ -19,10 +23,13 @@ def memory_report(args: Namespace, dynmoe: DynMoEConfig) -> str:
     Args:
         args: Megatron's arguments, validated.
         dynmoe: resolved settings of dynamic routing.
+        plan: the back end.
 
     Returns:
         A line for the log.
     """
+    if plan.backend != "torch_native" or plan.kept:
+        return "> memory: its bound is known where torch_native runs all parts of a layer"
     import torch
 
     from megatron_dynmoe.backends import cpu

@@ -104,5 +104,6 @@ def test_a_step_stays_below_the_worst_case(results: Results, case: Case):
     cap = 2 if "capped" in case.name else None  # every token uses as many as the cap allows
     memory = model.worst_case(cap)[1]
     bound = memory.activations + memory.expert_rows
+    assert "> memory: at most" in results[case].log(0)
     for rank in results[case].ranks:
         assert rank["peak"] <= bound <= 1.5 * rank["peak"]

@@ -36,6 +36,11 @@ def test_the_paper_model(capsys):
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_a_small_model_is_shown_in_small_units(capsys):
+    text = run(capsys, "smoke --gpus 1 --gpu a800-80g")[1]
+    assert "memory of a GPU, MB" in text and "less than 6 minutes" in text and "2.664 MB" in text
+
+
 def test_figures_follow_from_each_other(capsys):
     found = plan(capsys, "dtop_p_16e --gpus 128 --gpu a800-80g --tokens 10e9 --utilisation 0.5")
     assert found["steps"] == 2385 and found["tokens"] == 2385 * 2048 * 2048
@@ -95,6 +100,7 @@ def test_the_worst_case_comes_with_the_cap_that_rules_it_out(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --bf16 yes", "yes"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens -1", "--tokens is -1"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens nan", "--tokens is nan"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --step-batch-size-schedule 0:32", "schedule is 0:32"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilisation is 40"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-dynamic-threshold 0.4", "threshold is 0.4"),
     ],
