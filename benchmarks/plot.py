@@ -123,7 +123,10 @@ def draw(figure: Figure, workloads: dict[str, list[Row]], image: Path) -> None:
     for panel, (workload, rows) in zip(axes.flat, workloads.items(), strict=False):
         draw_panel(panel, figure, workload, rows)
     first = next(iter(workloads.values()))[0]
-    where = f"{first['hardware']}, {first['versions']}, commit {first['commit']}, {first['date']}"
+    commits = dict.fromkeys(row["commit"] for rows in workloads.values() for row in rows)
+    where = (
+        f"{first['hardware']}, {first['versions']}, commit {', '.join(commits)}, {first['date']}"
+    )
     plot.suptitle(figure.title, fontsize=13, color=INK, weight="bold")
     plot.supxlabel(where, fontsize=7.5, color=MUTED)
     plot.savefig(image, dpi=130)

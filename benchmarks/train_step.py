@@ -160,6 +160,7 @@ def in_turns(
         f"{args.params_dtype}".replace("torch.", "")
         + f", {world} process{'es' * (world > 1)}"
         + ("" if measure.on_gpu() else f", {options.threads} thread each")
+        + (f", text of {options.run.name}" if options.run else ", words")
         + (", one model at a time" if options.raw else "")
     )
     return {
