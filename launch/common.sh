@@ -12,7 +12,7 @@ fail() {
 # The settings of this cluster, from launch/cluster.env or the file that CLUSTER_ENV names.
 load_settings() {
   CONTAINER=() SRUN_FLAGS=() DATA_FLAGS=() EXTRA_FLAGS=()
-  LAUNCHER=torchrun DEVICE='' NETWORK_INTERFACE='' MAX_RESTARTS=2 RUNS=$checkout/runs PYTHON=''
+  LAUNCHER=torchrun DEVICE='' NETWORK_INTERFACE='' MAX_RESTARTS=2 RUNS=$checkout/runs PYTHON='' PARSE_FLAGS=yes
   local settings=${CLUSTER_ENV:-$launch/cluster.env}
   [[ -f $settings ]] ||
     fail "there is no $settings: cp $launch/cluster.env.example $settings, and fill it in."
@@ -90,8 +90,10 @@ run_job() {
   load_settings
   read_arguments "$@"
   if [[ -n ${CHECK_WORLD_SIZE:-} ]]; then # by submit.sh, before there is a job
-    run_python -m megatron_dynmoe.recipes --world-size "$CHECK_WORLD_SIZE" "$recipe" \
-      "${flags[@]}" >/dev/null
+    local parse=(--parse)
+    if [[ $PARSE_FLAGS != yes ]]; then parse=(); fi
+    run_python -W ignore -m megatron_dynmoe.recipes --world-size "$CHECK_WORLD_SIZE" "${parse[@]}" \
+      "$recipe" "${flags[@]}" >/dev/null
     exit
   fi
   [[ -n ${SLURMD_NODENAME:-} ]] ||

@@ -40,7 +40,7 @@ _START = (
 )
 _DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b")
+_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^[\w.]+: error: ")
 _PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
 
 

@@ -1,10 +1,12 @@
-"""What is checked before a run gets a GPU: its layout, its routing, its files. Without torch."""
+"""What is checked before a run gets a GPU: its layout, its routing, its files, its flags."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+import difflib
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_dynmoe.arguments import PREFIX, config_from_args
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
@@ -49,6 +51,32 @@ def check_routing(flags: Sequence[str], num_experts: int) -> None:
     DynMoEConfig.from_dict(settings, "the command line")  # knows the names
     arguments = {PREFIX + field: value for field, value in settings.items()}
     config_from_args(Namespace(**arguments)).resolve(num_experts)
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Parse all flags as the training will; takes seconds, because it imports Megatron.
+
+    Raises:
+        ValueError: a flag is unknown, or a value is not of its kind.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_dynmoe.training.loop import add_flags
+
+    parser = add_flags(add_megatron_arguments(_Parser(allow_abbrev=False)))
+    _, unknown = parser.parse_known_args(list(flags))
+    for word in unknown:
+        if word.startswith("--"):
+            near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "look for it in --help."
+            raise ValueError(f"there is no flag {word}: {hint}")
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)} belongs to no flag: take it out.")
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def check_files(flags: Sequence[str]) -> None:

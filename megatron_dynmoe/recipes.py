@@ -135,6 +135,9 @@ def main() -> None:
         metavar="N",
         help="check first that the flags fit a run of N processes, and that its data is there",
     )
+    parser.add_argument(
+        "--parse", action="store_true", help="parse the flags with Megatron, too (seconds)"
+    )
     parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags, which win")
     args = parser.parse_args()
@@ -149,6 +152,10 @@ def main() -> None:
             from megatron_dynmoe.preflight import check_run
 
             check_run(flags, args.world_size)
+        if args.parse:
+            from megatron_dynmoe.preflight import check_flags
+
+            check_flags(flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(format_flags(flags))

@@ -113,7 +113,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
 
     megatron_arguments.validate_args = validate_all
     try:
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=_add_flags)
+        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
     finally:
         megatron_arguments.validate_args = validate
     if not found:
@@ -124,7 +124,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     return args, found[0]
 
 
-def _add_flags(parser: ArgumentParser) -> ArgumentParser:
+def add_flags(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of this entry point to Megatron's."""
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")

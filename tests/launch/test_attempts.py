@@ -146,11 +146,12 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys):
     (attempt / "rank-001.log").write_text("Traceback\n[rank1]: ValueError: lr is -1\nlater\n")
     (attempt / "rank-000.log").write_text("RuntimeError: Connection closed by peer\n")
     (attempt / "rank-002.log").write_text("[rank2]: ValueError: lr is -1\n")
+    (attempt / "rank-003.log").write_text("pretrain.py: error: unrecognized arguments: --x\n")
     end(attempt, 1, was_stopped=False)
     told = capsys.readouterr().out
     assert "rank-001.log: ValueError: lr is -1" in told
     assert "rank-000.log: RuntimeError: Connection closed" in told
-    assert "rank-002" not in told
+    assert "rank-002" not in told and "unrecognized arguments: --x" in told
 
 
 def test_a_finished_run_is_not_started_again_unless_it_is_to_go_further(start, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dynmoe.preflight import check_files, check_routing, check_run
+from megatron_dynmoe.preflight import check_files, check_flags, check_routing, check_run
 from megatron_dynmoe.recipes import recipe_flags, recipe_names
 
 
@@ -61,3 +61,21 @@ def test_a_missing_tokenizer_is_named(tmp_path, data):
     with pytest.raises(ValueError, match="--tokenizer-model is nowhere, but"):
         check_files([*data, "--tokenizer-model", "nowhere"])
     check_files([*data[:3], "--tokenizer-type", "NullTokenizer"])
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--clip-grads 1", "no flag --clip-grads: did you mean --clip-grad?"),
+        ("--qqq", "no flag --qqq: look for it in --help"),
+        ("--bf16 yes", "yes belongs to no flag"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+    ],
+)
+def test_flags_are_those_of_the_training(change, message):
+    flags = recipe_flags("dtop_p_64e8a")
+    check_flags(flags)
+    with pytest.raises(ValueError) as error:
+        check_flags([*flags, *change.split()])
+    assert message in str(error.value)

@@ -21,7 +21,7 @@ def bash(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment = kept | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
 
-    def run(script: str, *arguments: str, settings: str | None = "DEVICE=cpu"):
+    def run(script: str, *arguments: str, settings: str | None = "DEVICE=cpu\nPARSE_FLAGS=no"):
         file = tmp_path / "cluster.env"
         if settings is not None:
             file.write_text(f"{settings}\nRUNS={tmp_path}/runs\n")
@@ -37,7 +37,7 @@ def bash(tmp_path):
 
 
 def submit(bash, *arguments: str, settings: str = "DEVICE=cpu"):
-    return bash("submit.sh", *arguments, settings=settings)
+    return bash("submit.sh", *arguments, settings=f"{settings}\nPARSE_FLAGS=no")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -104,6 +104,13 @@ def test_a_mistake_is_found_before_the_job_is_submitted(bash, arguments, message
     assert answer.returncode != 0
     assert answer.stderr.startswith("error: ") and message in answer.stderr
     assert "Traceback" not in answer.stderr and "sbatch" not in answer.stdout
+
+
+def test_a_misspelt_flag_is_found_before_the_job_is_submitted(bash):
+    script, settings = str(LAUNCH / "pretrain_dtop_p.sh"), "DEVICE=cpu"
+    answer = bash("submit.sh", script, "smoke", "--clip-grads", "1", settings=settings)
+    assert answer.returncode == 1 and "sbatch" not in answer.stdout
+    assert "error: there is no flag --clip-grads: did you mean --clip-grad?" in answer.stderr
 
 
 @pytest.mark.parametrize(
