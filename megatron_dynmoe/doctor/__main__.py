@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     checks = software.look(args.timeout)
     checks += _machine_checks(args)
     checks += _data_checks(args)
-    if args.json:
+    try:
+        _report(checks, as_json=args.json)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(int(any(check.state == FAILED for check in checks)))
+
+
+def _report(checks: list[Check], as_json: bool) -> None:
+    if as_json:
         counts = {
             name: sum(check.state == state for check in checks)
             for name, state in (("passed", PASSED), ("warnings", WARNING), ("failed", FAILED))
@@ -29,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(json.dumps({"checks": [check._asdict() for check in checks]} | counts, indent=2))
     else:
         write_table(checks, sys.stdout)
-    sys.exit(int(any(check.state == FAILED for check in checks)))
+    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

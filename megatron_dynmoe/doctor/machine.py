@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check
+from megatron_dynmoe.planning.display import show_bytes
 
 # Data-loader workers hand batches over in shared memory.
 MIN_SHARED_MEMORY = 1 << 30
@@ -38,17 +39,17 @@ def check_space(folder: Path, checkpoint_bytes: int | None, num_checkpoints: int
         num_checkpoints: how many the run will keep; None where that is unknown.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
-    found = f"{gigabytes(free)} free"
+    found = f"{show_bytes(free)} free"
     if checkpoint_bytes is None:
         return Check(
             "disk space", PASSED, f"{found}; --recipe compares it with a run's checkpoints"
         )
-    found += f", a checkpoint takes about {gigabytes(checkpoint_bytes)}"
+    found += f", a checkpoint takes about {show_bytes(checkpoint_bytes)}"
     if free < checkpoint_bytes:
         return Check("disk space", FAILED, found, "free space, or name another folder with --save")
     if num_checkpoints is not None:
         needed = num_checkpoints * checkpoint_bytes
-        found += f", the run keeps {num_checkpoints}: {gigabytes(needed)}"
+        found += f", the run keeps {num_checkpoints}: {show_bytes(needed)}"
         if free < needed:
             remedy = "raise --save-interval, or remove old ones while it runs"
             return Check("disk space", WARNING, found, remedy)
@@ -63,8 +64,8 @@ def check_shared_memory() -> Check:
     free = shutil.disk_usage(folder).free
     if free < MIN_SHARED_MEMORY:
         remedy = "start the container with --ipc=host or --shm-size=8g, or give --num-workers 0"
-        return Check("shared memory", WARNING, f"{gigabytes(free)} free", remedy)
-    return Check("shared memory", PASSED, f"{gigabytes(free)} free")
+        return Check("shared memory", WARNING, f"{show_bytes(free)} free", remedy)
+    return Check("shared memory", PASSED, f"{show_bytes(free)} free")
 
 
 def check_slurm() -> Check:
@@ -105,11 +106,3 @@ def nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def gigabytes(size: float) -> str:
-    """A size in bytes for people."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 1e3:.1f} KB"

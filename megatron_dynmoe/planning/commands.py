@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -31,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         )
     except ValueError as error:
         sys.exit(f"{parser.prog}: error: {error}")
-    print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan))
+    try:
+        print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0 if plan.fits else 1)
 
 

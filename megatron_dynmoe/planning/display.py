@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megatron_dynmoe.planning.memory import Memory
-from megatron_dynmoe.planning.plan import Plan
+if TYPE_CHECKING:
+    from megatron_dynmoe.planning.memory import Memory
+    from megatron_dynmoe.planning.plan import Plan
+
 
 # In the order of the table, and whether the part is exact.
 PARTS = {
@@ -21,6 +24,14 @@ PARTS = {
 def describe(plan: Plan) -> str:
     """The plan as text."""
     return "\n".join([*_summary(plan), "", *_memory_table(plan), "", *_verdict(plan)])
+
+
+def show_bytes(size: float) -> str:
+    """A size in bytes for people, in powers of 1000 as disks and data sheets are sold."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.1f} KB"
 
 
 def _summary(plan: Plan) -> Iterator[str]:
@@ -57,8 +68,8 @@ def _summary(plan: Plan) -> Iterator[str]:
     kept = ""
     if plan.num_checkpoints is not None:
         total = plan.num_checkpoints * plan.checkpoint_bytes
-        kept = f"; the run keeps {plan.num_checkpoints}, {_count(total)}B"
-    yield _line("checkpoint", f"{_count(plan.checkpoint_bytes)}B{kept}")
+        kept = f"; the run keeps {plan.num_checkpoints}, {show_bytes(total)}"
+    yield _line("checkpoint", f"{show_bytes(plan.checkpoint_bytes)}{kept}")
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:

@@ -30,6 +30,7 @@ def test_the_paper_model(capsys):
         "pipeline 2 x data 64",
         "23,842 steps, 100 B tokens",
         "no measurement",
+        "checkpoint  48.8 GB; the run keeps 48, 2.3 TB",
         "Fits with a balanced load.",
     ):
         assert words in text
@@ -38,7 +39,7 @@ def test_the_paper_model(capsys):
 
 def test_a_small_model_is_shown_in_small_units(capsys):
     text = run(capsys, "smoke --gpus 1 --gpu a800-80g")[1]
-    assert "memory of a GPU, MB" in text and "less than 6 minutes" in text and "2.664 MB" in text
+    assert "memory of a GPU, MB" in text and "less than 6 minutes" in text and "2.7 MB" in text
 
 
 def test_figures_follow_from_each_other(capsys):
