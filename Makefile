@@ -33,8 +33,7 @@ test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m distributed
 
 test-gpu: ## what needs a CUDA device, and the kernels natively
-	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests -m gpu
-	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/kernels
+	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 

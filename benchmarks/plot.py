@@ -128,7 +128,8 @@ def draw(figure: Figure, workloads: dict[str, list[Row]], image: Path) -> None:
         f"{first['hardware']}, {first['versions']}, commit {', '.join(commits)}, {first['date']}"
     )
     plot.suptitle(figure.title, fontsize=13, color=INK, weight="bold")
-    plot.supxlabel(where, fontsize=7.5, color=MUTED)
+    lines_below = textwrap.wrap(where, 95 * columns)
+    plot.supxlabel("\n".join(lines_below), fontsize=7.5, color=MUTED)
     plot.savefig(image, dpi=130)
     plt.close(plot)
 
