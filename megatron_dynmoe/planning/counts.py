@@ -58,6 +58,8 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         raise ValueError(f"--experts-per-token is {experts_per_token:g}: use 1 to {most}.")
     if not dynmoe.is_dynamic:
         k = args.moe_router_topk
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"--moe-router-topk is {k}: use 1 to {num_experts}, the experts.")
         return ExpertCounts(k, k, k, "top-k")
 
     def at_threshold(threshold: float) -> float:

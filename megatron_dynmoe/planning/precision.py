@@ -63,9 +63,19 @@ class Recompute:
 
     @classmethod
     def from_args(cls, args: Namespace) -> Recompute:
-        """Read Megatron's flags."""
+        """Read Megatron's flags.
+
+        Raises:
+            ValueError: the full kind lacks its method or size, which Megatron has no default for.
+        """
         if args.recompute_granularity == "full":
-            return cls(method=args.recompute_method, num_layers=args.recompute_num_layers or 1)
+            for name in ("recompute_method", "recompute_num_layers"):
+                if not getattr(args, name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is missing, which --recompute-granularity "
+                        "full needs: use --recompute-method uniform --recompute-num-layers 1."
+                    )
+            return cls(method=args.recompute_method, num_layers=args.recompute_num_layers)
         if args.recompute_granularity == "selective":
             return cls(frozenset(args.recompute_modules or ["core_attn"]))
         return cls()

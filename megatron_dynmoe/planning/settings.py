@@ -32,6 +32,11 @@ def read_args(flags: Sequence[str]) -> Namespace:
         if args.swiglu:
             args.ffn_hidden_size = args.ffn_hidden_size // 64 * 64
     if args.kv_channels is None:
+        if args.hidden_size % args.num_attention_heads:
+            raise ValueError(
+                f"--hidden-size is {args.hidden_size}, which --num-attention-heads "
+                f"{args.num_attention_heads} does not divide: change one, or give --kv-channels."
+            )
         args.kv_channels = args.hidden_size // args.num_attention_heads
     if args.moe_ffn_hidden_size is None and args.num_experts:
         args.moe_ffn_hidden_size = args.ffn_hidden_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -222,11 +221,14 @@ def _embedding(shape: ModelShape, split: Split) -> int:
 
 
 def _moe_layers(args: Namespace) -> tuple[bool, ...]:
-    def pattern() -> Iterator[bool]:
-        frequency = args.moe_layer_freq
-        for layer in range(args.num_layers):
-            yield not layer % frequency if isinstance(frequency, int) else bool(frequency[layer])
-
+    frequency, num_layers = args.moe_layer_freq, args.num_layers
     if not args.num_experts:
-        return (False,) * args.num_layers
-    return tuple(pattern())
+        return (False,) * num_layers
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(num_layers))
+    if len(frequency) != num_layers:
+        raise ValueError(
+            f"--moe-layer-freq has {len(frequency)} entries for {num_layers} layers: give one for "
+            "each."
+        )
+    return tuple(map(bool, frequency))
