@@ -14,7 +14,7 @@ load_settings() {
   CONTAINER=() SRUN_FLAGS=() DATA_FLAGS=() EXTRA_FLAGS=()
   LAUNCHER=torchrun DEVICE='' NETWORK_INTERFACE='' MAX_RESTARTS=2 RUNS=$checkout/runs PYTHON='' PARSE_FLAGS=yes
   local settings=${CLUSTER_ENV:-$launch/cluster.env}
-  [[ -f $settings ]] ||
+  [[ -r $settings && ! -d $settings ]] ||
     fail "there is no $settings: cp $launch/cluster.env.example $settings, and fill it in."
   # shellcheck source=/dev/null
   source "$settings"

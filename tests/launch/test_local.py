@@ -13,15 +13,23 @@ from megatron_dynmoe.attempts import latest_iteration
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
-STEPS, PATIENCE = 60, 180  # seconds, on a busy machine
+STEPS, PATIENCE = 40, 180  # seconds, on a busy machine
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "cluster.env").write_text("DEVICE=cpu")
     environment = os.environ | {"CLUSTER_ENV": str(tmp_path / "cluster.env"), "NPROC": "1"}
     run_dir = tmp_path / "a run"  # a space, as users have them
-    command = ["bash", str(SCRIPT), "smoke", "--train-iters", str(STEPS), "--save-interval", "100"]
-    command += ["--run-dir", str(run_dir)]
+    command = [
+        "bash",
+        str(SCRIPT),
+        "smoke",
+        "--train-iters",
+        str(STEPS),
+        "--global-batch-size",
+        "2",
+    ]
+    command += ["--save-interval", "100", "--run-dir", str(run_dir)]
 
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     log = run_dir / "attempts" / "0001" / "rank-000.log"
