@@ -120,3 +120,9 @@ def test_the_first_pipeline_rank_holds_most_micro_batches(memory_model):
 def test_what_is_not_known_is_refused(memory_model, flags, words):
     with pytest.raises(ValueError, match=words):
         memory_model("dense_374m", flags)
+
+
+def test_tokens_of_a_rank_are_split_with_its_sequence(memory_model):
+    parallel = "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"
+    assert memory_model("dtop_p_16e").local_tokens == 4 * 2048
+    assert memory_model("dtop_p_16e", parallel).local_tokens == 2048
