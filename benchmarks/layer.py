@@ -77,7 +77,10 @@ def main() -> None:
 def logits_for(workload: Workload, path: Path | None) -> tuple[str, torch.Tensor]:
     """Their kind, and [T, E]."""
     if path is not None:
-        logits_TE = read_logits(path)
+        try:
+            logits_TE = read_logits(path)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         if logits_TE.shape[1] != workload.experts:
             raise SystemExit(
                 f"--logits {path} is for {logits_TE.shape[1]} experts, the workload has "

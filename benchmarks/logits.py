@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -27,9 +28,12 @@ def read_logits(path: Path) -> torch.Tensor:
     """A file of benchmarks/collect_logits.py, [T, E] float32.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: there is none, or it holds something else.
     """
-    logits_TE = torch.load(path, weights_only=True)
+    try:
+        logits_TE = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"logits {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(logits_TE, torch.Tensor) or logits_TE.dim() != 2:
         raise ValueError(f"logits {path}: it must hold one tensor [tokens, experts]")
     return logits_TE.float()

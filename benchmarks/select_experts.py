@@ -54,7 +54,10 @@ def main() -> None:
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     if args.logits:
-        cases = [("trained", read_logits(args.logits))]
+        try:
+            cases = [("trained", read_logits(args.logits))]
+        except ValueError as error:
+            parser.error(str(error))
     else:
         numbers = [int(number) for number in args.experts.split(",")]
         cases = [("normal", normal_logits(args.tokens, number)) for number in numbers]

@@ -54,3 +54,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"logits": torch.zeros(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="one tensor"):
         logits.read_logits(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no tensors")
+    for name in ("text.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=name):
+            logits.read_logits(tmp_path / name)
