@@ -120,7 +120,7 @@ class _PlainRoute(torch.autograd.Function):
             if valid_T is not None:
                 valid_T1 = valid_T[rows].unsqueeze(-1)
                 probs, selected = probs * valid_T1, selected * valid_T1
-            entropy -= torch.linalg.vecdot(probs, log_probs).sum()
+            entropy -= torch.dot(probs.reshape(-1), log_probs.reshape(-1))
             prob_sums_BE += probs.view(by_sequence).sum(dim=0)
             # Whole numbers below 2**24, the tokens of a block, are exact in float32.
             assignments_BE += selected.view(by_sequence).sum(dim=0).long()
