@@ -1,0 +1,230 @@
+"""Windows -> the model -> counts. The model reads each token once, whatever is counted.
+
+Letters as in counts.py, and T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.analysis.counts import (
+    LOSS_UNIT,
+    Counts,
+    Shape,
+    bag_of,
+    expert_bins,
+    loss_bins,
+)
+from megatron_dynmoe.analysis.tokens import Letters, whole_words
+from megatron_dynmoe.analysis.windows import Window, in_blocks
+from megatron_dynmoe.huggingface.modeling_dynmoe import select_top_k
+from megatron_dynmoe.routing.select import select
+
+BLOCK_TOKENS = 4096
+# Logits that exist at a time, by far the largest tensor: 16 MiB in float32.
+LOGITS_AT_ONCE = 2**22
+
+
+class Sample(NamedTuple):
+    """A group's first window, token by token."""
+
+    tokens: list[int]
+    experts_LT: np.ndarray
+    loss_T: list[float | None]  # nats
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the model did with some windows."""
+
+    groups: dict[str, Counts]
+    samples: dict[str, Sample]
+
+
+class _Read(NamedTuple):
+    """What the model did with a block of windows, padded to the longest of them."""
+
+    windows: list[Window]
+    map_LWSE: np.ndarray  # bool
+    loss_WS: np.ndarray  # [windows, S - 1] int64, in LOSS_UNIT
+
+
+def shape_of(config: Any, positions: int) -> Shape:
+    """The sizes of a model's counts with windows of ``positions`` tokens."""
+    layers = config.mlp_layer_types.count("sparse")
+    return Shape(layers, config.num_experts, positions, config.vocab_size)
+
+
+def collect(
+    model: Any,
+    windows: Iterable[Window],
+    shape: Shape,
+    letters: Letters,
+    *,
+    sample_tokens: int = 0,
+    on_tokens: Callable[[int], Any] = lambda _: None,
+) -> Collected:
+    """Count the routing of every token of every window.
+
+    Args:
+        model: a causal language model of ours, with routers, in evaluation mode.
+        windows: none of more than ``shape.positions`` tokens.
+        letters: of the tokenizer, see :mod:`megatron_dynmoe.analysis.tokens`.
+        sample_tokens: how many tokens of each group's first window to keep.
+        on_tokens: called with the number of tokens that were counted since the last call.
+
+    Raises:
+        ValueError: routers or output give what is no finite number.
+    """
+    collected = Collected({}, {})
+    for read in _in_workers(model, in_blocks(windows, BLOCK_TOKENS)):
+        for row, window in enumerate(read.windows):
+            length = len(window.tokens)
+            map_LTE = read.map_LWSE[:, row, :length]
+            loss_T = read.loss_WS[row, : length - 1]
+            if window.group not in collected.groups:
+                collected.groups[window.group] = Counts(shape)
+                collected.samples[window.group] = _sample(window, map_LTE, loss_T, sample_tokens)
+            _count(collected.groups[window.group], window, map_LTE, loss_T, letters)
+            on_tokens(length)
+    return collected
+
+
+def _count(
+    counts: Counts, window: Window, map_LTE: np.ndarray, loss_T: np.ndarray, letters: Letters
+) -> None:
+    shape, tokens = counts.shape, np.array(window.tokens)
+    experts_LT = map_LTE.sum(axis=2)
+    total_T = experts_LT.sum(axis=0)
+
+    counts.windows += 1
+    counts.tokens += len(tokens)
+    counts.predicted += len(loss_T)
+    counts.loss += int(loss_T.sum())
+    for layer, experts_T in enumerate(experts_LT):
+        counts.experts_LK[layer] += np.bincount(experts_T, minlength=shape.experts + 1)
+    counts.total_K += np.bincount(total_T, minlength=len(counts.total_K))
+
+    # Sums of zeros and ones, which float32 holds exactly up to 2**24 tokens
+    map_float_LTE = map_LTE.astype(np.float32)
+    together_LEE = map_float_LTE.transpose(0, 2, 1) @ map_float_LTE
+    counts.together_LEE += together_LEE.astype(np.int64)
+    counts.load_LE += map_LTE.sum(axis=1)
+
+    counts.position_S[: len(tokens)] += 1
+    counts.position_LS[:, : len(tokens)] += experts_LT
+    np.add.at(counts.vocab_V, tokens, 1)
+    np.add.at(counts.vocab_experts_V, tokens, total_T)
+    np.add.at(counts.vocab_predicted_V, tokens[1:], 1)
+    np.add.at(counts.vocab_loss_V, tokens[1:], loss_T)
+    if len(tokens) > 2:
+        np.add.at(counts.vocab_judged_V, tokens[1:-1], 1)
+        np.add.at(counts.vocab_word_V, tokens[1:-1], whole_words(tokens, letters))
+
+    bag = bag_of(window.group, window.number)
+    experts_bin_T, loss_bin_T = expert_bins(shape)[total_T], loss_bins(loss_T)
+    np.add.at(counts.own_loss_BKN[bag], (experts_bin_T[1:], loss_bin_T), 1)
+    np.add.at(counts.next_loss_BKN[bag], (experts_bin_T[:-1], loss_bin_T), 1)
+
+
+def _sample(window: Window, map_LTE: np.ndarray, loss_T: np.ndarray, num_tokens: int) -> Sample:
+    losses = [None, *(loss_T * LOSS_UNIT).tolist()]
+    return Sample(
+        window.tokens[:num_tokens],
+        map_LTE.sum(axis=2)[:, :num_tokens],
+        losses[:num_tokens],
+    )
+
+
+def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_Read]:
+    """What the model does with each block, in order.
+
+    On a CPU each core reads a block of its own with one thread: threads that share the many small
+    products of a block wait for each other more than they work, and what is rounded then depends
+    on their number. Blocks are taken as they are needed.
+    """
+    on_cpu = model.device.type == "cpu"
+    num_workers = len(os.sched_getaffinity(0)) if on_cpu else 1
+    threads = torch.get_num_threads()
+    waiting: deque[Future[_Read]] = deque()
+    pool = ThreadPoolExecutor(num_workers, initializer=_one_thread if on_cpu else None)
+    try:
+        for block in islice(blocks, 2 * num_workers):
+            waiting.append(pool.submit(_read, model, block))
+        while waiting:
+            yield waiting.popleft().result()
+            for block in islice(blocks, 1):
+                waiting.append(pool.submit(_read, model, block))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def _read(model: Any, block: list[Window]) -> _Read:
+    # Nothing is masked: no token sees the padding after it.
+    longest = max(len(window.tokens) for window in block)
+    rows = [window.tokens + [0] * (longest - len(window.tokens)) for window in block]
+    tokens_WS = torch.tensor(rows, device=model.device)
+    output = model.model(tokens_WS, use_cache=False, output_router_logits=True)
+    layers = [i for i, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
+    maps = []
+    for layer, logits_WSE in zip(layers, output.router_logits, strict=True):
+        if not logits_WSE.isfinite().all():
+            _refuse(block, f"the router of layer {layer + 1}")
+        maps.append(_routing_map(model.config, layer, logits_WSE))
+    map_LWSE = torch.stack(maps)
+    if not torch.equal(map_LWSE.sum(dim=-1), output.experts_per_token):
+        raise RuntimeError("the routing map does not have the model's own number of experts")
+    loss_WS = _losses(model, output.last_hidden_state[:, :-1], tokens_WS[:, 1:])
+    if not loss_WS.isfinite().all():
+        _refuse(block, "the output layer")
+    units_WS = (loss_WS.double() / LOSS_UNIT).round().long()
+    return _Read(block, map_LWSE.cpu().numpy(), units_WS.cpu().numpy())
+
+
+def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:
+    """Which experts the layer chose, [W, S, E] bool, by the functions that it chose them with."""
+    probs_TE = logits_WSE.softmax(dim=-1).flatten(0, 1)
+    if config.routing == "top_k":
+        map_TE = select_top_k(probs_TE, config.num_experts_per_tok)
+    else:
+        map_TE = select(probs_TE.float(), *config.threshold_and_cap(layer, training=False))
+    return map_TE.view(logits_WSE.shape)
+
+
+def _losses(model: Any, hidden_WSD: Tensor, labels_WS: Tensor) -> Tensor:
+    """Cross entropy of each token, [W, S] float32 nats."""
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            model.lm_head(hidden_TD).float(), labels_T, reduction="none"
+        )
+        for hidden_TD, labels_T in zip(
+            hidden_WSD.flatten(0, 1).split(rows), labels_WS.flatten().split(rows), strict=True
+        )
+    ]
+    return torch.cat(losses).view(labels_WS.shape)
+
+
+def _refuse(block: list[Window], where: str) -> None:
+    first, last = block[0], block[-1]
+    raise ValueError(
+        f"{where} gives NaN or infinity between window {first.number} of {first.group!r} and "
+        f"window {last.number} of {last.group!r}: the weights are damaged, or the numbers leave "
+        "the range of their type: try --dtype float32"
+    )

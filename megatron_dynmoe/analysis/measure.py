@@ -1,0 +1,153 @@
+"""The whole measurement of a model: counts of all text, and a sweep over thresholds."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dynmoe.analysis.collect import Collected, collect
+from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
+from megatron_dynmoe.analysis.tokens import Letters
+from megatron_dynmoe.analysis.windows import Window
+from megatron_dynmoe.calibration import set_threshold
+from megatron_dynmoe.conversion.folder import read_json
+
+_ROUTING = ("routing", "num_experts_per_tok", "threshold", "inference_threshold")
+
+
+@contextmanager
+def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
+    """An exported folder of ours, or what conversion makes of others, which goes away again.
+
+    Args:
+        model: a folder of ours, of Mixtral's or the published Dynamic MoE's format, or what
+            ``--save`` named in training.
+        tokenizer: of the training, for a Megatron checkpoint that names none.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not model.is_dir():
+        raise ValueError(f"--model {model}: no such folder")
+    has_config = (model / "config.json").is_file()
+    config = read_json(model / "config.json") if has_config else {}
+    if config.get("model_type") == "dynmoe":
+        yield model
+        return
+    from megatron_dynmoe.conversion.convert import convert_folder, to_hf
+
+    with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
+        folder = Path(scratch) / "model"
+        if not has_config:
+            to_hf(model, folder, tokenizer=tokenizer, progress=sys.stderr.isatty())
+        elif config.get("model_type") == "mixtral" or "MoEForCausalLM" in (
+            config.get("architectures") or []
+        ):
+            convert_folder(model, folder, format="dynmoe")
+        else:
+            raise ValueError(
+                f"--model {model} is of type {config.get('model_type')!r}, which has no routers "
+                "that are known here: give a folder of convert_checkpoint.py to-hf, a Mixtral or "
+                "published Dynamic MoE folder, or a Megatron checkpoint"
+            )
+        yield folder
+
+
+class SweepWindows:
+    """Passes windows on, and keeps those that the sweep reads again.
+
+    Of each group as many as fit into an equal part would be known only at the end, so each group's
+    first windows are kept up to the limit and cut down then.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._kept: dict[str, list[Window]] = {}
+
+    def passing(self, windows: Iterable[Window]) -> Iterator[Window]:
+        for window in windows:
+            kept = self._kept.setdefault(window.group, [])
+            if sum(len(one.tokens) for one in kept) < self._num_tokens:
+                kept.append(window)
+            yield window
+
+    def chosen(self) -> list[Window]:
+        """Of all groups in turn, until the limit is reached; one window at least."""
+        windows: list[Window] = []
+        tokens = 0
+        for number in range(max(map(len, self._kept.values()), default=0)):
+            for kept in self._kept.values():
+                if number < len(kept) and (not windows or tokens < self._num_tokens):
+                    windows.append(kept[number])
+                    tokens += len(kept[number].tokens)
+        return windows
+
+
+def sweep(
+    model: Any,
+    windows: Sequence[Window],
+    shape: Shape,
+    letters: Letters,
+    thresholds: Sequence[float],
+    on_tokens: Callable[[int], Any] = lambda _: None,
+) -> dict[str, Any]:
+    """Mean experts per token and loss with the model's own routing and with other thresholds.
+
+    The model's own setting is restored. A cap on the experts of a token stays in force.
+
+    Returns:
+        ``tokens``, ``own`` and ``points``; a point has threshold (None: by layer, or top-k),
+        experts, by_layer and loss (nats per predicted token, None where no token was predicted).
+    """
+    config = model.config
+    own = {name: getattr(config, name) for name in _ROUTING}
+
+    def point(threshold: float | None) -> dict[str, Any]:
+        total = add_up(
+            collect(model, windows, shape, letters, on_tokens=on_tokens).groups,
+        )
+        by_layer = (total.load_LE.sum(axis=1) / total.tokens).tolist()
+        return {
+            "threshold": threshold,
+            "experts": float(np.mean(by_layer)),
+            "by_layer": by_layer,
+            "loss": total.loss * LOSS_UNIT / total.predicted if total.predicted else None,
+        }
+
+    points = []
+    try:
+        trained = point(own_threshold(config))
+        for threshold in thresholds:
+            set_threshold(config, threshold)
+            points.append(point(threshold))
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)
+    return {
+        "tokens": sum(len(window.tokens) for window in windows),
+        "own": trained,
+        "points": points,
+    }
+
+
+def own_threshold(config: Any) -> float | None:
+    """The one threshold of all layers in inference; None for several, and for top-k."""
+    if config.routing == "top_k":
+        return None
+    layers = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    different = {config.threshold_and_cap(layer, training=False)[0] for layer in layers}
+    return different.pop() if len(different) == 1 else None
+
+
+def texts_of(
+    tokenizer: Any, collected: Collected, text: Callable[[Any, int], str]
+) -> dict[int, str]:
+    """The text of every token that was counted."""
+    seen = np.flatnonzero(add_up(collected.groups).vocab_V)
+    return {int(token): text(tokenizer, int(token)) for token in seen}

@@ -1,0 +1,59 @@
+"""One HTML file that needs nothing else: no network, no server, no framework."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.analysis.figures import Drawn
+
+TEMPLATE = Path(__file__).with_name("page.html")
+# What the page shows; the counts stay in routing.json.
+_SHOWN = ("model", "windows", "samples", "sweep", "statistics", "notes")
+CAPTIONS = {
+    "layers": "The line is the mean, the bands hold 50 and 90 % of the tokens. Counted exactly "
+    "over all text.",
+    "distribution": "Left: a token in one layer. Right: each token's mean over all layers.",
+    "groups": "The diamond is the mean over all tokens and layers, the bands hold 50 and 90 % of "
+    "the tokens.",
+    "loss": "A token's own loss is the surprise at reading it; the other is that of the next "
+    "token, which it helps to predict. Spearman's rank correlation over all tokens; in brackets "
+    "the 95 % interval of a bootstrap over windows. A correlation says nothing of cause.",
+    "positions": "At the start of a window there is no context yet.",
+    "sweep": "The same weights with other thresholds, on a part of the text. The model was "
+    "trained with the marked one and is at its best near it.",
+    "load": "Red: busier than the mean of its layer, blue: idler. Colours end at 4 and 1/4.",
+    "together": "Of the tokens that use one expert (row), how many also use another (column).",
+    "specialisation": "Red: the group's tokens use the expert more often than all text does. "
+    "White: the expert is not used.",
+}
+
+
+def render(content: dict[str, Any], drawn: dict[str, Drawn]) -> str:
+    """The page.
+
+    Args:
+        content: of ``routing.json``.
+        drawn: the figures, by name.
+    """
+    data = json.dumps({name: content[name] for name in _SHOWN}, ensure_ascii=False)
+    parts = {
+        "title": html.escape(content["model"]["name"]),
+        # Nothing in a text may end the script or begin a comment.
+        "data": data.replace("<", "\\u003c"),
+        "figures": "\n".join(_figure(name, figure) for name, figure in drawn.items()),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _figure(name: str, figure: Drawn) -> str:
+    label = f'<svg role="img" aria-label="{html.escape(figure.alt, quote=True)}" '
+    return (
+        f'<figure id="figure-{name}"><h3>{html.escape(figure.title)}</h3>'
+        f"{figure.svg.replace('<svg ', label, 1)}"
+        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
+    )

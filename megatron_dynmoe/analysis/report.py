@@ -1,0 +1,175 @@
+"""The report's folder: ``routing.json``, the figures, and the page that shows both."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.analysis import figures, page
+from megatron_dynmoe.analysis.collect import Collected
+from megatron_dynmoe.analysis.counts import Counts, Shape
+from megatron_dynmoe.analysis.statistics import MIN_WINDOWS, summarize
+from megatron_dynmoe.analysis.tokens import pieces_of
+from megatron_dynmoe.analysis.windows import OTHER
+from megatron_dynmoe.conversion.folder import new_folder, read_json
+
+ROUTING = "routing.json"
+PAGE = "index.html"
+FIGURES = "figures"
+FORMAT = "megatron-dynmoe routing, 1"
+
+
+def describe_model(name: str, config: Any, dtype: str) -> dict[str, Any]:
+    """What the report says of the model; measurements merge where all of this is the same."""
+    layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    top_k = config.routing == "top_k"
+    settings = [config.threshold_and_cap(layer - 1, training=False) for layer in layers]
+    return {
+        "name": name,
+        "routing": config.routing,
+        "experts_of_top_k": config.num_experts_per_tok if top_k else None,
+        "thresholds": None if top_k else [threshold for threshold, _ in settings],
+        "max_experts_per_token": None if top_k else settings[0][1],
+        "target_experts_per_token": config.target_experts_per_token,
+        "num_layers": config.num_hidden_layers,
+        "moe_layers": layers,
+        "num_experts": config.num_experts,
+        "vocab_size": config.vocab_size,
+        "dtype": dtype,
+    }
+
+
+def measurement(
+    model: dict[str, Any],
+    collected: Collected,
+    tokenizer: Any,
+    token_texts: dict[int, str],
+    sweep: dict[str, Any] | None,
+    separate: bool,
+) -> dict[str, Any]:
+    """What was measured, as JSON holds it; :func:`write_report` adds what follows from it."""
+    shape = next(iter(collected.groups.values())).shape
+    return {
+        "format": FORMAT,
+        "model": model,
+        "windows": {"length": shape.positions, "separate_documents": separate},
+        "shape": shape._asdict(),
+        "groups": {name: counts.to_json() for name, counts in collected.groups.items()},
+        "token_texts": {str(token): text for token, text in token_texts.items()},
+        "samples": {
+            name: [piece._asdict() for piece in pieces_of(tokenizer, *sample)]
+            for name, sample in collected.samples.items()
+        },
+        "sweep": sweep,
+    }
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """One measurement out of several of the same model; groups of one name are added up.
+
+    Text samples and the sweep are those of the first file that has them.
+
+    Raises:
+        ValueError: a file is no ``routing.json``, or they are not of one model.
+    """
+    merged: dict[str, Any] = {}
+    groups: dict[str, Counts] = {}
+    for path in paths:
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{path}: it is no {ROUTING} of this version of the tool")
+        try:
+            shape = Shape(**content["shape"])
+            for key in ("model", "windows", "shape"):
+                if merged and merged[key] != content[key]:
+                    raise ValueError(
+                        f"its {key} is {_difference(content[key], merged[key])} in {paths[0]}: "
+                        "only measurements of one model, made alike, add up"
+                    )
+            for name, counts in content["groups"].items():
+                groups.setdefault(name, Counts(shape))
+                groups[name] += Counts.from_json(shape, counts)
+            if not merged:
+                merged = content
+            merged["token_texts"] |= content["token_texts"]
+            merged["samples"] = content["samples"] | merged["samples"]
+            merged["sweep"] = merged["sweep"] or content["sweep"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: it is incomplete or damaged: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return merged | {"groups": {name: counts.to_json() for name, counts in groups.items()}}
+
+
+def write_report(
+    output: Path, measured: dict[str, Any], *, min_count: int, overwrite: bool
+) -> dict[str, Any]:
+    """Write a measurement, its statistics, figures and page; whole or not at all.
+
+    Returns:
+        What is in ``routing.json``.
+
+    Raises:
+        ValueError: the folder exists and is not empty, and ``overwrite`` is not given.
+    """
+    shape = Shape(**measured["shape"])
+    groups = {name: Counts.from_json(shape, counts) for name, counts in measured["groups"].items()}
+    texts = {int(token): text for token, text in measured["token_texts"].items()}
+    statistics = summarize(groups, measured["model"]["moe_layers"], texts, min_count)
+    content = measured | {"statistics": statistics}
+    content["notes"] = remarks(content)
+    with new_folder(output, overwrite) as folder:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        # A line for each of the outer entries, so that the start can be looked at
+        (folder / ROUTING).write_text(text.replace(',"statistics":', ',\n"statistics":') + "\n")
+        (folder / FIGURES).mkdir()
+        drawn = figures.draw_all(content, groups, folder / FIGURES)
+        (folder / PAGE).write_text(page.render(content, drawn), encoding="utf-8")
+    return content
+
+
+def remarks(content: dict[str, Any]) -> list[str]:
+    """What limits the numbers, said on the page and at the terminal."""
+    statistics, model = content["statistics"], content["model"]
+    length, overall = content["windows"]["length"], statistics["all"]
+    notes = []
+    if model["routing"] == "top_k":
+        notes.append(
+            f"Every token of this model uses {model['experts_of_top_k']} experts in every layer: "
+            "there is no difference between tokens, layers or groups to see, and no correlation. "
+            "The sweep shows what a threshold would do instead."
+        )
+    guess = math.log(model["vocab_size"])
+    for name, group in statistics["groups"].items():
+        if group["tokens"] < length and not content["windows"]["separate_documents"]:
+            notes.append(
+                f"{name} has {group['tokens']} tokens, less than a window of {length}: its numbers "
+                "say little."
+            )
+        if group["loss"] is not None and group["loss"] > guess:
+            notes.append(
+                f"{name}: a loss of {group['loss']:.2f} nats is worse than guessing among "
+                f"{model['vocab_size']} tokens ({guess:.2f}): is it the tokenizer of the training?"
+            )
+    if overall["windows"] < MIN_WINDOWS:
+        notes.append(
+            f"{overall['windows']} windows are too few for intervals: {MIN_WINDOWS} are needed."
+        )
+    if OTHER in statistics["groups"]:
+        notes.append(f"There were more groups than are told apart: the last are in {OTHER}.")
+    tokens = statistics["tokens"]
+    if 0 < len(tokens["most"]) < 100 or not tokens["most"]:
+        notes.append(
+            f"{tokens['frequent']} different tokens appear at least {tokens['min_count']} times: "
+            f"the lists of most and least demanding tokens hold {len(tokens['most'])} each "
+            "instead of 100."
+        )
+    return notes
+
+
+def _difference(new: dict[str, Any], old: dict[str, Any]) -> str:
+    name = next(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
+    return f"{name} {new.get(name)!r} here and {old.get(name)!r}"

@@ -1,0 +1,12 @@
+"""See where a model's experts go: see --help and docs/analysis.md."""
+
+import sys
+from pathlib import Path
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.analysis.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())
