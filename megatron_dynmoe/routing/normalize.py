@@ -25,7 +25,7 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
 
 def standardize(logits_TE: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normalized logits before theta [T, E], and the reciprocal standard deviation [T, 1]."""
-    centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
-    variance_T1 = centered_TE.square().mean(dim=-1, keepdim=True)
+    centered_TE = torch.sub(logits_TE, logits_TE.mean(dim=-1, keepdim=True), out=out)
+    variance_T1 = torch.linalg.vecdot(centered_TE, centered_TE).unsqueeze(-1) / logits_TE.shape[-1]
     scale_T1 = torch.rsqrt(variance_T1 + EPSILON)
     return torch.mul(centered_TE, scale_T1, out=out), scale_T1

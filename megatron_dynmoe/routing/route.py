@@ -102,11 +102,18 @@ class _PlainRoute(torch.autograd.Function):
         entropy = logits_TE.new_zeros(())
         for rows in _blocks(logits_TE, num_sequences):
             probs, weights = probs_TE[rows], weights_TE[rows]
+            scratch = weights  # until there are weights: fresh memory would cost more than its use
             scaled = logits_TE[rows]
             if theta is not None:
                 _, scale_T1[rows] = standardize(scaled, out=standard_TE[rows])
-                scaled = torch.mul(standard_TE[rows], theta, out=weights)  # not yet needed itself
+                scaled = torch.mul(standard_TE[rows], theta, out=scratch)
             torch.softmax(scaled, dim=-1, out=probs)
+            # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
+            log_probs = torch.clamp(probs, min=torch.finfo(probs.dtype).tiny, out=scratch).log_()
+            counted = probs if valid_T is None else probs * valid_T[rows].unsqueeze(-1)
+            entropy -= torch.dot(counted.reshape(-1), log_probs.reshape(-1))
+            prob_sums_BE += counted.view(by_sequence).sum(dim=0)
+
             selected, experts_T[rows] = select_and_count(probs, threshold, max_experts)
             map_TE[rows] = selected
             torch.mul(probs, selected, out=weights)
@@ -115,13 +122,8 @@ class _PlainRoute(torch.autograd.Function):
             else:
                 chosen_TE[rows] = selected
 
-            # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
-            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log_()
             if valid_T is not None:
-                valid_T1 = valid_T[rows].unsqueeze(-1)
-                probs, selected = probs * valid_T1, selected * valid_T1
-            entropy -= torch.dot(probs.reshape(-1), log_probs.reshape(-1))
-            prob_sums_BE += probs.view(by_sequence).sum(dim=0)
+                selected = selected * valid_T[rows].unsqueeze(-1)
             # Whole numbers below 2**24, the tokens of a block, are exact in float32.
             assignments_BE += selected.view(by_sequence).sum(dim=0).long()
         ctx.save_for_backward(standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T)
@@ -140,6 +142,7 @@ class _PlainRoute(torch.autograd.Function):
             standard, probs = standard_TE[rows], probs_TE[rows]
             # 1. Sums: with respect to the probabilities; the entropy's is -z and a constant, which
             #    the softmax's own backward takes away
+            d_logits = d_logits_TE[rows]
             d_entropy_TE = standard * (-d_entropy if theta is None else -d_entropy * theta)
             d_probs = d_entropy_TE.view(-1, num_sequences, num_experts).add_(d_sums_BE)
             d_probs = d_probs.view_as(probs)
@@ -148,17 +151,15 @@ class _PlainRoute(torch.autograd.Function):
             # 2. Weights: renormalised, they are a softmax over the selected experts
             if not ctx.renormalize:
                 d_probs.addcmul_(d_weights_TE[rows], chosen_TE[rows])
-            d_scaled = _softmax_backward(d_probs, probs)
+            d_scaled = _softmax_backward(d_probs, probs, out=d_logits)
             if ctx.renormalize:
-                d_scaled += _softmax_backward(d_weights_TE[rows], chosen_TE[rows])
+                d_scaled += _softmax_backward(d_weights_TE[rows], chosen_TE[rows], out=d_probs)
             # 3. Normalization; the gradient of a softmax sums to 0, so its mean needs no removing
-            if theta is None:
-                d_logits_TE[rows] = d_scaled
-                continue
-            projection_T1 = torch.linalg.vecdot(d_scaled, standard).unsqueeze(-1)
-            d_theta += projection_T1.sum()
-            d_scaled.addcmul_(standard, projection_T1, value=-1 / num_experts)
-            torch.mul(d_scaled, scale_T1[rows] * theta, out=d_logits_TE[rows])
+            if theta is not None:
+                projection_T1 = torch.linalg.vecdot(d_scaled, standard).unsqueeze(-1)
+                d_theta += projection_T1.sum()
+                d_scaled.addcmul_(standard, projection_T1, value=-1 / num_experts)
+                d_scaled *= scale_T1[rows] * theta
         return d_logits_TE, None, d_theta, None, None, None, None
 
 
@@ -171,6 +172,8 @@ def _blocks(values_TE: Tensor, num_sequences: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_tokens, step)]
 
 
-def _softmax_backward(gradient: Tensor, output: Tensor) -> Tensor:
+def _softmax_backward(gradient: Tensor, output: Tensor, out: Tensor) -> Tensor:
     """``output * (gradient - sum(output * gradient))`` in one pass."""
-    return torch.ops.aten._softmax_backward_data(gradient, output, -1, output.dtype)
+    return torch.ops.aten._softmax_backward_data.out(
+        gradient, output, -1, output.dtype, grad_input=out
+    )
