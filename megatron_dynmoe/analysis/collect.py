@@ -1,6 +1,6 @@
 """Windows -> the model -> counts. The model reads each token once, whatever is counted.
 
-Letters as in counts.py, and T tokens of a block.
+Letters as in counts.py, and W windows of a block, T tokens.
 """
 
 from __future__ import annotations
@@ -55,8 +55,14 @@ class _Read(NamedTuple):
     """What the model did with a block of windows, padded to the longest of them."""
 
     windows: list[Window]
+    tokens_WS: np.ndarray
     map_LWSE: np.ndarray  # bool
     loss_WS: np.ndarray  # [windows, S - 1] int64, in LOSS_UNIT
+
+    def of_group(self, group: str) -> _Read:
+        rows = [row for row, window in enumerate(self.windows) if window.group == group]
+        windows = [self.windows[row] for row in rows]
+        return _Read(windows, self.tokens_WS[rows], self.map_LWSE[:, rows], self.loss_WS[rows])
 
 
 def shape_of(config: Any, positions: int) -> Shape:
@@ -88,62 +94,63 @@ def collect(
     """
     collected = Collected({}, {})
     for read in _in_workers(model, in_blocks(windows, BLOCK_TOKENS)):
-        for row, window in enumerate(read.windows):
-            length = len(window.tokens)
-            map_LTE = read.map_LWSE[:, row, :length]
-            loss_T = read.loss_WS[row, : length - 1]
-            if window.group not in collected.groups:
-                collected.groups[window.group] = Counts(shape)
-                collected.samples[window.group] = _sample(window, map_LTE, loss_T, sample_tokens)
-            _count(collected.groups[window.group], window, map_LTE, loss_T, letters)
-            on_tokens(length)
+        for group in dict.fromkeys(window.group for window in read.windows):
+            part = read.of_group(group)
+            if group not in collected.groups:
+                collected.groups[group] = Counts(shape)
+                collected.samples[group] = _sample(part, sample_tokens)
+            _count(collected.groups[group], part, letters)
+            on_tokens(sum(len(window.tokens) for window in part.windows))
     return collected
 
 
-def _count(
-    counts: Counts, window: Window, map_LTE: np.ndarray, loss_T: np.ndarray, letters: Letters
-) -> None:
-    shape, tokens = counts.shape, np.array(window.tokens)
-    experts_LT = map_LTE.sum(axis=2)
-    total_T = experts_LT.sum(axis=0)
+def _count(counts: Counts, read: _Read, letters: Letters) -> None:
+    """Add a block's windows, of one group. All of them at once: workers wait for each call."""
+    shape, tokens_WS, loss_WS = counts.shape, read.tokens_WS, read.loss_WS
+    lengths_W = np.array([len(window.tokens) for window in read.windows])
+    length = tokens_WS.shape[1]
+    valid_WS = np.arange(length) < lengths_W[:, None]
+    predicted_WS = valid_WS[:, 1:]
+    experts_LWS = read.map_LWSE.sum(axis=3) * valid_WS
+    total_WS = experts_LWS.sum(axis=0)
+    loss_T = loss_WS[predicted_WS]
 
-    counts.windows += 1
-    counts.tokens += len(tokens)
+    counts.windows += len(read.windows)
+    counts.tokens += int(lengths_W.sum())
     counts.predicted += len(loss_T)
     counts.loss += int(loss_T.sum())
-    for layer, experts_T in enumerate(experts_LT):
+    for layer, experts_T in enumerate(experts_LWS[:, valid_WS]):
         counts.experts_LK[layer] += np.bincount(experts_T, minlength=shape.experts + 1)
-    counts.total_K += np.bincount(total_T, minlength=len(counts.total_K))
+    counts.total_K += np.bincount(total_WS[valid_WS], minlength=len(counts.total_K))
 
     # Sums of zeros and ones, which float32 holds exactly up to 2**24 tokens
-    map_float_LTE = map_LTE.astype(np.float32)
-    together_LEE = map_float_LTE.transpose(0, 2, 1) @ map_float_LTE
-    counts.together_LEE += together_LEE.astype(np.int64)
-    counts.load_LE += map_LTE.sum(axis=1)
+    for layer, map_WSE in enumerate(read.map_LWSE):
+        map_TE = map_WSE[valid_WS].astype(np.float32)
+        counts.together_LEE[layer] += (map_TE.T @ map_TE).astype(np.int64)
+    counts.load_LE[:] = counts.together_LEE.diagonal(axis1=1, axis2=2)
 
-    counts.position_S[: len(tokens)] += 1
-    counts.position_LS[:, : len(tokens)] += experts_LT
-    np.add.at(counts.vocab_V, tokens, 1)
-    np.add.at(counts.vocab_experts_V, tokens, total_T)
-    np.add.at(counts.vocab_predicted_V, tokens[1:], 1)
-    np.add.at(counts.vocab_loss_V, tokens[1:], loss_T)
-    if len(tokens) > 2:
-        np.add.at(counts.vocab_judged_V, tokens[1:-1], 1)
-        np.add.at(counts.vocab_word_V, tokens[1:-1], whole_words(tokens, letters))
+    counts.position_S[:length] += valid_WS.sum(axis=0)
+    counts.position_LS[:, :length] += experts_LWS.sum(axis=1)
+    np.add.at(counts.vocab_V, tokens_WS[valid_WS], 1)
+    np.add.at(counts.vocab_experts_V, tokens_WS[valid_WS], total_WS[valid_WS])
+    np.add.at(counts.vocab_predicted_V, tokens_WS[:, 1:][predicted_WS], 1)
+    np.add.at(counts.vocab_loss_V, tokens_WS[:, 1:][predicted_WS], loss_T)
+    between_WS = valid_WS[:, 2:]
+    judged_T = tokens_WS[:, 1:-1][between_WS]
+    np.add.at(counts.vocab_judged_V, judged_T, 1)
+    np.add.at(counts.vocab_word_V, judged_T, whole_words(tokens_WS, letters)[between_WS])
 
-    bag = bag_of(window.group, window.number)
-    experts_bin_T, loss_bin_T = expert_bins(shape)[total_T], loss_bins(loss_T)
-    np.add.at(counts.own_loss_BKN[bag], (experts_bin_T[1:], loss_bin_T), 1)
-    np.add.at(counts.next_loss_BKN[bag], (experts_bin_T[:-1], loss_bin_T), 1)
+    bags_W = np.array([bag_of(window.group, window.number) for window in read.windows])
+    bags_T = np.broadcast_to(bags_W[:, None], predicted_WS.shape)[predicted_WS]
+    experts_bin_WS, loss_bin_T = expert_bins(shape)[total_WS], loss_bins(loss_T)
+    np.add.at(counts.own_loss_BKN, (bags_T, experts_bin_WS[:, 1:][predicted_WS], loss_bin_T), 1)
+    np.add.at(counts.next_loss_BKN, (bags_T, experts_bin_WS[:, :-1][predicted_WS], loss_bin_T), 1)
 
 
-def _sample(window: Window, map_LTE: np.ndarray, loss_T: np.ndarray, num_tokens: int) -> Sample:
-    losses = [None, *(loss_T * LOSS_UNIT).tolist()]
-    return Sample(
-        window.tokens[:num_tokens],
-        map_LTE.sum(axis=2)[:, :num_tokens],
-        losses[:num_tokens],
-    )
+def _sample(read: _Read, num_tokens: int) -> Sample:
+    tokens = read.windows[0].tokens[:num_tokens]
+    losses = [None, *(read.loss_WS[0] * LOSS_UNIT).tolist()]
+    return Sample(tokens, read.map_LWSE[:, 0].sum(axis=2)[:, : len(tokens)], losses[: len(tokens)])
 
 
 def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_Read]:
@@ -194,7 +201,7 @@ def _read(model: Any, block: list[Window]) -> _Read:
     if not loss_WS.isfinite().all():
         _refuse(block, "the output layer")
     units_WS = (loss_WS.double() / LOSS_UNIT).round().long()
-    return _Read(block, map_LWSE.cpu().numpy(), units_WS.cpu().numpy())
+    return _Read(block, np.array(rows), map_LWSE.cpu().numpy(), units_WS.cpu().numpy())
 
 
 def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
         dtype = str(model.dtype).removeprefix("torch.")
         return report.measurement(
-            report.describe_model(args.model.resolve().name, config, dtype),
+            report.describe_model("/".join(args.model.resolve().parts[-2:]), config, dtype),
             collected,
             tokenizer,
             measure.texts_of(tokenizer, collected, token_text),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from megatron_dynmoe.analysis.counts import Counts, add_up
@@ -23,6 +24,11 @@ from megatron_dynmoe.analysis.statistics import lift
 # In the page these two become CSS variables.
 INK, FAINT = "#1c2733", "#c9d1da"
 BLUE, ORANGE = "#3b7dd8", "#e0732c"
+# Blue below 1, orange above; 1 is the background, whatever its color.
+RATIOS = LinearSegmentedColormap.from_list(
+    "ratios",
+    [(0, (BLUE, 1.0)), (0.5, (BLUE, 0.0)), (0.5, (ORANGE, 0.0)), (1, (ORANGE, 1.0))],
+)
 STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -38,7 +44,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": INK,
     "ytick.color": INK,
-    "font.size": 9.5,
+    "font.size": 10,
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-dynmoe",
@@ -105,7 +111,7 @@ def _layers(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     rows = statistics["layers"]
     layers = [row["layer"] for row in rows]
     value = {name: [row["experts_per_token"][name] for row in rows] for name in rows[0][KEY]}
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(5.4, 3.6)
     axes.fill_between(layers, value["p5"], value["p95"], color=BLUE, alpha=0.18, linewidth=0)
     axes.fill_between(layers, value["p25"], value["p75"], color=BLUE, alpha=0.32, linewidth=0)
     axes.plot(layers, value["mean"], "o-", color=BLUE, label="mean", markersize=4)
@@ -124,7 +130,7 @@ def _layers(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
 
 def _distribution(statistics: dict[str, Any], total: Counts) -> tuple[Figure, str, str]:
     layers = total.shape.layers
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     share_K = 100 * total.experts_LK.sum(axis=0) / total.experts_LK.sum()
     last = int(np.flatnonzero(share_K)[-1])
@@ -149,7 +155,7 @@ def _distribution(statistics: dict[str, Any], total: Counts) -> tuple[Figure, st
 
 def _groups(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     rows = sorted(statistics["groups"].items(), key=lambda item: item[1][KEY]["mean"])
-    figure, axes = _figure(6.4, 1.2 + 0.34 * len(rows))
+    figure, axes = _figure(5.4, 1.2 + 0.34 * len(rows))
     means = [row[KEY]["mean"] for _, row in rows]
     names = [_short(name) for name, _ in rows]
     for place, (_, row) in enumerate(rows):
@@ -164,7 +170,7 @@ def _groups(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
         axes.annotate(f"{mean:.2f}", (mean, place), (0, 8), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(rows)), names)
     axes.set(
-        xlabel="experts per token, mean over layers (band: 5, 25, 75, 95 % of tokens)",
+        xlabel="experts per token, mean over layers",
         ylim=(-0.6, len(rows) - 0.3),
     )
     axes.grid(visible=False, axis="y")
@@ -175,7 +181,7 @@ def _groups(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
 
 
 def _loss(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(5.4, 3.6)
     parts = []
     for kind, color, what in (
         ("own", BLUE, "the token's own loss"),
@@ -213,7 +219,7 @@ def describe_correlation(found: dict[str, Any]) -> str:
 def _positions(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     rows = statistics["positions"]
     places = [(row["first"] + row["last"]) / 2 + 1 for row in rows]
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(5.4, 3.6)
     by_layer = np.array([row["by_layer"] for row in rows])
     for index, means in enumerate(by_layer.T):
         label = "each layer" if index == 0 else None
@@ -227,7 +233,7 @@ def _positions(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
 
 
 def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     points, own = sweep["points"], sweep["own"]
     thresholds = [point["threshold"] for point in points]
@@ -259,12 +265,9 @@ def _point(point: dict[str, Any]) -> str:
 
 def _load(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     mean_L1 = total.load_LE.mean(axis=1, keepdims=True)
-    figure, axes = _figure(6.4, 1.6 + 0.22 * min(len(moe_layers), 40))
+    figure, axes = _figure(5.4, 1.6 + 0.22 * min(len(moe_layers), 40))
     ratio_LE = total.load_LE / mean_L1
-    image = axes.imshow(
-        _log2(ratio_LE), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto", interpolation="nearest"
-    )
-    axes.grid(visible=False)
+    image = _draw_ratios(axes, ratio_LE)
     axes.set(xlabel="expert", ylabel="layer")
     _ticks(axes, moe_layers)
     _ratio_bar(figure, image, axes, "tokens / mean of the layer")
@@ -282,7 +285,7 @@ def _together(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     )
     columns = min(len(shown), 3)
     rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(6.4, 0.5 + 2.1 * rows), layout="constrained")
+    figure = Figure(figsize=(5.4, 0.5 + 2.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     with np.errstate(invalid="ignore"):
         share_LEE = 100 * total.together_LEE / total.load_LE[:, :, None]
@@ -298,8 +301,8 @@ def _together(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
         panel.grid(visible=False)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
-    figure.supxlabel("and also expert", fontsize=9.5)
-    figure.supylabel("tokens of expert", fontsize=9.5)
+    figure.supxlabel("and also expert", fontsize=10)
+    figure.supylabel("tokens of expert", fontsize=10)
     bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.7, label="% of them")
     bar.outline.set_visible(False)
     alt = f"Of an expert's tokens at most {most:.0f} % share one other expert"
@@ -313,23 +316,20 @@ def _specialisation(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[F
     columns = min(len(shown), 2)
     rows = math.ceil(len(shown) / columns)
     height = 0.8 + 0.12 * min(len(moe_layers), 30)
-    figure = Figure(figsize=(6.4, 0.6 + height * rows), layout="constrained")
+    figure = Figure(figsize=(5.4, 0.6 + height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     image: Any = None
     strongest = ("", 0.0)
     for panel, name in zip(panels, shown, strict=False):
         lift_LE = lift(total, groups[name])
         strongest = max(strongest, (name, float(np.nan_to_num(lift_LE).max())), key=lambda x: x[1])
-        image = panel.imshow(
-            _log2(lift_LE), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto", interpolation="nearest"
-        )
+        image = _draw_ratios(panel, lift_LE)
         panel.set(title=_short(name))
-        panel.grid(visible=False)
         _ticks(panel, moe_layers)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
-    figure.supxlabel("expert", fontsize=9.5)
-    figure.supylabel("layer", fontsize=9.5)
+    figure.supxlabel("expert", fontsize=10)
+    figure.supylabel("layer", fontsize=10)
     _ratio_bar(figure, image, panels.tolist(), "tokens / as many of all text")
     name, times = strongest
     alt = f"Strongest: an expert that {name} uses {times:.1f} times as often as all text"
@@ -341,9 +341,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _log2(ratios: np.ndarray) -> np.ndarray:
+def _draw_ratios(axes: Axes, ratio_LE: np.ndarray) -> Any:
+    """Colors from a quarter to four times; a cross where there is no ratio."""
     with np.errstate(divide="ignore"):
-        return np.log2(ratios)
+        log_LE = np.log2(ratio_LE)
+    axes.grid(visible=False)
+    for layer, expert in np.argwhere(np.isnan(log_LE)):
+        axes.text(expert, layer, "\u00d7", ha="center", va="center", fontsize=7)
+    return axes.imshow(log_LE, cmap=RATIOS, vmin=-2, vmax=2, aspect="auto", interpolation="nearest")
 
 
 def _ratio_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:

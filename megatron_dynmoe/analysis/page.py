@@ -23,12 +23,12 @@ CAPTIONS = {
     "token, which it helps to predict. Spearman's rank correlation over all tokens; in brackets "
     "the 95 % interval of a bootstrap over windows. A correlation says nothing of cause.",
     "positions": "At the start of a window there is no context yet.",
-    "sweep": "The same weights with other thresholds, on a part of the text. The model was "
-    "trained with the marked one and is at its best near it.",
-    "load": "Red: busier than the mean of its layer, blue: idler. Colours end at 4 and 1/4.",
+    "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
+    "star is the routing that the model was trained with.",
+    "load": "Orange: busier than the mean of its layer, blue: idler. Colours end at 4 and 1/4.",
     "together": "Of the tokens that use one expert (row), how many also use another (column).",
-    "specialisation": "Red: the group's tokens use the expert more often than all text does. "
-    "White: the expert is not used.",
+    "specialisation": "Orange: the group's tokens use the expert more often than all text does, "
+    "blue: less often. A cross: nobody uses it.",
 }
 
 

@@ -38,13 +38,13 @@ def letters_of(tokenizer: Any, vocab_size: int) -> Letters:
     return letters
 
 
-def whole_words(tokens_S: np.ndarray, letters: Letters) -> np.ndarray:
-    """Which of a window's tokens, without the first and the last, are whole words, [S - 2] bool.
+def whole_words(tokens_WS: np.ndarray, letters: Letters) -> np.ndarray:
+    """Which tokens between a window's first and last are whole words, [W, S - 2] bool.
 
     Letters only, and no letter joined to them on either side: "tr" of "tree" is none, nor is
     "the" of "the" + "y".
     """
-    before, here, after = tokens_S[:-2], tokens_S[1:-1], tokens_S[2:]
+    before, here, after = tokens_WS[:, :-2], tokens_WS[:, 1:-1], tokens_WS[:, 2:]
     begins = letters.after_space[here] | ~letters.end[before]
     ends = letters.after_space[after] | ~letters.begin[after]
     return letters.only[here] & begins & ends
