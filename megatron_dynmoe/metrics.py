@@ -7,6 +7,7 @@ is the place from which they reach the console, TensorBoard and W&B, once per it
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import num_floating_point_operations
 
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.report import MAX_COLUMNS, draw_layers
 from megatron_dynmoe.routing.counters import RoutingStatistics
 
 PREFIX = "dynmoe"
@@ -93,6 +95,85 @@ def scalars(summary: RoutingSummary, dynmoe: DynMoEConfig) -> Iterator[tuple[str
                 yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
 
 
+def layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's page "custom scalars": groups of charts, each of tags (regular expressions)."""
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+    def by_layer(name: str) -> list[Any]:
+        return chart(rf"{PREFIX}_layers/{name}_layer_\d+")
+
+    routing = {
+        "experts per token": chart(
+            f"{PREFIX}/experts_per_token", f"{PREFIX}/validation_experts_per_token"
+        ),
+        "standard deviation of experts over tokens": chart(
+            f"{PREFIX}/std_experts_per_token", f"{PREFIX}/validation_std_experts_per_token"
+        ),
+        "threshold": chart(f"{PREFIX}/threshold"),
+    }
+    if dynmoe.max_experts_per_token is not None:
+        routing["share of tokens at the cap"] = chart(f"{PREFIX}/share_of_tokens_at_cap")
+    layers = {"experts per token": by_layer("experts_per_token")}
+    if dynmoe.normalization == "drn":
+        layers["theta of the normalization"] = by_layer("theta")
+    if dynmoe.scope == "layer":
+        layers["threshold"] = by_layer("threshold")
+    return {
+        "training": {
+            "loss": chart("lm loss", "lm loss validation"),
+            "gradient norm": chart("grad-norm"),
+            "learning rate": chart("learning-rate"),
+        },
+        "routing": routing,
+        "routing by layer": layers,
+        "balance and losses of the router": {
+            "busiest expert over mean": chart(f"{PREFIX}/max_over_mean_load"),
+            "balance loss": chart(f"{PREFIX}/balance_loss"),
+            "dynamic loss (entropy)": chart(f"{PREFIX}/dynamic_loss"),
+        },
+        "speed": {
+            "tokens per second": chart(f"{PREFIX}/tokens_per_second"),
+            "TFLOP/s from measured experts": chart(f"{PREFIX}/tflops_per_second"),
+        },
+    }
+
+
+class LayerHistory:
+    """Experts per token by layer since this process started, in a bounded number of columns."""
+
+    def __init__(self) -> None:
+        self._columns: list[tuple[int, list[float]]] = []
+
+    def add(self, iteration: int, experts_by_layer: list[float]) -> None:
+        """Take one log interval; when the columns are too many, neighbours become one."""
+        self._columns.append((iteration, experts_by_layer))
+        if len(self._columns) >= 2 * MAX_COLUMNS:
+            pairs = zip(self._columns[::2], self._columns[1::2], strict=True)
+            self._columns = [
+                (last, [(a + b) / 2 for a, b in zip(first_row, last_row, strict=True)])
+                for (_, first_row), (last, last_row) in pairs
+            ]
+
+    def draw(self) -> Any | None:
+        """The heat map, a matplotlib figure; None where there is nothing to draw."""
+        if not self._columns:
+            return None
+        from matplotlib.figure import Figure
+
+        iterations = [iteration for iteration, _ in self._columns]
+        rows = zip(*(row for _, row in self._columns), strict=True)
+        values = {
+            number: row for number, row in enumerate(rows, 1) if not all(map(math.isnan, row))
+        }
+        if not values:
+            return None
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw_layers(figure.subplots(), iterations, values)
+        return figure
+
+
 class DynMoEMetricsTracker(MoEMetricsTracker):
     """Upstream's tracker, which also reports the routing.
 
@@ -106,6 +187,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._step: RoutingStatistics | None = None
         self._interval: RoutingStatistics | None = None
         self._num_samples = 0
+        self._has_layout = False
+        self._history = LayerHistory()
 
     def add(self, statistics: RoutingStatistics) -> None:
         """Take the statistics of one global batch; a re-run of the same batch replaces them.
@@ -137,6 +220,9 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
             self._interval, self._num_samples = None, 0
+        evaluates = args_of_run.eval_interval and iteration % args_of_run.eval_interval == 0
+        if writer is not None and (evaluates or iteration == args_of_run.train_iters):
+            self._write_heat_map(iteration, writer)
         return line
 
     def _report_interval(self, args: Any, iteration: int, writer: Any, wandb_writer: Any) -> str:
@@ -152,6 +238,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             f"{PREFIX}/tflops_per_second": flops / seconds / 1e12,
         }
         self._write(rates, iteration, writer, wandb_writer)
+        self._history.add(iteration, summary.experts_per_token_by_layer)
         print(_layer_table(summary, self.dynmoe), flush=True)
         target = self.dynmoe.target_experts_per_token
         # The batch of this iteration was steered after one iteration fewer had finished.
@@ -174,6 +261,17 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         if writer is not None or wandb_writer is not None:  # only there the host reads
             values = dict(scalars(summarize(step), self.dynmoe))
             self._write(values, iteration, writer, wandb_writer)
+        if writer is not None and not self._has_layout:
+            writer.add_custom_scalars(layout(self.dynmoe))
+            self._has_layout = True
+
+    def _write_heat_map(self, iteration: int, writer: Any) -> None:
+        try:
+            figure = self._history.draw()
+            if figure is not None:
+                writer.add_figure(f"{PREFIX}/experts_per_token_by_layer", figure, iteration)
+        except Exception as error:  # a picture is not worth a training
+            print(f"warning: no heat map at iteration {iteration}: {error}", flush=True)
 
     @staticmethod
     def _write(values: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,16 @@ CHECKPOINTS = "checkpoints"
 RESOLVED = "resolved.yaml"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
+LOSS = "lm loss"
 
 # The share of steps at the end of a run over which the summary averages the routing.
 TAIL = 0.2
+# Columns of a heat map: as many as can be told apart.
+MAX_COLUMNS = 240
+
+
+class NothingLogged(ValueError):
+    """The run has not logged a step yet."""
 
 
 class Series(NamedTuple):
@@ -40,13 +48,13 @@ def read_scalars(run_dir: Path) -> dict[str, Series]:
     """Read all scalars of a run; where a resumed run repeats an iteration the later value counts.
 
     Raises:
-        ValueError: the folder holds no event files.
+        NothingLogged: the folder holds no event files.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run_dir / TENSORBOARD
     if not any(folder.glob("events.out.tfevents.*")):
-        raise ValueError(
+        raise NothingLogged(
             f"{folder} holds no event files: give the folder of a run that was started with "
             "--run-dir and has logged a step."
         )
@@ -82,11 +90,7 @@ def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, 
     Raises:
         ValueError: the folder is not that of a run.
     """
-    resolved_file = run_dir / RESOLVED
-    if not resolved_file.is_file():
-        raise ValueError(f"{run_dir} holds no {RESOLVED}: it is not the folder of a run.")
-    resolved = yaml.safe_load(resolved_file.read_text())
-    scalars = read_scalars(run_dir)
+    resolved, scalars = read_run(run_dir)
     summary = summarize_run(resolved, scalars, wall_seconds)
     temporary = run_dir / (SUMMARY + ".partial")
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
@@ -95,12 +99,39 @@ def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, 
     return summary
 
 
+def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
+    """The resolved settings and the scalars of a run, also of one under way.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+        NothingLogged: the run has not logged a step yet.
+    """
+    resolved_file = run_dir / RESOLVED
+    if not resolved_file.is_file():
+        reason = f"it holds no {RESOLVED}" if run_dir.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"{run_dir} is not the folder of a run: {reason}. Give the folder that training was "
+            "given as --run-dir."
+        )
+    scalars = read_scalars(run_dir)
+    if LOSS not in scalars:
+        raise NothingLogged(f"{run_dir} has not logged a step yet: wait for its first log line.")
+    return yaml.safe_load(resolved_file.read_text()), scalars
+
+
+def layers(scalars: dict[str, Series], name: str) -> dict[int, Series]:
+    """The series of a quantity by layer number, those with experts only, bottom layer first."""
+    pattern = re.compile(rf"dynmoe_layers/{name}_layer_(\d+)")
+    found = {int(match[1]): scalars[tag] for tag in scalars if (match := pattern.fullmatch(tag))}
+    return dict(sorted(found.items()))
+
+
 def summarize_run(
     resolved: dict[str, Any], scalars: dict[str, Series], wall_seconds: float | None = None
 ) -> dict[str, Any]:
     """Condense a run into the figures people compare runs by."""
     routing, megatron = resolved["dynamic_routing"], resolved["megatron"]
-    loss = scalars["lm loss"]
+    loss = scalars[LOSS]
     if wall_seconds is None:
         wall_seconds = loss.times[-1] - loss.times[0]
     if routing["routing"] == "top_k":
@@ -133,7 +164,10 @@ def summarize_run(
 
 
 def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]) -> None:
-    """Draw loss, experts per token against the target, and threshold, over iterations."""
+    """Draw loss, experts per token against the target, threshold, and experts by layer.
+
+    The picture appears at once and whole, so that one of a run under way can be watched.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,12 +175,11 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
 
     routing = resolved["dynamic_routing"]
     dynamic = routing["routing"] != "top_k"
-    figure, axes = plt.subplots(
-        1, 3 if dynamic else 1, figsize=(13 if dynamic else 5, 3.8), layout="constrained"
-    )
-    loss_axis, *routing_axes = axes if dynamic else [axes]
+    shape, size = ((2, 2), (11, 7)) if dynamic else ((1, 1), (5, 3.8))
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    loss_axis, *routing_axes = axes.flat
 
-    loss = scalars["lm loss"]
+    loss = scalars[LOSS]
     loss_axis.plot(loss.iterations, loss.values, color="C0", label="training")
     if "lm loss validation" in scalars:
         validation = scalars["lm loss validation"]
@@ -157,7 +190,7 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
     loss_axis.legend(frameon=False)
 
     if dynamic:
-        experts_axis, threshold_axis = routing_axes
+        experts_axis, threshold_axis, layer_axis = routing_axes
         _plot_by_layer(experts_axis, scalars, "experts_per_token")
         if "target_experts_per_token" in routing:
             target = TargetSchedule.parse(routing["target_experts_per_token"])
@@ -177,14 +210,52 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if dynamic:
+        by_layer = layers(scalars, "experts_per_token")
+        iterations = next(iter(by_layer.values())).iterations
+        draw_layers(layer_axis, iterations, {layer: row.values for layer, row in by_layer.items()})
+    save_figure(figure, path, dpi=130)
+
+
+def draw_layers(axis: Any, iterations: Sequence[int], values: dict[int, Sequence[float]]) -> None:
+    """A heat map of experts per token: iterations to the right, layers upwards.
+
+    Args:
+        axis: matplotlib's.
+        iterations: of the columns.
+        values: layer number -> experts per token at each of them.
+    """
+    import numpy as np
+
+    numbers = range(1, max(values) + 1)
+    map_LT = np.full((len(numbers), len(iterations)), np.nan)
+    for layer, row in values.items():
+        map_LT[layer - 1] = row
+    columns = np.array_split(np.arange(len(iterations)), min(len(iterations), MAX_COLUMNS))
+    map_LT = np.stack([map_LT[:, chosen].mean(axis=1) for chosen in columns], axis=1)
+    edges = [iterations[0] - 1, *(iterations[chosen[-1]] for chosen in columns)]
+    mesh = axis.pcolormesh(edges, np.arange(len(numbers) + 1) + 0.5, map_LT, rasterized=True)
+    axis.figure.colorbar(mesh, ax=axis, label="experts per token")
+    axis.set(title="experts per token by layer", xlabel="iteration", ylabel="layer")
+    axis.grid(False)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Save beside the path, then rename: who looks in between sees the old picture."""
+    import matplotlib.pyplot as plt
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix[1:], **options)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def _plot_by_layer(axis: Any, scalars: dict[str, Series], name: str) -> None:
-    pattern = re.compile(rf"dynmoe_layers/{name}_layer_\d+")
-    layers = [series for tag, series in scalars.items() if pattern.fullmatch(tag)]
-    for index, series in enumerate(layers):
+    for index, series in enumerate(layers(scalars, name).values()):
         axis.plot(
             series.iterations,
             series.values,

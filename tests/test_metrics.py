@@ -1,6 +1,7 @@
 """What is reported, against plain numpy on tokens drawn one by one."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,7 +186,9 @@ def tracker(monkeypatch):
 
     from megatron_dynmoe import metrics
 
-    args = SimpleNamespace(log_interval=2, tensorboard_log_interval=1, seq_length=10)
+    args = SimpleNamespace(
+        log_interval=2, tensorboard_log_interval=1, seq_length=10, eval_interval=4, train_iters=6
+    )
     timer = SimpleNamespace(elapsed=lambda reset: 5.0)
     monkeypatch.setattr(metrics, "get_args", lambda: args)
     monkeypatch.setattr(metrics, "get_timers", lambda: lambda name: timer)
@@ -201,6 +204,8 @@ def writer():
     written = []
     return SimpleNamespace(
         add_scalar=lambda name, value, iteration: written.append((iteration, name, value)),
+        add_custom_scalars=lambda layout: written.append((None, "layout", layout)),
+        add_figure=lambda name, figure, iteration: written.append((iteration, name, figure)),
         written=written,
     )
 
@@ -235,6 +240,77 @@ def test_tracker_writes_each_step_and_reports_each_interval(tracker, capsys):
     report(tracker, 3)
     tracker.add(first)
     assert f"experts per token: {summarize(first).experts_per_token:.4f}" in report(tracker, 4)
+
+
+@pytest.mark.parametrize("dynmoe", [TOP_P, BY_LAYER], ids=["top_p", "layer, cap, drn"])
+def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
+    """As its plugin reads the layout: each expression must match some tag, each tag of ours one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from torch.utils.tensorboard import SummaryWriter
+
+    from megatron_dynmoe.metrics import layout, scalars, summarize
+
+    with SummaryWriter(str(tmp_path)) as events:
+        events.add_custom_scalars(layout(dynmoe))
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    (tag,) = accumulator.Tags()["tensors"]
+    content = accumulator.Tensors(tag)[0].tensor_proto.string_val[0]
+    categories = Layout.FromString(content).category
+    assert categories[0].title == "training"
+    patterns = [
+        tag for category in categories for chart in category.chart for tag in chart.multiline.tag
+    ]
+    tags = {name for name, _ in scalars(summarize(statistics_of(random_maps())), dynmoe)} | {
+        "lm loss", "lm loss validation", "learning-rate", "grad-norm",
+        "dynmoe/tokens_per_second", "dynmoe/tflops_per_second",
+        "dynmoe/validation_experts_per_token", "dynmoe/validation_std_experts_per_token",
+    }  # fmt: skip
+    for pattern in patterns:
+        assert any(re.match(pattern, tag) for tag in tags), f"{pattern} matches nothing"
+    for tag in tags:
+        assert sum(bool(re.match(pattern, tag)) for pattern in patterns) == 1, tag
+    assert not any(re.match(pattern, "lm loss vs samples") for pattern in patterns)
+
+
+def test_layout_once_and_a_heat_map_at_each_evaluation_and_at_the_end(tracker):
+    tensorboard = writer()
+    for iteration in range(1, 7):
+        tracker.add(statistics_of(random_maps(iteration)))
+        report(tracker, iteration, writer=tensorboard)
+    assert [name for _, name, _ in tensorboard.written].count("layout") == 1
+    drawn = [w for w in tensorboard.written if w[1] == "dynmoe/experts_per_token_by_layer"]
+    assert [iteration for iteration, _, _ in drawn] == [4, 6]
+    (mesh,) = drawn[-1][2].axes[0].collections
+    assert mesh.get_array().shape == (4, 3)  # 4 layers, 3 log intervals
+
+
+def test_a_heat_map_that_fails_stops_no_training(tracker, capsys):
+    def broken(*args):
+        raise OSError("disk full")
+
+    tensorboard = writer()
+    tensorboard.add_figure = broken
+    for iteration in range(1, 5):
+        tracker.add(statistics_of(random_maps(iteration)))
+        report(tracker, iteration, writer=tensorboard)
+    assert "no heat map at iteration 4: disk full" in capsys.readouterr().out
+
+
+def test_the_history_of_a_long_run_stays_small():
+    from megatron_dynmoe.metrics import LayerHistory
+    from megatron_dynmoe.report import MAX_COLUMNS
+
+    history = LayerHistory()
+    assert history.draw() is None
+    for iteration in range(1, 2 * MAX_COLUMNS + 1):
+        history.add(iteration, [float(iteration), math.nan, 1.0])
+    (mesh,) = history.draw().axes[0].collections
+    values = mesh.get_array().reshape(3, -1)
+    assert values.shape[1] == MAX_COLUMNS
+    assert values[0][0] == 1.5 and values[2][-1] == 1.0
+    assert values.mask[1].all()
 
 
 def test_a_re_run_of_a_step_replaces_its_statistics(tracker):

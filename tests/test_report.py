@@ -4,46 +4,21 @@ import json
 
 import pytest
 import yaml
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_dynmoe.report import read_scalars, summarize_run, write_report
+from megatron_dynmoe.report import (
+    MAX_COLUMNS,
+    NothingLogged,
+    draw_layers,
+    layers,
+    read_run,
+    read_scalars,
+    save_figure,
+    summarize_run,
+    write_report,
+)
+from tests.fake_runs import dtop_p_scalars, make_run, write_events
 
 STEPS = 20
-
-
-def write_events(run_dir, scalars):
-    """``scalars``: name -> list of (iteration, value); one second per iteration."""
-    writer = EventFileWriter(str(run_dir / "tensorboard"))
-    for tag, points in scalars.items():
-        for step, value in points:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.add_event(Event(wall_time=1000.0 + step, step=step, summary=summary))
-    writer.close()
-
-
-def make_run(run_dir, routing, scalars, **megatron):
-    settings = {"global_batch_size": 4, "seq_length": 8, "num_experts": 16, "moe_router_topk": 2}
-    (run_dir / "resolved.yaml").write_text(
-        yaml.safe_dump({"dynamic_routing": routing, "megatron": settings | megatron})
-    )
-    write_events(run_dir, scalars)
-
-
-def dtop_p_scalars():
-    steps = range(1, STEPS + 1)
-    return {
-        "lm loss": [(step, 9.0 - step / 10) for step in steps],
-        "lm loss validation": [(10, 8.5), (20, 7.5), (20, 99.0)],  # the last: the test set's
-        # off the target at first, 2 on average over the last fifth
-        "dynmoe/experts_per_token": [
-            (step, 5.0 if step <= 16 else 2.0 + (-1) ** step / 100) for step in steps
-        ],
-        "dynmoe/std_experts_per_token": [(step, 0.7) for step in steps],
-        "dynmoe/threshold": [(step, 0.3) for step in steps],
-        "dynmoe_layers/experts_per_token_layer_1": [(step, 2.0) for step in steps],
-    }
 
 
 def test_summary_and_curves_of_a_dtop_p_run(tmp_path):
@@ -112,8 +87,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"resolved\.yaml"):
         write_report(tmp_path)
     (tmp_path / "resolved.yaml").write_text("dynamic_routing: {routing: top_k}\n")
-    with pytest.raises(ValueError, match="event files"):
+    with pytest.raises(NothingLogged, match="event files"):
         write_report(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        write_report(tmp_path / "elsewhere")
+
+
+def test_a_run_that_has_logged_no_step_is_told_from_one_that_is_none(tmp_path):
+    make_run(tmp_path, {"routing": "top_k"}, {"learning-rate": [(1, 0.1)]})
+    with pytest.raises(NothingLogged, match="not logged a step yet"):
+        read_run(tmp_path)
 
 
 def test_wall_seconds_default_to_the_events(tmp_path):
@@ -121,3 +104,38 @@ def test_wall_seconds_default_to_the_events(tmp_path):
     resolved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())
     summary = summarize_run(resolved, read_scalars(tmp_path))
     assert summary["wall_seconds"] == pytest.approx(STEPS - 1)
+
+
+def test_layers_are_found_by_their_number(tmp_path):
+    names = [f"dynmoe_layers/experts_per_token_layer_{number}" for number in (10, 2, 1)]
+    write_events(tmp_path, {name: [(1, 1.0)] for name in names})
+    scalars = read_scalars(tmp_path)
+    assert list(layers(scalars, "experts_per_token")) == [1, 2, 10]
+    assert layers(scalars, "theta") == {}
+
+
+def test_the_heat_map_averages_steps_and_leaves_layers_without_experts_empty():
+    from matplotlib.figure import Figure
+
+    steps = 2 * MAX_COLUMNS
+    axis = Figure().subplots()
+    up, down = [float(step) for step in range(steps)], [float(-step) for step in range(steps)]
+    draw_layers(axis, range(1, steps + 1), {1: up, 3: down})
+    (mesh,) = axis.collections
+    values = mesh.get_array().reshape(3, MAX_COLUMNS)
+    assert values[0][:2].tolist() == [0.5, 2.5]
+    assert values[2][-1] == -(steps - 1.5)
+    assert values.mask[1].all() and not values.mask[0].any()
+    assert axis.get_xlim() == (0, steps) and axis.get_ylim() == (0.5, 3.5)
+
+
+def test_a_picture_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "curves.png"
+    save_figure(Figure(), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_figure(Figure(), path, dpi="many")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -154,9 +154,13 @@ def report_evaluation(model: list[torch.nn.Module]) -> None:
     args = get_args()
     # Upstream counts the iteration after the step; without training it sets none.
     iteration = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
-    name = f"{PREFIX}/validation_experts_per_token"
+    values = {
+        f"{PREFIX}/validation_experts_per_token": summary.experts_per_token,
+        f"{PREFIX}/validation_std_experts_per_token": summary.std_experts_per_token,
+    }
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:
-        writer.add_scalar(name, summary.experts_per_token, iteration)
+        for name, value in values.items():
+            writer.add_scalar(name, value, iteration)
     if wandb_writer is not None:
-        wandb_writer.log({name: summary.experts_per_token}, iteration)
+        wandb_writer.log(values, iteration)

@@ -8,7 +8,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,25 @@ from megatron.training.global_vars import get_tensorboard_writer
 from megatron_dynmoe import report
 from megatron_dynmoe.attempts import mark_finished
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.training.live_plot import redrawing
 
 COMMAND = "command.txt"
 
 
 def add_flag(parser: ArgumentParser) -> ArgumentParser:
-    """Add ``--run-dir``."""
+    """Add ``--run-dir`` and ``--live-plot``."""
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
         help="Keep everything of this run here: checkpoints (--save), TensorBoard events "
         "(--tensorboard-dir), the command, the resolved settings and, at the end, summary.json "
         "and curves.png. Paths given by their own flags stay.",
+    )
+    parser.add_argument(
+        "--live-plot",
+        action="store_true",
+        help="Redraw the curves.png of --run-dir while the run is under way, in a process of its "
+        "own with low priority.",
     )
     return parser
 
@@ -38,9 +45,12 @@ def set_paths(args: Namespace) -> None:
     """Derive Megatron's paths from ``--run-dir``; before its arguments are validated.
 
     Raises:
-        ValueError: the folder holds another run, which this one would mix with or overwrite.
+        ValueError: the folder holds another run, which this one would mix with or overwrite; or
+            another flag needs the folder that is not given.
     """
     if args.run_dir is None:
+        if args.live_plot:
+            raise ValueError("--live-plot draws into the folder of a run: give --run-dir, too.")
         return
     run_dir = Path(args.run_dir)
     # Asked on the one rank that writes events, and before it does: others could see its own.
@@ -72,8 +82,10 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
     run_dir = Path(args.run_dir)
     if args.rank == 0:
         _write_settings(run_dir, args, resolved)
+    plotting = args.live_plot and args.rank == args.world_size - 1  # the rank that writes events
     try:
-        yield
+        with redrawing(run_dir, get_tensorboard_writer) if plotting else nullcontext():
+            yield
     except SystemExit:  # --exit-interval and its like end the process from within the loop
         _write_report(run_dir, args, program_start)
         raise
