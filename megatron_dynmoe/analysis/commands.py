@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         model = load.load_model(folder, config, dtype=args.dtype, device=device)
 
         # 2. One pass over all text; memory does not grow with it
+        started = time.monotonic()
         kept = measure.SweepWindows(args.sweep_tokens)
         size = sum(file.path.stat().st_size for file in files)
         with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as bar:
@@ -116,6 +118,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 sample_tokens=SAMPLE_TOKENS,
                 on_tokens=count,
             )
+        seconds = time.monotonic() - started
+        print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens/s\n")
         if num_tokens < length and not args.separate_documents:
             raise ValueError(
                 f"the text has {num_tokens} tokens, less than one window of {length}: give more "

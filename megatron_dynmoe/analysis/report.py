@@ -26,13 +26,13 @@ def describe_model(name: str, config: Any, dtype: str) -> dict[str, Any]:
     """What the report says of the model; measurements merge where all of this is the same."""
     layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     top_k = config.routing == "top_k"
-    settings = [config.threshold_and_cap(layer - 1, training=False) for layer in layers]
+    settings = [] if top_k else [config.threshold_and_cap(i - 1, training=False) for i in layers]
     return {
         "name": name,
         "routing": config.routing,
         "experts_of_top_k": config.num_experts_per_tok if top_k else None,
         "thresholds": None if top_k else [threshold for threshold, _ in settings],
-        "max_experts_per_token": None if top_k else settings[0][1],
+        "max_experts_per_token": settings[0][1] if settings else None,
         "target_experts_per_token": config.target_experts_per_token,
         "num_layers": config.num_hidden_layers,
         "moe_layers": layers,

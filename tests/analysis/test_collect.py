@@ -1,0 +1,191 @@
+"""Counts of a real forward pass, against one window at a time and plain loops."""
+
+import copy
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dynmoe.analysis import collect as collecting
+from megatron_dynmoe.analysis.collect import collect, shape_of
+from megatron_dynmoe.analysis.counts import (
+    LOSS_UNIT,
+    Counts,
+    Shape,
+    add_up,
+    expert_bins,
+    loss_bins,
+    loss_of_bin,
+)
+from megatron_dynmoe.analysis.measure import SweepWindows, sweep
+from megatron_dynmoe.analysis.tokens import letters_of
+from megatron_dynmoe.analysis.windows import TextFile, Window, read_windows
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def windows(loaded: tuple[Any, Any], texts: dict[str, Path]) -> list[Window]:
+    files = [TextFile(path, name) for name, path in texts.items()]
+    return list(read_windows(files, loaded[1], LENGTH, limit=600))
+
+
+def counted(model: Any, tokenizer: Any, windows: list[Window]) -> dict[str, Counts]:
+    letters = letters_of(tokenizer, model.config.vocab_size)
+    return collect(model, windows, shape_of(model.config, LENGTH), letters).groups
+
+
+def as_json(groups: dict[str, Counts]) -> dict[str, Any]:
+    return {name: counts.to_json() for name, counts in groups.items()}
+
+
+def test_counts_are_those_of_one_window_at_a_time(
+    loaded: tuple[Any, Any], windows: list[Window]
+) -> None:
+    model, tokenizer = loaded
+    total = add_up(counted(model, tokenizer, windows))
+    experts: Counter[int] = Counter()
+    by_token: Counter[int] = Counter()
+    position_LS = np.zeros((2, LENGTH), dtype=int)
+    loss = 0.0
+    for window in windows:
+        tokens = torch.tensor([window.tokens])
+        with torch.no_grad():
+            output = model(tokens)
+        counts_LT = output.experts_per_token[:, 0]
+        experts.update(counts_LT.flatten().tolist())
+        for token, number in zip(window.tokens, counts_LT.sum(0).tolist(), strict=True):
+            by_token[token] += number
+        position_LS[:, : len(window.tokens)] += counts_LT.numpy()
+        loss += torch.nn.functional.cross_entropy(
+            output.logits[0, :-1], tokens[0, 1:], reduction="sum"
+        ).item()
+    assert total.tokens == sum(len(window.tokens) for window in windows)
+    assert {k: n for k, n in enumerate(total.experts_LK.sum(0)) if n} == dict(experts)
+    assert {v: n for v, n in enumerate(total.vocab_experts_V) if n} == dict(by_token)
+    assert np.array_equal(total.position_LS, position_LS)
+    assert total.loss * LOSS_UNIT == pytest.approx(loss, rel=1e-5)
+    assert total.vocab_loss_V.sum() == total.loss
+
+
+def test_which_experts_are_those_of_the_router(
+    loaded: tuple[Any, Any], windows: list[Window]
+) -> None:
+    model, tokenizer = loaded
+    maps = []
+    router = model.model.layers[2].mlp.router
+    hook = router.register_forward_hook(lambda _m, _i, routing: maps.append(routing.map_TE))
+    with torch.no_grad():
+        for window in windows:
+            model(torch.tensor([window.tokens]))
+    hook.remove()
+    map_TE = torch.cat(maps).long()
+    total = add_up(counted(model, tokenizer, windows))
+    assert np.array_equal(total.load_LE[1], map_TE.sum(0).numpy())
+    assert np.array_equal(total.together_LEE[1], (map_TE.T @ map_TE).numpy())
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 100, 100_000])
+def test_the_size_of_a_block_changes_no_count(
+    loaded: tuple[Any, Any],
+    windows: list[Window],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens_at_once: int,
+) -> None:
+    expected = add_up(counted(*loaded, windows))
+    monkeypatch.setattr(collecting, "BLOCK_TOKENS", tokens_at_once)
+    found = add_up(counted(*loaded, windows))
+    for name in ("experts_LK", "total_K", "together_LEE", "vocab_experts_V", "vocab_word_V"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    # Products of another number of rows round differently.
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_every_bit_is_the_same_again_and_with_other_cores(
+    loaded: tuple[Any, Any], windows: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = as_json(counted(*loaded, windows))
+    monkeypatch.setattr(collecting, "BLOCK_TOKENS", 4096)
+    for cores in ({0}, {0, 1, 2}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert as_json(counted(*loaded, windows)) == expected
+
+
+def test_counts_of_parts_add_up(loaded: tuple[Any, Any], windows: list[Window]) -> None:
+    # Cut where a block ends, so that the same windows are read together.
+    whole = add_up(counted(*loaded, windows))
+    parts = Counts(whole.shape)
+    cut = collecting.BLOCK_TOKENS // LENGTH
+    for part in (windows[:cut], windows[cut:]):
+        if part:
+            parts += add_up(counted(*loaded, part))
+    assert parts.to_json() == whole.to_json()
+
+
+def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Window]) -> None:
+    counts = add_up(counted(*loaded, windows))
+    content = counts.to_json()
+    assert Counts.from_json(counts.shape, content).to_json() == content
+    with pytest.raises(ValueError, match="incomplete"):
+        Counts.from_json(counts.shape, {k: v for k, v in content.items() if k != "load_LE"})
+    with pytest.raises(ValueError, match="do not add up"):
+        counts += Counts(counts.shape._replace(experts=9))
+
+
+def test_a_router_of_nan_is_named(loaded: tuple[Any, Any], windows: list[Window]) -> None:
+    broken = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        broken.model.layers[2].mlp.router.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"router of layer 3 gives NaN.*'prose'"):
+        counted(broken, loaded[1], windows)
+    broken = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        broken.lm_head.weight[7] = float("inf")
+    with pytest.raises(ValueError, match="output layer gives NaN"):
+        counted(broken, loaded[1], windows)
+
+
+def test_a_window_of_one_token_is_counted(loaded: tuple[Any, Any]) -> None:
+    counts = counted(*loaded, [Window("a", 0, [5])])["a"]
+    assert (counts.tokens, counts.predicted, counts.total_K.sum()) == (1, 0, 1)
+
+
+def test_the_sweep_leaves_the_model_as_it_was(
+    loaded: tuple[Any, Any], windows: list[Window]
+) -> None:
+    model, tokenizer = loaded
+    before = copy.deepcopy(model.config.to_dict())
+    letters = letters_of(tokenizer, model.config.vocab_size)
+    swept = sweep(model, windows, shape_of(model.config, LENGTH), letters, [0.0, 0.5, 1.0])
+    assert model.config.to_dict() == before
+    few, some, all_of_them = (point["experts"] for point in swept["points"])
+    assert (few, all_of_them) == (1.0, 8.0)
+    assert 1 < some < 8
+    own = add_up(counted(model, tokenizer, windows))
+    assert swept["own"]["experts"] == own.load_LE.sum() / own.tokens / 2
+    assert swept["own"]["threshold"] is None  # they differ by layer
+
+
+def test_the_sweep_takes_of_every_group() -> None:
+    kept = SweepWindows(40)
+    given = [Window(group, i, [1] * 10) for group in "ab" for i in range(9)]
+    assert list(kept.passing(given)) == given
+    assert [(one.group, one.number) for one in kept.chosen()] == [
+        *(("a", 0), ("b", 0), ("a", 1), ("b", 1))
+    ]
+
+
+def test_bins_keep_the_order() -> None:
+    exact = expert_bins(Shape(6, 16, 1, 1))
+    assert np.array_equal(exact, np.arange(97))
+    many = expert_bins(Shape(48, 128, 1, 1))
+    assert (np.diff(many[48:]) >= 0).all()
+    assert many.max() < 256
+    losses = np.array([0.0, 0.01, 0.1, 1.0, 3.0, 20.0]) / LOSS_UNIT
+    bins = loss_bins(losses.round().astype(np.int64))
+    assert (np.diff(bins) > 0).all()
+    assert loss_of_bin(bins[3]) <= 1.0 < loss_of_bin(bins[3] + 1)

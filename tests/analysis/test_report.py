@@ -1,0 +1,257 @@
+"""The whole command: what it writes, merges and refuses."""
+
+import json
+import math
+import shutil
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_dynmoe.analysis.commands import main
+from tests.tiny_export import export_tiny
+
+SWEEP = "0.2,0.8"
+
+
+@pytest.fixture(scope="module")
+def report(
+    tmp_path_factory: pytest.TempPathFactory, exported: Path, texts: dict[str, Path]
+) -> Path:
+    return analyze(tmp_path_factory.mktemp("report") / "both", exported, *texts.values())
+
+
+def analyze(output: Path, model: Path, *data: Path, flags: tuple[str, ...] = ()) -> Path:
+    command = ["--model", model, "--data", *data, "--output", output, "--sequence-length", 32]
+    command += ["--sweep", SWEEP, "--sweep-tokens", 256, "--min-count", 5, *flags]
+    assert main([str(word) for word in command]) == 0
+    return output
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the figures out, which take most of the time."""
+    monkeypatch.setattr("megatron_dynmoe.analysis.figures.draw_all", lambda *_: {})
+
+
+def content(report: Path) -> dict[str, Any]:
+    return json.loads((report / "routing.json").read_text())
+
+
+def test_all_files_are_there(report: Path) -> None:
+    names = sorted(path.name for path in report.iterdir())
+    assert names == ["figures", "index.html", "routing.json"]
+    figures = {path.name for path in (report / "figures").iterdir()}
+    assert {"layers.png", "layers.svg", "sweep.png", "together.svg", "groups.svg"} <= figures
+    for path in (report / "figures").glob("*.svg"):
+        xml.etree.ElementTree.parse(path)
+    for path in (report / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_nothing_else(report: Path) -> None:
+    page = (report / "index.html").read_text()
+    assert "{{" not in page
+    for outside in ("src=", "@import", '<link rel="stylesheet', "fetch("):
+        assert outside not in page
+    assert page.count("<figure ") == page.count('<svg role="img" aria-label=') == 9
+
+
+def test_the_numbers_hang_together(report: Path) -> None:
+    found = content(report)
+    assert found["model"]["moe_layers"] == [1, 3]
+    statistics = found["statistics"]
+    means = [row["experts_per_token"]["mean"] for row in statistics["layers"]]
+    overall = statistics["all"]["experts_per_token"]["mean"]
+    assert overall == pytest.approx(sum(means) / 2)
+    tokens = {name: row["tokens"] for name, row in statistics["groups"].items()}
+    assert list(tokens) == ["prose", "figures"]
+    assert sum(tokens.values()) == statistics["all"]["tokens"]
+    assert statistics["all"]["loss"] == pytest.approx(
+        sum(
+            row["loss"] * found["groups"][name]["predicted"]
+            for name, row in statistics["groups"].items()
+        )
+        / sum(group["predicted"] for group in found["groups"].values())
+    )
+    assert [point["threshold"] for point in found["sweep"]["points"]] == [0.2, 0.8]
+    assert found["samples"]["figures"][0]["text"].startswith("0")
+    assert not any("{" in note for note in found["notes"])
+
+
+def test_again_is_the_same_to_the_byte(
+    report: Path, tmp_path: Path, exported: Path, texts: dict[str, Path]
+) -> None:
+    again = analyze(tmp_path / "again", exported, *texts.values())
+    for path in report.rglob("*.*"):
+        assert (again / path.relative_to(report)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_reports_of_parts_merge_into_the_whole(
+    report: Path, tmp_path: Path, exported: Path, texts: dict[str, Path]
+) -> None:
+    parts = [analyze(tmp_path / name, exported, path) for name, path in texts.items()]
+    files = [str(part / "routing.json") for part in parts]
+    assert main(["--merge", *files, "--output", str(tmp_path / "m"), "--min-count", "5"]) == 0
+    merged, whole = content(tmp_path / "m"), content(report)
+    for name in texts:  # where blocks end differs, and with it rounding of the loss
+        for key, value in merged["groups"][name].items():
+            if "loss" not in key:
+                assert value == whole["groups"][name][key], key
+    assert merged["token_texts"] == whole["token_texts"]
+    assert (tmp_path / "m" / "index.html").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_models_do_not_merge(
+    report: Path, tmp_path: Path, tokenizer_model: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    export_tiny(tmp_path / "other", tokenizer_model, routing="top_p", threshold=0.3)
+    other = analyze(tmp_path / "report", tmp_path / "other", texts["prose"])
+    files = [str(folder / "routing.json") for folder in (report, other)]
+    assert main(["--merge", *files, "--output", str(tmp_path / "m")]) == 1
+    assert "only measurements of one model" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_top_k_has_nothing_to_compare(
+    tmp_path: Path, tokenizer_model: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    export_tiny(
+        tmp_path / "model", tokenizer_model, routing="top_k", num_experts_per_tok=2, weights="raw"
+    )
+    found = content(analyze(tmp_path / "report", tmp_path / "model", *texts.values()))
+    assert found["statistics"]["all"]["experts_per_token"]["mean"] == 2
+    assert found["statistics"]["all"]["rank_correlation"]["own_loss"]["value"] is None
+    assert found["sweep"]["own"]["experts"] == 2 != found["sweep"]["points"][0]["experts"]
+    assert "uses 2 experts in every layer" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_group_shorter_than_a_window_is_marked(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    (tmp_path / "short.txt").write_text("a house")
+    analyze(tmp_path / "report", exported, texts["prose"], tmp_path / "short.txt")
+    assert "short has" in capsys.readouterr().err
+
+
+def test_a_loss_worse_than_guessing_is_marked(report: Path) -> None:
+    found = content(report)  # random weights, large ones
+    assert found["statistics"]["all"]["loss"] > math.log(found["model"]["vocab_size"])
+    assert any("worse than guessing" in note for note in found["notes"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_source_field_makes_groups(
+    tmp_path: Path, exported: Path, texts: dict[str, Path]
+) -> None:
+    flags = ("--source-key", "source", "--separate-documents")
+    found = content(analyze(tmp_path / "report", exported, texts["prose"], flags=flags))
+    assert set(found["groups"]) == {"s0", "s1"}
+
+
+def _dense(folder: Path, tokenizer: Path) -> None:
+    export_tiny(folder, tokenizer, mlp_layer_types=["dense"] * 3)
+
+
+def _small_vocabulary(folder: Path, tokenizer: Path) -> None:
+    export_tiny(folder, tokenizer, vocab_size=300, routing="top_p", threshold=0.5)
+
+
+def _without_tokenizer(folder: Path, tokenizer: Path) -> None:
+    export_tiny(folder, tokenizer, routing="top_p", threshold=0.5)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def _nan(folder: Path, tokenizer: Path) -> None:
+    export_tiny(folder, tokenizer, routing="top_p", threshold=0.5)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.router.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _llama(folder: Path, tokenizer: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def _nothing(folder: Path, tokenizer: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_dense, "no layer with experts"),
+        (_small_vocabulary, "another model's tokenizer"),
+        (_without_tokenizer, "--tokenizer"),
+        (_nan, "router of layer 1 gives NaN"),
+        (_llama, "'llama', which has no routers"),
+        (_nothing, "no such folder"),
+    ],
+)
+def test_bad_models_are_refused(
+    tmp_path: Path,
+    tokenizer_model: Path,
+    texts: dict[str, Path],
+    capsys: Any,
+    make: Callable[[Path, Path], None],
+    message: str,
+) -> None:
+    make(tmp_path / "model", tokenizer_model)
+    output = tmp_path / "report"
+    command = ["--model", tmp_path / "model", "--data", texts["prose"], "--output", output]
+    assert main([str(word) for word in command]) == 1
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("", [], "holds no text"),
+        ("a house", [], "less than one window of 64"),
+        ("a house", ["--sequence-length", "65"], "the model has 64 positions"),
+    ],
+)
+def test_too_little_text_is_refused(
+    tmp_path: Path, exported: Path, capsys: Any, text: str, flags: list[str], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    command = ["--model", str(exported), "--data", str(tmp_path / "a.txt"), *flags]
+    assert main([*command, "--output", str(tmp_path / "report")]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_is_not_replaced_by_accident(
+    report: Path, tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    shutil.copytree(report, tmp_path / "r")
+    flags = ["--merge", str(report / "routing.json"), "--output", str(tmp_path / "r")]
+    assert main(flags) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*flags, "--overwrite", "--min-count", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--model", "m"],
+        ["--merge", "a.json", "--model", "m"],
+        ["--model", "m", "--group", "a=b", "--source-key", "k"],
+        ["--model", "m", "--group", "file"],
+        ["--model", "m", "--data", "f", "--sweep", "2"],
+    ],
+)
+def test_usage(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
