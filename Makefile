@@ -10,7 +10,7 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-gpu bench-gpu \
+.PHONY: help setup quickstart test test-unit test-distributed gpu test-gpu bench-gpu \
 	bench-gpu-select bench-gpu-layer bench-gpu-train lint format types constraints clean
 
 help: ## this list
@@ -32,22 +32,27 @@ test-unit: setup ## the tests in one process
 test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m distributed
 
-test-gpu: ## what needs a CUDA device, and the kernels natively
+# Without a device the tests would skip and the benchmarks take hours: neither may look like success.
+gpu:
+	@$(PYTHON_GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  "There is no CUDA device here, which this needs. On a CPU: make test, and docs/benchmarks.md.")'
+
+test-gpu: gpu ## what needs a CUDA device, and the kernels natively
 	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 
-bench-gpu-select: ## selection against stock Megatron, plain PyTorch and a copy of the same bytes
+bench-gpu-select: gpu ## selection against stock Megatron, plain PyTorch and a copy of the same bytes
 	@DYNMOE_KERNELS=1 $(BENCHMARK)/select_experts.py --seconds-budget 150 --output "$(OUTPUT)"
 	@DYNMOE_KERNELS=1 $(BENCHMARK)/select_experts.py --seconds-budget 150 --output "$(OUTPUT)" \
 	  --tokens 262144
 	@$(PLOT)
 
-bench-gpu-layer: ## one MoE layer against stock Megatron's and a dense one
+bench-gpu-layer: gpu ## one MoE layer against stock Megatron's and a dense one
 	@$(BENCHMARK)/layer.py --rounds 50 --seconds-budget 240 --output "$(OUTPUT)"
 	@$(PLOT)
 
-bench-gpu-train: ## training steps of the paper's 3.5 B model, on one GPU of 141 GB
+bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of 141 GB
 	@DYNMOE_KERNELS=1 $(BENCHMARK)/train_step.py --model paper --apart --backends torch_native \
 	  --routings top_k dtop_p dtop_p@1.82 dense --settle 15 --rounds 12 --visits 3 \
 	  --seconds-budget 440 --output "$(OUTPUT)"

@@ -23,7 +23,7 @@ class RowOrder(NamedTuple):
     weight_R: Tensor  # int64, its place among the weights, token * E + expert; T * E likewise
     num_tokens: int
     all_used: bool
-    # The rows of token 0, then of token 1 ..., and where each token's end; None: not needed.
+    # The rows of token 0, then of token 1 ..., and where each token's end; None on a CPU.
     row_of_slot: Tensor | None
     end_T: Tensor | None
 
@@ -47,7 +47,7 @@ def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder
         unused_R = flat_R < 0  # nonzero_static's filling
         token_R = token_R.masked_fill(unused_R, num_tokens)
         weight_R = weight_R.masked_fill(unused_R, map_TE.numel())
-    slots = _by_token(map_TE, token_R) if kernels.available(map_TE.device) else (None, None)
+    slots = (None, None) if map_TE.is_cpu else _by_token(map_TE, token_R)
     return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
 
 
@@ -63,8 +63,8 @@ def permute(tokens_TD: Tensor, weights_TE: Tensor, order: RowOrder) -> tuple[Ten
         weights_TE: [T, E], any floating dtype.
 
     Returns:
-        [R, D] and [R], differentiable in both; gradients of a token's rows add up in a fixed order
-        on CUDA and are sums of float32 there.
+        [R, D] and [R], differentiable in both. The gradients of a token's rows add up in a fixed
+        order, without atomics; on CUDA in float32.
     """
     weights = weights_TE.reshape(-1)
     if not order.all_used:  # what comes back for unused rows ends in one more place
@@ -107,10 +107,18 @@ def _rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
 
 
 def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    if order.row_of_slot is not None and rows_RD.dtype != torch.float64:
+    if order.row_of_slot is None:  # one thread after another on a CPU: in a fixed order, too
+        sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
+        sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
+        return sums_TD[: order.num_tokens]
+    if kernels.available(rows_RD.device) and rows_RD.dtype != torch.float64:
         from megatron_dynmoe.kernels.permute import sum_rows
 
         return sum_rows(rows_RD, order.row_of_slot, order.end_T)
-    sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
-    sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
-    return sums_TD[: order.num_tokens]
+    assert order.end_T is not None
+    lengths_T = order.end_T.diff(prepend=order.end_T.new_zeros(1))
+    by_token_RD = rows_RD.index_select(0, order.row_of_slot)
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    # unsafe: the lengths are right, and are not to be looked at by the host
+    sums_TD = torch.segment_reduce(by_token_RD.to(wide), "sum", lengths=lengths_T, unsafe=True)
+    return sums_TD.to(rows_RD.dtype)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.routing.normalize import standardize
-from megatron_dynmoe.routing.select import select_and_count
+from megatron_dynmoe.routing.select import check_cap, select_and_count
 
 # On a CPU the tokens are taken in blocks whose temporaries stay in its caches: fresh memory for
 # every temporary of all tokens costs more time than the arithmetic.
@@ -58,7 +58,17 @@ def route(
 
     Returns:
         See :class:`Routing`; float32 (or float64).
+
+    Raises:
+        ValueError: the tokens are no whole number of positions, or the cap is below 1.
     """
+    if len(logits_TE) % num_sequences:
+        raise ValueError(
+            f"there are {len(logits_TE)} tokens, which are no whole number of positions of "
+            f"num_sequences {num_sequences}."
+        )
+    check_cap(max_experts)
+    logits_TE = logits_TE.contiguous()  # so that every result and gradient is, too
     if logits_TE.dtype != torch.float64:
         if use_kernel and logits_TE.numel() and kernels.available(logits_TE.device):
             from megatron_dynmoe.kernels.routing import fused_route

@@ -26,7 +26,13 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
 
     Returns:
         The routing map [T, E], bool. Not differentiable: gradients flow through the weights.
+
+    Raises:
+        ValueError: the probabilities are of another dtype, or the cap is below 1.
     """
+    if probs_TE.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
+    check_cap(max_experts)
     return select_and_count(probs_TE, threshold, max_experts)[0].bool()
 
 
@@ -45,7 +51,7 @@ def select_and_count(
         arithmetic with bool is slow on a CPU; and the experts of each token, [T] int64.
     """
     limit = fixed_point_threshold(threshold, probs_TE)
-    most = min(probs_TE.shape[-1], max_experts or probs_TE.shape[-1])
+    most = probs_TE.shape[-1] if max_experts is None else min(probs_TE.shape[-1], max_experts)
     if _is_plain_cpu(probs_TE):
         return _select_on_cpu(probs_TE.detach(), int(limit), most)
     ascending_TE = probs_TE.sort(dim=-1).values
@@ -121,6 +127,12 @@ def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor
     if renormalize:
         weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
     return weights_TE
+
+
+def check_cap(max_experts: int | None) -> None:
+    """Refuse a cap below 1."""
+    if max_experts is not None and max_experts < 1:
+        raise ValueError(f"max_experts is {max_experts}: a token uses at least 1; None is no cap.")
 
 
 def fixed_point_threshold(threshold: Tensor | float, probs_TE: Tensor) -> Tensor:

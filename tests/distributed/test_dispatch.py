@@ -26,10 +26,14 @@ CASES = {
 STOCK = add(Case("dispatch_stock", 1, "alltoall routed stock", entry=ENTRY))
 
 
-def differences(result: CaseResult, rank: int) -> dict[str, dict[str, float]]:
+def printed(result: CaseResult, rank: int, word: str) -> str:
     lines = result.log(rank).splitlines()
-    (line,) = (line for line in lines if line.startswith("DIFFERENCES "))
-    return json.loads(line.removeprefix("DIFFERENCES "))
+    (line,) = (line for line in lines if line.startswith(f"{word} "))
+    return line.removeprefix(f"{word} ")
+
+
+def differences(result: CaseResult, rank: int) -> dict[str, dict[str, float]]:
+    return json.loads(printed(result, rank, "DIFFERENCES"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,6 +46,13 @@ def test_dispatch_and_combine_are_exact_for_every_map(results: Results, name: st
             routing_map: by_kind for routing_map, by_kind in found.items() if any(by_kind.values())
         }
         assert not wrong, f"rank {rank}"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("alltoall")])
+def test_a_dispatch_waits_once_for_all_counts_together(results: Results, name: str) -> None:
+    result = results[CASES[name]]
+    for rank in range(result.case.num_ranks):
+        assert printed(result, rank, "WAITS") == str(len(differences(result, rank)))
 
 
 def test_stock_megatron_cannot_do_it(results: Results) -> None:

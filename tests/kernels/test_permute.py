@@ -67,3 +67,19 @@ def test_the_kernel_adds_up_every_tokens_rows(routing_map, width, dtype):
     assert got.dtype == dtype
     torch.testing.assert_close(got, want.to(dtype))
     assert torch.equal(got, sum_rows(rows, *plain._by_token(routing_map, order.token_R)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("unused", [0, 3])
+def test_a_device_without_kernels_sums_by_segments(routing_map, dtype, unused):
+    num_rows = int(routing_map.sum())
+    order = plain.order_rows(routing_map, num_rows + unused, all_used=not unused)
+    slots = plain._by_token(routing_map, order.token_R)
+    order = order._replace(row_of_slot=slots[0], end_T=slots[1])
+    rows = values(num_rows + unused, 7, dtype=dtype).detach()
+    rows[num_rows:] = torch.nan
+    want = torch.zeros(T, 7, dtype=torch.float64, device=DEVICE)
+    want.index_add_(0, order.token_R[:num_rows], rows[:num_rows].double())
+    got = plain.unpermute(rows, order)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want.to(dtype))

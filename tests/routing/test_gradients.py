@@ -100,6 +100,27 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
             torch.testing.assert_close(one, whole)
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("theta", [None, torch.tensor([1.3])], ids=["", "normalized"])
+def test_the_strides_of_the_logits_change_nothing(theta, renormalize):
+    contiguous = torch.randn(S * B, E, generator=torch.Generator().manual_seed(3))
+    wide = torch.cat([contiguous, contiguous], dim=1)
+    results = []
+    for logits in (contiguous, contiguous.t().contiguous().t(), wide[:, :E]):
+        logits = logits.detach().requires_grad_()
+        routed = route(logits, 0.55, theta=theta, renormalize=renormalize, num_sequences=B)
+        loss = routed.weights_TE.square().sum() + routed.entropy + routed.prob_sums_BE[1, 2]
+        results.append((*routed, *torch.autograd.grad(loss, logits)))
+    for other in results[1:]:
+        for one, want in zip(other, results[0], strict=True):
+            assert torch.equal(one, want)
+
+
+def test_tokens_that_fill_no_positions_are_refused():
+    with pytest.raises(ValueError, match=r"7 tokens.*num_sequences 2"):
+        route(torch.randn(7, E), 0.5, num_sequences=2)
+
+
 @pytest.mark.parametrize("loss", [0, 1, 2], ids=["task", "balance", "dynamic"])
 def test_theta_receives_a_gradient_from_every_loss(loss):
     generator = torch.Generator().manual_seed(3)

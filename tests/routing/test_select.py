@@ -220,3 +220,15 @@ def test_weights_follow_the_loops(renormalize):
     assert (got[~routing_map] == 0).all()
     if renormalize:
         torch.testing.assert_close(got.sum(-1), torch.ones(len(got), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cap", [0, -1])
+def test_a_cap_below_one_is_refused(cap):
+    with pytest.raises(ValueError, match=f"max_experts is {cap}: a token uses at least 1"):
+        select(torch.tensor([[0.7, 0.3]]), 0.5, cap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_half_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match="use float32 or float64"):
+        select(torch.tensor([[0.7, 0.3]], dtype=dtype), 0.5)
