@@ -73,8 +73,6 @@ class Measured:
 
 def main() -> None:
     options, extra = parser().parse_known_args()
-    if options.model == "paper" and not torch.cuda.is_available():
-        raise SystemExit("--model paper needs a CUDA device with 141 GB: leave it out on a CPU")
     try:
         routings = [str(Routing.parse(text)) for text in options.routings]
     except ValueError as error:
