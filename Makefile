@@ -11,7 +11,7 @@ SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-unit test-distributed gpu test-gpu bench-gpu \
-	bench-gpu-select bench-gpu-layer bench-gpu-train lint format types constraints clean
+	bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of
 	  --routings top_k dtop_p dtop_p@1.82 dense --settle 15 --rounds 12 --visits 3 \
 	  --seconds-budget 440 --output "$(OUTPUT)"
 	@$(PLOT)
+
+study: setup ## the papers' claims tried in small: up to 4 hours, can be resumed; docs/study.md
+	@$(PYTHON_VENV) -m study $(STUDY)
+
+study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."
+	@$(PYTHON_GPU) -m study --size gpu $(STUDY)
 
 lint: setup ## ruff (rules and format), and shellcheck where it is installed
 	@$(PYTHON_VENV) -m ruff check .

@@ -37,6 +37,12 @@ def shorten(line: str) -> str | None:
     return " | ".join(parts)
 
 
+def progress_of(line: str) -> int | None:
+    """The step that a line of Megatron's log reports as done, or None for another line."""
+    match = _ITERATION.search(line)
+    return int(match[1]) if match else None
+
+
 def main() -> None:
     """Read stdin, print short lines as they come."""
     for line in sys.stdin:

@@ -1,0 +1,122 @@
+"""What is measured on trained models: other thresholds after the fact, layers, sources, tokens.
+
+Each result is kept in the run's folder and taken from there the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.report import CHECKPOINTS
+from study.corpus import Corpus
+from study.fingerprint import ROOT
+from study.runs import Run
+from study.variants import TARGET
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4)  # Dynamic MoE's Table 7
+ANALYZED = ("dtop_p", "top_p_04")  # the first seed of each
+POST_HOC, ANALYSIS = "post_hoc.json", "analysis"
+
+
+def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
+    """A top-2 model with its own routing, with thresholds, and with the one that gives 2 experts.
+
+    On the held-out text of all kinds, tokens packed as in training.
+    """
+    kept = run.folder / POST_HOC
+    if not kept.is_file():
+        points = _measure(run, corpus)
+        kept.write_text(json.dumps(points, indent=2) + "\n")
+    return [point | {"seed": run.seed} for point in json.loads(kept.read_text())]
+
+
+def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """Experts by source, layer and token of a model, from tools/analyze_routing.py.
+
+    Raises:
+        subprocess.CalledProcessError: the tool failed, and said why.
+    """
+    folder = run.folder / ANALYSIS
+    if not folder.is_dir():
+        groups = [
+            word for kind in corpus.kinds for word in ("--group", f"{kind}={corpus.held_out(kind)}")
+        ]
+        subprocess.run(
+            [
+                *(sys.executable, str(ROOT / "tools" / "analyze_routing.py")),
+                *("--model", str(run.folder / CHECKPOINTS), "--output", str(folder)),
+                *("--tokenizer", str(corpus.tokenizer), *groups, "--min-count", "20"),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+    found = json.loads((folder / "routing.json").read_text())["statistics"]
+    tokens = found["tokens"]
+    return {
+        "variant": run.variant.name,
+        "experts_by_source": {
+            name: group["experts_per_token"]["mean"] for name, group in found["groups"].items()
+        },
+        "experts_by_layer": [layer["experts_per_token"]["mean"] for layer in found["layers"]],
+        "correlation_with_loss": found["all"]["rank_correlation"]["own_loss"],
+        "frequent_tokens": tokens["frequent"],
+        "words_among_most": tokens["words_among_most"],
+        "words_among_fewest": tokens["words_among_fewest"],
+        "most": [token["text"] for token in tokens["most"][:8]],
+        "fewest": [token["text"] for token in tokens["fewest"][:8]],
+    }
+
+
+def _measure(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
+    import torch
+
+    from megatron_dynmoe import calibration
+    from megatron_dynmoe.conversion.convert import to_hf
+    from megatron_dynmoe.huggingface import load
+
+    load.be_quiet()
+    exported = run.folder / "huggingface"
+    if not exported.is_dir():
+        to_hf(
+            run.folder / CHECKPOINTS,
+            exported,
+            dtype="float32",
+            tokenizer=corpus.tokenizer,
+            progress=False,
+        )
+    config, tokenizer = load.load_config(exported), load.load_tokenizer(exported)
+    tokens_NS = torch.cat(
+        [
+            calibration.read_tokens(
+                Path(corpus.held_out(kind)),
+                tokenizer,
+                num_tokens=2**20,
+                sequence_length=config.max_position_embeddings,
+            )
+            for kind in corpus.kinds
+        ]
+    )
+    model = load.load_model(exported, config, device=load.default_device())
+
+    def measure(threshold: calibration.Threshold | None, label: str) -> calibration.Measurement:
+        if threshold is not None:
+            calibration.set_threshold(model.config, threshold)
+        return calibration.measure(model, tokens_NS, 8, label)
+
+    def point(threshold: float | None, measured: calibration.Measurement) -> dict[str, Any]:
+        return {"threshold": threshold, "experts": measured.experts, "loss": measured.loss}
+
+    own = measure(None, "top-2")
+    points = [point(None, own)]
+    points += [point(value, measure(value, f"threshold {value}")) for value in THRESHOLDS]
+    found = calibration.calibrate(
+        measure, own, TARGET, sparse=[kind == "sparse" for kind in config.mlp_layer_types]
+    )
+    assert isinstance(found.threshold, float)
+    return [*points, point(found.threshold, found.measurement)]

@@ -1,0 +1,140 @@
+"""Text to a tokenizer, token files and a held-out part, once for all runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from study.fingerprint import ROOT, of_files
+
+EXAMPLES = ROOT / "examples" / "data"
+HELD_OUT = 0.05  # of each file's documents, from its end, where the next text begins
+_SUFFIX = ".jsonl.gz"
+
+
+class Corpus(NamedTuple):
+    """The study's text; a *kind* is one of its files, by name."""
+
+    fingerprint: str
+    kinds: list[str]
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.model"
+
+    def held_out(self, kind: str) -> Path:
+        """The documents of a kind that are not trained on."""
+        return self.folder / f"{kind}-held-out{_SUFFIX}"
+
+    def flags(self) -> list[str]:
+        """Megatron's flags for this data."""
+
+        def prefixes(part: str) -> list[str]:
+            return [str(self.folder / f"{kind}-{part}_text_document") for kind in self.kinds]
+
+        return [
+            *("--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(self.tokenizer)),
+            *("--train-data-path", *prefixes("training")),
+            *("--valid-data-path", *prefixes("held-out")),
+            *("--data-cache-path", str(self.folder / "cache")),
+        ]
+
+
+def files_of(texts: Sequence[Path] | None) -> list[Path]:
+    """The text files: those given, or the examples that come with the project.
+
+    Raises:
+        ValueError: a file is missing, is not compressed JSON lines, or two have the same name.
+    """
+    files = list(texts or sorted(EXAMPLES.glob(f"*{_SUFFIX}")))
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"--text {file}: there is no such file.")
+        if not file.name.endswith(_SUFFIX):
+            raise ValueError(
+                f"--text {file}: give gzip-compressed JSON lines with a field text, named "
+                f"*{_SUFFIX}."
+            )
+    if len({file.name for file in files}) < len(files):
+        raise ValueError("--text: two files have the same name, which names them in the results.")
+    return files
+
+
+def corpus_of(files: Sequence[Path], vocab_size: int, runs: Path) -> Corpus:
+    """Where the corpus of these files is, or will be."""
+    fingerprint = f"{of_files(files)}-{vocab_size}"
+    kinds = [file.name.removesuffix(_SUFFIX) for file in files]
+    return Corpus(fingerprint, kinds, runs / f"corpus-{fingerprint}")
+
+
+def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int) -> None:
+    """Make the corpus where it is not there yet; it appears when it is complete.
+
+    Raises:
+        ValueError: a file has too few documents to hold some out.
+        subprocess.CalledProcessError: a tool failed, and said why.
+    """
+    if corpus.folder.is_dir():
+        return
+    partial = corpus.folder.with_name(corpus.folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for kind, file in zip(corpus.kinds, files, strict=True):
+        _split(file, partial / f"{kind}-training{_SUFFIX}", partial / f"{kind}-held-out{_SUFFIX}")
+    trained_on = [str(partial / f"{kind}-training{_SUFFIX}") for kind in corpus.kinds]
+    _tool(
+        "train_tokenizer.py",
+        *("--input", *trained_on, "--vocab-size", str(vocab_size)),
+        *("--output", str(partial / "tokenizer")),
+    )
+    for file in sorted(partial.glob(f"*{_SUFFIX}")):
+        _tool(
+            "preprocess_data.py",
+            *("--input", str(file), "--append-eod", "--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(partial / "tokenizer.model")),
+            *("--output-prefix", str(file).removesuffix(_SUFFIX)),
+        )
+    partial.rename(corpus.folder)
+
+
+def num_training_tokens(corpus: Corpus) -> int:
+    """Tokens of the training part: two bytes each, or four from 65,500 pieces on."""
+    bytes_per_token = 2 if int(corpus.fingerprint.rpartition("-")[2]) < 65500 else 4
+    files = corpus.folder.glob("*-training_text_document.bin")
+    return sum(file.stat().st_size for file in files) // bytes_per_token
+
+
+def _split(file: Path, training: Path, held_out: Path) -> None:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        num_documents = sum(1 for _ in lines)
+    num_held_out = math.ceil(HELD_OUT * num_documents)
+    if num_documents < 2:
+        raise ValueError(f"--text {file}: one document cannot be split; give at least two.")
+    with (
+        gzip.open(file, "rt", encoding="utf-8") as lines,
+        gzip.open(training, "wt", encoding="utf-8", compresslevel=1) as first,
+        gzip.open(held_out, "wt", encoding="utf-8", compresslevel=1) as last,
+    ):
+        for number, line in enumerate(lines):
+            document = json.loads(line)
+            target = first if number < num_documents - num_held_out else last
+            target.write(json.dumps({"text": document["text"]}) + "\n")
+
+
+def _tool(name: str, *arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )

@@ -1,0 +1,207 @@
+"""docs/study.md and its pictures from the results, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from study.claims import CLAIMS, judge
+from study.fingerprint import ROOT
+from study.results import Results
+from study.variants import SIZES, VARIANTS, Size
+
+DOCUMENT, IMAGES = ROOT / "docs" / "study.md", ROOT / "docs" / "images"
+RESULTS = ROOT / "study" / "results"
+SIZE = "cpu"  # the size that the document is about
+
+_INTRODUCTION = """\
+# The papers' claims, in small
+
+Written by `python -m study document` from `study/results/{size}.json`; a test compares the two.
+
+`make study` trains the routings of both papers on the same text with the same model, steps and
+seeds, and looks at what each paper claims. It is small: {layers}, {steps} steps of
+{tokens_per_step:,} tokens, a text of a few megabytes. What holds here may not hold at the papers'
+sizes, and the other way round.
+
+    make study                             # at most 4 hours on 2 cores; again: goes on where it was
+    make study STUDY="--list"              # what is trained, and how far it is
+    make study STUDY="--quick"             # does everything work? A few minutes, no results
+    make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
+    make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
+
+Trainings run {jobs} at a time, one thread each. Ctrl-C or SIGTERM has them save and end; the same
+command goes on from there, and after a crash from the last checkpoint. A run is not trained again
+while its flags, its text and the code that trains are the same (comments and docstrings do not
+count); `--any-code` takes finished runs of other code, too. Folders are in `runs/study`;
+`python tools/plot_run.py runs/study/dtop_p-seed1-* runs/study/top2-seed1-*` lays runs over each
+other.
+
+The size for a GPU ({gpu}) has not been run yet.
+
+## What is compared
+
+{variants}
+
+Text: the files of `examples/data`; the last 5 % of each file's documents are held out, and are what
+is evaluated. Balance loss per sequence with 1e-2 in all variants (top-2: 2e-2, since Megatron
+divides by k), also in DTop-p, whose authors take 1e-4 for a larger model. The seed sets the
+initialisation and the order of the text. The dense model's MLP is as wide as two experts.
+"""
+
+_NOT_RUN = """
+## Results
+
+**The full study has not been run yet**, so there are no figures here. `make study` runs it and
+writes them into this page.
+"""
+
+
+def write(results: Results | None) -> list[Path]:
+    """Write the page, and with results the pictures; returns what was written."""
+    written = [DOCUMENT]
+    if results is not None:
+        from study.figures import draw_all
+
+        written += draw_all(results, IMAGES)
+    DOCUMENT.write_text(text(results), encoding="utf-8")
+    return written
+
+
+def text(results: Results | None) -> str:
+    """The text of docs/study.md."""
+    size = SIZES[SIZE]
+    page = _INTRODUCTION.format(
+        size=SIZE,
+        layers="6 layers of hidden size 128 with 16 experts of 256",
+        steps=size.steps,
+        tokens_per_step=size.tokens_per_step,
+        jobs=size.jobs,
+        gpu=_describe(SIZES["gpu"]),
+        variants=_variants(),
+    )
+    if results is None:
+        return page + _NOT_RUN + _claims(None)
+    return page + _results(results) + _claims(results)
+
+
+def _describe(size: Size) -> str:
+    tokens = size.steps * size.tokens_per_step
+    return f"{size.steps} steps of {size.tokens_per_step:,} tokens, {tokens / 1e6:.0f} M in all"
+
+
+def _variants() -> str:
+    rows = ["| name | routing | seeds | flags |", "| --- | --- | --- | --- |"]
+    for variant in VARIANTS.values():
+        flags = variant.flags.format(twice_ffn=2 * SIZES[SIZE].ffn)
+        rows.append(
+            f"| `{variant.name}` | {variant.title} | {variant.num_seeds} | `{flags.strip()}` |"
+        )
+    return "\n".join(rows)
+
+
+def _results(results: Results) -> str:
+    content = results.content
+    spread = results.spread("validation_loss")
+    rows = [
+        "| routing | seeds | validation loss | experts per token, validation | std over tokens "
+        "| s a step | within 2 % from step | worst after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, variant in VARIANTS.items():
+        if name in results.rows:
+            rows.append(_row(results, name, variant.title))
+    missing = [
+        name
+        for name, variant in VARIANTS.items()
+        if len(results.rows.get(name, ())) < variant.num_seeds
+    ]
+    lines = [
+        "",
+        "## Results",
+        "",
+        f"{content['date']}, commit {content['commit']}, {content['machine']}.",
+        *([f"Not trained yet, wholly or in part: {', '.join(missing)}."] if missing else []),
+        "",
+        "![Validation loss by routing](images/study_loss.png)",
+        "",
+        *rows,
+        "",
+        "Losses in nats per token, over seeds as mean (and standard deviation). Experts and their "
+        "deviation over tokens and layers are of the last evaluation. The time of a step is the "
+        'median; trainings ran side by side. "Within 2 %" is the first step from which the count '
+        'is there for ten steps, "worst" the largest distance from the target in any step after '
+        "that.",
+        *(
+            [
+                f"Seeds alone make a standard deviation of {spread:.4f} in the validation loss, "
+                "pooled over the variants with several."
+            ]
+            if spread is not None
+            else []
+        ),
+        "",
+        "![Experts per token over training](images/study_experts.png)",
+        "",
+        "![Experts by layer](images/study_layers.png)",
+        "",
+    ]
+    if content["post_hoc"]:
+        lines += ["![Thresholds after the fact](images/study_post_hoc.png)", ""]
+    return "\n".join(lines)
+
+
+def _row(results: Results, name: str, title: str) -> str:
+    def cell(column: str, digits: int) -> str:
+        values = results.values(name, column)
+        if not values:
+            return "-"
+        text = f"{results.mean(name, column):.{digits}f}"
+        if len(values) > 1:
+            import statistics
+
+            text += f" ({statistics.stdev(values):.{digits}f})"
+        return text
+
+    reached = [row["steps_to_target"] for row in results.rows[name] if "steps_to_target" in row]
+    worst = results.values(name, "worst_excursion")
+    experts = (
+        "validation_experts_per_token"
+        if results.values(name, "validation_experts_per_token")
+        else "experts_per_token"
+    )
+    cells = [
+        title,
+        str(len(results.rows[name])),
+        cell("validation_loss", 4),
+        cell(experts, 3),
+        cell("validation_std_experts_per_token", 3),
+        cell("seconds_per_step", 3),
+        ", ".join("never" if step is None else str(step) for step in reached) or "-",
+        f"{max(worst):.1%}" if worst else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _claims(results: Results | None) -> str:
+    lines = [
+        "",
+        "## The claims",
+        "",
+        "Their figures are scores of tasks, which a model this small cannot do; here it is the "
+        "validation loss. A difference counts if it is larger than two standard errors from the "
+        "spread over seeds; the rule stood before there were results.",
+        "",
+        "| paper | claim | they saw | this study saw | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for claim in CLAIMS:
+        verdict = judge(claim, results) if results is not None else None
+        saw, word = ("not run yet", "") if verdict is None else (verdict.numbers, verdict.word)
+        cells = [claim.paper, claim.text, claim.they_saw, saw, word]
+        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: Any) -> str:
+    return str(cell).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,129 @@
+"""The pictures of docs/study.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import EngFormatter
+
+from megatron_dynmoe.report import save_figure
+from study.results import Results
+from study.variants import TARGET, VARIANTS
+
+CURVES = ("dtop_p", "no_drn", "no_controller", "fixed_020", "fixed_030", "top_p_04")
+LAYERS = ("dtop_p", "no_drn", "by_layer", "fixed_020", "top_p_04", "top_p_04_no_dynamic_loss")
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """Draw what there are results for; returns the files."""
+    pictures = {"loss": _draw_loss, "experts": _draw_experts, "layers": _draw_layers}
+    if results.content["post_hoc"]:
+        pictures["post_hoc"] = _draw_post_hoc
+    written = []
+    for name, draw in pictures.items():
+        figure = draw(results)
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        written.append(folder / f"study_{name}.png")
+        save_figure(figure, written[-1], dpi=110)
+    return written
+
+
+def _draw_loss(results: Results) -> Any:
+    """A dot a seed, best variant at the top; right of it what the experts cost."""
+    names = sorted(results.rows, key=lambda name: -results.mean(name, "validation_loss"))
+    figure, (by_variant, by_compute) = plt.subplots(
+        1, 2, figsize=(11, 0.4 * len(names) + 1.5), layout="constrained"
+    )
+    for place, name in enumerate(names):
+        losses = results.values(name, "validation_loss")
+        color = f"C{list(VARIANTS).index(name) % 10}"
+        by_variant.plot(losses, [place] * len(losses), "o", color=color)
+        flops = results.mean(name, "expert_flops")
+        loss = results.mean(name, "validation_loss")
+        by_compute.plot(flops, loss, "o", color=color)
+        by_compute.annotate(
+            VARIANTS[name].title, (flops, loss), (5, 3), textcoords="offset points", fontsize=7
+        )
+    by_variant.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
+    by_variant.set(title="validation loss, a dot a seed", xlabel="nats per token")
+    by_compute.set(
+        title="validation loss against measured expert compute",
+        xlabel="floating-point operations in experts",
+        ylabel="nats per token",
+    )
+    by_compute.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    for axis in (by_variant, by_compute):
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def _draw_experts(results: Results) -> Any:
+    """Training as lines, validation as dots, a band of one standard deviation over tokens."""
+    names = [name for name in CURVES if name in results.rows]
+    figure, axes = plt.subplots(
+        2, 3, figsize=(11, 6), sharex=True, layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for number, row in enumerate(results.rows[name]):
+            curve, validation = row["curve"], row["validation_curve"]
+            mean, std = np.array(curve["experts"]), np.array(curve["std_experts"])
+            color = f"C{number}"
+            axis.plot(curve["tokens"], mean, color=color, linewidth=1)
+            if number == 0:
+                axis.fill_between(curve["tokens"], mean - std, mean + std, alpha=0.15, color=color)
+            axis.plot(validation["tokens"], validation["experts"], "o", color=color, markersize=3)
+        axis.axhline(TARGET, color="black", linestyle="--", linewidth=0.8)
+        axis.set(title=VARIANTS[name].title)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    figure.supxlabel("tokens")
+    figure.supylabel("experts per token (dots: validation)")
+    return figure
+
+
+def _draw_layers(results: Results) -> Any:
+    """Experts of each layer at the end of training, the first seed."""
+    names = [name for name in LAYERS if name in results.rows]
+    layers_VL = np.array([results.rows[name][0]["experts_by_layer"] for name in names])
+    figure, axis = plt.subplots(figsize=(8, 0.5 * max(len(names), 1) + 1.2), layout="constrained")
+    if names:
+        image = axis.imshow(layers_VL, aspect="auto")
+        middle = (layers_VL.min() + layers_VL.max()) / 2
+        for (row, column), value in np.ndenumerate(layers_VL):
+            color = "white" if value < middle else "black"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+        figure.colorbar(image, label="experts per token")
+        axis.set_xticks(range(layers_VL.shape[1]), range(1, layers_VL.shape[1] + 1))
+    axis.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
+    axis.set(title="experts per token by layer, end of training", xlabel="layer")
+    return figure
+
+
+def _draw_post_hoc(results: Results) -> Any:
+    """Loss against experts of the top-2 model with thresholds, beside its own routing."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    points = results.content["post_hoc"]
+    for number, seed in enumerate(sorted({point["seed"] for point in points})):
+        mine = [point for point in points if point["seed"] == seed]
+        swept = sorted((p["experts"], p["loss"]) for p in mine if p["threshold"] is not None)
+        (own,) = [point for point in mine if point["threshold"] is None]
+        color = f"C{number}"
+        axis.plot(*zip(*swept, strict=True), "o-", color=color, label=f"thresholds, seed {seed}")
+        axis.plot(own["experts"], own["loss"], "*", color=color, markersize=12)
+    axis.set(
+        title="top-2 model routed by thresholds (star: its own routing)",
+        xlabel="experts per token",
+        ylabel="loss on held-out text, nats per token",
+    )
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    return figure

@@ -1,0 +1,130 @@
+"""Trains the runs that are not finished, some side by side, and stops in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+from megatron_dynmoe.progress_lines import progress_of, shorten
+from study.corpus import Corpus
+from study.runs import ERRORS, LOG, Run, start
+from study.variants import Size
+
+NICENESS = 5  # the study goes on in the background
+
+
+class Queue:
+    """Runs that are trained in order; a failed one does not keep the others from being tried.
+
+    Args:
+        runs: all of the study's.
+        jobs: how many at a time.
+    """
+
+    def __init__(self, runs: Sequence[Run], corpus: Corpus, size: Size, jobs: int) -> None:
+        self._waiting = [run for run in runs if not run.is_finished]
+        self._num_runs = len(runs)
+        self._corpus, self._size, self._jobs = corpus, size, jobs
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._left = {run.name: size.steps - run.iteration for run in self._waiting}
+        self._trained_steps, self._num_finished = 0, len(runs) - len(self._waiting)
+        self._width = max((len(run.name) for run in runs), default=0)
+        self._started = time.monotonic()
+        self.stopped_by: int | None = None  # a signal
+        self.failures: list[str] = []
+
+    def train(self) -> None:
+        """Train all; returns early, with the running ones saved, after SIGINT or SIGTERM."""
+        if not self._waiting:
+            return
+        with self._stopping(), ThreadPoolExecutor(self._jobs) as pool:
+            self._started = time.monotonic()
+            futures = [pool.submit(self._train, run) for run in self._waiting]
+            for future in futures:
+                future.result()
+
+    def _train(self, run: Run) -> None:
+        with self._lock:
+            if self.stopped_by is not None:
+                return
+            action = f"going on from step {run.iteration}" if run.iteration else "starting"
+            self._say(run, action)
+            process = start(run, self._corpus, self._size)
+            self._processes.add(process)
+        assert process.stdout is not None
+        with contextlib.suppress(PermissionError), process:
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            with open(run.folder / LOG, "a") as log:
+                for line in process.stdout:
+                    log.write(line)
+                    self._show(run, line)
+        with self._lock:
+            self._processes.discard(process)
+            self._left[run.name] = 0
+            self._num_finished += run.is_finished
+        if run.is_finished:
+            self._say(run, f"finished. {self._summary()}")
+        elif self.stopped_by is None:
+            reason = _reason(run, process.returncode)
+            self.failures.append(f"{run.name}: {reason}")
+            self._say(run, f"failed: {reason}")
+
+    def _show(self, run: Run, line: str) -> None:
+        if (done := progress_of(line)) is not None:
+            with self._lock:
+                left = self._size.steps - done
+                self._trained_steps += self._left[run.name] - left
+                self._left[run.name] = left
+        if (short := shorten(line)) is not None:
+            self._say(run, short.strip())
+
+    def _say(self, run: Run, text: str) -> None:
+        # In one write: print ends its line with a second one, and others write in between.
+        sys.stdout.write(f"{run.name:<{self._width}}  {text}\n")
+        sys.stdout.flush()
+
+    def _summary(self) -> str:
+        """How far the study is, from the mean time of a step so far."""
+        with self._lock:
+            steps, left = self._trained_steps, sum(self._left.values())
+            text = f"Study: {self._num_finished} of {self._num_runs} runs"
+        if not steps or not left:
+            return text
+        seconds = round((time.monotonic() - self._started) / steps * left)
+        return f"{text}, about {seconds // 3600}:{seconds // 60 % 60:02d} hours left"
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """SIGINT and SIGTERM have the trainings save and end; a second one ends them at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            again, self.stopped_by = self.stopped_by is not None, number
+            for process in tuple(self._processes):
+                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            if not again:
+                # Not print, which may have been interrupted in the middle of its own work.
+                os.write(1, b"stopping: the running trainings save a checkpoint (once more: now)\n")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _reason(run: Run, code: int) -> str:
+    """The last line of what the training said, and where the rest is."""
+    path: Path = run.folder / ERRORS
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1] if lines else 'no message'} ({path})"

@@ -1,0 +1,190 @@
+"""From the folders of finished runs to the numbers that are kept and compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_dynmoe import overlay, report
+from study.runs import Run
+
+TOLERANCE = 0.02  # of the target, within which a count is held
+HELD_STEPS = 10  # that long, and it counts as reached
+CURVE_POINTS = 100
+_NO_CURVES = ("curve", "validation_curve", "experts_by_layer")
+
+
+def row_of(run: Run) -> dict[str, Any]:
+    """The numbers of a finished run; quantities over the end of a run are its last fifth's."""
+    resolved, scalars = report.read_run(run.folder)
+    summary = report.summarize_run(resolved, scalars)
+    drawn = overlay.read(run.folder, run.name)
+    evaluations = scalars["lm loss validation"]
+    tokens_per_step = drawn.tokens[-1] / summary["iterations"]
+    row: dict[str, Any] = {
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "code": run.key["code"],
+        "steps": summary["iterations"],
+        "tokens": int(drawn.tokens[-1]),
+        "validation_loss": evaluations.values[-1],
+        "expert_flops": drawn.expert_flops[-1],
+        "seconds_per_step": tokens_per_step / summary["tokens_per_second"],
+        "experts_per_token": summary["mean_experts_per_token"],
+        "std_experts_per_token": summary["std_experts_per_token"],
+        "threshold": summary["final_threshold"],
+        "validation_curve": {"tokens": drawn.validation[0], "loss": evaluations.values},
+    }
+    if drawn.threshold is not None:
+        assert drawn.experts is not None
+        for name in ("experts", "std_experts"):
+            series = scalars[f"dynmoe/validation_{name}_per_token"]
+            row["validation_curve"][name] = series.values
+            row[f"validation_{name}_per_token"] = series.values[-1]
+        late = drawn.experts[len(drawn.experts) // 5 :]
+        row |= {
+            "fewest_experts_per_token": late.min(),
+            "most_experts_per_token": late.max(),
+            "experts_by_layer": [
+                statistics.fmean(tail(series.values))
+                for series in report.layers(scalars, "experts_per_token").values()
+            ],
+            "curve": {
+                "tokens": _thin(drawn.tokens),
+                "experts": _thin(drawn.experts),
+                "std_experts": _thin(np.array(scalars["dynmoe/std_experts_per_token"].values)),
+                "threshold": _thin(drawn.threshold),
+            },
+        }
+    if drawn.target is not None:
+        assert drawn.experts is not None
+        row |= settling(drawn.experts, float(drawn.target[-1]))
+    return _rounded(row)
+
+
+def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, Any]:
+    """When a count reaches its target and how far it strays afterwards.
+
+    Reached: the first step from which it is within 2 % of the target for ten steps. The worst
+    excursion is a share of the target, over all steps from there on. Both are None where it never
+    gets there.
+    """
+    errors = np.abs(np.asarray(experts, dtype=float) / target - 1)
+    within = np.convolve(errors <= TOLERANCE, np.ones(HELD_STEPS), mode="valid") > HELD_STEPS - 0.5
+    if not within.any():
+        return {"steps_to_target": None, "worst_excursion": None}
+    first = int(np.argmax(within))
+    return {"steps_to_target": first + 1, "worst_excursion": float(errors[first:].max())}
+
+
+def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
+    """Write the results as JSON and, the single numbers of each run, as CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{size_name}.json"
+    partial = path.with_suffix(".partial")
+    # A line a run keeps the file small and its history readable.
+    parts = [f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items()]
+    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    partial.replace(path)
+    names = list(dict.fromkeys(name for row in content["runs"] for name in row))
+    with open(folder / f"{size_name}.csv", "w", newline="") as file:
+        table = csv.DictWriter(
+            file,
+            [name for name in names if name not in _NO_CURVES],
+            extrasaction="ignore",
+            lineterminator="\n",
+        )
+        table.writeheader()
+        table.writerows(content["runs"])
+
+
+def tail(values: Sequence[float]) -> Sequence[float]:
+    """The last fifth."""
+    return values[-max(1, math.ceil(len(values) * report.TAIL)) :]
+
+
+class Comparison(NamedTuple):
+    """A difference of two variants' means; ``error`` is two standard errors."""
+
+    first: float
+    second: float
+    error: float
+
+    @property
+    def difference(self) -> float:
+        return self.first - self.second
+
+    @property
+    def is_lower(self) -> bool | None:
+        """Whether the first is lower; None where the difference is within its error."""
+        return None if abs(self.difference) <= self.error else self.difference < 0
+
+
+class Results:
+    """The results of a size, by variant."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        for row in content["runs"]:
+            self.rows.setdefault(row["variant"], []).append(row)
+
+    @classmethod
+    def read(cls, path: Path) -> Results | None:
+        """What :func:`write` wrote, or None where there is nothing."""
+        return cls(json.loads(path.read_text())) if path.is_file() else None
+
+    def values(self, variant: str, name: str) -> list[float]:
+        """One number of each seed."""
+        return [row[name] for row in self.rows[variant] if row.get(name) is not None]
+
+    def mean(self, variant: str, name: str) -> float:
+        return statistics.fmean(self.values(variant, name))
+
+    def spread(self, name: str) -> float | None:
+        """Standard deviation over seeds, pooled over the variants that have several."""
+        several = [self.values(variant, name) for variant in self.rows]
+        squares = [
+            (statistics.variance(values), len(values) - 1) for values in several if len(values) > 1
+        ]
+        if not squares:
+            return None
+        return math.sqrt(sum(v * n for v, n in squares) / sum(n for _, n in squares))
+
+    def compare(self, first: str, second: str, name: str = "validation_loss") -> Comparison:
+        """Two variants' means against what seeds alone make of a difference."""
+        spread = self.spread(name)
+        counts = [len(self.values(variant, name)) for variant in (first, second)]
+        seeds = math.sqrt(sum(1 / count for count in counts))
+        error = math.inf if spread is None else 2 * spread * seeds
+        return Comparison(self.mean(first, name), self.mean(second, name), error)
+
+
+def _thin(values: np.ndarray) -> list[float]:
+    """Means of neighbours, so many that a curve can be drawn."""
+    parts = np.array_split(values, min(len(values), CURVE_POINTS))
+    return [float(part.mean()) for part in parts]
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: more would be noise, and would fill the repository."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.5g}")
+    return value
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+    return json.dumps(value)

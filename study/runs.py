@@ -1,0 +1,143 @@
+"""One training: its folder, what it depends on, how far it is, and the process that goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.attempts import FINISHED
+from megatron_dynmoe.report import CHECKPOINTS
+from study.corpus import Corpus
+from study.fingerprint import ROOT
+from study.variants import VARIANTS, Size, Variant, training_flags
+
+KEY = "study.json"
+LOG, ERRORS = "log.txt", "errors.txt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed.
+
+    Attributes:
+        key: what the result depends on; two runs with the same key are the same.
+        folder: its ``--run-dir``, named by the key.
+    """
+
+    variant: Variant
+    seed: int
+    key: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-seed{self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / FINISHED).is_file()
+
+    @property
+    def iteration(self) -> int:
+        """Of the last checkpoint; 0 without one."""
+        try:
+            latest = self.folder / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+            return int(latest.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+
+def plan(
+    size: Size,
+    corpus: Corpus,
+    code: str,
+    runs: Path,
+    *,
+    only: Sequence[str] = (),
+    num_seeds: int | None = None,
+    any_code: bool = False,
+) -> list[Run]:
+    """All runs of the study, first seeds first, so that the whole picture comes early.
+
+    Args:
+        code: the fingerprint of the training code.
+        runs: the folder that holds the runs' folders.
+        only: names of variants; all if empty.
+        num_seeds: of each variant at most.
+        any_code: take a finished run with the same flags and data also where the code was another.
+
+    Raises:
+        ValueError: there is no variant of that name.
+    """
+    for name in only:
+        if name not in VARIANTS:
+            raise ValueError(f"--only {name}: use one of {', '.join(VARIANTS)}.")
+    chosen = [VARIANTS[name] for name in only or VARIANTS]
+    most = max(variant.num_seeds for variant in chosen)
+    planned = []
+    for seed in range(1, min(most, num_seeds or most) + 1):
+        for variant in chosen:
+            if seed <= variant.num_seeds:
+                flags = training_flags(variant, size, seed)
+                key = {"flags": flags, "data": corpus.fingerprint, "code": code}
+                run = Run(variant, seed, key, runs / f"{variant.name}-seed{seed}-{_digest(key)}")
+                if any_code and not run.is_finished:
+                    run = _with_other_code(run) or run
+                planned.append(run)
+    return planned
+
+
+def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
+    """Begin a run, or go on from its last checkpoint.
+
+    It has a session of its own, so that a Ctrl-C does not reach it: a SIGTERM has it save and end.
+    """
+    where = ["--run-dir", str(run.folder)]
+    if run.iteration:
+        load = ["--load", str(run.folder / CHECKPOINTS), "--exit-on-missing-checkpoint"]
+    else:  # what was logged without a checkpoint will be logged again
+        load = []
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        (run.folder / KEY).write_text(json.dumps(run.key, indent=2) + "\n")
+    interval = size.steps // size.num_evaluations
+    saving = ["--save-interval", str(interval), "--save-retain-interval", str(size.steps)]
+    with open(run.folder / ERRORS, "a") as errors:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "megatron_dynmoe.pretrain"),
+                *(*run.key["flags"], *corpus.flags(), *where, *saving, *load),
+                "--exit-signal-handler",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _with_other_code(run: Run) -> Run | None:
+    for folder in sorted(run.folder.parent.glob(f"{run.name}-*")):
+        try:
+            key = json.loads((folder / KEY).read_text())
+        except (OSError, ValueError):
+            continue
+        other = Run(run.variant, run.seed, key, folder)
+        if key | {"code": ""} == run.key | {"code": ""} and other.is_finished:
+            return other
+    return None

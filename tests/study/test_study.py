@@ -1,0 +1,303 @@
+"""The study's bookkeeping: what is trained, when it is trained again, what a result is."""
+
+import dataclasses
+import gzip
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from study import corpus, document, fingerprint, results, runs
+from study.claims import CLAIMS, FAILS, HOLDS, UNCLEAR, judge
+from study.results import Results
+from study.variants import NUM_EXPERTS, SIZES, TARGET, VARIANTS, training_flags
+from tests.fake_runs import dtop_p_scalars, make_run
+
+CPU = SIZES["cpu"]
+TEXT = corpus.Corpus("text", ["book"], None)
+
+
+def plan(folder, code="code", **options):
+    return runs.plan(CPU, TEXT, code, folder, **options)
+
+
+def finish(run):
+    run.folder.mkdir(parents=True)
+    (run.folder / runs.KEY).write_text(json.dumps(run.key))
+    (run.folder / "finished.json").write_text("{}")
+
+
+def test_the_main_four_have_three_seeds_and_first_seeds_come_first(tmp_path):
+    planned = plan(tmp_path)
+    seeds = [run.seed for run in planned]
+    assert seeds == sorted(seeds) and len(planned) == 4 * 3 + 7
+    assert {run.variant.name for run in planned if run.seed == 3} == {
+        "top2", "dtop_p", "top_p_04", "fixed_020",
+    }  # fmt: skip
+    assert len({run.folder for run in planned}) == len(planned)
+    assert [run.name for run in plan(tmp_path, only=["top1", "dtop_p"], num_seeds=2)] == [
+        "top1-seed1", "dtop_p-seed1", "dtop_p-seed2",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"--only top3: use one of top2, dtop_p"):
+        plan(tmp_path, only=["top3"])
+
+
+def test_a_run_is_trained_again_when_flags_data_or_code_change(tmp_path):
+    (run,) = plan(tmp_path, only=["top1"])
+    finish(run)
+    assert plan(tmp_path, only=["top1"])[0].is_finished
+    assert not plan(tmp_path, code="other", only=["top1"])[0].is_finished
+    other_text = TEXT._replace(fingerprint="other")
+    assert not runs.plan(CPU, other_text, "code", tmp_path, only=["top1"])[0].is_finished
+    longer = dataclasses.replace(CPU, steps=2 * CPU.steps)
+    assert not runs.plan(longer, TEXT, "code", tmp_path, only=["top1"])[0].is_finished
+
+
+def test_any_code_takes_what_differs_in_nothing_else(tmp_path):
+    (old,) = plan(tmp_path, code="old", only=["top1"])
+    finish(old)
+    (run,) = plan(tmp_path, code="new", only=["top1"], any_code=True)
+    assert run.is_finished and run.folder == old.folder and run.key["code"] == "old"
+    other_text = TEXT._replace(fingerprint="other")
+    (run,) = runs.plan(CPU, other_text, "new", tmp_path, only=["top1"], any_code=True)
+    assert not run.is_finished
+
+
+def test_comments_and_docstrings_are_no_other_code(tmp_path):
+    root = tmp_path / "package"
+    shutil.copytree(
+        fingerprint.ROOT / "megatron_dynmoe", root, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    before = fingerprint.of_code(root)
+    assert before == fingerprint.of_code()
+    file = root / "routing" / "select.py"
+    source = file.read_text()
+    file.write_text("# a remark\n" + source.replace('"""', '"""Other words: ', 1))
+    (root / "report.py").write_text("reads = 'what a training leaves'\n")
+    assert fingerprint.of_code(root) == before
+    file.write_text(source + "\nMORE = 1\n")
+    assert fingerprint.of_code(root) != before
+
+
+def test_flags_of_all_variants_are_accepted_settings():
+    """A misspelt flag would be found hours into the study."""
+    from argparse import ArgumentParser
+
+    from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args
+
+    parser = add_dynmoe_args(ArgumentParser())
+    routings = {}
+    for variant in VARIANTS.values():
+        args, _ = parser.parse_known_args(training_flags(variant, CPU, 1))
+        config = config_from_args(args).resolve(None if variant.name == "dense" else NUM_EXPERTS)
+        routings[variant.name] = config
+    assert routings["dtop_p"].target_experts_per_token.at(0) == TARGET
+    assert routings["by_layer"].scope == "layer" and routings["no_drn"].normalization == "none"
+    assert routings["top_p_04"].weights == "raw" and routings["fixed_020"].threshold == 0.2
+    assert {c.balance_loss_coeff for c in routings.values() if c.is_dynamic} == {1e-2}
+
+
+def test_without_controller_the_threshold_is_the_one_that_dtop_p_begins_with():
+    from megatron_dynmoe.control import initial_threshold
+
+    text = VARIANTS["no_controller"].flags
+    threshold = float(text.split("--moe-dynamic-threshold ")[1])
+    assert threshold == pytest.approx(initial_threshold(NUM_EXPERTS, TARGET), abs=1e-4)
+
+
+def test_sizes_evaluate_at_the_end_and_scale_without_being_recorded():
+    for size in SIZES.values():
+        assert size.steps % size.num_evaluations == 0
+    half = CPU.scaled(0.5)
+    assert (half.steps, half.recorded) == (CPU.steps // 2, False)
+    assert CPU.scaled(0.0001).steps == CPU.num_evaluations
+
+
+def test_text_is_split_by_documents_and_the_split_is_the_end(tmp_path):
+    file = tmp_path / "mine.jsonl.gz"
+    with gzip.open(file, "wt") as lines:
+        lines.writelines(json.dumps({"text": f"document {n}"}) + "\n" for n in range(30))
+    corpus._split(file, tmp_path / "a.gz", tmp_path / "b.gz")
+    parts = [
+        gzip.decompress((tmp_path / name).read_bytes()).splitlines() for name in ("a.gz", "b.gz")
+    ]
+    assert [len(part) for part in parts] == [28, 2]
+    assert json.loads(parts[1][0]) == {"text": "document 28"}
+    for files, message in [
+        ([tmp_path / "no.jsonl.gz"], "there is no such file"),
+        ([tmp_path / "a.gz"], "give gzip-compressed JSON lines"),
+        ([file, file], "two files have the same name"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            corpus.files_of(files)
+
+
+@pytest.mark.parametrize(
+    "experts, reached, worst",
+    [
+        ([3.0] * 5 + [2.0] * 20, 6, 0.0),
+        # Passing through the target is not holding it.
+        ([3.0, 2.0, 1.0, 1.0, 1.0] + [2.02] * 12, 6, 0.01),
+        ([2.0] * 10 + [2.5] + [2.0] * 10, 1, 0.25),
+        ([3.0] * 30, None, None),
+        ([2.0] * 9, None, None),
+    ],
+)
+def test_settling(experts, reached, worst):
+    found = results.settling(experts, 2.0)
+    assert found["steps_to_target"] == reached
+    assert found["worst_excursion"] == (None if worst is None else pytest.approx(worst))
+
+
+def test_a_row_holds_what_the_events_say(tmp_path):
+    scalars = dtop_p_scalars() | {
+        "dynmoe/validation_experts_per_token": [(10, 2.1), (20, 2.05)],
+        "dynmoe/validation_std_experts_per_token": [(10, 0.9), (20, 0.8)],
+    }
+    run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path)
+    make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
+    row = results.row_of(run)
+    assert (row["variant"], row["seed"], row["code"]) == ("dtop_p", 2, "abc")
+    assert (row["steps"], row["tokens"], row["seconds_per_step"]) == (20, 640, 1.0)
+    assert row["validation_loss"] == 7.5
+    assert row["validation_experts_per_token"] == 2.05
+    assert row["validation_std_experts_per_token"] == 0.8
+    assert row["most_experts_per_token"] == 5.0 and row["fewest_experts_per_token"] == 1.99
+    assert row["steps_to_target"] is None
+    assert row["validation_curve"]["tokens"] == [320.0, 640.0]
+    assert len(row["curve"]["experts"]) == 20
+
+
+def synthetic(**losses):
+    """Results in which only the losses matter; ``name=[a loss a seed]`` overrides."""
+    defaults = {
+        name: [5.0 + 0.01 * seed for seed in range(variant.num_seeds)]
+        for name, variant in VARIANTS.items()
+    }
+    rows = [
+        {
+            "variant": name,
+            "seed": seed,
+            "code": "abc",
+            "steps": 100,
+            "tokens": 1000,
+            "validation_loss": loss,
+            "expert_flops": 1e9,
+            "seconds_per_step": 1.0 + 0.01 * seed,
+            "experts_per_token": 2.0,
+            "std_experts_per_token": 0.5,
+            "validation_experts_per_token": 1.9,
+            "validation_std_experts_per_token": 0.5,
+            "fewest_experts_per_token": 1.0,
+            "most_experts_per_token": 3.0,
+            "steps_to_target": 15,
+            "worst_excursion": 0.05,
+            "experts_by_layer": [1.0, 2.0, 2.5, 2.5],
+            "curve": {
+                name: [3.0, 2.5, 2.0, 1.9, 1.8]
+                for name in ("tokens", "experts", "std_experts", "threshold")
+            },
+            "validation_curve": {"tokens": [1], "loss": [loss], "experts": [2]},
+        }
+        for name, values in (defaults | losses).items()
+        for seed, loss in enumerate(values, 1)
+    ]
+    post_hoc = [
+        {"seed": 1, "threshold": threshold, "experts": 2.0, "loss": loss}
+        for threshold, loss in ((None, 5.0), (0.1, 5.2), (0.17, 5.1))
+    ]
+    correlation = {"value": 0.3, "low": 0.2, "high": 0.4}
+    analysis = {
+        "variant": "top_p_04",
+        "experts_by_source": {"book": 1.9, "code": 1.7},
+        "correlation_with_loss": correlation,
+        "frequent_tokens": 500,
+        "words_among_most": 0.1,
+        "words_among_fewest": 0.5,
+        "most": ["a"],
+        "fewest": ["b|c"],
+    }
+    head = {"date": "2000-01-01", "commit": "abc", "machine": "none"}
+    return head | {"runs": rows, "post_hoc": post_hoc, "analysis": [analysis]}
+
+
+def verdict(text, content):
+    (claim,) = (claim for claim in CLAIMS if claim.text.startswith(text))
+    found = judge(claim, Results(content))
+    return None if found is None else found.word
+
+
+def test_a_difference_counts_against_the_spread_over_seeds():
+    # The spread is 0.01; two standard errors of three seeds against one: 0.0231.
+    compared = Results(synthetic()).compare("top2", "dense")
+    assert compared.error == pytest.approx(2 * 0.01 * math.sqrt(1 / 3 + 1))
+    claim = "Experts beat a dense model"
+    assert verdict(claim, synthetic(dense=[5.04])) == HOLDS
+    assert verdict(claim, synthetic(dense=[5.03])) == UNCLEAR
+    assert verdict(claim, synthetic(dense=[4.98])) == FAILS
+    both = "Controller and normalization are both"
+    assert verdict(both, synthetic(no_drn=[5.1], no_controller=[5.1])) == HOLDS
+    assert verdict(both, synthetic(no_drn=[5.1], no_controller=[5.01])) == UNCLEAR
+    assert verdict(both, synthetic(no_drn=[5.1], no_controller=[4.9])) == FAILS
+
+
+def test_claims_about_layers_tokens_and_the_count():
+    content = synthetic()
+    assert verdict("Bottom layers need more", content) == FAILS
+    assert verdict("Shallow layers use fewer", content) == HOLDS
+    assert verdict("Tokens that use most", content) == HOLDS
+    assert verdict("Harder input", content) == HOLDS
+    assert verdict("The number of experts falls", content) == HOLDS
+    assert verdict("The count locks", content) == HOLDS
+    assert verdict("Top-2 with a threshold after", content) == HOLDS
+    late = synthetic()
+    for row in late["runs"]:
+        row["steps_to_target"] = 21
+        row["experts_by_layer"] = row["experts_by_layer"][::-1]
+    late["analysis"][0]["correlation_with_loss"] = {"value": -0.3, "low": -0.4, "high": -0.2}
+    assert verdict("The count locks", late) == FAILS
+    assert verdict("Bottom layers need more", late) == HOLDS
+    assert verdict("Harder input", late) == FAILS
+
+
+def test_what_was_not_trained_is_not_judged():
+    content = synthetic()
+    content["runs"] = [row for row in content["runs"] if row["variant"] != "dense"]
+    assert verdict("Experts beat a dense model", content) is None
+    assert verdict("Two experts beat one", content) is not None
+    assert verdict("Harder input", content | {"analysis": []}) is None
+    assert "Not trained yet, wholly or in part: dense." in document.text(Results(content))
+
+
+def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
+    from study.figures import draw_all
+
+    results.write(tmp_path, "cpu", synthetic())
+    read = Results.read(tmp_path / "cpu.json")
+    assert read.content == synthetic()
+    table = (tmp_path / "cpu.csv").read_text().splitlines()
+    assert len(table) == 20 and "curve" not in table[0]
+    page = document.text(read)
+    assert "not run yet" not in page
+    for claim in CLAIMS:
+        assert claim.text in page
+    assert "| top-2 | 3 | 5.0100 (0.0100) |" in page
+    assert "b\\|c" in page
+    pictures = draw_all(read, tmp_path)
+    assert {path.name for path in pictures} == {
+        f"study_{name}.png" for name in ("loss", "experts", "layers", "post_hoc")
+    }
+    for picture in pictures:
+        assert f"(images/{picture.name})" in page
+
+
+def test_the_page_says_what_the_results_say():
+    found = Results.read(document.RESULTS / f"{document.SIZE}.json")
+    assert document.DOCUMENT.read_text() == document.text(found), "run python -m study document"
+
+
+def test_numbers_are_kept_with_five_digits():
+    rounded = results._rounded({"a": [1.23456789, np.float64(2e-7)], "b": (3, None)})
+    assert rounded == {"a": [1.2346, 2e-7], "b": [3, None]}
