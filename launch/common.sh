@@ -16,8 +16,13 @@ load_settings() {
   local settings=${CLUSTER_ENV:-$launch/cluster.env}
   [[ -r $settings && ! -d $settings ]] ||
     fail "there is no $settings: cp $launch/cluster.env.example $settings, and fill it in."
+  local status=0
+  set +eu # what modules define reads unset variables
   # shellcheck source=/dev/null
-  source "$settings"
+  source "$settings" || status=$?
+  set -eu
+  ((status == 0)) ||
+    fail "reading $settings ended with status $status: mend its last command, or end it with true."
   [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] ||
     fail "LAUNCHER is '$LAUNCHER' in $settings: use torchrun (one task a node) or srun (one a GPU)."
   if [[ -n $DEVICE ]]; then
@@ -31,7 +36,11 @@ load_settings() {
     if [[ -x $checkout/.venv/bin/python ]]; then PYTHON=$checkout/.venv/bin/python; fi
   fi
   if [[ -n $NETWORK_INTERFACE ]]; then
-    export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
+    [[ $NETWORK_INTERFACE != ^* ]] ||
+      fail "NETWORK_INTERFACE is '$NETWORK_INTERFACE' in $settings: name the interface to use. Only" \
+        "NCCL leaves interfaces out: export NCCL_SOCKET_IFNAME='$NETWORK_INTERFACE' does it."
+    # Only NCCL knows a = in front, for names in full.
+    export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=${NETWORK_INTERFACE#=}
   fi
   export PYTHON LAUNCHER PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -87,6 +96,9 @@ wait_for_ranks() {
 
 # The part of a Slurm script, with its default recipe and its arguments.
 run_job() {
+  [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] ||
+    fail "this is a task of a job array, whose signals and requeues would reach its other tasks:" \
+      "submit one job for each run."
   load_settings
   read_arguments "$@"
   if [[ -n ${CHECK_WORLD_SIZE:-} ]]; then # by submit.sh, before there is a job
@@ -103,16 +115,20 @@ run_job() {
   stopped='' ranks=''
   trap stop_ranks USR1 TERM
   export NPROC=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}} NODES=$SLURM_JOB_NUM_NODES
+  [[ -n ${SLURM_GPUS_ON_NODE:-}${SLURM_NTASKS_PER_NODE:-} || ${SLURM_NTASKS:-1} -le $NODES ]] ||
+    fail "--ntasks is $SLURM_NTASKS, which may be spread unevenly: give --ntasks-per-node."
+  check_cpus
+  # The batch script runs on the first node, as rank 0 does: no name has to be resolved.
+  MASTER_ADDR=$(address_of_this_node)
   begin_attempt $((NODES * NPROC))
   local tasks=1
   if [[ $LAUNCHER == srun ]]; then tasks=$NPROC; fi
-  # The batch script runs on the first node, as rank 0 does: no name has to be resolved.
-  MASTER_ADDR=$(address_of_this_node)
   # Below the ports that systems hand out; another one for the next job and the next attempt.
   MASTER_PORT=$((12000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
   export MASTER_ADDR MASTER_PORT
   status=143
   if [[ -z $stopped ]]; then
+    # shellcheck disable=SC2153 # Slurm sets it
     srun --nodes "$NODES" --ntasks $((NODES * tasks)) --ntasks-per-node "$tasks" \
       --cpus-per-task $((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1)) \
       --kill-on-bad-exit=1 "${SRUN_FLAGS[@]}" "${CONTAINER[@]}" \
@@ -154,10 +170,28 @@ requeue() {
   fi
 }
 
+# Whether the job's processes have a CPU each; GPUs come without CPUs on many clusters.
+check_cpus() {
+  if ((SLURM_CPUS_ON_NODE >= NPROC)); then return; fi
+  local told="the job has $SLURM_CPUS_ON_NODE CPUs for $NPROC processes a node: add --exclusive or"
+  told+=" --cpus-per-task N"
+  if [[ $LAUNCHER == srun ]]; then fail "$told."; fi
+  echo "warning: $told; they will be slow." >&2
+}
+
+# The first IPv4 address of NETWORK_INTERFACE, or of this node.
 address_of_this_node() {
-  if [[ -n $NETWORK_INTERFACE ]]; then
-    ip -o -4 address show dev "$NETWORK_INTERFACE" | awk '{sub("/.*", "", $4); print $4; exit}'
+  local address interface=${NETWORK_INTERFACE#=}
+  if [[ -z $interface ]]; then
+    read -r address _ < <(hostname -I) || true
+    [[ -n $address ]] || fail "$(hostname) has no address: set NETWORK_INTERFACE."
   else
-    hostname -I | awk '{print $1}'
+    command -v ip >/dev/null || fail "NETWORK_INTERFACE needs the program ip (iproute2) on each node."
+    interface=${interface%%,*} # of several the first
+    address=$(ip -o -4 address show dev "$interface" 2>/dev/null | awk '{print $4; exit}') || true
+    [[ -n $address ]] ||
+      fail "NETWORK_INTERFACE is '$NETWORK_INTERFACE', but $(hostname) has no $interface with an IPv4" \
+        "address: use one of $(ip -o -4 address show | awk '{print $2}' | sort -u | paste -sd ' ')."
   fi
+  echo "${address%/*}"
 }

@@ -21,6 +21,7 @@ if [[ -z ${NPROC:-} ]]; then
   if ((NPROC == 0)); then NPROC=1; fi
 fi
 export NPROC NODES=1 LAUNCHER=torchrun
+if [[ -n $NETWORK_INTERFACE ]]; then address_of_this_node >/dev/null; fi
 begin_attempt "$NPROC"
 
 stopped='' ranks=''

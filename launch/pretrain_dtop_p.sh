@@ -13,8 +13,9 @@
 set -euo pipefail
 launch=$(dirname "$0")
 if [[ -n ${SLURM_JOB_ID:-} && ! -f $launch/common.sh ]]; then # Slurm runs a copy of this script
-  command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')
-  launch=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "$command")" && pwd)
+  command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||p')
+  script=${command%%.sh *} # the arguments follow, which may hold anything
+  launch=$(cd "$SLURM_SUBMIT_DIR" && cd "$(dirname "${script%%$'\n'*}")" && pwd)
 fi
 # shellcheck source=common.sh
 source "$launch/common.sh"

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain_dtop_p.sh"
 STEPS, STOPPED_AFTER = 40, 2
 SMOKE = (
     f"smoke --pipeline-model-parallel-size 2 --train-iters {STEPS} --global-batch-size 2 "
-    "--save-interval 15"
+    "--save-interval 15 --data-path /no/c.shuffled/text"  # left out; a name to stumble over
 )
 PATIENCE = 240  # seconds for a job, on a busy machine
 VALUES = ("lm loss", "dynmoe/threshold", "dynmoe/experts_per_token", "grad-norm")
