@@ -36,16 +36,19 @@ RUN if [ -n "$APEX_COMMIT" ]; then \
             "git+https://github.com/NVIDIA/apex@$APEX_COMMIT"; \
     fi
 
-# torch brings CUDA's libraries, so this one needs no toolkit; Triton compiles with gcc.
+# torch brings CUDA's libraries, so this one needs no toolkit; Triton compiles with gcc. A job notes
+# its checkout's commit with git, whoever owns the checkout, and finds its network with ip.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev python3.12-dev \
+    && apt-get install --yes --no-install-recommends gcc git iproute2 libc6-dev python3.12-dev \
     && rm -rf /var/lib/apt/lists/* \
+    && git config --system safe.directory '*' \
     && useradd --create-home --uid 10001 dynmoe
 COPY --from=build /opt/venv /opt/venv
-WORKDIR /opt/megatron-dynmoe
-COPY . .
+COPY . /opt/megatron-dynmoe
+# Not the code's folder: from there Python would take this copy before a checkout that is mounted.
+WORKDIR /home/dynmoe
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 # A check in the background would take GPU memory from a training; ask the doctor instead.
