@@ -24,8 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.preflight import check_run
-from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of
+from megatron_dynmoe.preflight import LENGTH_FLAGS, check_run
+from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of, whole_number
 from megatron_dynmoe.report import CHECKPOINTS, TENSORBOARD
 
 ATTEMPTS, FINISHED = "attempts", "finished.json"
@@ -74,10 +74,11 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
         words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
     check_run(words, world_size)
 
-    earlier = sorted((run_dir / ATTEMPTS).glob("[0-9]*"))
+    earlier = _attempts(run_dir)
+    number = int(earlier[-1].name) + 1 if earlier else 1
     job = os.environ.get("SLURM_JOB_ID")
     _check_progress(earlier, job, iteration, max_restarts)
-    attempt = run_dir / ATTEMPTS / f"{len(earlier) + 1:04d}"
+    attempt = run_dir / ATTEMPTS / f"{number:04d}"
     attempt.mkdir(parents=True)
     if iteration is None and (run_dir / TENSORBOARD).exists():
         # Curves of steps that no checkpoint holds; the run begins anew.
@@ -88,7 +89,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     _say_what_changed(earlier, words)
     start = "from the start" if iteration is None else f"from iteration {iteration}"
     size = "1 process" if world_size == 1 else f"{world_size} processes"
-    print(f"attempt {len(earlier) + 1} of {run_dir}: {start}, {size}", file=sys.stderr)
+    print(f"attempt {number} of {run_dir}: {start}, {size}", file=sys.stderr)
     return attempt
 
 
@@ -105,7 +106,7 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     """
     run_dir = attempt.parent.parent
     values = values_of(shlex.split((attempt / "flags.txt").read_text()))
-    began = json.loads((attempt / "attempt.json").read_text())["iteration"]
+    began = _facts(attempt).get("iteration")
     iteration = latest_iteration(run_dir, values)
     has_progress = iteration is not None and iteration > (began or 0)
     reached = "no checkpoint" if iteration is None else f"checkpoint {iteration}"
@@ -137,14 +138,18 @@ def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
 
 
 def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
-    """Whether the run has come to its end, and the flags ask for no more than that."""
+    """Whether the run has come to its end, and the flags ask for no more than that.
+
+    Raises:
+        ValueError: a flag of the run's length is no whole number.
+    """
     marker = run_dir / FINISHED
     if not marker.is_file():
         return False
     done = json.loads(marker.read_text())
     return all(
-        int("".join(values[flag])) <= (done[flag] or 0)
-        for flag in ("train-iters", "train-samples")
+        whole_number(values, flag, least=0) <= (done[flag] or 0)
+        for flag in LENGTH_FLAGS
         if flag in values
     )
 
@@ -165,8 +170,10 @@ def _check_progress(
     """Count the attempts of this job that began where this one would."""
     restarts = 0
     for attempt in reversed(earlier):
-        record = json.loads((attempt / "attempt.json").read_text())
-        if job is None or (record["job"], record["iteration"]) != (job, iteration):
+        facts = _facts(attempt)
+        if "job" not in facts:
+            continue  # it says neither that this job began it nor that it did not
+        if job is None or (facts["job"], facts["iteration"]) != (job, iteration):
             break
         restarts += 1
     if restarts > max_restarts:
@@ -189,10 +196,24 @@ def _without(words: Sequence[str], names: Iterable[str]) -> list[str]:
     return kept
 
 
+def _attempts(run_dir: Path) -> list[Path]:
+    """The folders of all attempts that are still there, in order."""
+    folders = [path for path in (run_dir / ATTEMPTS).glob("*") if path.name.isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def _facts(attempt: Path) -> dict[str, Any]:
+    """What is on record of an attempt; nothing where its start was cut short, or files are gone."""
+    try:
+        facts: dict[str, Any] = json.loads((attempt / "attempt.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return facts
+
+
 def _record(attempt: Path, **facts: Any) -> None:
-    path = attempt / "attempt.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | facts, indent=2) + "\n")
+    text = json.dumps(_facts(attempt) | facts, indent=2)
+    (attempt / "attempt.json").write_text(text + "\n")
 
 
 def _write_origin(attempt: Path) -> None:
@@ -223,13 +244,13 @@ def _git(folder: Path, *command: str) -> str:
 
 
 def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
-    if not earlier:
+    if not earlier or not (earlier[-1] / "flags.txt").is_file():
         return
     last = shlex.split((earlier[-1] / "flags.txt").read_text())
     old, new = (set(format_flags(_without(flags, _START)).splitlines()) for flags in (last, words))
     for sign, lines in (("-", old - new), ("+", new - old)):
         for line in sorted(lines):
-            print(f"flags since attempt {len(earlier)}: {sign} {line}", file=sys.stderr)
+            print(f"flags since attempt {int(earlier[-1].name)}: {sign} {line}", file=sys.stderr)
 
 
 def _errors(attempt: Path) -> list[str]:

@@ -6,11 +6,10 @@ layout that cannot work stops before it has a GPU.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dynmoe.recipes import values_of
+from megatron_dynmoe.recipes import values_of, whole_number
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,7 @@ class Layout:
         values = values_of(flags)
 
         def size(name: str, default: int | None = None) -> int:
-            given = values.get(name)
-            if given is None and default is not None:
-                return default
-            if given is None or len(given) != 1 or not re.fullmatch(r"[1-9]\d*", given[0]):
-                shown = "missing" if given is None else f"{' '.join(given) or 'without a value'}"
-                raise ValueError(f"--{name} is {shown}: use a whole number from 1 up.")
-            return int(given[0])
+            return whole_number(values, name, default)
 
         experts = values.get("num-experts")
         tensor = size("tensor-model-parallel-size", 1)

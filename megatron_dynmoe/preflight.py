@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import NoReturn
 from megatron_dynmoe.arguments import PREFIX, config_from_args
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.layout import Layout, check_layout
-from megatron_dynmoe.recipes import values_of
+from megatron_dynmoe.recipes import values_of, whole_number
 
+LENGTH_FLAGS = ("train-iters", "train-samples")
 _DATA_FLAGS = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path")
 
 
@@ -28,8 +30,20 @@ def check_run(flags: Sequence[str], world_size: int) -> None:
     """
     layout = Layout.from_flags(flags, world_size)
     check_layout(layout)
+    check_length(flags)
     check_routing(flags, layout.num_experts)
     check_files(flags)
+
+
+def check_length(flags: Sequence[str]) -> None:
+    """Check that the length of the run is a whole number of steps or sequences.
+
+    Raises:
+        ValueError: names the flag and its value.
+    """
+    values = values_of(flags)
+    for name in LENGTH_FLAGS:
+        whole_number(values, name, default=0, least=0)
 
 
 def check_routing(flags: Sequence[str], num_experts: int) -> None:
@@ -59,6 +73,8 @@ def check_flags(flags: Sequence[str]) -> None:
     Raises:
         ValueError: a flag is unknown, or a value is not of its kind.
     """
+    # It warns that a login node has no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_dynmoe.training.loop import add_flags

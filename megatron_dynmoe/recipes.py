@@ -63,6 +63,29 @@ def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
     return values
 
 
+def whole_number(
+    values: dict[str, list[str]], name: str, default: int | None = None, least: int = 1
+) -> int:
+    """The value of a flag that takes a whole number.
+
+    Args:
+        values: of all flags, as :func:`values_of` gives them.
+        name: the flag's, without dashes in front.
+        default: where the flag is not there; None where it must be.
+        least: the smallest that is allowed.
+
+    Raises:
+        ValueError: it is missing, has no value or several, or is no such number.
+    """
+    given = values.get(name)
+    if given is None and default is not None:
+        return default
+    if given is None or len(given) != 1 or not given[0].isdecimal() or int(given[0]) < least:
+        shown = "missing" if given is None else " ".join(given) or "without a value"
+        raise ValueError(f"--{name} is {shown}: use a whole number from {least} up.")
+    return int(given[0])
+
+
 def describe(name: str) -> str:
     """The first comment line of a recipe."""
     first = _find(name).read_text().partition("\n")[0]
@@ -95,9 +118,9 @@ def _find(name_or_path: str | Path) -> Path:
             "the project; elsewhere give the path of a .flags file."
         )
     near = difflib.get_close_matches(text, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = f"did you mean {near[0]}? Use" if near else "use"
     raise ValueError(
-        f"recipe is {text!r}, which is unknown: {hint}Use one of {', '.join(known)}, or the path "
+        f"recipe is {text!r}, which is unknown: {hint} one of {', '.join(known)}, or the path "
         f"of a {SUFFIX} file."
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,44 @@ def test_changed_flags_are_told(start, capsys):
     start("--lr", "2")
     told = capsys.readouterr().err
     assert "flags since attempt 1: - --lr 1" in told and "flags since attempt 1: + --lr 2" in told
+
+
+def test_numbers_go_on_after_the_last_attempt_whatever_was_deleted(start, tmp_path, capsys):
+    first = start("--lr", "1")
+    (first.parent / "9999").mkdir()
+    (first.parent / "old").mkdir()
+    shutil.rmtree(first)
+    assert start("--lr", "1").name == "10000"
+    assert start("--lr", "2").name == "10001"
+    told = capsys.readouterr().err
+    assert "attempt 10001 of" in told and "flags since attempt 10000: + --lr 2" in told
+
+
+@pytest.mark.parametrize("text", [None, "", '{"job": '])
+def test_an_attempt_without_its_record_counts_for_nothing(start, text):
+    for _ in range(3):
+        attempt = start()
+    (attempt.parent / "0004").mkdir()  # ended before it had written anything
+    if text is not None:
+        (attempt.parent / "0004" / "attempt.json").write_text(text)
+    with pytest.raises(ValueError, match="job 7 has started 3 times"):
+        start()
+    (attempt / "attempt.json").unlink()
+    fifth = start()
+    assert fifth.name == "0005"
+    (fifth / "attempt.json").unlink()
+    assert end(fifth, 1, was_stopped=False) == FAILED
+    start()
+
+
+@pytest.mark.parametrize("flag", ["train-iters", "train-samples"])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_length_that_is_no_whole_number_is_named(start, tmp_path, flag, is_done):
+    if is_done:
+        (tmp_path / "run").mkdir()
+        mark_finished(tmp_path / "run", 20, 160)
+    with pytest.raises(ValueError, match=f"--{flag} is 1e5: use a whole number from 0 up"):
+        start(f"--{flag}", "1e5")
 
 
 def test_bad_flags_open_no_attempt(start, tmp_path):

@@ -57,9 +57,9 @@ def test_a_mistake_in_a_file_is_named(folder, text, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dtop_p_16", "'dtop_p_16', which is unknown: did you mean dtop_p_16e.*smoke"),
+        ("dtop_p_16", r"'dtop_p_16', which is unknown: did you mean dtop_p_16e\? Use.*smoke"),
         ("smoke.flags", "smoke.flags, but there is no such file"),
-        ("", "'', which is unknown"),
+        ("", "'', which is unknown: use one of"),
     ],
 )
 def test_an_unknown_recipe_names_those_that_there_are(name, message):

@@ -1,6 +1,7 @@
 """The launch scripts up to the point where they would start a job: settings and plain mistakes."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,23 +12,50 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("pretrain_*.sh"))
 
 
+# Programs of a cluster, as far as the scripts ask them: an sbatch that says what it got, a scontrol
+# that knows two jobs of which the first counts, a node with two interfaces, one without address.
+PROGRAMS = {
+    "sbatch": 'echo "sbatch $* in ${SBATCH_PARTITION:-none}"',
+    "scontrol": 'printf "JobId=%s\\n   Command=%s\\n" 7 "$COMMAND" 8 "/no/b.sh x.sh y"',
+    "ip": 'if [[ $* == *" dev "* && $* != *"dev ib0" ]]; then exit 1; fi\n'
+    'echo "2: ib0    inet 10.1.2.3/16 brd 10.1.255.255 scope global ib0"',
+}
+# What a job finds: one node with two CPUs.
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURMD_NODENAME": "n1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_CPUS_ON_NODE": "2",
+}
+
+
 @pytest.fixture
 def bash(tmp_path):
-    """Runs a script of launch/ with a cluster's settings, and an sbatch that says what it got."""
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text('#!/usr/bin/env bash\necho "sbatch $* in ${SBATCH_PARTITION:-none}"\n')
-    sbatch.chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment = kept | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    """Runs a script of launch/ with a cluster's settings and programs, and these variables."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM", "SBATCH"))
+    }
+    environment = kept | {"PATH": f"{programs}:{os.environ['PATH']}"}
 
-    def run(script: str, *arguments: str, settings: str | None = "DEVICE=cpu\nPARSE_FLAGS=no"):
+    def run(
+        script: str,
+        *arguments: str,
+        settings: str | None = "DEVICE=cpu\nPARSE_FLAGS=no",
+        **variables: str,
+    ):
         file = tmp_path / "cluster.env"
         if settings is not None:
             file.write_text(f"{settings}\nRUNS={tmp_path}/runs\n")
         return subprocess.run(
             ["bash", str(LAUNCH / script), *arguments],
-            env=environment | {"CLUSTER_ENV": str(file)},
+            env=environment | {"CLUSTER_ENV": str(file)} | variables,
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -38,6 +66,11 @@ def bash(tmp_path):
 
 def submit(bash, *arguments: str, settings: str = "DEVICE=cpu"):
     return bash("submit.sh", *arguments, settings=f"{settings}\nPARSE_FLAGS=no")
+
+
+def assert_opens_no_attempt(answer: subprocess.CompletedProcess, tmp_path: Path, words: str):
+    assert answer.returncode == 2 and words in answer.stderr, answer.stderr
+    assert "Traceback" not in answer.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -82,6 +115,121 @@ def test_submitting_uses_the_clusters_settings(bash):
 
 
 @pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", "checked for nodes x processes = 1 x 1"),
+        ("--gres=gpu:8", "= 1 x 8"),
+        ("--gres gpu:a800:8", "= 1 x 8"),
+        ("--gres=shm:3,gpu:a:2,gpu:b:2", "= 1 x 4"),
+        ("--gres gpu:a800", "= 1 x 1"),
+        ("--gpus 8", "= 1 x 8"),
+        ("-G8 -n 16", "= 1 x 8"),
+        ("-G a800:8 -N2", "= 2 x 4"),
+        ("--gpus-per-node=a800:4 --ntasks-per-node 2 -N 2", "= 2 x 4"),
+        ("--nodes=4 --nodes=2", "= 2 x 1"),
+        ("--gpus 3 -N 2", "not checked here: 2 nodes do not share 3 GPUs"),
+        ("--gres gpu:8 -G 8", "not checked here: GPUs are asked for in two ways"),
+        ("--gpus-per-task 1 -n 16", "not checked here: --gpus-per-task"),
+        ("-n 16", "not checked here: --ntasks does not say"),
+        ("--ntasks 16 -N 2", "not checked here: --ntasks does not say"),
+        ("--exclusive", "not checked here: --exclusive gives all GPUs"),
+        ("--nodes 2-4", "not checked here: --nodes is the range 2-4"),
+    ],
+)
+def test_the_number_of_processes_follows_from_any_way_to_ask_for_them(bash, options, told):
+    script = str(LAUNCH / "pretrain_dtop_p.sh")
+    answer = submit(bash, *options.split(), script, "smoke")
+    assert answer.returncode == 0, answer.stderr
+    assert told in answer.stdout
+    assert f"sbatch {options} {script} smoke".replace("  ", " ") in answer.stdout
+
+
+def test_variables_and_lines_of_the_script_ask_for_processes_too(bash, tmp_path):
+    script = tmp_path / "pretrain_mine.sh"
+    lines = f"#SBATCH --nodes=2\n#SBATCH --gres=gpu:2\nsource {LAUNCH}/common.sh\nrun_job smoke"
+    script.write_text(lines)
+    assert "= 2 x 2" in submit(bash, str(script)).stdout
+    settings = "export SBATCH_GRES=gpu:a800:4"
+    assert "= 2 x 4" in submit(bash, str(script), settings=settings).stdout
+    answer = submit(bash, "--gres", "gpu:8", "-N1", str(script), settings=settings)
+    assert "= 1 x 8" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", " smoke", " smoke --data-path /a.sh /data/c.shuffled/text"]
+)
+@pytest.mark.parametrize("folder", [LAUNCH, "launch"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_copy_that_slurm_runs_finds_its_folder(bash, tmp_path, script, folder, arguments):
+    shutil.copy(LAUNCH / script, tmp_path / "slurm_script")
+    place = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    command = f"{folder}/{script}{arguments}"
+    answer = bash(str(tmp_path / "slurm_script"), *arguments.split(), COMMAND=command, **place)
+    assert "this is a batch job" in answer.stderr, answer.stderr  # out of common.sh
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_ARRAY_JOB_ID": "7"}, "a task of a job array"),
+        ({"SLURM_NTASKS": "2"}, "--ntasks is 2, which may be spread unevenly"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "the job has 2 CPUs for 8 processes a node: add --exclusive"),
+    ],
+)
+def test_a_job_that_cannot_work_opens_no_attempt(bash, tmp_path, variables, message):
+    settings = "LAUNCHER=srun"
+    answer = bash("pretrain_dtop_p.sh", "smoke", settings=settings, **JOB, **variables)
+    assert_opens_no_attempt(answer, tmp_path, message)
+
+
+def test_torchrun_shares_few_cpus_and_says_so(bash):
+    variables = JOB | {"SLURM_NTASKS_PER_NODE": "8"}
+    answer = bash("pretrain_dtop_p.sh", "smokey", **variables)  # so that it ends before Slurm
+    assert "warning: the job has 2 CPUs for 8 processes a node" in answer.stderr
+    assert "did you mean smoke?" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("interface", "message"),
+    [
+        ("eth7", "NETWORK_INTERFACE is 'eth7', but "),
+        ("ib", "has no ib with an IPv4 address: use one of ib0."),
+        ("^docker0", "NETWORK_INTERFACE is '^docker0' in "),
+    ],
+)
+@pytest.mark.parametrize("script", ["pretrain_dtop_p.sh", "local.sh"])
+def test_a_network_interface_that_is_none_is_named(bash, tmp_path, script, interface, message):
+    settings = f"NETWORK_INTERFACE={interface}"
+    answer = bash(script, "smoke", settings=settings, **JOB)
+    assert_opens_no_attempt(answer, tmp_path, message)
+
+
+@pytest.mark.parametrize("interface", ["ib0", "=ib0", "ib0,ib1"])
+def test_nccls_ways_to_name_interfaces_are_taken(bash, tmp_path, interface):
+    probe = tmp_path / "probe.sh"
+    probe.write_text(
+        f"set -euo pipefail; source {LAUNCH}/common.sh; load_settings; address_of_this_node\n"
+        "echo $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME"
+    )
+    answer = bash(str(probe), settings=f"NETWORK_INTERFACE={interface}")
+    assert answer.stdout == f"10.1.2.3\n{interface} {interface.removeprefix('=')}\n"
+
+
+def test_settings_may_use_functions_that_are_careless_about_variables(bash):
+    module = 'module() { local seen=$NOT_SET; false; echo "loaded $1"; }\nmodule load\n'
+    answer = bash("pretrain_dtop_p.sh", "smoke", settings=module)
+    assert "loaded load" in answer.stdout and "this is a batch job" in answer.stderr
+
+
+@pytest.mark.parametrize("script", ["pretrain_dtop_p.sh", "local.sh"])
+def test_settings_that_fail_are_named(bash, tmp_path, script):
+    file = tmp_path / "broken.env"
+    file.write_text("PARSE_FLAGS=no\nDATA_FLAGS=(\n")
+    answer = bash(script, "smoke", CLUSTER_ENV=str(file))
+    assert_opens_no_attempt(answer, tmp_path, f"reading {file} ended with status 1")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("pretrain_dtop_p.sh smokey", "did you mean smoke?"),
@@ -96,6 +244,9 @@ def test_submitting_uses_the_clusters_settings(bash):
         ),
         ("--nodes two pretrain_dtop_p.sh smoke", "--nodes is 'two'"),
         ("--nodes 2", "name a script"),
+        ("--array 1-4 pretrain_dtop_p.sh smoke", "job arrays are not supported"),
+        ("-a1-4 pretrain_dtop_p.sh smoke", "job arrays are not supported"),
+        ("--gpus-per-node 0 pretrain_dtop_p.sh smoke", "processes of a node are '0'"),
     ],
 )
 def test_a_mistake_is_found_before_the_job_is_submitted(bash, arguments, message):
@@ -110,7 +261,10 @@ def test_a_misspelt_flag_is_found_before_the_job_is_submitted(bash):
     script, settings = str(LAUNCH / "pretrain_dtop_p.sh"), "DEVICE=cpu"
     answer = bash("submit.sh", script, "smoke", "--clip-grads", "1", settings=settings)
     assert answer.returncode == 1 and "sbatch" not in answer.stdout
-    assert "error: there is no flag --clip-grads: did you mean --clip-grad?" in answer.stderr
+    assert "CUDA" not in answer.stderr  # of a login node without GPUs
+    assert answer.stderr.startswith(
+        "error: there is no flag --clip-grads: did you mean --clip-grad?"
+    )
 
 
 @pytest.mark.parametrize(
