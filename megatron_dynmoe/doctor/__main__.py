@@ -14,11 +14,18 @@ from typing import NoReturn
 
 from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check, data, guarded, machine, software
 from megatron_dynmoe.doctor.table import write_table
+from megatron_dynmoe.recipes import recipe_flags
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Look and report; exits with 0 (nothing failed), 1 (something failed) or 2 (usage)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.recipe is not None:
+        try:
+            recipe_flags(args.recipe)
+        except ValueError as error:
+            parser.error(f"--recipe: {error}")
     checks = software.look(args.timeout)
     checks += _machine_checks(args)
     checks += _data_checks(args)

@@ -133,11 +133,18 @@ def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
             f"{num_tokens * dtype.itemsize:,}"
         )
     in_order = num_bounds and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
-    fits = not num_sequences or offsets[-1] + lengths[-1] * dtype.itemsize == size
-    if not in_order or not fits or (lengths < 0).any():
+    if not in_order or (lengths < 0).any() or not _lie_in_a_row(offsets, lengths, dtype.itemsize):
         raise ValueError(f"{idx.name} is damaged: its bounds do not agree with each other")
     tokens = np.memmap(bin_, dtype, mode="r") if num_tokens else np.empty(0, dtype)
     return Index(dtype, lengths, offsets, num_bounds - 1), tokens
+
+
+def _lie_in_a_row(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
+    """Whether each sequence starts in the file where the one before it ends."""
+    if not len(offsets):
+        return True
+    sizes = np.multiply(lengths[:-1], itemsize, dtype=np.int64)
+    return bool(offsets[0] == 0 and (np.diff(offsets) == sizes).all())
 
 
 def _range(tokens: np.ndarray) -> tuple[int, int, int]:
@@ -165,8 +172,9 @@ def _remedy(prefix: str) -> str:
     path = Path(prefix)
     if path.suffix in (".bin", ".idx"):
         return f"give {path.with_suffix('')}"
+    is_there = any(Path(prefix + ending).exists() for ending in (".bin", ".idx"))
     near = sorted(path.parent.glob(path.name + "*.idx")) if path.parent.is_dir() else []
-    if near:
+    if near and not is_there:
         return f"did you mean {near[0].with_suffix('')}?"
     return "make it with tools/preprocess_data.py, or copy both files again"
 

@@ -25,9 +25,8 @@ def check_writable(name: str, folder: Path) -> Check:
             file.flush()
     except OSError as error:
         reason = error.strerror or str(error)
-        return Check(
-            name, FAILED, f"{folder}: {reason} ({existing})", "name a folder that you may write to"
-        )
+        found = f"{folder}: {existing} is not writable ({reason})"
+        return Check(name, FAILED, found, "name a folder that you may write to")
     return Check(name, PASSED, f"{folder}{missing}")
 
 
