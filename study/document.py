@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from study.claims import CLAIMS, judge
@@ -20,9 +22,9 @@ _INTRODUCTION = """\
 Written by `python -m study document` from `study/results/{size}.json`; a test compares the two.
 
 `make study` trains the routings of both papers on the same text with the same model, steps and
-seeds, and looks at what each paper claims. It is small: {layers}, {steps} steps of
-{tokens_per_step:,} tokens, a text of a few megabytes. What holds here may not hold at the papers'
-sizes, and the other way round.
+seeds, and looks at what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
+of 256, {steps} steps of {tokens_per_step:,} tokens, a text of a few megabytes. What holds here may
+not hold at the papers' sizes, and the other way round.
 
     make study                             # at most 4 hours on 2 cores; again: goes on where it was
     make study STUDY="--list"              # what is trained, and how far it is
@@ -73,7 +75,6 @@ def text(results: Results | None) -> str:
     size = SIZES[SIZE]
     page = _INTRODUCTION.format(
         size=SIZE,
-        layers="6 layers of hidden size 128 with 16 experts of 256",
         steps=size.steps,
         tokens_per_step=size.tokens_per_step,
         jobs=size.jobs,
@@ -127,11 +128,14 @@ def _results(results: Results) -> str:
         "",
         *rows,
         "",
-        "Losses in nats per token, over seeds as mean (and standard deviation). Experts and their "
-        "deviation over tokens and layers are of the last evaluation. The time of a step is the "
-        'median; trainings ran side by side. "Within 2 %" is the first step from which the count '
-        'is there for ten steps, "worst" the largest distance from the target in any step after '
-        "that.",
+        fill(
+            "Losses in nats per token, over seeds as mean (and standard deviation). Experts and "
+            "their deviation over tokens and layers are of the last evaluation. The time of a step "
+            'is the median; trainings ran side by side. "Within 2 %" is the first step from which '
+            'the count is there for ten steps, "worst" the largest distance from the target in any '
+            "step after that.",
+            100,
+        ),
         *(
             [
                 f"Seeds alone make a standard deviation of {spread:.4f} in the validation loss, "
@@ -158,8 +162,6 @@ def _row(results: Results, name: str, title: str) -> str:
             return "-"
         text = f"{results.mean(name, column):.{digits}f}"
         if len(values) > 1:
-            import statistics
-
             text += f" ({statistics.stdev(values):.{digits}f})"
         return text
 
@@ -188,9 +190,12 @@ def _claims(results: Results | None) -> str:
         "",
         "## The claims",
         "",
-        "Their figures are scores of tasks, which a model this small cannot do; here it is the "
-        "validation loss. A difference counts if it is larger than two standard errors from the "
-        "spread over seeds; the rule stood before there were results.",
+        fill(
+            "Their figures are scores of tasks, which a model this small cannot do; here it is the "
+            "validation loss. A difference counts if it is larger than two standard errors from "
+            "the spread over seeds; the rule stood before there were results.",
+            100,
+        ),
         "",
         "| paper | claim | they saw | this study saw | |",
         "| --- | --- | --- | --- | --- |",
