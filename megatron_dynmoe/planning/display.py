@@ -87,6 +87,8 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     if layout.num_experts:
         yield _row("experts per token", [f"{count:.2f}" for _, count in columns.values()])
     for part, is_exact in PARTS.items():
+        if part == "expert_rows" and not layout.num_experts:
+            continue
         name = part.replace("_", " ") + ("" if is_exact else " (estimated)")
         yield _row(name, [f"{getattr(memory, part) / scale:.2f}" for memory, _ in columns.values()])
     yield _row("total", [f"{memory.total / scale:.2f}" for memory, _ in columns.values()])
@@ -111,19 +113,27 @@ def _verdict(plan: Plan) -> Iterator[str]:
         else:
             yield "Neither recomputation, smaller micro-batches nor more parallelism make it fit."
         return
+    if not plan.layout.num_experts:
+        yield "Fits."
+        return
     yield "Fits with a balanced load."
-    if plan.layout.num_experts and plan.worst_case.total > room:
-        cap = plan.cap_that_fits
-        remedy = f"--moe-dynamic-max-experts-per-token {cap} rules it out."
-        if cap is None or cap < counts.mean:
+    if plan.worst_case.total > room:
+        cap = plan.cap_that_fits or 0
+        if cap >= counts.mean:
+            remedy = f"--moe-dynamic-max-experts-per-token {cap} rules it out."
+        elif plan.worst_case_remedies:
+            remedy = "no cap above the mean rules it out. Any of these does:"
+        else:
             remedy = (
-                "no cap above the mean rules it out; smaller micro-batches or recomputation do."
+                "neither a cap above the mean, recomputation, smaller micro-batches nor more "
+                "parallelism rule it out."
             )
         yield from textwrap.wrap(
             "The worst case does not, in which every token of all ranks that share experts chooses "
             "as many experts of this GPU as it may, in all layers at once: " + remedy,
             100,
         )
+        yield from (f"  {remedy}" for remedy in plan.worst_case_remedies)
 
 
 def _line(name: str, text: str) -> str:

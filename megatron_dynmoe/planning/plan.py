@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dynmoe.arguments import config_from_args
@@ -17,6 +17,7 @@ from megatron_dynmoe.planning.shape import active_parameters, total_parameters
 from megatron_dynmoe.recipes import recipe_flags
 
 MAX_REMEDIES = 3
+MAX_TOKENS = 1e18  # far beyond any run, and where whole numbers still are exact
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Plan:
         cap_that_fits: the largest cap whose worst case fits, None where there is none.
         hours: arithmetic: FLOPs over the GPUs' peak at the given utilisation.
         remedies: changes with which a run that does not fit would.
+        worst_case_remedies: changes that rule the worst case out where no cap above the mean does.
     """
 
     recipe: str
@@ -49,6 +51,7 @@ class Plan:
     checkpoint_bytes: int
     num_checkpoints: int | None
     remedies: tuple[str, ...]
+    worst_case_remedies: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -99,7 +102,14 @@ def make_plan(
     model = _memory_model(args, layout)
     (stage, mean), (_, first_steps) = map(model.fullest, counts.rows_per_token)
     fits = max(mean.total, first_steps.total) <= gpu.memory
+    worst_case = model.worst_case(counts.cap)[1]
+    cap_that_fits = model.cap_that_fits(gpu.memory) if model.shape.num_experts else None
+    needs_more_than_a_cap = worst_case.total > gpu.memory and (cap_that_fits or 0) < counts.mean
     steps = _steps(args, layout, tokens)
+
+    def remedies(needed: Callable[[MemoryModel], float]) -> tuple[str, ...]:
+        return tuple(_remedies(words, num_gpus, lambda model: needed(model) <= gpu.memory))
+
     return Plan(
         recipe=recipe,
         gpu=gpu,
@@ -110,15 +120,20 @@ def make_plan(
         stage=stage,
         mean=mean,
         first_steps=first_steps,
-        worst_case=model.worst_case(counts.cap)[1],
-        cap_that_fits=model.cap_that_fits(gpu.memory) if model.shape.num_experts else None,
+        worst_case=worst_case,
+        cap_that_fits=cap_that_fits,
         tokens_per_step=layout.global_batch * layout.seq_length,
         steps=steps,
         flops=_flops(args, steps * layout.global_batch, counts.mean),
         utilisation=utilisation,
         checkpoint_bytes=model.checkpoint_bytes,
         num_checkpoints=math.ceil(steps / args.save_interval) if args.save_interval else None,
-        remedies=() if fits else tuple(_remedies(words, num_gpus, gpu, counts)),
+        remedies=()
+        if fits
+        else remedies(lambda model: model.fullest(max(counts.rows_per_token))[1].total),
+        worst_case_remedies=remedies(lambda model: model.worst_case(counts.cap)[1].total)
+        if fits and needs_more_than_a_cap
+        else (),
     )
 
 
@@ -146,15 +161,23 @@ def _steps(args: Namespace, layout: Layout, tokens: float | None) -> int:
             f"--step-batch-size-schedule is {args.step_batch_size_schedule}: steps are planned for "
             "one --global-batch-size. Leave it out to plan without."
         )
+    per_step = layout.global_batch * layout.seq_length
     if tokens is not None:
         if not 1 <= tokens < math.inf:
             raise ValueError(f"--tokens is {tokens:g}: give the tokens of the run, such as 100e9.")
-        return math.ceil(tokens / (layout.global_batch * layout.seq_length))
-    if args.train_samples:
-        return math.ceil(args.train_samples / layout.global_batch)
-    if args.train_iters is None:
+        steps = math.ceil(tokens / per_step)
+    elif args.train_samples:
+        steps = -(-args.train_samples // layout.global_batch)
+    elif args.train_iters is not None:
+        steps = args.train_iters
+    else:
         raise ValueError("the length of the run is not known: give --tokens or --train-iters.")
-    return args.train_iters
+    if (steps - 1) * per_step > MAX_TOKENS:
+        raise ValueError(
+            f"the run has more than {MAX_TOKENS:g} tokens: give fewer --tokens, --train-iters or "
+            "--train-samples."
+        )
+    return steps
 
 
 def _flops(args: Namespace, num_samples: int, experts_per_token: float) -> float:
@@ -163,7 +186,9 @@ def _flops(args: Namespace, num_samples: int, experts_per_token: float) -> float
     return floating_point_operations(args, num_samples, experts_per_token)
 
 
-def _remedies(words: Sequence[str], num_gpus: int, gpu: GPU, counts: ExpertCounts) -> Iterator[str]:
+def _remedies(
+    words: Sequence[str], num_gpus: int, fits: Callable[[MemoryModel], bool]
+) -> Iterator[str]:
     """Flags with which the run would fit, the least change first."""
     found = 0
     for change in _changes(Layout.from_flags(words, num_gpus)):
@@ -173,8 +198,7 @@ def _remedies(words: Sequence[str], num_gpus: int, gpu: GPU, counts: ExpertCount
             check_layout(layout)
         except ValueError:
             continue
-        model = _memory_model(read_args(changed), layout)
-        if model.fullest(max(counts.rows_per_token))[1].total <= gpu.memory:
+        if fits(_memory_model(read_args(changed), layout)):
             yield change
             found += 1
             if found == MAX_REMEDIES:

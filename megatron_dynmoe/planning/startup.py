@@ -59,7 +59,7 @@ def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> st
     remedy = (
         f"{fitting} is the largest that cannot"
         if fitting is not None
-        else "no value rules it out: lower --micro-batch-size, or add --recompute-granularity full"
+        else "no value rules it out: try a lower --micro-batch-size or --recompute-granularity full"
     )
     return f"WARNING: {setting}, with which a step can need {sizes} at worst; {remedy}."
 

@@ -88,6 +88,25 @@ def test_the_worst_case_comes_with_the_cap_that_rules_it_out(capsys):
     assert plan(capsys, f"{command} {flag} {cap + 1}")["worst_case_total"] > 80e9
 
 
+def test_where_no_cap_helps_what_does_is_tried(capsys):
+    command = "dtop_p_64e8a --gpus 8 --gpu a800-80g"
+    code, text, _ = run(capsys, command)
+    assert code == 0 and "Any of these does:" in " ".join(text.split())
+    remedies = [line.strip() for line in text.splitlines() if line.startswith("  --")]
+    assert 1 <= len(remedies) <= 3
+    for remedy in remedies:
+        assert plan(capsys, f"{command} {remedy}")["worst_case_total"] <= 80e9
+    smallest = "--micro-batch-size 1 --seq-length 32768 --max-position-embeddings 32768"
+    smallest += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    code, text, _ = run(capsys, f"{command} {smallest}")
+    assert code == 0 and "nor more parallelism rule it out." in " ".join(text.split())
+
+
+def test_a_dense_model_has_no_experts_to_speak_of(capsys):
+    code, text, _ = run(capsys, "dense_374m --gpus 8 --gpu a800-80g")
+    assert code == 0 and text.endswith("\nFits.\n") and "expert" not in text
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -105,6 +124,10 @@ def test_the_worst_case_comes_with_the_cap_that_rules_it_out(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --hidden-size 1000", "--hidden-size is 1000"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens -1", "--tokens is -1"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens nan", "--tokens is nan"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens inf", "--tokens is inf"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens 1e300", "more than 1e+18 tokens"),
+        (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-iters 1{'0' * 400}", "more than 1e+18"),
+        (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-samples 1{'0' * 400}", "more than 1e+18"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --step-batch-size-schedule 0:32", "schedule is 0:32"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilisation is 40"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-dynamic-threshold 0.4", "threshold is 0.4"),

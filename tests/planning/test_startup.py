@@ -27,4 +27,4 @@ def test_what_may_not_fit_comes_with_the_cap_that_does(memory_model, cap, words)
 
 
 def test_where_no_cap_helps_something_else_is_named(memory_model):
-    assert "lower --micro-batch-size" in describe_bound(memory_model("dtop_p_16e"), 1, 8 * GB)
+    assert "try a lower --micro-batch-size" in describe_bound(memory_model("dtop_p_16e"), 1, 8 * GB)
