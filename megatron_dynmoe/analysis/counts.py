@@ -19,7 +19,7 @@ LOSS_UNIT = 2.0**-20
 NUM_BAGS = 64
 # Ranks are those of bins: steps of about 6 % in the loss, and the exact number of experts of a
 # token over all layers as long as that has no more values than this.
-NUM_LOSS_BINS = 112
+NUM_LOSS_BINS = 128
 MAX_EXPERT_BINS = 256
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from megatron_dynmoe.analysis import collect as collecting
@@ -22,6 +23,7 @@ from megatron_dynmoe.analysis.counts import (
     loss_of_bin,
 )
 from megatron_dynmoe.analysis.measure import SweepWindows, sweep
+from megatron_dynmoe.analysis.statistics import spearman
 from megatron_dynmoe.analysis.tokens import letters_of
 from megatron_dynmoe.analysis.windows import TextFile, Window, read_windows
 
@@ -70,6 +72,32 @@ def test_counts_are_those_of_one_window_at_a_time(
     assert np.array_equal(total.position_LS, position_LS)
     assert total.loss * LOSS_UNIT == pytest.approx(loss, rel=1e-5)
     assert total.vocab_loss_V.sum() == total.loss
+
+
+def test_losses_are_paired_with_their_tokens(
+    loaded: tuple[Any, Any], windows: list[Window]
+) -> None:
+    model, tokenizer = loaded
+    pairs: dict[str, list[tuple[int, float]]] = {"own": [], "next": []}
+    for window in windows:
+        tokens = torch.tensor([window.tokens])
+        with torch.no_grad():
+            output = model(tokens)
+        experts = output.experts_per_token[:, 0].sum(0).tolist()
+        losses = torch.nn.functional.cross_entropy(
+            output.logits[0, :-1], tokens[0, 1:], reduction="none"
+        ).tolist()
+        pairs["own"] += zip(experts[1:], losses, strict=True)
+        pairs["next"] += zip(experts[:-1], losses, strict=True)
+    total = add_up(counted(model, tokenizer, windows))
+    for kind, table_BKN in (("own", total.own_loss_BKN), ("next", total.next_loss_BKN)):
+        assert table_BKN.sum() == total.predicted
+        experts, losses = zip(*pairs[kind], strict=True)
+        bins = loss_bins(np.array(losses) / LOSS_UNIT)
+        found = spearman(table_BKN.sum(axis=0))
+        assert found == pytest.approx(scipy.stats.spearmanr(experts, bins).statistic, abs=5e-4)
+        assert found == pytest.approx(scipy.stats.spearmanr(experts, losses).statistic, abs=5e-3)
+    assert (total.own_loss_BKN.sum(axis=(1, 2)) > 0).sum() > 5  # windows are dealt to bags
 
 
 def test_which_experts_are_those_of_the_router(
