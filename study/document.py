@@ -106,8 +106,8 @@ def _results(results: Results) -> str:
     spread = results.spread("validation_loss")
     rows = [
         "| routing | seeds | validation loss | experts per token, validation | std over tokens "
-        "| s a step | within 2 % from step | worst after |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| s a step | within 2 % from step | worst mean after | worst step after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, variant in VARIANTS.items():
         if name in results.rows:
@@ -131,9 +131,9 @@ def _results(results: Results) -> str:
         fill(
             "Losses in nats per token, over seeds as mean (and standard deviation). Experts and "
             "their deviation over tokens and layers are of the last evaluation. The time of a step "
-            'is the median; trainings ran side by side. "Within 2 %" is the first step from which '
-            'the count is there for ten steps, "worst" the largest distance from the target in any '
-            "step after that.",
+            'is the median; trainings ran side by side. "Within 2 %" is the first step at which '
+            "the mean count of the ten steps before is, then come the largest distances from the "
+            "target of any such mean and of any single step, which is off by chance, too.",
             100,
         ),
         *(
@@ -166,7 +166,6 @@ def _row(results: Results, name: str, title: str) -> str:
         return text
 
     reached = [row["steps_to_target"] for row in results.rows[name] if "steps_to_target" in row]
-    worst = results.values(name, "worst_excursion")
     experts = (
         "validation_experts_per_token"
         if results.values(name, "validation_experts_per_token")
@@ -180,7 +179,10 @@ def _row(results: Results, name: str, title: str) -> str:
         cell("validation_std_experts_per_token", 3),
         cell("seconds_per_step", 3),
         ", ".join("never" if step is None else str(step) for step in reached) or "-",
-        f"{max(worst):.1%}" if worst else "-",
+        *(
+            f"{max(values):.1%}" if (values := results.values(name, column)) else "-"
+            for column in ("worst_excursion", "worst_step")
+        ),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -36,28 +36,26 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 
 def _draw_loss(results: Results) -> Any:
-    """A dot a seed, best variant at the top; right of it what the experts cost."""
+    """A dot a seed, best variant at the top; beside it, in the same colours, what experts cost."""
+    colors = plt.get_cmap("tab20").colors
     names = sorted(results.rows, key=lambda name: -results.mean(name, "validation_loss"))
     figure, (by_variant, by_compute) = plt.subplots(
         1, 2, figsize=(11, 0.4 * len(names) + 1.5), layout="constrained"
     )
     for place, name in enumerate(names):
         losses = results.values(name, "validation_loss")
-        color = f"C{list(VARIANTS).index(name) % 10}"
+        color = colors[list(VARIANTS).index(name)]
         by_variant.plot(losses, [place] * len(losses), "o", color=color)
-        flops = results.mean(name, "expert_flops")
-        loss = results.mean(name, "validation_loss")
-        by_compute.plot(flops, loss, "o", color=color)
-        by_compute.annotate(
-            VARIANTS[name].title, (flops, loss), (5, 3), textcoords="offset points", fontsize=7
-        )
+        by_compute.plot(results.values(name, "expert_flops"), losses, "o", color=color)
     by_variant.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
     by_variant.set(title="validation loss, a dot a seed", xlabel="nats per token")
     by_compute.set(
-        title="validation loss against measured expert compute",
+        title="against measured expert compute",
         xlabel="floating-point operations in experts",
         ylabel="nats per token",
     )
+    for label, name in zip(by_variant.get_yticklabels(), names, strict=True):
+        label.set_color(colors[list(VARIANTS).index(name)])
     by_compute.xaxis.set_major_formatter(EngFormatter(sep=" "))
     for axis in (by_variant, by_compute):
         axis.grid(alpha=0.25)

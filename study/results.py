@@ -16,7 +16,7 @@ from megatron_dynmoe import overlay, report
 from study.runs import Run
 
 TOLERANCE = 0.02  # of the target, within which a count is held
-HELD_STEPS = 10  # that long, and it counts as reached
+MEAN_STEPS = 10
 CURVE_POINTS = 100
 _NO_CURVES = ("curve", "validation_curve", "experts_by_layer")
 
@@ -70,18 +70,30 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, Any]:
-    """When a count reaches its target and how far it strays afterwards.
+    """When a count reaches its target and how far it strays afterwards, as shares of the target.
 
-    Reached: the first step from which it is within 2 % of the target for ten steps. The worst
-    excursion is a share of the target, over all steps from there on. Both are None where it never
-    gets there.
+    Looked at are means over ten steps, since the count of a single small batch is off by more than
+    2 % by chance. Reached is the first step with such a mean behind it that is within 2 %; the
+    worst excursion is that of any later mean, the worst step that of any later single step. All are
+    None where the count never gets there.
     """
-    errors = np.abs(np.asarray(experts, dtype=float) / target - 1)
-    within = np.convolve(errors <= TOLERANCE, np.ones(HELD_STEPS), mode="valid") > HELD_STEPS - 0.5
+    counts = np.asarray(experts, dtype=float)
+    nothing = {"steps_to_target": None, "worst_excursion": None, "worst_step": None}
+    if len(counts) < MEAN_STEPS:
+        return nothing
+    means = np.convolve(counts, np.full(MEAN_STEPS, 1 / MEAN_STEPS), mode="valid")
+    errors = np.abs(means / target - 1)
+    within = errors <= TOLERANCE
     if not within.any():
-        return {"steps_to_target": None, "worst_excursion": None}
+        return nothing
     first = int(np.argmax(within))
-    return {"steps_to_target": first + 1, "worst_excursion": float(errors[first:].max())}
+    reached = first + MEAN_STEPS
+    later = np.abs(counts[reached:] / target - 1)
+    return {
+        "steps_to_target": reached,
+        "worst_excursion": float(errors[first:].max()),
+        "worst_step": float(later.max()) if len(later) else None,
+    }
 
 
 def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
