@@ -37,7 +37,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 def _draw_loss(results: Results) -> Any:
     """A dot a seed, best variant at the top; beside it, in the same colours, what experts cost."""
-    colors = plt.get_cmap("tab20").colors
+    colors = [*plt.get_cmap("tab10").colors, "black"]
     names = sorted(results.rows, key=lambda name: -results.mean(name, "validation_loss"))
     figure, (by_variant, by_compute) = plt.subplots(
         1, 2, figsize=(11, 0.4 * len(names) + 1.5), layout="constrained"
@@ -54,8 +54,6 @@ def _draw_loss(results: Results) -> Any:
         xlabel="floating-point operations in experts",
         ylabel="nats per token",
     )
-    for label, name in zip(by_variant.get_yticklabels(), names, strict=True):
-        label.set_color(colors[list(VARIANTS).index(name)])
     by_compute.xaxis.set_major_formatter(EngFormatter(sep=" "))
     for axis in (by_variant, by_compute):
         axis.grid(alpha=0.25)
