@@ -82,6 +82,7 @@ cat <<NEXT
   see the curves          $RUN/curves.png
   more of them            .venv/bin/tensorboard --logdir $RUN/tensorboard
   text from the model     PATH=.venv/bin:\$PATH RUN=$RUN bash examples/export_and_generate/run.sh
+  where the experts go    PATH=.venv/bin:\$PATH RUN=$RUN bash examples/analyze/run.sh
   the baseline, top-2     RUN=runs/top2 ROUTING="--moe-router-topk 2 --moe-aux-loss-coeff 2e-2 --moe-router-load-balancing-type seq_aux_loss" make quickstart
   a fixed threshold       RUN=runs/top_p ROUTING="--moe-dynamic-routing top_p --moe-dynamic-threshold 0.2" make quickstart
   train on                the command in $RUN/command.txt with
