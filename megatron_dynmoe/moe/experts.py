@@ -208,7 +208,9 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
 
 def has_grouped_gemm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     """Whether these GEMMs run in one call that takes the counts on the device."""
-    return uses_grouped_mm(device, dtype, *sizes) or kernels.available(device)
+    if uses_grouped_mm(device, dtype, *sizes):
+        return True
+    return dtype != torch.float64 and kernels.available(device)  # kernels add up in float32
 
 
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:

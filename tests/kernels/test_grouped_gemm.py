@@ -75,3 +75,11 @@ def test_experts_run_by_it_where_there_is_no_grouped_mm(monkeypatch):
     assert type(output.grad_fn).__name__ == "_KernelLinearBackward"
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_float64_stays_with_the_loop_whose_sums_are_float64(monkeypatch):
+    monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(experts.kernels, "available", lambda device: True)
+    rows, weight = normal(3, 5, dtype=torch.float64), normal(1, 7, 5, dtype=torch.float64)
+    got = experts.grouped_linear(rows, weight, torch.tensor([3], device=DEVICE))
+    torch.testing.assert_close(got, rows @ weight[0].T, rtol=1e-14, atol=1e-14)
