@@ -163,10 +163,11 @@ def _post_hoc(results: Results) -> Verdict:
 
 
 def _throughput(results: Results) -> Verdict:
-    compared = results.compare("top_p_04", "top2", "seconds_per_step")
+    compared = results.compare("top_p_04", "top2", "processor_seconds_per_step")
     return Verdict(
         _verdict(compared.is_lower),
-        f"{compared.first:.3f} s a step against {compared.second:.3f} s ± {compared.error:.3f} s "
+        f"{compared.first:.3f} s of the processor a step against {compared.second:.3f} s "
+        f"± {compared.error:.3f} s "
         f"with {results.mean('top_p_04', 'experts_per_token'):.2f} experts at the end",
     )
 

@@ -106,7 +106,7 @@ def _results(results: Results) -> str:
     spread = results.spread("validation_loss")
     rows = [
         "| routing | seeds | validation loss | experts per token, validation | std over tokens "
-        "| s a step | within 2 % from step | worst mean after | worst step after |",
+        "| processor s a step | within 2 % from step | worst mean after | worst step after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, variant in VARIANTS.items():
@@ -131,9 +131,11 @@ def _results(results: Results) -> str:
         fill(
             "Losses in nats per token, over seeds as mean (and standard deviation). Experts and "
             "their deviation over tokens and layers are of the last evaluation. The time of a step "
-            'is the median; trainings ran side by side. "Within 2 %" is the first step at which '
-            "the mean count of the ten steps before is, then come the largest distances from the "
-            "target of any such mean and of any single step, which is off by chance, too.",
+            "is the processor's, with the share of a run's start and evaluations: the clock's "
+            "would say what else the machine did meanwhile (both are in the results; "
+            '[benchmarks](benchmarks.md) has steps timed in turn). "Within 2 %" is the first step '
+            "at which the mean count of the ten steps before is, then come the largest distances "
+            "from the target of any such mean and of any single step, which is off by chance, too.",
             100,
         ),
         *(
@@ -177,7 +179,7 @@ def _row(results: Results, name: str, title: str) -> str:
         cell("validation_loss", 4),
         cell(experts, 3),
         cell("validation_std_experts_per_token", 3),
-        cell("seconds_per_step", 3),
+        cell("processor_seconds_per_step", 3),
         ", ".join("never" if step is None else str(step) for step in reached) or "-",
         *(
             f"{max(values):.1%}" if (values := results.values(name, column)) else "-"

@@ -62,12 +62,18 @@ class Queue:
             process = start(run, self._corpus, self._size)
             self._processes.add(process)
         assert process.stdout is not None
-        with contextlib.suppress(PermissionError), process:
+        begun_at = run.iteration
+        with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
-            with open(run.folder / LOG, "a") as log:
-                for line in process.stdout:
-                    log.write(line)
-                    self._show(run, line)
+        with process, open(run.folder / LOG, "a") as log:
+            for line in process.stdout:
+                log.write(line)
+                self._show(run, line)
+            # Popen.wait would throw the times away.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode == 0:
+            run.add_times(run.iteration - begun_at, usage.ru_utime + usage.ru_stime)
         with self._lock:
             self._processes.discard(process)
             self._left[run.name] = 0

@@ -37,6 +37,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "validation_loss": evaluations.values[-1],
         "expert_flops": drawn.expert_flops[-1],
         "seconds_per_step": tokens_per_step / summary["tokens_per_second"],
+        "processor_seconds_per_step": run.processor_seconds_per_step(),
         "experts_per_token": summary["mean_experts_per_token"],
         "std_experts_per_token": summary["std_experts_per_token"],
         "threshold": summary["final_threshold"],

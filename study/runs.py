@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dynmoe.attempts import FINISHED
 from megatron_dynmoe.report import CHECKPOINTS
 from study.corpus import Corpus
@@ -20,7 +22,7 @@ from study.fingerprint import ROOT
 from study.variants import VARIANTS, Size, Variant, training_flags
 
 KEY = "study.json"
-LOG, ERRORS = "log.txt", "errors.txt"
+LOG, ERRORS, TIMES = "log.txt", "errors.txt", "times.csv"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,23 @@ class Run:
             return int(latest.read_text())
         except (FileNotFoundError, ValueError):
             return 0
+
+    def add_times(self, steps: int, seconds: float) -> None:
+        """Note what a process took of the processor, for how many steps."""
+        with open(self.folder / TIMES, "a") as file:
+            file.write(f"{steps},{seconds:.3f}\n")
+
+    def processor_seconds_per_step(self) -> float | None:
+        """Over all processes that ended in good order; their start and evaluations are in it.
+
+        None where none was noted.
+        """
+        try:
+            times = np.loadtxt(self.folder / TIMES, delimiter=",", ndmin=2)
+        except FileNotFoundError:
+            return None
+        steps, seconds = times[times[:, 0] > 0].sum(axis=0)
+        return float(seconds / steps) if steps else None
 
 
 def plan(

@@ -62,6 +62,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     content = json.loads((tmp_path / "results" / "quick.json").read_text())
     (row,) = content["runs"]
     assert row["steps"] == 60 and row["tokens"] == 60 * 512
+    assert 0 < row["processor_seconds_per_step"] < 10
     assert content["analysis"][0]["experts_by_source"].keys() == {"book"}
 
     said, _ = (third := study(tmp_path)).communicate(timeout=60)
@@ -98,6 +99,8 @@ def test_one_failure_is_named_and_the_others_are_trained(tmp_path, monkeypatch, 
     trained.train()
     (failure,) = trained.failures
     assert "top1-seed1: exit code 1: ValueError: out of luck" in failure
+    assert (tmp_path / "top2" / runs.TIMES).is_file()
+    assert not (tmp_path / "top1" / runs.TIMES).exists()
     said = capsys.readouterr().out
     assert said.count("finished. Study:") == 2 and "Study: 2 of 3 runs" in said
 

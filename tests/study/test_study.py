@@ -161,7 +161,11 @@ def test_a_row_holds_what_the_events_say(tmp_path):
     }
     run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path)
     make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
+    run.add_times(5, 4.0)
+    run.add_times(0, 9.0)  # stopped before the first step
+    run.add_times(15, 6.0)
     row = results.row_of(run)
+    assert row["processor_seconds_per_step"] == 0.5
     assert (row["variant"], row["seed"], row["code"]) == ("dtop_p", 2, "abc")
     assert (row["steps"], row["tokens"], row["seconds_per_step"]) == (20, 640, 1.0)
     assert row["validation_loss"] == 7.5
@@ -189,6 +193,7 @@ def synthetic(**losses):
             "validation_loss": loss,
             "expert_flops": 1e9,
             "seconds_per_step": 1.0 + 0.01 * seed,
+            "processor_seconds_per_step": 1.0 + 0.01 * seed,
             "experts_per_token": 2.0,
             "std_experts_per_token": 0.5,
             "validation_experts_per_token": 1.9,
