@@ -139,7 +139,7 @@ SIZES = {
             "--micro-batch-size 8 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4 --num-workers 0",
             vocab_size=4096,
             tokens_per_step=2048,
-            steps=696,
+            steps=504,
             num_evaluations=6,
             eval_iters=16,
             jobs=2,
