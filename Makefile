@@ -23,14 +23,14 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-test: setup lint types ## lint, types and every test that this machine can run
-	@$(TEST) tests -n 2 --dist loadgroup
+test: setup lint types ## lint, types and every test that this machine can run and is not long
+	@$(TEST) tests -n 2 --dist loadgroup -m "not long"
 
 test-unit: setup ## the tests in one process
-	@$(TEST) tests -m "not distributed"
+	@$(TEST) tests -m "not distributed and not long"
 
 test-distributed: setup ## the tests that start torchrun
-	@$(TEST) tests -m distributed
+	@$(TEST) tests -m "distributed and not long"
 
 # Without a device the tests would skip and the benchmarks take hours: neither may look like success.
 gpu:
