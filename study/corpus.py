@@ -38,14 +38,17 @@ class Corpus(NamedTuple):
     def flags(self) -> list[str]:
         """Megatron's flags for this data."""
 
-        def prefixes(part: str) -> list[str]:
-            return [str(self.folder / f"{kind}-{part}_text_document") for kind in self.kinds]
+        def blend(part: str) -> list[str]:
+            """Each file with its size as its weight: without one it is read once and then ends."""
+            prefixes = [self.folder / f"{kind}-{part}_text_document" for kind in self.kinds]
+            sizes = [prefix.with_name(prefix.name + ".bin").stat().st_size for prefix in prefixes]
+            return [str(item) for pair in zip(sizes, prefixes, strict=True) for item in pair]
 
         return [
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokenizer)),
-            *("--train-data-path", *prefixes("training")),
-            *("--valid-data-path", *prefixes("held-out")),
+            *("--train-data-path", *blend("training")),
+            *("--valid-data-path", *blend("held-out")),
             *("--data-cache-path", str(self.folder / "cache")),
         ]
 
@@ -105,13 +108,6 @@ def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int) -> None:
             *("--output-prefix", str(file).removesuffix(_SUFFIX)),
         )
     partial.rename(corpus.folder)
-
-
-def num_training_tokens(corpus: Corpus) -> int:
-    """Tokens of the training part: two bytes each, or four from 65,500 pieces on."""
-    bytes_per_token = 2 if int(corpus.fingerprint.rpartition("-")[2]) < 65500 else 4
-    files = corpus.folder.glob("*-training_text_document.bin")
-    return sum(file.stat().st_size for file in files) // bytes_per_token
 
 
 def _split(file: Path, training: Path, held_out: Path) -> None:
