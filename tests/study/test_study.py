@@ -124,6 +124,14 @@ def test_text_is_split_by_documents_and_the_split_is_the_end(tmp_path):
         gzip.decompress((tmp_path / name).read_bytes()).splitlines() for name in ("a.gz", "b.gz")
     ]
     assert [len(part) for part in parts] == [28, 2]
+    assert json.loads(parts[1][0]) == {"text": "document 28"}
+    for files, message in [
+        ([tmp_path / "no.jsonl.gz"], "there is no such file"),
+        ([tmp_path / "a.gz"], "give gzip-compressed JSON lines"),
+        ([file, file], "two files have the same name"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            corpus.files_of(files)
 
 
 def test_text_is_read_again_where_a_run_needs_more(tmp_path):
@@ -136,14 +144,6 @@ def test_text_is_read_again_where_a_run_needs_more(tmp_path):
     for flag, size in (("--train-data-path", "64"), ("--valid-data-path", "10")):
         blend = flags[flags.index(flag) + 1 :][:4]
         assert blend[::2] == [size, size] and "code" in blend[1] and "book" in blend[3]
-    assert json.loads(parts[1][0]) == {"text": "document 28"}
-    for files, message in [
-        ([tmp_path / "no.jsonl.gz"], "there is no such file"),
-        ([tmp_path / "a.gz"], "give gzip-compressed JSON lines"),
-        ([file, file], "two files have the same name"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            corpus.files_of(files)
 
 
 @pytest.mark.parametrize(
