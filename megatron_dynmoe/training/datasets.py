@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+SPLITS = ("training", "validation", "test")
 
 
 def train_valid_test_datasets_provider(
@@ -24,16 +27,42 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     print_rank_0("> building training, validation and test datasets ...")
-    return BlendedMegatronDatasetBuilder(
+    datasets = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
         partial(_is_built_here, vp_stage),
         dataset_config(args),
     ).build()
+    if args.dataloader_type == "single":
+        check_lengths(datasets, num_samples)
+    return datasets
 
 
 # Every rank builds its part; without this Megatron builds on tensor-parallel rank 0 alone.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def check_lengths(datasets: Sequence[Any], num_samples: Sequence[int | None]) -> None:
+    """Refuse data that would run out in the middle of a run.
+
+    Upstream reads several files without weights once, and says nothing when they are short.
+
+    Args:
+        datasets: of training, validation and test; of each one, a list of several, or None.
+        num_samples: how many of each the run needs; None for all there are.
+
+    Raises:
+        ValueError: a dataset has fewer.
+    """
+    for name, dataset, needed in zip(SPLITS, datasets, num_samples, strict=True):
+        for part in dataset if isinstance(dataset, list) else [dataset]:
+            if part is not None and needed is not None and len(part) < needed:
+                raise ValueError(
+                    f"the {name} data hold {len(part)} sequences, and this run needs {needed}. "
+                    "Several files without weights are read once: give each a weight, as in "
+                    "--data-path 1 FILE 1 FILE, to have them read as often as needed, or need "
+                    "fewer (--train-iters, --eval-iters, --eval-interval)."
+                )
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
