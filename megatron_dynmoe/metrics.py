@@ -42,6 +42,8 @@ class RoutingSummary(NamedTuple):
         float  # the busiest expert of a layer against that layer's mean, worst layer
     )
     share_at_cap: float
+    share_not_finite: float  # of tokens with a logit that is NaN or infinite
+    first_not_finite: int  # the first layer with one, 0: none
     tokens: float  # token-layer pairs / MoE layers: tokens that entered the model
 
 
@@ -70,6 +72,8 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
         dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
         max_over_mean_load=imbalance_L.max().item() if len(load_LE) else float("nan"),
         share_at_cap=(pooled.tokens_at_cap / pooled.tokens).item(),
+        share_not_finite=(pooled.not_finite / pooled.tokens).item(),
+        first_not_finite=next((n for n, count in enumerate(layer.not_finite, 1) if count), 0),
         tokens=(pooled.tokens / has_experts.sum()).item(),
     )
 
@@ -84,6 +88,8 @@ def scalars(summary: RoutingSummary, dynmoe: DynMoEConfig) -> Iterator[tuple[str
     yield f"{PREFIX}/max_over_mean_load", summary.max_over_mean_load
     if dynmoe.max_experts_per_token is not None:
         yield f"{PREFIX}/share_of_tokens_at_cap", summary.share_at_cap
+    if summary.first_not_finite:
+        yield f"{PREFIX}/share_of_tokens_not_finite", summary.share_not_finite
     by_layer = {"experts_per_token": summary.experts_per_token_by_layer}
     if dynmoe.normalization == "drn":
         by_layer["theta"] = summary.theta_by_layer
@@ -244,13 +250,19 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         # The batch of this iteration was steered after one iteration fewer had finished.
         aim = f" (target {target.at(iteration - 1):g})" if target is not None else ""
         cap = self.dynmoe.max_experts_per_token
+        not_finite = (
+            f" tokens with NaN or infinite logits: {summary.share_not_finite:.2%}, "
+            f"from layer {summary.first_not_finite} |"
+            if summary.first_not_finite
+            else ""
+        )
         at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
         return (
             f" experts per token: {summary.experts_per_token:.4f}{aim} |"
             f" threshold: {summary.threshold:.5f} |"
             f" balance loss: {summary.balance_loss:.4f} |"
             f" dynamic loss: {summary.dynamic_loss:.4f} |"
-            f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}"
+            f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}{not_finite}"
             f" tokens/s: {tokens / seconds:.0f} |"
             f" TFLOP/s from measured experts: {flops / seconds / 1e12:.3g} |"
         )

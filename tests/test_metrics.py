@@ -39,7 +39,7 @@ def random_maps(seed: int = 0) -> dict[int, np.ndarray]:
 
 
 def add_map(counters, routing_map: torch.Tensor, cap: int | None) -> None:
-    counters.add_counts(routing_map.sum(dim=0), routing_map.sum(dim=1), cap, None)
+    counters.add_counts(routing_map.sum(dim=0), routing_map.sum(dim=1), cap, None, torch.tensor(0))
 
 
 def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
@@ -53,7 +53,7 @@ def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
             add_map(counters, torch.from_numpy(micro_batch), CAP)
             counters.add_losses(torch.tensor(1.5 * layer), torch.tensor(0.25 * layer), 1)
         theta, threshold = torch.tensor([1 + layer / 10]), torch.tensor([layer / 20])
-        routers.append((layer, counters.read(theta, threshold)))
+        routers.append((layer, counters.read(theta, threshold, torch.zeros(1))))
     return unpack(pack(routers, num_layers, E, torch.device("cpu")))
 
 
@@ -118,7 +118,7 @@ def test_one_layer_and_one_expert(num_layers):
 
     counters = RoutingCounters(1, torch.device("cpu"))
     add_map(counters, torch.ones(5, 1, dtype=torch.bool), None)
-    read = counters.read(torch.ones(1), torch.zeros(1))
+    read = counters.read(torch.ones(1), torch.zeros(1), torch.zeros(1))
     summary = summarize(unpack(pack([(1, read)], num_layers, 1, torch.device("cpu"))))
     assert summary.experts_per_token == summary.max_over_mean_load == 1
     assert summary.std_experts_per_token == summary.share_at_cap == 0
@@ -142,7 +142,7 @@ def test_large_counts_stay_exact():
     counters = RoutingCounters(E, torch.device("cpu"))
     counters.tokens.fill_(2**40 + 1)
     counters.assignments.copy_(torch.tensor([2**40 + 1, 1, 0, 0]))
-    packed = pack([(1, counters.read(torch.ones(1), torch.zeros(1)))], 1, E, torch.device("cpu"))
+    packed = pack([(1, counters.read(*torch.zeros(3, 1)))], 1, E, torch.device("cpu"))
     assert unpack(packed).assignments[0].tolist() == [2**40 + 1, 1, 0, 0]
     assert summarize(unpack(packed)).experts_per_token == 1 + 1 / (2**40 + 1)
 

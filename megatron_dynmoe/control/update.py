@@ -80,27 +80,17 @@ class GlobalBatchUpdate:
 
     def _stage(self, statistics: RoutingStatistics) -> None:
         assert self.controller is not None and self.dynmoe.target_experts_per_token is not None
+        is_valid = statistics.not_finite.sum() == 0
         if self.dynmoe.scope == "global":
             statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
-        measured = statistics.mean_experts
+        # Where logits are not finite the counts mean nothing; NaN keeps the state as it is.
+        measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
+        # All routers' state comes with the counts, so that every rank computes the same. The mean
+        # of equal values is exact in float64; they differ after a resume from scope layer.
+        threshold = (statistics.thresholds / statistics.routers).float()
+        integral = (statistics.integrals / statistics.routers).float()
         target = self.dynmoe.target_experts_per_token.at(finished_iterations())
-        self._staged = self.controller.step(*self._committed(measured), measured, target)
-
-    def _committed(self, measured: Tensor) -> tuple[Tensor, Tensor]:
-        """Threshold and integral, [S] each, as this rank's routers hold them.
-
-        Entries of layers on other ranks are zero: their update is computed there.
-        """
-        threshold = torch.zeros(len(measured), device=measured.device)
-        integral = torch.zeros_like(threshold)
-        for router in self._routers:
-            index = self._index(router)
-            threshold[index : index + 1] = router.threshold
-            integral[index : index + 1] = router.integral
-        return threshold, integral
-
-    def _index(self, router: TopPRouter) -> int:
-        return 0 if self.dynmoe.scope == "global" else router.layer_number - 1
+        self._staged = self.controller.step(threshold, integral, measured, target)
 
     def _commit_after(self, grad_scale_func: Any) -> bool:
         """Arrange for the commit after the step of Megatron's optimizer.
@@ -132,7 +122,7 @@ class GlobalBatchUpdate:
         self._staged = None
         with torch.no_grad():
             for router in self._routers:
-                index = self._index(router)
+                index = 0 if self.dynmoe.scope == "global" else router.layer_number - 1
                 router.threshold.copy_(threshold[index : index + 1])
                 router.integral.copy_(integral[index : index + 1])
 
@@ -161,7 +151,8 @@ def reduce_statistics(
     for router in routers:
         counters = router.evaluation_counters if evaluation else router.counters
         theta = router.theta.detach()
-        read.append((router.layer_number, counters.read(theta, router.threshold)))
+        state = counters.read(theta, router.threshold, router.integral)
+        read.append((router.layer_number, state))
     packed = pack(read, num_layers, num_experts, device)
     for router in routers:
         (router.evaluation_counters if evaluation else router.counters).clear()

@@ -72,24 +72,24 @@ class _FusedRoute(torch.autograd.Function):
         prob_sums = torch.empty(partial, dtype=torch.float32, **make)
         assignments = torch.empty(partial, dtype=torch.int32, **make)
         entropies = torch.empty(launch.grid, dtype=torch.float32, **make)
+        not_finite = torch.empty(launch.grid, dtype=torch.int32, **make)
         cap = num_experts if max_experts is None else min(max_experts, num_experts)
         _forward[launch.grid](
             logits_TE, threshold, theta, valid_T,
-            weights_TE, map_TE, experts_T, prob_sums, entropies, assignments,
+            weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
             cap, **launch.settings, TOP=max(2, triton.next_power_of_2(cap)),
         )  # fmt: skip
         ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
         ctx.launch = launch
         ctx.mark_non_differentiable(map_TE, experts_T)
         assignments_BE = assignments.sum(dim=0)  # of int32 PyTorch makes int64
-        ctx.mark_non_differentiable(assignments_BE)
-        return (
-            weights_TE, map_TE, experts_T, prob_sums.sum(dim=0), entropies.sum(), assignments_BE
-        )  # fmt: skip
+        counts = assignments_BE, not_finite.sum()
+        ctx.mark_non_differentiable(*counts)
+        return weights_TE, map_TE, experts_T, prob_sums.sum(dim=0), entropies.sum(), *counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, _assignments):
+    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, *_counts):
         logits_TE, map_TE, theta, valid_T = ctx.saved_tensors
         launch = ctx.launch
         d_logits_TE = torch.empty_like(logits_TE)
@@ -145,22 +145,25 @@ def _probabilities(
     logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Standardized logits, their scale [BLOCK, 1], and probabilities (0 in the padding columns)."""
+    """Standardized logits, scale and sum of the raw ones [BLOCK, 1], theta, and probabilities.
+
+    Probabilities are 0 in the padding columns.
+    """
     standard = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(standard, axis=1, keep_dims=True)
     scale = tl.full([standard.shape[0], 1], 1.0, tl.float32)
     theta = 1.0
     real = columns < num_experts
     if NORMALIZE:
         theta = tl.load(theta_ptr).to(tl.float32)
-        mean = tl.sum(standard, axis=1, keep_dims=True) / num_experts
-        centered = tl.where(real, standard - mean, 0.0)
+        centered = tl.where(real, standard - total / num_experts, 0.0)
         variance = tl.sum(centered * centered, axis=1, keep_dims=True) / num_experts
         scale = 1.0 / tl.sqrt(variance + epsilon)
         standard = centered * scale
     scaled = tl.where(real, standard * theta, float("-inf"))
     powers = tl.exp(scaled - tl.max(scaled, axis=1, keep_dims=True))
     probs = powers / tl.sum(powers, axis=1, keep_dims=True)
-    return standard, scale, theta, probs
+    return standard, scale, total, theta, probs
 
 
 @triton.jit
@@ -209,7 +212,8 @@ def _select(probs, columns, num_experts, threshold, cap, WIDTH: tl.constexpr, TO
 @triton.jit
 def _forward(
     logits_ptr, threshold_ptr, theta_ptr, valid_ptr,
-    weights_ptr, map_ptr, experts_ptr, prob_sums_ptr, entropies_ptr, assignments_ptr,
+    weights_ptr, map_ptr, experts_ptr,
+    prob_sums_ptr, entropies_ptr, assignments_ptr, not_finite_ptr,
     cap, num_positions, num_sequences, num_experts, epsilon,
     NORMALIZE: tl.constexpr, RENORMALIZE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr,
@@ -219,7 +223,7 @@ def _forward(
     inside = exist[:, None] & (columns < num_experts)
     offsets = tokens[:, None] * num_experts + columns
     # 1. Normalize, softmax
-    _, _, _, probs = _probabilities(
+    _, _, total, _, probs = _probabilities(
         logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon, NORMALIZE
     )
     # 2. Select
@@ -233,15 +237,18 @@ def _forward(
     tl.store(map_ptr + offsets, chosen, mask=inside)
     tl.store(experts_ptr + tokens, tl.sum(experts, axis=1).to(tl.int64), mask=exist)
     # 4. Sums over this program's tokens
+    program = tl.program_id(0) * num_sequences + tl.program_id(1)
+    # Of NaN and infinity alike the comparison is false.
+    is_finite = tl.sum((tl.abs(total) < float("inf")).to(tl.int32), axis=1)
+    tl.store(not_finite_ptr + program, tl.sum(tl.where(exist, 1 - is_finite, 0), axis=0))
     counted = exist
     if PADDED:
         counted = exist & (tl.load(valid_ptr + tokens, mask=exist, other=0) != 0)
     counted = counted[:, None] & (columns < num_experts)
     logs = tl.log(tl.where(probs > 1.17549435e-38, probs, 1.17549435e-38))
     entropy = tl.sum(tl.sum(tl.where(counted, -probs * logs, 0.0), axis=1), axis=0)
-    tl.store(entropies_ptr + tl.program_id(0) * num_sequences + tl.program_id(1), entropy)
-    row = (tl.program_id(0) * num_sequences + tl.program_id(1)) * num_experts
-    sums_at = row + tl.arange(0, WIDTH)
+    tl.store(entropies_ptr + program, entropy)
+    sums_at = program * num_experts + tl.arange(0, WIDTH)
     real = tl.arange(0, WIDTH) < num_experts
     prob_sums = tl.sum(tl.where(counted, probs, 0.0), axis=0)
     tl.store(prob_sums_ptr + sums_at, prob_sums, mask=real)
@@ -261,7 +268,7 @@ def _backward(
     columns = tl.arange(0, WIDTH)[None, :]
     inside = exist[:, None] & (columns < num_experts)
     offsets = tokens[:, None] * num_experts + columns
-    standard, scale, theta, probs = _probabilities(
+    standard, scale, _, theta, probs = _probabilities(
         logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon, NORMALIZE
     )
     chosen = tl.load(map_ptr + offsets, mask=inside, other=0) != 0

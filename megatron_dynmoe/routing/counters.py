@@ -27,8 +27,10 @@ class RoutingStatistics(NamedTuple):
     balance_loss: Tensor
     dynamic_loss: Tensor
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
-    thetas: Tensor  # sum over contributing routers, as is the next
+    not_finite: Tensor  # tokens with a logit that is NaN or infinite
+    thetas: Tensor  # sum over contributing routers, as are the next two
     thresholds: Tensor
+    integrals: Tensor
     routers: Tensor
     assignments: Tensor
 
@@ -106,11 +108,12 @@ class RoutingCounters(KeepDtype):
     balance_loss: Tensor
     dynamic_loss: Tensor
     micro_batches: Tensor
+    not_finite: Tensor
     assignments: Tensor
 
     def __init__(self, num_experts: int, device: torch.device | int) -> None:
         super().__init__()
-        for name in ("tokens", "tokens_at_cap", "squared_experts"):
+        for name in ("tokens", "tokens_at_cap", "squared_experts", "not_finite"):
             zero = torch.zeros((), dtype=torch.int64, device=device)
             self.register_buffer(name, zero, persistent=False)
         for name in ("balance_loss", "dynamic_loss", "micro_batches"):
@@ -126,16 +129,19 @@ class RoutingCounters(KeepDtype):
         experts_T: Tensor,
         max_experts: int | None,
         valid_T: Tensor | None,
+        not_finite: Tensor,
     ) -> None:
         """Count one micro-batch, without padding (``valid_T`` False).
 
         Args:
             assignments_E: [E] int64, the valid tokens that chose each expert.
             experts_T: [T] int64, the experts of each token, padding or not.
+            not_finite: scalar int64, tokens with a logit that is NaN or infinite, padding or not.
         """
         if valid_T is not None:
             experts_T = experts_T * valid_T
         self.assignments += assignments_E
+        self.not_finite += not_finite
         self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()
         self.squared_experts += experts_T.square().sum()
         if max_experts is not None:
@@ -148,8 +154,8 @@ class RoutingCounters(KeepDtype):
         self.dynamic_loss += dynamic_loss
         self.micro_batches += 1 / group_size
 
-    def read(self, theta: Tensor, threshold: Tensor) -> RoutingStatistics:
-        """The statistics so far, with the router's present theta and threshold."""
+    def read(self, theta: Tensor, threshold: Tensor, integral: Tensor) -> RoutingStatistics:
+        """The statistics so far, with the router's present theta, threshold and integral."""
         return RoutingStatistics(
             tokens=self.tokens,
             tokens_at_cap=self.tokens_at_cap,
@@ -157,8 +163,10 @@ class RoutingCounters(KeepDtype):
             balance_loss=self.balance_loss,
             dynamic_loss=self.dynamic_loss,
             micro_batches=self.micro_batches,
+            not_finite=self.not_finite,
             thetas=theta,
             thresholds=threshold,
+            integrals=integral,
             routers=torch.ones_like(self.tokens),
             assignments=self.assignments,
         )

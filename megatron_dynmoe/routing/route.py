@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.routing.normalize import standardize
-from megatron_dynmoe.routing.select import check_cap, select_and_count
+from megatron_dynmoe.routing.select import check_cap, select_and_count, tokens_not_finite
 
 # On a CPU the tokens are taken in blocks whose temporaries stay in its caches: fresh memory for
 # every temporary of all tokens costs more time than the arithmetic.
@@ -26,6 +26,7 @@ class Routing(NamedTuple):
     prob_sums_BE: Tensor  # [B, E], probabilities summed over valid tokens; differentiable
     entropy: Tensor  # scalar, in nats, of the probabilities, summed over valid tokens; likewise
     assignments_BE: Tensor  # [B, E] int64, valid tokens that chose each expert
+    not_finite: Tensor  # scalar int64, tokens with a logit that is NaN or infinite, padding too
 
 
 def route(
@@ -110,10 +111,12 @@ class _PlainRoute(torch.autograd.Function):
         prob_sums_BE = logits_TE.new_zeros(num_sequences, num_experts)
         assignments_BE = torch.zeros_like(prob_sums_BE, dtype=torch.int64)
         entropy = logits_TE.new_zeros(())
+        not_finite = torch.zeros_like(entropy, dtype=torch.int64)
         for rows in _blocks(logits_TE, num_sequences):
             probs, weights = probs_TE[rows], weights_TE[rows]
             scratch = weights  # until there are weights: fresh memory would cost more than its use
             scaled = logits_TE[rows]
+            not_finite += tokens_not_finite(scaled)
             if theta is not None:
                 _, scale_T1[rows] = standardize(scaled, out=standard_TE[rows])
                 scaled = torch.mul(standard_TE[rows], theta, out=scratch)
@@ -138,12 +141,13 @@ class _PlainRoute(torch.autograd.Function):
             assignments_BE += selected.view(by_sequence).sum(dim=0).long()
         ctx.save_for_backward(standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T)
         ctx.renormalize = renormalize
-        ctx.mark_non_differentiable(map_TE, experts_T, assignments_BE)
-        return weights_TE, map_TE, experts_T, prob_sums_BE, entropy, assignments_BE
+        counts = assignments_BE, not_finite
+        ctx.mark_non_differentiable(map_TE, experts_T, *counts)
+        return weights_TE, map_TE, experts_T, prob_sums_BE, entropy, *counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, _assignments):
+    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, *_counts):
         standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T = ctx.saved_tensors
         num_sequences, num_experts = d_sums_BE.shape
         d_logits_TE = torch.empty_like(probs_TE)

@@ -84,6 +84,8 @@ class TopPRouter(KeepDtype, TopKRouter):
             )
             # Under sequence parallelism each rank sees a part of the tokens, as for the gate.
             self.theta_offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        # Of the last forward pass, which may be the first of recomputation and not counted.
+        self.last_not_finite: Tensor | None = None
         self.counters = RoutingCounters(self.num_experts, device)
         self.evaluation_counters = RoutingCounters(self.num_experts, device)
 
@@ -123,15 +125,19 @@ class TopPRouter(KeepDtype, TopKRouter):
             num_sequences=num_sequences,
             valid_T=valid_T,
         )
+        self.last_not_finite = routed.not_finite
 
         # 3. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
         #    first of the two forward passes of recomputation
-        weights_TE, assignments_E = routed.weights_TE, routed.assignments_BE.sum(dim=0)
+        weights_TE = routed.weights_TE
+        counted = (
+            routed.assignments_BE.sum(dim=0), routed.experts_T, cap, valid_T, routed.not_finite
+        )  # fmt: skip
         if self.training and torch.is_grad_enabled():
-            self.counters.add_counts(assignments_E, routed.experts_T, cap, valid_T)
+            self.counters.add_counts(*counted)
             weights_TE = self._attach_losses(routed, valid_T)
         elif not self.training:
-            self.evaluation_counters.add_counts(assignments_E, routed.experts_T, cap, valid_T)
+            self.evaluation_counters.add_counts(*counted)
         return weights_TE, routed.map_TE
 
     def _threshold_and_cap(self) -> tuple[Tensor | float, int | None]:

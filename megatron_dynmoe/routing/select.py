@@ -135,6 +135,17 @@ def check_cap(max_experts: int | None) -> None:
         raise ValueError(f"max_experts is {max_experts}: a token uses at least 1; None is no cap.")
 
 
+@torch.no_grad()
+def tokens_not_finite(logits_TE: Tensor) -> Tensor | int:
+    """How many tokens have a logit that is NaN or infinite: what they select means nothing.
+
+    A sum of logits tells. On a CPU that of all is quick and spares a look at each token.
+    """
+    if _is_plain_cpu(logits_TE) and logits_TE.sum().isfinite():
+        return 0
+    return (logits_TE.sum(dim=-1) * 0).isnan().sum()
+
+
 def fixed_point_threshold(threshold: Tensor | float, probs_TE: Tensor) -> Tensor:
     """The threshold in units of 2**-60, int64; below 0 for NaN, which no sum stays within."""
     threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype, device=probs_TE.device)

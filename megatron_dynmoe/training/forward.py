@@ -19,6 +19,8 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_dynmoe.training.logits import check_logits
+
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times larger than any before is worth a re-run.
 SPIKY_LOSS_FACTOR = 10
@@ -43,6 +45,7 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
+    check_logits(model)
     return output, partial(loss_function, batch["loss_mask"])
 
 

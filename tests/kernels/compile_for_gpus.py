@@ -43,7 +43,7 @@ def cases():
             if not full:
                 settings |= {"theta_ptr": None, "valid_ptr": None}
             types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
-            types |= {"experts_ptr": "i64", "assignments_ptr": "i32"}
+            types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
             yield routing._forward, types, settings | {"TOP": top}, 4
             yield routing._backward, types, settings, 4
 

@@ -1,0 +1,54 @@
+"""Stops a training at the first router whose logits are NaN or infinite."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+
+from megatron_dynmoe.routing.router import TopPRouter
+
+REMEDIES = (
+    "Nothing of this step is kept. If the last checkpoint stops again at the same step, the "
+    "training diverges: lower --lr, warm up longer (--lr-warmup-iters), clip gradients "
+    "(--clip-grad) or hold the logits down (--moe-z-loss-coeff), and use bf16 instead of fp16. If "
+    "it does not, suspect the hardware of this rank. --no-check-for-nan-in-loss-and-grad trains "
+    "on; such a batch then moves no threshold."
+)
+
+
+def check_logits(model: torch.nn.Module) -> None:
+    """After the forward pass of a micro-batch: stop if a router saw a logit that is not finite.
+
+    Where upstream checks the loss (``--check-for-nan-in-loss-and-grad``, on by default), for which
+    the host waits anyway. It waits here once for all layers of the chunk. Upstream would find such
+    a batch by its loss on the last stage, not say where it began, and not look in the first step.
+
+    Args:
+        model: the model chunk that has just run.
+
+    Raises:
+        RuntimeError: names iteration, rank, the first such layer and its number of tokens.
+    """
+    args = get_args()
+    if not args.check_for_nan_in_loss_and_grad:
+        return
+    mlps = [layer.mlp for layer in get_attr_wrapped_model(model, "decoder").layers]
+    routers = [mlp.router for mlp in mlps if isinstance(getattr(mlp, "router", None), TopPRouter)]
+    if not routers:
+        return
+    counts = torch.stack([router.last_not_finite for router in routers]).tolist()
+    bad = {router.layer_number: n for router, n in zip(routers, counts, strict=True) if n}
+    if not bad:
+        return
+    # Upstream counts the iteration after the step; without training it sets none.
+    finished = args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration
+    when = f"iteration {finished + 1}"
+    if not model.training:
+        when = f"the evaluation after {when if hasattr(args, 'curr_iteration') else finished}"
+    layer, *later = sorted(bad)
+    also = f", and in later layers ({', '.join(map(str, later))})" if later else ""
+    raise RuntimeError(
+        f"{when}, rank {torch.distributed.get_rank()}: NaN or infinite router logits in layer "
+        f"{layer}, for {bad[layer]} tokens of a micro-batch{also}. {REMEDIES}"
+    )
