@@ -28,7 +28,7 @@ from megatron_dynmoe.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of, whole_number
 from megatron_dynmoe.report import CHECKPOINTS, TENSORBOARD
 
-ATTEMPTS, FINISHED = "attempts", "finished.json"
+ATTEMPTS, FINISHED, STOPPED = "attempts", "finished.json", "stopped.txt"
 
 # Exit codes. 75 is EX_TEMPFAIL: try again later.
 DONE, FAILED, GO_ON, ALREADY_FINISHED = 0, 1, 75, 3
@@ -117,7 +117,7 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     if status == 0 and "exit-interval" in values:
         print(f"stopped at --exit-interval {values['exit-interval'][0]}: {run_dir} ({reached})")
         return DONE
-    if status == 0 or was_stopped:
+    if status == 0 or was_stopped or (attempt / STOPPED).is_file():
         print(f"stopped before its end: {run_dir} ({reached})")
         return GO_ON
     print(f"failed with exit status {status}: {run_dir} ({reached}); logs in {attempt}")
@@ -158,6 +158,12 @@ def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | N
     """Note that a run has come to its end."""
     done = {"train-iters": train_iters, "train-samples": train_samples}
     (run_dir / FINISHED).write_text(json.dumps(done) + "\n")
+
+
+def note_stop(signal_name: str) -> None:
+    """Note, where this process is part of an attempt, that it ends because a signal told it to."""
+    if "ATTEMPT" in os.environ:
+        (Path(os.environ["ATTEMPT"]) / STOPPED).write_text(signal_name + "\n")
 
 
 def _checkpoints(run_dir: Path, values: dict[str, list[str]]) -> Path:

@@ -22,6 +22,8 @@ def install() -> None:
     _save_without_a_helper_process()
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
+    _guard_checkpoints()
+    _hear_every_signal()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -215,3 +217,55 @@ def _counterpart(group: dict[str, Any], saved_groups: list[dict[str, Any]]) -> d
         "the run that saved it (learning rates, weight decay), or give --no-load-optim to start "
         "with a fresh optimizer."
     )
+
+
+def _guard_checkpoints() -> None:
+    """``megatron/training/checkpointing.py`` trusts files and folders.
+
+    - What it loads it does not check, except with ``--verify-integrity``: then one rank reads
+      everything, after all of them have unpickled some of it, and a checkpoint without checksums is
+      refused. An unreadable tracker ends the process with exit code 0.
+    - It opens the tracker for writing in place: a full disk, or the end of the process at that
+      moment, leave it empty, and with it no way to the checkpoint before.
+    - The folder, ``.metadata`` and ``metadata.json`` are made by rank 0 alone, while the others
+      wait for it; if it fails they wait until something else ends them. The cause of a failed write
+      is replaced by the name of its type.
+
+    There is no hook between the last file and the tracker, so we stand around ``save``, around
+    ``_load_base_checkpoint``, which every load goes through, and around what opens the tracker.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training
+
+    from megatron_dynmoe.training import checkpoint_load, checkpoint_save
+
+    guard = checkpoint_save.SaveGuard()
+    dist_checkpointing.save = guard.sealing(dist_checkpointing.save)
+    serialization.save_config = guard.keeping(serialization.save_config)
+    writer = FileSystemWriterAsync
+    writer.finish = guard.keeping(writer.finish)
+    writer.write_preloaded_data = staticmethod(guard.noting(writer.write_preloaded_data))
+    checkpointing.save_checkpoint = guard.preparing(checkpointing.save_checkpoint)
+    training.save_checkpoint = checkpointing.save_checkpoint
+    checkpointing.maybe_msc = checkpoint_save.TrackerFiles(checkpointing.maybe_msc)
+    checkpointing._load_base_checkpoint = checkpoint_load.checking(
+        checkpointing._load_base_checkpoint
+    )
+
+
+def _hear_every_signal() -> None:
+    """``megatron/training/dist_signal_handler.py`` hears one signal, and forgets which it was.
+
+    With ``--exit-signal-handler`` the run saves and ends in good order on SIGTERM, with exit code 0
+    as if it had finished; Ctrl-C and the end of a terminal still end it without a checkpoint, since
+    no flag names other signals. Ours hears all three.
+    """
+    from megatron.training import global_vars
+    from megatron.training.datasets import data_samplers
+
+    from megatron_dynmoe.training.signals import StopSignals
+
+    global_vars.DistributedSignalHandler = StopSignals
+    data_samplers.DistributedSignalHandler = StopSignals  # in the processes that load data

@@ -88,7 +88,7 @@ def to_hf(
         ValueError: the checkpoint is damaged, or the format cannot express the model.
     """
     check_target(output, overwrite, source=load)
-    source = FromMegatron(load, iteration)
+    source = FromMegatron(load, iteration, progress)
     args = source.checkpoint.args
     named = getattr(args, "tokenizer_model", None)
     if tokenizer is None and isinstance(named, str) and Path(named).exists():

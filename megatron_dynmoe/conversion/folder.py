@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_manifest(folder: Path) -> None:
     """Write size and SHA-256 of every file in the folder to ``manifest.json``."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    files = {name: _fingerprint(folder / name) for name in names if name != MANIFEST}
+    files = {name: fingerprint(folder / name) for name in names if name != MANIFEST}
     write_json(folder / MANIFEST, {"files": files})
 
 
@@ -169,10 +169,20 @@ def update_manifest(folder: Path, names: Iterable[str]) -> None:
     path = folder / MANIFEST
     if path.exists():
         manifest = read_json(path)
-        manifest["files"] |= {name: _fingerprint(folder / name) for name in names}
+        manifest["files"] |= {name: fingerprint(folder / name) for name in names}
         partial = folder / f".{MANIFEST}.partial"
         write_json(partial, manifest)
         partial.replace(path)
+
+
+def fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a manifest has them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASHED_AT_ONCE):
+            digest.update(chunk)
+            progress(len(chunk))
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
@@ -181,25 +191,46 @@ def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None
     Raises:
         ValueError: a file is missing or differs; the message names it.
     """
+    for name, expected in (read_manifest(folder) or {}).items():
+        check_file(folder / name, expected, progress)
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What the manifest says of each file; None where the folder has none.
+
+    Raises:
+        ValueError: the manifest is damaged, or names files elsewhere.
+    """
     path = folder / MANIFEST
     if not path.exists():
-        return
+        return None
     files = read_json(path).get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{path} has no list of files")
     for name, expected in files.items():
-        file = folder / plain_name(name, path)
+        plain_name(name, path)
         if not isinstance(expected, dict) or expected.keys() != {"sha256", "bytes"}:
             raise ValueError(f"{path}: {name} needs exactly sha256 and bytes")
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: {MANIFEST} lists it")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {expected['bytes']}: it "
-                "is cut short or was changed"
-            )
-        if _fingerprint(file, progress) != expected:
-            raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}: it was changed")
+    return files
+
+
+def check_file(
+    file: Path, expected: dict[str, Any], progress: Callable[[int], Any] = lambda _: None
+) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        ValueError: it is missing or differs.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {MANIFEST} lists it")
+    if file.stat().st_size != expected["bytes"]:
+        raise ValueError(
+            f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {expected['bytes']}: it "
+            "is cut short or was changed"
+        )
+    if fingerprint(file, progress) != expected:
+        raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}: it was changed")
 
 
 class ModelFolder:
@@ -347,15 +378,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
-
-
-def _fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASHED_AT_ONCE):
-            digest.update(chunk)
-            progress(len(chunk))
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 def _umask() -> int:

@@ -60,7 +60,7 @@ class MegatronCheckpoint:
         Raises:
             ValueError: there is none, it is of another format, incomplete or damaged.
         """
-        self.folder = _folder(load, iteration)
+        self.folder = checkpoint_folder(load, iteration)
         metadata_path = self.folder / ".metadata"
         if not metadata_path.exists():
             raise ValueError(
@@ -225,21 +225,12 @@ class MegatronCheckpoint:
         return common
 
 
-class _Into:
-    """A load planner that puts everything into one tensor."""
+def checkpoint_folder(load: Path, iteration: int | None) -> Path:
+    """The folder of one checkpoint, ``iter_...`` or ``release``; arguments as above.
 
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-
-    def resolve_tensor(self, item: Any) -> Tensor:
-        ranges = zip(item.dest_offsets, item.lengths, strict=True)
-        return self._target[tuple(slice(start, start + length) for start, length in ranges)]
-
-    def commit_tensor(self, item: Any, tensor: Tensor) -> None:
-        """Nothing is left to do: the tensor is a view of the target."""
-
-
-def _folder(load: Path, iteration: int | None) -> Path:
+    Raises:
+        ValueError: there is none.
+    """
     tracker = load / TRACKER
     if (load / ".metadata").exists() and iteration is None:
         return load  # a checkpoint itself, not the folder of a run
@@ -262,6 +253,20 @@ def _folder(load: Path, iteration: int | None) -> Path:
         there = sorted(path.name for path in load.glob("iter_*")) or ["none"]
         raise ValueError(f"{folder} does not exist; the iterations there: {', '.join(there)}")
     return folder
+
+
+class _Into:
+    """A load planner that puts everything into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, item: Any) -> Tensor:
+        ranges = zip(item.dest_offsets, item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + length) for start, length in ranges)]
+
+    def commit_tensor(self, item: Any, tensor: Tensor) -> None:
+        """Nothing is left to do: the tensor is a view of the target."""
 
 
 def _tile(items: list[ReadItem], num_elements: int) -> bool:

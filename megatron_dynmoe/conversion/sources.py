@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
 from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, check_manifest
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.names import (
     FORMATS,
     MEGATRON,
@@ -52,7 +52,10 @@ class FromMegatron:
 
     table = MEGATRON
 
-    def __init__(self, load: Path, iteration: int | None = None) -> None:
+    def __init__(self, load: Path, iteration: int | None = None, progress: bool = False) -> None:
+        folder = checkpoint_folder(load, iteration)
+        with progress_bar("checking hashes", _size(folder), progress) as bar:
+            check_manifest(folder, bar.update)
         self.checkpoint = MegatronCheckpoint(load, iteration)
         args = self.checkpoint.args
         key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)

@@ -24,7 +24,7 @@ from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
 from megatron_dynmoe.specs import layer_spec
-from megatron_dynmoe.training import run_directory
+from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.upstream_flags import check_upstream_settings
@@ -67,14 +67,20 @@ def train(program_start: float) -> None:
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
-    with run_directory.keeping(args, resolved, program_start):
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            non_loss_data_func=report_evaluation,
-        )
+    try:
+        with run_directory.keeping(args, resolved, program_start):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                non_loss_data_func=report_evaluation,
+            )
+    except checkpoints.CheckpointError:
+        sys.tracebacklimit = 0
+        raise
+    except SystemExit as exit:
+        signals.exit_as_told(exit)
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
@@ -108,6 +114,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
         dynmoe.resolve(args.num_experts)
+        checkpoint_load.check_paths(args)
         found.append(dynmoe)
         return validate(args, defaults or {})
 
@@ -129,7 +136,9 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
-    return run_directory.add_flag(add_dynmoe_args(parser))
+    for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
+        parser = add(parser)
+    return parser
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

@@ -1,0 +1,274 @@
+"""Loading: every file is compared with the manifest before Megatron reads any of them.
+
+A damaged checkpoint is refused on all ranks, or with ``--ckpt-fallback`` replaced by the newest
+good one before it. A checkpoint without a manifest is loaded, with a line that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dynmoe.conversion.folder import MANIFEST, check_file, read_manifest
+from megatron_dynmoe.training.checkpoint_save import rank_that_reads
+from megatron_dynmoe.training.checkpoints import (
+    RELEASE,
+    TRACKER,
+    CheckpointError,
+    cause,
+    folder_name,
+    is_local,
+    on_rank_0,
+    rank,
+    replace_file,
+    together,
+)
+
+COMPLETE = "metadata.json"  # Megatron writes it when all ranks have written their files
+_FOLDER = re.compile(r"iter_(\d{7,18})")
+_RULE = "*" * 100
+
+Name = int | str  # of a checkpoint: its iteration, or "release"
+
+
+def check_paths(args: Namespace) -> None:
+    """Find out before anything is built whether ``--save`` and ``--load`` can work.
+
+    Raises:
+        ValueError: nothing can be written to ``--save``, or what ``--load`` leads to is not there.
+    """
+    if args.save and is_local(args.save) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.save) as file:
+                file.write(b"room?")
+        except OSError as error:
+            raise ValueError(
+                f"--save is {args.save}, where nothing can be written ({cause(error)}): name a "
+                "folder that can be written to, or mend this one."
+            ) from None
+    load = args.load
+    if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
+        load = args.pretrained_checkpoint  # as Megatron chooses
+    if load and _is_checked(args, load):
+        step, fallback = args.ckpt_step, args.ckpt_fallback
+        candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
+
+
+def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``_load_base_checkpoint``, which every load goes through, twice."""
+    chosen: dict[str, Name | None] = {}
+
+    @functools.wraps(load_base)
+    def checked(load_dir: Any, args: Namespace, rank0: bool = False, **kwargs: Any) -> Any:
+        if load_dir is None or not _is_checked(args, load_dir):
+            return load_base(load_dir, args, rank0=rank0, **kwargs)
+        if rank0 or load_dir not in chosen:
+            chosen[load_dir] = choose(
+                Path(load_dir),
+                args.ckpt_step,
+                fallback=getattr(args, "ckpt_fallback", False),
+                is_required=args.exit_on_missing_checkpoint,
+                corrects_tracker=_is_same(load_dir, args.save),
+            )
+        with _pinned(args, chosen[load_dir], Path(load_dir)):
+            return load_base(load_dir, args, rank0=rank0, **kwargs)
+
+    return checked
+
+
+def choose(
+    load: Path,
+    step: int | None = None,
+    *,
+    fallback: bool = False,
+    is_required: bool = False,
+    corrects_tracker: bool = False,
+) -> Name | None:
+    """The checkpoint to load, all of whose files are good; all ranks take part.
+
+    Args:
+        load: the folder of a run's checkpoints.
+        step: an iteration in place of the tracker's.
+        fallback: take the newest good one before, where that one is damaged or missing.
+        is_required: refuse a folder without any.
+        corrects_tracker: let the tracker name what a fallback has led to.
+
+    Returns:
+        Its name, or None where there is none, and training starts anew.
+
+    Raises:
+        CheckpointError: on all ranks: it is damaged or missing, or the tracker names none.
+    """
+    # What rank 0 sees counts: from another machine the folder may look older for a while.
+    names, problem = on_rank_0(lambda: candidates(load, step, fallback, is_required))
+    if not names and problem is None:
+        return None
+    problems = [problem] if problem else []
+    for name in names:
+        faults = _faults(load / folder_name(name), is_second_choice=bool(problems))
+        if not faults:
+            if problems:
+                on_rank_0(partial(_fall_back, load, problems, name, corrects_tracker))
+            return name
+        problems += faults
+    listed = "\n  ".join(problems)
+    if fallback:
+        raise CheckpointError(
+            f"--ckpt-fallback finds no good checkpoint in {load}:\n  {listed}\n"
+            "Restore one from a copy, or start anew without --load, in another --save."
+        )
+    raise CheckpointError(
+        f"the checkpoint {folder_name(names[0])} in {load} is damaged:\n  {listed}\n"
+        "--ckpt-fallback goes on from the newest good one before it, --ckpt-step N from another. "
+        f"Where a file was changed on purpose, delete {MANIFEST} beside it."
+    )
+
+
+def candidates(
+    load: Path, step: int | None, fallback: bool, is_required: bool
+) -> tuple[list[Name], str | None]:
+    """The checkpoints to try, first choice first, and what is wrong before any is looked into.
+
+    Raises:
+        CheckpointError: something is wrong, and there is no ``fallback``; or there is nothing, and
+            it ``is_required``.
+    """
+    matches = (_FOLDER.fullmatch(path.name) for path in load.glob("iter_*"))
+    there = sorted((int(match[1]) for match in matches if match), reverse=True)
+    listed = f"iterations there: {', '.join(map(str, there[:10])) or 'none'}"
+    tracker, problem = load / TRACKER, None
+    wanted: Name | None = step or None
+    if wanted is None and tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()
+        if re.fullmatch(r"[0-9]{1,18}", text):
+            wanted = int(text)
+        elif text == RELEASE:
+            wanted = RELEASE
+        else:
+            problem = f"{tracker} holds {text[:40]!r}, not an iteration; {listed}"
+    elif wanted is None:
+        if not (fallback and there):
+            if is_required:
+                raise CheckpointError(
+                    f"--load is {load}, which holds no {TRACKER}, and --exit-on-missing-checkpoint "
+                    "is given: name the folder that a run saved to, or leave the flag out."
+                )
+            return [], None
+        problem = f"{tracker} is missing; {listed}"
+    if wanted is not None and not (load / folder_name(wanted)).is_dir():
+        problem = f"{load / folder_name(wanted)} is missing; {listed}"
+    if problem is not None and (step or not fallback):
+        source = "--ckpt-step" if step else "--load"
+        value = step or load
+        raise CheckpointError(
+            f"{source} is {value}, but {problem}. --ckpt-step N takes iteration N, "
+            "--ckpt-fallback the newest good one."
+        )
+    first = [wanted] if wanted is not None and problem is None else []
+    earlier = [n for n in there if wanted is None or (isinstance(wanted, int) and n < wanted)]
+    return [*first, *(earlier if fallback else [])], problem
+
+
+def _faults(folder: Path, is_second_choice: bool) -> list[str]:
+    """What is wrong with a checkpoint, the same on all ranks, which share the reading."""
+
+    def manifest() -> dict[str, Any] | str | None:
+        try:
+            return read_manifest(folder)
+        except ValueError as error:
+            return str(error)
+
+    files = on_rank_0(manifest)
+    if isinstance(files, str):
+        return [files]
+    if files is None:
+        return on_rank_0(lambda: _faults_without_manifest(folder, is_second_choice))
+    parts = together(lambda: [fault for item in _share(files) for fault in _fault(folder, *item)])
+    return sorted(fault for part in parts for fault in part)
+
+
+def _fault(folder: Path, name: str, expected: dict[str, Any]) -> list[str]:
+    try:
+        check_file(folder / name, expected)
+    except (OSError, ValueError) as error:
+        return [cause(error)]
+    return []
+
+
+def _share(files: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """This rank's part of the files.
+
+    Before the ranks can talk to each other (``--use-checkpoint-args``) each looks at what is read
+    then; the rest follows when the model is loaded.
+    """
+    if not dist.is_initialized():
+        return [item for item in files.items() if rank_that_reads(item[0]) == 0]
+    by_size = sorted(files.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    return by_size[rank() :: dist.get_world_size()]
+
+
+def _faults_without_manifest(folder: Path, is_second_choice: bool) -> list[str]:
+    is_other_format = any(folder.glob("mp_rank_0*"))
+    if not is_other_format and not (folder / COMPLETE).is_file():
+        return [f"{folder} is incomplete: without {COMPLETE}, its save was cut short"]
+    if is_second_choice:
+        from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+
+        try:
+            MegatronCheckpoint(folder)  # looks for every file, and whether it is long enough
+        except ValueError as error:
+            return [str(error)]
+    print(f"> {folder} has no {MANIFEST}: whether its files are good is not known", flush=True)
+    return []
+
+
+def _fall_back(load: Path, problems: list[str], name: Name, corrects_tracker: bool) -> None:
+    lines = "\n  ".join(problems)
+    print(
+        f"{_RULE}\nWARNING: --ckpt-fallback: the checkpoint to load is not good:\n  {lines}\n"
+        f"Going on from {load / folder_name(name)}: what was trained after it is lost, and is "
+        "trained again.\nDamaged folders stay as they are until a save takes their place.\n"
+        f"{_RULE}",
+        flush=True,
+    )
+    if corrects_tracker:  # or the next save would take the damaged one for its predecessor
+        replace_file(load / TRACKER, lambda partial: partial.write_text(str(name)))
+
+
+@contextmanager
+def _pinned(args: Namespace, name: Name | None, load: Path) -> Iterator[None]:
+    """Let Megatron load this one, whatever the tracker says."""
+    from megatron.training import checkpointing
+
+    if name is None:
+        yield
+        return
+    read, step = checkpointing.read_metadata, args.ckpt_step
+    found = (0, True) if name == RELEASE else (name, False)
+    checkpointing.read_metadata = lambda path: (
+        found if _is_same(path, load / TRACKER) else read(path)
+    )
+    args.ckpt_step = None if name == RELEASE else name
+    try:
+        yield
+    finally:
+        checkpointing.read_metadata, args.ckpt_step = read, step
+
+
+def _is_checked(args: Namespace, load: Any) -> bool:
+    return is_local(load) and args.non_persistent_ckpt_type is None
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)

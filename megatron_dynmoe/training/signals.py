@@ -1,0 +1,79 @@
+"""SIGTERM, SIGINT and SIGHUP: finish the step, save one checkpoint, end with 128 + the signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import ArgumentParser
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from megatron.training import global_vars
+
+from megatron_dynmoe.attempts import note_stop
+
+# Where one of these is ignored, under nohup or in the background of a script, it stays so.
+_OPTIONAL = (signal.SIGINT, signal.SIGHUP)
+
+
+def add_flag(parser: ArgumentParser) -> ArgumentParser:
+    """Add ``--no-exit-signal-handler``; without it Megatron's flag is the default here."""
+    parser.set_defaults(exit_signal_handler=True)
+    parser.add_argument(
+        "--no-exit-signal-handler",
+        action="store_false",
+        dest="exit_signal_handler",
+        help="Let SIGTERM, SIGINT and SIGHUP end the run at once, without a checkpoint.",
+    )
+    return parser
+
+
+class StopSignals:
+    """Hears the signals that ask a run to end; takes the place of upstream's handler.
+
+    Attributes:
+        agreed: the signal that the ranks have agreed on, or 0.
+    """
+
+    def __init__(self, signum: int = signal.SIGTERM) -> None:
+        """Hear a signal, and SIGTERM, SIGINT and SIGHUP in any case."""
+        self._always = {int(signum), int(signal.SIGTERM)}
+        self._heard = 0
+        self.agreed = 0
+
+    def __enter__(self) -> StopSignals:
+        wanted = {number for number in _OPTIONAL if signal.getsignal(number) != signal.SIG_IGN}
+        for number in wanted | self._always:
+            signal.signal(number, self._hear)
+        return self
+
+    def signals_received(self) -> list[int]:
+        """What any rank has heard, in one small reduction; Megatron asks after every step."""
+        heard = torch.tensor([self._heard], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
+        self.agreed = int(heard.item())
+        return [self.agreed]
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        # A second one changes nothing: torchrun sends its own after a Ctrl-C in the terminal.
+        if not self._heard and torch.utils.data.get_worker_info() is None:
+            name = signal.Signals(number).name
+            text = f"\n{name}: ending after this step, with a checkpoint (Ctrl-\\ ends at once)\n"
+            os.write(2, text.encode())  # printing could be what the signal has interrupted
+        self._heard = self._heard or number
+
+
+def exit_as_told(exit: SystemExit) -> NoReturn:
+    """End as the training loop wants to, but with 128 + the signal where that is the reason.
+
+    A run that was told to stop has not finished, and what waits for its success must not start.
+    """
+    handler = global_vars._GLOBAL_SIGNAL_HANDLER
+    if exit.code or not isinstance(handler, StopSignals) or not handler.agreed:
+        raise exit
+    if torch.distributed.get_rank() == 0:
+        note_stop(signal.Signals(handler.agreed).name)
+    torch.distributed.barrier()  # launchers end all ranks once one has failed; some still write
+    sys.exit(128 + handler.agreed)
