@@ -1,6 +1,7 @@
 """What holds for every test: how they share a machine, and what they need to run."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,19 @@ settings.load_profile("shared-machine")
 # Where there is no GPU, Triton interprets its kernels on the CPU, if it hears so before its import.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults", "tests/faults")
+    group.addoption(
+        "--kills", type=int, default=2, help="how often runs are killed (2; make test-faults: 10)"
+    )
+    group.addoption(
+        "--kill-seed",
+        type=int,
+        default=random.randrange(1_000_000),
+        help="which moments; a failing test prints its own (default: another one each time)",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
