@@ -10,7 +10,7 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed gpu test-gpu bench-gpu \
+.PHONY: help setup quickstart test test-unit test-distributed soak gpu test-gpu bench-gpu \
 	bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
 
 help: ## this list
@@ -31,6 +31,9 @@ test-unit: setup ## the tests in one process
 
 test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m "distributed and not long"
+
+soak: setup ## trains for 20 minutes and judges memory, files, step time and the count; MINUTES=60
+	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.faults.soak --minutes $(or $(MINUTES),20)
 
 # Without a device the tests would skip and the benchmarks take hours: neither may look like success.
 gpu:
