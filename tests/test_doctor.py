@@ -155,9 +155,8 @@ def test_a_path_that_is_nearly_right(prefix):
 
 
 def test_a_large_file_is_looked_at_in_pieces(prefix, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES_READ", 4)
     monkeypatch.setattr(data, "PIECE_BYTES", 2)
-    assert "among 2 looked at" in data.check_dataset(prefix, VOCABULARY).found
+    assert "among 2 looked at" in data.check_dataset(prefix, VOCABULARY, max_bytes=4).found
 
 
 def test_weights_in_the_data_path_are_no_prefixes():

@@ -18,6 +18,8 @@ HEADER = struct.Struct("<9sQBQQ")
 # Of a larger file, this many bytes are looked at, in pieces spread evenly over it.
 MAX_BYTES_READ = 1 << 30
 PIECE_BYTES = 1 << 24
+MIN_PIECES = 64
+SEQUENCES_AT_ONCE = 1 << 20
 DOCUMENTS_LOOKED_AT = 1000
 
 
@@ -35,7 +37,19 @@ class Index(NamedTuple):
     dtype: np.dtype
     lengths: np.ndarray  # [sequences] int32, tokens
     offsets: np.ndarray  # [sequences] int64, bytes
-    num_documents: int
+    bounds: np.ndarray  # [documents + 1] int64, sequences
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are, empty ones too."""
+        return len(self.bounds) - 1
+
+    def place(self, token: int) -> str:
+        """The document of a token, counted from 0 as the lines of the text, and its place there."""
+        sequence = int(np.searchsorted(self.offsets, token * self.dtype.itemsize, "right")) - 1
+        document = int(np.searchsorted(self.bounds, sequence, "right")) - 1
+        first = int(self.offsets[self.bounds[document]]) // self.dtype.itemsize
+        return f"document {document:,}, token {token - first:,}"
 
 
 def check_tokenizer(tokenizer_type: str | None, model: str) -> tuple[Check, Vocabulary | None]:
@@ -69,8 +83,14 @@ def prefixes(data_path: Sequence[str]) -> list[str]:
     return list(data_path)
 
 
-def check_dataset(prefix: str, vocabulary: Vocabulary | None) -> Check:
-    """Whether PREFIX.bin and PREFIX.idx are whole, belong together and fit the vocabulary."""
+def check_dataset(
+    prefix: str, vocabulary: Vocabulary | None, max_bytes: int = MAX_BYTES_READ
+) -> Check:
+    """Whether PREFIX.bin and PREFIX.idx are whole, belong together and fit the vocabulary.
+
+    Args:
+        max_bytes: of a larger .bin file, about this much is looked at, spread evenly over it.
+    """
     name = "data"
     try:
         index, tokens = read_dataset(prefix)
@@ -79,7 +99,7 @@ def check_dataset(prefix: str, vocabulary: Vocabulary | None) -> Check:
     found = f"{prefix}: {len(tokens):,} tokens in {index.num_documents:,} documents"
     if not len(tokens):
         return Check(name, FAILED, found, "preprocess a text that is not empty")
-    lowest, highest, num_read = _range(tokens)
+    lowest, highest, num_read = _range(tokens, max_bytes)
     seen = "" if num_read == len(tokens) else f" among {num_read:,} looked at"
     found += f", highest id {highest:,}{seen}"
     if vocabulary is None:
@@ -88,6 +108,7 @@ def check_dataset(prefix: str, vocabulary: Vocabulary | None) -> Check:
     if lowest < 0 or highest >= vocabulary.size:
         wrong = f"lowest id {lowest}" if lowest < 0 else f"{vocabulary.source} has ids to"
         wrong += "" if lowest < 0 else f" {vocabulary.size - 1:,}"
+        wrong += f" (first in {index.place(_first_outside(tokens, vocabulary.size, max_bytes))})"
         remedy = "preprocess the text with the tokenizer of the run"
         return Check(name, FAILED, f"{found}; {wrong}", remedy)
     if vocabulary.eod is not None and not _ends_with(vocabulary.eod, index, tokens):
@@ -136,29 +157,42 @@ def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
     if not in_order or (lengths < 0).any() or not _lie_in_a_row(offsets, lengths, dtype.itemsize):
         raise ValueError(f"{idx.name} is damaged: its bounds do not agree with each other")
     tokens = np.memmap(bin_, dtype, mode="r") if num_tokens else np.empty(0, dtype)
-    return Index(dtype, lengths, offsets, num_bounds - 1), tokens
+    return Index(dtype, lengths, offsets, bounds), tokens
 
 
 def _lie_in_a_row(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
     """Whether each sequence starts in the file where the one before it ends."""
-    if not len(offsets):
-        return True
-    sizes = np.multiply(lengths[:-1], itemsize, dtype=np.int64)
-    return bool(offsets[0] == 0 and (np.diff(offsets) == sizes).all())
+    if len(offsets) and offsets[0] != 0:
+        return False
+    for start in range(0, len(offsets) - 1, SEQUENCES_AT_ONCE):
+        some = slice(start, start + SEQUENCES_AT_ONCE + 1)
+        sizes = np.multiply(lengths[some][:-1], itemsize, dtype=np.int64)
+        if not (np.diff(offsets[some])[: len(sizes)] == sizes).all():
+            return False
+    return True
 
 
-def _range(tokens: np.ndarray) -> tuple[int, int, int]:
+def _range(tokens: np.ndarray, max_bytes: int) -> tuple[int, int, int]:
     """Lowest and highest id and how many tokens were looked at."""
-    pieces = [(int(p.min()), int(p.max()), len(p)) for p in _pieces(tokens)]
+    pieces = [(int(p.min()), int(p.max()), len(p)) for _, p in _pieces(tokens, max_bytes)]
     lows, highs, counts = zip(*pieces, strict=True)
     return min(lows), max(highs), sum(counts)
 
 
-def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    length = PIECE_BYTES // tokens.itemsize
-    stride = length * max(1, -(-tokens.nbytes // MAX_BYTES_READ))
+def _first_outside(tokens: np.ndarray, size: int, max_bytes: int) -> int:
+    """Where the first id lies, among those looked at, that is not one of ``size``."""
+    for start, piece in _pieces(tokens, max_bytes):
+        outside = (piece < 0) | (piece >= size)
+        if outside.any():
+            return start + int(outside.argmax())
+    raise AssertionError("none is outside")
+
+
+def _pieces(tokens: np.ndarray, max_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    length = min(PIECE_BYTES, max(max_bytes // MIN_PIECES, 1)) // tokens.itemsize or 1
+    stride = length * max(1, -(-tokens.nbytes // max_bytes))
     for start in range(0, len(tokens), stride):
-        yield tokens[start : start + length]
+        yield start, tokens[start : start + length]
 
 
 def _ends_with(eod: int, index: Index, tokens: np.ndarray) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset
 
 SPLITS = ("training", "validation", "test")
 
@@ -65,10 +67,12 @@ def check_lengths(datasets: Sequence[Any], num_samples: Sequence[int | None]) ->
                 )
 
 
-def dataset_config(args: Any) -> GPTDatasetConfig:
+def dataset_config(args: Any) -> DatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    tokenizer = build_tokenizer(args)
+    return DatasetConfig(
+        num_embeddings=args.padded_vocab_size,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -79,7 +83,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

@@ -27,6 +27,7 @@ from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
+from megatron_dynmoe.training.token_files import check_token_files
 from megatron_dynmoe.upstream_flags import check_upstream_settings
 
 # Modes of upstream's script that need its own batches and losses.
@@ -61,6 +62,7 @@ def train(program_start: float) -> None:
             dynmoe.backend or AUTO, args.transformer_impl, model_config.transformer, args.optimizer
         )
         resolved, _ = settle(dynmoe, model_config.transformer)
+        check_token_files(args)
     except ValueError:
         sys.tracebacklimit = 0  # the message says what to do; a stack would bury it
         raise

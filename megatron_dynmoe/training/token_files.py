@@ -1,0 +1,86 @@
+"""Token files that are damaged, or made for another vocabulary: found before they do harm.
+
+Upstream maps an index as it stands, and an id without an embedding ends a run in an index error,
+on a GPU in an assert of the device that names nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets import gpt_dataset
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_dynmoe.doctor import FAILED
+from megatron_dynmoe.doctor.data import Vocabulary, check_dataset
+
+# Of each .bin file, about this much is read at start-up.
+BYTES_LOOKED_AT = 1 << 26
+_OTHER_TOKENIZER = "preprocess the text with the tokenizer of the run"
+
+
+def check_token_files(args: Any) -> None:
+    """Look at the files of ``--data-path`` and its like, once a node.
+
+    Every index is compared with its tokens, and some 64 MB of the ids with the vocabulary.
+    Addresses of object stores are left to upstream.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        ValueError: a file is missing or damaged, or holds an id that the model has no embedding
+            for; with its name, the place and the remedy.
+    """
+    if args.mock_data or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    together, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend for blend in [together, *(per_split or [])] if blend is not None]
+    vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
+    for prefix in dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes):
+        if "://" in prefix:
+            continue
+        check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
+        if check.state == FAILED:
+            raise ValueError(f"--data-path: {check.found}. Remedy: {check.remedy}.")
+
+
+@dataclass
+class DatasetConfig(gpt_dataset.GPTDatasetConfig):
+    """Megatron's, and ``num_embeddings``: the ids that the model knows are those below it."""
+
+    num_embeddings: int = 0
+
+
+class GPTDataset(gpt_dataset.GPTDataset):
+    """Megatron's, which compares every sample with the vocabulary where it is read.
+
+    That is in the data loader, on the host. The name is upstream's, which names the files of its
+    cache by it.
+    """
+
+    def _query_document_sample_shuffle_indices(
+        self, idx: int
+    ) -> tuple[np.ndarray, np.ndarray, list]:
+        text, sequences, lengths = super()._query_document_sample_shuffle_indices(idx)
+        read = text[: sum(lengths)]  # without padding
+        # Unsigned, a negative id is a large one.
+        if (read.view(np.uint64) >= self.config.num_embeddings).any():
+            self._refuse(read, sequences, lengths)
+        return text, sequences, lengths
+
+    def _refuse(self, read: np.ndarray, sequences: np.ndarray, lengths: list[int]) -> None:
+        place = int((read.view(np.uint64) >= self.config.num_embeddings).argmax())
+        sequence = int(sequences[np.searchsorted(np.cumsum(lengths), place, "right")])
+        bounds = self.dataset.document_indices
+        document = int(np.searchsorted(bounds, sequence, "right")) - 1
+        before = int(self.dataset.sequence_lengths[bounds[document] : sequence].sum())
+        position = before + int(np.argmax(self.dataset.get(sequence) == read[place]))
+        raise ValueError(
+            f"{self.dataset.path_prefix}: document {document:,}, token {position:,} is the id "
+            f"{read[place]:,}, and the model's embedding has ids to "
+            f"{self.config.num_embeddings - 1:,}. Remedy: {_OTHER_TOKENIZER}."
+        )
