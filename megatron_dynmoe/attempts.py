@@ -157,7 +157,9 @@ def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
 def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | None) -> None:
     """Note that a run has come to its end."""
     done = {"train-iters": train_iters, "train-samples": train_samples}
-    (run_dir / FINISHED).write_text(json.dumps(done) + "\n")
+    partial = run_dir / f"{FINISHED}.partial"
+    partial.write_text(json.dumps(done) + "\n")
+    partial.replace(run_dir / FINISHED)  # whole or not at all, whatever ends this process
 
 
 def note_stop(signal_name: str) -> None:

@@ -8,11 +8,15 @@ One process needs no launcher: plain ``python -m`` does. On a machine with CUDA 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def prepare() -> None:
@@ -26,6 +30,8 @@ def prepare() -> None:
     compat.install()
     if "RANK" not in os.environ:
         _be_a_world_of_one()
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_torchrun()
 
 
 def _be_a_world_of_one() -> None:
@@ -46,6 +52,16 @@ def _be_a_world_of_one() -> None:
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def _end_with_torchrun() -> None:
+    """Have Linux send SIGTERM when torchrun is gone.
+
+    Killed with SIGKILL it leaves its ranks behind. They would train on unseen, and save into the
+    folder of the run that takes their place.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:

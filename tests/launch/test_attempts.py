@@ -203,3 +203,13 @@ def test_a_finished_run_is_not_started_again_unless_it_is_to_go_further(start, t
     assert start("--train-iters", "21") is not None
     assert not is_finished(tmp_path / "run", {"train-samples": ["160"]})
     assert not is_finished(tmp_path / "other", {})
+
+
+def test_a_process_that_is_killed_while_it_marks_the_end_leaves_no_half_mark(tmp_path, monkeypatch):
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mark_finished(tmp_path, 20, None)
+    assert not is_finished(tmp_path, {})
