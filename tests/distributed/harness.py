@@ -163,11 +163,17 @@ class Results:
     def any(self, case: Case) -> CaseResult:
         """The result of a case, whether or not it failed."""
         if not self._results:
-            self._results = run_session(_CASES, self.directory)
+            self._results = run_session(_wanted(_CASES), self.directory)
         return self._results[case.name]
 
 
 _CASES: list[Case] = []
+
+
+def _wanted(cases: list[Case]) -> list[Case]:
+    """All, or those that DYNMOE_TEST_CASES names, comma-separated, for one who waits for a few."""
+    names = os.environ.get("DYNMOE_TEST_CASES")
+    return [case for case in cases if case.name in names.split(",")] if names else cases
 
 
 def add(case: Case) -> Case:
@@ -178,12 +184,15 @@ def add(case: Case) -> Case:
     return case
 
 
-def run_session(cases: list[Case], directory: Path) -> dict[str, CaseResult]:
+def run_session(
+    cases: list[Case], directory: Path, environment: dict[str, str] | None = None
+) -> dict[str, CaseResult]:
     """Run all cases in one torchrun, as far as possible side by side.
 
     Args:
         cases: each after those it names in ``after``.
         directory: for results, logs and whatever the cases write.
+        environment: variables that have to be set before the processes import torch.
 
     Returns:
         Results by the cases' names. A case that did not end has an error.
@@ -212,8 +221,9 @@ def run_session(cases: list[Case], directory: Path) -> dict[str, CaseResult]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(num_processes)]
         command += [str(REPOSITORY / "tests/distributed/worker.py"), str(directory)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=directory)
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        variables |= environment or {}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=directory)
         try:
             process.wait(SESSION_TIMEOUT)
         except subprocess.TimeoutExpired:

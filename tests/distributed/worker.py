@@ -39,9 +39,11 @@ class Recorder:
             ``train_step``; ``finalized``, one per reduction of the counts.
         model: this rank's model chunks, from the first step on.
         optimizer: Megatron's optimizer, from the first step on.
+        folder: where hooks leave files of this case; not made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.result: dict[str, Any] = {"steps": [], "finalized": []}
         self.model: list[torch.nn.Module] = []
         self.optimizer: Any = None
@@ -117,7 +119,7 @@ def _in_a_child(case: dict[str, Any], rank: int, directory: Path) -> None:
     child = os.fork()
     if child == 0:
         with _output_to(path.with_suffix(".log")):
-            result = _run(case, rank)
+            result = _run(case, rank, directory / f"{case['name']}.files")
         path.write_text(json.dumps(result, allow_nan=True))
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -125,11 +127,11 @@ def _in_a_child(case: dict[str, Any], rank: int, directory: Path) -> None:
         path.write_text(json.dumps({"error": f"the process ended with wait status {status}"}))
 
 
-def _run(case: dict[str, Any], rank: int) -> dict[str, Any]:
+def _run(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Run one case in a world of its own; what it raises becomes ``error`` in the result."""
     from megatron.training.global_vars import get_tensorboard_writer
 
-    recorder = Recorder()
+    recorder = Recorder(folder)
     store, _, _ = next(torch.distributed.rendezvous("env://"))  # the parent's cannot be shared
     os.environ.update(
         case["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["num_ranks"])
