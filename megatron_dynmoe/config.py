@@ -176,6 +176,14 @@ class DynMoEConfig:
         int | None,
         Setting("int", "Cap in evaluation and inference. Default: max_experts_per_token."),
     ] = None
+    check_ranks: Annotated[
+        int | None,
+        Setting(
+            "int",
+            "For debugging: after every so many steps compare threshold, integral, theta and gate "
+            "of all routers between ranks, bit for bit, and stop where two differ. Default: never.",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
@@ -295,6 +303,11 @@ class DynMoEConfig:
                 "row_buffer is 'worst_case' and max_experts_per_token is not set, so the worst "
                 f"case is all {num_experts} experts for every token: set max_experts_per_token, or "
                 "leave row_buffer out."
+            )
+        if self.check_ranks is not None and self.check_ranks < 1:
+            raise ValueError(
+                f"check_ranks is {self.check_ranks}: use a number of steps from 1, or leave it out "
+                "to never compare ranks."
             )
         for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
             coefficient = getattr(self, name)

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.metrics import DynMoEMetricsTracker
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
@@ -77,6 +78,14 @@ class GlobalBatchUpdate:
             if not self._commit_after(config.grad_scale_func):
                 self._warn_once()
                 self._commit()
+        if self.dynmoe.check_ranks is not None:
+            self._check_ranks(config.num_layers, finished_iterations() + 1)
+
+    def _check_ranks(self, num_layers: int, iteration: int) -> None:
+        assert self.dynmoe.check_ranks is not None
+        if iteration % self.dynmoe.check_ranks == 0:
+            has_one_threshold = self.dynmoe.scope != "layer"
+            check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
 
     def _stage(self, statistics: RoutingStatistics) -> None:
         assert self.controller is not None and self.dynmoe.target_experts_per_token is not None

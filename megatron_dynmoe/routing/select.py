@@ -1,5 +1,7 @@
 """Top-p selection: how many experts a token uses, which ones, and with what weight."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -141,7 +143,7 @@ def tokens_not_finite(logits_TE: Tensor) -> Tensor | int:
 
     A sum of logits tells. On a CPU that of all is quick and spares a look at each token.
     """
-    if _is_plain_cpu(logits_TE) and logits_TE.sum().isfinite():
+    if _is_plain_cpu(logits_TE) and math.isfinite(logits_TE.sum().item()):
         return 0
     return (logits_TE.sum(dim=-1) * 0).isnan().sum()
 

@@ -1,0 +1,109 @@
+"""A check for silent errors: do all ranks hold the same state of the routers?
+
+Off by default; ``--moe-dynamic-check-ranks N`` runs it every N steps, for one small collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.routing.router import TopPRouter
+
+QUANTITIES = ("threshold", "integral", "next threshold", "next integral", "theta", "gate")
+NUM_CONTROLLED = 4  # the first ones, which all layers share unless each has its own threshold
+ABSENT = torch.iinfo(torch.int64).min  # of a layer on other ranks, or without a controller
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def check_agreement(
+    routers: list[TopPRouter],
+    staged: tuple[Tensor, Tensor] | None,
+    num_layers: int,
+    has_one_threshold: bool,
+    iteration: int,
+) -> None:
+    """Compare the routers' state over the world, bit for bit; every rank takes part.
+
+    Threshold, integral, theta, a sum over the gate's bits, and what the controller has staged for
+    the next step. A layer is compared by its global number, over all ranks that hold it.
+
+    Args:
+        routers: this rank's.
+        staged: next threshold and integral, [1] or [L] float32; None without a controller.
+        num_layers: L, of the whole model.
+        has_one_threshold: threshold and integral have to agree between layers, too.
+        iteration: the one that ends, for the message.
+
+    Raises:
+        RuntimeError: on every rank, where two differ; names the first layer and rank.
+    """
+    device = torch.device(torch.cuda.current_device())
+    state_LQ = torch.full((num_layers, len(QUANTITIES)), ABSENT, device=device)
+    for router in routers:
+        layer = router.layer_number - 1
+        values = {
+            "threshold": router.threshold,
+            "integral": router.integral,
+            "theta": router.theta,
+            "gate": router.weight,
+        }
+        if staged is not None:
+            ahead = (value[layer if len(value) > 1 else 0] for value in staged)
+            values |= zip(("next threshold", "next integral"), ahead, strict=True)
+        for name, value in values.items():
+            bits = value.detach().contiguous().view(INTEGERS[value.element_size()])
+            state_LQ[layer, QUANTITIES.index(name)] = bits.sum()
+    num_ranks = torch.distributed.get_world_size()
+    states = state_LQ.new_empty(num_ranks * num_layers, len(QUANTITIES))
+    torch.distributed.all_gather_into_tensor(states, state_LQ)
+    found = first_disagreement(states.view(num_ranks, num_layers, -1), has_one_threshold)
+    if found:
+        raise RuntimeError(
+            f"iteration {iteration}: {found}. Routers have to be the same bit for bit on all ranks "
+            "(--moe-dynamic-check-ranks). Nothing of this step is kept, but what was trained since "
+            "the check before is in doubt: resume from a checkpoint of that time. Suspect memory "
+            "or links of that rank's machine, code that changes routers, or ranks that run other "
+            "versions or flags."
+        )
+
+
+def first_disagreement(states_WLQ: Tensor, has_one_threshold: bool) -> str | None:
+    """Where a value is not what most ranks hold, in words: the first layer and rank. Or None.
+
+    Args:
+        states_WLQ: [world size, L, quantities] int64, ABSENT where a rank does not hold it.
+        has_one_threshold: see :func:`check_agreement`.
+    """
+    is_absent_WLQ = states_WLQ == ABSENT
+    least_LQ = states_WLQ.masked_fill(is_absent_WLQ, torch.iinfo(torch.int64).max).amin(dim=0)
+    most_LQ = states_WLQ.amax(dim=0)
+    if has_one_threshold:
+        least_LQ[:, :NUM_CONTROLLED] = least_LQ[:, :NUM_CONTROLLED].amin(dim=0)
+        most_LQ[:, :NUM_CONTROLLED] = most_LQ[:, :NUM_CONTROLLED].amax(dim=0)
+    if bool((least_LQ >= most_LQ).all()):  # above it where no rank holds the layer
+        return None
+    states = states_WLQ.tolist()
+    for layer, quantity in itertools.product(range(len(least_LQ)), range(len(QUANTITIES))):
+        is_shared = has_one_threshold and quantity < NUM_CONTROLLED
+        compared = (row for rows in states for row in (rows if is_shared else [rows[layer]]))
+        counts = Counter(row[quantity] for row in compared if row[quantity] != ABSENT)
+        for rank, rows in enumerate(states):
+            value = rows[layer][quantity]
+            if value != ABSENT and value != counts.most_common(1)[0][0]:
+                usual = _shown(quantity, counts.most_common(1)[0][0])
+                return (
+                    f"{QUANTITIES[quantity]} of layer {layer + 1} is {_shown(quantity, value)} on "
+                    f"rank {rank}, and {usual} {'elsewhere' if is_shared else 'on other ranks'}"
+                )
+    return None
+
+
+def _shown(quantity: int, bits: int) -> str:
+    if QUANTITIES[quantity] == "gate":
+        return f"weights whose bits sum to {bits}"
+    return f"{struct.unpack('<f', struct.pack('<i', bits))[0]:.9g}"
