@@ -307,6 +307,7 @@ REFUSED = [
     (DTOP_P | {"initial_threshold": 1.5}, "initial_threshold is 1.5", "0 (one expert)"),
     (TOP_P | {"max_experts_per_token": 0}, "max_experts_per_token is 0", "use 1 to 16"),
     (TOP_P | {"max_experts_per_token": -1}, "max_experts_per_token is -1", "use 1 to 16"),
+    (TOP_P | {"check_ranks": 0}, "check_ranks is 0", "from 1"),
     (TOP_P | {"max_experts_per_token": 17}, "max_experts_per_token is 17", "use 1 to 16"),
     (
         TOP_P | {"inference_max_experts_per_token": 0},
