@@ -10,8 +10,8 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed soak gpu test-gpu bench-gpu \
-	bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
+.PHONY: help setup quickstart test test-unit test-distributed test-faults soak mutations gpu test-gpu \
+	bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,14 @@ test-unit: setup ## the tests in one process
 test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m "distributed and not long"
 
+test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
+	@$(TEST) tests/faults --kills $(or $(KILLS),10)
+
 soak: setup ## trains for 20 minutes and judges memory, files, step time and the count; MINUTES=60
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m tests.faults.soak --minutes $(or $(MINUTES),20)
+
+mutations: setup ## plants known mistakes in a copy, one by one: do tests catch them? half an hour
+	@$(PYTHON_VENV) -m tests.mutations $(MUTATIONS)
 
 # Without a device the tests would skip and the benchmarks take hours: neither may look like success.
 gpu:

@@ -4,7 +4,8 @@
 #   [NPROC=8] launch/local.sh RECIPE [FLAGS ...]
 #
 # One process a GPU, or one process in all on a machine without. The same command with
-# --run-dir DIR goes on with an earlier run. SIGTERM leads to a checkpoint and a clean exit.
+# --run-dir DIR goes on with an earlier run. Ctrl-C, SIGTERM or the end of the terminal lead to a
+# checkpoint, and an exit code of 128 + the signal, because the run is not finished.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -27,10 +28,12 @@ begin_attempt "$NPROC"
 stopped='' ranks=''
 # shellcheck disable=SC2317 # trap calls it
 stop_ranks() {
-  stopped=1
+  stopped=$1
   if [[ -n $ranks ]]; then pkill -TERM -P "$ranks" || true; fi
 }
-trap stop_ranks TERM
+trap 'stop_ranks 130' INT
+trap 'stop_ranks 143' TERM
+trap 'stop_ranks 129' HUP
 "${CONTAINER[@]}" bash "$launch/rank.sh" "${rank_flags[@]}" &
 ranks=$!
 log=$ATTEMPT/rank-$(printf %03d $((NPROC - 1))).log # the last rank prints the training's progress
@@ -44,6 +47,6 @@ run_python -m megatron_dynmoe.attempts end "$ATTEMPT" --status "$status" \
   ${stopped:+--stopped} || verdict=$?
 if ((verdict == 75)); then
   echo "to go on: the same command with --run-dir $(dirname "$(dirname "$ATTEMPT")")"
-  if [[ -n $stopped ]]; then verdict=0; fi
+  if [[ -n $stopped ]]; then verdict=$stopped; fi
 fi
 exit "$verdict"

@@ -36,7 +36,7 @@ DONE, FAILED, GO_ON, ALREADY_FINISHED = 0, 1, 75, 3
 # What says how a run starts is left out where it goes on from its own checkpoint.
 _START = (
     *("load", "pretrained-checkpoint", "finetune", "ckpt-step", "no-load-optim", "no-load-rng"),
-    *("exit-on-missing-checkpoint",),
+    *("exit-on-missing-checkpoint", "ckpt-fallback"),
 )
 _DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -69,9 +69,11 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     if is_finished(run_dir, values):
         return None
     iteration = latest_iteration(run_dir, values)
-    if iteration is not None:
+    goes_on = iteration is not None or _names_nothing(_tracker(run_dir, values))
+    if goes_on:
         words = _without(words, _START)
         words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
+        words += ["--ckpt-fallback"]  # nobody is there to choose another
     check_run(words, world_size)
 
     earlier = _attempts(run_dir)
@@ -80,14 +82,16 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     _check_progress(earlier, job, iteration, max_restarts)
     attempt = run_dir / ATTEMPTS / f"{number:04d}"
     attempt.mkdir(parents=True)
-    if iteration is None and (run_dir / TENSORBOARD).exists():
+    if not goes_on and (run_dir / TENSORBOARD).exists():
         # Curves of steps that no checkpoint holds; the run begins anew.
         (run_dir / TENSORBOARD).rename(attempt / "tensorboard-before")
     (attempt / "flags.txt").write_text(format_flags(words) + "\n")
     _record(attempt, job=job, iteration=iteration, world_size=world_size, began=_now())
     _write_origin(attempt)
     _say_what_changed(earlier, words)
-    start = "from the start" if iteration is None else f"from iteration {iteration}"
+    start = "from the newest good checkpoint" if goes_on else "from the start"
+    if iteration is not None:
+        start = f"from iteration {iteration}"
     size = "1 process" if world_size == 1 else f"{world_size} processes"
     print(f"attempt {number} of {run_dir}: {start}, {size}", file=sys.stderr)
     return attempt
@@ -108,7 +112,8 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     values = values_of(shlex.split((attempt / "flags.txt").read_text()))
     began = _facts(attempt).get("iteration")
     iteration = latest_iteration(run_dir, values)
-    has_progress = iteration is not None and iteration > (began or 0)
+    # An earlier one than it began with: that one was damaged, and left behind.
+    has_progress = iteration is not None and iteration != (began or 0)
     reached = "no checkpoint" if iteration is None else f"checkpoint {iteration}"
     _record(attempt, status=status, ended=_now(), reached=iteration)
     if is_finished(run_dir, values):
@@ -132,8 +137,8 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
 
 def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
     """The iteration of the last complete checkpoint, which Megatron notes when all is saved."""
-    tracker = _checkpoints(run_dir, values) / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text().strip() if tracker.is_file() else ""
+    tracker = _tracker(run_dir, values)
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     return int(text) if text.isdigit() else None
 
 
@@ -170,6 +175,18 @@ def note_stop(signal_name: str) -> None:
 
 def _checkpoints(run_dir: Path, values: dict[str, list[str]]) -> Path:
     return Path("".join(values.get("save", [])) or run_dir / CHECKPOINTS)
+
+
+def _tracker(run_dir: Path, values: dict[str, list[str]]) -> Path:
+    return _checkpoints(run_dir, values) / "latest_checkpointed_iteration.txt"
+
+
+def _names_nothing(tracker: Path) -> bool:
+    """Whether there is a tracker, but of no use: the checkpoints beside it may be good."""
+    if not tracker.is_file():
+        return False
+    text = tracker.read_text(errors="replace").strip()
+    return not text.isdigit() and text != "release"
 
 
 def _check_progress(

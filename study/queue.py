@@ -72,7 +72,7 @@ class Queue:
             # Popen.wait would throw the times away.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode == 0:
+        if process.returncode in (0, 128 + signal.SIGTERM):  # at its end, or stopped and saved
             run.add_times(run.iteration - begun_at, usage.ru_utime + usage.ru_stime)
         with self._lock:
             self._processes.discard(process)

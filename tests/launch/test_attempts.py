@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.attempts import DONE, FAILED, GO_ON, begin, end, is_finished, mark_finished
+from megatron_dynmoe.attempts import (
+    DONE,
+    FAILED,
+    GO_ON,
+    begin,
+    end,
+    is_finished,
+    mark_finished,
+    note_stop,
+)
 from megatron_dynmoe.recipes import values_of
 
 
@@ -160,19 +169,41 @@ def test_a_job_restarts_so_often_without_progress_and_no_more(start, tmp_path, m
         (143, True, None, (), GO_ON, "no checkpoint"),
         (1, False, None, (), FAILED, "trying again would fail again"),
         (1, False, 3, (), GO_ON, "it had saved a new checkpoint"),
+        (1, "SIGTERM", 3, (), GO_ON, "stopped before its end"),
         (0, False, 3, ("--exit-interval", "3"), DONE, "stopped at --exit-interval 3"),
     ],
 )
 def test_how_it_ended_decides_what_follows(
-    start, tmp_path, capsys, status, stopped, saved, flags, verdict, words
+    start, tmp_path, capsys, monkeypatch, status, stopped, saved, flags, verdict, words
 ):
     attempt = start(*flags)
     if saved:
         save(tmp_path / "run", saved)
-    assert end(attempt, status, stopped) == verdict
+    if isinstance(stopped, str):  # heard by the ranks alone
+        monkeypatch.setenv("ATTEMPT", str(attempt))
+        note_stop(stopped)
+    assert end(attempt, status, stopped is True) == verdict
     assert words in capsys.readouterr().out
     record = json.loads((attempt / "attempt.json").read_text())
     assert (record["status"], record["reached"], record["job"]) == (status, saved, "7")
+
+
+def test_an_unreadable_tracker_does_not_start_anew(start, tmp_path, capsys):
+    save(tmp_path / "run", 3)
+    (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("")
+    (tmp_path / "run/tensorboard").mkdir()
+    flags = flags_of(start())
+    assert "ckpt-fallback" in flags and "exit-on-missing-checkpoint" in flags
+    assert "from the newest good checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run/tensorboard").exists()
+
+
+def test_a_failure_after_a_fallback_goes_on_from_there(start, tmp_path):
+    save(tmp_path / "run", 6)
+    attempt = start()
+    save(tmp_path / "run", 3)  # 6 was damaged: what --ckpt-fallback found
+    assert end(attempt, 1, was_stopped=False) == GO_ON
+    assert end(start(), 1, was_stopped=False) == FAILED
 
 
 def test_a_failure_without_a_newer_checkpoint_is_final(start, tmp_path):

@@ -40,7 +40,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     first.send_signal(signal.SIGTERM)
     told, _ = first.communicate(timeout=PATIENCE)
     reached = latest_iteration(run_dir, {})
-    assert first.returncode == 0
+    assert first.returncode == 128 + signal.SIGTERM  # what waits for its success must not start
     assert f"stopped before its end: {run_dir} (checkpoint {reached})" in told
     assert reached is not None and 2 <= reached < STEPS
 
