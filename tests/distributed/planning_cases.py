@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.training import training
 
+from megatron_dynmoe.routing import route
 from tests.distributed.faults import replaced
 
 
@@ -44,6 +45,19 @@ def measure_peak(recorder: Any) -> Iterator[None]:
         return outcome
 
     with replaced(training, "train_step", measured_step):
+        yield
+
+
+@contextlib.contextmanager
+def all_to_the_first_experts(recorder: Any) -> Iterator[None]:
+    """Every token uses as many experts as the cap allows, and those that the first rank holds."""
+
+    def select_and_count(probs_TE, threshold, max_experts):
+        chosen_TE = torch.zeros_like(probs_TE)
+        chosen_TE[:, :max_experts] = 1
+        return chosen_TE, torch.full((len(probs_TE),), max_experts)
+
+    with replaced(route, "select_and_count", select_and_count):
         yield
 
 

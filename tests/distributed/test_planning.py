@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 SHARDED = "--use-distributed-optimizer"
 STATE = ("tests.distributed.planning_cases:measure_state",)
 PEAK = ("tests.distributed.planning_cases:measure_peak",)
+ALL_TO_THE_FIRST = ("tests.distributed.planning_cases:all_to_the_first_experts", *PEAK)
 # Enough tokens and width that activations are most of what a step allocates.
 WIDE = (
     f"{TINY} --moe-dynamic-routing top_p --moe-dynamic-threshold 1 --train-iters 2 "
@@ -67,6 +68,19 @@ PEAKS = [
         ),
     )
 ]
+# Of 8 experts each rank holds 4, and the first rank gets all rows of both.
+ONE_RANK_PEAKS = {
+    add(
+        Case(
+            f"planned_peak_one_rank_{cap}",
+            2,
+            f"{WIDE} --expert-model-parallel-size 2 --global-batch-size 4 "
+            f"--moe-dynamic-max-experts-per-token {cap}",
+            hooks=ALL_TO_THE_FIRST,
+        )
+    ): cap
+    for cap in (1, 4)
+}
 
 
 def planned(case: Case) -> MemoryModel:
@@ -107,3 +121,14 @@ def test_a_step_stays_below_the_worst_case(results: Results, case: Case):
     assert "> memory: at most" in results[case].log(0)
     for rank in results[case].ranks:
         assert rank["peak"] <= bound <= 1.5 * rank["peak"]
+
+
+@pytest.mark.parametrize("case", ONE_RANK_PEAKS, ids=lambda case: case.name)
+def test_all_rows_at_one_rank_stay_below_the_worst_case(results: Results, case: Case):
+    cap = ONE_RANK_PEAKS[case]
+    for batch in results[case].finalized:
+        assert all(row == [1024] * cap + [0] * (8 - cap) for row in batch["assignments"])
+    memory = planned(case).worst_case(cap)[1]
+    bound = memory.activations + memory.expert_rows
+    full, empty = (rank["peak"] for rank in results[case].ranks)
+    assert empty < full <= bound <= 1.5 * full
