@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -27,8 +28,8 @@ def case(name: str, num_ranks: int, flags: str, **fields) -> Case:
     return add(Case(name, num_ranks, flags, **fields))
 
 
-ONE_RANK = case("one_rank", 1, f"{TRAIN} {ALLTOALL}")
-DP2 = case("dp2", 2, f"{TRAIN} {ALLTOALL}")
+ONE_RANK = case("one_rank", 1, f"{TRAIN} {ALLTOALL}", hooks=GRADIENTS)
+DP2 = case("dp2", 2, f"{TRAIN} {ALLTOALL}", hooks=GRADIENTS)
 
 # Weights that every layout can load.
 SAVE = "--save {dir}/weights --save-interval 1 --train-iters 1"
@@ -40,7 +41,8 @@ SAVED_TWO = case("saved_two_moe_layers", 1, f"{TRAIN} {ALLTOALL} {TWO_MOE_LAYERS
 
 
 def loaded(name: str, num_ranks: int, flags: str) -> Case:
-    return case(f"loaded_{name}", num_ranks, f"{TRAIN} {LOAD} {flags}", after=(SAVED,))
+    flags = f"{TRAIN} {LOAD} {flags}"
+    return case(f"loaded_{name}", num_ranks, flags, hooks=GRADIENTS, after=(SAVED,))
 
 
 LOADED = loaded("one_rank", 1, ALLTOALL)
@@ -58,24 +60,20 @@ LOADED_TWO = case(
     "loaded_two_one_rank",
     1,
     f"{TRAIN} {LOAD_TWO} {ALLTOALL} {TWO_MOE_LAYERS}",
+    hooks=GRADIENTS,
     after=(SAVED_TWO,),
 )
 LOADED_TWO_PP2 = case(
     "loaded_two_pp2",
     2,
     f"{TRAIN} {LOAD_TWO} {ALLTOALL} {TWO_MOE_LAYERS} {PP2}",
+    hooks=GRADIENTS,
     after=(SAVED_TWO,),
 )
 
 DISTRIBUTED_OPTIMIZER = case(
     "distributed_optimizer", 2, f"{TRAIN} {ALLTOALL} --use-distributed-optimizer"
 )
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn moe"
-RECOMPUTE = [
-    case("recompute_full", 1, f"{TRAIN} {ALLTOALL} {FULL}"),
-    case("recompute_selective", 1, f"{TRAIN} {ALLTOALL} {SELECTIVE}"),
-]
 SHARED = "--moe-shared-expert-intermediate-size 32"
 SHARED_EXPERTS = case("shared_experts", 2, f"{TRAIN} {ALLTOALL} {EP2} {SHARED}")
 SHARED_OVERLAP = case(
@@ -107,7 +105,7 @@ BATCH_SIZE_SCHEDULE = case(
     .replace("--global-batch-size 8", '--step-batch-size-schedule "0:4 256:8"'),
 )
 
-TRAINED = [ONE_RANK, DP2, DISTRIBUTED_OPTIMIZER, *RECOMPUTE, SHARED_EXPERTS, SHARED_OVERLAP]
+TRAINED = [ONE_RANK, DP2, DISTRIBUTED_OPTIMIZER, SHARED_EXPERTS, SHARED_OVERLAP]
 TRAINED += [
     TOP_P,
     CAP,
@@ -156,6 +154,7 @@ def test_all_ranks_hold_the_same_threshold(results: Results, trained: Case) -> N
 
 def test_data_parallel_equals_one_rank(results: Results) -> None:
     one, dp2 = results[ONE_RANK], results[DP2]
+    assert_same_gradients(one, dp2)
     assert dp2.losses == pytest.approx(one.losses, rel=1e-5)
     assert dp2.assignments == one.assignments
     assert dp2.thresholds == one.thresholds
@@ -168,36 +167,19 @@ def test_the_distributed_optimizer_equals_the_plain_one(results: Results) -> Non
     assert distributed.thresholds == plain.thresholds
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE, ids=lambda case: case.name)
-def test_recompute_changes_nothing(results: Results, recompute: Case) -> None:
-    stored, recomputed = results[ONE_RANK], results[recompute]
-    assert recomputed.losses == stored.losses
-    assert recomputed.finalized == stored.finalized
-    assert recomputed.by_layer("integral") == stored.by_layer("integral")
-
-
 @pytest.mark.parametrize("layout", SAME_WEIGHTS, ids=lambda case: case.name)
 def test_the_same_weights_route_alike_under_every_layout(results: Results, layout: Case) -> None:
     one, many = results[LOADED], results[layout]
     assert_same_training(one, many)
+    assert_same_gradients(one, many)
 
 
 def test_a_stage_without_experts_takes_part(results: Results) -> None:
     one, pipelined = results[LOADED_TWO], results[LOADED_TWO_PP2]
     assert_same_training(one, pipelined)
+    assert_same_gradients(one, pipelined)
     assert pipelined.ranks[1]["steps"][-1]["threshold"] == {}
     assert set(pipelined.ranks[0]["steps"][-1]["threshold"]) == {"1", "2"}
-
-
-def assert_same_training(one, many) -> None:
-    """The first step is the same; the next differ by the order of float sums in the gradients."""
-    assert many.losses == pytest.approx(one.losses, rel=1e-4)
-    assert many.losses[0] == pytest.approx(one.losses[0], rel=1e-6)
-    assert many.assignments[0] == one.assignments[0]
-    assert many.thresholds[0] == one.thresholds[0]
-    # A token whose cumulative probability all but equals the threshold may change its mind.
-    assert many.experts_per_token == pytest.approx(one.experts_per_token, abs=2 / TOKENS)
-    assert many.thresholds == pytest.approx(one.thresholds, abs=1e-3)
 
 
 def test_shared_experts_may_overlap(results: Results) -> None:

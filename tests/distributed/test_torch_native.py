@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from tests.distributed.agreement import GRADIENTS, assert_same_gradients
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -31,7 +32,12 @@ def case(name: str, num_ranks: int, flags: str, **fields) -> Case:
 
 # The same seed gives the same weights.
 SAME = {
-    f"{name}_{kind}": case(f"same_{name}_{kind}", ranks, f"{flags} {backend}")
+    f"{name}_{kind}": case(
+        f"same_{name}_{kind}",
+        ranks,
+        f"{flags} {backend}",
+        hooks=() if name == "top_k" else GRADIENTS,
+    )
     for name, ranks, flags in (
         ("dtop_p", 1, f"{DTOP_P} {ALLTOALL}"),
         ("ep2", 2, f"{DTOP_P} {ALLTOALL} {EP2} --moe-shared-expert-intermediate-size 32"),
@@ -73,7 +79,8 @@ SAVED = {
 def loaded(name: str, num_ranks: int, routing: str, flags: str) -> Case:
     flags = f"{DTOP_P if routing == 'dtop_p' else TOP_P} {NATIVE} {VOCAB} {flags}"
     load = f"--load {{dir}}/native_{routing} --finetune --no-load-optim --no-load-rng"
-    return case(f"loaded_{routing}_{name}", num_ranks, f"{flags} {load}", after=(SAVED[routing],))
+    name, flags = f"loaded_{routing}_{name}", f"{flags} {load}"
+    return case(name, num_ranks, flags, hooks=GRADIENTS, after=(SAVED[routing],))
 
 
 ONE_RANK = {routing: loaded("one_rank", 1, routing, ALLTOALL) for routing in SAVED}
@@ -129,6 +136,7 @@ def test_trains_like_local(results: Results, name: str) -> None:
     assert native.losses[-1] < native.losses[0] - 0.1
     assert "back end: torch_native (asked for)" in native.log(0)
     if name != "top_k":
+        assert_same_gradients(local, native)
         assert native.assignments[0] == local.assignments[0]
         assert native.experts_per_token == pytest.approx(local.experts_per_token, abs=0.01)
 
@@ -152,6 +160,8 @@ def test_recompute_changes_nothing(results: Results, recomputed: Case) -> None:
 def test_tensor_parallel_equals_one_rank(results: Results, routing: str, layout: Case) -> None:
     one, many = results[ONE_RANK[routing]], results[layout]
     assert many.losses == pytest.approx(one.losses, rel=1e-5)
+    if "--use-distributed-optimizer" not in layout.flags:  # each rank has its part only
+        assert_same_gradients(one, many)
     assert [step["grad_norm"] for step in many.ranks[-1]["steps"]] == pytest.approx(
         [step["grad_norm"] for step in one.ranks[-1]["steps"]], rel=1e-3
     )
