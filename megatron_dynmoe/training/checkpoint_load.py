@@ -79,7 +79,8 @@ def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
                 args.ckpt_step,
                 fallback=getattr(args, "ckpt_fallback", False),
                 is_required=args.exit_on_missing_checkpoint,
-                corrects_tracker=_is_same(load_dir, args.save),
+                # One rank is to do it, which is known once they can talk to each other.
+                corrects_tracker=dist.is_initialized() and _is_same(load_dir, args.save),
             )
         with _pinned(args, chosen[load_dir], Path(load_dir)):
             return load_base(load_dir, args, rank0=rank0, **kwargs)
@@ -267,7 +268,8 @@ def _pinned(args: Namespace, name: Name | None, load: Path) -> Iterator[None]:
 
 
 def _is_checked(args: Namespace, load: Any) -> bool:
-    return is_local(load) and args.non_persistent_ckpt_type is None
+    known_format = args.ckpt_format in ("torch_dist", "torch")
+    return is_local(load) and known_format and args.non_persistent_ckpt_type is None
 
 
 def _is_same(one: Any, other: Any) -> bool:

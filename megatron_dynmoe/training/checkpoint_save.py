@@ -68,16 +68,18 @@ class SaveGuard:
             if not is_local(folder):
                 return save(state, folder, *args, **kwargs)
             self._kept.clear()
+            request, failure = None, None
             try:
                 request = save(state, folder, *args, **kwargs)
-            except CheckpointException:  # raised on all ranks
+            except CheckpointException as error:  # on all ranks
+                failure = error
+            if failure is not None:
                 self._raise_kept(Path(folder))
-                raise
-            finish = functools.partial(self._finish, Path(folder))
+                raise failure
             if request is None:
-                finish()
+                self._finish(Path(folder))
             else:  # asynchronous: called when all ranks have written
-                request.finalize_fns.append(finish)
+                request.finalize_fns.append(functools.partial(self._finish, Path(folder)))
             return request
 
         return sealed
@@ -107,10 +109,11 @@ class SaveGuard:
         return kept
 
     def _finish(self, folder: Path) -> None:
-        from megatron.training import get_args
+        from megatron.training import global_vars
 
         self._raise_kept(folder)
-        write_checkpoint_manifest(folder, getattr(get_args(), "ckpt_manifest", True))
+        args = global_vars._GLOBAL_ARGS  # None where a script saves without Megatron's arguments
+        write_checkpoint_manifest(folder, getattr(args, "ckpt_manifest", True))
 
     def _raise_kept(self, folder: Path) -> None:
         def raise_first() -> None:

@@ -66,7 +66,7 @@ def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) ->
         dist.all_gather_object(everyone, mine)
     errors = [error for _, error in everyone if error is not None]
     if errors:
-        more = f"; and {len(errors) - 1} more ranks" if len(errors) > 1 else ""
+        more = f" ({len(errors)} ranks say so)" if len(errors) > 1 else ""
         raise CheckpointError(explain(errors[0] + more))
     return [result for result, _ in everyone]
 
