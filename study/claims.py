@@ -1,16 +1,24 @@
 """The papers' claims: what they saw, and what the results of this study say to each.
 
-The rule was fixed before any result was there: a difference of means counts when it is larger than
-two standard errors, from the spread over seeds pooled over all variants that have several.
+A difference counts when it is larger than two standard errors: between variants from the spread
+over seeds, pooled over all variants that have several; within a variant from the spread of the
+difference over its seeds. What was looked at in one model only has a margin of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from study.results import Comparison, Results
+from megatron_dynmoe.analysis.statistics import EXTREMES
+from study.results import TOLERANCE, Comparison, Results, paired
 from study.variants import TARGET, VARIANTS
+
+APART = 0.02  # sources that differ by more do differ
+EARLY = 1 / 5  # of the training, within which a target is reached early
+DRIFT = 0.05  # the share by which a count has to move to drift
+SENSITIVE = 1.2  # how many times the count a higher threshold has to give
 
 HOLDS, FAILS, UNCLEAR = "holds here", "does not hold here", "not clear here"
 _DYNAMIC = "Dynamic MoE"
@@ -43,11 +51,30 @@ def _title(variant: str) -> str:
     return VARIANTS[variant].title
 
 
-def _losses(first: str, second: str, compared: Comparison) -> str:
-    return (
-        f"validation loss {compared.first:.4f} ({_title(first)}) and {compared.second:.4f} "
-        f"({_title(second)}): {compared.difference:+.4f} ± {compared.error:.4f}"
-    )
+def _all(words: Sequence[bool | None]) -> bool | None:
+    """Whether every part of a claim is so."""
+    return False if False in words else None if None in words else True
+
+
+def _same(words: Sequence[bool]) -> bool | None:
+    """What all seeds agree on."""
+    return words[0] if len(set(words)) == 1 else None
+
+
+def _losses(results: Results, first: str, second: str, compared: Comparison) -> str:
+    sides = [
+        f"{loss:.4f} ({_title(name)}; {_cost(results, name)})"
+        for name, loss in ((first, compared.first), (second, compared.second))
+    ]
+    difference = f"{compared.difference:+.4f} ± {compared.error:.4f}"
+    return f"validation loss {' and '.join(sides)}: {difference}"
+
+
+def _cost(results: Results, variant: str) -> str:
+    """What a variant's loss was paid with."""
+    flops = f"{results.mean(variant, 'expert_flops') / 1e12:,.1f} TFLOP"
+    experts = results.experts(variant)
+    return f"{statistics.fmean(experts):.2f} experts, {flops}" if experts else flops
 
 
 def _lower(first: str, *others: str) -> Callable[[Results], Verdict]:
@@ -55,42 +82,50 @@ def _lower(first: str, *others: str) -> Callable[[Results], Verdict]:
 
     def look(results: Results) -> Verdict:
         compared = [results.compare(first, other) for other in others]
-        words = [each.is_lower for each in compared]
-        is_so = False if False in words else None if None in words else True
-        texts = [_losses(first, other, each) for other, each in zip(others, compared, strict=True)]
-        return Verdict(_verdict(is_so), "; ".join(texts))
+        texts = [
+            _losses(results, first, other, each)
+            for other, each in zip(others, compared, strict=True)
+        ]
+        return Verdict(_verdict(_all([each.is_lower for each in compared])), "; ".join(texts))
 
     return look
 
 
 def _fewer_and_better(results: Results) -> Verdict:
     compared = results.compare("top_p_04", "top2")
-    experts = results.mean("top_p_04", "validation_experts_per_token")
-    is_so = compared.is_lower if experts < TARGET else False
+    experts = results.experts("top_p_04")
+    fewer = paired(experts, [TARGET] * len(experts))
     return Verdict(
-        _verdict(is_so), f"{experts:.2f} experts; " + _losses("top_p_04", "top2", compared)
+        _verdict(_all([fewer.is_lower, compared.is_lower])),
+        f"{fewer.first:.2f} ± {fewer.error:.2f} experts; "
+        + _losses(results, "top_p_04", "top2", compared),
     )
 
 
+def _fifth(row: dict[str, Any], number: int) -> float:
+    """Mean experts per token over a fifth of a training, from 0."""
+    curve = row["curve"]["experts"]
+    return statistics.fmean(curve[len(curve) * number // 5 : len(curve) * (number + 1) // 5])
+
+
 def _count_falls(results: Results) -> Verdict:
-    curves = [row["curve"]["experts"] for row in results.rows["top_p_04"]]
-    first = [max(curve[: len(curve) // 5]) for curve in curves]
-    last = [curve[-1] for curve in curves]
-    is_so = all(end < begin for begin, end in zip(first, last, strict=True))
-    texts = [f"{begin:.2f} to {end:.2f}" for begin, end in zip(first, last, strict=True)]
-    return Verdict(_verdict(is_so), "from the most in the first fifth: " + ", ".join(texts))
+    rows = results.rows["top_p_04"]
+    compared = paired([_fifth(row, 4) for row in rows], [_fifth(row, 0) for row in rows])
+    return Verdict(
+        _verdict(compared.is_lower),
+        f"{compared.second:.2f} experts on average in the first fifth, {compared.first:.2f} in the "
+        f"last: {compared.difference:+.2f} ± {compared.error:.2f}",
+    )
 
 
 def _dynamic_loss(results: Results) -> Verdict:
     without = "top_p_04_no_dynamic_loss"
     compared = results.compare("top_p_04", without)
     counts = results.compare("top_p_04", without, "validation_experts_per_token")
-    words = (compared.is_lower, counts.is_lower)
-    is_so = False if False in words else None if None in words else True
     return Verdict(
-        _verdict(is_so),
-        f"{counts.first:.2f} experts with and {counts.second:.2f} without; "
-        + _losses("top_p_04", without, compared),
+        _verdict(_all([compared.is_lower, counts.is_lower])),
+        f"{counts.difference:+.2f} ± {counts.error:.2f} experts; "
+        + _losses(results, "top_p_04", without, compared),
     )
 
 
@@ -98,23 +133,27 @@ def _sources(results: Results) -> Verdict:
     by_source = _analysis(results, "top_p_04")["experts_by_source"]
     low, high = min(by_source.values()), max(by_source.values())
     texts = ", ".join(f"{name} {value:.2f}" for name, value in by_source.items())
-    return Verdict(HOLDS if high / low > 1.02 else FAILS, f"{texts} (holds if over 2 % apart)")
+    return Verdict(_verdict(high > (1 + APART) * low), f"{texts} (holds if over {APART:.0%} apart)")
 
 
 def _more_in(bottom: bool, variant: str) -> Callable[[Results], Verdict]:
     """The bottom half of the layers uses more, or fewer, experts than the top half."""
 
     def look(results: Results) -> Verdict:
-        rows = results.rows[variant]
-        halves = []
-        for row in rows:
+        low, high, texts = [], [], []
+        for row in results.rows[variant]:
             layers = row["experts_by_layer"]
             half = len(layers) // 2
-            halves.append((sum(layers[:half]) / half, sum(layers[-half:]) / half))
-        words = {(low > high) is bottom for low, high in halves}
-        texts = [" ".join(f"{value:.2f}" for value in row["experts_by_layer"]) for row in rows]
-        word = UNCLEAR if len(words) > 1 else _verdict(words.pop())
-        return Verdict(word, "experts from the bottom up: " + "; ".join(texts))
+            low.append(statistics.fmean(layers[:half]))
+            high.append(statistics.fmean(layers[-half:]))
+            texts.append(" ".join(f"{value:.2f}" for value in layers))
+        compared = paired(high, low) if bottom else paired(low, high)
+        halves = ("upper", "lower") if bottom else ("lower", "upper")
+        return Verdict(
+            _verdict(compared.is_lower),
+            f"experts from the bottom up, by seed: {'; '.join(texts)}; {halves[0]} half less "
+            f"{halves[1]} half {compared.difference:+.2f} ± {compared.error:.2f}",
+        )
 
     return look
 
@@ -122,12 +161,15 @@ def _more_in(bottom: bool, variant: str) -> Callable[[Results], Verdict]:
 def _words(results: Results) -> Verdict:
     found = _analysis(results, "top_p_04")
     most, fewest = found["words_among_most"], found["words_among_fewest"]
-    if most is None or fewest is None or found["frequent_tokens"] < 200:
+    if most is None or fewest is None or found["frequent_tokens"] < 2 * EXTREMES:
         return Verdict(UNCLEAR, f"only {found['frequent_tokens']} tokens are frequent enough")
+    # Two standard errors of a difference of shares among so many tokens each
+    error = 2 * ((most * (1 - most) + fewest * (1 - fewest)) / EXTREMES) ** 0.5
+    compared = Comparison(most, fewest, error)
     return Verdict(
-        _verdict(most < fewest),
-        f"{most:.0%} among the 100 with most ({' '.join(found['most'])}), {fewest:.0%} among the "
-        f"100 with fewest ({' '.join(found['fewest'])})",
+        _verdict(compared.is_lower),
+        f"{most:.0%} among the {EXTREMES} with most, {fewest:.0%} among as many with fewest "
+        f"(counts if over {error:.0%} apart)",
     )
 
 
@@ -145,21 +187,23 @@ def _harder(results: Results) -> Verdict:
 
 def _post_hoc(results: Results) -> Verdict:
     points = results.content["post_hoc"]
-    texts, worse = [], []
-    for own in (point for point in points if point["threshold"] is None):
-        others = [
-            point
-            for point in points
-            if point["seed"] == own["seed"] and point["threshold"] is not None
-        ]
-        calibrated = others[-1]
-        worse.append(calibrated["loss"] > own["loss"])
+    texts, calibrated, own = [], [], []
+    for row in results.rows["top2"]:
+        mine = [point for point in points if point["seed"] == row["seed"]]
+        (trained,) = (point for point in mine if point["threshold"] is None)
+        others = [point for point in mine if point["threshold"] is not None]
+        own.append(trained["loss"])
+        calibrated.append(others[-1]["loss"])  # the one that gives 2 experts
         texts.append(
-            f"own routing {own['loss']:.4f}; "
+            f"own routing {trained['loss']:.4f}; "
             + ", ".join(f"{point['experts']:.2f}: {point['loss']:.4f}" for point in others)
         )
-    is_so = True if all(worse) else None if any(worse) else False
-    return Verdict(_verdict(is_so), "loss at so many experts, by seed: " + "; ".join(texts))
+    compared = paired(own, calibrated)
+    return Verdict(
+        _verdict(compared.is_lower),
+        f"loss at so many experts, by seed: {'; '.join(texts)}; own routing less the threshold "
+        f"for {TARGET:g} {compared.difference:+.4f} ± {compared.error:.4f}",
+    )
 
 
 def _throughput(results: Results) -> Verdict:
@@ -167,38 +211,38 @@ def _throughput(results: Results) -> Verdict:
     return Verdict(
         _verdict(compared.is_lower),
         f"{compared.first:.3f} s of the processor a step against {compared.second:.3f} s "
-        f"± {compared.error:.3f} s "
+        f"(± {compared.error:.3f}) "
         f"with {results.mean('top_p_04', 'experts_per_token'):.2f} experts at the end",
     )
 
 
 def _locks(results: Results) -> Verdict:
-    rows = results.rows["dtop_p"]
-    reached = [row["steps_to_target"] for row in rows]
-    fixed = [
-        f"{row['fewest_experts_per_token']:.2f} to {row['most_experts_per_token']:.2f}"
-        for row in results.rows["fixed_020"]
-    ]
-    texts = [
-        "never reached"
-        if row["steps_to_target"] is None
-        else f"step {row['steps_to_target']}, then at worst {row['worst_excursion']:.1%} off"
-        for row in rows
-    ]
+    held, texts = [], []
+    for row in results.rows["dtop_p"]:
+        step = row["held_from_step"]
+        held.append(step is not None and step <= EARLY * row["steps"])
+        after = "never" if step is None else f"from step {step}, {row['worst_excursion']:.1%} off"
+        texts.append(f"{after} (before {row['peak_excursion']:.1%})")
+    moved = {
+        name: [abs(_fifth(row, 4) / _fifth(row, 1) - 1) for row in results.rows[name]]
+        for name in ("fixed_020", "dtop_p")
+    }
+    drifts = _same([drift > max(DRIFT, *moved["dtop_p"]) for drift in moved["fixed_020"]])
+    drifted = {name: ", ".join(f"{drift:.1%}" for drift in moved[name]) for name in moved}
     return Verdict(
-        _verdict(all(step is not None and step <= row["steps"] / 5 for step, row in
-                     zip(reached, rows, strict=True))),
-        f"{'; '.join(texts)}; fixed top-p 0.2 after the first fifth: {', '.join(fixed)} "
-        "(holds if reached within the first fifth)",
-    )  # fmt: skip
+        _verdict(_all([_same(held), drifts])),
+        f"held {', '.join(texts)}: {_verdict(_same(held))} if early is the first fifth; from the "
+        f"second fifth to the last the count moves by {drifted['fixed_020']} with the threshold "
+        f"fixed at 0.2, by {drifted['dtop_p']} with DTop-p: {_verdict(drifts)} if drifting is "
+        f"more than {DRIFT:.0%} and than any of DTop-p",
+    )
 
 
 def _sensitive(results: Results) -> Verdict:
-    low = results.mean("fixed_020", "validation_experts_per_token")
-    high = results.mean("fixed_030", "validation_experts_per_token")
+    low, high = (statistics.fmean(results.experts(name)) for name in ("fixed_020", "fixed_030"))
     return Verdict(
-        _verdict(high > 1.2 * low),
-        f"{low:.2f} experts at 0.2 and {high:.2f} at 0.3 (holds if over 20 % more)",
+        _verdict(high > SENSITIVE * low),
+        f"{low:.2f} experts at 0.2 and {high:.2f} at 0.3 (holds if over {SENSITIVE - 1:.0%} more)",
     )
 
 
@@ -206,12 +250,10 @@ def _by_layer(results: Results) -> Verdict:
     (row,) = results.rows["by_layer"]
     worst = max(abs(value / TARGET - 1) for value in row["experts_by_layer"])
     compared = results.compare("dtop_p", "by_layer")
-    words = (worst <= 0.02, compared.is_lower)
-    is_so = False if False in words else None if None in words else True
     return Verdict(
-        _verdict(is_so),
-        f"at the end no layer is more than {worst:.1%} off; "
-        + _losses("dtop_p", "by_layer", compared),
+        _verdict(_all([worst <= TOLERANCE, compared.is_lower])),
+        f"at the end no layer is more than {worst:.1%} off (held within {TOLERANCE:.0%}); "
+        + _losses(results, "dtop_p", "by_layer", compared),
     )
 
 

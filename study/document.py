@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
+from study import tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.results import Results
@@ -104,14 +103,6 @@ def _variants() -> str:
 def _results(results: Results) -> str:
     content = results.content
     spread = results.spread("validation_loss")
-    rows = [
-        "| routing | seeds | validation loss | experts per token, validation | std over tokens "
-        "| processor s a step | within 2 % from step | worst mean after | worst step after |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, variant in VARIANTS.items():
-        if name in results.rows:
-            rows.append(_row(results, name, variant.title))
     missing = [
         name
         for name, variant in VARIANTS.items()
@@ -126,16 +117,15 @@ def _results(results: Results) -> str:
         "",
         "![Validation loss by routing](images/study_loss.png)",
         "",
-        *rows,
+        *tables.routings(results),
         "",
         fill(
             "Losses in nats per token, over seeds as mean (and standard deviation). Experts and "
-            "their deviation over tokens and layers are of the last evaluation. The time of a step "
-            "is the processor's, with the share of a run's start and evaluations: the clock's "
-            "would say what else the machine did meanwhile (both are in the results; "
-            '[benchmarks](benchmarks.md) has steps timed in turn). "Within 2 %" is the first step '
-            "at which the mean count of the ten steps before is, then come the largest distances "
-            "from the target of any such mean and of any single step, which is off by chance, too.",
+            "their deviation over tokens and layers are of the last evaluation. The work in "
+            "experts is that of the whole training, forward and backward, by the measured counts. "
+            "The time of a step is the processor's, with the share of a run's start and "
+            "evaluations: the clock's would say what else the machine did meanwhile (both are in "
+            "the results; [benchmarks](benchmarks.md) has steps timed in turn).",
             100,
         ),
         *(
@@ -149,44 +139,12 @@ def _results(results: Results) -> str:
         "",
         "![Experts per token over training](images/study_experts.png)",
         "",
-        "![Experts by layer](images/study_layers.png)",
-        "",
+        *tables.holding(results),
+        *tables.patterns(results),
     ]
     if content["post_hoc"]:
         lines += ["![Thresholds after the fact](images/study_post_hoc.png)", ""]
     return "\n".join(lines)
-
-
-def _row(results: Results, name: str, title: str) -> str:
-    def cell(column: str, digits: int) -> str:
-        values = results.values(name, column)
-        if not values:
-            return "-"
-        text = f"{results.mean(name, column):.{digits}f}"
-        if len(values) > 1:
-            text += f" ({statistics.stdev(values):.{digits}f})"
-        return text
-
-    reached = [row["steps_to_target"] for row in results.rows[name] if "steps_to_target" in row]
-    experts = (
-        "validation_experts_per_token"
-        if results.values(name, "validation_experts_per_token")
-        else "experts_per_token"
-    )
-    cells = [
-        title,
-        str(len(results.rows[name])),
-        cell("validation_loss", 4),
-        cell(experts, 3),
-        cell("validation_std_experts_per_token", 3),
-        cell("processor_seconds_per_step", 3),
-        ", ".join("never" if step is None else str(step) for step in reached) or "-",
-        *(
-            f"{max(values):.1%}" if (values := results.values(name, column)) else "-"
-            for column in ("worst_excursion", "worst_step")
-        ),
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _claims(results: Results | None) -> str:
@@ -196,8 +154,20 @@ def _claims(results: Results | None) -> str:
         "",
         fill(
             "Their figures are scores of tasks, which a model this small cannot do; here it is the "
-            "validation loss. A difference counts if it is larger than two standard errors from "
-            "the spread over seeds; the rule stood before there were results.",
+            "validation loss. A difference counts if it is larger than two standard errors (the "
+            "figure behind \u00b1): between routings from the spread over seeds, pooled over "
+            "all routings with several; within a routing from the spread of the difference over "
+            "its seeds. Other margins stand in the table. The rules stood before all runs were "
+            "done; while they trained, those for counts were made stricter, after a look at the "
+            "counts of DTop-p's first run.",
+            100,
+        ),
+        "",
+        fill(
+            "Losses are compared as the runs came out, which is not at equal numbers of experts: "
+            "beside each loss stand the experts per token and the work in experts that it was paid "
+            "with. Where the worse one had less of both, a routing lost to more compute; only "
+            "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count.",
             100,
         ),
         "",
@@ -208,9 +178,5 @@ def _claims(results: Results | None) -> str:
         verdict = judge(claim, results) if results is not None else None
         saw, word = ("not run yet", "") if verdict is None else (verdict.numbers, verdict.word)
         cells = [claim.paper, claim.text, claim.they_saw, saw, word]
-        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(tables.escaped(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _escaped(cell: Any) -> str:
-    return str(cell).replace("|", "\\|").replace("\n", " ")

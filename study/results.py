@@ -15,7 +15,9 @@ import numpy as np
 from megatron_dynmoe import overlay, report
 from study.runs import Run
 
-TOLERANCE = 0.02  # of the target, within which a count is held
+# Shares of the target, the two bands that control engineering settles in: a count is held from a
+# step within the first on, if it never leaves the second again.
+TOLERANCE, WORST = 0.02, 0.05
 MEAN_STEPS = 10
 CURVE_POINTS = 100
 _NO_CURVES = ("curve", "validation_curve", "experts_by_layer")
@@ -71,30 +73,38 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, Any]:
-    """When a count reaches its target and how far it strays afterwards, as shares of the target.
+    """From when on a count is held, and how far it strays: shares of the target.
 
     Looked at are means over ten steps, since the count of a single small batch is off by more than
-    2 % by chance. Reached is the first step with such a mean behind it that is within 2 %; the
-    worst excursion is that of any later mean, the worst step that of any later single step. All are
-    None where the count never gets there.
+    2 % by chance. The count is held from the first step with such a mean behind it that is within
+    2 % and none after it beyond 5 %: one that begins at its target and leaves it, or passes it on
+    its way, is not held yet.
+
+    Returns:
+        ``peak_excursion`` and ``peak_step``, the mean farthest off in the whole run;
+        ``held_from_step``, None where it never is; from there on ``worst_excursion`` of any mean
+        and ``worst_step`` of any later single step.
     """
     counts = np.asarray(experts, dtype=float)
-    nothing = {"steps_to_target": None, "worst_excursion": None, "worst_step": None}
+    names = ("peak_excursion", "peak_step", "held_from_step", "worst_excursion", "worst_step")
+    found: dict[str, Any] = dict.fromkeys(names)
     if len(counts) < MEAN_STEPS:
-        return nothing
+        return found
     means = np.convolve(counts, np.full(MEAN_STEPS, 1 / MEAN_STEPS), mode="valid")
-    errors = np.abs(means / target - 1)
-    within = errors <= TOLERANCE
-    if not within.any():
-        return nothing
-    first = int(np.argmax(within))
-    reached = first + MEAN_STEPS
-    later = np.abs(counts[reached:] / target - 1)
-    return {
-        "steps_to_target": reached,
-        "worst_excursion": float(errors[first:].max()),
-        "worst_step": float(later.max()) if len(later) else None,
-    }
+    errors = np.abs(means / target - 1).round(9)  # what adding leaves is no difference
+    peak = int(errors.argmax())
+    found |= {"peak_excursion": float(errors[peak]), "peak_step": peak + MEAN_STEPS}
+    worst_from_here = np.maximum.accumulate(errors[::-1])[::-1]
+    held = (errors <= TOLERANCE) & (worst_from_here <= WORST)
+    if held.any():
+        first = int(held.argmax())
+        later = np.abs(counts[first + MEAN_STEPS :] / target - 1)
+        found |= {
+            "held_from_step": first + MEAN_STEPS,
+            "worst_excursion": float(worst_from_here[first]),
+            "worst_step": float(later.max()) if len(later) else None,
+        }
+    return found
 
 
 def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
@@ -124,7 +134,7 @@ def tail(values: Sequence[float]) -> Sequence[float]:
 
 
 class Comparison(NamedTuple):
-    """A difference of two variants' means; ``error`` is two standard errors."""
+    """A difference of two means; ``error`` is two standard errors of it."""
 
     first: float
     second: float
@@ -138,6 +148,14 @@ class Comparison(NamedTuple):
     def is_lower(self) -> bool | None:
         """Whether the first is lower; None where the difference is within its error."""
         return None if abs(self.difference) <= self.error else self.difference < 0
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
+    """Two numbers of each seed, against what seeds alone make of their difference."""
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    several = len(differences) > 1
+    error = 2 * statistics.stdev(differences) / math.sqrt(len(differences)) if several else math.inf
+    return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
 class Results:
@@ -160,6 +178,11 @@ class Results:
 
     def mean(self, variant: str, name: str) -> float:
         return statistics.fmean(self.values(variant, name))
+
+    def experts(self, variant: str) -> list[float]:
+        """Experts per token of each seed, of the last evaluation where they were counted in it."""
+        name = "validation_experts_per_token"
+        return self.values(variant, name) or self.values(variant, "experts_per_token")
 
     def spread(self, name: str) -> float | None:
         """Standard deviation over seeds, pooled over the variants that have several."""

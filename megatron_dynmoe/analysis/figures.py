@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from megatron_dynmoe.analysis.counts import Counts, add_up
-from megatron_dynmoe.analysis.statistics import lift
+from megatron_dynmoe.analysis.statistics import describe_correlation, lift
 
 # In the page these two become CSS variables.
 INK, FAINT = "#1c2733", "#c9d1da"
@@ -205,15 +205,6 @@ def _loss(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     axes.legend(title="rank correlation", alignment="left")
     axes.margins(y=0.25)
     return figure, "Do harder tokens use more experts?", "Rank correlation with " + "; ".join(parts)
-
-
-def describe_correlation(found: dict[str, Any]) -> str:
-    """A correlation with its interval, or why there is none."""
-    if found["value"] is None:
-        return "not defined"
-    if found["low"] is None:
-        return f"{found['value']:.2f} (no interval)"
-    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def _positions(statistics: dict[str, Any]) -> tuple[Figure, str, str]:

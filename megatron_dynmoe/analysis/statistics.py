@@ -112,6 +112,15 @@ def correlation(table_BKN: np.ndarray, num_windows: int) -> dict[str, Any]:
     return result
 
 
+def describe_correlation(found: dict[str, Any]) -> str:
+    """A correlation with its interval, or why there is none."""
+    if found["value"] is None:
+        return "not defined"
+    if found["low"] is None:
+        return f"{found['value']:.2f} (no interval)"
+    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def spearman(table_KN: np.ndarray) -> float | None:
     """The rank correlation of rows with columns, ties at their mean rank; None if undefined."""
     rows_K, columns_N = table_KN.sum(axis=1), table_KN.sum(axis=0)
