@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.command_line import number
+from megatron_dynmoe.data.readers import DEFAULT_LIMITS, Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
@@ -70,6 +71,7 @@ def preprocess_data(argv: Sequence[str] | None = None) -> NoReturn:
             append_eod=args.append_eod,
             workers=args.workers,
             skip_unreadable=args.on_error == "skip",
+            limits=Limits(args.max_line_bytes, args.max_expansion),
             overwrite=args.overwrite,
             log_interval=args.log_interval,
         )
@@ -104,6 +106,7 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
             args.vocab_size,
             json_keys=args.json_keys,
             skip_unreadable=args.on_error == "skip",
+            limits=Limits(args.max_line_bytes, args.max_expansion),
             overwrite=args.overwrite,
         )
         return f"{model}: {args.vocab_size} pieces"
@@ -177,6 +180,21 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         choices=("stop", "skip"),
         default="stop",
         help="at an unreadable line: stop with its file and number (default), or skip and count it",
+    )
+    parser.add_argument(
+        "--max-line-bytes",
+        type=number(int, 1),
+        default=DEFAULT_LIMITS.line_bytes,
+        metavar="N",
+        help="a longer line (Parquet: text) is unreadable (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-expansion",
+        type=number(int, 1),
+        default=DEFAULT_LIMITS.expansion,
+        metavar="N",
+        help="a compressed file that becomes more than N times as large stops the run "
+        "(default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 

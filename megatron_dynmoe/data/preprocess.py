@@ -16,7 +16,14 @@ import numpy as np
 
 from megatron_dynmoe.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron_dynmoe.data.progress import Progress
-from megatron_dynmoe.data.readers import OnUnreadable, Unreadable, expand_inputs, open_reader
+from megatron_dynmoe.data.readers import (
+    DEFAULT_LIMITS,
+    Limits,
+    OnUnreadable,
+    Unreadable,
+    expand_inputs,
+    open_reader,
+)
 from megatron_dynmoe.data.tokenizer import Tokenizer
 
 # A batch is closed at this much text (characters) or this many documents. Larger batches leave a
@@ -56,6 +63,7 @@ def preprocess(
     append_eod: bool = False,
     workers: int = 2,
     skip_unreadable: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
     overwrite: bool = False,
     log_interval: int | None = None,
 ) -> Summary:
@@ -69,6 +77,7 @@ def preprocess(
         append_eod: end every document that has a token with `tokenizer.eod`.
         workers: threads that encode.
         skip_unreadable: leave out and count records that are no documents, instead of raising.
+        limits: what is taken for text.
         overwrite: replace an output that exists.
         log_interval: documents between progress lines where stderr is no terminal; every 30 s
             if None.
@@ -100,7 +109,9 @@ def preprocess(
                 reason = error.strerror
                 raise ValueError(f"output folder {prefix.parent}: {reason}") from error
         with Progress(paths, log_interval) as progress:
-            batches = _batches(paths, json_keys, _policy(skip_unreadable, summary), progress)
+            batches = _batches(
+                paths, json_keys, _policy(skip_unreadable, summary), limits, progress
+            )
             for num_bytes, columns in _encode(batches, tokenizer, eod, workers):
                 summary.text_bytes += num_bytes
                 summary.documents += len(columns[0][1])
@@ -131,11 +142,15 @@ class _Batch:
 
 
 def _batches(
-    paths: Sequence[Path], keys: Sequence[str], policy: OnUnreadable, progress: Progress
+    paths: Sequence[Path],
+    keys: Sequence[str],
+    policy: OnUnreadable,
+    limits: Limits,
+    progress: Progress,
 ) -> Iterator[_Batch]:
     batch = _Batch([[] for _ in keys])
     for path in paths:
-        reader = open_reader(path, keys, policy)
+        reader = open_reader(path, keys, policy, limits)
         with progress.reading(reader):
             for texts in reader:
                 for column, text in zip(batch.columns, texts, strict=True):

@@ -9,10 +9,31 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 # Rows decoded at a time from Parquet: small, because a row may be a whole book.
 PARQUET_ROWS = 64
+# Text may be compressed well by chance where there is little of it; below this (bytes) none is a
+# bomb.
+HARMLESS = 1 << 26
+# In a message, how much is shown of what a file brought.
+SHOWN_FIELDS = 10
+
+
+class Limits(NamedTuple):
+    """What a reader takes for text, and beyond which for a mistake or an attack.
+
+    Attributes:
+        line_bytes: of a line with its end, or of a text in Parquet.
+        expansion: how many times larger a file may become when it is decompressed. Text is
+            seldom compressed to less than a tenth.
+    """
+
+    line_bytes: int = 1 << 24
+    expansion: int = 200
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class Unreadable(ValueError):
@@ -46,28 +67,38 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def open_reader(path: Path, keys: Sequence[str], on_unreadable: OnUnreadable) -> "Reader":
+def open_reader(
+    path: Path,
+    keys: Sequence[str],
+    on_unreadable: OnUnreadable,
+    limits: Limits = DEFAULT_LIMITS,
+) -> "Reader":
     """The reader for `path`, chosen by its last suffix: .parquet, .gz, .zst, or plain JSON lines.
 
     Args:
         keys: the fields whose text is read, in this order.
         on_unreadable: called with every record that is no document; if it returns, the record is
             left out and reading goes on.
+        limits: what is taken for text.
     """
     reader = ParquetReader if path.suffix == ".parquet" else JsonLinesReader
-    return reader(path, keys, on_unreadable)
+    return reader(path, keys, on_unreadable, limits)
 
 
 class Reader:
     """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one a key.
 
     Raises:
-        ValueError: the file cannot be opened or decompressed; the message names the file.
+        ValueError: the file cannot be opened or decompressed, or becomes too large when it is;
+            the message names the file.
         Unreadable: from `on_unreadable`, where that raises.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str], on_unreadable: OnUnreadable) -> None:
+    def __init__(
+        self, path: Path, keys: Sequence[str], on_unreadable: OnUnreadable, limits: Limits
+    ) -> None:
         self.path = path
+        self.limits = limits
         self.keys = list(keys)
         self.on_unreadable = on_unreadable
         self.size = path.stat().st_size
@@ -80,6 +111,23 @@ class Reader:
         """Bytes of the file (compressed, where it is) consumed so far."""
         raise NotImplementedError
 
+    def _check_length(self, num_bytes: int, what: str) -> None:
+        """Raise ValueError for what is too long to be a document."""
+        if num_bytes > self.limits.line_bytes:
+            raise ValueError(
+                f"{what} is longer than {self.limits.line_bytes:,} bytes: if it is meant to be one "
+                "document, raise --max-line-bytes"
+            )
+
+    def _check_expansion(self, num_bytes: int, compressed: int) -> None:
+        """Raise ValueError for a file that is a bomb."""
+        if num_bytes > max(HARMLESS, self.limits.expansion * compressed):
+            raise ValueError(
+                f"{self.path}: {compressed:,} bytes of it become more than "
+                f"{self.limits.expansion} times as many when decompressed, which text does not: "
+                "if it is meant to, raise --max-expansion"
+            )
+
     def _texts(self, record: Any) -> tuple[str, ...]:
         """The texts of one record; raises ValueError with the reason if it is no document."""
         if not isinstance(record, dict):
@@ -87,7 +135,7 @@ class Reader:
         texts = []
         for key in self.keys:
             if key not in record:
-                raise ValueError(f"no field '{key}' (it has {', '.join(record) or 'none'})")
+                raise ValueError(f"no field '{key}' (it has {_names(record)})")
             text = record[key]
             if isinstance(text, bytes):
                 text = text.decode("utf-8")
@@ -106,8 +154,9 @@ class JsonLinesReader(Reader):
         number = 0
         try:
             with open(self.path, "rb") as self._raw, self._decompressed() as stream:
-                for number, line in enumerate(stream, 1):
+                for number, line in enumerate(self._lines(stream), 1):
                     try:
+                        self._check_length(len(line), "the line")
                         document = self._texts(self._parse(number, line))
                     except (ValueError, RecursionError) as error:
                         reason = _reason(error)
@@ -117,6 +166,18 @@ class JsonLinesReader(Reader):
         except (EOFError, OSError, zlib.error) as error:
             # Every decompressor has its own exception for a truncated or damaged file.
             raise ValueError(f"{self.path}: cannot be read after line {number}: {error}") from error
+
+    def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
+        """The lines, of one that is too long only so much that it can be told to be."""
+        most = self.limits.line_bytes + 1
+        num_bytes = 0
+        while line := stream.readline(most):
+            yield line
+            while line:
+                num_bytes += len(line)
+                if stream is not self._raw and num_bytes > HARMLESS:
+                    self._check_expansion(num_bytes, self._raw.tell())
+                line = b"" if line.endswith(b"\n") else stream.readline(most)
 
     def _decompressed(self) -> IO[bytes]:
         if self.path.suffix == ".gz":
@@ -157,6 +218,7 @@ class ParquetReader(Reader):
             file = pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
             with file:
                 self._check_columns(file.schema_arrow)
+                self._check_sizes(file.metadata)
                 self._rows_total = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=self.keys):
                     # As bytes, so that a row that is not UTF-8 is that row's error only.
@@ -167,13 +229,17 @@ class ParquetReader(Reader):
                     for row in range(batch.num_rows):
                         self._rows += 1
                         try:
-                            document = self._texts({key: columns[key][row] for key in self.keys})
+                            texts = {key: columns[key][row] for key in self.keys}
+                            for text in texts.values():
+                                self._check_length(len(text or b""), "the text")
+                            document = self._texts(texts)
                         except ValueError as error:
                             message = f"{self.path}, row {self._rows}: {_reason(error)}"
                             self.on_unreadable(Unreadable(message))
                             continue
                         yield document
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            # Arrow decodes the columns' names only where they are asked for.
             raise ValueError(
                 f"{self.path}: cannot be read after row {self._rows}: {error}"
             ) from error
@@ -193,9 +259,26 @@ class ParquetReader(Reader):
             if not any(is_text(kind) for is_text in text_types):
                 raise ValueError(f"{self.path}: column '{key}' is {kind}, not string")
 
+    def _check_sizes(self, metadata: Any) -> None:
+        compressed = uncompressed = 0
+        for group in range(metadata.num_row_groups):
+            columns = metadata.row_group(group)
+            for i in range(columns.num_columns):
+                if columns.column(i).path_in_schema in self.keys:
+                    compressed += columns.column(i).total_compressed_size
+                    uncompressed += columns.column(i).total_uncompressed_size
+        self._check_expansion(uncompressed, compressed)
+
     @property
     def position(self) -> int:
         return self.size * self._rows // max(self._rows_total, 1)
+
+
+def _names(record: dict[str, Any]) -> str:
+    """The names of some fields, in printable characters: they may be anything."""
+    names = [name if name.isprintable() else ascii(name) for name in record]
+    more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
+    return ", ".join(name[:40] for name in names[:SHOWN_FIELDS]) + more or "none"
 
 
 def _reason(error: Exception) -> str:

@@ -166,7 +166,10 @@ def _is_plain(folder: Path, config: dict[str, Any], tokenizer: Any) -> bool:
 def _load_with_transformers(path: Path) -> tuple[Any, int | None]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    # Said, because otherwise a folder with code of its own has transformers ask on the terminal.
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("it has no fast (Rust) form: save it with a tokenizer.json")
     # Megatron lets the end and the begin token each stand in for a missing sep and cls token and

@@ -5,7 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dynmoe.data.readers import OnUnreadable, Unreadable, expand_inputs, open_reader
+from megatron_dynmoe.data.readers import (
+    DEFAULT_LIMITS,
+    Limits,
+    OnUnreadable,
+    Unreadable,
+    expand_inputs,
+    open_reader,
+)
 
 # <unk>, <s>, </s> and one piece for each byte.
 FIXED_PIECES = 259
@@ -18,6 +25,7 @@ def train_tokenizer(
     *,
     json_keys: Sequence[str] = ("text",),
     skip_unreadable: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
     overwrite: bool = False,
 ) -> Path:
     """Train a byte-fallback BPE model as Llama's: `<unk>`, `<s>`, `</s>` are ids 0, 1, 2.
@@ -28,7 +36,7 @@ def train_tokenizer(
     model.
 
     Args:
-        inputs, json_keys, skip_unreadable: as in `preprocess`.
+        inputs, json_keys, skip_unreadable, limits: as in `preprocess`.
         vocab_size: pieces in all, above `FIXED_PIECES`.
 
     Returns:
@@ -50,7 +58,7 @@ def train_tokenizer(
     if vocab_size <= FIXED_PIECES:
         raise ValueError(f"vocab_size {vocab_size}: more than {FIXED_PIECES} is wanted")
 
-    lines = _Lines(paths, json_keys, skip_unreadable)
+    lines = _Lines(paths, json_keys, skip_unreadable, limits)
     model = io.BytesIO()  # not a file: its name would become part of the model
     try:
         SentencePieceTrainer.train(
@@ -94,15 +102,18 @@ def train_tokenizer(
 class _Lines:
     """The documents' lines without their ends; keeps an error that the trainer would swallow."""
 
-    def __init__(self, paths: Sequence[Path], keys: Sequence[str], skip_unreadable: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], keys: Sequence[str], skip_unreadable: bool, limits: Limits
+    ) -> None:
         self.count = 0
         self.error: Exception | None = None
         self._paths, self._keys, self._skip_unreadable = paths, keys, skip_unreadable
+        self._limits = limits
 
     def __iter__(self) -> Iterator[str]:
         try:
             for path in self._paths:
-                for texts in open_reader(path, self._keys, self._policy):
+                for texts in open_reader(path, self._keys, self._policy, self._limits):
                     for text in texts:
                         for line in text.split("\n"):
                             if line:
