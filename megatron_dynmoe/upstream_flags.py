@@ -230,9 +230,29 @@ def check_upstream_settings(settings: Any) -> None:
         for single in value if isinstance(value, list) else [value]:
             if isinstance(single, str) and (name, single) in _REFUSED_VALUES:
                 _refuse(_flag(name), single, *_REFUSED_VALUES[name, single])
+    check_sequence_parallel(settings)
     frequency = getattr(settings, "moe_layer_freq", None)
     if isinstance(frequency, list) and not any(frequency):
         _refuse(_flag("moe_layer_freq"), frequency, "no layer has experts", "put a 1 into it")
+
+
+def check_sequence_parallel(settings: Any) -> None:
+    """Refuse experts under tensor parallelism alone, at which upstream stops in the first step.
+
+    Args:
+        settings: upstream's argument namespace or TransformerConfig.
+
+    Raises:
+        ValueError: ``--sequence-parallel`` is missing.
+    """
+    size = getattr(settings, "tensor_model_parallel_size", 1)
+    # The namespace's name, and the config's.
+    has_experts = any(getattr(settings, name, None) for name in ("num_experts", "num_moe_experts"))
+    if has_experts and size > 1 and not settings.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {size} without --sequence-parallel, which Megatron "
+            "wants where there are experts: give --sequence-parallel."
+        )
 
 
 def _flag(name: str) -> str:

@@ -11,6 +11,7 @@ from megatron_dynmoe.upstream_flags import (
     _REFUSED_VALUES,
     UPSTREAM_FLAGS,
     Refused,
+    check_sequence_parallel,
     check_upstream_settings,
 )
 from tests.moe import one_rank
@@ -129,3 +130,17 @@ def test_a_model_with_such_a_setting_is_not_built(setting, value):
     one_rank.world_of_one()
     with pytest.raises(ValueError, match="--" + setting.replace("_", "-")):
         layer_spec(SimpleNamespace(transformer=transformer), dynmoe=DynMoEConfig(routing="top_p"))
+
+
+@pytest.mark.parametrize("name", ("num_experts", "num_moe_experts"))
+def test_experts_under_tensor_parallelism_alone_are_refused(name):
+    settings = {name: 4, "tensor_model_parallel_size": 2, "sequence_parallel": False}
+    for check in (check_sequence_parallel, check_upstream_settings):
+        with pytest.raises(ValueError, match="is 2 without --sequence-parallel"):
+            check(SimpleNamespace(**settings))
+        for change in (
+            {name: None},
+            {"sequence_parallel": True},
+            {"tensor_model_parallel_size": 1},
+        ):
+            check(SimpleNamespace(**settings | change))

@@ -121,6 +121,8 @@ def plan(
     """
     chosen, why = choose_backend(backend, transformer_impl)
     check_norms(chosen, config)
+    if chosen == "local":
+        check_biases(config)
     if chosen != "torch_native":
         return Plan(chosen, why)
     reasons = {
@@ -136,7 +138,27 @@ def plan(
             f"--moe-dynamic-backend is torch_native, whose {part} cannot do {reason}: leave that "
             f"out, or use --moe-dynamic-backend auto, which takes upstream's {part} then."
         )
+    if "experts" in kept:
+        check_biases(config)
     return Plan(chosen, why, kept)
+
+
+def check_biases(config: TransformerConfig) -> None:
+    """Refuse biases where upstream's local experts stop at them in the first step.
+
+    Their output is a view that autograd forbids to add the bias to in place, unless a collective
+    between ranks has made a tensor of its own of it.
+
+    Raises:
+        ValueError: the experts cannot be trained with biases.
+    """
+    tensor_parallel_size = getattr(config, "expert_tensor_parallel_size", None) or 1
+    num_ranks = config.expert_model_parallel_size * tensor_parallel_size
+    if config.add_bias_linear and getattr(config, "num_moe_experts", None) and num_ranks == 1:
+        raise ValueError(
+            "--disable-bias-linear is not given, and upstream's local experts cannot be trained "
+            "with biases without expert parallelism: give --disable-bias-linear."
+        )
 
 
 def check_norms(backend: str, settings: Any) -> None:

@@ -28,7 +28,7 @@ from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.token_files import check_token_files
-from megatron_dynmoe.upstream_flags import check_upstream_settings
+from megatron_dynmoe.upstream_flags import check_sequence_parallel, check_upstream_settings
 
 # Modes of upstream's script that need its own batches and losses.
 _OTHER_BATCHES = {
@@ -113,6 +113,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                         f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
                         "model's layers itself. Leave it out."
                     )
+        check_sequence_parallel(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
         dynmoe.resolve(args.num_experts)

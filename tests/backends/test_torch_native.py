@@ -192,7 +192,7 @@ def test_the_two_settings_settle(monkeypatch, backend, transformer_impl, has_te,
         ({"softmax_type": "off-by-one"}, "attention"),
         ({"window_size": (2, 0)}, "attention"),
         ({"layernorm_zero_centered_gamma": True}, "norm"),
-        ({"add_bias_linear": True}, "experts"),
+        ({"add_bias_linear": True, "expert_model_parallel_size": 2}, "experts"),
         ({"activation_func": torch.nn.functional.gelu}, "experts"),
         ({"gated_linear_unit": False}, "experts"),
     ],
@@ -207,6 +207,18 @@ def test_a_part_stays_locals_where_it_must(settings, part):
     assert f"{part}: upstream's local" in torch_native.describe(plan, model)
     with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
         torch_native.plan("torch_native", None, model)
+
+
+@pytest.mark.parametrize("backend", ("auto", "local"))
+def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
+    from megatron_dynmoe.backends import torch_native
+
+    for settings in ({}, {"expert_tensor_parallel_size": 1}):
+        with pytest.raises(ValueError, match="give --disable-bias-linear"):
+            torch_native.plan(backend, None, config(add_bias_linear=True, **settings))
+    dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    for settings in (dense, {"expert_model_parallel_size": 2}):
+        torch_native.plan(backend, None, config(add_bias_linear=True, **settings))
 
 
 def test_an_optimizer_of_matrices_keeps_upstreams_experts():
