@@ -1,0 +1,149 @@
+"""Golden runs: 100 deterministic steps of every routing, kept as files and compared bit for bit.
+
+Floats depend on the instructions that a processor has: wider vectors add up in another order. So
+the runs are pinned to what every x86-64 processor with AVX2 computes alike, whatever else it has.
+Where PyTorch, Megatron or the instructions are others than the file's, an exact comparison would
+say nothing about this package; there the first steps are compared with a tolerance instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+
+FOLDER = Path(__file__).parent
+STEPS = 100
+
+# One thread, and the instructions that PyTorch and MKL may use. MKL's compatible mode gives the
+# same bits on the processors of all makers, its AVX2 mode on Intel's only.
+PINS = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DYNMOE_DEVICE": "cpu",
+}
+
+SMALL = (
+    f"{TINY} --num-layers 2 --global-batch-size 4 --train-iters {STEPS} "
+    "--moe-token-dispatcher-type alltoall"
+)
+NATIVE = "--moe-dynamic-backend torch_native"
+FLAGS = {
+    "top_k": f"{SMALL} --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2",
+    "top_p": f"{SMALL} --moe-dynamic-routing top_p --moe-dynamic-threshold 0.3",
+    "dtop_p": f"{SMALL} {DTOP_P}",
+    "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
+    "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
+}
+
+HOOKS = (f"{__name__}:platform_noted",)
+# What of that note decides; the C library is noted because it may come to be suspected.
+DECIDES = ("torch", "megatron-core", "machine", "instructions")
+
+# On another platform: how many steps are compared, and how far apart they may be. Later ones differ
+# by more than rounding, because a token whose probabilities all but equal the threshold takes
+# another number of experts.
+STEPS_ELSEWHERE = 10
+TOLERANCES = {"loss": 1e-3, "experts_per_token": 2e-2, "threshold": 1e-2}
+
+
+@contextmanager
+def platform_noted(recorder: Any) -> Iterator[None]:
+    """Hook of a case: note what decides whether floats can be the same bits."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    recorder.result["platform"] = {
+        "torch": torch.__version__,
+        "megatron-core": version("megatron-core"),
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "libc": " ".join(platform.libc_ver()),
+    }
+    yield
+
+
+def train(directory: Path) -> dict[str, dict[str, Any]]:
+    """Run all modes in one process; their records by name, as they are kept in the files."""
+    cases = [Case(name, 1, flags, hooks=HOOKS) for name, flags in FLAGS.items()]
+    pins = dict(PINS)
+    if not _has_avx2():  # PyTorch would take the word for it, and die
+        del pins["ATEN_CPU_CAPABILITY"]
+    results = run_session(cases, directory, environment=pins)
+    return {name: record(result.check()) for name, result in results.items()}
+
+
+def _has_avx2() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and " avx2 " in flags.read_text()
+
+
+def record(result: CaseResult) -> dict[str, Any]:
+    """What is kept of a run."""
+    steps: list[dict[str, Any]] = [{"loss": loss} for loss in result.losses]
+    if result.finalized:  # stock top-k has neither
+        rows = zip(steps, result.experts_per_token, result.by_layer("threshold"), strict=True)
+        for step, experts, thresholds in rows:
+            by_layer = list(thresholds.values())
+            same = len(set(by_layer)) == 1
+            step |= {"experts_per_token": experts, "threshold": by_layer[0] if same else by_layer}
+    return {"made_with": result.ranks[0]["platform"], "flags": result.case.flags, "steps": steps}
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / f"{name}.json"
+
+
+def write(name: str, found: dict[str, Any]) -> None:
+    """Keep a record, one line a step."""
+    head = json.dumps({key: found[key] for key in ("made_with", "flags")}, indent=1)
+    lines = ",\n".join("  " + json.dumps(step) for step in found["steps"])
+    path_of(name).write_text(f'{head[:-2]},\n "steps": [\n{lines}\n ]\n}}\n')
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads(path_of(name).read_text())
+
+
+def differing_platform(golden: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """What decides about bits and is not as it was: the file's value, and the one here."""
+    then, now = golden["made_with"], found["made_with"]
+    return {key: (then[key], now[key]) for key in DECIDES if then[key] != now[key]}
+
+
+def first_difference(golden: dict[str, Any], found: dict[str, Any], exact: bool) -> str | None:
+    """The first step and field that differ, with both values; None if none does."""
+    if golden["flags"] != found["flags"]:
+        return "the flags of the run are others than the file's"
+    if len(golden["steps"]) != len(found["steps"]):
+        return f"{len(found['steps'])} steps, {len(golden['steps'])} in the file"
+    steps = list(zip(golden["steps"], found["steps"], strict=True))
+    different = [a != b for a, b in steps]
+    for number, (then, now) in enumerate(steps[: None if exact else STEPS_ELSEWHERE], 1):
+        for field in then.keys() | now.keys():
+            pair = then.get(field), now.get(field)
+            if pair[0] != pair[1] and (exact or not _close(*pair, TOLERANCES[field])):
+                return (
+                    f"step {number}, {field}: {pair[1]} here, {pair[0]} in the file "
+                    f"({sum(different)} of {len(steps)} steps differ)"
+                )
+    return None
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if not isinstance(a, list):
+        a, b = [a], [b]
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=tolerance) for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,72 @@
+"""The golden runs against their files; see :mod:`tests.golden.runs`."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden import runs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+Records = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    return runs.train(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("name", runs.FLAGS)
+def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
+    golden, found = runs.read(name), trained[name]
+    others = runs.differing_platform(golden, found)
+    if others:
+        platform = ", ".join(f"{key} {now} (file: {then})" for key, (then, now) in others.items())
+        warnings.warn(
+            f"{name} is compared over {runs.STEPS_ELSEWHERE} steps with the relative tolerances "
+            f"{runs.TOLERANCES} only, because of {platform}",
+            stacklevel=1,
+        )
+    difference = runs.first_difference(golden, found, exact=not others)
+    assert difference is None, (
+        f"{name}: {difference}. Where results are meant to change: python -m tests.golden {name}. "
+        f"The file was made with {golden['made_with']}, here is {found['made_with']}."
+    )
+
+
+def changed(golden: dict[str, Any], step: int, **values: Any) -> dict[str, Any]:
+    other = copy.deepcopy(golden)
+    other["steps"][step - 1].update(values)
+    return other
+
+
+def test_the_first_difference_is_told() -> None:
+    golden = runs.read("dtop_p")
+    loss, threshold = (golden["steps"][36][field] for field in ("loss", "threshold"))
+    assert runs.first_difference(golden, golden, exact=True) is None
+    assert runs.first_difference(golden, changed(golden, 37, loss=loss + 2e-7), exact=True) == (
+        f"step 37, loss: {loss + 2e-7} here, {loss} in the file (1 of 100 steps differ)"
+    )
+    off = changed(changed(golden, 90, loss=1.0), 37, threshold=threshold + 1e-6)
+    message = runs.first_difference(golden, off, exact=True)
+    assert message is not None
+    assert message.startswith("step 37, threshold") and "2 of 100" in message
+    short = golden | {"steps": golden["steps"][:-1]}
+    assert runs.first_difference(golden, short, exact=True) == "99 steps, 100 in the file"
+    assert "flags" in str(runs.first_difference(golden, golden | {"flags": ""}, exact=True))
+
+
+def test_elsewhere_the_first_steps_are_compared_with_a_tolerance() -> None:
+    golden = runs.read("dtop_p_layer")
+    loss, thresholds = (golden["steps"][4][field] for field in ("loss", "threshold"))
+    near = changed(golden, 5, loss=loss * (1 + 1e-4), threshold=[t * 1.001 for t in thresholds])
+    assert runs.first_difference(golden, near, exact=False) is None
+    assert runs.first_difference(golden, changed(golden, 60, loss=0.0), exact=False) is None
+    for far in (changed(golden, 5, loss=loss * 1.01), changed(golden, 5, threshold=thresholds[:1])):
+        assert str(runs.first_difference(golden, far, exact=False)).startswith("step 5")
+
+
+def test_every_file_has_a_run(tmp_path: Path) -> None:
+    assert {path.stem for path in runs.FOLDER.glob("*.json")} == set(runs.FLAGS)

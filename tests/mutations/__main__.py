@@ -1,0 +1,137 @@
+"""Plants known mistakes in a copy of the package, one at a time, and sees whether tests fail.
+
+    python -m tests.mutations                     # all, each against the tests that should catch it
+    python -m tests.mutations error_sign ...      # some
+    python -m tests.mutations --whole             # each against the whole suite (hours)
+    python -m tests.mutations --markdown          # a table for docs/testing.md
+
+The checkout is not touched: a copy of it is, whose package is the one that its tests import. The
+tests must pass there first, or their failure would say nothing. Exits with 1 if a mistake survives
+or no longer fits the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.mutations.planted import MUTATIONS, Mutation
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_dynmoe"
+LEFT_OUT = shutil.ignore_patterns(
+    ".venv", ".*_cache", ".hypothesis", "__pycache__", "runs", "*.egg-info"
+)
+PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test has run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; default: all")
+    parser.add_argument("--whole", action="store_true", help="the whole suite against each")
+    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    options = parser.parse_args()
+    unknown = set(options.names) - {mutation.name for mutation in MUTATIONS}
+    if unknown:
+        parser.error(f"there is no mutation {', '.join(sorted(unknown))}; see planted.py")
+    chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
+
+    misfits = [m for m in chosen if not m.fits((REPOSITORY / PACKAGE / m.file).read_text())]
+    for mutation in misfits:
+        print(f"{mutation.name}: its text is not exactly once in {mutation.file}: mend planted.py")
+    chosen = [m for m in chosen if m not in misfits]
+
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(REPOSITORY, copy, ignore=LEFT_OUT, symlinks=True)
+        if (REPOSITORY / ".venv").exists():
+            (copy / ".venv").symlink_to(REPOSITORY / ".venv")
+        check_what_is_imported(copy)
+        if not options.whole:
+            check_that_all_pass(copy, chosen)
+        survivors = [
+            mutation for mutation in chosen if not is_caught(copy, mutation, options.whole)
+        ]
+    if options.markdown:
+        print_table(chosen, survivors)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mistakes are caught")
+    sys.exit(1 if survivors or misfits else 0)
+
+
+def check_what_is_imported(copy: Path) -> None:
+    """The tests of the copy must import the package of the copy."""
+    command = [sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)"]
+    found = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    if Path(found.stdout.strip()) != copy / PACKAGE / "__init__.py":
+        sys.exit(f"the copy's tests would import {found.stdout or found.stderr}")
+
+
+def check_that_all_pass(copy: Path, mutations: Iterable[Mutation]) -> None:
+    """Without a mistake; together, because starting takes longer than most tests."""
+    start = time.monotonic()
+    tests = {test: None for mutation in mutations for test in mutation.tests}
+    cases = {case for mutation in mutations for case in mutation.cases}
+    code, output = run_tests(copy, list(tests), cases)
+    if code != PASSED:
+        sys.exit(f"{output}\nwithout a mistake the tests must pass; pytest ended with {code}")
+    print(f"without a mistake all pass ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def is_caught(copy: Path, mutation: Mutation, whole: bool) -> bool:
+    """Plant a mistake, run its tests, and take it out again."""
+    path = copy / PACKAGE / mutation.file
+    source = path.read_text()
+    mutated = mutation.plant(source)
+    compile(mutated, path, "exec")
+    path.write_text(mutated)
+    start = time.monotonic()
+    try:
+        if whole:
+            code, output = run_tests(copy, ["tests", "-m", "not long"], ())
+        else:
+            code, output = run_tests(copy, mutation.tests, mutation.cases)
+    finally:
+        path.write_text(source)
+    if code not in (PASSED, FAILED):
+        sys.exit(f"{output}\n{mutation.name}: no test has run; pytest ended with {code}")
+    verdict = "caught" if code == FAILED else "SURVIVED"
+    seconds = time.monotonic() - start
+    print(f"{verdict:<9} {mutation.name:<34} {mutation.file} ({seconds:.0f} s)", flush=True)
+    return code == FAILED
+
+
+def run_tests(copy: Path, tests: Iterable[str], cases: Iterable[str]) -> tuple[int, str]:
+    """Exit code and the end of the output of pytest on the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    variables = environment(copy)
+    if cases:
+        variables["DYNMOE_TEST_CASES"] = ",".join(cases)
+    done = subprocess.run(command, cwd=copy, env=variables, capture_output=True, text=True)
+    return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def environment(copy: Path) -> dict[str, str]:
+    # Compiled files are told from their source by its time in seconds and its size.
+    return os.environ | {
+        "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+
+
+def print_table(mutations: Iterable[Mutation], survivors: list[Mutation]) -> None:
+    print("| Mistake | Where | Result | Test |\n| --- | --- | --- | --- |")
+    for mutation in mutations:
+        result = "survived" if mutation in survivors else "caught"
+        test = mutation.tests[0].removeprefix("tests/")
+        print(f"| {mutation.mistake} | `{mutation.file}` | {result} | `{test}` |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The mistakes that are planted, each with the tests that have to catch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake.
+
+    Attributes:
+        name: to choose it by.
+        mistake: what is wrong, for people.
+        file: under megatron_dynmoe/.
+        right: text that is in the file exactly once.
+        wrong: what takes its place.
+        tests: pytest's arguments.
+        cases: of the distributed tests among them, the cases to run; the others would only wait.
+    """
+
+    name: str
+    mistake: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+    cases: tuple[str, ...] = ()
+
+    def fits(self, source: str) -> bool:
+        return source.count(self.right) == 1
+
+    def plant(self, source: str) -> str:
+        return source.replace(self.right, self.wrong)
+
+
+PI, ROUTER = "tests/control/test_pi.py", "tests/routing/test_router.py"
+SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
+GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/test_metrics.py"
+CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
+INVARIANCE = "tests/distributed/test_invariance.py"
+
+CONTROLLER = [
+    Mutation(
+        "error_sign",
+        "the error of the controller has the wrong sign",
+        "control/pi.py",
+        "(target - measured) / self.num_experts",
+        "(measured - target) / self.num_experts",
+        (f"{PI}::test_steps_by_hand",),
+    ),
+    Mutation(
+        "no_anti_windup",
+        "the sum of the errors grows without bounds",
+        "control/pi.py",
+        "(integral + error).clamp(*self.integral_bounds)",
+        "integral + error",
+        (f"{PI}::test_saturated_threshold_leaves_its_bound_at_the_first_opposite_error",),
+    ),
+    Mutation(
+        "not_finite_is_summed",
+        "a measurement that is not finite enters the sum",
+        "control/pi.py",
+        "finite = error.isfinite()",
+        "finite = torch.ones_like(error, dtype=torch.bool)",
+        (f"{PI}::test_no_token_counted_leaves_the_state",),
+    ),
+    Mutation(
+        "integral_not_saved",
+        "the controller's sum is not in the checkpoint",
+        "routing/router.py",
+        'self.register_buffer("integral", torch.zeros(1, **state))',
+        'self.register_buffer("integral", torch.zeros(1, **state), persistent=False)',
+        (f"{ROUTER}::test_the_state_dict_holds_what_training_needs_and_loads_without_rounding",),
+    ),
+    Mutation(
+        "state_cast_to_bf16",
+        "threshold and sum are cast to the model's dtype",
+        "routing/counters.py",
+        "new.dtype != old.dtype:",
+        "False:",
+        (f"{ROUTER}::test_state_keeps_dtype_and_value_when_the_model_is_cast",),
+    ),
+    Mutation(
+        "commit_on_skipped_steps",
+        "a step that the optimizer skips moves the threshold",
+        "control/update.py",
+        "if not self._commit_after(config.grad_scale_func):",
+        "if True:",
+        (f"{CONTROL}::test_a_skipped_step_counts_for_nothing",),
+        ("skipped", "skipped_pp2_ep2"),
+    ),
+    Mutation(
+        "counts_reduced_over_the_wrong_group",
+        "counts are added up over the pipeline, not over all ranks",
+        "control/update.py",
+        "torch.distributed.all_reduce(packed)",
+        "from megatron.core import mpu\n\n    torch.distributed.all_reduce(\n"
+        "        packed, group=mpu.get_pipeline_model_parallel_group()\n    )",
+        ("tests/distributed/test_layouts.py::test_data_parallel_equals_one_rank",),
+        ("one_rank", "dp2"),
+    ),
+    Mutation(
+        "counters_not_cleared",
+        "a batch's counts stay in the next one's",
+        "control/update.py",
+        "(router.evaluation_counters if evaluation else router.counters).clear()",
+        "pass",
+        (f"{CONTROL}::test_the_target_follows_its_schedule",),
+        ("schedule",),
+    ),
+    Mutation(
+        "schedule_one_step_late",
+        "the target is that of the step before",
+        "control/update.py",
+        ".at(finished_iterations())",
+        ".at(max(finished_iterations() - 1, 0))",
+        (f"{CONTROL}::test_the_target_follows_its_schedule",),
+        ("schedule",),
+    ),
+]
+
+ROUTING = [
+    Mutation(
+        "at_the_threshold_enough",
+        "a sum that only reaches the threshold stops the selection (< for <=)",
+        "routing/select.py",
+        "wants_more_T = sums_T <= limit",
+        "wants_more_T = sums_T < limit",
+        (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
+    ),
+    Mutation(
+        "ties_by_the_highest_index",
+        "of equal probabilities the last expert is chosen, not the first",
+        "routing/select.py",
+        "equal_TE.cumsum(dim=-1) <= room_T1",
+        "equal_TE.flip(-1).cumsum(dim=-1).flip(-1) <= room_T1",
+        (f"{SELECT}::test_whole_tensors_equal_a_stable_sort_with_ties_and_boundaries",),
+    ),
+    Mutation(
+        "cap_off_by_one",
+        "a token may use one expert more than the cap",
+        "routing/select.py",
+        "for taken in range(1, most):",
+        "for taken in range(1, min(most + 1, ascending_TE.shape[1])):",
+        (f"{SELECT}::test_the_cap_cuts_and_changes_nothing_else",),
+    ),
+    Mutation(
+        "no_renormalization",
+        "the weights of DTop-p do not sum to 1",
+        "routing/route.py",
+        "weights /= weights.sum(dim=-1, keepdim=True)",
+        "pass",
+        (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
+    ),
+    Mutation(
+        "sample_variance",
+        "normalized logits have a standard deviation of 1 by N - 1, not by N",
+        "routing/normalize.py",
+        "/ logits_TE.shape[-1]",
+        "/ max(logits_TE.shape[-1] - 1, 1)",
+        ("tests/routing/test_normalize.py::test_follows_the_loops",),
+    ),
+    Mutation(
+        "normalization_not_differentiated",
+        "gradients pass the normalization without its projection",
+        "routing/route.py",
+        "d_scaled.addcmul_(standard, projection_T1, value=-1 / num_experts)",
+        "pass",
+        (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
+    ),
+    Mutation(
+        "counted_twice_under_recompute",
+        "both forward passes of recomputation count",
+        "routing/router.py",
+        "if self.training and torch.is_grad_enabled():",
+        "if self.training:",
+        (f"{ROUTER}::test_recomputation_counts_once_and_gives_the_same_gradients",),
+    ),
+    Mutation(
+        "evaluation_counts_as_training",
+        "evaluation moves the threshold",
+        "routing/router.py",
+        "self.evaluation_counters.add_counts(*counted)",
+        "self.counters.add_counts(*counted)",
+        (f"{ROUTER}::test_evaluation_is_counted_apart",),
+    ),
+    Mutation(
+        "padding_counted",
+        "padding counts as tokens",
+        "routing/counters.py",
+        "self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()",
+        "self.tokens += experts_T.numel()",
+        (f"{ROUTER}::test_counts",),
+    ),
+    Mutation(
+        "theta_not_marked_for_sequence_parallelism",
+        "theta's gradient is not added up over tensor-parallel ranks",
+        "routing/router.py",
+        "self.theta_offset.sequence_parallel = config.sequence_parallel",
+        "self.theta_offset.sequence_parallel = False",
+        ("tests/distributed/test_torch_native.py::test_tensor_parallel_equals_one_rank"
+         "[native_loaded_dtop_p_tp2]",),
+        ("native_saved_dtop_p", "native_loaded_dtop_p_one_rank", "native_loaded_dtop_p_tp2"),
+    ),
+]  # fmt: skip
+
+LOSS = [
+    Mutation(
+        "entropy_sign",
+        "the dynamic loss rewards indecision",
+        "routing/route.py",
+        "entropy -= torch.dot(",
+        "entropy += torch.dot(",
+        (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
+    ),
+    Mutation(
+        "balance_loss_divided_by_k",
+        "the balance loss is divided by the mean number of experts, as upstream's is",
+        "routing/losses.py",
+        "loss_B = fractions_BE.shape[-1] *",
+        "loss_B = fractions_BE.shape[-1] / fractions_BE.sum(dim=-1).clamp(min=1e-9) *",
+        (f"{LOSSES}::test_a_balanced_router_of_k_experts_has_a_balance_loss_of_k",),
+    ),
+    Mutation(
+        "sequences_summed",
+        "the balance losses of a micro-batch's sequences are summed, not averaged",
+        "routing/losses.py",
+        "return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)",
+        "return loss_B.sum()",
+        (f"{ROUTER}::test_the_sequence_loss_does_not_depend_on_the_micro_batch",),
+    ),
+    Mutation(
+        "micro_batches_summed",
+        "the reported balance loss grows with the number of micro-batches",
+        "metrics.py",
+        "(pooled.balance_loss / pooled.micro_batches)",
+        "pooled.balance_loss",
+        (f"{METRICS}::test_summary_equals_numpy",),
+    ),
+    Mutation(
+        "global_fractions_over_the_wrong_group",
+        "the balance loss of the global batch sees this rank's tokens only",
+        "routing/router.py",
+        "torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)",
+        "torch.distributed.all_reduce(counted, group=self.tp_cp_group)",
+        (f"{INVARIANCE}::test_the_balance_loss_of_the_global_batch_spans_the_ranks",),
+        ("invariance_saved", "invariance_global_one", "invariance_global_dp2"),
+    ),
+]
+
+DISPATCHING = [
+    Mutation(
+        "nominal_number_of_rows",
+        "the all-to-all makes room for k rows a token, as upstream's does",
+        "moe/dispatch.py",
+        "self.num_out_tokens = routing_map.sum()",
+        "self.num_out_tokens = len(routing_map) * self.config.moe_router_topk",
+        (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep1]",),
+        ("dispatch_alltoall_routed_ep1",),
+    ),
+    Mutation(
+        "split_sizes_swapped",
+        "what an expert-parallel rank sends and what it receives are confused",
+        "moe/dispatch.py",
+        "tokens_per_local_expert = super().preprocess(routing_map)",
+        "tokens_per_local_expert = super().preprocess(routing_map)\n"
+        "        self.input_splits, self.output_splits = self.output_splits, self.input_splits",
+        (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep2]",),
+        ("dispatch_alltoall_routed_ep2",),
+    ),
+    Mutation(
+        "rows_in_the_order_of_tokens",
+        "rows are sent in the order of tokens, not of experts",
+        "moe/permute.py",
+        "by_expert = map_TE.t().reshape(-1)",
+        "by_expert = map_TE.reshape(-1)",
+        (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep1]",),
+        ("dispatch_alltoall_routed_ep1",),
+    ),
+]
+
+CHECKPOINTS = [
+    Mutation(
+        "checksums_not_compared",
+        "a checkpoint's file with a flipped bit is loaded",
+        "conversion/folder.py",
+        "if fingerprint(file, progress) != expected:",
+        "if False:",
+        ("tests/faults/test_checkpoint_files.py::test_every_flipped_bit_is_found",),
+    ),
+]
+
+MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *CHECKPOINTS]

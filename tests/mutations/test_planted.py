@@ -1,0 +1,26 @@
+"""That the list of mistakes keeps up with the source; ``make mutations`` plants them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.planted import MUTATIONS, Mutation
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mistake_fits_the_source_and_its_tests_exist(mutation: Mutation) -> None:
+    path = REPOSITORY / "megatron_dynmoe" / mutation.file
+    source = path.read_text()
+    assert mutation.fits(source), f"not exactly once in {mutation.file}: {mutation.right!r}"
+    compile(mutation.plant(source), path, "exec")
+    for test in mutation.tests:
+        file, name = re.fullmatch(r"(.+\.py)::(\w+)(?:\[.*\])?", test).groups()
+        assert f"def {name}(" in (REPOSITORY / file).read_text(), test
+
+
+def test_names_are_unique() -> None:
+    names = [mutation.name for mutation in MUTATIONS]
+    assert len(set(names)) == len(names)
