@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 from argparse import ArgumentParser
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import NoReturn
 
@@ -47,6 +49,8 @@ class StopSignals:
         wanted = {number for number in _OPTIONAL if signal.getsignal(number) != signal.SIG_IGN}
         for number in wanted | self._always:
             signal.signal(number, self._hear)
+        if torch.utils.data.get_worker_info() is None:
+            Finalize(None, _end_data_workers, exitpriority=0)
         return self
 
     def signals_received(self) -> list[int]:
@@ -63,6 +67,18 @@ class StopSignals:
             text = f"\n{name}: ending after this step, with a checkpoint (Ctrl-\\ ends at once)\n"
             os.write(2, text.encode())  # printing could be what the signal has interrupted
         self._heard = self._heard or number
+
+
+def _end_data_workers() -> None:
+    """Kill what loads data, at the end of this process.
+
+    Such a process hears SIGTERM too, so as not to end before its rank has saved; but SIGTERM is how
+    ``multiprocessing`` ends what is left at the exit, and then it waits: for good.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where one is killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def exit_as_told(exit: SystemExit) -> NoReturn:
