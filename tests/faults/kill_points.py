@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ONE_RANK, ALL_RANKS, EVERYTHING = "one rank", "all ranks", "all ranks and their launcher"
 
 FORWARD = "in the forward pass"
@@ -51,13 +53,15 @@ class Kill:
         victims: who dies.
         rank: whose moment it is, and who dies alone with ONE_RANK.
         delay: for ANY_MOMENT, seconds from the beginning of the iteration.
+        signal: SIGSTOP lets them hang instead.
     """
 
     phase: str
     iteration: int
     victims: str
     rank: int
-    delay: float
+    delay: float = 0
+    signal: int = signal.SIGKILL
 
     @property
     def place(self) -> str | None:
@@ -214,10 +218,12 @@ def _die(kill: Kill, rank: int, folder: Path, under_way: int, has_ended: bool) -
     beside.rename(folder / "killed.json")
     names = {ONE_RANK: f"rank{rank}.pid", ALL_RANKS: "rank*.pid", EVERYTHING: "*.pid"}
     victims = noted_pids(folder, names[kill.victims])
+    for child in psutil.Process().children(recursive=True):  # they load data, and have to end too
+        (folder / f"child-{child.pid}.pid").write_text(str(child.pid))
     for pid in victims - {os.getpid()}:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(pid, kill.signal)
+    os.kill(os.getpid(), kill.signal)
 
 
 def _place_of_main_thread() -> str:

@@ -130,6 +130,8 @@ def _rank(flags: list[str], folder: Path, kill: Kill | None, world: dict[str, st
     from tests.faults.kill_points import StepFile, dying
 
     os.environ.update(world)
+    # As in a process that was started by itself; the fork server has handed on its own way.
+    multiprocessing.set_start_method("fork", force=True)
     rank = int(os.environ["RANK"])
     _output_to(folder / f"rank{rank}.log")
     _note_pid(folder, f"rank{rank}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,13 @@ from tests.faults.launching import ONE_BY_ONE, PATIENCE, TORCHRUN, Attempt, star
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 STEPS, INTERVAL, NUM_RANKS, MOST_IN_A_ROW = 12, 3, 2, 3
-# From the kill until nothing runs any more. Survivors notice a closed connection at once; what
-# takes longer is a busy machine, and 30 s would be torchrun's grace for a rank that does not end.
-BOUND = 60
+# Seconds from the kill until nothing runs any more. Survivors notice a closed connection at once:
+# the rest is for a busy machine, and torchrun's grace for a rank that does not end.
+GRACE, BOUND = 30, 60
 FLAGS = (
     f"{TINY} {DTOP_P} --num-layers 2 --num-experts 4 --micro-batch-size 1 --train-iters {STEPS} "
-    f"--split 1,0,0 --save-interval {INTERVAL} --hidden-dropout 0.1 --attention-dropout 0.1"
+    f"--split 1,0,0 --save-interval {INTERVAL} --hidden-dropout 0.1 --attention-dropout 0.1 "
+    "--num-workers 1"
 )
 LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
@@ -101,7 +103,7 @@ def test_killed_runs_end_like_an_undisturbed_one(
     for number in numbers:
         generator = random.Random(f"{seed} {number}")
         reached = latest(run_dir)
-        phase = phases[number % len(phases)]
+        phase = phases[(number - 1) % len(phases)]
         # The first of all dies before there is a checkpoint.
         last = INTERVAL if number == 0 else STEPS
         if number == 0 or (phase == LOADING and reached == 0):
@@ -129,6 +131,18 @@ def test_killed_runs_end_like_an_undisturbed_one(
     ]
     assert differences(*saved) == {}
     assert (run_dir / "finished.json").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path: Path) -> None:
+    words = [*flags("ep2", tmp_path / "run"), "--distributed-timeout-minutes", "1"]
+    kill = Kill(FORWARD, iteration=2, victims=ONE_RANK, rank=1, signal=signal.SIGSTOP)
+    attempt = start(TORCHRUN, NUM_RANKS, words, tmp_path / "hangs", kill)
+    ended = attempt.wait_until_all_have_ended(PATIENCE + 60 + GRACE + BOUND)
+    seconds = ended - json.loads((attempt.folder / "killed.json").read_text())["at"]
+    print(f"all had ended {seconds:.1f} s after one rank had stopped to answer")
+    assert 60 - 1 < seconds < 60 + GRACE + BOUND
+    assert attempt.exit_codes() == [1]
 
 
 def flags(layout: str, run_dir: Path) -> list[str]:
