@@ -26,6 +26,7 @@ def samples(**grows: float) -> list[Sample]:
             threads=5,
             children=int(second % 30 < 4),
             cpu_seconds=cpu,
+            yardstick=0.01,
         )
         for name, rate in grows.items():
             value = getattr(sample, name) + rate * minutes
@@ -65,7 +66,19 @@ def test_a_step_that_slows_down_is_named() -> None:
         for sample in samples()
     ]
     (problem,) = judge(in_windows(slower, experts()))
-    assert "time on the processor grows from" in problem
+    assert "the processor's time for a step grows by 2" in problem
+
+
+def test_a_machine_that_slows_down_is_not_the_step() -> None:
+    slower = [
+        dataclasses.replace(
+            sample,
+            cpu_seconds=sample.cpu_seconds * (1 + sample.seconds / 3000),
+            yardstick=sample.yardstick * (1 + 2 * sample.seconds / 3000),
+        )
+        for sample in samples()
+    ]
+    assert judge(in_windows(slower, experts())) == []
 
 
 def test_a_count_that_is_not_held_is_named() -> None:
