@@ -267,8 +267,8 @@ def table(windows: Sequence[Window]) -> str:
     for window in windows:
         lines.append(
             f"{window.minutes:6.1f}  {window.step:6d}  {window.memory:9.1f}  {window.files:5.0f}  "
-            f"{window.threads:7.0f}  {window.children:8.0f}  {window.cpu_ms:11.1f}  "
-            f"{window.relative:8.1f}  {window.experts:7.3f}"
+            f"{window.threads:7.0f}  {window.children:8.0f}  {window.cpu_ms:11.0f}  "
+            f"{window.relative:8.1f}  {window.experts:13.3f}"
         )
     return "\n".join(lines)
 
