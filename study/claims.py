@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_dynmoe.analysis.statistics import EXTREMES
-from study.results import TOLERANCE, Comparison, Results, paired
+from study.results import TOLERANCE, Comparison, Results, paired, percent
 from study.variants import TARGET, VARIANTS
 
 APART = 0.02  # sources that differ by more do differ
@@ -133,7 +133,9 @@ def _sources(results: Results) -> Verdict:
     by_source = _analysis(results, "top_p_04")["experts_by_source"]
     low, high = min(by_source.values()), max(by_source.values())
     texts = ", ".join(f"{name} {value:.2f}" for name, value in by_source.items())
-    return Verdict(_verdict(high > (1 + APART) * low), f"{texts} (holds if over {APART:.0%} apart)")
+    return Verdict(
+        _verdict(high > (1 + APART) * low), f"{texts} (holds if over {percent(APART, 0)} apart)"
+    )
 
 
 def _more_in(bottom: bool, variant: str) -> Callable[[Results], Verdict]:
@@ -168,8 +170,8 @@ def _words(results: Results) -> Verdict:
     compared = Comparison(most, fewest, error)
     return Verdict(
         _verdict(compared.is_lower),
-        f"{most:.0%} among the {EXTREMES} with most, {fewest:.0%} among as many with fewest "
-        f"(counts if over {error:.0%} apart)",
+        f"{percent(most, 0)} among the {EXTREMES} with most, {percent(fewest, 0)} among as many "
+        f"with fewest (counts if over {percent(error, 0)} apart)",
     )
 
 
@@ -219,22 +221,26 @@ def _throughput(results: Results) -> Verdict:
 def _locks(results: Results) -> Verdict:
     held, texts = [], []
     for row in results.rows["dtop_p"]:
-        step = row["held_from_step"]
+        step, peak = row["held_from_step"], percent(row["peak_excursion"])
         held.append(step is not None and step <= EARLY * row["steps"])
-        after = "never" if step is None else f"from step {step}, {row['worst_excursion']:.1%} off"
-        texts.append(f"{after} (before {row['peak_excursion']:.1%})")
+        texts.append(
+            f"never ({peak} off)"
+            if step is None
+            else f"from step {step}, then {percent(row['worst_excursion'])} off at most ({peak} in "
+            "the whole run)"
+        )
     moved = {
         name: [abs(_fifth(row, 4) / _fifth(row, 1) - 1) for row in results.rows[name]]
         for name in ("fixed_020", "dtop_p")
     }
     drifts = _same([drift > max(DRIFT, *moved["dtop_p"]) for drift in moved["fixed_020"]])
-    drifted = {name: ", ".join(f"{drift:.1%}" for drift in moved[name]) for name in moved}
+    drifted = {name: ", ".join(percent(drift) for drift in moved[name]) for name in moved}
     return Verdict(
         _verdict(_all([_same(held), drifts])),
-        f"held {', '.join(texts)}: {_verdict(_same(held))} if early is the first fifth; from the "
+        f"held {'; '.join(texts)}: {_verdict(_same(held))} if early is the first fifth; from the "
         f"second fifth to the last the count moves by {drifted['fixed_020']} with the threshold "
         f"fixed at 0.2, by {drifted['dtop_p']} with DTop-p: {_verdict(drifts)} if drifting is "
-        f"more than {DRIFT:.0%} and than any of DTop-p",
+        f"more than {percent(DRIFT, 0)} and than any of DTop-p",
     )
 
 
@@ -242,7 +248,8 @@ def _sensitive(results: Results) -> Verdict:
     low, high = (statistics.fmean(results.experts(name)) for name in ("fixed_020", "fixed_030"))
     return Verdict(
         _verdict(high > SENSITIVE * low),
-        f"{low:.2f} experts at 0.2 and {high:.2f} at 0.3 (holds if over {SENSITIVE - 1:.0%} more)",
+        f"{low:.2f} experts at 0.2 and {high:.2f} at 0.3 (holds if over "
+        f"{percent(SENSITIVE - 1, 0)} more)",
     )
 
 
@@ -252,8 +259,8 @@ def _by_layer(results: Results) -> Verdict:
     compared = results.compare("dtop_p", "by_layer")
     return Verdict(
         _verdict(_all([worst <= TOLERANCE, compared.is_lower])),
-        f"at the end no layer is more than {worst:.1%} off (held within {TOLERANCE:.0%}); "
-        + _losses(results, "dtop_p", "by_layer", compared),
+        f"at the end no layer is more than {percent(worst)} off (held: within "
+        f"{percent(TOLERANCE, 0)}); " + _losses(results, "dtop_p", "by_layer", compared),
     )
 
 

@@ -158,6 +158,11 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share as the page writes it."""
+    return f"{100 * share:.{digits}f} %"
+
+
 class Results:
     """The results of a size, by variant."""
 

@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import Any
 
 from megatron_dynmoe.analysis.statistics import EXTREMES, describe_correlation
-from study.results import TOLERANCE, WORST, Results
+from study.results import TOLERANCE, WORST, Results, percent
 from study.variants import VARIANTS
 
 
@@ -49,8 +49,9 @@ def holding(results: Results) -> list[str]:
         "",
         fill(
             "Distances from the target, of means over ten steps: a single small batch is off by "
-            f"chance. A count is held from the first step whose mean is within {TOLERANCE:.0%} and "
-            f"after which none is beyond {WORST:.0%}: one that begins at its target and leaves it, "
+            "chance. A count is held from the first step whose mean is within "
+            f"{percent(TOLERANCE, 0)} and after which none is beyond {percent(WORST, 0)}: one that "
+            "begins at its target and leaves it, "
             "or passes it on its way, does not count. The last column is the worst single step "
             "from there on.",
             100,
@@ -131,7 +132,7 @@ def _pattern(found: dict[str, Any]) -> dict[str, str]:
         "tokens with fewest experts": _tokens(found["fewest"]),
         **{
             f"complete words among the {EXTREMES} with {name}": (
-                f"{share:.0%}" if enough and share is not None else "too few tokens"
+                percent(share, 0) if enough and share is not None else "too few tokens"
             )
             for name, share in words.items()
         },
@@ -139,7 +140,7 @@ def _pattern(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None else percent(share)
 
 
 def _tokens(texts: Sequence[str]) -> str:

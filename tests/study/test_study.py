@@ -369,7 +369,7 @@ def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
         assert claim.text in page
     assert "| top-2 | 3 | 5.0100 (0.0100) |" in page
     assert "b\\|c" in page and "| experts, code | 1.70 |" in page
-    assert "| DTop-p, target 2 | 3 | 30.0% at 12 | 15 | 4.0% | 8.0% |" in page
+    assert "| DTop-p, target 2 | 3 | 30.0 % at 12 | 15 | 4.0 % | 8.0 % |" in page
     pictures = draw_all(read, tmp_path)
     assert {path.name for path in pictures} == {
         f"study_{name}.png" for name in ("loss", "experts", "layers", "post_hoc")
