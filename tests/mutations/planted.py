@@ -87,8 +87,8 @@ CONTROLLER = [
         "control/update.py",
         "if not self._commit_after(config.grad_scale_func):",
         "if True:",
-        (f"{CONTROL}::test_a_skipped_step_counts_for_nothing",),
-        ("skipped", "skipped_pp2_ep2"),
+        (f"{CONTROL}::test_a_skipped_step_counts_for_nothing[skipped]",),
+        ("skipped",),
     ),
     Mutation(
         "counts_reduced_over_the_wrong_group",
@@ -280,7 +280,23 @@ DISPATCHING = [
     ),
 ]
 
-CHECKPOINTS = [
+WATCHING = [
+    Mutation(
+        "infinite_logits_unnoticed",
+        "only NaN logits are noticed, infinite ones are routed",
+        "routing/select.py",
+        "(logits_TE.sum(dim=-1) * 0).isnan().sum()",
+        "logits_TE.sum(dim=-1).isnan().sum()",
+        ("tests/routing/test_not_finite.py::test_each_such_token_counts_once",),
+    ),
+    Mutation(
+        "only_the_first_rank_compared",
+        "a rank whose state is larger than the first one's is not noticed",
+        "control/agreement.py",
+        "most_LQ = states_WLQ.amax(dim=0)",
+        "most_LQ = states_WLQ[0].clone()",
+        ("tests/control/test_agreement.py::test_one_bit_on_one_rank_is_found",),
+    ),
     Mutation(
         "checksums_not_compared",
         "a checkpoint's file with a flipped bit is loaded",
@@ -291,4 +307,4 @@ CHECKPOINTS = [
     ),
 ]
 
-MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *CHECKPOINTS]
+MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *WATCHING]
