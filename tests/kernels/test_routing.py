@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch(
         gradients = torch.autograd.grad(outputs, inputs, (*seeds, torch.tensor(0.7, device=DEVICE)))
         results.append((result, gradients))
     (got, got_gradients), (want, want_gradients) = results
-    for name in ("map_TE", "experts_T", "assignments_BE"):
+    for name in ("map_TE", "experts_T", "assignments_BE", "not_finite"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
         assert getattr(got, name).dtype == getattr(want, name).dtype, name
     for name in ("weights_TE", "prob_sums_BE", "entropy"):
@@ -152,6 +152,15 @@ def test_rows_of_nan_get_the_first_expert():
     result = fused(logits, 0.9, renormalize=True)
     assert oracle.choices_of(result.map_TE[2:3]) == [{0}]
     assert result.experts_T[2] == 1
+
+
+@pytest.mark.parametrize("theta", [None, torch.ones(1, device=DEVICE)], ids=["raw", "drn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_tokens_that_are_not_finite_are_counted(value, theta):
+    logits = random_logits(300, 16).detach()
+    logits[[1, 130, 299], 7] = value
+    assert fused(logits, 0.6, theta=theta, num_sequences=2).not_finite == 3
+    assert fused(logits.nan_to_num(), 0.6, theta=theta, num_sequences=2).not_finite == 0
 
 
 def test_results_repeat_bitwise():
