@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_dynmoe.conversion.folder import write_manifest
 from megatron_dynmoe.conversion.megatron import COMMON_STATE, RELEASE, TRACKER
 from megatron_dynmoe.conversion.names import Block
 
@@ -126,6 +127,7 @@ class MegatronWriter:
             raise OSError(str(error)) from error
         writer.finish(metadata, [results])
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
+        write_manifest(folder)
         (save / TRACKER).write_text(RELEASE)
 
     def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:

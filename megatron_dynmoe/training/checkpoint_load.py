@@ -57,6 +57,14 @@ def check_paths(args: Namespace) -> None:
                 f"--save is {args.save}, where nothing can be written ({cause(error)}): name a "
                 "folder that can be written to, or mend this one."
             ) from None
+        tracker = Path(args.save) / TRACKER
+        if args.save_retain_interval and tracker.is_file():
+            text = tracker.read_text(errors="replace").strip()
+            if not text.isdigit() and (text == RELEASE or not args.ckpt_fallback):
+                raise ValueError(
+                    f"--save-retain-interval is {args.save_retain_interval}, but {tracker} holds "
+                    f"{text[:40]!r}, from which Megatron cannot count: name another --save."
+                )
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
         load = args.pretrained_checkpoint  # as Megatron chooses

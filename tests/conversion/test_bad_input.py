@@ -33,8 +33,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 
 @pytest.fixture
 def load(good: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
-    """A Megatron checkpoint to damage."""
-    return shutil.copytree(good["dynmoe"][0], tmp_path / "load")
+    """A Megatron checkpoint to damage, without the manifest that would find all damage first."""
+    load = shutil.copytree(good["dynmoe"][0], tmp_path / "load")
+    (load / "release" / folder.MANIFEST).unlink()
+    return load
 
 
 @pytest.fixture
@@ -466,6 +468,17 @@ def overlapping(metadata: Any) -> None:
 def test_metadata(load: Path, refused: Refused, change: Damage, says: tuple) -> None:
     edit_metadata(load, change)
     refused.to_hf(load, *says)
+
+
+def test_manifest_of_a_checkpoint(
+    good: dict[str, tuple[Path, Path]], tmp_path: Path, refused: Refused
+) -> None:
+    load = shutil.copytree(good["dynmoe"][0], tmp_path / "load")
+    path = load / "release" / DISTCP
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # between the records, where no other check looks
+    path.write_bytes(content)
+    refused.to_hf(load, DISTCP, folder.MANIFEST)
 
 
 @pytest.mark.parametrize(

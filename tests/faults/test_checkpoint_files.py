@@ -218,11 +218,16 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
     args = SimpleNamespace(
         **{"save": str(load / "new"), "load": None, "pretrained_checkpoint": None},
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
-        non_persistent_ckpt_type=None,
+        **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
+        save_retain_interval=None,
     )
     check_paths(args)
     args.save = str(load / TRACKER)
     with pytest.raises(ValueError, match=r"--save is .*nothing can be written \(file exists"):
+        check_paths(args)
+    args.save, args.save_retain_interval = str(load), 10
+    (load / TRACKER).write_text("release")
+    with pytest.raises(ValueError, match=r"--save-retain-interval is 10.*'release'"):
         check_paths(args)
     args.save, args.load = None, str(load)
     (load / TRACKER).write_text("7")
