@@ -1,6 +1,7 @@
 """Where the experts go: from an exported model and text to a report that people can look at.
 
 windows.py     text files -> named groups -> windows of tokens
+vocabulary.py  whether a tokenizer is the model's
 collect.py     windows -> the model -> counts.py, exact integers that add up
 measure.py     the whole measurement of a model, with a sweep over thresholds
 statistics.py  counts -> the numbers of the report

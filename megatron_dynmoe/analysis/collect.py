@@ -52,17 +52,16 @@ class Collected:
 
 
 class _Read(NamedTuple):
-    """What the model did with a block of windows, padded to the longest of them."""
+    """What the model did with a block of a group's windows, padded to the longest of them."""
 
     windows: list[Window]
     tokens_WS: np.ndarray
     map_LWSE: np.ndarray  # bool
     loss_WS: np.ndarray  # [windows, S - 1] int64, in LOSS_UNIT
 
-    def of_group(self, group: str) -> _Read:
-        rows = [row for row, window in enumerate(self.windows) if window.group == group]
-        windows = [self.windows[row] for row in rows]
-        return _Read(windows, self.tokens_WS[rows], self.map_LWSE[:, rows], self.loss_WS[rows])
+    @property
+    def group(self) -> str:
+        return self.windows[0].group
 
 
 def shape_of(config: Any, positions: int) -> Shape:
@@ -92,20 +91,26 @@ def collect(
     Raises:
         ValueError: routers or output give what is no finite number.
     """
-    collected = Collected({}, {})
-    for read in _in_workers(model, in_blocks(windows, BLOCK_TOKENS)):
-        for group in dict.fromkeys(window.group for window in read.windows):
-            part = read.of_group(group)
-            if group not in collected.groups:
-                collected.groups[group] = Counts(shape)
-                collected.samples[group] = _sample(part, sample_tokens)
-            _count(collected.groups[group], part, letters)
-            on_tokens(sum(len(window.tokens) for window in part.windows))
-    return collected
+    groups: dict[str, Counts] = {}
+    samples: dict[str, Sample] = {}
+
+    def in_order() -> Iterator[Window]:
+        """Groups in the order of the text: a small one's only block comes last."""
+        for window in windows:
+            if window.group not in groups:
+                groups[window.group] = Counts(shape)
+            yield window
+
+    for read in _in_workers(model, in_blocks(in_order(), BLOCK_TOKENS)):
+        if read.group not in samples:
+            samples[read.group] = _sample(read, sample_tokens)
+        _count(groups[read.group], read, letters)
+        on_tokens(sum(len(window.tokens) for window in read.windows))
+    return Collected(groups, {group: samples[group] for group in groups})
 
 
 def _count(counts: Counts, read: _Read, letters: Letters) -> None:
-    """Add a block's windows, of one group. All of them at once: workers wait for each call."""
+    """Add a block's windows, all of them at once: workers wait for each call."""
     shape, tokens_WS, loss_WS = counts.shape, read.tokens_WS, read.loss_WS
     lengths_W = np.array([len(window.tokens) for window in read.windows])
     length = tokens_WS.shape[1]
@@ -196,7 +201,11 @@ def _read(model: Any, block: list[Window]) -> _Read:
         maps.append(_routing_map(model.config, layer, logits_WSE))
     map_LWSE = torch.stack(maps)
     if not torch.equal(map_LWSE.sum(dim=-1), output.experts_per_token):
-        raise RuntimeError("the routing map does not have the model's own number of experts")
+        raise ValueError(
+            "the experts that follow from the routers' logits are not those that the model used: "
+            "the folder's code and this package differ, or the device computes differently each "
+            "time: try --dtype float32 or --device cpu"
+        )
     loss_WS = _losses(model, output.last_hidden_state[:, :-1], tokens_WS[:, 1:])
     if not loss_WS.isfinite().all():
         _refuse(block, "the output layer")
@@ -231,7 +240,7 @@ def _losses(model: Any, hidden_WSD: Tensor, labels_WS: Tensor) -> Tensor:
 def _refuse(block: list[Window], where: str) -> None:
     first, last = block[0], block[-1]
     raise ValueError(
-        f"{where} gives NaN or infinity between window {first.number} of {first.group!r} and "
-        f"window {last.number} of {last.group!r}: the weights are damaged, or the numbers leave "
+        f"{where} gives NaN or infinity between the windows {first.number} and {last.number} of "
+        f"{first.group!r}: the weights are damaged, or the numbers leave "
         "the range of their type: try --dtype float32"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.command_line import number
+from megatron_dynmoe.data.readers import DEFAULT_LIMITS, Limits, Unreadable
 
 DEFAULT_SWEEP = "0.05,0.1,0.15,0.2,0.25,0.3,0.4,0.5"
 SAMPLE_TOKENS = 512
@@ -55,15 +56,27 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from megatron_dynmoe.analysis import measure, report
+    from megatron_dynmoe.analysis import measure, report, vocabulary
     from megatron_dynmoe.analysis.collect import collect, shape_of
     from megatron_dynmoe.analysis.tokens import letters_of, token_text
-    from megatron_dynmoe.analysis.windows import name_groups, read_windows
+    from megatron_dynmoe.analysis.windows import Reading, check_text, name_groups, read_windows
     from megatron_dynmoe.conversion.convert import has_tokenizer
     from megatron_dynmoe.huggingface import load
 
     load.be_quiet()
     files = name_groups(args.data, args.group)
+    num_skipped = 0
+
+    def on_unreadable(unreadable: Unreadable) -> None:
+        nonlocal num_skipped
+        if args.on_error == "stop":
+            raise unreadable
+        num_skipped += 1
+
+    limits = Limits(args.max_line_bytes, args.max_expansion)
+    reading = Reading(args.text_key, args.source_key, on_unreadable, limits)
+    check_text(files, reading)
+    num_skipped = 0
     with measure.in_our_format(args.model, args.tokenizer) as folder:
         # 1. Everything that can be wrong, before the weights are read
         config = load.load_config(folder)
@@ -81,8 +94,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(
                 f"--model {args.model} brings no tokenizer: name the training's with --tokenizer"
             )
-        tokenizer = load.load_tokenizer(folder if brings_its_own else args.tokenizer)
+        tokenizer_folder = folder if brings_its_own else args.tokenizer
+        tokenizer = load.load_tokenizer(tokenizer_folder)
         load.check_ids(len(tokenizer) - 1, config)
+        if args.tokenizer is not None:
+            vocabulary.check_given(args.tokenizer, tokenizer, args.model)
+        if args.tokens is not None and args.source_key is None:
+            _check_enough(args, len({file.group for file in files}) * args.tokens, length)
         letters = letters_of(tokenizer, config.vocab_size)
         shape = shape_of(config, length)
         device = args.device or load.default_device()
@@ -104,8 +122,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 files,
                 tokenizer,
                 length,
-                text_key=args.text_key,
-                source_key=args.source_key,
+                reading,
                 separate=args.separate_documents,
                 limit=args.tokens,
                 on_read=bar.update,
@@ -120,11 +137,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             )
         seconds = time.monotonic() - started
         print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens/s\n")
-        if num_tokens < length and not args.separate_documents:
-            raise ValueError(
-                f"the text has {num_tokens} tokens, less than one window of {length}: give more "
-                f"text, or --sequence-length {max(num_tokens, 2)}"
-            )
+        _check_enough(args, num_tokens, length)
 
         # 3. The same windows again for every threshold
         swept = None
@@ -138,13 +151,31 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
         dtype = str(model.dtype).removeprefix("torch.")
         return report.measurement(
-            report.describe_model("/".join(args.model.resolve().parts[-2:]), config, dtype),
+            report.describe_model(
+                "/".join(args.model.resolve().parts[-2:]),
+                config,
+                dtype,
+                vocabulary.describe(tokenizer, tokenizer_folder),
+            ),
             collected,
             tokenizer,
             measure.texts_of(tokenizer, collected, token_text),
             swept,
             args.separate_documents,
+            num_skipped,
         )
+
+
+def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> None:
+    """Refuse text, or a limit, of less than a window."""
+    if num_tokens >= length or args.separate_documents:
+        return
+    limited = args.tokens is not None and args.tokens < length
+    what, more = ("--tokens lets", "a larger one") if limited else ("the text has", "more text")
+    raise ValueError(
+        f"{what} {num_tokens} tokens{' be read' if limited else ''}, less than one window of "
+        f"{length}: give {more}, or --sequence-length {max(num_tokens, 2)}"
+    )
 
 
 def _print(content: dict[str, Any], output: Path) -> None:
@@ -171,11 +202,11 @@ def _print(content: dict[str, Any], output: Path) -> None:
     print(f"written: {output / 'index.html'}")
 
 
-def _named_file(text: str) -> tuple[str, Path]:
+def _named_file(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text}: give NAME=FILE")
-    return name, Path(path)
+    return name, path
 
 
 def _thresholds(text: str) -> list[float]:
@@ -217,11 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("text: .txt, JSON lines (plain, .gz, .zst) or .parquet")
     group.add_argument(
         "--data",
-        type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="each file is a group of its own, called by its name",
+        help="files or quoted globs; each file is a group of its own, called by its name",
     )
     group.add_argument(
         "--group",
@@ -229,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a file with a name, such as a task's questions; again for more",
+        help="a file or quoted glob with a name, such as a task's questions; again for more",
     )
     group.add_argument("--text-key", default="text", metavar="KEY", help="field (default: text)")
     group.add_argument(
@@ -241,6 +271,27 @@ def _parser() -> argparse.ArgumentParser:
         "--separate-documents",
         action="store_true",
         help="no window holds two documents: for questions; else packed as in training",
+    )
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an unreadable record: stop with its file and line (default), or skip and count it",
+    )
+    group.add_argument(
+        "--max-line-bytes",
+        type=number(int, 1),
+        default=DEFAULT_LIMITS.line_bytes,
+        metavar="N",
+        help="a longer JSON line (Parquet: text) is unreadable (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-expansion",
+        type=number(int, 1),
+        default=DEFAULT_LIMITS.expansion,
+        metavar="N",
+        help="refuse a compressed file that becomes more than N times as large (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--tokens", type=number(int, 2), metavar="N", help="of each group at most (default: all)"

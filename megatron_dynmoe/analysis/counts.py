@@ -116,19 +116,28 @@ class Counts:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: an entry is missing or of another size.
+            ValueError: an entry is missing, of another size or no count, or they contradict each
+                other.
         """
         counts = cls(shape)
         try:
             for name in NUMBERS:
-                setattr(counts, name, int(content[name]))
+                if type(content[name]) is not int or content[name] < 0:
+                    raise ValueError(f"{name} is {content[name]!r}: a count is a whole number")
+                setattr(counts, name, content[name])
             for name in array_names():
                 array, entry = getattr(counts, name), content[name]
                 if entry["shape"] != list(array.shape):
                     raise ValueError(f"{name} has the shape {entry['shape']}, not {array.shape}")
-                array.ravel()[entry.get("places", slice(None))] = entry["values"]
+                values = np.array(entry["values"])
+                if values.size and (values.dtype.kind != "i" or values.min() < 0):
+                    raise ValueError(f"{name} holds what is no count: counts are whole numbers")
+                array.ravel()[entry.get("places", slice(None))] = values
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"its counts are incomplete or damaged: {error!r}") from error
+        for name, axis in (("total_K", None), ("vocab_V", None), ("experts_LK", 1)):
+            if not counts.tokens or (getattr(counts, name).sum(axis=axis) != counts.tokens).any():
+                raise ValueError(f"tokens is {counts.tokens}, which is not what {name} adds up to")
         return counts
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +53,8 @@ STYLE: dict[Any, Any] = {
 }
 # Small pictures of layers beyond this number would be unreadable: some layers stand for all.
 MAX_PANELS = 12
-LONGEST_NAME = 24
+# Letters beside a figure, and over one of two panels
+LONGEST_NAME, LONGEST_TITLE = 24, 16
 KEY = "experts_per_token"
 
 
@@ -83,7 +86,9 @@ def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -
         ),
     }
     drawn = {}
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        # A letter that matplotlib's font lacks is a box in the PNG; a browser has it.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
         for name, draw in figures.items():
             if draw is None:
                 continue
@@ -121,7 +126,7 @@ def _layers(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     axes.fill_between([], [], color=BLUE, alpha=0.18, linewidth=0, label="5 to 95 %")
     axes.set(xlabel="layer", ylabel="experts per token", ylim=(0, None))
     _whole_numbers(axes, layers)
-    axes.legend(ncols=2)
+    axes.legend(ncols=2, loc="lower right")
     alt = "Mean experts per token by layer: " + ", ".join(
         f"layer {layer} {mean:.2f}" for layer, mean in zip(layers, value["mean"], strict=True)
     )
@@ -202,7 +207,7 @@ def _loss(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     axes.set(
         xlabel="loss, nats (each point: the same number of tokens)", ylabel="experts per token"
     )
-    axes.legend(title="rank correlation", alignment="left")
+    axes.legend(title="rank correlation", alignment="left", loc="upper left")
     axes.margins(y=0.25)
     return figure, "Do harder tokens use more experts?", "Rank correlation with " + "; ".join(parts)
 
@@ -218,7 +223,7 @@ def _positions(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     means = [row["experts"] for row in rows]
     axes.plot(places, means, color=BLUE, linewidth=2, label="all layers")
     axes.set(xlabel="position in the window", ylabel="experts per token", ylim=(0, None))
-    axes.legend(ncols=2)
+    axes.legend(ncols=2, loc="lower right")
     alt = f"Mean experts per token from {means[0]:.2f} at a window's start to {means[-1]:.2f}"
     return figure, "Experts per token along the text", alt
 
@@ -240,7 +245,7 @@ def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
         right.plot(
             own["experts"], own["loss"], "*", color=ORANGE, markersize=13, label="as trained"
         )
-        right.legend()
+        right.legend(loc="upper right")
     right.set(title="loss, nats per token", xlabel="experts per token")
     own_name = "as trained" if own["threshold"] is None else f"threshold {own['threshold']:.4g}"
     alt = f"Trained ({own_name}): {_point(own)}. " + "; ".join(
@@ -315,7 +320,7 @@ def _specialisation(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[F
         lift_LE = lift(total, groups[name])
         strongest = max(strongest, (name, float(np.nan_to_num(lift_LE).max())), key=lambda x: x[1])
         image = _draw_ratios(panel, lift_LE)
-        panel.set(title=_short(name))
+        panel.set(title=_short(name, LONGEST_TITLE))
         _ticks(panel, moe_layers)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
@@ -357,7 +362,10 @@ def _whole_numbers(axes: Axes, values: list[int]) -> None:
     axes.set_xticks(values[:: math.ceil(len(values) / 12)])
 
 
-def _short(name: str) -> str:
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
     """A name that fits beside a figure, without what matplotlib takes for mathematics."""
-    name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\u2026"
+    # Chinese, Japanese and Korean letters are two wide.
+    widths = np.cumsum([1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name])
+    if (widths > longest).any():
+        name = name[: int((widths < longest).sum())] + "\u2026"
     return name.replace("$", r"\$")

@@ -41,7 +41,13 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         yield model
         return
     from megatron_dynmoe.conversion.convert import convert_folder, to_hf
+    from megatron_dynmoe.conversion.megatron import TRACKER
 
+    if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
+        raise ValueError(
+            f"--model {model} holds neither an exported model (config.json) nor the checkpoints of "
+            f"a run ({TRACKER}): name one of those folders, such as checkpoints in a --run-dir"
+        )
     with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
         folder = Path(scratch) / "model"
         if not has_config:
@@ -49,7 +55,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         elif config.get("model_type") == "mixtral" or "MoEForCausalLM" in (
             config.get("architectures") or []
         ):
-            convert_folder(model, folder, format="dynmoe")
+            convert_folder(model, folder, format="dynmoe", tokenizer=tokenizer)
         else:
             raise ValueError(
                 f"--model {model} is of type {config.get('model_type')!r}, which has no routers "

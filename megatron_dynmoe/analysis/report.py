@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,14 @@ from megatron_dynmoe.conversion.folder import new_folder, read_json
 ROUTING = "routing.json"
 PAGE = "index.html"
 FIGURES = "figures"
+# Of a model's vocabulary; what training adds so that it can be divided is less.
+FEW_TOKENS = 0.9
+# Of single documents, below which nothing can be said
+MIN_TOKENS = 100
 FORMAT = "megatron-dynmoe routing, 1"
 
 
-def describe_model(name: str, config: Any, dtype: str) -> dict[str, Any]:
+def describe_model(name: str, config: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """What the report says of the model; measurements merge where all of this is the same."""
     layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     top_k = config.routing == "top_k"
@@ -38,6 +41,7 @@ def describe_model(name: str, config: Any, dtype: str) -> dict[str, Any]:
         "moe_layers": layers,
         "num_experts": config.num_experts,
         "vocab_size": config.vocab_size,
+        "tokenizer": tokenizer,
         "dtype": dtype,
     }
 
@@ -49,6 +53,7 @@ def measurement(
     token_texts: dict[int, str],
     sweep: dict[str, Any] | None,
     separate: bool,
+    num_skipped: int,
 ) -> dict[str, Any]:
     """What was measured, as JSON holds it; :func:`write_report` adds what follows from it."""
     shape = next(iter(collected.groups.values())).shape
@@ -64,6 +69,7 @@ def measurement(
             for name, sample in collected.samples.items()
         },
         "sweep": sweep,
+        "skipped_records": num_skipped,
     }
 
 
@@ -77,27 +83,35 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     groups: dict[str, Counts] = {}
+    seen: dict[str, Path] = {}
     for path in paths:
         content = read_json(path)
+        twice = seen.setdefault(json.dumps(content.get("groups"), sort_keys=True), path)
+        if twice is not path:
+            raise ValueError(f"{path} holds the same counts as {twice}: they would count twice")
         if content.get("format") != FORMAT:
             raise ValueError(f"{path}: it is no {ROUTING} of this version of the tool")
         try:
             shape = Shape(**content["shape"])
             for key in ("model", "windows", "shape"):
-                if merged and merged[key] != content[key]:
+                here = content[key]
+                if merged and merged[key] != here:
                     raise ValueError(
-                        f"its {key} is {_difference(content[key], merged[key])} in {paths[0]}: "
+                        f"its {key} is {_difference(here, merged[key])} in {paths[0]}: "
                         "only measurements of one model, made alike, add up"
                     )
+            if not content["groups"]:
+                raise ValueError("it has no groups, so nothing was counted")
             for name, counts in content["groups"].items():
                 groups.setdefault(name, Counts(shape))
                 groups[name] += Counts.from_json(shape, counts)
             if not merged:
-                merged = content
+                merged = content | {"skipped_records": 0}
+            merged["skipped_records"] += content.get("skipped_records", 0)
             merged["token_texts"] |= content["token_texts"]
             merged["samples"] = content["samples"] | merged["samples"]
             merged["sweep"] = merged["sweep"] or content["sweep"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: it is incomplete or damaged: {error!r}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -142,21 +156,35 @@ def remarks(content: dict[str, Any]) -> list[str]:
             "there is no difference between tokens, layers or groups to see, and no correlation. "
             "The sweep shows what a threshold would do instead."
         )
-    guess = math.log(model["vocab_size"])
+    if skipped := content.get("skipped_records"):
+        notes.append(f"{_number(skipped, 'record')} that could not be read: left out.")
+    tokenizer = model.get("tokenizer") or {}
+    known = tokenizer.get("tokens", model["vocab_size"])
+    if known < FEW_TOKENS * model["vocab_size"]:
+        notes.append(
+            f"The tokenizer has {known:,} tokens and the model {model['vocab_size']:,}: is it the "
+            "tokenizer of the training?"
+        )
+    if changed := tokenizer.get("changed"):
+        notes.append(
+            f"{' and '.join(changed)} changed after the model was exported (manifest.json): is it "
+            "still the tokenizer of the training?"
+        )
+    little = MIN_TOKENS if content["windows"]["separate_documents"] else length
     for name, group in statistics["groups"].items():
-        if group["tokens"] < length and not content["windows"]["separate_documents"]:
+        if group["tokens"] < little:
             notes.append(
-                f"{name} has {group['tokens']} tokens, less than a window of {length}: its numbers "
+                f"{name} has {_number(group['tokens'], 'token')}, fewer than {little}: its numbers "
                 "say little."
             )
-        if group["loss"] is not None and group["loss"] > guess:
-            notes.append(
-                f"{name}: a loss of {group['loss']:.2f} nats is worse than guessing among "
-                f"{model['vocab_size']} tokens ({guess:.2f}): is it the tokenizer of the training?"
-            )
+        if group["loss"] is None:
+            notes.append(f"{name} has no token that follows another, and so no loss.")
+    everything = {"All text together": overall}
+    notes += _worse_than_guessing(statistics["groups"]) or _worse_than_guessing(everything)
     if overall["windows"] < MIN_WINDOWS:
         notes.append(
-            f"{overall['windows']} windows are too few for intervals: {MIN_WINDOWS} are needed."
+            f"{_number(overall['windows'], 'window')}: too few for intervals, which need "
+            f"{MIN_WINDOWS}."
         )
     if OTHER in statistics["groups"]:
         notes.append(f"There were more groups than are told apart: the last are in {OTHER}.")
@@ -168,6 +196,20 @@ def remarks(content: dict[str, Any]) -> list[str]:
             "instead of 100."
         )
     return notes
+
+
+def _worse_than_guessing(groups: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: a loss of {group['loss']:.2f} nats is worse than guessing tokens by how often "
+        f"they came before in this text ({group['guessing_loss']:.2f}): is it the tokenizer of the "
+        "training, and the model trained?"
+        for name, group in groups.items()
+        if group["loss"] is not None and group["loss"] > group["guessing_loss"]
+    ]
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _difference(new: dict[str, Any], old: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Letters as in counts.py, and G groups.
 from __future__ import annotations
 
 from itertools import pairwise
+from math import lgamma
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def _of_tokens(counts: Counts) -> dict[str, Any]:
         "windows": counts.windows,
         "tokens": counts.tokens,
         "loss": counts.loss * LOSS_UNIT / counts.predicted if counts.predicted else None,
+        "guessing_loss": guessing_loss(counts.vocab_V),
         # Of a token's mean over the layers
         "experts_per_token": {name: value / layers for name, value in experts.items()},
         # Of a token in one layer, as Figure 3 of Dynamic MoE and DTop-p count
@@ -69,6 +71,22 @@ def _of_tokens(counts: Counts) -> dict[str, Any]:
             "next_loss": correlation(counts.next_loss_BKN, counts.windows),
         },
     }
+
+
+def guessing_loss(vocab_V: np.ndarray) -> float:
+    """Nats per token of guessing each by how often it came before in the same text.
+
+    Half a count in advance for every token of the vocabulary (Krichevsky and Trofimov's estimate).
+    It does not depend on the order, falls from ln V to the entropy of the counts as a text gets
+    longer, and needs no model: one that does worse has learned nothing about these tokens.
+    """
+    tokens, size = int(vocab_V.sum()), len(vocab_V)
+    counts, times = np.unique(vocab_V[vocab_V > 0], return_counts=True)
+    gain = sum(
+        time * (lgamma(count + 0.5) - lgamma(0.5))
+        for count, time in zip(counts.tolist(), times.tolist(), strict=True)
+    )
+    return (lgamma(tokens + size / 2) - lgamma(size / 2) - gain) / tokens
 
 
 def distribution(histogram_K: np.ndarray) -> dict[str, float]:
@@ -225,7 +243,7 @@ def _of_experts(
         load_E, together_EE = total.load_LE[index], total.together_LEE[index]
         for expert in range(total.shape.experts):
             partners = together_EE[expert].copy()
-            partners[expert] = -1
+            partners[expert] = 0
             partner = int(partners.argmax())
             used = bool(load_E[expert])
             favourite = max(groups, key=lambda name: lifts[name][index, expert])
@@ -289,7 +307,7 @@ def _token_row(
     judged, predicted = int(total.vocab_judged_V[token]), int(total.vocab_predicted_V[token])
     return {
         "id": token,
-        "text": texts[token],
+        "text": texts.get(token, f"(id {token})"),
         "tokens": int(total.vocab_V[token]),
         "experts": float(mean_V[token]),
         "loss": float(total.vocab_loss_V[token] * LOSS_UNIT / predicted) if predicted else None,

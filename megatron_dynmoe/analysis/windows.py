@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.data.readers import Unreadable, open_reader
+from megatron_dynmoe.data.readers import (
+    DEFAULT_LIMITS,
+    Limits,
+    OnUnreadable,
+    Unreadable,
+    expand_inputs,
+    open_reader,
+)
 
 # A .txt file is one document; of a longer one, each piece of about this many characters.
 TXT_PIECE = 2**22
@@ -19,7 +26,15 @@ TXT_PIECE = 2**22
 MAX_GROUPS = 32
 OTHER = "(other)"
 
+# Tokens beyond a limit that are looked at, so that where the text is cut changes none before it.
+MARGIN = 64
+
 OnRead = Callable[[int], Any]
+
+
+def stop(unreadable: Unreadable) -> None:
+    """The end at the first record that is no document."""
+    raise unreadable
 
 
 class TextFile(NamedTuple):
@@ -27,6 +42,26 @@ class TextFile(NamedTuple):
 
     path: Path
     group: str | None
+
+
+class Reading(NamedTuple):
+    """How documents are found in files.
+
+    Attributes:
+        text_key: the field or column of the text; not for ``.txt``.
+        source_key: the field that names a document's group, instead of the file.
+        on_unreadable: called with every record that is no document; if it returns, the record is
+            left out.
+        limits: what is taken for text.
+    """
+
+    text_key: str = "text"
+    source_key: str | None = None
+    on_unreadable: OnUnreadable = stop
+    limits: Limits = DEFAULT_LIMITS
+
+
+_EVERYTHING = Reading()
 
 
 class Window(NamedTuple):
@@ -37,13 +72,18 @@ class Window(NamedTuple):
     tokens: list[int]
 
 
-def name_groups(data: Sequence[Path], named: Sequence[tuple[str, Path]]) -> list[TextFile]:
+def name_groups(data: Sequence[str], named: Sequence[tuple[str, str]]) -> list[TextFile]:
     """Files with a name, and files that are called by their own.
 
+    Args:
+        data: paths or globs; each file is a group.
+        named: a name and a path or glob; the files of a glob are one group.
+
     Raises:
-        ValueError: a file is missing, or two files would share a name that nobody gave.
+        ValueError: a file is missing, a folder, or given twice, or two files would share a name
+            that nobody gave.
     """
-    files = [TextFile(path, path.name.split(".")[0] or path.name) for path in data]
+    files = [TextFile(path, path.name.split(".")[0] or path.name) for path in expand_inputs(data)]
     names = [file.group for file in files]
     for file in files:
         if names.count(file.group) > 1:
@@ -51,20 +91,28 @@ def name_groups(data: Sequence[Path], named: Sequence[tuple[str, Path]]) -> list
                 f"--data {file.path}: another file would be called {file.group!r}, too: name both "
                 "with --group NAME=FILE"
             )
-    files += [TextFile(path, name) for name, path in named]
+    return files + [
+        TextFile(path, name) for name, pattern in named for path in expand_inputs([pattern])
+    ]
+
+
+def check_text(files: Sequence[TextFile], reading: Reading) -> None:
+    """Read each file up to its first text, which is worth doing before a model is loaded.
+
+    Raises:
+        ValueError: a file cannot be read, or holds no text.
+    """
     for file in files:
-        if not file.path.is_file():
-            raise ValueError(f"data {file.path}: no such file")
-    return files
+        if not any(text for _, text in _documents(file, reading, lambda _: None)):
+            raise ValueError(f"data {file.path}: it holds no text")
 
 
 def read_windows(
     files: Sequence[TextFile],
     tokenizer: Any,
     length: int,
+    reading: Reading = _EVERYTHING,
     *,
-    text_key: str = "text",
-    source_key: str | None = None,
     separate: bool = False,
     limit: int | None = None,
     on_read: OnRead = lambda _: None,
@@ -73,15 +121,14 @@ def read_windows(
 
     Args:
         length: tokens of a window, S.
-        text_key: the field or column of the text; not for ``.txt``.
-        source_key: the field that names a document's group, instead of the file.
+        reading: of the files.
         separate: no window holds two documents; else they follow each other, each ended by the
             tokenizer's end-of-text token, where it has one.
         limit: tokens of a group at most; None: all.
         on_read: called with the bytes that were read since the last call.
 
     Raises:
-        ValueError: a file cannot be read, or holds no text.
+        ValueError: a file cannot be read.
     """
     end = [] if separate or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pending: dict[str, list[int]] = {}
@@ -94,18 +141,16 @@ def read_windows(
         return Window(group, number, tokens)
 
     for file in files:
-        has_text = False
-        for name, text in _documents(file, text_key, source_key, on_read):
-            has_text = has_text or bool(text)
+        for name, text in _documents(file, reading, on_read):
             group = name if name in numbers or len(numbers) < MAX_GROUPS else OTHER
             if group not in numbers:
                 numbers[group], room[group], pending[group] = 0, limit, []
             left = room[group]
             if left == 0:
-                if source_key is None:
+                if reading.source_key is None:
                     break  # the file's only group has enough
                 continue
-            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+            tokens = _first_tokens(tokenizer, text, left) + end
             if left is not None:
                 tokens = tokens[:left]
                 room[group] = left - len(tokens)
@@ -118,35 +163,41 @@ def read_windows(
             if separate and pending[group]:
                 yield cut(group, pending[group])
                 pending[group] = []
-        if not has_text:
-            raise ValueError(f"data {file.path}: it holds no text")
     for group, tokens in pending.items():
         if tokens:
             yield cut(group, tokens)
 
 
 def in_blocks(windows: Iterable[Window], num_tokens: int) -> Iterator[list[Window]]:
-    """Windows that are read together: as many as ``num_tokens`` hold at the longest one's length.
+    """Windows of one group that are read together: as many as hold ``num_tokens``, all padded.
 
-    The size is not for the user to choose: rounding in matrix products depends on how many rows
-    they have, and a token close to the threshold on rounding.
+    The size is not for the user to choose, and no group depends on another: rounding in matrix
+    products depends on how many rows they have, and a token close to the threshold on rounding.
     """
-    block: list[Window] = []
-    longest = 0
+    blocks: dict[str, list[Window]] = {}
     for window in windows:
-        longest = max(longest, len(window.tokens))
+        block = blocks.setdefault(window.group, [])
+        longest = max(len(one.tokens) for one in [*block, window])
         if block and longest * (len(block) + 1) > num_tokens:
             yield block
-            block, longest = [], len(window.tokens)
+            blocks[window.group] = block = []
         block.append(window)
-    if block:
-        yield block
+    yield from (block for block in blocks.values() if block)
 
 
-def _documents(
-    file: TextFile, text_key: str, source_key: str | None, on_read: OnRead
-) -> Iterator[tuple[str, str]]:
+def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
+    """The tokens of a text, or at least its first ``most`` without encoding much more of it."""
+    num_chars = len(text) if most is None else 8 * (most + MARGIN)
+    while True:
+        tokens = tokenizer(text[:num_chars], add_special_tokens=False, verbose=False)["input_ids"]
+        if num_chars >= len(text) or (most is not None and len(tokens) >= most + MARGIN):
+            return tokens
+        num_chars *= 2
+
+
+def _documents(file: TextFile, reading: Reading, on_read: OnRead) -> Iterator[tuple[str, str]]:
     """Group and text of each document."""
+    text_key, source_key = reading.text_key, reading.source_key
     if file.path.suffix == ".txt":
         if source_key is not None:
             raise ValueError(
@@ -157,11 +208,8 @@ def _documents(
             yield file.group or file.path.name, text
         return
 
-    def stop(unreadable: Unreadable) -> None:
-        raise unreadable
-
     keys = [text_key] if source_key is None else [text_key, source_key]
-    reader = open_reader(file.path, keys, stop)
+    reader = open_reader(file.path, keys, reading.on_unreadable, reading.limits)
     done = 0
     try:
         for texts in reader:
@@ -169,22 +217,32 @@ def _documents(
             on_read(reader.position - done)
             done = reader.position
     except ValueError as error:
+        reason = str(error).removesuffix(": name the text column with --json-keys")
         for key, flag in ((text_key, "--text-key"), (source_key, "--source-key")):
-            if f"no field '{key}'" in str(error):
-                raise ValueError(f"{error}: name the right one with {flag}") from error
+            if f"no field '{key}'" in reason or f"no column '{key}'" in reason:
+                raise ValueError(f"{reason}: name the right one with {flag}") from error
+        if isinstance(error, Unreadable):
+            raise ValueError(f"{error}: --on-error skip leaves such records out") from error
         raise
     on_read(reader.size - done)
 
 
 def _plain_text(path: Path, on_read: OnRead) -> Iterator[str]:
-    """The whole file, or pieces that end with a line."""
+    """The whole file, or pieces that end with a line, or else with a word."""
     try:
         with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
-            done = 0
-            while lines := stream.readlines(TXT_PIECE):
-                yield "".join(lines)
+            text, done = "", 0
+            while more := stream.read(TXT_PIECE - len(text)):
+                text += more
+                if len(text) == TXT_PIECE:
+                    cut = (text.rfind("\n") + 1) or (text.rfind(" ") + 1) or len(text)
+                    yield text[:cut]
+                    text = text[cut:]
+                    on_read(raw.tell() - done)
+                    done = raw.tell()
+            if text:
+                yield text
                 on_read(raw.tell() - done)
-                done = raw.tell()
     except UnicodeDecodeError as error:
         raise ValueError(f"data {path}: not valid UTF-8 ({error.reason})") from error
     except OSError as error:

@@ -145,6 +145,19 @@ def test_every_bit_is_the_same_again_and_with_other_cores(
         assert as_json(counted(*loaded, windows)) == expected
 
 
+def test_a_group_does_not_depend_on_the_others(
+    loaded: tuple[Any, Any], windows: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "BLOCK_TOKENS", 7 * LENGTH)  # no group is a whole number of
+    together = as_json(counted(*loaded, windows))
+    mixed = sorted(windows, key=lambda window: window.number)
+    assert as_json(counted(*loaded, mixed)) == together
+    assert list(together) == ["prose", "figures"]
+    for group, counts in together.items():
+        alone = [window for window in windows if window.group == group]
+        assert as_json(counted(*loaded, alone)) == {group: counts}
+
+
 def test_counts_of_parts_add_up(loaded: tuple[Any, Any], windows: list[Window]) -> None:
     # Cut where a block ends, so that the same windows are read together.
     whole = add_up(counted(*loaded, windows))
@@ -162,6 +175,14 @@ def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Windo
     assert Counts.from_json(counts.shape, content).to_json() == content
     with pytest.raises(ValueError, match="incomplete"):
         Counts.from_json(counts.shape, {k: v for k, v in content.items() if k != "load_LE"})
+    for changed, message in (
+        ({"tokens": -5}, "tokens is -5: a count is a whole number"),
+        ({"tokens": 1.5}, r"tokens is 1\.5"),
+        ({"tokens": counts.tokens + 1}, "not what total_K adds up to"),
+        ({"load_LE": content["load_LE"] | {"values": [-1] * 16}}, "load_LE holds what is no count"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Counts.from_json(counts.shape, content | changed)
     with pytest.raises(ValueError, match="do not add up"):
         counts += Counts(counts.shape._replace(experts=9))
 
@@ -182,6 +203,14 @@ def test_a_router_of_nan_is_named(loaded: tuple[Any, Any], windows: list[Window]
 def test_a_window_of_one_token_is_counted(loaded: tuple[Any, Any]) -> None:
     counts = counted(*loaded, [Window("a", 0, [5])])["a"]
     assert (counts.tokens, counts.predicted, counts.total_K.sum()) == (1, 0, 1)
+
+
+def test_a_map_that_the_model_did_not_use_is_refused(
+    loaded: tuple[Any, Any], windows: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "select", lambda probs_TE, *_: probs_TE >= 0)
+    with pytest.raises(ValueError, match="not those that the model used"):
+        counted(*loaded, windows)
 
 
 def test_the_sweep_leaves_the_model_as_it_was(

@@ -176,6 +176,17 @@ def test_light_and_dark(browse: Try) -> None:
         assert contrast(background, ink) > 4.5, (background, ink)
 
 
+def test_tables_that_do_not_fit_say_so(browse: Try) -> None:
+    seen = browse(
+        """return [...document.querySelectorAll(".table")].map(table =>
+          [table.id, table.scrollWidth > table.clientWidth,
+           getComputedStyle(table, "::after").content.includes("scroll")]);""",
+        360,
+    )
+    assert all(too_wide == hinted for _, too_wide, hinted in seen), seen
+    assert ["table-layers", True, True] in seen
+
+
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_is_wider_than_the_window(browse: Try, width: int) -> None:
     seen = browse(

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis.commands import main
+from megatron_dynmoe.conversion.folder import write_manifest
 from tests.tiny_export import export_tiny
 
 SWEEP = "0.2,0.8"
@@ -98,12 +99,30 @@ def test_reports_of_parts_merge_into_the_whole(
     files = [str(part / "routing.json") for part in parts]
     assert main(["--merge", *files, "--output", str(tmp_path / "m"), "--min-count", "5"]) == 0
     merged, whole = content(tmp_path / "m"), content(report)
-    for name in texts:  # where blocks end differs, and with it rounding of the loss
-        for key, value in merged["groups"][name].items():
-            if "loss" not in key:
-                assert value == whole["groups"][name][key], key
+    assert merged["groups"] == whole["groups"]
     assert merged["token_texts"] == whole["token_texts"]
     assert (tmp_path / "m" / "index.html").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": {}}, "it has no groups"),
+        ({"model": None}, "incomplete or damaged"),
+        ({}, "would count twice"),
+    ],
+)
+def test_bad_measurements_do_not_merge(
+    report: Path, tmp_path: Path, capsys: Any, change: dict[str, Any], message: str
+) -> None:
+    changed = {k: v for k, v in (content(report) | change).items() if v is not None}
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    files = [str(tmp_path / "other.json"), str(report / "routing.json")]
+    if change:
+        files.pop()
+    assert main(["--merge", *files, "--output", str(tmp_path / "m")]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -137,7 +156,73 @@ def test_a_group_shorter_than_a_window_is_marked(
 ) -> None:
     (tmp_path / "short.txt").write_text("a house")
     analyze(tmp_path / "report", exported, texts["prose"], tmp_path / "short.txt")
-    assert "short has" in capsys.readouterr().err
+    assert "short has 5 tokens, fewer than 32" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_questions_that_say_nothing_are_marked(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    (tmp_path / "one.txt").write_text("a")
+    flags = ("--separate-documents",)
+    analyze(tmp_path / "report", exported, texts["prose"], tmp_path / "one.txt", flags=flags)
+    said = capsys.readouterr().err
+    assert "one has 1 token, fewer than 100" in said
+    assert "one has no token that follows another, and so no loss" in said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_skipped_records_are_said(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    (tmp_path / "a.jsonl").write_text(texts["prose"].read_text() + "{\n")
+    analyze(tmp_path / "report", exported, tmp_path / "a.jsonl", flags=("--on-error", "skip"))
+    assert "1 record that could not be read: left out" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_tokenizer_is_refused_or_marked(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    """Of the same size, and, where the model brings none to compare with, of half of it."""
+    from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+    from megatron_dynmoe.data.train_tokenizer import train_tokenizer
+
+    other, small = tmp_path / "other", tmp_path / "small"
+    shutil.copytree(exported, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    pieces = vocabulary["model"]["vocab"]
+    vocabulary["model"]["vocab"] = {
+        piece: 859 - i if i >= 260 else i for piece, i in pieces.items()
+    }
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    small.mkdir()
+    shutil.copy(exported / "config.json", small)
+    export_tokenizer(train_tokenizer([str(texts["prose"])], str(tmp_path / "t"), 300), small)
+
+    command = ["--model", exported, "--data", texts["prose"], "--tokenizer", other]
+    assert main([str(word) for word in [*command, "--output", tmp_path / "report"]]) == 1
+    assert "is not the model's" in capsys.readouterr().err
+    analyze(tmp_path / "r1", exported, texts["prose"], flags=("--tokenizer", str(exported)))
+    without = tmp_path / "without"
+    shutil.copytree(exported, without, ignore=shutil.ignore_patterns("token*"))
+    flags = ("--tokenizer", str(small))
+    analyze(tmp_path / "r2", without, texts["prose"], flags=flags)
+    assert "The tokenizer has 300 tokens and the model 608" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_exchanged_tokenizer_is_marked(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    shutil.copytree(exported, tmp_path / "model")
+    write_manifest(tmp_path / "model")
+    analyze(tmp_path / "r1", tmp_path / "model", texts["prose"])
+    assert "changed after" not in capsys.readouterr().err
+    vocabulary = tmp_path / "model" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text() + " ")
+    analyze(tmp_path / "r2", tmp_path / "model", texts["prose"])
+    assert "tokenizer.json changed after the model was exported" in capsys.readouterr().err
 
 
 def test_a_loss_worse_than_guessing_is_marked(report: Path) -> None:
@@ -181,6 +266,10 @@ def _llama(folder: Path, tokenizer: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
+def _no_model(folder: Path, tokenizer: Path) -> None:
+    folder.mkdir()
+
+
 def _nothing(folder: Path, tokenizer: Path) -> None:
     pass
 
@@ -194,6 +283,7 @@ def _nothing(folder: Path, tokenizer: Path) -> None:
         (_nan, "router of layer 1 gives NaN"),
         (_llama, "'llama', which has no routers"),
         (_nothing, "no such folder"),
+        (_no_model, "neither an exported model (config.json) nor the checkpoints"),
     ],
 )
 def test_bad_models_are_refused(
@@ -218,6 +308,7 @@ def test_bad_models_are_refused(
         ("", [], "holds no text"),
         ("a house", [], "less than one window of 64"),
         ("a house", ["--sequence-length", "65"], "the model has 64 positions"),
+        ("a house", ["--tokens", "20"], "--tokens lets 20 tokens be read, less than one window"),
     ],
 )
 def test_too_little_text_is_refused(

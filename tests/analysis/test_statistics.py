@@ -9,9 +9,11 @@ from megatron_dynmoe.analysis.statistics import (
     correlation,
     distribution,
     extreme_tokens,
+    guessing_loss,
     lift,
     mutual_information,
     spearman,
+    summarize,
 )
 
 
@@ -65,6 +67,28 @@ def test_few_windows_give_no_interval() -> None:
         "low": None,
         "high": None,
     }
+
+
+def test_guessing_learns_while_it_reads() -> None:
+    tokens = [3, 1, 3, 3, 0, 1, 3]
+    counts, expected = np.zeros(6), 0.0
+    for token in tokens:
+        expected -= np.log((counts[token] + 0.5) / (counts.sum() + 0.5 * len(counts)))
+        counts[token] += 1
+    found = guessing_loss(np.bincount(tokens, minlength=6))
+    assert found == pytest.approx(expected / len(tokens))
+    one, many = (guessing_loss(times * np.array([4, 2, 1, 1])) for times in (1, 10_000))
+    assert 1.75 * np.log(2) == pytest.approx(many, rel=1e-3) and many < one  # the entropy
+
+
+def test_a_single_expert_has_no_partner() -> None:
+    counts = Counts(Shape(1, 1, 2, 1), windows=1, tokens=2)
+    for name in ("load_LE", "together_LEE", "vocab_V", "vocab_experts_V"):
+        getattr(counts, name)[:] = 2
+    counts.position_S[:] = counts.position_LS[:] = 1
+    counts.experts_LK[0, 1] = counts.total_K[1] = 2
+    (expert,) = summarize({"a": counts}, [1], {0: "x"}, 1)["experts"]
+    assert (expert["partner"], expert["with_partner"]) == (None, 0.0)
 
 
 def test_a_distribution_is_that_of_its_values() -> None:

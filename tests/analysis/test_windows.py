@@ -10,12 +10,17 @@ import pytest
 from megatron_dynmoe.analysis.windows import (
     MAX_GROUPS,
     OTHER,
+    Reading,
     TextFile,
     Window,
+    check_text,
     in_blocks,
     name_groups,
     read_windows,
 )
+from megatron_dynmoe.data.readers import Limits
+
+BY_SOURCE = Reading(source_key="source")
 
 
 def read(tokenizer: Any, *files: TextFile, length: int = 16, **settings: Any) -> list[Window]:
@@ -45,7 +50,7 @@ def test_separate_documents_share_no_window(
 
 
 def test_a_field_can_name_the_groups(loaded: tuple[Any, Any], texts: dict[str, Path]) -> None:
-    windows = read(loaded[1], TextFile(texts["prose"], None), source_key="source")
+    windows = read(loaded[1], TextFile(texts["prose"], None), reading=BY_SOURCE)
     assert {window.group for window in windows} == {"s0", "s1"}
 
 
@@ -56,7 +61,7 @@ def test_more_groups_than_memory_is_for_are_counted_together(
     with gzip.open(path, "wt") as file:
         for i in range(MAX_GROUPS + 5):
             file.write(json.dumps({"text": "a house", "source": f"s{i}"}) + "\n")
-    windows = read(loaded[1], TextFile(path, None), source_key="source", separate=True)
+    windows = read(loaded[1], TextFile(path, None), reading=BY_SOURCE, separate=True)
     groups = [window.group for window in windows]
     assert len(set(groups)) == MAX_GROUPS + 1
     assert groups.count(OTHER) == 5
@@ -82,6 +87,45 @@ def test_long_plain_text_is_read_in_pieces(
     assert sum(seen) == texts["figures"].stat().st_size
 
 
+class Counting:
+    """A tokenizer that notes how much text it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.letters = tokenizer, 0
+        self.eos_token_id = tokenizer.eos_token_id
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        self.letters += len(text)
+        return self.tokenizer(text, **settings)
+
+
+@pytest.mark.parametrize("sentence", ["the house of a man is cold. ", "abcdefghijklmnopqrstuvwxyz"])
+def test_a_long_line_is_cut_before_it_is_encoded(
+    loaded: tuple[Any, Any], tmp_path: Path, sentence: str
+) -> None:
+    text = sentence * 10_000
+    (tmp_path / "line.txt").write_text(text)
+    tokenizer = Counting(loaded[1])
+    windows = read(tokenizer, TextFile(tmp_path / "line.txt", "line"), limit=100)
+    whole = loaded[1](text[:5000], add_special_tokens=False)["input_ids"]
+    assert [token for window in windows for token in window.tokens] == whole[:100]
+    assert tokenizer.letters < 5000
+
+
+def test_plain_text_without_lines_is_cut_at_words(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_dynmoe.analysis.windows.TXT_PIECE", 50)
+    monkeypatch.setattr("io.DEFAULT_BUFFER_SIZE", 16)
+    for text in ("a house of stone " * 20, "x" * 120, "short", "line one\n" * 20):
+        (tmp_path / "a.txt").write_text(text)
+        windows = read(loaded[1], TextFile(tmp_path / "a.txt", "a"), length=1000, separate=True)
+        pieces = [loaded[1].decode(window.tokens) for window in windows]
+        assert "".join(pieces).replace(" ", "") == text.replace(" ", "")
+        assert all(len(piece) <= 50 for piece in pieces)
+        assert not any(piece.endswith("hous") for piece in pieces)
+
+
 def test_blocks_keep_order_and_size() -> None:
     windows = [Window("a", i, [1] * length) for i, length in enumerate((8, 8, 3, 16, 2, 40, 1))]
     blocks = list(in_blocks(windows, 32))
@@ -89,15 +133,33 @@ def test_blocks_keep_order_and_size() -> None:
     assert [len(block) for block in blocks] == [3, 2, 1, 1]
 
 
+def test_what_is_read_together_is_of_one_group_whatever_else_is_read() -> None:
+    lengths = {"a": (8, 8, 3, 16), "b": (16, 16, 5), "c": (1,)}
+    windows = {
+        group: [Window(group, i, [1] * length) for i, length in enumerate(several)]
+        for group, several in lengths.items()
+    }
+    mixed = [*windows["a"][:2], *windows["b"], *windows["c"], *windows["a"][2:]]
+    blocks = list(in_blocks(mixed, 32))
+    for group, alone in windows.items():
+        assert [block for block in blocks if block[0].group == group] == list(in_blocks(alone, 32))
+
+
 @pytest.mark.parametrize(
     ("content", "name", "settings", "message"),
     [
         ("", "a.txt", {}, "holds no text"),
         ('{"text": ""}\n', "a.jsonl", {}, "holds no text"),
+        (
+            '{"text": "%s"}\n' % ("x" * 99),
+            "a.jsonl",
+            {"limits": Limits(50)},
+            "longer than 50 bytes",
+        ),
         ('{"body": "x"}\n', "a.jsonl", {}, "--text-key"),
         ('{"text": "x"}\n', "a.jsonl", {"source_key": "source"}, "--source-key"),
         ("x", "a.txt", {"source_key": "source"}, "plain text"),
-        ("{", "a.jsonl", {}, "line 1"),
+        ("{", "a.jsonl", {}, "line 1.*--on-error skip"),
         (b"\xff\xfe", "a.txt", {}, "not valid UTF-8"),
     ],
 )
@@ -112,7 +174,18 @@ def test_bad_text_is_refused(
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        read(loaded[1], TextFile(path, "a"), **settings)
+        check_text([TextFile(path, "a")], Reading(**settings))
+
+
+def test_bad_records_can_be_left_out(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a house"}\n{\n{"text": 5}\n{"text": "a man"}\n')
+    skipped: list[Any] = []
+    reading = Reading(on_unreadable=skipped.append)
+    windows = read(loaded[1], TextFile(path, "a"), reading=reading, separate=True)
+    assert len(windows) == 2 and len(skipped) == 2
+    with pytest.raises(ValueError, match=r"line 2.*--on-error skip"):
+        read(loaded[1], TextFile(path, "a"))
 
 
 def test_names_of_groups(tmp_path: Path) -> None:
@@ -120,8 +193,15 @@ def test_names_of_groups(tmp_path: Path) -> None:
     paths = [tmp_path / "one.jsonl.gz", tmp_path / "b" / "one.txt"]
     for path in paths:
         path.touch()
-    assert name_groups(paths[:1], [("two", paths[1])])[0].group == "one"
-    with pytest.raises(ValueError, match="--group NAME=FILE"):
-        name_groups(paths, [])
-    with pytest.raises(ValueError, match="no such file"):
-        name_groups([tmp_path / "none.txt"], [])
+    one, two = map(str, paths)
+    assert [file.group for file in name_groups([one], [("two", two)])] == ["one", "two"]
+    globbed = name_groups([f"{tmp_path}/*.gz"], [("b", f"{tmp_path}/*/*.txt")])
+    assert globbed == [TextFile(paths[0], "one"), TextFile(paths[1], "b")]
+    for data, message in (
+        ([one, two], "--group NAME=FILE"),
+        ([f"{tmp_path}/none.txt"], "no such file"),
+        ([str(tmp_path)], "is a folder"),
+        ([one, one], "named twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            name_groups(data, [])
