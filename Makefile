@@ -10,8 +10,8 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-faults soak mutations gpu test-gpu \
-	bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
+.PHONY: help setup quickstart test test-unit test-distributed test-faults soak mutations fuzz audit gpu \
+	test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ soak: setup ## trains for 20 minutes and judges memory, files, step time and the
 
 mutations: setup ## plants known mistakes in a copy, one by one: do tests catch them? half an hour
 	@$(PYTHON_VENV) -m tests.mutations $(MUTATIONS)
+
+fuzz: setup ## FUZZ=400 random command lines; each trains two steps or is refused by name
+	@$(PYTHON_VENV) -m tests.fuzz --cases $(or $(FUZZ),400) $(if $(SEED),--seed $(SEED))
+
+# In an environment of its own: what audits is no part of what is audited. Needs a network.
+audit: setup ## known vulnerabilities of the versions in constraints.txt
+	@test -x .venv/audit/bin/pip-audit || { $(PYTHON_VENV) -m venv .venv/audit && \
+	  .venv/audit/bin/pip install --quiet pip-audit; }
+	@.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 # Without a device the tests would skip and the benchmarks take hours: neither may look like success.
 gpu:
