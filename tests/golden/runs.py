@@ -21,7 +21,9 @@ FOLDER = Path(__file__).parent
 STEPS = 100
 
 # One thread, and the instructions that PyTorch and MKL may use. MKL's compatible mode gives the
-# same bits on the processors of all makers, its AVX2 mode on Intel's only.
+# same bits on the processors of all makers, its AVX2 mode on Intel's only. Tried on a Xeon with
+# AVX-512: MKL kept to SSE4.2, NumPy without AVX-512 and the C library without FMA change no bit of
+# 100 steps of dtop_p under either back end.
 PINS = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "COMPATIBLE",
