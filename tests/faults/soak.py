@@ -31,7 +31,8 @@ KINDS = ("book", "code", "reference", "dictionary")
 TARGET = 2.0
 PAUSE = 1.0  # seconds between two looks
 _NUMBERS = numpy.ones(500_000)
-WARM_UP = 0.25  # of the time: allocators, caches and the controller settle
+# Allocators, caches and the controller settle: this share of the time, and this many steps.
+WARM_UP, WARM_UP_STEPS = 0.25, 300
 WINDOWS = 6
 LEAKS = ("memory", "files", "threads", "time")
 
@@ -191,10 +192,20 @@ def yardstick() -> float:
 
 
 def in_windows(samples: Sequence[Sample], experts: Series) -> list[Window]:
-    """The samples after the warm-up, in windows of equal time."""
+    """The samples after the warm-up, in windows of equal time.
+
+    Raises:
+        SystemExit: the machine was too slow for so few minutes.
+    """
     samples = [sample for sample in samples if sample.step]
     first, last = samples[0].seconds, samples[-1].seconds
-    start = first + WARM_UP * (last - first)
+    if samples[-1].step < 2 * WARM_UP_STEPS:
+        sys.exit(
+            f"{samples[-1].step} steps are too few to judge: {WARM_UP_STEPS} are warm-up, and as "
+            "many have to follow. Give more --minutes, or let the machine do less besides."
+        )
+    warm = next(sample.seconds for sample in samples if sample.step >= WARM_UP_STEPS)
+    start = max(warm, first + WARM_UP * (last - first))
     edges = [start + (last - start) * index / WINDOWS for index in range(WINDOWS + 1)]
     windows = []
     for begin, end in itertools.pairwise(edges):

@@ -81,6 +81,20 @@ def test_a_machine_that_slows_down_is_not_the_step() -> None:
     assert judge(in_windows(slower, experts())) == []
 
 
+def test_what_grows_in_the_warm_up_only_is_flat() -> None:
+    early = [
+        dataclasses.replace(sample, memory=sample.memory - max(0, 300 - sample.step))
+        for sample in samples()
+    ]
+    assert judge(in_windows(early, experts())) == []
+
+
+def test_too_few_steps_are_not_judged() -> None:
+    few = [dataclasses.replace(sample, step=sample.step // 8) for sample in samples()]
+    with pytest.raises(SystemExit, match="374 steps are too few to judge"):
+        in_windows(few, experts())
+
+
 def test_a_count_that_is_not_held_is_named() -> None:
     problems = judge(in_windows(samples(), experts(1.06 * TARGET)))
     assert len(problems) == 6 and "2.120 experts per token up to minute" in problems[0]
