@@ -151,9 +151,15 @@ class MegatronCheckpoint:
             record = io.BytesIO(file.read(info.length))
         try:
             with zipfile.ZipFile(record) as archive:
-                damaged = archive.testzip()
+                unpacked = sum(member.file_size for member in archive.infolist())
+                damaged = archive.testzip() if unpacked <= info.length else "too large"
         except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
             damaged = str(error)
+        if damaged == "too large":  # torch does not compress
+            raise ValueError(
+                f"{path}: {key} has {info.length} bytes, which would become {unpacked}: it is no "
+                "tensor that torch has saved"
+            )
         if damaged is not None:
             raise ValueError(f"{path}: {key} does not have its checksum: the file is damaged")
         self._checked.add((info.relative_path, info.offset))

@@ -1,18 +1,23 @@
 """Model and tokenizer from a folder, for the command lines: plain errors, no code from the folder.
 
 Only safetensors are read, nothing is fetched from a hub, and a tensor that is missing or unknown is
-an error instead of random weights.
+an error instead of random weights. A folder may be hostile: see SECURITY.md.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from megatron_dynmoe.conversion.folder import read_json
+from megatron_dynmoe.conversion.folder import ModelFolder, read_json
+
+# A model that declares more than this many times the numbers that are stored is none. Quantized
+# ones store eight in one.
+MAX_DECLARED = 16
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,7 +34,9 @@ def load_config(folder: Path) -> Any:
         raise ValueError(f"model {folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {folder}: it has no config.json, so it is no Hugging Face model")
-    if "MoEForCausalLM" in (read_json(folder / "config.json").get("architectures") or []):
+    settings = read_json(folder / "config.json")
+    _refuse_code_from_a_hub(folder, settings)
+    if "MoEForCausalLM" in (settings.get("architectures") or []):
         raise ValueError(
             f"model {folder} is in the published layout of Dynamic MoE, for which Transformers has "
             f"no code: convert_checkpoint.py to-hf --load {folder} --output DIR makes one of ours"
@@ -40,6 +47,23 @@ def load_config(folder: Path) -> Any:
         )
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
+    """An implementation such as OWNER/NAME is fetched and run, whatever ``trust_remote_code`` is.
+
+    Raises:
+        ValueError: config.json names one, at whatever depth.
+    """
+    if not isinstance(settings, dict):
+        return
+    for name, value in settings.items():
+        if name.endswith("_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {str(value)[:80]!r}, which is code from a "
+                "hub and not run here: take it out of the file"
+            )
+        _refuse_code_from_a_hub(folder, value)
 
 
 def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -57,6 +81,7 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
         raise ValueError(
             f"model {folder}: it has no .safetensors file (weights in pickle files are not read)"
         )
+    check_sizes(folder, config)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -75,6 +100,37 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
         raise
     except Exception as error:  # safetensors and torch raise several kinds of their own
         raise ValueError(f"model {folder}: {_one_line(error)}") from error
+
+
+def check_sizes(folder: Path, config: Any) -> None:
+    """Compare what config.json declares with what is stored, before room is made for it.
+
+    Raises:
+        ValueError: weights that cannot be read, lie elsewhere, or are much too few.
+    """
+    weights, text = ModelFolder(folder), config.get_text_config()
+    stored = sum(math.prod(weights.shape(key)) for key in weights.keys)
+    try:
+        # The first three only so that the model can be made at all, without room for its numbers.
+        layers = text.num_hidden_layers
+        _check_declared("num_hidden_layers", layers, layers, len(weights.keys))
+        for name in ("vocab_size", "num_experts", "num_local_experts"):
+            if (number := getattr(text, name, None)) is not None:
+                _check_declared(name, number, number * text.hidden_size, stored)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        declared = sum(parameter.numel() for parameter in model.parameters())
+        _check_declared("the number of parameters", declared, declared, stored)
+    except Exception as error:  # whatever a model's code makes of strange settings
+        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def _check_declared(name: str, value: int, needed: int, stored: int) -> None:
+    if needed > MAX_DECLARED * stored:
+        raise ValueError(
+            f"{name} is {value:,}, for which the weights that are stored are much too few: the "
+            "file is not that of these weights"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
