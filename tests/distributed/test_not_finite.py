@@ -31,7 +31,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 NO_DRN = "--moe-dynamic-normalization none"
 EVALUATED = "--eval-interval 1 --eval-iters 1"
-SAVE = "--save {dir}/nan_gradient --save-interval 10"
+SAVE = "--save-interval 10 --save {dir}/nan_gradient"
 GO_ON = "--no-check-for-nan-in-loss-and-grad"
 NUM_TOKENS = 3  # whose logits are spoiled
 
@@ -103,12 +103,13 @@ def counted_as_not_finite(recorder: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nan_gradient(recorder: Any) -> Iterator[None]:
-    """The second step's gradients hold a NaN, before they are reduced."""
-    update = GlobalBatchUpdate.__call__
+def nan_gradient(recorder: Any, times: int = 2) -> Iterator[None]:
+    """The second step's gradients hold a NaN, before they are reduced, so many times."""
+    update, left = GlobalBatchUpdate.__call__, [None] * times
 
     def spoil(self, model, *args, **kwargs):
-        if in_second_step(recorder):
+        if in_second_step(recorder) and left:
+            left.pop()
             model[0].buffers[0].grad_data[5] = torch.nan
         update(self, model, *args, **kwargs)
 
@@ -117,6 +118,10 @@ def nan_gradient(recorder: Any) -> Iterator[None]:
             yield
         finally:
             record_state(recorder)
+
+
+def nan_gradient_once(recorder: Any):
+    return nan_gradient(recorder, times=1)
 
 
 @contextlib.contextmanager
@@ -165,11 +170,12 @@ def test_the_run_stops_with_iteration_rank_layer_and_tokens(results: Results, st
 @pytest.mark.parametrize("stopped", STOPPED, ids=lambda case: case.name)
 def test_nothing_of_that_step_is_kept(results: Results, stopped: Case) -> None:
     for rank in results.any(stopped).ranks:
+        assert len(rank["steps"]) == 1
         assert_state_is_that_after_the_first_step(rank)
 
 
 def assert_state_is_that_after_the_first_step(rank: dict[str, Any]) -> None:
-    (step,) = rank["steps"]
+    step = rank["steps"][0]
     for layer, state in rank["state"].items():
         assert state == [step["threshold"][layer], step["integral"][layer]]
 
@@ -225,15 +231,20 @@ def test_under_loss_scaling_the_step_is_skipped_and_the_run_recovers(results: Re
 
 # --- gradients and losses -------------------------------------------------------------------------
 
-NAN_GRADIENT = case("gradient", 2, f"{EP2} {SAVE}", nan_gradient)
+# Upstream runs the step again. The same: it saves and asks to be started elsewhere. Another result:
+# it ends, to be resumed from the last checkpoint.
+NAN_GRADIENTS = {
+    case("gradient", 2, f"{EP2} {SAVE}", nan_gradient): 16,
+    case("gradient_once", 2, f"{EP2} {SAVE}_once", nan_gradient_once): 17,
+}
 SPIKY = case("spiky", 1, "--check-for-spiky-loss", spiky_loss)
 
 
-def test_a_nan_gradient_ends_in_upstreams_check_and_moves_nothing(results: Results) -> None:
-    result = results.any(NAN_GRADIENT)
+@pytest.mark.parametrize("spoiled", NAN_GRADIENTS, ids=lambda case: case.name)
+def test_a_nan_gradient_ends_in_upstreams_check_and_moves_nothing(results: Results, spoiled: Case):
+    result = results.any(spoiled)
     for rank in result.ranks:
-        # Upstream runs the step again, finds the same, saves, and asks to be started elsewhere.
-        assert "SystemExit: 16" in rank["error"]
+        assert f"SystemExit: {NAN_GRADIENTS[spoiled]}" in rank["error"]
         assert_state_is_that_after_the_first_step(rank)
     assert len(result.finalized) == 3
 
