@@ -207,8 +207,8 @@ def _loss(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     axes.set(
         xlabel="loss, nats (each point: the same number of tokens)", ylabel="experts per token"
     )
-    axes.legend(title="rank correlation", alignment="left", loc="upper left")
-    axes.margins(y=0.25)
+    # Above the axes: the curves may be anywhere in them.
+    axes.legend(title="rank correlation", alignment="left", loc="lower left", bbox_to_anchor=(0, 1))
     return figure, "Do harder tokens use more experts?", "Rank correlation with " + "; ".join(parts)
 
 
@@ -245,7 +245,7 @@ def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
         right.plot(
             own["experts"], own["loss"], "*", color=ORANGE, markersize=13, label="as trained"
         )
-        right.legend(loc="upper right")
+        right.legend(loc="upper center")
     right.set(title="loss, nats per token", xlabel="experts per token")
     own_name = "as trained" if own["threshold"] is None else f"threshold {own['threshold']:.4g}"
     alt = f"Trained ({own_name}): {_point(own)}. " + "; ".join(
