@@ -201,8 +201,8 @@ def remarks(content: dict[str, Any]) -> list[str]:
 def _worse_than_guessing(groups: dict[str, Any]) -> list[str]:
     return [
         f"{name}: a loss of {group['loss']:.2f} nats is worse than guessing tokens by how often "
-        f"they came before in this text ({group['guessing_loss']:.2f}): is it the tokenizer of the "
-        "training, and the model trained?"
+        f"they came before in this text ({group['guessing_loss']:.2f}): are tokenizer and "
+        "kind of text those of the training?"
         for name, group in groups.items()
         if group["loss"] is not None and group["loss"] > group["guessing_loss"]
     ]

@@ -222,7 +222,7 @@ def _documents(file: TextFile, reading: Reading, on_read: OnRead) -> Iterator[tu
             if f"no field '{key}'" in reason or f"no column '{key}'" in reason:
                 raise ValueError(f"{reason}: name the right one with {flag}") from error
         if isinstance(error, Unreadable):
-            raise ValueError(f"{error}: --on-error skip leaves such records out") from error
+            raise ValueError(f"{error} (--on-error skip leaves such records out)") from error
         raise
     on_read(reader.size - done)
 
