@@ -47,8 +47,9 @@ def check_logits(model: torch.nn.Module) -> None:
     if not model.training:
         when = f"the evaluation after {when if hasattr(args, 'curr_iteration') else finished}"
     layer, *later = sorted(bad)
+    tokens = f"{bad[layer]} {'token' if bad[layer] == 1 else 'tokens'}"
     also = f", and in later layers ({', '.join(map(str, later))})" if later else ""
     raise RuntimeError(
         f"{when}, rank {torch.distributed.get_rank()}: NaN or infinite router logits in layer "
-        f"{layer}, for {bad[layer]} tokens of a micro-batch{also}. {REMEDIES}"
+        f"{layer}, for {tokens} of a micro-batch{also}. {REMEDIES}"
     )
