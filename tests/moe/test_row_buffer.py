@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.moe.permute import order_rows
 from tests.moe import one_rank
 
 E, S, B, D = 6, 10, 3, 8
@@ -58,6 +59,21 @@ def test_results_are_those_of_counted_rows_whatever_the_unused_rows_hold():
     assert {"router.weight", "experts.weight1", "experts.weight2"} <= measured.keys()
     for name, want in measured.items():
         assert torch.equal(worst_case[name], want), name
+
+
+def test_as_many_rows_are_asked_for_as_are_routed(monkeypatch):
+    """A CPU looks for itself; a device would leave out, in silence, what the number leaves out."""
+    asked, routed = [], []
+
+    def spy(routing_map, num_rows, **kwargs):
+        asked.append(int(num_rows))
+        routed.append(int(routing_map.sum()))
+        return order_rows(routing_map, num_rows, **kwargs)
+
+    monkeypatch.setattr("megatron_dynmoe.moe.dispatch.order_rows", spy)
+    layer = layer_of(dataclasses.replace(MEASURED, threshold=0.8))
+    one_step(layer)
+    assert asked == routed != [S * B * layer.config.moe_router_topk]
 
 
 @pytest.mark.parametrize(("dynmoe", "waits"), [(MEASURED, WAITS_FOR_COUNT), (WORST_CASE, {})])
