@@ -121,6 +121,7 @@ def plan(
     """
     chosen, why = choose_backend(backend, transformer_impl)
     check_norms(chosen, config)
+    check_recompute(config)
     if chosen == "local":
         check_biases(config)
     if chosen != "torch_native":
@@ -158,6 +159,24 @@ def check_biases(config: TransformerConfig) -> None:
         raise ValueError(
             "--disable-bias-linear is not given, and upstream's local experts cannot be trained "
             "with biases without expert parallelism: give --disable-bias-linear."
+        )
+
+
+def check_recompute(settings: Any) -> None:
+    """Refuse to recompute norms where upstream's code for it wants Transformer Engine.
+
+    Args:
+        settings: Megatron's arguments or a TransformerConfig.
+
+    Raises:
+        ValueError: ``--recompute-modules`` names layernorm.
+    """
+    modules = getattr(settings, "recompute_modules", None) or ()
+    is_selective = settings.recompute_granularity == "selective"
+    if is_selective and "layernorm" in modules and not has_transformer_engine():
+        raise ValueError(
+            f"--recompute-modules is {' '.join(modules)}, and Megatron cannot recompute layernorm "
+            "without Transformer Engine: leave layernorm out."
         )
 
 

@@ -221,6 +221,17 @@ def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
         torch_native.plan(backend, None, config(add_bias_linear=True, **settings))
 
 
+@pytest.mark.parametrize("backend", ("torch_native", "local"))
+def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
+    from megatron_dynmoe.backends import torch_native
+
+    selective = {"recompute_granularity": "selective"}
+    refused = config(**selective, recompute_modules=["core_attn", "layernorm"])
+    with pytest.raises(ValueError, match=r"--recompute-modules is core_attn layernorm.*leave"):
+        torch_native.plan(backend, None, refused)
+    torch_native.plan(backend, None, config(**selective, recompute_modules=["core_attn"]))
+
+
 def test_an_optimizer_of_matrices_keeps_upstreams_experts():
     from megatron_dynmoe.backends import torch_native
 
