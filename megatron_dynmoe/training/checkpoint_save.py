@@ -46,10 +46,15 @@ class SaveGuard:
 
         @functools.wraps(save_checkpoint)
         def prepared(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            from megatron.training import get_args
+            from megatron.training import get_args, print_rank_0
 
             save = get_args().save
-            if save and is_local(save) and not kwargs.get("non_persistent_ckpt"):
+            if not save:
+                # Where a step gives other results when it is run again, upstream ends the run with
+                # an exit code, and a checkpoint whether or not there is a place for it.
+                print_rank_0("no checkpoint is saved: --save is not given")
+                return None
+            if is_local(save) and not kwargs.get("non_persistent_ckpt"):
                 name = RELEASE if kwargs.get("release") else iteration
                 folder = Path(save) / folder_name(name)
                 make = functools.partial(folder.mkdir, parents=True, exist_ok=True)

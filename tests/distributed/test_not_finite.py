@@ -235,6 +235,7 @@ def test_under_loss_scaling_the_step_is_skipped_and_the_run_recovers(results: Re
 # it ends, to be resumed from the last checkpoint.
 NAN_GRADIENTS = {
     case("gradient", 2, f"{EP2} {SAVE}", nan_gradient): 16,
+    case("gradient_unsaved", 2, EP2, nan_gradient): 16,
     case("gradient_once", 2, f"{EP2} {SAVE}_once", nan_gradient_once): 17,
 }
 SPIKY = case("spiky", 1, "--check-for-spiky-loss", spiky_loss)
