@@ -165,3 +165,29 @@ def test_the_cache_is_upstreams(tmp_path):
     from megatron_dynmoe.training.token_files import GPTDataset
 
     assert GPTDataset.__name__ == gpt_dataset.GPTDataset.__name__
+
+
+@pytest.mark.parametrize("has_path", [True, False], ids=["--data-cache-path", "default"])
+def test_an_index_that_a_killed_run_left_half_written_is_named(tmp_path, has_path):
+    from megatron_dynmoe.training.token_files import naming_cut_indexes
+
+    prefix = tmp_path / "good"
+    folder = tmp_path / "cache" if has_path else prefix / "cache" / "GPTDataset_indices"
+    folder.mkdir(parents=True)
+    names = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path")
+    args = Namespace(
+        **dict.fromkeys((*names, "per_split_data_args_path")),
+        data_path=[str(prefix)],
+        data_cache_path=str(folder) if has_path else None,
+        mock_data=False,
+    )
+    for name in ("a.npy", "b.npy", "c.npy"):
+        np.save(folder / name, np.arange(100))
+    with pytest.raises(ValueError, match=r"^something else$"), naming_cut_indexes(args):
+        raise ValueError("something else")
+    cut(folder / "b.npy", 200)
+    with pytest.raises(ValueError, match=r"b\.npy is cut short .*Remedy"), naming_cut_indexes(args):
+        np.load(folder / "b.npy", mmap_mode="r")
+    cut(folder / "c.npy", 0)
+    with pytest.raises(ValueError, match=r"b\.npy and 1 more"), naming_cut_indexes(args):
+        np.load(folder / "c.npy", mmap_mode="r")

@@ -13,7 +13,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset
+from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset, naming_cut_indexes
 
 SPLITS = ("training", "validation", "test")
 
@@ -29,12 +29,13 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     print_rank_0("> building training, validation and test datasets ...")
-    datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        partial(_is_built_here, vp_stage),
-        dataset_config(args),
-    ).build()
+    with naming_cut_indexes(args):
+        datasets = BlendedMegatronDatasetBuilder(
+            MockGPTDataset if args.mock_data else GPTDataset,
+            num_samples,
+            partial(_is_built_here, vp_stage),
+            dataset_config(args),
+        ).build()
     if args.dataloader_type == "single":
         check_lengths(datasets, num_samples)
     return datasets

@@ -7,7 +7,10 @@ on a GPU in an assert of the device that names nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,15 +40,62 @@ def check_token_files(args: Any) -> None:
     """
     if args.mock_data or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    together, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend for blend in [together, *(per_split or [])] if blend is not None]
     vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
-    for prefix in dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes):
+    for prefix in _prefixes(args):
         if "://" in prefix:
             continue
         check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
         if check.state == FAILED:
             raise ValueError(f"--data-path: {check.found}. Remedy: {check.remedy}.")
+
+
+@contextmanager
+def naming_cut_indexes(args: Any) -> Iterator[None]:
+    """Name the files of the data cache that a killed run has left half written.
+
+    Upstream writes them in place, and what it reads of them then is NumPy's error without a name.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        ValueError: in place of an error of the block, where there is such a file.
+    """
+    try:
+        yield
+    except (ValueError, EOFError) as error:
+        cut = [path for path in _cached_indexes(args) if not _is_whole(path)]
+        if not cut:
+            raise
+        more = f" and {len(cut) - 1} more files there are" if len(cut) > 1 else " is"
+        raise ValueError(
+            f"{cut[0]}{more} cut short ({error}): a run died while it wrote the data's index. "
+            "Remedy: delete what is cut short, and the next start writes it anew."
+        ) from error
+
+
+def _cached_indexes(args: Any) -> Iterator[Path]:
+    if args.data_cache_path:
+        folders = [Path(args.data_cache_path)]
+    else:  # upstream's default
+        folders = [Path(p) / "cache" / f"{GPTDataset.__name__}_indices" for p in _prefixes(args)]
+    for folder in folders:
+        yield from sorted(folder.glob("*.npy"))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        return False
+    return True
+
+
+def _prefixes(args: Any) -> list[str]:
+    """Of the token files that the flags name, each once."""
+    together, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend for blend in [together, *(per_split or [])] if blend is not None]
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
 @dataclass
