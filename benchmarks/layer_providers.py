@@ -120,7 +120,7 @@ def make_providers(
 ) -> dict[str, Provider]:
     """All that run here, by name, on the same input: its first hidden states are the logits."""
     from megatron_dynmoe import kernels
-    from megatron_dynmoe.backends.torch_native import has_transformer_engine
+    from megatron_dynmoe.backends.choice import has_transformer_engine
 
     device = torch.device("cuda" if measure.on_gpu() else "cpu")
     generator = torch.Generator().manual_seed(0)

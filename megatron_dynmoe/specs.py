@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training import get_args, print_rank_0
 
 from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
-from megatron_dynmoe.backends import torch_native
+from megatron_dynmoe.backends import choice, torch_native
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain_margin
@@ -88,7 +88,7 @@ def layer_spec(
     if plan.backend == "torch_native":
         spec = torch_native.with_native_modules(spec, plan, transformer)
     if not vp_stage:
-        print_rank_0(torch_native.describe(plan, transformer))
+        print_rank_0(choice.describe(plan, transformer))
     if not dynmoe.is_dynamic:
         return spec
     check_upstream_settings(transformer)
@@ -130,16 +130,16 @@ def layer_spec(
     return spec
 
 
-def _settle_backend(dynmoe: DynMoEConfig, transformer: TransformerConfig) -> torch_native.Plan:
+def _settle_backend(dynmoe: DynMoEConfig, transformer: TransformerConfig) -> choice.Plan:
     """Choose the back end and let upstream's config agree with it."""
     optimizer = "adam"
     with suppress(AssertionError):  # a training loop of one's own has no arguments
         optimizer = get_args().optimizer
     impl: str | None = transformer.transformer_impl
-    if impl == "transformer_engine" and not torch_native.has_transformer_engine():
+    if impl == "transformer_engine" and not choice.has_transformer_engine():
         impl = None  # upstream's default, which cannot have been meant
-    plan = torch_native.plan(dynmoe.backend or AUTO, impl, transformer, optimizer)
-    transformer.transformer_impl = torch_native.implementation(plan.backend)
+    plan = choice.plan(dynmoe.backend or AUTO, impl, transformer, optimizer)
+    transformer.transformer_impl = choice.implementation(plan.backend)
     return plan
 
 
@@ -155,13 +155,13 @@ def _warn_of_high_gains(
         )
 
 
-def _check_worst_case_rows(plan: torch_native.Plan, transformer: TransformerConfig) -> None:
+def _check_worst_case_rows(plan: choice.Plan, transformer: TransformerConfig) -> None:
     """Refuse ``row_buffer`` worst_case where the number of rows is needed on the host."""
     remedy = "leave row_buffer out (measured)"
     if plan.backend != "torch_native" or "experts" in plan.kept:
         reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"
         remedy += ", or use torch_native"
-    elif torch_native.gemm_of(transformer) == "a loop":
+    elif choice.gemm_of(transformer) == "a loop":
         reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
         remedy += ", or use bf16 on Hopper or later and sizes in multiples of 16 bytes"
     elif transformer.moe_token_dispatcher_type != "alltoall":

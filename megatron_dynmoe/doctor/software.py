@@ -216,7 +216,7 @@ def _apex() -> Check:
 
 
 def _backend() -> Check:
-    from megatron_dynmoe.backends.torch_native import choose_backend
+    from megatron_dynmoe.backends.choice import choose_backend
 
     backend, why = choose_backend("auto", None)
     return Check("back end", PASSED, f"auto takes {backend}: {why}")

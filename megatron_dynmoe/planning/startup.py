@@ -11,7 +11,7 @@ from megatron_dynmoe.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.backends.torch_native import Plan
+    from megatron_dynmoe.backends.choice import Plan
 
 
 def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: Plan) -> str:

@@ -18,7 +18,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_balance_loss
-from megatron_dynmoe.backends import torch_native
+from megatron_dynmoe.backends import choice
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -58,7 +58,7 @@ def train(program_start: float) -> None:
     try:
         args, dynmoe = parse_command_line()
         model_config = gpt_config_from_args(args)
-        plan = torch_native.plan(
+        plan = choice.plan(
             dynmoe.backend or AUTO, args.transformer_impl, model_config.transformer, args.optimizer
         )
         resolved, _ = settle(dynmoe, model_config.transformer)
@@ -93,11 +93,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
-        backend, _ = torch_native.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
-        args.transformer_impl = torch_native.implementation(backend)
+        backend, _ = choice.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
+        args.transformer_impl = choice.implementation(backend)
         if backend == "torch_native":
-            torch_native.adapt_arguments(args)
-        torch_native.check_norms(backend, args)
+            choice.adapt_arguments(args)
+        choice.check_norms(backend, args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(

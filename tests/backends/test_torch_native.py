@@ -1,25 +1,13 @@
-"""The parts of the torch_native back end against upstream's local ones, and how it is chosen."""
+"""The parts of the torch_native back end against upstream's local ones."""
 
 import pytest
 import torch
 
-from tests.moe import one_rank
+from tests.backends.model import config
 
 pytestmark = pytest.mark.megatron
 
 S, B = 6, 3
-
-
-@pytest.fixture(autouse=True)
-def megatron():
-    one_rank.world_of_one()
-    yield
-    one_rank.forget_global_state()
-
-
-def config(**settings):
-    defaults = {"normalization": "RMSNorm", "num_attention_heads": 4, "hidden_size": 32}
-    return one_rank.transformer_config(**(defaults | settings))
 
 
 def assert_alike(ours, theirs, *inputs, rtol=1e-5, atol=1e-6):
@@ -152,91 +140,7 @@ def test_norms_are_marked_for_sequence_parallelism(normalization, sequence_paral
     assert {p.sequence_parallel for p in norm.parameters()} == {sequence_parallel}
 
 
-# --- which back end ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("backend", "transformer_impl", "has_te", "expected"),
-    [
-        ("auto", None, False, "torch_native"),
-        ("auto", "local", False, "torch_native"),
-        ("auto", None, True, "transformer_engine"),
-        ("auto", "transformer_engine", True, "transformer_engine"),
-        ("auto", "local", True, "torch_native"),
-        ("auto", "inference_optimized", True, "inference_optimized"),
-        ("local", None, True, "local"),
-        ("local", "local", True, "local"),
-        ("torch_native", None, True, "torch_native"),
-        ("torch_native", "local", True, "torch_native"),
-        ("transformer_engine", None, True, "transformer_engine"),
-        ("transformer_engine", "local", True, "leave --transformer-impl out"),
-        ("local", "transformer_engine", True, "leave --transformer-impl out"),
-        ("torch_native", "transformer_engine", True, "leave --transformer-impl out"),
-        ("transformer_engine", None, False, "not installed"),
-    ],
-)
-def test_the_two_settings_settle(monkeypatch, backend, transformer_impl, has_te, expected):
-    from megatron_dynmoe.backends import torch_native
-
-    monkeypatch.setattr(torch_native, "has_transformer_engine", lambda: has_te)
-    if " " in expected:
-        with pytest.raises(ValueError, match=expected):
-            torch_native.choose_backend(backend, transformer_impl)
-    else:
-        assert torch_native.choose_backend(backend, transformer_impl)[0] == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"softmax_type": "off-by-one"}, "attention"),
-        ({"window_size": (2, 0)}, "attention"),
-        ({"layernorm_zero_centered_gamma": True}, "norm"),
-        ({"add_bias_linear": True, "expert_model_parallel_size": 2}, "experts"),
-        ({"activation_func": torch.nn.functional.gelu}, "experts"),
-        ({"gated_linear_unit": False}, "experts"),
-    ],
-    ids=str,
-)
-def test_a_part_stays_locals_where_it_must(settings, part):
-    from megatron_dynmoe.backends import torch_native
-
-    model = config(**settings)
-    plan = torch_native.plan("auto", None, model)
-    assert list(plan.kept) == [part]
-    assert f"{part}: upstream's local" in torch_native.describe(plan, model)
-    with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
-        torch_native.plan("torch_native", None, model)
-
-
-@pytest.mark.parametrize("backend", ("auto", "local"))
-def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
-    from megatron_dynmoe.backends import torch_native
-
-    for settings in ({}, {"expert_tensor_parallel_size": 1}):
-        with pytest.raises(ValueError, match="give --disable-bias-linear"):
-            torch_native.plan(backend, None, config(add_bias_linear=True, **settings))
-    dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
-    for settings in (dense, {"expert_model_parallel_size": 2}):
-        torch_native.plan(backend, None, config(add_bias_linear=True, **settings))
-
-
-@pytest.mark.parametrize("backend", ("torch_native", "local"))
-def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
-    from megatron_dynmoe.backends import torch_native
-
-    selective = {"recompute_granularity": "selective"}
-    refused = config(**selective, recompute_modules=["core_attn", "layernorm"])
-    with pytest.raises(ValueError, match=r"--recompute-modules is core_attn layernorm.*leave"):
-        torch_native.plan(backend, None, refused)
-    torch_native.plan(backend, None, config(**selective, recompute_modules=["core_attn"]))
-
-
-def test_an_optimizer_of_matrices_keeps_upstreams_experts():
-    from megatron_dynmoe.backends import torch_native
-
-    plan = torch_native.plan("auto", None, config(), optimizer="muon")
-    assert plan.kept == {"experts": "--optimizer muon"}
+# --- in the model ---------------------------------------------------------------------------------
 
 
 def test_the_spec_has_the_planned_modules():

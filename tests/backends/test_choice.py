@@ -1,0 +1,92 @@
+"""Which back end is chosen, and what is refused or kept from upstream."""
+
+import pytest
+import torch
+
+from tests.backends.model import config
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.mark.parametrize(
+    ("backend", "transformer_impl", "has_te", "expected"),
+    [
+        ("auto", None, False, "torch_native"),
+        ("auto", "local", False, "torch_native"),
+        ("auto", None, True, "transformer_engine"),
+        ("auto", "transformer_engine", True, "transformer_engine"),
+        ("auto", "local", True, "torch_native"),
+        ("auto", "inference_optimized", True, "inference_optimized"),
+        ("local", None, True, "local"),
+        ("local", "local", True, "local"),
+        ("torch_native", None, True, "torch_native"),
+        ("torch_native", "local", True, "torch_native"),
+        ("transformer_engine", None, True, "transformer_engine"),
+        ("transformer_engine", "local", True, "leave --transformer-impl out"),
+        ("local", "transformer_engine", True, "leave --transformer-impl out"),
+        ("torch_native", "transformer_engine", True, "leave --transformer-impl out"),
+        ("transformer_engine", None, False, "not installed"),
+    ],
+)
+def test_the_two_settings_settle(monkeypatch, backend, transformer_impl, has_te, expected):
+    from megatron_dynmoe.backends import choice
+
+    monkeypatch.setattr(choice, "has_transformer_engine", lambda: has_te)
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            choice.choose_backend(backend, transformer_impl)
+    else:
+        assert choice.choose_backend(backend, transformer_impl)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"softmax_type": "off-by-one"}, "attention"),
+        ({"window_size": (2, 0)}, "attention"),
+        ({"layernorm_zero_centered_gamma": True}, "norm"),
+        ({"add_bias_linear": True, "expert_model_parallel_size": 2}, "experts"),
+        ({"activation_func": torch.nn.functional.gelu}, "experts"),
+        ({"gated_linear_unit": False}, "experts"),
+    ],
+    ids=str,
+)
+def test_a_part_stays_locals_where_it_must(settings, part):
+    from megatron_dynmoe.backends import choice
+
+    model = config(**settings)
+    plan = choice.plan("auto", None, model)
+    assert list(plan.kept) == [part]
+    assert f"{part}: upstream's local" in choice.describe(plan, model)
+    with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
+        choice.plan("torch_native", None, model)
+
+
+@pytest.mark.parametrize("backend", ("auto", "local"))
+def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
+    from megatron_dynmoe.backends import choice
+
+    for settings in ({}, {"expert_tensor_parallel_size": 1}):
+        with pytest.raises(ValueError, match="give --disable-bias-linear"):
+            choice.plan(backend, None, config(add_bias_linear=True, **settings))
+    dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    for settings in (dense, {"expert_model_parallel_size": 2}):
+        choice.plan(backend, None, config(add_bias_linear=True, **settings))
+
+
+@pytest.mark.parametrize("backend", ("torch_native", "local"))
+def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
+    from megatron_dynmoe.backends import choice
+
+    selective = {"recompute_granularity": "selective"}
+    refused = config(**selective, recompute_modules=["core_attn", "layernorm"])
+    with pytest.raises(ValueError, match=r"--recompute-modules is core_attn layernorm.*leave"):
+        choice.plan(backend, None, refused)
+    choice.plan(backend, None, config(**selective, recompute_modules=["core_attn"]))
+
+
+def test_an_optimizer_of_matrices_keeps_upstreams_experts():
+    from megatron_dynmoe.backends import choice
+
+    plan = choice.plan("auto", None, config(), optimizer="muon")
+    assert plan.kept == {"experts": "--optimizer muon"}
