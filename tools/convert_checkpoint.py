@@ -1,4 +1,4 @@
-"""Convert checkpoints between Megatron and Hugging Face; see docs/checkpoints.md."""
+"""Convert checkpoints between Megatron and Hugging Face; see docs/huggingface.md."""
 
 import sys
 from pathlib import Path

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert checkpoints between Megatron and Hugging Face, in one process and "
-        "without a GPU. docs/checkpoints.md says what each format can express."
+        "without a GPU. docs/huggingface.md says what each format can express."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
