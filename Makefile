@@ -10,8 +10,9 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-faults soak mutations fuzz audit gpu \
-	test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu lint format types constraints clean
+.PHONY: help setup quickstart test test-unit test-distributed test-long test-faults soak mutations \
+	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
+	lint format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ test-unit: setup ## the tests in one process
 
 test-distributed: setup ## the tests that start torchrun
 	@$(TEST) tests -m "distributed and not long"
+
+test-long: setup ## what make test leaves out, about half an hour; test-faults has a part of it
+	@$(TEST) tests -m long
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)

@@ -6,6 +6,7 @@ from tests.distributed.harness import Results
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of cases; see :mod:`tests.distributed.harness`."""
-    return Results(tmp_path_factory.mktemp("distributed"))
+    modules = {item.module.__name__ for item in request.session.items}  # type: ignore[attr-defined]
+    return Results(tmp_path_factory.mktemp("distributed"), modules)

@@ -19,12 +19,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SESSION_TIMEOUT = 900  # seconds
+SESSION_TIMEOUT = 1500  # seconds
 
 # A model that takes a step in some ten milliseconds: 4 layers of 8 experts, dropout off.
 TINY = (
@@ -150,10 +151,16 @@ class CaseResult:
 
 
 class Results:
-    """Results of the cases added so far, run when the first is asked for."""
+    """Results of the cases of the modules whose tests were selected, run when one is asked for.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: where they run.
+        modules: names of these modules.
+    """
+
+    def __init__(self, directory: Path, modules: Collection[str]) -> None:
         self.directory = directory
+        self._modules = modules
         self._results: dict[str, CaseResult] = {}
 
     def __getitem__(self, case: Case) -> CaseResult:
@@ -162,25 +169,43 @@ class Results:
 
     def any(self, case: Case) -> CaseResult:
         """The result of a case, whether or not it failed."""
-        if not self._results:
-            self._results = run_session(_wanted(_CASES), self.directory)
+        if case.name not in self._results:
+            wanted, directory = [case], self.directory
+            if not self._results:
+                wanted += self._of_selected_tests()
+            else:  # of a module without selected tests, whose case another module's test asks for
+                directory = self.directory / f"for_{case.name}"
+                directory.mkdir()
+            self._results |= run_session(_with_those_before(wanted), directory)
         return self._results[case.name]
 
+    def _of_selected_tests(self) -> list[Case]:
+        """Or those that DYNMOE_TEST_CASES names, comma-separated, for one who waits for a few."""
+        names = os.environ.get("DYNMOE_TEST_CASES")
+        if names:
+            return [case for case in _CASES if case.name in names.split(",")]
+        return [case for case, module in _CASES.items() if module in self._modules]
 
-_CASES: list[Case] = []
+
+_CASES: dict[Case, str] = {}  # with the module that added them
 
 
-def _wanted(cases: list[Case]) -> list[Case]:
-    """All, or those that DYNMOE_TEST_CASES names, comma-separated, for one who waits for a few."""
-    names = os.environ.get("DYNMOE_TEST_CASES")
-    return [case for case in cases if case.name in names.split(",")] if names else cases
+def _with_those_before(cases: list[Case]) -> list[Case]:
+    """The cases and those that have to be finished before, in the order in which all were added."""
+    wanted: set[str] = set()
+    waiting = list(cases)
+    while waiting:
+        case = waiting.pop()
+        wanted.add(case.name)
+        waiting += case.after
+    return [case for case in _CASES if case.name in wanted]
 
 
 def add(case: Case) -> Case:
     """Have the case run in the session that all test modules share."""
     if case not in _CASES:
         assert case.name not in {other.name for other in _CASES}, f"two cases are {case.name}"
-        _CASES.append(case)
+        _CASES[case] = sys._getframe(1).f_globals["__name__"]
     return case
 
 

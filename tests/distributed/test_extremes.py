@@ -22,7 +22,7 @@ from tests.distributed.test_control import (
     assert_follows_the_law,
 )
 
-pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.long]
 
 EP2 = "--expert-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"

@@ -8,7 +8,7 @@ import pytest
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
-pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.long]
 
 SHARED = "--moe-shared-expert-intermediate-size 32"
 NATIVE = "--moe-dynamic-backend torch_native"

@@ -14,7 +14,7 @@ from megatron_dynmoe.control.update import GlobalBatchUpdate, routers_of
 from tests.distributed.faults import replaced
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
-pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.long]
 
 CHECKED = f"{TINY} --train-iters 4 --moe-dynamic-check-ranks 2"
 TOP_P = "--moe-dynamic-routing top_p"

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.harness import TINY, Case, CaseResult, Results, add
 from tests.distributed.test_control import GAINS, K_I, K_P, NUM_EXPERTS, TARGET_2, THRESHOLD_0
 
-pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.long]
 
 HALF = 2
 RUN = f"{TINY} --train-iters 4 --split 1,0,0 --save-interval {HALF}"

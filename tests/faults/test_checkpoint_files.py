@@ -191,6 +191,7 @@ def test_without_the_wish_for_one_an_old_manifest_goes(load: Path) -> None:
 
 def test_ranks_share_the_files(load: Path, monkeypatch) -> None:
     files = {f"__{rank}_0.distcp": {"bytes": rank} for rank in range(7)}
+    monkeypatch.setattr(checkpoint_load.dist, "is_initialized", lambda: False)
     assert [name for name, _ in checkpoint_load._share(files)] == ["__0_0.distcp"]  # alone
     monkeypatch.setattr(checkpoint_load.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(checkpoint_load.dist, "get_world_size", lambda: 3)

@@ -97,7 +97,7 @@ def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, wai
     [
         ({"moe_token_dispatcher_type": "allgather"}, "--moe-token-dispatcher-type is allgather"),
         ({"moe_ffn_hidden_size": 13}, "loop on this device"),
-        ({"add_bias_linear": True}, "upstream's"),
+        ({"activation_func": torch.nn.functional.gelu}, "upstream's"),
     ],
 )
 def test_what_needs_the_number_on_the_host_is_refused(settings, reason):

@@ -33,7 +33,7 @@ def study(folder, *flags):
 
 @pytest.mark.distributed
 @pytest.mark.megatron
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     with (
         gzip.open(ROOT / "examples" / "data" / "book.jsonl.gz", "rt") as whole,
