@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.command_line import number
-from megatron_dynmoe.data.readers import DEFAULT_LIMITS, Limits, Unreadable
+from megatron_dynmoe.data.commands import add_reading_flags
+from megatron_dynmoe.data.readers import Limits, Unreadable
 
 DEFAULT_SWEEP = "0.05,0.1,0.15,0.2,0.25,0.3,0.4,0.5"
 SAMPLE_TOKENS = 512
@@ -272,27 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="no window holds two documents: for questions; else packed as in training",
     )
-    group.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an unreadable record: stop with its file and line (default), or skip and count it",
-    )
-    group.add_argument(
-        "--max-line-bytes",
-        type=number(int, 1),
-        default=DEFAULT_LIMITS.line_bytes,
-        metavar="N",
-        help="a longer JSON line (Parquet: text) is unreadable (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-expansion",
-        type=number(int, 1),
-        default=DEFAULT_LIMITS.expansion,
-        metavar="N",
-        help="refuse a compressed file that becomes more than N times as large (default: "
-        "%(default)s)",
-    )
+    add_reading_flags(group)
     group.add_argument(
         "--tokens", type=number(int, 2), metavar="N", help="of each group at most (default: all)"
     )

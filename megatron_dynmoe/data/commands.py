@@ -175,11 +175,17 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="fields (Parquet: columns) that hold text (default: text)",
     )
+    add_reading_flags(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def add_reading_flags(parser: Any) -> None:
+    """Add what every command that reads text has, to a parser or a group of one."""
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at an unreadable line: stop with its file and number (default), or skip and count it",
+        help="at an unreadable record: stop with its file and line (default), or skip and count it",
     )
     parser.add_argument(
         "--max-line-bytes",
@@ -196,7 +202,6 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="a compressed file that becomes more than N times as large stops the run "
         "(default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 class _Refuse(argparse.Action):
