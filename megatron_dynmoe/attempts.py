@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.files import TRACKER, replace_file
 from megatron_dynmoe.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of, whole_number
 from megatron_dynmoe.report import CHECKPOINTS, TENSORBOARD
@@ -162,9 +163,7 @@ def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
 def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | None) -> None:
     """Note that a run has come to its end."""
     done = {"train-iters": train_iters, "train-samples": train_samples}
-    partial = run_dir / f"{FINISHED}.partial"
-    partial.write_text(json.dumps(done) + "\n")
-    partial.replace(run_dir / FINISHED)  # whole or not at all, whatever ends this process
+    replace_file(run_dir / FINISHED, lambda partial: partial.write_text(json.dumps(done) + "\n"))
 
 
 def note_stop(signal_name: str) -> None:
@@ -178,7 +177,7 @@ def _checkpoints(run_dir: Path, values: dict[str, list[str]]) -> Path:
 
 
 def _tracker(run_dir: Path, values: dict[str, list[str]]) -> Path:
-    return _checkpoints(run_dir, values) / "latest_checkpointed_iteration.txt"
+    return _checkpoints(run_dir, values) / TRACKER
 
 
 def _names_nothing(tracker: Path) -> bool:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from megatron_dynmoe.control.calibrate import mean_experts_per_token, threshold_for_target
 from megatron_dynmoe.conversion.card import CARD, update_routing
 from megatron_dynmoe.conversion.folder import CONFIG, read_json, update_manifest, write_json
+from megatron_dynmoe.files import replace_file
 
 # Probabilities kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
@@ -245,9 +246,7 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
         "loss": round(measured.loss, 6),
         **({"before": before} if before else {}),
     }
-    partial = folder / f".{CONFIG}.partial"
-    write_json(partial, config)
-    partial.replace(path)
+    replace_file(path, lambda partial: write_json(partial, config))
     update_routing(folder, config)
     update_manifest(folder, [name for name in (CONFIG, CARD) if (folder / name).exists()])
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_dynmoe.files import replace_file
 from megatron_dynmoe.schedule import TargetSchedule
 
 TENSORBOARD = "tensorboard"
@@ -92,9 +93,8 @@ def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, 
     """
     resolved, scalars = read_run(run_dir)
     summary = summarize_run(resolved, scalars, wall_seconds)
-    temporary = run_dir / (SUMMARY + ".partial")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(run_dir / SUMMARY)
+    text = json.dumps(summary, indent=2) + "\n"
+    replace_file(run_dir / SUMMARY, lambda partial: partial.write_text(text))
     plot_curves(run_dir / CURVES, resolved, scalars)
     return summary
 
@@ -245,12 +245,11 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
     """Save beside the path, then rename: who looks in between sees the old picture."""
     import matplotlib.pyplot as plt
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(partial, format=path.suffix[1:], **options)
-        partial.replace(path)
+        replace_file(
+            path, lambda partial: figure.savefig(partial, format=path.suffix[1:], **options)
+        )
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(figure)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_dynmoe import overlay, report
+from megatron_dynmoe.files import replace_file
 from study.runs import Run
 
 # Shares of the target, the two bands that control engineering settles in: a count is held from a
@@ -111,11 +112,10 @@ def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
     """Write the results as JSON and, the single numbers of each run, as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{size_name}.json"
-    partial = path.with_suffix(".partial")
     # A line a run keeps the file small and its history readable.
     parts = [f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items()]
-    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    partial.replace(path)
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    replace_file(path, lambda partial: partial.write_text(text))
     names = list(dict.fromkeys(name for row in content["runs"] for name in row))
     with open(folder / f"{size_name}.csv", "w", newline="") as file:
         table = csv.DictWriter(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dynmoe.attempts import FINISHED
+from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.report import CHECKPOINTS
 from study.corpus import Corpus
 from study.fingerprint import ROOT
@@ -51,7 +52,7 @@ class Run:
     def iteration(self) -> int:
         """Of the last checkpoint; 0 without one."""
         try:
-            latest = self.folder / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+            latest = self.folder / CHECKPOINTS / TRACKER
             return int(latest.read_text())
         except (FileNotFoundError, ValueError):
             return 0

@@ -41,7 +41,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         yield model
         return
     from megatron_dynmoe.conversion.convert import convert_folder, to_hf
-    from megatron_dynmoe.conversion.megatron import TRACKER
+    from megatron_dynmoe.files import TRACKER
 
     if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
+from megatron_dynmoe.files import replace_file
 
 CARD = "README.md"
 
@@ -144,9 +145,7 @@ def update_routing(folder: Path, config: dict[str, Any]) -> None:
     start, end = text.find(_ROUTING), text.find("## Citation")
     if 0 <= start < end:
         text = text[:start] + "\n".join(_routing(config)) + "\n" + text[end:]
-        partial = folder / f".{CARD}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 _MODEL = (

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_dynmoe.files import replace_file
+
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -170,9 +172,7 @@ def update_manifest(folder: Path, names: Iterable[str]) -> None:
     if path.exists():
         manifest = read_json(path)
         manifest["files"] |= {name: fingerprint(folder / name) for name in names}
-        partial = folder / f".{MANIFEST}.partial"
-        write_json(partial, manifest)
-        partial.replace(path)
+        replace_file(path, lambda partial: write_json(partial, manifest))
 
 
 def fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:

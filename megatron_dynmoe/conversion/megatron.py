@@ -31,9 +31,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dynmoe.conversion.folder import plain_name
 from megatron_dynmoe.conversion.names import MEGATRON, Block, rows_by_part
 from megatron_dynmoe.conversion.unpickle import load_metadata, load_objects
+from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 COMMON_STATE = "common_state/shard_0_1"
 # Entries that are not part of the model.
 _NOT_THE_MODEL = re.compile(
@@ -251,9 +250,9 @@ def checkpoint_folder(load: Path, iteration: int | None) -> Path:
         latest = tracker.read_text(errors="replace").strip()
         if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
             raise ValueError(f"{tracker} holds {latest[:40]!r}: not the number of an iteration")
-        name = RELEASE if latest == RELEASE else f"iter_{int(latest):07d}"
+        name = checkpoint_name(RELEASE if latest == RELEASE else int(latest))
     else:
-        name = f"iter_{iteration:07d}"
+        name = checkpoint_name(iteration)
     folder = load / name
     if not folder.is_dir():
         there = sorted(path.name for path in load.glob("iter_*")) or ["none"]

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_dynmoe.conversion.folder import write_manifest
-from megatron_dynmoe.conversion.megatron import COMMON_STATE, RELEASE, TRACKER
+from megatron_dynmoe.conversion.megatron import COMMON_STATE
 from megatron_dynmoe.conversion.names import Block
+from megatron_dynmoe.files import RELEASE, TRACKER
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 

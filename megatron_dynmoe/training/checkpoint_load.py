@@ -20,17 +20,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dynmoe.conversion.folder import MANIFEST, check_file, read_manifest
+from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name, replace_file
 from megatron_dynmoe.training.checkpoint_save import rank_that_reads
 from megatron_dynmoe.training.checkpoints import (
-    RELEASE,
-    TRACKER,
     CheckpointError,
     cause,
-    folder_name,
     is_local,
     on_rank_0,
     rank,
-    replace_file,
     together,
 )
 
@@ -125,7 +122,7 @@ def choose(
         return None
     problems = [problem] if problem else []
     for name in names:
-        faults = _faults(load / folder_name(name), is_second_choice=bool(problems))
+        faults = _faults(load / checkpoint_name(name), is_second_choice=bool(problems))
         if not faults:
             if problems:
                 on_rank_0(partial(_fall_back, load, problems, name, corrects_tracker))
@@ -138,7 +135,7 @@ def choose(
             "Restore one from a copy, or start anew without --load, in another --save."
         )
     raise CheckpointError(
-        f"the checkpoint {folder_name(names[0])} in {load} is damaged:\n  {listed}\n"
+        f"the checkpoint {checkpoint_name(names[0])} in {load} is damaged:\n  {listed}\n"
         "--ckpt-fallback goes on from the newest good one before it, --ckpt-step N from another. "
         f"Where a file was changed on purpose, delete {MANIFEST} beside it."
     )
@@ -175,8 +172,8 @@ def candidates(
                 )
             return [], None
         problem = f"{tracker} is missing; {listed}"
-    if wanted is not None and not (load / folder_name(wanted)).is_dir():
-        problem = f"{load / folder_name(wanted)} is missing; {listed}"
+    if wanted is not None and not (load / checkpoint_name(wanted)).is_dir():
+        problem = f"{load / checkpoint_name(wanted)} is missing; {listed}"
     if problem is not None and (step or not fallback):
         source = "--ckpt-step" if step else "--load"
         value = step or load
@@ -246,7 +243,7 @@ def _fall_back(load: Path, problems: list[str], name: Name, corrects_tracker: bo
     lines = "\n  ".join(problems)
     print(
         f"{_RULE}\nWARNING: --ckpt-fallback: the checkpoint to load is not good:\n  {lines}\n"
-        f"Going on from {load / folder_name(name)}: what was trained after it is lost, and is "
+        f"Going on from {load / checkpoint_name(name)}: what was trained after it is lost, and is "
         "trained again.\nDamaged folders stay as they are until a save takes their place.\n"
         f"{_RULE}",
         flush=True,

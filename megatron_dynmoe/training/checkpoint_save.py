@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.conversion.folder import MANIFEST, fingerprint, write_json
-from megatron_dynmoe.training.checkpoints import (
-    RELEASE,
-    TRACKER,
-    folder_name,
-    is_local,
-    on_rank_0,
-    partial_name,
-    rank,
-    replace_file,
-    together,
-)
+from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name, partial_name, replace_file
+from megatron_dynmoe.training.checkpoints import is_local, on_rank_0, rank, together
 
 # What a rank writes by itself has its number in the name.
 _OF_A_RANK = re.compile(r".*__(\d+)_\d+\.distcp")
@@ -56,7 +47,7 @@ class SaveGuard:
                 return None
             if is_local(save) and not kwargs.get("non_persistent_ckpt"):
                 name = RELEASE if kwargs.get("release") else iteration
-                folder = Path(save) / folder_name(name)
+                folder = Path(save) / checkpoint_name(name)
                 make = functools.partial(folder.mkdir, parents=True, exist_ok=True)
                 on_rank_0(make, functools.partial(_not_saved, folder))
             return save_checkpoint(iteration, *args, **kwargs)

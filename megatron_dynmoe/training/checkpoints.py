@@ -1,4 +1,4 @@
-"""What saving and loading checkpoints have in common: flags, names, and failing together.
+"""What saving and loading checkpoints have in common: flags, and failing together.
 
 Every save ends with ``manifest.json``, the size and SHA-256 of all files
 (:mod:`.checkpoint_save`); every load compares with it before anything is read
@@ -9,16 +9,11 @@ Every save ends with ``manifest.json``, the size and SHA-256 of all files
 from __future__ import annotations
 
 import errno
-import os
 from argparse import ArgumentParser
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 
 
 class CheckpointError(ValueError):
@@ -92,25 +87,6 @@ def cause(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def folder_name(name: int | str) -> str:
-    """The folder of an iteration, or of ``release``."""
-    return RELEASE if name == RELEASE else f"iter_{name:07d}"
-
-
 def is_local(path: Any) -> bool:
     """Whether a path leads to a file system, not to an object store."""
     return "://" not in str(path)
-
-
-def partial_name(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, bring it to the disk, and put it there at once."""
-    partial = partial_name(path)
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from megatron_dynmoe.files import TRACKER
+
 ONE_RANK, ALL_RANKS, EVERYTHING = "one rank", "all ranks", "all ranks and their launcher"
 
 FORWARD = "in the forward pass"
@@ -34,7 +36,6 @@ TRACKER_WITHIN = "while it names the new checkpoint"
 LOADING = "while it loads a checkpoint"
 ANY_MOMENT = "at a random moment"
 
-TRACKER = "latest_checkpointed_iteration.txt"
 SAVE_PHASES = (SHARDS, METADATA, TRACKER_BEFORE, TRACKER_WITHIN)
 LONGEST_DELAY = 0.3  # seconds
 

@@ -17,10 +17,11 @@ import pytest
 
 from megatron_dynmoe.conversion.convert import to_hf
 from megatron_dynmoe.conversion.folder import MANIFEST
+from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.training import checkpoint_load
 from megatron_dynmoe.training.checkpoint_load import check_paths, choose
 from megatron_dynmoe.training.checkpoint_save import TrackerFiles, write_checkpoint_manifest
-from megatron_dynmoe.training.checkpoints import TRACKER, CheckpointError
+from megatron_dynmoe.training.checkpoints import CheckpointError
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start

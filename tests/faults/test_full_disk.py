@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.training.checkpoint_load import choose
-from megatron_dynmoe.training.checkpoints import TRACKER
 from tests.distributed.harness import DTOP_P, TINY
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dynmoe.files import TRACKER
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.kill_points import (
@@ -25,7 +26,6 @@ from tests.faults.kill_points import (
     LOADING,
     ONE_RANK,
     SAVE_PHASES,
-    TRACKER,
     UPDATE,
     Kill,
     draw_kill,
