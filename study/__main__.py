@@ -107,7 +107,6 @@ def _content(finished: Sequence[runs.Run], text: corpus.Corpus) -> dict[str, Any
             analyses.append(afterwards.analysis(run, text))
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}",
         "data": text.fingerprint,
         "runs": rows,
@@ -146,15 +145,6 @@ def _alone(folder: Path) -> Iterator[None]:
         json.dump({"process": os.getpid()}, lock)
         lock.flush()
         yield
-
-
-def _commit() -> str:
-    answer = subprocess.run(
-        ["git", "-C", str(document.ROOT), "describe", "--always", "--dirty=+"],
-        capture_output=True,
-        text=True,
-    )
-    return answer.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -103,6 +103,7 @@ def _variants() -> str:
 def _results(results: Results) -> str:
     content = results.content
     spread = results.spread("validation_loss")
+    commits = sorted({row["commit"] for row in content["runs"]})
     missing = [
         name
         for name, variant in VARIANTS.items()
@@ -112,7 +113,7 @@ def _results(results: Results) -> str:
         "",
         "## Results",
         "",
-        f"{content['date']}, commit {content['commit']}, {content['machine']}.",
+        f"{content['date']}, trained at commit {', '.join(commits)}, {content['machine']}.",
         *([f"Not trained yet, wholly or in part: {', '.join(missing)}."] if missing else []),
         "",
         "![Validation loss by routing](images/study_loss.png)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,16 @@ def of_code(root: Path = ROOT / "megatron_dynmoe") -> str:
     for package in PACKAGES:
         digest.update(f"{package} {metadata.version(package)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit that is checked out; with a plus where files differ from it."""
+    answer = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"],
+        capture_output=True,
+        text=True,
+    )
+    return answer.stdout.strip() or "unknown"
 
 
 def of_files(paths: Iterable[Path]) -> str:

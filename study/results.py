@@ -34,7 +34,7 @@ def row_of(run: Run) -> dict[str, Any]:
     row: dict[str, Any] = {
         "variant": run.variant.name,
         "seed": run.seed,
-        "code": run.key["code"],
+        "commit": run.commit,
         "steps": summary["iterations"],
         "tokens": int(drawn.tokens[-1]),
         "validation_loss": evaluations.values[-1],

@@ -18,11 +18,12 @@ import numpy as np
 from megatron_dynmoe.attempts import FINISHED
 from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.report import CHECKPOINTS
+from study import fingerprint
 from study.corpus import Corpus
-from study.fingerprint import ROOT
 from study.variants import VARIANTS, Size, Variant, training_flags
 
 KEY = "study.json"
+COMMIT = "commit.txt"
 LOG, ERRORS, TIMES = "log.txt", "errors.txt", "times.csv"
 
 
@@ -56,6 +57,11 @@ class Run:
             return int(latest.read_text())
         except (FileNotFoundError, ValueError):
             return 0
+
+    @property
+    def commit(self) -> str:
+        """What was checked out when the run began."""
+        return (self.folder / COMMIT).read_text().strip()
 
     def add_times(self, steps: int, seconds: float) -> None:
         """Note what a process took of the processor, for how many steps."""
@@ -128,6 +134,7 @@ def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
         (run.folder / KEY).write_text(json.dumps(run.key, indent=2) + "\n")
+        (run.folder / COMMIT).write_text(fingerprint.commit() + "\n")
     interval = size.steps // size.num_evaluations
     saving = ["--save-interval", str(interval), "--save-retain-interval", str(size.steps)]
     with open(run.folder / ERRORS, "a") as errors:
@@ -137,7 +144,7 @@ def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
                 *(*run.key["flags"], *corpus.flags(), *where, *saving, *load),
                 "--exit-signal-handler",
             ],
-            cwd=ROOT,
+            cwd=fingerprint.ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

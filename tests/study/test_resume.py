@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from study import queue, runs
+from study import fingerprint, queue, runs
 from study.corpus import Corpus
 from study.variants import SIZES, VARIANTS
 
@@ -62,6 +62,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     content = json.loads((tmp_path / "results" / "quick.json").read_text())
     (row,) = content["runs"]
     assert row["steps"] == 60 and row["tokens"] == 60 * 512
+    assert row["commit"] == fingerprint.commit()
     assert 0 < row["processor_seconds_per_step"] < 10
     assert content["analysis"][0]["experts_by_source"].keys() == {"book"}
 

@@ -181,12 +181,13 @@ def test_a_row_holds_what_the_events_say(tmp_path):
     }
     run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path)
     make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
+    (tmp_path / runs.COMMIT).write_text("abc\n")
     run.add_times(5, 4.0)
     run.add_times(0, 9.0)  # stopped before the first step
     run.add_times(15, 6.0)
     row = results.row_of(run)
     assert row["processor_seconds_per_step"] == 0.5
-    assert (row["variant"], row["seed"], row["code"]) == ("dtop_p", 2, "abc")
+    assert (row["variant"], row["seed"], row["commit"]) == ("dtop_p", 2, "abc")
     assert (row["steps"], row["tokens"], row["seconds_per_step"]) == (20, 640, 1.0)
     assert row["validation_loss"] == 7.5
     assert row["validation_experts_per_token"] == 2.05
@@ -206,8 +207,8 @@ def synthetic(**losses):
     rows = [
         {
             "variant": name,
+            "commit": "abc",
             "seed": seed,
-            "code": "abc",
             "steps": 100,
             "tokens": 1000,
             "validation_loss": loss,
@@ -252,7 +253,7 @@ def synthetic(**losses):
         "most": ["a"],
         "fewest": ["b|c"],
     }
-    head = {"date": "2000-01-01", "commit": "abc", "machine": "none"}
+    head = {"date": "2000-01-01", "machine": "none"}
     return head | {"runs": rows, "post_hoc": post_hoc, "analysis": [analysis]}
 
 
@@ -367,6 +368,7 @@ def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
     assert "not run yet" not in page
     for claim in CLAIMS:
         assert claim.text in page
+    assert "2000-01-01, trained at commit abc, none." in page
     assert "| top-2 | 3 | 5.0100 (0.0100) |" in page
     assert "b\\|c" in page and "| experts, code | 1.70 |" in page
     assert "| DTop-p, target 2 | 3 | 30.0 % at 12 | 15 | 4.0 % | 8.0 % |" in page
