@@ -18,6 +18,15 @@ PARQUET_ROWS = 64
 HARMLESS = 1 << 26
 # In a message, how much is shown of what a file brought.
 SHOWN_FIELDS = 10
+# How files begin that are no JSON lines, whatever their name says; and what helps.
+FOREIGN = {
+    b"\x1f\x8b\x08": "gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "zstd: let its name end in .zst",
+    b"PAR1": "Parquet: let its name end in .parquet",
+    b"\xfd7zXZ": "xz, which is not read: decompress it",
+    b"BZh": "bzip2, which is not read: decompress it",
+    b"PK\x03\x04": "zip, which is not read: unpack it",
+}
 
 
 class Limits(NamedTuple):
@@ -187,6 +196,10 @@ class JsonLinesReader(Reader):
 
             # Unlike the zstandard package's stream, Arrow's raises on a truncated file.
             return io.BufferedReader(pyarrow.CompressedInputStream(self._raw, "zstd"), 1 << 18)
+        start = self._raw.peek(max(map(len, FOREIGN)))
+        for magic, meaning in FOREIGN.items():
+            if start.startswith(magic):
+                raise ValueError(f"{self.path}: its content is {meaning}")
         return self._raw
 
     @staticmethod

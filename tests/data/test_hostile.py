@@ -1,13 +1,16 @@
 """Input that nobody meant: random bytes, bombs, lines without an end. Told by file and number."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dynmoe.data import readers
@@ -65,6 +68,7 @@ def test_every_line_is_a_document_or_told_of(
 ) -> None:
     path = folder / ("in.jsonl.gz" if compressed else "in.jsonl")
     data = b"".join(line + b"\n" for line in lines)
+    assume(not data.startswith(tuple(readers.FOREIGN)))  # refused as a whole
     path.write_bytes(gzip.compress(data) if compressed else data)
     documents, said = read(path, Limits(line_bytes=longest))
     assert len(documents) + len(said) == len(lines)
@@ -112,6 +116,26 @@ def test_a_damaged_gzip_or_parquet_file_is_refused_or_read(
             read(path, Limits())
         except ValueError as error:
             assert str(error).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "remedy"),
+    [
+        ("texts.jsonl", gzip.compress, r"gzip: .*\.gz"),
+        ("texts.jsonl.GZ", gzip.compress, r"gzip: .*\.gz"),
+        ("texts.jsonl.xz", lzma.compress, "xz, which is not read: decompress it"),
+        ("texts.jsonl.bz2", bz2.compress, "bzip2, which is not read: decompress it"),
+    ],
+)
+def test_a_file_of_another_format_than_its_name_says_is_no_bad_line(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes], remedy: str
+) -> None:
+    """Such a line could be skipped, and with it all of the file."""
+    path = tmp_path / name
+    path.write_bytes(compress(b'{"text": "a"}\n' * 50))
+    with pytest.raises(ValueError, match=f"{path}: its content is {remedy}") as refused:
+        read(path, Limits())
+    assert not isinstance(refused.value, Unreadable)
 
 
 def gzip_of(path: Path, block: bytes, times: int, start: bytes = b"", end: bytes = b"") -> Path:
