@@ -205,12 +205,14 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     if not path.exists():
         return None
     files = read_json(path).get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not files:
         raise ValueError(f"{path} has no list of files")
     for name, expected in files.items():
         plain_name(name, path)
         if not isinstance(expected, dict) or expected.keys() != {"sha256", "bytes"}:
             raise ValueError(f"{path}: {name} needs exactly sha256 and bytes")
+        if type(expected["bytes"]) is not int:
+            raise ValueError(f"{path}: {name} has {expected['bytes']!r} bytes, no whole number")
     return files
 
 

@@ -101,7 +101,11 @@ def test_every_flipped_bit_is_found(load: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ("", "{", "[]", '{"files": []}', '{"files": {"../x": {}}}', '{"files": {"a": {}}}')
+    "content",
+    (
+        *("", "{", "[]", '{"files": []}', '{"files": {}}', '{"files": {"../x": {}}}'),
+        *('{"files": {"a": {}}}', '{"files": {"a": {"sha256": "", "bytes": "1"}}}'),
+    ),
 )
 def test_a_damaged_manifest_is_refused_by_name(load: Path, content: str) -> None:
     manifest = load / "iter_0000006" / MANIFEST
