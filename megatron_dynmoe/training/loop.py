@@ -92,6 +92,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
 
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
+        signals.settle(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
         backend, _ = choice.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
         args.transformer_impl = choice.implementation(backend)

@@ -90,7 +90,7 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
         _write_report(run_dir, args, program_start)
         raise
     _write_report(run_dir, args, program_start)
-    if args.rank == 0:
+    if args.rank == 0 and not args.skip_train:  # an evaluation brings no run to its end
         mark_finished(run_dir, args.train_iters, args.train_samples)
 
 

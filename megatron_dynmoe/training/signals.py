@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import NoReturn
@@ -30,6 +30,11 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
         help="Let SIGTERM, SIGINT and SIGHUP end the run at once, without a checkpoint.",
     )
     return parser
+
+
+def settle(args: Namespace) -> None:
+    """Leave signals to the system where nothing is trained: only training asks what was heard."""
+    args.exit_signal_handler = args.exit_signal_handler and not args.skip_train
 
 
 class StopSignals:
@@ -64,7 +69,9 @@ class StopSignals:
         # A second one changes nothing: torchrun sends its own after a Ctrl-C in the terminal.
         if not self._heard and torch.utils.data.get_worker_info() is None:
             name = signal.Signals(number).name
-            text = f"\n{name}: ending after this step, with a checkpoint (Ctrl-\\ ends at once)\n"
+            saves = getattr(global_vars._GLOBAL_ARGS, "save", None)
+            what = "with a checkpoint" if saves else "without a checkpoint, as --save is not given"
+            text = f"\n{name}: ending after this step, {what} (Ctrl-\\ ends at once)\n"
             os.write(2, text.encode())  # printing could be what the signal has interrupted
         self._heard = self._heard or number
 

@@ -6,14 +6,16 @@ import os
 import re
 import signal
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from megatron.training import global_vars
 
 from megatron_dynmoe.training.checkpoint_load import choose
-from megatron_dynmoe.training.signals import StopSignals
+from megatron_dynmoe.training.signals import StopSignals, settle
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.kill_points import noted_pids
@@ -153,6 +155,26 @@ def dispositions() -> Iterator[None]:
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("save", "promise"), [("runs/mine", "with a checkpoint"), (None, "without a checkpoint, as")]
+)
+def test_only_a_run_with_a_place_for_it_promises_a_checkpoint(
+    dispositions, monkeypatch, capfd, save: str | None, promise: str
+) -> None:
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(save=save))
+    StopSignals().__enter__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert f"SIGTERM: ending after this step, {promise}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "skip_train"), [(True, False), (True, True), (False, False)])
+def test_an_evaluation_alone_ends_at_once(asked: bool, skip_train: bool) -> None:
+    """Nothing asks in it what was heard: it would go on to its end."""
+    args = Namespace(exit_signal_handler=asked, skip_train=skip_train)
+    settle(args)
+    assert args.exit_signal_handler is (asked and not skip_train)
 
 
 def test_what_is_ignored_stays_ignored_but_for_sigterm(dispositions) -> None:
