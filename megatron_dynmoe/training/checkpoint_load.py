@@ -30,6 +30,7 @@ from megatron_dynmoe.training.checkpoints import (
     rank,
     together,
 )
+from megatron_dynmoe.training.router_entries import check_router_entries
 
 COMPLETE = "metadata.json"  # Megatron writes it when all ranks have written their files
 _FOLDER = re.compile(r"iter_(\d{7,18})")
@@ -87,7 +88,11 @@ def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
                 # One rank is to do it, which is known once they can talk to each other.
                 corrects_tracker=dist.is_initialized() and _is_same(load_dir, args.save),
             )
-        with _pinned(args, chosen[load_dir], Path(load_dir)):
+        name, state_dict = chosen[load_dir], kwargs.get("sharded_state_dict")
+        if name is not None and state_dict is not None and not rank0:
+            folder = Path(load_dir) / checkpoint_name(name)
+            check_router_entries(folder, state_dict, args.dist_ckpt_strictness)
+        with _pinned(args, name, Path(load_dir)):
             return load_base(load_dir, args, rank0=rank0, **kwargs)
 
     return checked

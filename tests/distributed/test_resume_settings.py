@@ -34,6 +34,7 @@ GLOBAL = saved("global", 1, DTOP_P)
 LAYERS = saved("layers", 2, f"{DTOP_P} {BY_LAYER} {PP2}")
 TOP_P_DRN = saved("top_p_drn", 1, f"{TOP_P} drn --moe-dynamic-weights renormalized")
 TOP_P_PLAIN = saved("top_p", 1, f"{TOP_P} none")
+TOP_K_PP2 = saved("top_k", 2, f"--moe-router-topk 2 {PP2}")
 
 GAINS_2 = resumed(
     "gains", GLOBAL, f"{DTOP_P} --moe-dynamic-integral-gain 1 --moe-dynamic-proportional-gain 0"
@@ -49,6 +50,7 @@ TO_TOP_P = resumed("to_top_p", GLOBAL, f"{TOP_P} drn")
 WITHOUT_THETA = resumed("without_theta", TOP_P_PLAIN, DTOP_P)
 LAX = "--dist-ckpt-strictness log_all --no-load-optim"
 WITHOUT_THETA_LAX = resumed("without_theta_lax", TOP_P_PLAIN, f"{DTOP_P} {LAX}")
+WITHOUT_STATE = resumed("without_state", TOP_K_PP2, f"{TOP_P} none {PP2}")
 THETA_LEFT_OUT = resumed("theta_left_out", GLOBAL, f"{TOP_P} none")
 
 
@@ -132,11 +134,15 @@ def test_a_fixed_threshold_ends_control_and_keeps_the_sum(results: Results, case
 
 
 def test_theta_that_is_missing_stops_the_load_or_starts_afresh(results: Results) -> None:
-    assert results.any(WITHOUT_THETA).error
-    log = (results.directory / "torchrun.log").read_text()
-    assert "router.theta_offset from model not in state dict" in log
+    assert "routers without theta_offset" in results.any(WITHOUT_THETA).error
     resumed = results[WITHOUT_THETA_LAX]
     assert_goes_on(resumed, integral=0)
     assert all(
         theta == pytest.approx(1, abs=0.05) for theta in resumed.by_layer("theta")[0].values()
     )
+
+
+def test_state_that_a_stock_run_did_not_keep_stops_the_load_on_all_ranks(results: Results) -> None:
+    errors = [rank["error"] for rank in results.any(WITHOUT_STATE).ranks]
+    assert len(errors) == 2
+    assert all("was not trained with dynamic routing" in error for error in errors)
