@@ -1,10 +1,11 @@
-"""Types of flags that more than one command has."""
+"""Flags, and types of flags, that more than one command has."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST = sys.float_info.max
 
 
@@ -20,3 +21,22 @@ def number(kind: Callable[[str], Any], low: float, high: float = LARGEST) -> Cal
 
     parse.__name__ = "number" if kind is float else "whole number"  # in argparse's own errors
     return parse
+
+
+def thresholds(text: str) -> list[float]:
+    """An argparse type: thresholds to try, ``0.1,0.2``, in order; or ``none``."""
+    if text == "none":
+        return []
+    values = sorted({float(part) for part in text.split(",")})
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: thresholds are cumulative probabilities, 0 to 1")
+    return values
+
+
+thresholds.__name__ = "list of numbers"
+
+
+def add_runtime_flags(parser: Any) -> None:
+    """Add what every command that runs an exported model has, to a parser or a group of one."""
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import add_runtime_flags, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -348,13 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: as stored",
-    )
-    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    add_runtime_flags(group)
     return parser
 
 

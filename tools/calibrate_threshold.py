@@ -18,7 +18,7 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
 
@@ -204,15 +204,6 @@ def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
         yield folder
 
 
-def _thresholds(text: str) -> list[float]:
-    if text == "none":
-        return []
-    values = [float(part) for part in text.split(",")]
-    if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: thresholds are cumulative probabilities, 0 to 1")
-    return values
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
@@ -241,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sweep",
-        type=_thresholds,
+        type=thresholds,
         default=DEFAULT_SWEEP,
         metavar="T,...",
         help="thresholds to measure as well (default: %(default)s), or none",
@@ -256,13 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="default: the model's positions, at most 2048",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: as stored",
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    add_runtime_flags(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, metavar="DIR", help="write a copy with the threshold")
     where.add_argument("--in-place", action="store_true", help="write into the model's config.json")

@@ -16,7 +16,7 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import add_runtime_flags, number
 
 
 def main() -> None:
@@ -128,13 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=number(int, 1), metavar="N", help="only the first N documents of each task"
     )
     parser.add_argument("--batch-size", type=number(int, 1), default=8, help="default: %(default)s")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: as stored",
-    )
+    add_runtime_flags(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON")
     return parser
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
 from megatron_dynmoe.data.commands import add_reading_flags
 from megatron_dynmoe.data.readers import Limits, Unreadable
 
@@ -210,18 +210,6 @@ def _named_file(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _thresholds(text: str) -> list[float]:
-    if text == "none":
-        return []
-    values = sorted({float(part) for part in text.split(",")})
-    if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: thresholds are cumulative probabilities, 0 to 1")
-    return values
-
-
-_thresholds.__name__ = "list of numbers"  # in argparse's own errors
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="See where a model's experts go: how many each token uses, in which layer, on "
@@ -287,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to look at")
     group.add_argument(
         "--sweep",
-        type=_thresholds,
+        type=thresholds,
         default=DEFAULT_SWEEP,
         metavar="T,...",
         help="thresholds to try instead of the trained one (default: %(default)s), or none",
@@ -308,13 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: as stored",
-    )
-    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    add_runtime_flags(group)
     parser.add_argument(
         "--merge",
         type=Path,

@@ -19,8 +19,6 @@ from megatron_dynmoe.conversion.folder import ModelFolder, read_json
 # ones store eight in one.
 MAX_DECLARED = 16
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def load_config(folder: Path) -> Any:
     """The configuration in ``folder``.
@@ -71,7 +69,7 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
 
     Args:
         config: that of :func:`load_config`, changed where wanted; the model keeps it.
-        dtype: of :data:`DTYPES`; ``auto``: as stored.
+        dtype: one of ``--dtype``; ``auto``: as stored.
         device: such as ``cpu`` or ``cuda``.
 
     Raises:
