@@ -66,6 +66,11 @@ def check_paths(args: Namespace) -> None:
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
         load = args.pretrained_checkpoint  # as Megatron chooses
+    if args.ckpt_fallback and not load:
+        raise ValueError(
+            "--ckpt-fallback is given without --load, so the run would start anew: give --load, or "
+            "leave it out."
+        )
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback
         candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
@@ -127,10 +132,12 @@ def choose(
         return None
     problems = [problem] if problem else []
     for name in names:
-        faults = _faults(load / checkpoint_name(name), is_second_choice=bool(problems))
+        faults = _faults(load / checkpoint_name(name), looks_closer=fallback)
         if not faults:
             if problems:
                 on_rank_0(partial(_fall_back, load, problems, name, corrects_tracker))
+            elif not step:
+                on_rank_0(partial(_mention_newer, load, name))
             return name
         problems += faults
     listed = "\n  ".join(problems)
@@ -155,8 +162,7 @@ def candidates(
         CheckpointError: something is wrong, and there is no ``fallback``; or there is nothing, and
             it ``is_required``.
     """
-    matches = (_FOLDER.fullmatch(path.name) for path in load.glob("iter_*"))
-    there = sorted((int(match[1]) for match in matches if match), reverse=True)
+    there = _iterations(load)
     listed = f"iterations there: {', '.join(map(str, there[:10])) or 'none'}"
     tracker, problem = load / TRACKER, None
     wanted: Name | None = step or None
@@ -191,7 +197,13 @@ def candidates(
     return [*first, *(earlier if fallback else [])], problem
 
 
-def _faults(folder: Path, is_second_choice: bool) -> list[str]:
+def _iterations(load: Path) -> list[int]:
+    """What there are folders of, newest first."""
+    matches = (_FOLDER.fullmatch(path.name) for path in load.glob("iter_*"))
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def _faults(folder: Path, looks_closer: bool) -> list[str]:
     """What is wrong with a checkpoint, the same on all ranks, which share the reading."""
 
     def manifest() -> dict[str, Any] | str | None:
@@ -204,7 +216,7 @@ def _faults(folder: Path, is_second_choice: bool) -> list[str]:
     if isinstance(files, str):
         return [files]
     if files is None:
-        return on_rank_0(lambda: _faults_without_manifest(folder, is_second_choice))
+        return on_rank_0(lambda: _faults_without_manifest(folder, looks_closer))
     parts = together(lambda: [fault for item in _share(files) for fault in _fault(folder, *item)])
     return sorted(fault for part in parts for fault in part)
 
@@ -229,11 +241,11 @@ def _share(files: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return by_size[rank() :: dist.get_world_size()]
 
 
-def _faults_without_manifest(folder: Path, is_second_choice: bool) -> list[str]:
+def _faults_without_manifest(folder: Path, looks_closer: bool) -> list[str]:
     is_other_format = any(folder.glob("mp_rank_0*"))
     if not is_other_format and not (folder / COMPLETE).is_file():
         return [f"{folder} is incomplete: without {COMPLETE}, its save was cut short"]
-    if is_second_choice:
+    if looks_closer and not is_other_format:
         from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 
         try:
@@ -242,6 +254,18 @@ def _faults_without_manifest(folder: Path, is_second_choice: bool) -> list[str]:
             return [str(error)]
     print(f"> {folder} has no {MANIFEST}: whether its files are good is not known", flush=True)
     return []
+
+
+def _mention_newer(load: Path, name: Name) -> None:
+    """Say where the tracker leads to an older checkpoint than the newest that is complete."""
+    complete = (n for n in _iterations(load) if (load / checkpoint_name(n) / MANIFEST).is_file())
+    newest = next(complete, 0)
+    if isinstance(name, int) and newest > name:
+        print(
+            f"> {load / TRACKER} names iteration {name}, though the save of {newest} was complete: "
+            f"--ckpt-step {newest} takes that one",
+            flush=True,
+        )
 
 
 def _fall_back(load: Path, problems: list[str], name: Name, corrects_tracker: bool) -> None:

@@ -171,6 +171,17 @@ def test_without_a_tracker(load: Path) -> None:
     assert choose(load / "nowhere", fallback=True) is None
 
 
+def test_a_tracker_that_names_an_older_one_is_told_of(load: Path, capsys) -> None:
+    (load / TRACKER).write_text("2")  # a 6 with one bit flipped
+    assert choose(load) == 2
+    assert "names iteration 2, though the save of 6 was complete" in capsys.readouterr().out
+    assert choose(load, step=2) == 2
+    (load / "iter_0000006" / MANIFEST).unlink()  # its save was cut short
+    (load / TRACKER).write_text("4")
+    assert choose(load) == 4
+    assert "complete" not in capsys.readouterr().out
+
+
 def test_release(load: Path) -> None:
     (load / "iter_0000006").rename(load / "release")
     (load / TRACKER).write_text("release")
@@ -184,6 +195,7 @@ def test_without_a_manifest(load: Path, capsys) -> None:
     (load / "iter_0000006" / MANIFEST).unlink()
     assert choose(load) == 6
     assert "has no manifest.json" in capsys.readouterr().out
+    assert choose(load, fallback=True) == 4  # its .metadata is none
     (load / "iter_0000006" / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match="its save was cut short"):
         choose(load)
@@ -235,7 +247,10 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
     (load / TRACKER).write_text("release")
     with pytest.raises(ValueError, match=r"--save-retain-interval is 10.*'release'"):
         check_paths(args)
-    args.save, args.load = None, str(load)
+    args.save, args.ckpt_fallback = None, True
+    with pytest.raises(ValueError, match="--ckpt-fallback is given without --load"):
+        check_paths(args)
+    args.load, args.ckpt_fallback = str(load), False
     (load / TRACKER).write_text("7")
     with pytest.raises(ValueError, match="iter_0000007 is missing"):
         check_paths(args)
