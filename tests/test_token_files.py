@@ -76,6 +76,10 @@ DAMAGE = {
         lambda p: overwrite(p.with_suffix(".idx"), OFFSETS + 16, struct.pack("<q", 2**40)),
         "is damaged",
     ),
+    "bounds before the start": (
+        lambda p: overwrite(p.with_suffix(".idx"), BOUNDS, struct.pack("<q", -5)),
+        "is damaged",
+    ),
     "bounds beyond the end": (
         lambda p: overwrite(p.with_suffix(".idx"), BOUNDS + 8, struct.pack("<q", 9)),
         "is damaged",

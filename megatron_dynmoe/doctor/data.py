@@ -153,7 +153,8 @@ def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
             f"{bin_.name} has {size:,} bytes, but {idx.name} speaks of "
             f"{num_tokens * dtype.itemsize:,}"
         )
-    in_order = num_bounds and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
+    is_whole = num_bounds and bounds[0] == 0 and bounds[-1] == num_sequences
+    in_order = is_whole and (np.diff(bounds) >= 0).all()
     if not in_order or (lengths < 0).any() or not _lie_in_a_row(offsets, lengths, dtype.itemsize):
         raise ValueError(f"{idx.name} is damaged: its bounds do not agree with each other")
     tokens = np.memmap(bin_, dtype, mode="r") if num_tokens else np.empty(0, dtype)
