@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from megatron.training import global_vars
 
 from megatron_dynmoe.training.checkpoint_load import choose
@@ -167,6 +168,18 @@ def test_only_a_run_with_a_place_for_it_promises_a_checkpoint(
     StopSignals().__enter__()
     os.kill(os.getpid(), signal.SIGTERM)
     assert f"SIGTERM: ending after this step, {promise}" in capfd.readouterr().err
+
+
+def test_the_first_signal_counts(dispositions, monkeypatch, capfd) -> None:
+    """After a Ctrl-C torchrun sends SIGTERM, and the run has ended because of the former."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    signals = StopSignals().__enter__()
+    assert signals.signals_received() == [0]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert signals.signals_received() == [signal.SIGINT]
+    assert capfd.readouterr().err.count("ending after this step") == 1
 
 
 @pytest.mark.parametrize(("asked", "skip_train"), [(True, False), (True, True), (False, False)])
