@@ -54,6 +54,7 @@ class GlobalBatchUpdate:
         self.dynmoe = dynmoe
         self.controller = controller
         self.finalize = finalize or finalize_model_grads
+        self._measured: Tensor | None = None
         self._staged: tuple[Tensor, Tensor] | None = None
         self._routers: list[TopPRouter] = []
         self._hooked: set[int] = set()
@@ -67,17 +68,13 @@ class GlobalBatchUpdate:
         statistics = reduce_statistics(
             self._routers, config.num_layers, config.num_moe_experts, evaluation=False
         )
-        for router in self._routers:
-            index = router.layer_number - 1
-            router.measured.copy_(statistics.mean_experts[index : index + 1].nan_to_num())
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, DynMoEMetricsTracker):
             tracker.add(statistics)
-        if self.controller is not None:
-            self._stage(statistics)
-            if not self._commit_after(config.grad_scale_func):
-                self._warn_once()
-                self._commit()
+        self._stage(statistics)
+        if not self._commit_after(config.grad_scale_func):
+            self._warn_once()
+            self._commit()
         if self.dynmoe.check_ranks is not None:
             self._check_ranks(config.num_layers, finished_iterations() + 1)
 
@@ -88,11 +85,14 @@ class GlobalBatchUpdate:
             check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
 
     def _stage(self, statistics: RoutingStatistics) -> None:
-        assert self.controller is not None and self.dynmoe.target_experts_per_token is not None
+        # Where logits are not finite the counts mean nothing; NaN keeps the state as it is.
         is_valid = statistics.not_finite.sum() == 0
+        self._measured = torch.where(is_valid, statistics.mean_experts.nan_to_num(), torch.nan)
+        if self.controller is None:
+            return
+        assert self.dynmoe.target_experts_per_token is not None
         if self.dynmoe.scope == "global":
             statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
-        # Where logits are not finite the counts mean nothing; NaN keeps the state as it is.
         measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
         # All routers' state comes with the counts, so that every rank computes the same. The mean
         # of equal values is exact in float64; they differ after a resume from scope layer.
@@ -117,7 +117,7 @@ class GlobalBatchUpdate:
         return bool(inner)
 
     def _warn_once(self) -> None:
-        if not self._warned:
+        if self.controller is not None and not self._warned:
             logger.warning(
                 "config.grad_scale_func leads to no optimizer on this rank, so a step that the "
                 "optimizer skips still moves the threshold"
@@ -125,15 +125,20 @@ class GlobalBatchUpdate:
         self._warned = True
 
     def _commit(self) -> None:
-        if self._staged is None:
+        measured_L, staged = self._measured, self._staged
+        self._measured = self._staged = None
+        if measured_L is None:
             return
-        threshold, integral = self._staged
-        self._staged = None
         with torch.no_grad():
             for router in self._routers:
-                index = 0 if self.dynmoe.scope == "global" else router.layer_number - 1
-                router.threshold.copy_(threshold[index : index + 1])
-                router.integral.copy_(integral[index : index + 1])
+                layer = router.layer_number - 1
+                measured = measured_L[layer : layer + 1]
+                router.measured.copy_(torch.where(measured.isnan(), router.measured, measured))
+                if staged is not None:
+                    threshold, integral = staged
+                    first = 0 if self.dynmoe.scope == "global" else layer
+                    router.threshold.copy_(threshold[first : first + 1])
+                    router.integral.copy_(integral[first : first + 1])
 
 
 def routers_of(model: list[torch.nn.Module]) -> Iterator[TopPRouter]:

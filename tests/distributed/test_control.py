@@ -153,6 +153,8 @@ def test_a_skipped_step_counts_for_nothing(results: Results, case: Case) -> None
     assert_follows_the_law(result, [2.0] * 4, skipped=(1,))
     assert result.thresholds[1] == result.thresholds[0]
     assert result.thresholds[2] != result.thresholds[1]
+    measured = result.by_layer("measured")
+    assert measured[1] == measured[0] != measured[2]
 
 
 def test_overflow_in_fp16_skips_steps(results: Results) -> None:

@@ -215,6 +215,8 @@ def test_no_layer_moves_where_one_was_bad(results: Results) -> None:
     result = results[MISCOUNTED_BY_LAYER]
     thresholds, integrals = result.by_layer("threshold"), result.by_layer("integral")
     assert thresholds[1] == thresholds[0] and integrals[1] == integrals[0]
+    measured = result.by_layer("measured")
+    assert measured[1] == measured[0] != measured[2]
     assert all(thresholds[2][layer] != thresholds[1][layer] for layer in range(1, 5))
 
 
