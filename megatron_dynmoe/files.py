@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def partial_name(path: Path) -> Path:
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside its place, bring it to the disk, and put it there at once.
 
-    Whatever ends this process: there is the old file or the new one, never a part of it.
+    Whatever ends this process: there is the old file or the new one, never a part of it. When this
+    returns it is the new one, also after a power cut.
     """
     partial = partial_name(path)
     try:
@@ -35,3 +37,9 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network's file system can
+            os.fsync(folder)
+    finally:
+        os.close(folder)
