@@ -74,6 +74,8 @@ def check_paths(args: Namespace) -> None:
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback
         candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
+    elif load and args.ckpt_fallback and os.environ.get("RANK", "0") == "0":
+        print(f"> --ckpt-fallback can do nothing: how {load} is to be read is not checked here")
 
 
 def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
