@@ -38,8 +38,7 @@ LEAKS = ("memory", "files", "threads", "time")
 
 # What counts as flat. The clock says more about the machine than about the program, and so, on a
 # machine that has other work, does the processor's time. A step is timed by a fixed calculation.
-MOST_MEMORY = 1.0  # MB a minute ...
-MOST_MEMORY_SHARE = 0.01  # ... or this share over all windows, whichever is more
+MOST_MEMORY = 0.01  # growth in a thousand steps, as a share
 MOST_STEP_TIME = 0.15  # the later windows against the earlier
 MOST_OFF_TARGET = 0.03
 
@@ -237,10 +236,10 @@ def judge(windows: Sequence[Window]) -> list[str]:
     """What is not flat; nothing where all is well."""
     problems = []
     first, last = windows[0], windows[-1]
-    slope = slope_of([window.minutes for window in windows], [window.memory for window in windows])
-    allowed = max(MOST_MEMORY, MOST_MEMORY_SHARE * first.memory / (last.minutes - first.minutes))
-    if slope > allowed:
-        problems.append(f"memory grows by {slope:.2f} MB a minute (at most {allowed:.2f})")
+    slope = slope_of([window.step for window in windows], [window.memory for window in windows])
+    growth, allowed = 1000 * slope, MOST_MEMORY * first.memory
+    if growth > allowed:
+        problems.append(f"memory grows by {growth:.1f} MB in 1000 steps (at most {allowed:.1f})")
     for name in ("files", "threads", "children"):
         before, after = getattr(first, name), getattr(last, name)
         if after > before + 1:  # one may be open at the moment

@@ -7,6 +7,7 @@ import json
 import linecache
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -62,8 +63,9 @@ def attempt(line: CommandLine, directory: Path) -> Outcome:
     hung = _wait(children)
     found = [json.loads(path.read_text()) for path in results if path.exists()]
     outcomes = [judge(line, result) for result in found]
-    # One rank's own error comes before those of the ranks that then waited for it in vain.
-    outcomes.sort(key=lambda outcome: ("Connection" in outcome.message, outcome.failed))
+    # One rank's own error comes before those of the ranks that then waited for it in vain, and what
+    # should not be before what may be.
+    outcomes.sort(key=lambda outcome: ("Connection" in outcome.message, not outcome.failed))
     if hung:
         return Outcome("FAILED: hang", f"no end after {TIME_LIMIT:.0f} s")
     stopped = [outcome for outcome in outcomes if outcome.kind != "trained"]
@@ -170,7 +172,7 @@ def judge(line: CommandLine, result: dict[str, Any]) -> Outcome:
     if result["origin"].split(".")[0] == PACKAGE:
         if error != "ValueError":
             return Outcome(f"FAILED: {error} from {result['origin']}", message)
-        if not _names_a_flag(line, result["message"]):
+        if not _names_a_field(result["message"]):
             return Outcome("FAILED: names no flag", message)
         return Outcome("refused by us", message)
     if error not in UPSTREAM_REFUSALS and not result["on_purpose"]:
@@ -178,12 +180,10 @@ def judge(line: CommandLine, result: dict[str, Any]) -> Outcome:
     return Outcome("refused by upstream", message)
 
 
-def _names_a_flag(line: CommandLine, message: str) -> bool:
-    """Whether a message names a flag of the command line, a setting, or one that is missing."""
-    names = [flag for flag, _ in line.flags] + [
-        flag[2:].replace("-", "_") for flag, _ in line.flags
-    ]
-    return "--" in message or any(name in message for name in [*names, *SETTINGS])
+def _names_a_field(message: str) -> bool:
+    """Whether a message names a flag, or says of a setting what it is."""
+    is_setting = rf"\b({'|'.join(SETTINGS)})\b'? (is|are|was|=)"
+    return bool(re.search(r"--[a-z][a-z0-9-]+", message) or re.search(is_setting, message))
 
 
 def parse(text: str) -> CommandLine:
