@@ -34,6 +34,7 @@ main() {
         accept "$PYTHON" || fail_with_remedies "PYTHON=$PYTHON cannot be used: it $verdict."
     fi
     local wanted=$verdict
+    wait_for_others
 
     if has_working_venv && [[ -z $wanted || $wanted == "$verdict" ]]; then
         if cmp -s "$stamp" <(describe_installation); then
@@ -47,6 +48,16 @@ main() {
         has_working_venv || fail_with_remedies "$python made a $venv that $verdict."
     fi
     install
+}
+
+# Every target of make calls this script, and two shells may: they would install into one another's
+# files. What is locked is this folder, so that nothing is left behind.
+wait_for_others() {
+    command -v flock >/dev/null || return 0 # macOS has none
+    exec 9<.
+    flock --nonblock 9 && return
+    echo "Another setup is at work in this folder: waiting for it."
+    flock 9
 }
 
 # Sets verdict to "ok VERSION" or to why the interpreter $1, which has to have the modules $2...,

@@ -1,5 +1,6 @@
 """tools/setup.sh: which Python it takes, what it says when there is none, when it installs."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -167,6 +168,30 @@ def test_a_second_call_installs_nothing_and_a_change_installs_again(sandbox: San
         sandbox.run()
         assert len(sandbox.calls("pip")) == before + 1, changed
     assert len(sandbox.calls("venv")) == 1
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_two_setups_do_not_install_at_once(sandbox: Sandbox) -> None:
+    sandbox.put(sandbox.bin / "python3.12", WORKING)
+    (sandbox.bin / "flock").symlink_to(shutil.which("flock") or "flock")
+    folder = os.open(sandbox.repository, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with subprocess.Popen(
+            ["bash", "tools/setup.sh"],
+            cwd=sandbox.repository,
+            env={"PATH": str(sandbox.bin), "HOME": str(sandbox.home)},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as waiting:
+            assert waiting.stdout is not None
+            assert "Another setup is at work" in waiting.stdout.readline()
+            assert sandbox.calls("venv") == []
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            assert "Ready after" in waiting.stdout.read()
+        assert waiting.returncode == 0 and len(sandbox.calls("pip")) == 1
+    finally:
+        os.close(folder)
 
 
 def test_an_installation_that_fails_is_not_taken_for_finished(sandbox: Sandbox) -> None:
