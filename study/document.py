@@ -9,7 +9,7 @@ from study import tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.results import Results
-from study.variants import SIZES, VARIANTS, Size
+from study.variants import SIZES, TARGET, VARIANTS, Size
 
 DOCUMENT, IMAGES = ROOT / "docs" / "study.md", ROOT / "docs" / "images"
 RESULTS = ROOT / "study" / "results"
@@ -131,14 +131,24 @@ def _results(results: Results) -> str:
         ),
         *(
             [
-                f"Seeds alone make a standard deviation of {spread:.4f} in the validation loss, "
-                "pooled over the variants with several."
+                "",
+                fill(
+                    f"Seeds alone make a standard deviation of {spread:.4f} in the validation "
+                    "loss, pooled over the variants with several.",
+                    100,
+                ),
             ]
             if spread is not None
             else []
         ),
         "",
         "![Experts per token over training](images/study_experts.png)",
+        "",
+        fill(
+            "A line a seed; the band is the standard deviation over tokens and layers in the first "
+            f"one. Dashed: {TARGET:g} experts.",
+            100,
+        ),
         "",
         *tables.holding(results),
         *tables.patterns(results),
