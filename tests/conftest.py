@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 # How long an example takes says more about the machine's load than about the code.
 settings.register_profile("shared-machine", deadline=None, print_blob=True)
 settings.load_profile("shared-machine")
+
+# The background of a script ignores Ctrl-C, and so would every run that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where there is no GPU, Triton interprets its kernels on the CPU, if it hears so before its import.
 if not Path("/dev/nvidiactl").exists():

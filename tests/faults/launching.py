@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -108,6 +109,7 @@ def _agent(num_ranks: int, flags: list[str], folder: Path, kill: Kill | None) ->
     """What the ``torchrun`` command does after it has read its own flags."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has tests ignore
     _output_to(folder / "agent.log")
     _note_pid(folder, "agent")
     config = LaunchConfig(
@@ -133,6 +135,7 @@ def _rank(flags: list[str], folder: Path, kill: Kill | None, world: dict[str, st
     # As in a process that was started by itself; the fork server has handed on its own way.
     multiprocessing.set_start_method("fork", force=True)
     rank = int(os.environ["RANK"])
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     _output_to(folder / f"rank{rank}.log")
     _note_pid(folder, f"rank{rank}")
     sys.argv = ["pretrain", *flags]
