@@ -114,6 +114,12 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                         f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
                         "model's layers itself. Leave it out."
                     )
+        for name in ("log_interval", "tensorboard_log_interval"):
+            if getattr(args, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more, since "
+                    "Megatron divides by it."
+                )
         check_sequence_parallel(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)

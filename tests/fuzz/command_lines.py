@@ -183,6 +183,7 @@ UPSTREAM: dict[str, tuple[str | None, ...]] = {
     "--seed": ("1", "0", "-1"),
     # what a run says and checks
     "--log-interval": ("2", "0"),
+    "--tensorboard-log-interval": ("2", "0"),
     "--log-throughput": SWITCH,
     "--log-params-norm": SWITCH,
     "--log-num-zeros-in-grad": SWITCH,
