@@ -38,7 +38,9 @@ LEAKS = ("memory", "files", "threads", "time")
 
 # What counts as flat. The clock says more about the machine than about the program, and so, on a
 # machine that has other work, does the processor's time. A step is timed by a fixed calculation.
-MOST_MEMORY = 0.01  # growth in a thousand steps, as a share
+# Batches of other shapes leave other holes in the heap: over 500 steps of this model the windows of
+# stock top-2, too, lie up to 3 % apart, up and down.
+MOST_MEMORY = 0.02  # growth over all windows, as a share
 MOST_STEP_TIME = 0.15  # the later windows against the earlier
 MOST_OFF_TARGET = 0.03
 
@@ -237,9 +239,9 @@ def judge(windows: Sequence[Window]) -> list[str]:
     problems = []
     first, last = windows[0], windows[-1]
     slope = slope_of([window.step for window in windows], [window.memory for window in windows])
-    growth, allowed = 1000 * slope, MOST_MEMORY * first.memory
+    growth, allowed = slope * (last.step - first.step), MOST_MEMORY * first.memory
     if growth > allowed:
-        problems.append(f"memory grows by {growth:.1f} MB in 1000 steps (at most {allowed:.1f})")
+        problems.append(f"memory grows by {growth:.1f} MB (at most {allowed:.1f})")
     for name in ("files", "threads", "children"):
         before, after = getattr(first, name), getattr(last, name)
         if after > before + 1:  # one may be open at the moment

@@ -49,7 +49,7 @@ def test_a_flat_run_passes() -> None:
 @pytest.mark.parametrize(
     ("grows", "said"),
     [
-        ({"memory": 1.5}, "memory grows by 10"),
+        ({"memory": 1.5}, "memory grows by 1"),
         ({"files": 0.3}, "files grow from 2"),
         ({"threads": 0.3}, "threads grow from "),
         ({"children": 0.3}, "children grow from "),
