@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import multiprocessing
 import queue
 from typing import Any
 
@@ -24,6 +25,7 @@ def install() -> None:
     _resume_under_another_layout()
     _guard_checkpoints()
     _hear_every_signal()
+    _tell_data_workers_whose_they_are()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -269,3 +271,21 @@ def _hear_every_signal() -> None:
 
     global_vars.DistributedSignalHandler = StopSignals
     data_samplers.DistributedSignalHandler = StopSignals  # in the processes that load data
+
+
+def _tell_data_workers_whose_they_are() -> None:
+    """``torch/utils/data/_utils/worker.py``: a worker ends when its parent changes.
+
+    It looks for the first time some moments after it was started. Where its rank has been killed in
+    between, it takes whoever has adopted it for its parent, and stays for ever.
+    """
+    from torch.utils.data._utils import worker
+
+    class Watchdog(worker.ManagerWatchdog):
+        def __init__(self) -> None:
+            super().__init__()
+            parent = multiprocessing.parent_process()
+            if parent is not None:
+                self.manager_pid = parent.pid
+
+    worker.ManagerWatchdog = Watchdog
