@@ -84,7 +84,11 @@ def cause(error: BaseException) -> str:
         if error.errno == errno.ENOSPC:
             words = "no space is left on the device"
         return f"{words}: {error.filename}" if error.filename else words
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    if "inline_container" in text and "unexpected pos" in text:
+        # What PyTorch's writer says of a file that it could only write a part of
+        return f"no space is left on the device, or a quota is used up ({text})"
+    return text
 
 
 def is_local(path: Any) -> bool:
