@@ -63,7 +63,6 @@ def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str
                 f"--transformer-impl is {transformer_impl} and --moe-dynamic-backend is {backend}, "
                 f"which needs {implied}: leave --transformer-impl out."
             )
-    if backend != "auto":
         if backend == "transformer_engine" and not has_transformer_engine():
             raise ValueError(
                 "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
