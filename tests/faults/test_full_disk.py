@@ -14,6 +14,7 @@ import pytest
 
 from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.training.checkpoint_load import choose
+from megatron_dynmoe.training.checkpoints import cause
 from tests.distributed.harness import DTOP_P, TINY
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start
 
@@ -138,3 +139,8 @@ def wait_for(happens: Callable[[], bool], attempt: Attempt) -> None:
     while not happens():
         assert time.monotonic() < end, attempt.log()
         time.sleep(0.005)
+
+
+def test_what_pytorchs_writer_says_of_a_full_disk_is_put_in_words() -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert cause(error).startswith("no space is left on the device") and "704" in cause(error)
