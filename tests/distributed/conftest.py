@@ -8,5 +8,6 @@ from tests.distributed.harness import Results
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of cases; see :mod:`tests.distributed.harness`."""
-    modules = {item.module.__name__ for item in request.session.items}  # type: ignore[attr-defined]
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    modules = {test.module.__name__ for test in tests}
     return Results(tmp_path_factory.mktemp("distributed"), modules)
