@@ -10,8 +10,10 @@ import json
 import math
 import re
 import statistics
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +48,10 @@ class Series(NamedTuple):
 
 
 def read_scalars(run_dir: Path) -> dict[str, Series]:
-    """Read all scalars of a run; where a resumed run repeats an iteration the later value counts.
+    """Read all scalars of a run, as the last of its starts left them.
+
+    A run that goes on from a checkpoint before its last step makes void what was logged after that
+    checkpoint.
 
     Raises:
         NothingLogged: the folder holds no event files.
@@ -61,21 +66,42 @@ def read_scalars(run_dir: Path) -> dict[str, Series]:
         )
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
+    # TensorBoard goes through the files by name, which orders those of one second by chance.
+    by_tag = {
+        tag: sorted(accumulator.Scalars(tag), key=attrgetter("wall_time"))
+        for tag in accumulator.Tags()["scalars"]
+    }
+    trained = [event.wall_time for event in by_tag.get(LOSS, [])]
     scalars = {}
-    for tag in accumulator.Tags()["scalars"]:
-        last = {}
-        for event in accumulator.Scalars(tag):
-            # Megatron writes the test loss, too, under the name of the validation loss.
-            if tag.endswith("validation") and event.step in last:
-                continue
-            last[event.step] = event
-        events = [last[step] for step in sorted(last)]
+    for tag, events in by_tag.items():
+        kept = _without_void(events, trained if "validation" in tag else None)
         scalars[tag] = Series(
-            [event.step for event in events],
-            [event.value for event in events],
-            [event.wall_time for event in events],
+            [event.step for event in kept],
+            [event.value for event in kept],
+            [event.wall_time for event in kept],
         )
     return scalars
+
+
+def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
+    """The events of one scalar, in order of time, without those that a later start went back over.
+
+    Args:
+        events: in order of time.
+        trained: of a scalar of evaluation: the times at which training logged a step. An
+            evaluation that goes back without a step of training since the one before is that of
+            the test set, which Megatron logs under the same name, or of ``--skip-train``.
+    """
+    kept: list[Any] = []
+    for event in events:
+        if kept and event.step <= kept[-1].step and trained is not None:
+            steps_before = bisect_right(trained, kept[-1].wall_time)
+            if steps_before == bisect_right(trained, event.wall_time):
+                continue
+        while kept and kept[-1].step >= event.step:
+            kept.pop()
+        kept.append(event)
+    return kept
 
 
 def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, Any]:

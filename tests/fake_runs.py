@@ -19,14 +19,22 @@ MEGATRON = {
 }
 
 
-def write_events(run_dir, scalars):
-    """``scalars``: name -> list of (iteration, value); one second per iteration."""
-    writer = EventFileWriter(str(run_dir / "tensorboard"))
+def write_events(run_dir, scalars, start=1000.0):
+    """``scalars``: name -> list of (iteration, value); one second per iteration from ``start`` on.
+
+    Returns:
+        The file, whose name TensorBoard makes of the second, the host and the process.
+    """
+    folder = run_dir / "tensorboard"
+    before = set(folder.iterdir()) if folder.exists() else set()
+    writer = EventFileWriter(str(folder))
     for tag, points in scalars.items():
         for step, value in points:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.add_event(Event(wall_time=1000.0 + step, step=step, summary=summary))
+            writer.add_event(Event(wall_time=start + step, step=step, summary=summary))
     writer.close()
+    (path,) = set(folder.iterdir()) - before
+    return path
 
 
 def make_run(run_dir, routing, scalars, **megatron):

@@ -75,12 +75,41 @@ def test_a_schedule_is_kept_as_text(tmp_path):
     assert write_report(tmp_path)["target_experts_per_token"] == "0:8,10:2"
 
 
-def test_a_resumed_run_that_repeats_steps_counts_the_later_ones(tmp_path):
-    write_events(tmp_path, {"lm loss": [(1, 9.0), (2, 8.0), (3, 7.0)]})
-    write_events(tmp_path, {"lm loss": [(3, 7.5), (4, 6.0)]})
-    series = read_scalars(tmp_path)["lm loss"]
-    assert series.iterations == [1, 2, 3, 4]
-    assert series.values == pytest.approx([9.0, 8.0, 7.5, 6.0])
+@pytest.mark.parametrize("names", ["12", "21"])
+def test_a_resumed_run_makes_void_what_the_start_before_logged(tmp_path, names):
+    """Whatever the files are called: those of one second are in no order."""
+    before = {
+        "lm loss": [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 5.0)],
+        "lm loss validation": [(2, 8.1), (4, 6.1), (5, 5.1), (5, 99.0)],  # the last: the test set's
+        "dynmoe/validation_experts_per_token": [(2, 3.0), (4, 3.0), (5, 3.0), (5, 99.0)],
+    }
+    after = {
+        "lm loss": [(3, 7.5), (4, 6.5)],
+        "lm loss validation": [(4, 6.2)],
+        "dynmoe/validation_experts_per_token": [(4, 2.0)],
+    }
+    folder = tmp_path / "tensorboard"
+    for name, scalars, start in zip(names, (before, after), (1000, 2000), strict=True):
+        file = write_events(tmp_path, scalars, start)
+        file.rename(folder / f"events.out.tfevents.{name}")
+    read = {
+        tag: (series.iterations, series.values) for tag, series in read_scalars(tmp_path).items()
+    }
+    assert read["lm loss"] == ([1, 2, 3, 4], pytest.approx([9.0, 8.0, 7.5, 6.5]))
+    assert read["lm loss validation"] == ([2, 4], pytest.approx([8.1, 6.2]))
+    assert read["dynmoe/validation_experts_per_token"] == ([2, 4], [3.0, 2.0])
+
+
+def test_an_evaluation_without_training_changes_no_curve(tmp_path):
+    """Of the test set at the end, or of an earlier checkpoint by ``--skip-train``."""
+    losses = {
+        "lm loss": [(2, 8.0), (4, 6.0)],
+        "lm loss validation": [(2, 8.1), (4, 6.1), (4, 99.0)],
+    }
+    write_events(tmp_path, losses)
+    write_events(tmp_path, {"lm loss validation": [(2, 98.0)]}, start=2000)
+    series = read_scalars(tmp_path)["lm loss validation"]
+    assert (series.iterations, series.values) == ([2, 4], pytest.approx([8.1, 6.1]))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
