@@ -27,6 +27,7 @@ from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
+from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
 from megatron_dynmoe.upstream_flags import check_sequence_parallel, check_upstream_settings
 
@@ -114,12 +115,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                         f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
                         "model's layers itself. Leave it out."
                     )
-        for name in ("log_interval", "tensorboard_log_interval"):
-            if getattr(args, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more, since "
-                    "Megatron divides by it."
-                )
+        check_intervals(args)
         check_sequence_parallel(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)

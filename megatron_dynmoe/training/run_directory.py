@@ -61,7 +61,7 @@ def set_paths(args: Namespace) -> None:
             f"{run_dir / report.CHECKPOINTS}, or name another folder."
         )
     args.save = args.save or str(run_dir / report.CHECKPOINTS)
-    if args.save_interval is None and args.non_persistent_save_interval is None:
+    if args.save_interval is None:
         # Megatron wants an interval with --save; it always saves at the end.
         args.save_interval = args.train_iters or 1000
     args.tensorboard_dir = args.tensorboard_dir or str(run_dir / report.TENSORBOARD)

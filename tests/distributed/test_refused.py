@@ -33,8 +33,7 @@ MISTAKES = {
     "--hybrid-layer-pattern *E*E": ("builds the model's layers itself", "Leave it out"),
     "--spec megatron_dynmoe.specs dynmoe_layer_spec": ("itself", "Leave it out"),
     "--sft": ("--sft", "pretrain_gpt.py"),
-    "--log-interval 0": ("use 1 or more",),
-    "--tensorboard-log-interval 0": ("use 1 or more",),
+    "--save {dir}/refused": ("--save-interval is not given", "--run-dir"),
 }
 CASES = {
     flags: add(Case(f"refused_{number}", 1, f"{TINY} {DTOP_P} {flags}"))

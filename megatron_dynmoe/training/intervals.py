@@ -1,0 +1,39 @@
+"""Steps from one log line, evaluation or save to the next: refused where Megatron would crash."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+_DIVIDES = "since Megatron divides by it"
+
+
+def check_intervals(args: Namespace) -> None:
+    """Refuse an interval that is missing or below 1; before Megatron validates its arguments.
+
+    Where only an evaluation is asked for, a missing ``--eval-interval`` is filled in: it means
+    nothing then, but Megatron divides by it after a load all the same.
+
+    Raises:
+        ValueError: names the flag, its value and the remedy.
+    """
+    if args.skip_train:
+        args.eval_interval = args.eval_interval or 1
+    needed = {
+        "log_interval": _DIVIDES,
+        "tensorboard_log_interval": _DIVIDES,
+        "eval_interval": f"{_DIVIDES}, also where --eval-iters is 0",
+    }
+    if args.save:
+        needed["save_interval"] = "which Megatron needs with --save (--run-dir sets both)"
+    for name, reason in needed.items():
+        value = getattr(args, name)
+        if value is None or value < 1:
+            found = "not given" if value is None else value
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {found}: use 1 or more steps, {reason}.")
+    retain = args.save_retain_interval
+    if args.save and retain is not None and (retain < 1 or retain % args.save_interval):
+        raise ValueError(
+            f"--save-retain-interval is {retain}: use a multiple of --save-interval "
+            f"({args.save_interval}), or leave it out to keep every checkpoint."
+        )
