@@ -44,6 +44,57 @@ def test_files_that_fit(tmp_path):
     check(data_path=None, train_data_path=[good], valid_data_path=[good])
 
 
+PATHS = {
+    "train_data_path": ["{gone}"],
+    "valid_data_path": ["1", "{good}", "1", "{gone}"],
+    "data_args_path": "1 {good} 1 {gone}",
+    "per_split_data_args_path": '{{"train": ["{good}"], "valid": "1 {gone}", "test": null}}',
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path, name):
+    good, gone = write(tmp_path / "good", DOCUMENTS), str(tmp_path / "gone")
+    value = PATHS[name]
+    if isinstance(value, str):
+        value = written(tmp_path / "list", value.format(good=good, gone=gone))
+    else:
+        value = [word.format(good=good, gone=gone) for word in value]
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag}: {gone}: there is no gone.idx. Remedy: "):
+        check(data_path=None, **{name: value})
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("data_args_path", None, "no such file or directory: .*list"),
+        ("data_args_path", "a b 1 c", "some prefixes have a weight"),
+        ("per_split_data_args_path", None, "no such file or directory: .*list"),
+        ("per_split_data_args_path", "1 a", "Extra data"),
+        ("per_split_data_args_path", '{"train": "a"}', "'valid'"),
+        ("per_split_data_args_path", '["a"]', "list indices"),
+    ],
+)
+def test_a_list_of_data_that_cannot_be_read(tmp_path, name, text, reason):
+    path = str(tmp_path / "list")
+    if text is not None:
+        written(tmp_path / "list", text)
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"^{flag}: the list .*\({reason}.*\)\. Remedy: "):
+        check(data_path=None, **{name: path})
+
+
+def test_a_run_without_data_is_refused():
+    with pytest.raises(ValueError, match=r"^--data-path is not given: .* --mock-data"):
+        check(data_path=None)
+
+
 def overwrite(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)

@@ -19,9 +19,14 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dynmoe.doctor import FAILED
 from megatron_dynmoe.doctor.data import Vocabulary, check_dataset
+from megatron_dynmoe.training.checkpoints import cause
 
 # Of each .bin file, about this much is read at start-up.
 BYTES_LOOKED_AT = 1 << 26
+_DATA_FLAGS = (
+    *("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"),
+    "per_split_data_args_path",
+)
 _OTHER_TOKENIZER = "preprocess the text with the tokenizer of the run"
 
 
@@ -41,12 +46,18 @@ def check_token_files(args: Any) -> None:
     if args.mock_data or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
-    for prefix in _prefixes(args):
+    named = _named_files(args)
+    if not named:
+        raise ValueError(
+            "--data-path is not given: name what tools/preprocess_data.py wrote, without .bin, or "
+            "give --mock-data to try without data."
+        )
+    for prefix, flag in named.items():
         if "://" in prefix:
             continue
         check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
         if check.state == FAILED:
-            raise ValueError(f"--data-path: {check.found}. Remedy: {check.remedy}.")
+            raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
 
 
 @contextmanager
@@ -78,7 +89,7 @@ def _cached_indexes(args: Any) -> Iterator[Path]:
     if args.data_cache_path:
         folders = [Path(args.data_cache_path)]
     else:  # upstream's default
-        folders = [Path(p) / "cache" / f"{GPTDataset.__name__}_indices" for p in _prefixes(args)]
+        folders = [Path(p) / "cache" / f"{GPTDataset.__name__}_indices" for p in _named_files(args)]
     for folder in folders:
         yield from sorted(folder.glob("*.npy"))
 
@@ -91,11 +102,25 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _prefixes(args: Any) -> list[str]:
-    """Of the token files that the flags name, each once."""
-    together, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend for blend in [together, *(per_split or [])] if blend is not None]
-    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
+def _named_files(args: Any) -> dict[str, str]:
+    """The token files that the flags name, each once, with its flag."""
+    try:
+        together, per_split = get_blend_and_blend_per_split(args)
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
+        given = [name for name in _DATA_FLAGS if getattr(args, name) is not None]
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        is_mixed = isinstance(error, AssertionError)
+        reason = "some prefixes have a weight and some have none" if is_mixed else cause(error)
+        raise ValueError(
+            f"{flags}: the list of data cannot be read ({reason}). Remedy: give prefixes, each "
+            "with a weight before it or none, or a file of these words; per split, a JSON file "
+            "with lists named train, valid and test."
+        ) from None
+    lists = [("--data-args-path" if args.data_args_path else "--data-path", together)]
+    for split, blend in zip(("train", "valid", "test"), per_split or [None] * 3, strict=True):
+        is_file = args.per_split_data_args_path is not None
+        lists.append(("--per-split-data-args-path" if is_file else f"--{split}-data-path", blend))
+    return {prefix: flag for flag, blend in lists if blend for prefix in blend[0]}
 
 
 @dataclass
