@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import time
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from megatron_dynmoe.run import prepare
 
 
+@record  # so that torchrun, which speaks last, repeats what a rank died of
 def main() -> None:
     """Parse the command line and train."""
     program_start = time.time()

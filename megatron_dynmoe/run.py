@@ -14,24 +14,42 @@ import runpy
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
+@contextmanager
+def refusing_plainly() -> Iterator[None]:
+    """Let a refusal be the last thing seen: it says what to do, and a stack would bury it."""
+    try:
+        yield
+    except ValueError:
+        sys.tracebacklimit = 0
+        raise
+
+
 def prepare() -> None:
-    """Install the CPU layer where it is wanted, and the patches. Call before using Megatron."""
+    """Install the CPU layer where it is wanted, and the patches. Call before using Megatron.
+
+    Raises:
+        ValueError: a variable of the environment asks for what there is not.
+    """
     from megatron_dynmoe.backends import cpu
 
-    if cpu.wanted():
+    with refusing_plainly():
+        is_on_cpu = cpu.wanted()
+        if "RANK" not in os.environ:
+            _be_a_world_of_one()
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            _end_with_torchrun()
+    if is_on_cpu:
         cpu.install()
     from megatron_dynmoe import compat
 
     compat.install()
-    if "RANK" not in os.environ:
-        _be_a_world_of_one()
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_torchrun()
 
 
 def _be_a_world_of_one() -> None:
