@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_dynmoe.config import BALANCE_LOSSES, SETTINGS, DynMoEConfig
 
 PREFIX = "moe_dynamic_"
+# A field's name in a message, but for values, paths and parts of longer words.
+_FIELD = re.compile(rf"(?<![\w'./-])({'|'.join(SETTINGS)})(?![\w'/-])")
 
 
 def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
@@ -20,7 +25,7 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("dynamic routing (megatron_dynmoe)")
     for name, setting in SETTINGS.items():
         group.add_argument(
-            f"--{PREFIX}{name}".replace("_", "-"),
+            flag_of(name),
             # Not argparse's choices: like every bad value, a bad choice is a ValueError.
             metavar="|".join(setting.choices) or setting.kind.upper(),
             help=setting.help.replace("%", "%%"),
@@ -30,6 +35,32 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
         moe_router_load_balancing_type=None, moe_aux_loss_coeff=None, transformer_impl=None
     )
     return parser
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return f"--{PREFIX}{name}".replace("_", "-")
+
+
+@contextmanager
+def naming_flags(args: Namespace) -> Iterator[None]:
+    """Have refusals name settings by their flags, but those that come from ``DYNMOE_CONFIG``.
+
+    Raises:
+        ValueError: in place of one of the block.
+    """
+    try:
+        yield
+    except ValueError as error:
+        config = config_from_environment()
+        in_file = config.to_dict() if config else {}
+
+        def as_given(match: re.Match[str]) -> str:
+            name = match[0]
+            is_flag = name not in in_file or getattr(args, PREFIX + name, None) is not None
+            return flag_of(name) if is_flag else name
+
+        raise ValueError(_FIELD.sub(as_given, str(error))) from None
 
 
 def config_from_environment() -> DynMoEConfig | None:
@@ -50,7 +81,19 @@ def config_from_args(args: Namespace) -> DynMoEConfig:
         base = DynMoEConfig(backend=base.backend)
     flags = {name: getattr(args, PREFIX + name, None) for name in SETTINGS}
     given = {name: value for name, value in flags.items() if value is not None}
-    return dataclasses.replace(base, **given)
+    with naming_flags(args):
+        return dataclasses.replace(base, **given)
+
+
+def resolved_from_args(args: Namespace, num_experts: int | None) -> DynMoEConfig:
+    """As :func:`config_from_args`, with the defaults filled in and all settings checked.
+
+    Raises:
+        ValueError: a setting makes no sense, alone, with another, or for ``num_experts``.
+    """
+    config = config_from_args(args)
+    with naming_flags(args):
+        return config.resolve(num_experts)
 
 
 def settle_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
@@ -70,7 +113,8 @@ def settle_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
             args.moe_aux_loss_coeff = 0.0
         return config
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
-    return adopt_upstream_balance_loss(config, kinds, coefficients)
+    with naming_flags(args):
+        return adopt_upstream_balance_loss(config, kinds, coefficients)
 
 
 def adopt_upstream_balance_loss(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dynmoe.arguments import PREFIX, config_from_args
+from megatron_dynmoe.arguments import PREFIX, naming_flags, resolved_from_args
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.layout import Layout, check_layout
 from megatron_dynmoe.recipes import values_of, whole_number
@@ -62,9 +62,10 @@ def check_routing(flags: Sequence[str], num_experts: int) -> None:
             given = " ".join(values) or "without a value"
             raise ValueError(f"--{name} is {given}: give one value.")
         settings[field] = "".join(values)
-    DynMoEConfig.from_dict(settings, "the command line")  # knows the names
-    arguments = {PREFIX + field: value for field, value in settings.items()}
-    config_from_args(Namespace(**arguments)).resolve(num_experts)
+    args = Namespace(**{PREFIX + field: value for field, value in settings.items()})
+    with naming_flags(args):
+        DynMoEConfig.from_dict(settings, "the command line")  # knows the names
+    resolved_from_args(args, num_experts)
 
 
 def check_flags(flags: Sequence[str]) -> None:

@@ -179,8 +179,8 @@ def _check_worst_case_rows(plan: choice.Plan, transformer: TransformerConfig) ->
     else:
         return
     raise ValueError(
-        f"row_buffer is 'worst_case', but the host has to know the number of rows, because {reason}"
-        f": {remedy}."
+        "row_buffer (--moe-dynamic-row-buffer) is 'worst_case', but the host has to know the "
+        f"number of rows, because {reason}: {remedy}."
     )
 
 

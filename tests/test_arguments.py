@@ -9,6 +9,8 @@ from megatron_dynmoe.arguments import (
     adopt_upstream_balance_loss,
     config_from_args,
     config_from_environment,
+    flag_of,
+    resolved_from_args,
     settle_balance_loss,
 )
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
@@ -27,10 +29,6 @@ def parse(*flags: str) -> Namespace:
     parser.add_argument(TYPE, nargs="+", type=str, default="aux_loss")
     parser.add_argument(COEFF, nargs="+", type=float, default=0.0)
     return add_dynmoe_args(parser).parse_args(flags)
-
-
-def flag_of(name: str) -> str:
-    return "--moe-dynamic-" + name.replace("_", "-")
 
 
 VALUES = {"int": "3", "float": "0.25", "float_or_auto": "0.5", "schedule": "0:8,1000:2"}
@@ -56,7 +54,7 @@ def test_no_flag_leaves_the_defaults():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_bad_value_is_a_value_error_that_names_it(name):
-    with pytest.raises(ValueError, match=f"{name} is 'nonsense': use "):
+    with pytest.raises(ValueError, match=f"^{flag_of(name)} is 'nonsense': use "):
         config_from_args(parse(flag_of(name), "nonsense"))
 
 
@@ -78,6 +76,62 @@ def test_flags_override_the_settings_file(tmp_path, monkeypatch):
     assert config_from_args(parse(flag_of("threshold"), "0.5")) == DynMoEConfig(
         routing="top_p", threshold=0.5, weights="renormalized"
     )
+
+
+MISTAKES = {
+    "--moe-dynamic-threshold 0.3": "--moe-dynamic-threshold is 0.3, which --moe-dynamic-routing "
+    "'dtop_p' does not have: use --moe-dynamic-initial-threshold, or set --moe-dynamic-routing to "
+    "'top_p'.",
+    "--moe-dynamic-min-threshold 0.6 --moe-dynamic-max-threshold 0.5": "--moe-dynamic-min-"
+    "threshold is 0.6 and --moe-dynamic-max-threshold is 0.5: use 0 <= min < max <= 1.",
+    "--moe-dynamic-max-experts-per-token 1": "--moe-dynamic-target-experts-per-token is 2: every "
+    "token uses at least 1 expert and at most 1 (--moe-dynamic-max-experts-per-token), so use 1 to "
+    "1.",
+    "--moe-dynamic-scope threshold": "--moe-dynamic-scope is 'threshold': use one of global, "
+    "layer.",
+    "--moe-dynamic-weights /a/scope": "--moe-dynamic-weights is '/a/scope': use one of raw, "
+    "renormalized.",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_refusal_names_flags_where_flags_were_given(flags):
+    args = parse(flag_of("routing"), "dtop_p", flag_of("target_experts_per_token"), "2")
+    with pytest.raises(ValueError) as error:
+        resolved_from_args(parse_into(args, flags), 16)
+    assert str(error.value) == MISTAKES[flags]
+
+
+def parse_into(args: Namespace, flags: str) -> Namespace:
+    return Namespace(**vars(args) | {k: v for k, v in vars(parse(*flags.split())).items() if v})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "initial_threshold is 0.9: it must lie between --moe-dynamic-min-threshold .*"),
+        (("0.7",), "--moe-dynamic-initial-threshold is 0.7: .* max_threshold "),
+    ],
+)
+def test_a_refusal_names_fields_where_they_were_given_in_a_file(
+    tmp_path, monkeypatch, flags, message
+):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "{routing: dtop_p, target_experts_per_token: 2, initial_threshold: 0.9, max_threshold: 0.5}"
+    )
+    monkeypatch.setenv("DYNMOE_CONFIG", str(path))
+    given = (flag_of("initial_threshold"), *flags) if flags else ()
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        resolved_from_args(parse(*given), 16)
+
+
+def test_a_mistake_in_the_file_is_told_in_its_own_words(tmp_path, monkeypatch):
+    path = tmp_path / "settings.yaml"
+    path.write_text("treshold: 0.5")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(path))
+    with pytest.raises(ValueError, match=r"settings\.yaml: .* did you mean threshold\?$"):
+        config_from_args(parse())
 
 
 def test_the_baseline_is_one_flag_away_from_any_settings_file(tmp_path, monkeypatch):
@@ -125,12 +179,12 @@ def test_both_flags_may_say_the_same():
         (
             (TYPE, "aux_loss"),
             {"balance_loss": "none"},
-            f"{TYPE} is aux_loss and balance_loss is none",
+            f"{TYPE} is aux_loss and --moe-dynamic-balance-loss is none",
         ),
         (
             (COEFF, "0.02"),
             {"balance_loss_coeff": 0.01},
-            f"{COEFF} is 0.02 and balance_loss_coeff is 0.01",
+            f"{COEFF} is 0.02 and --moe-dynamic-balance-loss-coeff is 0.01",
         ),
         ((TYPE, "aux_loss", "none"), {}, rf"{TYPE} is \['aux_loss', 'none'\].*give one"),
         ((COEFF, "0.1", "0.2"), {}, rf"{COEFF} is \[0.1, 0.2\].*give one"),

@@ -6,7 +6,7 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_dynmoe.arguments import config_from_args
+from megatron_dynmoe.arguments import resolved_from_args
 from megatron_dynmoe.control.calibrate import initial_experts_per_token
 
 # A fixed threshold starts at about this many times its later count. With 16 experts Dynamic MoE
@@ -49,7 +49,7 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         ValueError: a setting makes no sense, or the given mean is out of range.
     """
     num_experts = args.num_experts or 0
-    dynmoe = config_from_args(args).resolve(num_experts)
+    dynmoe = resolved_from_args(args, num_experts)
     if not num_experts:
         return ExpertCounts(0, 0, None, "no experts")
     cap = dynmoe.max_experts_per_token

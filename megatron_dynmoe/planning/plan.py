@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_dynmoe.arguments import config_from_args
+from megatron_dynmoe.arguments import resolved_from_args
 from megatron_dynmoe.layout import Layout, check_layout
 from megatron_dynmoe.planning.counts import ExpertCounts, expected_counts
 from megatron_dynmoe.planning.gpus import GPU
@@ -151,7 +151,7 @@ def checkpoints(recipe: str, flags: Sequence[str]) -> tuple[int, int | None]:
 
 
 def _memory_model(args: Namespace, layout: Layout) -> MemoryModel:
-    resolved = config_from_args(args).resolve(args.num_experts)
+    resolved = resolved_from_args(args, args.num_experts)
     return MemoryModel.from_args(args, layout, has_theta=resolved.normalization == "drn")
 
 

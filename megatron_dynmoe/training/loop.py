@@ -17,12 +17,18 @@ from megatron.training import get_args, pretrain, print_rank_last, set_startup_t
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args, settle_balance_loss
+from megatron_dynmoe.arguments import (
+    add_dynmoe_args,
+    config_from_args,
+    naming_flags,
+    settle_balance_loss,
+)
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
+from megatron_dynmoe.run import refusing_plainly
 from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
@@ -56,7 +62,7 @@ def train(program_start: float) -> None:
         ValueError: a setting makes no sense; before anything is built.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    try:
+    with refusing_plainly():
         args, dynmoe = parse_command_line()
         model_config = gpt_config_from_args(args)
         plan = choice.plan(
@@ -64,9 +70,6 @@ def train(program_start: float) -> None:
         )
         resolved, _ = settle(dynmoe, model_config.transformer)
         check_token_files(args)
-    except ValueError:
-        sys.tracebacklimit = 0  # the message says what to do; a stack would bury it
-        raise
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
@@ -119,7 +122,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         check_sequence_parallel(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
-        dynmoe.resolve(args.num_experts)
+        with naming_flags(args):
+            dynmoe.resolve(args.num_experts)
         checkpoint_load.check_paths(args)
         found.append(dynmoe)
         return validate(args, defaults or {})
