@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.command_line import number
-from study import afterwards, corpus, document, fingerprint, results, runs
+from study import corpus, document, fingerprint, results, runs
 from study.queue import Queue
 from study.variants import SIZES, VARIANTS, Size
 
@@ -70,7 +70,7 @@ def _study(args: argparse.Namespace) -> int:
     with _alone(folder):
         # 1. Text
         print(f"text: {text.folder}", flush=True)
-        corpus.prepare(text, files, size.vocab_size)
+        corpus.prepare(text, files, size.vocab_size, size.sequence_length)
 
         # 2. Trainings
         queue = Queue(planned, text, size, args.jobs or size.jobs)
@@ -94,13 +94,16 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _content(finished: Sequence[runs.Run], text: corpus.Corpus) -> dict[str, Any]:
-    rows = [results.row_of(run) for run in finished]
-    post_hoc = []
+    from study import afterwards  # imports PyTorch, for which --list need not wait
+
+    rows, post_hoc, analyses = [], [], []
+    for run in finished:
+        print(f"{run.name}: held-out text", flush=True)
+        rows.append(results.row_of(run, afterwards.held_out(run, text)))
     for run in finished:
         if run.variant.name == "top2":
             print(f"{run.name}: thresholds after the fact", flush=True)
             post_hoc += afterwards.post_hoc(run, text)
-    analyses = []
     for run in finished:
         if run.variant.name in afterwards.ANALYZED and run.seed == 1:
             print(f"{run.name}: experts by source, layer and token", flush=True)

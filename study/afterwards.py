@@ -1,4 +1,4 @@
-"""What is measured on trained models: other thresholds after the fact, layers, sources, tokens.
+"""What is measured on trained models: the held-out text, other thresholds, layers, sources, tokens.
 
 Each result is kept in the run's folder and taken from there the next time.
 """
@@ -9,9 +9,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_dynmoe import calibration
+from megatron_dynmoe.conversion.convert import to_hf
+from megatron_dynmoe.files import replace_file
+from megatron_dynmoe.huggingface import load
 from megatron_dynmoe.report import CHECKPOINTS
 from study.corpus import Corpus
 from study.fingerprint import ROOT
@@ -20,7 +27,22 @@ from study.variants import TARGET
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4)  # Dynamic MoE's Table 7
 ANALYZED = ("dtop_p", "top_p_04")  # the first seed of each
-POST_HOC, ANALYSIS = "post_hoc.json", "analysis"
+BATCH = 8  # sequences
+HELD_OUT, POST_HOC, ANALYSIS = "held_out.json", "post_hoc.json", "analysis"
+
+
+def held_out(run: Run, corpus: Corpus) -> dict[str, float]:
+    """Loss and experts of a model on all held-out text, the same sequences for every run.
+
+    Megatron's own evaluations draw as many sequences at random, by the seed: two of them differ by
+    more than routings do.
+
+    Returns:
+        ``validation_loss``, in nats per predicted token; of a model with experts also
+        ``validation_experts_per_token`` and ``validation_std_experts_per_token``, over tokens and
+        layers.
+    """
+    return _kept(run.folder / HELD_OUT, lambda: _evaluate(*_load(run, corpus)))
 
 
 def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
@@ -28,11 +50,8 @@ def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
 
     On the held-out text of all kinds, tokens packed as in training.
     """
-    kept = run.folder / POST_HOC
-    if not kept.is_file():
-        points = _measure(run, corpus)
-        kept.write_text(json.dumps(points, indent=2) + "\n")
-    return [point | {"seed": run.seed} for point in json.loads(kept.read_text())]
+    points = _kept(run.folder / POST_HOC, lambda: _sweep(*_load(run, corpus)))
+    return [point | {"seed": run.seed} for point in points]
 
 
 def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
@@ -73,13 +92,15 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _measure(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
-    import torch
+def _kept(path: Path, measure: Callable[[], Any]) -> Any:
+    if not path.is_file():
+        text = json.dumps(measure(), indent=2) + "\n"
+        replace_file(path, lambda partial: partial.write_text(text))
+    return json.loads(path.read_text())
 
-    from megatron_dynmoe import calibration
-    from megatron_dynmoe.conversion.convert import to_hf
-    from megatron_dynmoe.huggingface import load
 
+def _load(run: Run, corpus: Corpus) -> tuple[Any, torch.Tensor]:
+    """A trained model, and the held-out text of all kinds in sequences [N, S], as in training."""
     load.be_quiet()
     exported = run.folder / "huggingface"
     if not exported.is_dir():
@@ -96,18 +117,44 @@ def _measure(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
             calibration.read_tokens(
                 Path(corpus.held_out(kind)),
                 tokenizer,
-                num_tokens=2**20,
+                num_tokens=sys.maxsize,
                 sequence_length=config.max_position_embeddings,
             )
             for kind in corpus.kinds
         ]
     )
-    model = load.load_model(exported, config, device=load.default_device())
+    return load.load_model(exported, config, device=load.default_device()), tokens_NS
+
+
+@torch.no_grad()
+def _evaluate(model: Any, tokens_NS: torch.Tensor) -> dict[str, float]:
+    losses, counts = [], []
+    for batch_BS in tokens_NS.split(BATCH):
+        output = model(batch_BS.to(model.device), use_cache=False)
+        logits_TV, labels_T = output.logits[:, :-1].flatten(0, 1), batch_BS[:, 1:].flatten()
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits_TV.float(), labels_T.to(model.device), reduction="none"
+            ).double()
+        )
+        counts.append(output.experts_per_token.flatten().double())
+    experts = torch.cat(counts)
+    found = {"validation_loss": torch.cat(losses).mean().item()}
+    if len(experts):  # a dense model has none
+        found |= {
+            "validation_experts_per_token": experts.mean().item(),
+            "validation_std_experts_per_token": experts.std(correction=0).item(),
+        }
+    return found
+
+
+def _sweep(model: Any, tokens_NS: torch.Tensor) -> list[dict[str, Any]]:
+    config = model.config
 
     def measure(threshold: calibration.Threshold | None, label: str) -> calibration.Measurement:
         if threshold is not None:
-            calibration.set_threshold(model.config, threshold)
-        return calibration.measure(model, tokens_NS, 8, label)
+            calibration.set_threshold(config, threshold)
+        return calibration.measure(model, tokens_NS, BATCH, label)
 
     def point(threshold: float | None, measured: calibration.Measurement) -> dict[str, Any]:
         return {"threshold": threshold, "experts": measured.experts, "loss": measured.loss}

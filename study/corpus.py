@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_dynmoe.data.indexed import token_dtype
 from study.fingerprint import ROOT, of_files
 
 EXAMPLES = ROOT / "examples" / "data"
@@ -80,11 +81,11 @@ def corpus_of(files: Sequence[Path], vocab_size: int, runs: Path) -> Corpus:
     return Corpus(fingerprint, kinds, runs / f"corpus-{fingerprint}")
 
 
-def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int) -> None:
+def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int, sequence_length: int) -> None:
     """Make the corpus where it is not there yet; it appears when it is complete.
 
     Raises:
-        ValueError: a file has too few documents to hold some out.
+        ValueError: a file is too short to hold some of it out.
         subprocess.CalledProcessError: a tool failed, and said why.
     """
     if corpus.folder.is_dir():
@@ -107,6 +108,14 @@ def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int) -> None:
             *("--tokenizer-model", str(partial / "tokenizer.model")),
             *("--output-prefix", str(file).removesuffix(_SUFFIX)),
         )
+    for kind, file in zip(corpus.kinds, files, strict=True):
+        tokens = partial / f"{kind}-held-out_text_document.bin"
+        num_tokens = tokens.stat().st_size // token_dtype(vocab_size).itemsize
+        if num_tokens < sequence_length:
+            raise ValueError(
+                f"--text {file}: {num_tokens} tokens at its end are held out, and a sequence has "
+                f"{sequence_length}; give more documents."
+            )
     partial.rename(corpus.folder)
 
 

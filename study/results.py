@@ -24,12 +24,15 @@ CURVE_POINTS = 100
 _NO_CURVES = ("curve", "validation_curve", "experts_by_layer")
 
 
-def row_of(run: Run) -> dict[str, Any]:
-    """The numbers of a finished run; quantities over the end of a run are its last fifth's."""
+def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
+    """The numbers of a finished run; quantities over the end of a run are its last fifth's.
+
+    Args:
+        held_out: what :func:`study.afterwards.held_out` measured.
+    """
     resolved, scalars = report.read_run(run.folder)
     summary = report.summarize_run(resolved, scalars)
     drawn = overlay.read(run.folder, run.name)
-    evaluations = scalars["lm loss validation"]
     tokens_per_step = drawn.tokens[-1] / summary["iterations"]
     row: dict[str, Any] = {
         "variant": run.variant.name,
@@ -37,21 +40,17 @@ def row_of(run: Run) -> dict[str, Any]:
         "commit": run.commit,
         "steps": summary["iterations"],
         "tokens": int(drawn.tokens[-1]),
-        "validation_loss": evaluations.values[-1],
+        **held_out,
         "expert_flops": drawn.expert_flops[-1],
         "seconds_per_step": tokens_per_step / summary["tokens_per_second"],
         "processor_seconds_per_step": run.processor_seconds_per_step(),
         "experts_per_token": summary["mean_experts_per_token"],
         "std_experts_per_token": summary["std_experts_per_token"],
         "threshold": summary["final_threshold"],
-        "validation_curve": {"tokens": drawn.validation[0], "loss": evaluations.values},
     }
     if drawn.threshold is not None:
         assert drawn.experts is not None
-        for name in ("experts", "std_experts"):
-            series = scalars[f"dynmoe/validation_{name}_per_token"]
-            row["validation_curve"][name] = series.values
-            row[f"validation_{name}_per_token"] = series.values[-1]
+        evaluations = scalars["dynmoe/validation_experts_per_token"]
         late = drawn.experts[len(drawn.experts) // 5 :]
         row |= {
             "fewest_experts_per_token": late.min(),
@@ -60,6 +59,7 @@ def row_of(run: Run) -> dict[str, Any]:
                 statistics.fmean(tail(series.values))
                 for series in report.layers(scalars, "experts_per_token").values()
             ],
+            "validation_curve": {"tokens": drawn.validation[0], "experts": evaluations.values},
             "curve": {
                 "tokens": _thin(drawn.tokens),
                 "experts": _thin(drawn.experts),
@@ -185,9 +185,8 @@ class Results:
         return statistics.fmean(self.values(variant, name))
 
     def experts(self, variant: str) -> list[float]:
-        """Experts per token of each seed, of the last evaluation where they were counted in it."""
-        name = "validation_experts_per_token"
-        return self.values(variant, name) or self.values(variant, "experts_per_token")
+        """Experts per token of each seed, on the held-out text."""
+        return self.values(variant, "validation_experts_per_token")
 
     def spread(self, name: str) -> float | None:
         """Standard deviation over seeds, pooled over the variants that have several."""

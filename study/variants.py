@@ -99,8 +99,8 @@ class Size:
         flags: the model, the batch and the optimizer.
         vocab_size: of the tokenizer that is trained on the study's text.
         steps: training steps of a run.
-        num_evaluations: how often a run is evaluated, the last time at its end.
-        eval_iters: batches of an evaluation.
+        num_evaluations: how often a run is evaluated while it trains.
+        eval_iters: batches of such an evaluation.
         jobs: runs side by side.
         recorded: whether results of this size are kept in study/results.
     """
@@ -115,6 +115,11 @@ class Size:
     eval_iters: int
     jobs: int
     recorded: bool = True
+
+    @property
+    def sequence_length(self) -> int:
+        flags = self.flags.split()
+        return int(flags[flags.index("--seq-length") + 1])
 
     def scaled(self, factor: float) -> Size:
         """The same with more or fewer tokens a run, which is not recorded."""
@@ -141,7 +146,7 @@ SIZES = {
             tokens_per_step=2048,
             steps=504,
             num_evaluations=4,
-            eval_iters=59,  # all held-out text: parts of it would differ by more than routings do
+            eval_iters=59,  # as much as there is held-out text
             jobs=2,
         ),
         Size(
