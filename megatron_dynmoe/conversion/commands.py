@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -139,10 +140,8 @@ def _from_hf(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     print(f"{args.save}: train on with the flags in {args.save / FLAGS}:")
-    print(
-        f"  python -m megatron_dynmoe.pretrain $(cat {args.save / FLAGS}) --load {args.save} "
-        "--exit-on-missing-checkpoint ..."
-    )
+    words = shlex.join([f"@{args.save / FLAGS}", "--load", str(args.save)])
+    print(f"  python -m megatron_dynmoe.pretrain {words} --exit-on-missing-checkpoint ...")
     return 0
 
 

@@ -7,6 +7,7 @@ source, whatever it is. Nothing but copies, so that a round trip gives every bit
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -216,7 +217,9 @@ def from_hf(
     if has_tokenizer(model):
         args["tokenizer_type"] = "HuggingFaceTokenizer"
         args["tokenizer_model"] = str(model.resolve())
-        flags += [f"--{name.replace('_', '-')} {args[name]}" for name in _TOKENIZER_ARGS]
+        flags += [
+            f"--{name.replace('_', '-')} {shlex.quote(args[name])}" for name in _TOKENIZER_ARGS
+        ]
     weights = Weights(source)
     dtype = getattr(torch, source.dtype)
     alike = args["moe_layer_freq"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -142,10 +143,12 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
 
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of this entry point to Megatron's."""
+    """Add the flags of this entry point to Megatron's, and ``@FILE`` for flags in a file."""
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
+    parser.fromfile_prefix_chars = "@"
+    parser.convert_arg_line_to_args = shlex.split  # type: ignore[method-assign]
     for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
         parser = add(parser)
     return parser

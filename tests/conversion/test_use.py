@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,30 @@ def test_the_size_of_the_vocabulary_is_among_the_flags(tmp_path: Path) -> None:
     folder = exported(tmp_path, TOP_P)
     from_hf(folder, tmp_path / "back", progress=False)
     assert "--padded-vocab-size 13" in (tmp_path / "back" / FLAGS).read_text()
+
+
+@pytest.mark.megatron
+def test_the_flags_are_read_from_their_file_whatever_the_folder_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_dynmoe.recipes import recipe_flags
+    from megatron_dynmoe.training.loop import add_flags
+
+    folder = exported(tmp_path, TOP_P).rename(tmp_path / "it's mine")
+    (folder / "tokenizer.json").touch()
+    save = tmp_path / "and back"
+    assert main(["from-hf", "--quiet", "--model", str(folder), "--save", str(save)]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[3:-2]
+    parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    args = parser.parse_args(command)
+    assert (args.tokenizer_model, args.load) == (str(folder), str(save))
+    assert args.moe_dynamic_routing == "top_p" and args.padded_vocab_size == 13
+    recipe = recipe_flags(save / FLAGS)
+    assert recipe[recipe.index("--tokenizer-model") + 1] == str(folder)
 
 
 def test_the_balance_loss_of_stock_top_k_comes_along(tmp_path: Path) -> None:
