@@ -3,7 +3,11 @@
 This file is shipped with exported models, so it imports nothing of the package.
 """
 
+import difflib
+import inspect
 import math
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -185,6 +189,7 @@ class DynMoEModelConfig(PreTrainedConfig):
                 setattr(self, name, default)
 
         self.validate_dynmoe()
+        _warn_of_misspelt(kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -324,6 +329,22 @@ class DynMoEModelConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}[{layer}] is {value!r}, but layer {layer} is dense: use null."
                 )
+
+
+def _warn_of_misspelt(names: Iterable[str]) -> None:
+    """Warn of names that look like a setting's; all others are left to transformers.
+
+    What it writes itself, in later versions too, must not be refused.
+    """
+    known = inspect.signature(DynMoEModelConfig.__init__).parameters
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near:
+            warnings.warn(
+                f"the model's configuration has {name!r}, which is no setting and has no effect: "
+                f"did you mean {near[0]!r}?",
+                stacklevel=3,
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,9 +1,11 @@
 """The model's configuration: what it refuses, and that it is written and read back exactly."""
 
+import dataclasses
 import json
 from fractions import Fraction
 
 import pytest
+from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.huggingface import DynMoEModelConfig
@@ -59,6 +61,21 @@ def test_what_makes_no_sense_is_refused_by_name(settings, said):
         tiny_config(**settings)
     for words in said:
         assert words in str(error.value)
+
+
+def test_a_misspelt_setting_is_mentioned():
+    with pytest.warns(UserWarning, match="'threshhold', which .* did you mean 'threshold'"):
+        config = tiny_config(threshhold=0.9)
+    assert config.threshold == 0.4
+
+
+def test_what_transformers_writes_passes_in_silence(tmp_path, recwarn):
+    fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    others = {"torch_dtype": "float32", "of_a_later_version": [1], **GenerationConfig().to_dict()}
+    theirs = dict.fromkeys(fields - {"num_labels", "id2label", "label2id"}) | others
+    tiny_config(**theirs).save_pretrained(tmp_path)
+    assert DynMoEModelConfig.from_pretrained(tmp_path).of_a_later_version == [1]
+    assert not [warning for warning in recwarn if "no setting" in str(warning.message)]
 
 
 def test_a_threshold_set_later_is_checked_too():
