@@ -119,7 +119,8 @@ def write_shards(
         )
         tensors = {}
         for entry in shard:
-            tensor = entry.make().to(entry.dtype).reshape(entry.shape).contiguous()
+            tensor = cast(entry.make(), entry.dtype, entry.key)
+            tensor = tensor.reshape(entry.shape).contiguous()
             if tensor.untyped_storage().nbytes() > tensor.nbytes:
                 tensor = tensor.clone()  # a part would keep the whole that it was cut from
             tensors[entry.key] = tensor
@@ -133,6 +134,24 @@ def write_shards(
             raise OSError(f"{name}: {error}") from None
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """A tensor in another type.
+
+    Raises:
+        ValueError: a value is beyond that type, in which it would become infinite.
+    """
+    result = tensor.to(dtype)
+    if result is not tensor and result.isinf().any():
+        lost = tensor[result.isinf() & tensor.isfinite()]
+        if len(lost):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{key} holds {lost[0].item():g}, and {name} goes to {torch.finfo(dtype).max:g}: "
+                "use another type (--dtype), or leave it as trained."
+            )
+    return result
 
 
 def write_json(path: Path, content: Any) -> None:

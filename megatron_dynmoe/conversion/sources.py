@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
-from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, check_manifest
+from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast, check_manifest
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.names import (
     FORMATS,
@@ -245,7 +245,7 @@ class Weights:
         """Blocks of one shape along a new first dimension, without a second copy of all."""
         target = torch.empty((len(blocks), *shape), dtype=dtype)
         for place, block in zip(target, blocks, strict=True):
-            place.copy_(self.block(block))
+            place.copy_(cast(self.block(block), dtype, f"{block.key}, expert {block.expert},"))
         return target
 
     def _of_source(self, part: str, block: Block) -> Block | None:
@@ -271,7 +271,7 @@ def theta_in(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     offsets: list[float | None] = [None] * source.shapes.num_layers
     blocks = list(source.shapes.blocks(row)) if row is not None else []
     for block in blocks:
-        offsets[block.layer] = source.read(block).to(dtype).item()  # type: ignore[index]
+        offsets[block.layer] = cast(source.read(block), dtype, block.key).item()  # type: ignore[index]
     return {"theta": thetas(offsets)} if blocks else {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,36 @@ def test_casts_are_those_of_torch(tmp_path: Path, format: str, dtype: str) -> No
         for key, x in kept.items()
     }
     assert_same(hf_tensors(tmp_path / "cast"), expected)
+
+
+LARGE = {
+    "model.embed_tokens.weight": (13, 8),
+    "model.layers.0.mlp.experts.down_proj, expert 0,": (8, 6),
+    "decoder.layers.0.mlp.router.theta_offset": (1,),  # read for config.json, too
+}
+
+
+@pytest.mark.parametrize("key", LARGE)
+@pytest.mark.parametrize(("dtype", "value"), [("float16", -7e4), ("bfloat16", 3.4e38)])
+def test_a_value_that_a_cast_makes_infinite_is_refused(
+    tmp_path: Path, key: str, dtype: str, value: float
+) -> None:
+    def make(shape: Any, generator: torch.Generator) -> Tensor:
+        tensor = torch.randn(shape, generator=generator)
+        tensor.view(-1)[-1] = value if tuple(shape) == LARGE[key] else tensor.view(-1)[-1]
+        return tensor
+
+    load = write_megatron(tmp_path / "load", model_config(**DTOP_P), "float32", make=make)
+    to_hf(load, tmp_path / "as_it_is", progress=False)
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)} holds .*, and {dtype} goes to"):
+        to_hf(load, tmp_path / "cast", dtype=dtype, progress=False)
+    assert not (tmp_path / "cast").exists()
+
+
+def test_an_infinite_value_stays_what_it_is(tmp_path: Path) -> None:
+    config = model_config(**TOP_P)
+    load = write_megatron(tmp_path / "load", config, "float32", make=with_odd_numbers)
+    to_hf(load, tmp_path / "cast", dtype="float16", progress=False)
 
 
 # Anything else than the value in the table: one for each of its entries.
