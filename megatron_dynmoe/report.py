@@ -47,19 +47,25 @@ class Series(NamedTuple):
     times: list[float]
 
 
-def read_scalars(run_dir: Path) -> dict[str, Series]:
+def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Series]:
     """Read all scalars of a run, as the last of its starts left them.
 
     A run that goes on from a checkpoint before its last step makes void what was logged after that
     checkpoint.
 
+    Args:
+        run_dir: the folder given as ``--run-dir``.
+        elsewhere: where the events are, if they are not there (``--tensorboard-dir``).
+
     Raises:
-        NothingLogged: the folder holds no event files.
+        NothingLogged: there are no event files.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run_dir / TENSORBOARD
-    if not any(folder.glob("events.out.tfevents.*")):
+    if elsewhere is not None and not has_events(folder):
+        folder = elsewhere
+    if not has_events(folder):
         raise NothingLogged(
             f"{folder} holds no event files: give the folder of a run that was started with "
             "--run-dir and has logged a step."
@@ -81,6 +87,11 @@ def read_scalars(run_dir: Path) -> dict[str, Series]:
             [event.wall_time for event in kept],
         )
     return scalars
+
+
+def has_events(folder: Path) -> bool:
+    """Whether TensorBoard's events of a run are in a folder."""
+    return any(folder.glob("events.out.tfevents.*"))
 
 
 def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
@@ -139,10 +150,12 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
             f"{run_dir} is not the folder of a run: {reason}. Give the folder that training was "
             "given as --run-dir."
         )
-    scalars = read_scalars(run_dir)
+    resolved = yaml.safe_load(resolved_file.read_text())
+    named = resolved.get("megatron", {}).get("tensorboard_dir")
+    scalars = read_scalars(run_dir, Path(named) if named else None)
     if LOSS not in scalars:
         raise NothingLogged(f"{run_dir} has not logged a step yet: wait for its first log line.")
-    return yaml.safe_load(resolved_file.read_text()), scalars
+    return resolved, scalars
 
 
 def layers(scalars: dict[str, Series], name: str) -> dict[int, Series]:

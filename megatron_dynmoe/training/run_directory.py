@@ -54,8 +54,8 @@ def set_paths(args: Namespace) -> None:
         return
     run_dir = Path(args.run_dir)
     # Asked on the one rank that writes events, and before it does: others could see its own.
-    events = (run_dir / report.TENSORBOARD).glob("events.out.tfevents.*")
-    if args.rank == args.world_size - 1 and args.load is None and any(events):
+    holds_run = report.has_events(run_dir / report.TENSORBOARD)
+    if args.rank == args.world_size - 1 and args.load is None and holds_run:
         raise ValueError(
             f"--run-dir is {run_dir}, which holds a run: go on with it by --load "
             f"{run_dir / report.CHECKPOINTS}, or name another folder."
@@ -113,7 +113,10 @@ def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
     writer = get_tensorboard_writer()  # the last rank's
     if args.rank == args.world_size - 1 and writer is not None:
         writer.flush()
-        report.write_report(run_dir, wall_seconds=time.time() - program_start)
+        try:
+            report.write_report(run_dir, wall_seconds=time.time() - program_start)
+        except report.NothingLogged as error:  # as with a --log-interval beyond the last step
+            print(f"> no {report.SUMMARY} and {report.CURVES}: {error}", flush=True)
 
 
 def _plain(value: Any) -> Any:

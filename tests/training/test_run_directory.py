@@ -2,13 +2,25 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_dynmoe.attempts import is_finished
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.report import SUMMARY, write_report
+from tests.fake_runs import dtop_p_scalars, make_run
 
 pytestmark = pytest.mark.megatron
+
+TOP_K = DynMoEConfig(routing="top_k").resolve(4)
+
+
+def arguments(run_dir: Path, skip_train: bool = False) -> Namespace:
+    return Namespace(
+        **{"run_dir": str(run_dir), "live_plot": False, "rank": 0, "world_size": 1},
+        **{"train_iters": 20, "train_samples": None, "skip_train": skip_train},
+    )
 
 
 @pytest.mark.parametrize("skip_train", [False, True])
@@ -16,10 +28,37 @@ def test_only_training_brings_a_run_to_its_end(tmp_path: Path, skip_train: bool)
     """After an evaluation of what there is so far, the launch scripts have to go on with it."""
     from megatron_dynmoe.training.run_directory import keeping
 
-    args = Namespace(
-        **{"run_dir": str(tmp_path), "live_plot": False, "rank": 0, "world_size": 1},
-        **{"train_iters": 20, "train_samples": None, "skip_train": skip_train},
-    )
-    with keeping(args, DynMoEConfig(routing="top_k").resolve(4), program_start=0.0):
+    with keeping(arguments(tmp_path, skip_train), TOP_K, program_start=0.0):
         pass
     assert is_finished(tmp_path, {}) is not skip_train
+
+
+def test_a_run_that_has_logged_nothing_ends_well_without_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from megatron_dynmoe.training import run_directory
+
+    writer = SimpleNamespace(flush=lambda: None)
+    monkeypatch.setattr(run_directory, "get_tensorboard_writer", lambda: writer)
+    with run_directory.keeping(arguments(tmp_path), TOP_K, program_start=0.0):
+        pass
+    assert "no summary.json and curves.png: " in capsys.readouterr().out
+    assert is_finished(tmp_path, {}) and not (tmp_path / SUMMARY).exists()
+
+
+def test_events_that_tensorboard_dir_put_elsewhere_are_found(tmp_path: Path) -> None:
+    routing = {"routing": "dtop_p", "target_experts_per_token": "2"}
+    elsewhere, run_dir = tmp_path / "events", tmp_path / "run"
+    make_run(run_dir, routing, dtop_p_scalars(), tensorboard_dir=str(elsewhere))
+    expected = write_report(run_dir)
+    (run_dir / "tensorboard").rename(elsewhere)
+    assert write_report(run_dir) == expected
+
+
+def test_events_of_a_runs_own_folder_come_first(tmp_path: Path) -> None:
+    """A copy of a run still names the folder of the original."""
+    routing = {"routing": "dtop_p", "target_experts_per_token": "2"}
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    make_run(original, routing, dtop_p_scalars(10))
+    make_run(copy, routing, dtop_p_scalars(20), tensorboard_dir=str(original / "tensorboard"))
+    assert write_report(copy)["iterations"] == 20
