@@ -190,7 +190,7 @@ class JsonLinesReader(Reader):
 
     def _decompressed(self) -> IO[bytes]:
         if self.path.suffix == ".gz":
-            return io.BufferedReader(gzip.GzipFile(fileobj=self._raw), 1 << 18)
+            return io.BufferedReader(_Gzip(fileobj=self._raw), 1 << 18)
         if self.path.suffix in (".zst", ".zstd"):
             import pyarrow
 
@@ -285,6 +285,12 @@ class ParquetReader(Reader):
     @property
     def position(self) -> int:
         return self.size * self._rows // max(self._rows_total, 1)
+
+
+class _Gzip(gzip.GzipFile):
+    """Hands on all it has before it raises: else the lines before a cut would be lost, too."""
+
+    readinto = gzip.GzipFile.readinto1
 
 
 def _names(record: dict[str, Any]) -> str:

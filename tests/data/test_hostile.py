@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_a_damaged_gzip_or_parquet_file_is_refused_or_read(
             read(path, Limits())
         except ValueError as error:
             assert str(error).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.1, 0.9, 1 - 1e-5])
+def test_of_a_gzip_file_that_is_cut_short_all_whole_lines_are_read(
+    tmp_path: Path, keep: float
+) -> None:
+    lines = "".join(json.dumps({"text": str(i) * 20}) + "\n" for i in range(30000)).encode()
+    whole = gzip.compress(lines)
+    start = whole[: int(len(whole) * keep)]
+    there = zlib.decompressobj(wbits=31).decompress(start).count(b"\n")
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(start)
+    documents = iter(open_reader(path, ["text"], print))
+    read = [next(documents) for _ in range(there)]
+    assert len(read) > 0
+    with pytest.raises(ValueError, match=rf"cut\.jsonl\.gz: cannot be read after line {there}: "):
+        next(documents)
 
 
 @pytest.mark.parametrize(
