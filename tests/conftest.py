@@ -3,14 +3,28 @@
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# How long an example takes says more about the machine's load than about the code.
-settings.register_profile("shared-machine", deadline=None, print_blob=True)
-settings.load_profile("shared-machine")
+# How long an example takes, or its making, says more about the machine's load than about the code.
+calm = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+# The same examples each time: what passes here passes on the machine that decides about a commit.
+settings.register_profile("fixed", derandomize=True, **calm)
+settings.register_profile("random", **calm)  # new ones each time: --hypothesis-profile random
+settings.load_profile("fixed")
+
+# Tests name files of the checkout, and start its commands, from wherever pytest was called.
+os.chdir(Path(__file__).resolve().parents[1])
+
+# Whoever calls pytest may be within a cluster's job, or have settings: a test sets its own.
+OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in [*os.environ]:
+    if name in OF_A_JOB or name.startswith(("SLURM_", "SBATCH_", "TORCHELASTIC_")):
+        del os.environ[name]
+os.environ.pop("DYNMOE_CONFIG", None)
 
 # The background of a script ignores Ctrl-C, and so would every run that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("distributed"))
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from torch's generator depends on no test before it.
+
+    Which those are is the machine's affair: pytest-xdist hands tests to whichever worker is free.
+    """
+    if "torch" in sys.modules:  # a test of a pure module need not import it
+        sys.modules["torch"].manual_seed(0)
 
 
 def has_gpu() -> bool:

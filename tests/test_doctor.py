@@ -46,7 +46,7 @@ def without_software(monkeypatch):
 @pytest.mark.megatron
 @pytest.mark.slow
 def test_software_of_the_test_environment():
-    checks = {check.name: check for check in software.look(timeout=180)}
+    checks = {check.name: check for check in software.look(timeout=900)}
     assert list(checks) == list(software.CHECKS)
     for name in ("Python", "PyTorch", "communication", "Megatron-Core", "back end"):
         assert checks[name].state == PASSED, checks[name]
@@ -62,12 +62,13 @@ def test_tested_versions_are_those_of_the_package():
 
 
 def test_a_hanging_import_is_a_line(monkeypatch):
-    command = ["bash", "-c", f'echo \'{software.MARK}["Python", "passed", "3", ""]\'; sleep 9']
+    said = f'echo \'{software.MARK}["Python", "passed", "3", ""]\''
+    command = ["sh", "-c", f"{said}; exec sleep 600"]
     popen = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda _, **options: popen(command, **options))
-    first, second, *rest = software.look(timeout=0.5)
+    first, second, *rest = software.look(timeout=3)  # by then a shell has spoken, however busy
     assert first == Check("Python", PASSED, "3")
-    assert second[:3] == ("megatron-dynmoe", FAILED, "no answer within 0.5 s")
+    assert second[:3] == ("megatron-dynmoe", FAILED, "no answer within 3 s")
     assert {check.state for check in rest} == {FAILED}
 
 

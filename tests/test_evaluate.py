@@ -32,6 +32,7 @@ from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 from megatron_dynmoe.evaluate import PRESETS, evaluate, load_tasks
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 from megatron_dynmoe.huggingface.load import load_tokenizer
+from tests.ports import reserved_port
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICES = ["red", "green and blue", "no"]
@@ -46,8 +47,10 @@ def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     # It starts a dozen programs to describe the machine.
     monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
-    cache = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    # Nor what this user has fetched before: nothing.
+    caches = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(caches / "hub"))
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +312,10 @@ def test_a_hub_out_of_reach_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         module._stay_offline_without_network()
         assert not constants.HF_HUB_OFFLINE and "HF_HUB_OFFLINE" not in os.environ
-    module._stay_offline_without_network()
+    keeper, port = reserved_port()
+    with keeper:  # which nobody listens to, and nobody else can come to listen to
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        module._stay_offline_without_network()
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
 
 

@@ -24,18 +24,23 @@ def megatron_on_cpu() -> None:
     compat.install()
 
 
-@functools.cache
 def world_of_one() -> None:
-    """Megatron's process groups, each with this rank alone."""
+    """Megatron's process groups, each with this rank alone, and its generators at their start."""
     megatron_on_cpu()
-    from megatron.core import parallel_state
+    _initialize_groups()
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(1)
+
+
+@functools.cache
+def _initialize_groups() -> None:
+    from megatron.core import parallel_state
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
 
 
 def forget_global_state() -> None:
