@@ -280,7 +280,8 @@ def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
 def _errors(attempt: Path) -> list[str]:
     """The first error in each log, once; the rank that died first comes first, torchrun last."""
     found: dict[str, str] = {}
-    ranks = sorted(attempt.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+    # By name where the file system does not tell times apart: its clock may tick every 10 ms.
+    ranks = sorted(attempt.glob("rank-*.log"), key=lambda log: (log.stat().st_mtime_ns, log.name))
     for log in [*ranks, *sorted(attempt.glob("torchrun-*.log"))]:
         lines = log.read_text(errors="replace").splitlines()
         message = next((line for line in lines if _ERROR.match(line)), None)

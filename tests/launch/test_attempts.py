@@ -1,6 +1,7 @@
 """Attempts of a run: what each is started with, and what follows from how it ended."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -211,12 +212,16 @@ def test_a_failure_without_a_newer_checkpoint_is_final(start, tmp_path):
     assert end(start(), 1, was_stopped=False) == FAILED
 
 
-def test_a_failure_shows_the_first_error_of_each_kind(start, capsys):
+def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch):
+    listed = Path.glob  # in an order that is the file system's own affair
+    monkeypatch.setattr(Path, "glob", lambda *of: sorted(listed(*of), reverse=True))
     attempt = start()
     (attempt / "rank-001.log").write_text("Traceback\n[rank1]: ValueError: lr is -1\nlater\n")
     (attempt / "rank-000.log").write_text("RuntimeError: Connection closed by peer\n")
     (attempt / "rank-002.log").write_text("[rank2]: ValueError: lr is -1\n")
     (attempt / "rank-003.log").write_text("pretrain.py: error: unrecognized arguments: --x\n")
+    for log in attempt.glob("rank-*.log"):
+        os.utime(log, (1, 1))  # at once, as far as the file system can tell
     end(attempt, 1, was_stopped=False)
     told = capsys.readouterr().out
     assert "rank-001.log: ValueError: lr is -1" in told
