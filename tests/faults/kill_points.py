@@ -41,6 +41,7 @@ LONGEST_DELAY = 0.3  # seconds
 
 # Where the main thread is, by the innermost of these functions.
 IN_A_STEP, SAVING, AT_LOADING = "in a step", "while saving", "while loading"
+BETWEEN, AFTERWARDS = "between steps", "after the training"
 _PLACES = {"train_step": IN_A_STEP, "save_checkpoint": SAVING, "load_checkpoint": AT_LOADING}
 
 
@@ -212,7 +213,7 @@ def _die(kill: Kill, rank: int, folder: Path, under_way: int, has_ended: bool) -
     told = {
         "at": time.time(),
         "iteration": under_way,
-        "place": "after the training" if has_ended else _place_of_main_thread(),
+        "place": AFTERWARDS if has_ended else _place_of_main_thread(),
     }
     beside = folder / f"killed.{rank}"
     beside.write_text(json.dumps(told))
@@ -230,7 +231,7 @@ def _die(kill: Kill, rank: int, folder: Path, under_way: int, has_ended: bool) -
 def _place_of_main_thread() -> str:
     frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
     places = [_PLACES[frame.name] for frame in frames if frame.name in _PLACES]
-    return places[-1] if places else "between steps"
+    return places[-1] if places else BETWEEN
 
 
 def noted_pids(folder: Path, names: str = "*.pid") -> set[int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults.kill_points import Kill, noted_pids
+from tests.ports import reserved_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.imported"])
@@ -34,6 +35,7 @@ class Attempt:
 
     folder: Path
     started: list[BaseProcess]
+    keeper: socket.socket | None = None  # of the port at which ranks without an agent meet
 
     def log(self) -> str:
         """The ends of all logs."""
@@ -90,9 +92,7 @@ def start(
         agent = CONTEXT.Process(target=_agent, args=(num_ranks, flags, folder, kill))
         agent.start()
         return Attempt(folder, [agent])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    keeper, port = reserved_port()
     ranks = []
     for rank in range(num_ranks):
         world = {
@@ -102,7 +102,7 @@ def start(
         }
         ranks.append(CONTEXT.Process(target=_rank, args=(flags, folder, kill, world)))
         ranks[-1].start()
-    return Attempt(folder, ranks)
+    return Attempt(folder, ranks, keeper)
 
 
 def _agent(num_ranks: int, flags: list[str], folder: Path, kill: Kill | None) -> None:

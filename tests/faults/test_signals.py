@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -55,7 +56,8 @@ def wait_for(happens: Callable[[], bool], attempt: Attempt) -> None:
 
 def send(number: int, attempt: Attempt, names: str) -> None:
     for pid in noted_pids(attempt.folder, names):
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # of several signals, some may come late
+            os.kill(pid, number)
 
 
 def check_end(attempt: Attempt, exit_code: int, save: Path) -> None:
@@ -112,7 +114,7 @@ def test_more_signals_do_not_disturb_the_save(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    length = "--train-iters 60"
+    length = "--train-iters 200"  # not at its end when the signal comes, also on a busy machine
     attempt = begin(TORCHRUN, 2, f"{length} {EP2}", tmp_path)
     send(signal.SIGTERM, attempt, "rank0.pid")
     check_end(attempt, 1, tmp_path / "save")
@@ -125,7 +127,7 @@ def test_the_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         run = start(TORCHRUN, 2, words, tmp_path / f"{name}.logs")
         run.wait_until_all_have_ended(PATIENCE)
         assert run.exit_codes() == [0], run.log()
-        ends.append(checkpoint(CaseResult(Case(name), tmp_path, []), 60))
+        ends.append(checkpoint(CaseResult(Case(name), tmp_path, []), 200))
     assert differences(*ends) == {}
 
 
