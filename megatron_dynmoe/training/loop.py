@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from typing import Any
@@ -132,6 +133,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     megatron_arguments.validate_args = validate_all
     try:
         args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
+    except AssertionError as error:
+        condition = _in_flags(error)
+        if str(error) or "--" not in condition:
+            raise
+        raise ValueError(f"Megatron refuses these flags: it requires: {condition}.") from None
     finally:
         megatron_arguments.validate_args = validate
     if not found:
@@ -140,6 +146,14 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
             "checks of this entry point. Give flags instead."
         )
     return args, found[0]
+
+
+def _in_flags(error: AssertionError) -> str:
+    """The condition that upstream asserts of its arguments, said of the flags."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    condition = line.removeprefix("assert ").rstrip(" \\")
+    named = re.sub(r"\bargs\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), condition)
+    return named.replace(" is not None", " is given").replace(" is None", " is not given")
 
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:

@@ -115,7 +115,7 @@ def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
         writer.flush()
         try:
             report.write_report(run_dir, wall_seconds=time.time() - program_start)
-        except report.NothingLogged as error:  # as with a --log-interval beyond the last step
+        except report.NothingLogged as error:  # --tensorboard-log-interval may be that long
             print(f"> no {report.SUMMARY} and {report.CURVES}: {error}", flush=True)
 
 

@@ -33,6 +33,8 @@ MISTAKES = {
     "--hybrid-layer-pattern *E*E": ("builds the model's layers itself", "Leave it out"),
     "--spec megatron_dynmoe.specs dynmoe_layer_spec": ("itself", "Leave it out"),
     "--sft": ("--sft", "pretrain_gpt.py"),
+    "--lr 1e-4": ("Megatron refuses", "it requires: --min-lr <= --lr."),
+    "--start-weight-decay 0.1": ("it requires: --start-weight-decay is not given.",),
     "--save {dir}/refused": ("--save-interval is not given", "--run-dir"),
 }
 CASES = {
