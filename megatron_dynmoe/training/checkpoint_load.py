@@ -19,20 +19,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dynmoe.conversion.folder import MANIFEST, check_file, read_manifest
+from megatron_dynmoe.conversion.folder import MANIFEST
 from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name, replace_file
-from megatron_dynmoe.training.checkpoint_save import rank_that_reads
-from megatron_dynmoe.training.checkpoints import (
-    CheckpointError,
-    cause,
-    is_local,
-    on_rank_0,
-    rank,
-    together,
-)
+from megatron_dynmoe.training.checkpoint_faults import faults
+from megatron_dynmoe.training.checkpoints import CheckpointError, cause, is_local, on_rank_0
 from megatron_dynmoe.training.router_entries import check_router_entries
 
-COMPLETE = "metadata.json"  # Megatron writes it when all ranks have written their files
 _FOLDER = re.compile(r"iter_(\d{7,18})")
 _RULE = "*" * 100
 
@@ -134,14 +126,14 @@ def choose(
         return None
     problems = [problem] if problem else []
     for name in names:
-        faults = _faults(load / checkpoint_name(name), looks_closer=fallback)
-        if not faults:
+        found = faults(load / checkpoint_name(name), looks_closer=fallback)
+        if not found:
             if problems:
                 on_rank_0(partial(_fall_back, load, problems, name, corrects_tracker))
             elif not step:
                 on_rank_0(partial(_mention_newer, load, name))
             return name
-        problems += faults
+        problems += found
     listed = "\n  ".join(problems)
     if fallback:
         raise CheckpointError(
@@ -203,59 +195,6 @@ def _iterations(load: Path) -> list[int]:
     """What there are folders of, newest first."""
     matches = (_FOLDER.fullmatch(path.name) for path in load.glob("iter_*"))
     return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-def _faults(folder: Path, looks_closer: bool) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks, which share the reading."""
-
-    def manifest() -> dict[str, Any] | str | None:
-        try:
-            return read_manifest(folder)
-        except ValueError as error:
-            return str(error)
-
-    files = on_rank_0(manifest)
-    if isinstance(files, str):
-        return [files]
-    if files is None:
-        return on_rank_0(lambda: _faults_without_manifest(folder, looks_closer))
-    parts = together(lambda: [fault for item in _share(files) for fault in _fault(folder, *item)])
-    return sorted(fault for part in parts for fault in part)
-
-
-def _fault(folder: Path, name: str, expected: dict[str, Any]) -> list[str]:
-    try:
-        check_file(folder / name, expected)
-    except (OSError, ValueError) as error:
-        return [cause(error)]
-    return []
-
-
-def _share(files: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """This rank's part of the files.
-
-    Before the ranks can talk to each other (``--use-checkpoint-args``) each looks at what is read
-    then; the rest follows when the model is loaded.
-    """
-    if not dist.is_initialized():
-        return [item for item in files.items() if rank_that_reads(item[0]) == 0]
-    by_size = sorted(files.items(), key=lambda item: (-item[1]["bytes"], item[0]))
-    return by_size[rank() :: dist.get_world_size()]
-
-
-def _faults_without_manifest(folder: Path, looks_closer: bool) -> list[str]:
-    is_other_format = any(folder.glob("mp_rank_0*"))
-    if not is_other_format and not (folder / COMPLETE).is_file():
-        return [f"{folder} is incomplete: without {COMPLETE}, its save was cut short"]
-    if looks_closer and not is_other_format:
-        from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
-
-        try:
-            MegatronCheckpoint(folder)  # looks for every file, and whether it is long enough
-        except ValueError as error:
-            return [str(error)]
-    print(f"> {folder} has no {MANIFEST}: whether its files are good is not known", flush=True)
-    return []
 
 
 def _mention_newer(load: Path, name: Name) -> None:

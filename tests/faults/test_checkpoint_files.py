@@ -18,7 +18,7 @@ import pytest
 from megatron_dynmoe.conversion.convert import to_hf
 from megatron_dynmoe.conversion.folder import MANIFEST
 from megatron_dynmoe.files import TRACKER
-from megatron_dynmoe.training import checkpoint_load
+from megatron_dynmoe.training import checkpoint_faults
 from megatron_dynmoe.training.checkpoint_load import check_paths, choose
 from megatron_dynmoe.training.checkpoint_save import TrackerFiles, write_checkpoint_manifest
 from megatron_dynmoe.training.checkpoints import CheckpointError
@@ -208,14 +208,14 @@ def test_without_the_wish_for_one_an_old_manifest_goes(load: Path) -> None:
 
 def test_ranks_share_the_files(load: Path, monkeypatch) -> None:
     files = {f"__{rank}_0.distcp": {"bytes": rank} for rank in range(7)}
-    monkeypatch.setattr(checkpoint_load.dist, "is_initialized", lambda: False)
-    assert [name for name, _ in checkpoint_load._share(files)] == ["__0_0.distcp"]  # alone
-    monkeypatch.setattr(checkpoint_load.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(checkpoint_load.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(checkpoint_faults.dist, "is_initialized", lambda: False)
+    assert [name for name, _ in checkpoint_faults._share(files)] == ["__0_0.distcp"]  # alone
+    monkeypatch.setattr(checkpoint_faults.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checkpoint_faults.dist, "get_world_size", lambda: 3)
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(checkpoint_load, "rank", lambda rank=rank: rank)
-        parts += checkpoint_load._share(files)
+        monkeypatch.setattr(checkpoint_faults, "rank", lambda rank=rank: rank)
+        parts += checkpoint_faults._share(files)
     assert sorted(name for name, _ in parts) == sorted(files)
 
 
