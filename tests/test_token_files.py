@@ -53,7 +53,9 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path, name):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path, monkeypatch, rank, name):
+    monkeypatch.setenv("LOCAL_RANK", rank)
     good, gone = write(tmp_path / "good", DOCUMENTS), str(tmp_path / "gone")
     value = PATHS[name]
     if isinstance(value, str):
@@ -88,6 +90,15 @@ def test_a_list_of_data_that_cannot_be_read(tmp_path, name, text, reason):
     flag = "--" + name.replace("_", "-")
     with pytest.raises(ValueError, match=rf"^{flag}: the list .*\({reason}.*\)\. Remedy: "):
         check(data_path=None, **{name: path})
+
+
+def test_what_is_in_the_files_is_looked_at_once_a_node(tmp_path, monkeypatch):
+    path = write(tmp_path / "foreign", [*DOCUMENTS, [NUM_EMBEDDINGS, 0]])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check(path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="foreign"):
+        check(path)
 
 
 def test_a_run_without_data_is_refused():

@@ -31,9 +31,10 @@ _OTHER_TOKENIZER = "preprocess the text with the tokenizer of the run"
 
 
 def check_token_files(args: Any) -> None:
-    """Look at the files of ``--data-path`` and its like, once a node.
+    """Look at the files of ``--data-path`` and its like.
 
-    Every index is compared with its tokens, and some 64 MB of the ids with the vocabulary.
+    That they are there is asked on every rank, so that none waits for one that has stopped. Once a
+    node every index is compared with its tokens, and some 64 MB of the ids with the vocabulary.
     Addresses of object stores are left to upstream.
 
     Args:
@@ -43,8 +44,9 @@ def check_token_files(args: Any) -> None:
         ValueError: a file is missing or damaged, or holds an id that the model has no embedding
             for; with its name, the place and the remedy.
     """
-    if args.mock_data or os.environ.get("LOCAL_RANK", "0") != "0":
+    if args.mock_data:
         return
+    reads = os.environ.get("LOCAL_RANK", "0") == "0"
     vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
     named = _named_files(args)
     if not named:
@@ -53,11 +55,15 @@ def check_token_files(args: Any) -> None:
             "give --mock-data to try without data."
         )
     for prefix, flag in named.items():
-        if "://" in prefix:
+        if "://" in prefix or not (reads or _is_missing(prefix)):
             continue
         check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
         if check.state == FAILED:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
+
+
+def _is_missing(prefix: str) -> bool:
+    return not all(Path(prefix + ending).exists() for ending in (".idx", ".bin"))
 
 
 @contextmanager
