@@ -55,6 +55,7 @@ def browse(tmp_path: Path, page: Path) -> Try:
         browser = subprocess.run(
             [
                 *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"),
+                "--disable-dev-shm-usage",  # of which a container has little
                 *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000"),
                 *("--window-size=1400,1000", f"--user-data-dir={tmp_path / 'profile'}"),
                 *("--dump-dom", frame.as_uri()),
@@ -62,7 +63,7 @@ def browse(tmp_path: Path, page: Path) -> Try:
             env=os.environ | {"HOME": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert not CONSOLE.findall(browser.stderr)
         found = re.search(r'<pre id="answer">(.*?)</pre>', browser.stdout, re.DOTALL)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SESSION_TIMEOUT = 1500  # seconds
+SESSION_TIMEOUT = 3600  # seconds: a busy machine with two cores takes 300
 
 # A model that takes a step in some ten milliseconds: 4 layers of 8 experts, dropout off.
 TINY = (
@@ -226,7 +226,9 @@ def run_session(
     load, placed = [0] * num_processes, []
     for case in cases:
         settings = dataclasses.asdict(case)
-        settings["flags"] = shlex.split(case.flags.replace("{dir}", str(directory)))
+        settings["flags"] = [
+            word.replace("{dir}", str(directory)) for word in shlex.split(case.flags)
+        ]
         settings["env"] = {
             name: value.replace("{dir}", str(directory)) for name, value in case.env.items()
         }

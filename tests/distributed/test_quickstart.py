@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 900  # seconds for a command: a calm machine takes 40
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron, pytest.mark.slow]
 
@@ -26,7 +27,7 @@ def example(script, run, *arguments, **settings):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
@@ -66,7 +67,7 @@ def test_quickstart_trains_and_reports(trained):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert again.returncode != 0
     assert f"--run-dir is {run}, which holds a run" in again.stderr

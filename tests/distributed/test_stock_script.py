@@ -1,5 +1,6 @@
 """``python -m megatron_dynmoe.run`` with a script that knows nothing of dynamic routing."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ EP2 = "--expert-model-parallel-size 2"
 
 
 def stock(name: str, num_ranks: int, flags: str, **fields) -> Case:
-    return add(Case(f"stock_{name}", num_ranks, f"{SCRIPT} {TINY} {flags}", entry=RUN, **fields))
+    flags = f"{shlex.quote(str(SCRIPT))} {TINY} {flags}"
+    return add(Case(f"stock_{name}", num_ranks, flags, entry=RUN, **fields))
 
 
 OURS = add(Case("ours_ep2", 2, f"{TINY} {DTOP_P} {EP2}"))

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore
 
-PATIENCE = timedelta(minutes=10)  # for other processes, while they work on other cases
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # a rank that dies is noticed at once
+# For other processes, while they work on other cases: the first one of a case to be free waits
+# until the last one is. A rank that dies is noticed at once.
+PATIENCE = timedelta(minutes=30)
 
 
 class Recorder:
@@ -143,7 +144,7 @@ def _run(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         store=PrefixStore(case["name"], store),
         rank=rank,
         world_size=case["num_ranks"],
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=PATIENCE,
     )
     try:
         with contextlib.ExitStack() as stack:

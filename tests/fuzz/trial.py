@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,7 @@ import torch
 
 from megatron_dynmoe.config import SETTINGS
 from tests.fuzz.command_lines import CommandLine
+from tests.ports import reserved_port
 
 # From the start of a trial. A calm machine needs two seconds.
 TIME_LIMIT = 150.0
@@ -53,14 +53,14 @@ def attempt(line: CommandLine, directory: Path) -> Outcome:
     Args:
         directory: for logs and results; what earlier trials left there is overwritten.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     results = [directory / f"rank{rank}.json" for rank in range(line.num_ranks)]
     for path in results:
         path.unlink(missing_ok=True)
-    children = {_start(line, rank, path): rank for rank, path in enumerate(results)}
-    hung = _wait(children)
+    keeper, port = reserved_port()
+    with keeper:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        children = {_start(line, rank, path): rank for rank, path in enumerate(results)}
+        hung = _wait(children)
     found = [json.loads(path.read_text()) for path in results if path.exists()]
     outcomes = [judge(line, result) for result in found]
     # One rank's own error comes before those of the ranks that then waited for it in vain, and what

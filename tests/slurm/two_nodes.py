@@ -20,13 +20,15 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 SYSTEM = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-START_TIMEOUT, STOP_TIMEOUT = 30, 30  # seconds
+START_TIMEOUT, STOP_TIMEOUT = 120, 60  # seconds, on a busy machine
 
 SETTINGS = """\
 ClusterName=two_nodes
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
+# Jobs of two such Slurms at once have ranks that meet at ports of their own.
+FirstJobId={first_job}
 AuthType=auth/munge
 # A requeued job waits until its old credentials have expired.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
@@ -37,6 +39,7 @@ SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=2
+SlurmdParameters=config_overrides # also where the machine has a single CPU
 MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 StateSaveLocation={folder}/state
@@ -89,7 +92,7 @@ def running() -> Iterator[dict[str, str]]:
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(30)
+            daemon.wait(STOP_TIMEOUT)
         shutil.rmtree(folder)
 
 
@@ -100,7 +103,8 @@ def _write_settings(folder: Path) -> None:
     key.touch(0o400)
     key.write_bytes(secrets.token_bytes(1024))
     host = socket.gethostname().partition(".")[0]
-    settings = SETTINGS.format(folder=folder, host=host, ports=_free_ports(3))
+    ports, first_job = _free_ports(3), 1 + os.getpid() % 1900
+    settings = SETTINGS.format(folder=folder, host=host, ports=ports, first_job=first_job)
     (folder / "slurm.conf").write_text(settings)
 
 

@@ -17,6 +17,7 @@ from study.corpus import Corpus
 from study.variants import SIZES, VARIANTS
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 600  # seconds for a command, on a busy machine
 
 
 def study(folder, *flags):
@@ -46,7 +47,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
         for line in first.stdout:
             seen.append(line)
             if line.endswith("starting\n"):
-                busy, _ = study(tmp_path).communicate(timeout=60)
+                busy, _ = study(tmp_path).communicate(timeout=PATIENCE)
             if re.search(r"step +7/60", line):
                 first.send_signal(signal.SIGTERM)
     assert first.returncode == 128 + signal.SIGTERM, "".join(seen)
@@ -56,7 +57,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert 7 <= saved < 60 and not (folder / "finished.json").exists()
 
-    said, _ = (second := study(tmp_path)).communicate(timeout=200)
+    said, _ = (second := study(tmp_path)).communicate(timeout=PATIENCE)
     assert second.returncode == 0, said
     assert f"going on from step {saved}" in said and "finished. Study: 1 of 1 runs" in said
     content = json.loads((tmp_path / "results" / "quick.json").read_text())
@@ -66,7 +67,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     assert 0 < row["processor_seconds_per_step"] < 10
     assert content["analysis"][0]["experts_by_source"].keys() == {"book"}
 
-    said, _ = (third := study(tmp_path)).communicate(timeout=60)
+    said, _ = (third := study(tmp_path)).communicate(timeout=PATIENCE)
     assert third.returncode == 0 and "dtop_p-seed1  " not in said, said
 
 
