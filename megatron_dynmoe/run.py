@@ -64,9 +64,13 @@ def _be_a_world_of_one() -> None:
             f"SLURM_NTASKS is {tasks}, but RANK is not set: let every task start torchrun, or set "
             "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Never closed: nobody else is given this port in the seconds until torch listens on it, which
+    # it may all the same, because this socket does not.
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
+    port = keeper.getsockname()[1]
+    keeper.detach()
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
