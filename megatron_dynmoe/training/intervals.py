@@ -1,4 +1,4 @@
-"""Steps from one log line, evaluation or save to the next: refused where Megatron would crash."""
+"""When to log, evaluate and save: refused where Megatron would crash, some of it hours later."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ _DIVIDES = "since Megatron divides by it"
 
 def check_intervals(args: Namespace) -> None:
     """Refuse an interval that is missing or below 1; before Megatron validates its arguments.
+
+    Also the evaluations on all validation text that Megatron cannot do.
 
     Where only an evaluation is asked for, a missing ``--eval-interval`` is filled in: it means
     nothing then, but Megatron divides by it after a load all the same.
@@ -31,6 +33,11 @@ def check_intervals(args: Namespace) -> None:
             found = "not given" if value is None else value
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {found}: use 1 or more steps, {reason}.")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation is on without --multiple-validation-sets, with which alone Megatron "
+            "0.19 gets through an evaluation: add it, with --valid-data-path without weights."
+        )
     retain = args.save_retain_interval
     if args.save and retain is not None and (retain < 1 or retain % args.save_interval):
         raise ValueError(

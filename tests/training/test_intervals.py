@@ -1,4 +1,4 @@
-"""Steps from one log line, evaluation or save to the next."""
+"""When to log, evaluate and save."""
 
 from argparse import Namespace
 
@@ -14,6 +14,8 @@ GOOD = {
     "save": "somewhere",
     "save_interval": 5,
     "save_retain_interval": 10,
+    "full_validation": False,
+    "multiple_validation_sets": False,
 }
 
 
@@ -49,3 +51,11 @@ def test_an_evaluation_alone_needs_none(value: int | None, becomes: int) -> None
     args = Namespace(**GOOD | {"skip_train": True, "eval_interval": value})
     check_intervals(args)
     assert args.eval_interval == becomes
+
+
+def test_full_validation_of_one_set_fails_in_megatron() -> None:
+    """At the first evaluation, which may be hours later."""
+    full = GOOD | {"full_validation": True}
+    with pytest.raises(ValueError, match=r"^--full-validation is on .*--multiple-validation-sets"):
+        check_intervals(Namespace(**full))
+    check_intervals(Namespace(**full | {"multiple_validation_sets": True}))
