@@ -14,12 +14,15 @@ from benchmarks.training import Routing, Step
 @pytest.mark.slow
 @pytest.mark.megatron
 def test_it_runs_and_writes_its_rows(tmp_path):
-    command = f"""benchmarks/train_step.py --model paper --backends torch_native
-        --routings top_k dtop_p@1.5/4 dense --settle 1 --rounds 2 --output {tmp_path}
+    command = """benchmarks/train_step.py --model paper --backends torch_native
+        --routings top_k dtop_p@1.5/4 dense --settle 1 --rounds 2
         --num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 2
         --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4"""
     subprocess.run(
-        [sys.executable, *command.split()], cwd=measure.ROOT, check=True, capture_output=True
+        [sys.executable, *command.split(), "--output", str(tmp_path)],
+        cwd=measure.ROOT,
+        check=True,
+        capture_output=True,
     )
     with (tmp_path / "train_step.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}

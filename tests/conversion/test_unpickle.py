@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import pickle
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -50,17 +51,16 @@ class Kind(enum.Enum):
 def traps(evidence: Path) -> dict[str, Any]:
     """Objects that would leave ``evidence`` behind where a pickle may call what it likes."""
     code = f"open({str(evidence)!r}, 'w')"
+    touch = shlex.join(["touch", str(evidence)])
     saved = io.BytesIO()
-    torch.save(Reduced(os.system, f"touch {evidence}"), saved)
+    torch.save(Reduced(os.system, touch), saved)
     return {
-        "os.system": Reduced(os.system, f"touch {evidence}"),
+        "os.system": Reduced(os.system, touch),
         "eval": Reduced(eval, code),
         "exec": Reduced(exec, code),
         "open": Reduced(builtins.open, str(evidence), "w"),
         "nested": [{"a": (Reduced(list, [Reduced(eval, code)]),)}],
-        "getattr": Reduced(
-            Reduced(getattr, Reduced(__import__, "os"), "system"), f"touch {evidence}"
-        ),
+        "getattr": Reduced(Reduced(getattr, Reduced(__import__, "os"), "system"), touch),
         "import": Reduced(Reduced(getattr, Reduced(__import__, "os"), "mkdir"), str(evidence)),
         "rmtree": Reduced(shutil.rmtree, str(evidence.parent)),
         "torch.load": Reduced(
@@ -208,14 +208,17 @@ def test_archives_of_other_kinds(tmp_path: Path) -> None:
         load_objects(path, path.read_bytes())
 
 
-def test_tensors_are_read_as_weights_only(load: Path, tmp_path: Path) -> None:
+def test_tensors_are_read_as_weights_only(
+    load: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The shards hold pickles, too; here one that calls something instead of a tensor."""
     evidence, key = tmp_path / "evidence", "decoder.final_layernorm.weight"
+    monkeypatch.chdir(tmp_path)  # the trap has to fit in, however long this path is
     checkpoint = MegatronCheckpoint(load)
     index = metadata.MetadataIndex(key, torch.Size([0]))
     info = checkpoint._storage[index]
     trap = io.BytesIO()
-    torch.save(Reduced(os.system, f"touch {evidence}"), trap)
+    torch.save(Reduced(os.system, f"touch {evidence.name}"), trap)
     path = load / "release" / info.relative_path
     data = bytearray(path.read_bytes())
     assert len(trap.getvalue()) <= info.length

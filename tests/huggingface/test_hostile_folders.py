@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import struct
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def write_code(model: Path, name: str = "hostile.py") -> None:
 
 
 def write_pickle(path: Path) -> None:
-    path.write_bytes(pickle.dumps(Call(f"touch {evidence_of(path.parent)}")))
+    path.write_bytes(pickle.dumps(Call(shlex.join(["touch", str(evidence_of(path.parent))]))))
 
 
 AUTO_MAP = {
