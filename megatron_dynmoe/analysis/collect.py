@@ -56,6 +56,7 @@ class _Read(NamedTuple):
 
     windows: list[Window]
     tokens_WS: np.ndarray
+    documents_WS: np.ndarray
     map_LWSE: np.ndarray  # bool
     loss_WS: np.ndarray  # [windows, S - 1] int64, in LOSS_UNIT
 
@@ -145,11 +146,17 @@ def _count(counts: Counts, read: _Read, letters: Letters) -> None:
     np.add.at(counts.vocab_judged_V, judged_T, 1)
     np.add.at(counts.vocab_word_V, judged_T, whole_words(tokens_WS, letters)[between_WS])
 
-    bags_W = np.array([bag_of(window.group, window.number) for window in read.windows])
-    bags_T = np.broadcast_to(bags_W[:, None], predicted_WS.shape)[predicted_WS]
-    experts_bin_WS, loss_bin_T = expert_bins(shape)[total_WS], loss_bins(loss_T)
-    np.add.at(counts.own_loss_BKN, (bags_T, experts_bin_WS[:, 1:][predicted_WS], loss_bin_T), 1)
-    np.add.at(counts.next_loss_BKN, (bags_T, experts_bin_WS[:, :-1][predicted_WS], loss_bin_T), 1)
+    # Documents come in order: their number is that of the last one
+    counts.documents = max(counts.documents, 1 + int(read.documents_WS.max()))
+    places = np.unique(read.documents_WS, return_inverse=True)
+    bags = np.array([bag_of(read.group, document) for document in places[0].tolist()])
+    bin_WS = np.stack([bags[places[1]].reshape(total_WS.shape), expert_bins(shape)[total_WS]])
+    loss_bin_T = loss_bins(loss_T)
+    for table_BKN, bins in (
+        (counts.own_loss_BKN, bin_WS[:, :, 1:]),
+        (counts.next_loss_BKN, bin_WS[:, :, :-1]),
+    ):
+        np.add.at(table_BKN, (*bins[:, predicted_WS], loss_bin_T), 1)
 
 
 def _sample(read: _Read, num_tokens: int) -> Sample:
@@ -210,7 +217,13 @@ def _read(model: Any, block: list[Window]) -> _Read:
     if not loss_WS.isfinite().all():
         _refuse(block, "the output layer")
     units_WS = (loss_WS.double() / LOSS_UNIT).round().long()
-    return _Read(block, np.array(rows), map_LWSE.cpu().numpy(), units_WS.cpu().numpy())
+    documents = [
+        window.documents + window.documents[-1:] * (longest - len(window.tokens))
+        for window in block
+    ]
+    return _Read(
+        block, np.array(rows), np.array(documents), map_LWSE.cpu().numpy(), units_WS.cpu().numpy()
+    )
 
 
 def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:

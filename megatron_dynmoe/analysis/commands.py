@@ -65,7 +65,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_dynmoe.huggingface import load
 
     load.be_quiet()
-    files = name_groups(args.data, args.group)
+    files = name_groups(args.data, args.group, args.source_key)
+    _check_output(args.output, [args.model, args.tokenizer, *(file.path for file in files)])
     num_skipped = 0
 
     def on_unreadable(unreadable: Unreadable) -> None:
@@ -167,6 +168,15 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         )
 
 
+def _check_output(output: Path, read: Sequence[Path | None]) -> None:
+    """Refuse a folder that --overwrite would replace together with what is read."""
+    for path in read:
+        if path is not None and path.resolve().is_relative_to(output.resolve()):
+            raise ValueError(
+                f"--output {output} is or holds {path}, which is read: name a folder elsewhere"
+            )
+
+
 def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> None:
     """Refuse text, or a limit, of less than a window."""
     if num_tokens >= length or args.separate_documents:
@@ -180,15 +190,19 @@ def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> Non
 
 
 def _print(content: dict[str, Any], output: Path) -> None:
+    from megatron_dynmoe.analysis.report import shorten
+
     statistics = content["statistics"]
-    width = max(len("group"), *(len(name) for name in statistics["groups"]))
+    # A field may hold anything, of any length.
+    names = {name: shorten(name) for name in statistics["groups"]}
+    width = max(len("group"), *map(len, names.values()))
     print(f"{'group':<{width}}{'tokens':>12}{'experts/token':>15}{'std':>7}{'loss, nats':>12}")
     for name, row in [*statistics["groups"].items(), ("all", statistics["all"])]:
         experts = row["experts_per_token"]
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         print(
-            f"{name:<{width}}{row['tokens']:>12,}{experts['mean']:>15.3f}{experts['std']:>7.2f}"
-            f"{loss:>12}"
+            f"{names.get(name, name):<{width}}{row['tokens']:>12,}{experts['mean']:>15.3f}"
+            f"{experts['std']:>7.2f}{loss:>12}"
         )
     means = (f"{row['experts_per_token']['mean']:.2f}" for row in statistics["layers"])
     print(f"\nby layer: {' '.join(means)}")

@@ -1,6 +1,6 @@
 """What a model's routing is counted as: integers, so that any two counts can be added.
 
-Letters: L MoE layers, E experts, S positions of a window, V vocabulary, B bags of windows, K bins
+Letters: L MoE layers, E experts, S positions of a window, V vocabulary, B bags of documents, K bins
 of experts, N bins of loss.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 # Losses are integers, too, in this unit of a nat: their sums are exact in any order.
 LOSS_UNIT = 2.0**-20
-# Windows are dealt to bags, and the bootstrap draws bags: their number bounds the memory.
+# Documents are dealt to bags, and the bootstrap draws bags: their number bounds the memory.
 NUM_BAGS = 64
 # Ranks are those of bins: steps of about 6 % in the loss, and the exact number of experts of a
 # token over all layers as long as that has no more values than this.
@@ -37,6 +37,7 @@ class Counts:
     """What is known of a group's tokens. Every entry is a sum over tokens, int64."""
 
     shape: Shape
+    documents: int = 0
     windows: int = 0
     tokens: int = 0
     predicted: int = 0  # tokens with a loss: all but the first of a window
@@ -141,7 +142,7 @@ class Counts:
         return counts
 
 
-NUMBERS = ("windows", "tokens", "predicted", "loss")
+NUMBERS = ("documents", "windows", "tokens", "predicted", "loss")
 
 
 def array_names() -> list[str]:
@@ -178,6 +179,6 @@ def loss_of_bin(number: int | np.ndarray) -> Any:
     return (2.0 ** (np.asarray(number) / 12) - 1) / 32
 
 
-def bag_of(group: str, window: int) -> int:
-    """The bag of a window, as if drawn by lot, but always the same."""
-    return zlib.crc32(f"{group}\n{window}".encode()) % NUM_BAGS
+def bag_of(group: str, document: int) -> int:
+    """The bag of a document, as if drawn by lot, but always the same."""
+    return zlib.crc32(f"{group}\n{document}".encode()) % NUM_BAGS

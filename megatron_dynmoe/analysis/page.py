@@ -21,7 +21,7 @@ CAPTIONS = {
     "the tokens.",
     "loss": "A token's own loss is the surprise at reading it; the other is that of the next "
     "token, which it helps to predict. Spearman's rank correlation over all tokens; in brackets "
-    "the 95 % interval of a bootstrap over windows. A correlation says nothing of cause.",
+    "the 95 % interval of a bootstrap over documents. A correlation says nothing of cause.",
     "positions": "At the start of a window there is no context yet.",
     "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
     "star is the routing that the model was trained with.",

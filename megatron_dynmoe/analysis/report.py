@@ -10,10 +10,11 @@ from typing import Any
 from megatron_dynmoe.analysis import figures, page
 from megatron_dynmoe.analysis.collect import Collected
 from megatron_dynmoe.analysis.counts import Counts, Shape
-from megatron_dynmoe.analysis.statistics import MIN_WINDOWS, summarize
+from megatron_dynmoe.analysis.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.analysis.tokens import pieces_of
 from megatron_dynmoe.analysis.windows import OTHER
 from megatron_dynmoe.conversion.folder import new_folder, read_json
+from megatron_dynmoe.token_display import printable
 
 ROUTING = "routing.json"
 PAGE = "index.html"
@@ -22,7 +23,9 @@ FIGURES = "figures"
 FEW_TOKENS = 0.9
 # Of single documents, below which nothing can be said
 MIN_TOKENS = 100
-FORMAT = "megatron-dynmoe routing, 1"
+# Letters of a group's name
+LONGEST_NAME = 40
+FORMAT = "megatron-dynmoe routing, 2"
 
 
 def describe_model(name: str, config: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +174,8 @@ def remarks(content: dict[str, Any]) -> list[str]:
             "still the tokenizer of the training?"
         )
     little = MIN_TOKENS if content["windows"]["separate_documents"] else length
-    for name, group in statistics["groups"].items():
+    groups = [(shorten(name), group) for name, group in statistics["groups"].items()]
+    for name, group in groups:
         if group["tokens"] < little:
             notes.append(
                 f"{name} has {_number(group['tokens'], 'token')}, fewer than {little}: its numbers "
@@ -179,12 +183,11 @@ def remarks(content: dict[str, Any]) -> list[str]:
             )
         if group["loss"] is None:
             notes.append(f"{name} has no token that follows another, and so no loss.")
-    everything = {"All text together": overall}
-    notes += _worse_than_guessing(statistics["groups"]) or _worse_than_guessing(everything)
-    if overall["windows"] < MIN_WINDOWS:
+    notes += _worse_than_guessing(groups) or _worse_than_guessing([("All text together", overall)])
+    if overall["documents"] < MIN_DOCUMENTS:
         notes.append(
-            f"{_number(overall['windows'], 'window')}: too few for intervals, which need "
-            f"{MIN_WINDOWS}."
+            f"{_number(overall['documents'], 'document')}: too few for intervals, which need "
+            f"{MIN_DOCUMENTS}; a .txt file is one."
         )
     if OTHER in statistics["groups"]:
         notes.append(f"There were more groups than are told apart: the last are in {OTHER}.")
@@ -198,12 +201,18 @@ def remarks(content: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _worse_than_guessing(groups: dict[str, Any]) -> list[str]:
+def shorten(name: str) -> str:
+    """A group's name on one line of a terminal or a note."""
+    line = printable(" ".join(name.split()))
+    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}\u2026"
+
+
+def _worse_than_guessing(groups: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return [
         f"{name}: a loss of {group['loss']:.2f} nats is worse than guessing tokens by how often "
         f"they came before in this text ({group['guessing_loss']:.2f}): are tokenizer and "
         "kind of text those of the training?"
-        for name, group in groups.items()
+        for name, group in groups
         if group["loss"] is not None and group["loss"] > group["guessing_loss"]
     ]
 

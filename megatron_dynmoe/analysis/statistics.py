@@ -22,8 +22,8 @@ from megatron_dynmoe.analysis.counts import (
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 RESAMPLES = 500
 SEED = 20240312
-# Fewer windows say too little about how much they differ.
-MIN_WINDOWS = 20
+# Fewer documents say too little about how much they differ.
+MIN_DOCUMENTS = 20
 # How many tokens stand at either end of the list: Dynamic MoE's Table 6
 EXTREMES = 100
 
@@ -58,6 +58,7 @@ def _of_tokens(counts: Counts) -> dict[str, Any]:
     layers = counts.shape.layers
     experts = distribution(counts.total_K)
     return {
+        "documents": counts.documents,
         "windows": counts.windows,
         "tokens": counts.tokens,
         "loss": counts.loss * LOSS_UNIT / counts.predicted if counts.predicted else None,
@@ -67,8 +68,8 @@ def _of_tokens(counts: Counts) -> dict[str, Any]:
         # Of a token in one layer, as Figure 3 of Dynamic MoE and DTop-p count
         "experts_per_token_and_layer": distribution(counts.experts_LK.sum(axis=0)),
         "rank_correlation": {
-            "own_loss": correlation(counts.own_loss_BKN, counts.windows),
-            "next_loss": correlation(counts.next_loss_BKN, counts.windows),
+            "own_loss": correlation(counts.own_loss_BKN, counts.documents),
+            "next_loss": correlation(counts.next_loss_BKN, counts.documents),
         },
     }
 
@@ -107,18 +108,19 @@ def distribution(histogram_K: np.ndarray) -> dict[str, float]:
     }
 
 
-def correlation(table_BKN: np.ndarray, num_windows: int) -> dict[str, Any]:
+def correlation(table_BKN: np.ndarray, num_documents: int) -> dict[str, Any]:
     """Spearman's rank correlation of experts with loss, and a 95 % bootstrap interval.
 
-    Windows are drawn, not tokens, because neighbours are alike: bags of windows, with replacement.
+    Documents are drawn, not tokens, because those of one text are alike: bags of documents, with
+    replacement.
 
     Returns:
         ``value``, ``low``, ``high``; the value is None where one of both is the same for every
-        token, the interval where there are fewer than MIN_WINDOWS windows.
+        token, the interval where there are fewer than MIN_DOCUMENTS documents.
     """
     value = spearman(table_BKN.sum(axis=0))
     result = {"value": value, "low": None, "high": None}
-    if value is None or num_windows < MIN_WINDOWS:
+    if value is None or num_documents < MIN_DOCUMENTS:
         return result
     bags = table_BKN[table_BKN.any(axis=(1, 2))]
     generator = np.random.RandomState(SEED)  # its stream is the same in every version of NumPy

@@ -25,6 +25,8 @@ TXT_PIECE = 2**22
 # Groups need memory; further values of a source field are counted together.
 MAX_GROUPS = 32
 OTHER = "(other)"
+# What a source field without a letter is called.
+EMPTY = "(empty)"
 
 # Tokens beyond a limit that are looked at, so that where the text is cut changes none before it.
 MARGIN = 64
@@ -70,14 +72,18 @@ class Window(NamedTuple):
     group: str
     number: int  # in its group
     tokens: list[int]
+    documents: list[int]  # of each token, numbered in its group
 
 
-def name_groups(data: Sequence[str], named: Sequence[tuple[str, str]]) -> list[TextFile]:
+def name_groups(
+    data: Sequence[str], named: Sequence[tuple[str, str]], source_key: str | None = None
+) -> list[TextFile]:
     """Files with a name, and files that are called by their own.
 
     Args:
         data: paths or globs; each file is a group.
         named: a name and a path or glob; the files of a glob are one group.
+        source_key: the field that names the groups instead.
 
     Raises:
         ValueError: a file is missing, a folder, or given twice, or two files would share a name
@@ -85,15 +91,21 @@ def name_groups(data: Sequence[str], named: Sequence[tuple[str, str]]) -> list[T
     """
     files = [TextFile(path, path.name.split(".")[0] or path.name) for path in expand_inputs(data)]
     names = [file.group for file in files]
+    if source_key is not None:
+        files = [TextFile(file.path, None) for file in files]
     for file in files:
-        if names.count(file.group) > 1:
+        if file.group is not None and names.count(file.group) > 1:
             raise ValueError(
                 f"--data {file.path}: another file would be called {file.group!r}, too: name both "
                 "with --group NAME=FILE"
             )
-    return files + [
-        TextFile(path, name) for name, pattern in named for path in expand_inputs([pattern])
-    ]
+    files += [TextFile(path, name) for name, pattern in named for path in expand_inputs([pattern])]
+    seen: dict[Path, Path] = {}
+    for path, _ in files:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            raise ValueError(f"{path} is the file {first}: its text would count twice")
+    return files
 
 
 def check_text(files: Sequence[TextFile], reading: Reading) -> None:
@@ -132,19 +144,22 @@ def read_windows(
     """
     end = [] if separate or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pending: dict[str, list[int]] = {}
+    origins: dict[str, list[int]] = {}  # the documents of what is pending
+    documents: dict[str, int] = {}
     numbers: dict[str, int] = {}
     room: dict[str, int | None] = {}
 
-    def cut(group: str, tokens: list[int]) -> Window:
+    def cut(group: str, start: int, end: int | None = None) -> Window:
         number = numbers[group]
         numbers[group] += 1
-        return Window(group, number, tokens)
+        return Window(group, number, pending[group][start:end], origins[group][start:end])
 
     for file in files:
         for name, text in _documents(file, reading, on_read):
             group = name if name in numbers or len(numbers) < MAX_GROUPS else OTHER
             if group not in numbers:
-                numbers[group], room[group], pending[group] = 0, limit, []
+                numbers[group], room[group], documents[group] = 0, limit, 0
+                pending[group], origins[group] = [], []
             left = room[group]
             if left == 0:
                 if reading.source_key is None:
@@ -155,17 +170,19 @@ def read_windows(
                 tokens = tokens[:left]
                 room[group] = left - len(tokens)
             pending[group] += tokens
+            origins[group] += [documents[group]] * len(tokens)
+            documents[group] += bool(tokens)
             start = 0
             while len(pending[group]) - start >= length:
-                yield cut(group, pending[group][start : start + length])
+                yield cut(group, start, start + length)
                 start += length
-            del pending[group][:start]
-            if separate and pending[group]:
-                yield cut(group, pending[group])
-                pending[group] = []
+            if separate and start < len(pending[group]):
+                yield cut(group, start)
+                start = len(pending[group])
+            del pending[group][:start], origins[group][:start]
     for group, tokens in pending.items():
         if tokens:
-            yield cut(group, tokens)
+            yield cut(group, 0)
 
 
 def in_blocks(windows: Iterable[Window], num_tokens: int) -> Iterator[list[Window]]:
@@ -213,7 +230,7 @@ def _documents(file: TextFile, reading: Reading, on_read: OnRead) -> Iterator[tu
     done = 0
     try:
         for texts in reader:
-            yield file.group if len(texts) == 1 else texts[1], texts[0]  # type: ignore[misc]
+            yield file.group if len(texts) == 1 else texts[1] or EMPTY, texts[0]  # type: ignore[misc]
             on_read(reader.position - done)
             done = reader.position
     except ValueError as error:

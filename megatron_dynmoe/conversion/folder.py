@@ -76,10 +76,16 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None) -> N
         source: the folder that is read, whose files nothing may replace.
 
     Raises:
-        ValueError: the target is a file, is not empty, or shares files with the source.
+        ValueError: the target is a file, lies in one or where nothing may be written, is not empty,
+            or shares files with the source.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: name a folder")
+    above = next(path for path in Path(os.path.abspath(target)).parents if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"{target}: {above} is a file: name a folder elsewhere")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{target}: nothing may be written in {above}: name a folder elsewhere")
     if source is not None:
         here, there = target.resolve(), source.resolve()
         if here.is_relative_to(there) or there.is_relative_to(here):

@@ -18,6 +18,7 @@ from megatron_dynmoe.analysis.counts import (
     Counts,
     Shape,
     add_up,
+    bag_of,
     expert_bins,
     loss_bins,
     loss_of_bin,
@@ -100,6 +101,22 @@ def test_losses_are_paired_with_their_tokens(
         found = spearman(found_KN)
         assert found == pytest.approx(scipy.stats.spearmanr(experts, losses).statistic, abs=5e-3)
     assert (total.own_loss_BKN.sum(axis=(1, 2)) > 0).sum() > 5  # windows are dealt to bags
+
+
+def test_tokens_are_in_the_bag_of_their_document(
+    loaded: tuple[Any, Any], windows: list[Window]
+) -> None:
+    for group, counts in counted(*loaded, windows).items():
+        own = [window for window in windows if window.group == group]
+        expected: dict[str, Counter[int]] = {"own": Counter(), "next": Counter()}
+        for window in own:
+            bags = [bag_of(group, document) for document in window.documents]
+            expected["own"].update(bags[1:])  # the first has no loss
+            expected["next"].update(bags[:-1])  # the last predicts nothing
+        for name, table_BKN in (("own", counts.own_loss_BKN), ("next", counts.next_loss_BKN)):
+            tokens_B = table_BKN.sum(axis=(1, 2))
+            assert {bag: n for bag, n in enumerate(tokens_B) if n} == dict(expected[name])
+        assert counts.documents == len({i for window in own for i in window.documents})
 
 
 def test_which_experts_are_those_of_the_router(
@@ -201,7 +218,7 @@ def test_a_router_of_nan_is_named(loaded: tuple[Any, Any], windows: list[Window]
 
 
 def test_a_window_of_one_token_is_counted(loaded: tuple[Any, Any]) -> None:
-    counts = counted(*loaded, [Window("a", 0, [5])])["a"]
+    counts = counted(*loaded, [Window("a", 0, [5], [0])])["a"]
     assert (counts.tokens, counts.predicted, counts.total_K.sum()) == (1, 0, 1)
 
 
@@ -231,7 +248,7 @@ def test_the_sweep_leaves_the_model_as_it_was(
 
 def test_the_sweep_takes_of_every_group() -> None:
     kept = SweepWindows(40)
-    given = [Window(group, i, [1] * 10) for group in "ab" for i in range(9)]
+    given = [Window(group, i, [1] * 10, [0] * 10) for group in "ab" for i in range(9)]
     assert list(kept.passing(given)) == given
     assert [(one.group, one.number) for one in kept.chosen()] == [
         *(("a", 0), ("b", 0), ("a", 1), ("b", 1))

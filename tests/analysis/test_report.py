@@ -331,6 +331,48 @@ def test_a_report_is_not_replaced_by_accident(
     assert main([*flags, "--overwrite", "--min-count", "5"]) == 0
 
 
+def test_nothing_that_is_read_is_replaced(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    model, text = tmp_path / "run" / "model", tmp_path / "texts" / "prose.jsonl"
+    shutil.copytree(exported, model)
+    text.parent.mkdir()
+    shutil.copy(texts["prose"], text)
+    for output, read in ((model, model), (model.parent, model), (text.parent, text)):
+        command = ["--model", model, "--data", text, "--output", output, "--overwrite"]
+        assert main([str(word) for word in command]) == 1
+        assert f"{output} is or holds {read}, which is read" in capsys.readouterr().err
+    assert (model / "model.safetensors").is_file() and text.is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    output = texts["prose"] / "below" / "report"
+    command = ["--model", tmp_path / "none", "--data", texts["prose"], "--output", output]
+    assert main([str(word) for word in command]) == 1
+    assert f"{texts['prose']} is a file: name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_names_do_not_reach_the_terminal(
+    tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
+) -> None:
+    names = ("", "\x1b[2Jgone\nand on", "long" * 99)
+    text = json.loads(texts["prose"].read_text().splitlines()[0])["text"]
+    records = "".join(json.dumps({"text": text, "source": name}) + "\n" for name in names)
+    (tmp_path / "a.jsonl").write_text(records)
+    flags = ("--source-key", "source")
+    found = content(analyze(tmp_path / "report", exported, tmp_path / "a.jsonl", flags=flags))
+    assert list(found["groups"]) == ["(empty)", *names[1:]]
+    said = capsys.readouterr()
+    rows = said.out.splitlines()
+    for text in (said.out, said.err):
+        assert "\x1b" not in text
+    assert any(row.startswith("\ufffd[2Jgone and on ") for row in rows)
+    assert max(map(len, rows[: len(names) + 4])) < 100
+
+
 @pytest.mark.parametrize(
     "flags",
     [

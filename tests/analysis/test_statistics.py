@@ -5,7 +5,7 @@ import pytest
 
 from megatron_dynmoe.analysis.counts import NUM_BAGS, Counts, Shape
 from megatron_dynmoe.analysis.statistics import (
-    MIN_WINDOWS,
+    MIN_DOCUMENTS,
     correlation,
     distribution,
     extreme_tokens,
@@ -45,8 +45,8 @@ def test_spearman_of_a_constant_is_not_defined() -> None:
     assert spearman(np.zeros((3, 3))) is None
 
 
-def test_the_interval_covers_what_windows_vary() -> None:
-    """Windows of copied tokens hold less information than their tokens suggest."""
+def test_the_interval_covers_what_documents_vary() -> None:
+    """Documents of copied tokens hold less information than their tokens suggest."""
     generator = np.random.default_rng(2)
     copies = 50
     alone = np.zeros((NUM_BAGS, 8, 8), dtype=np.int64)
@@ -59,10 +59,10 @@ def test_the_interval_covers_what_windows_vary() -> None:
     assert wide["high"] - wide["low"] == pytest.approx(expected, rel=0.35)
 
 
-def test_few_windows_give_no_interval() -> None:
+def test_few_documents_give_no_interval() -> None:
     table = np.zeros((NUM_BAGS, 8, 8), dtype=np.int64)
     table[0] = np.eye(8, dtype=np.int64)
-    assert correlation(table, MIN_WINDOWS - 1) == {
+    assert correlation(table, MIN_DOCUMENTS - 1) == {
         "value": pytest.approx(1),
         "low": None,
         "high": None,

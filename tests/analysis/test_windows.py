@@ -33,10 +33,13 @@ def test_documents_are_packed_and_nothing_is_lost(
     tokenizer = loaded[1]
     windows = read(tokenizer, TextFile(texts["prose"], "prose"))
     expected: list[int] = []
-    for line in texts["prose"].read_text().splitlines():
+    documents: list[int] = []
+    for number, line in enumerate(texts["prose"].read_text().splitlines()):
         text = json.loads(line)["text"]
         expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        documents += [number] * (len(expected) - len(documents))
     assert [token for window in windows for token in window.tokens] == expected
+    assert [number for window in windows for number in window.documents] == documents
     assert {len(window.tokens) for window in windows[:-1]} == {16}
     assert [window.number for window in windows] == list(range(len(windows)))
 
@@ -47,6 +50,8 @@ def test_separate_documents_share_no_window(
     windows = read(loaded[1], TextFile(texts["prose"], "prose"), length=1000, separate=True)
     assert len(windows) == 39
     assert all(2 not in window.tokens for window in windows)
+    assert [set(window.documents) for window in windows] == [{i} for i in range(39)]
+    assert all(len(window.documents) == len(window.tokens) for window in windows)
 
 
 def test_a_field_can_name_the_groups(loaded: tuple[Any, Any], texts: dict[str, Path]) -> None:
@@ -127,7 +132,10 @@ def test_plain_text_without_lines_is_cut_at_words(
 
 
 def test_blocks_keep_order_and_size() -> None:
-    windows = [Window("a", i, [1] * length) for i, length in enumerate((8, 8, 3, 16, 2, 40, 1))]
+    windows = [
+        Window("a", i, [1] * length, [0] * length)
+        for i, length in enumerate((8, 8, 3, 16, 2, 40, 1))
+    ]
     blocks = list(in_blocks(windows, 32))
     assert [window for block in blocks for window in block] == windows
     assert [len(block) for block in blocks] == [3, 2, 1, 1]
@@ -136,7 +144,7 @@ def test_blocks_keep_order_and_size() -> None:
 def test_what_is_read_together_is_of_one_group_whatever_else_is_read() -> None:
     lengths = {"a": (8, 8, 3, 16), "b": (16, 16, 5), "c": (1,)}
     windows = {
-        group: [Window(group, i, [1] * length) for i, length in enumerate(several)]
+        group: [Window(group, i, [1] * length, [0] * length) for i, length in enumerate(several)]
         for group, several in lengths.items()
     }
     mixed = [*windows["a"][:2], *windows["b"], *windows["c"], *windows["a"][2:]]
@@ -205,3 +213,25 @@ def test_names_of_groups(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             name_groups(data, [])
+
+
+def test_names_do_not_matter_where_a_field_has_them(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "one.jsonl" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    files = name_groups([str(path) for path in paths], [], source_key="source")
+    assert files == [TextFile(path, None) for path in paths]
+
+
+def test_text_is_counted_once(tmp_path: Path) -> None:
+    path, link = tmp_path / "one.txt", tmp_path / "link.txt"
+    path.touch()
+    link.symlink_to(path)
+    for data, named in (
+        ([str(path)], [("again", str(path))]),
+        ([], [("a", str(path)), ("a", str(path))]),
+        ([str(path), str(link)], []),
+    ):
+        with pytest.raises(ValueError, match=r"one\.txt.*would count twice"):
+            name_groups(data, named)
