@@ -155,7 +155,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return report.measurement(
             report.describe_model(
                 "/".join(args.model.resolve().parts[-2:]),
-                config,
+                model,
                 dtype,
                 vocabulary.describe(tokenizer, tokenizer_folder),
             ),

@@ -232,6 +232,7 @@ def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     points, own = sweep["points"], sweep["own"]
+    star = "as trained" if sweep["as_trained"] else "as set for inference"
     thresholds = [point["threshold"] for point in points]
     experts = [point["experts"] for point in points]
     left.plot(thresholds, experts, "o-", color=BLUE, markersize=4)
@@ -242,16 +243,14 @@ def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
         left.plot(own["threshold"], own["experts"], "*", color=ORANGE, markersize=13)
     if own["loss"] is not None:
         right.plot(experts, [point["loss"] for point in points], "o-", color=BLUE, markersize=4)
-        right.plot(
-            own["experts"], own["loss"], "*", color=ORANGE, markersize=13, label="as trained"
-        )
+        right.plot(own["experts"], own["loss"], "*", color=ORANGE, markersize=13, label=star)
         right.legend(loc="upper center")
     right.set(title="loss, nats per token", xlabel="experts per token")
-    own_name = "as trained" if own["threshold"] is None else f"threshold {own['threshold']:.4g}"
-    alt = f"Trained ({own_name}): {_point(own)}. " + "; ".join(
+    own_name = star if own["threshold"] is None else f"threshold {own['threshold']:.4g}"
+    alt = f"Its own ({own_name}): {_point(own)}. " + "; ".join(
         f"threshold {point['threshold']:g}: {_point(point)}" for point in points
     )
-    return figure, "Other thresholds than the trained one", alt
+    return figure, "Other thresholds than its own", alt
 
 
 def _point(point: dict[str, Any]) -> str:
@@ -327,9 +326,12 @@ def _specialisation(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[F
     figure.supxlabel("expert", fontsize=10)
     figure.supylabel("layer", fontsize=10)
     _ratio_bar(figure, image, panels.tolist(), "tokens / as many of all text")
+    title = "Experts for one kind of text"
+    if len(shown) < len(groups):
+        title += f" (the {len(shown)} largest groups of {len(groups)})"
     name, times = strongest
     alt = f"Strongest: an expert that {name} uses {times:.1f} times as often as all text"
-    return figure, "Experts for one kind of text", alt
+    return figure, title, alt
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

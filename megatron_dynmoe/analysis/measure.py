@@ -108,7 +108,8 @@ def sweep(
     The model's own setting is restored. A cap on the experts of a token stays in force.
 
     Returns:
-        ``tokens``, ``own`` and ``points``; a point has threshold (None: by layer, or top-k),
+        ``tokens``, ``own``, ``as_trained`` (whether own is the routing of the training, not one set
+        for inference) and ``points``; a point has threshold (None: by layer, or top-k),
         experts, by_layer and loss (nats per predicted token, None where no token was predicted).
     """
     config = model.config
@@ -138,6 +139,7 @@ def sweep(
     return {
         "tokens": sum(len(window.tokens) for window in windows),
         "own": trained,
+        "as_trained": not is_set_afterwards(config),
         "points": points,
     }
 
@@ -149,6 +151,12 @@ def own_threshold(config: Any) -> float | None:
     layers = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     different = {config.threshold_and_cap(layer, training=False)[0] for layer in layers}
     return different.pop() if len(different) == 1 else None
+
+
+def is_set_afterwards(config: Any) -> bool:
+    """Whether a model routes in inference by what was set or calibrated after the training."""
+    settings = ("inference_threshold", "inference_max_experts_per_token", "calibration")
+    return any(getattr(config, name, None) is not None for name in settings)
 
 
 def texts_of(

@@ -24,7 +24,7 @@ CAPTIONS = {
     "the 95 % interval of a bootstrap over documents. A correlation says nothing of cause.",
     "positions": "At the start of a window there is no context yet.",
     "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
-    "star is the routing that the model was trained with.",
+    "star is the model's own routing.",
     "load": "Orange: busier than the mean of its layer, blue: idler. Colours end at 4 and 1/4.",
     "together": "Of the tokens that use one expert (row), how many also use another (column).",
     "specialisation": "Orange: the group's tokens use the expert more often than all text does, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ LONGEST_NAME = 40
 FORMAT = "megatron-dynmoe routing, 2"
 
 
-def describe_model(name: str, config: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """What the report says of the model; measurements merge where all of this is the same."""
+    config = model.config
     layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     top_k = config.routing == "top_k"
     settings = [] if top_k else [config.threshold_and_cap(i - 1, training=False) for i in layers]
@@ -46,7 +48,17 @@ def describe_model(name: str, config: Any, dtype: str, tokenizer: dict[str, Any]
         "vocab_size": config.vocab_size,
         "tokenizer": tokenizer,
         "dtype": dtype,
+        "routers": _hash_of_routers(model),
     }
+
+
+def _hash_of_routers(model: Any) -> str:
+    """Tells one state of a training from another, whose name and settings may be the same."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".router." in name:
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def measurement(

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_dynmoe.analysis import figures
 from megatron_dynmoe.analysis.commands import main
+from megatron_dynmoe.analysis.counts import Counts, Shape
 from megatron_dynmoe.conversion.folder import write_manifest
 from tests.tiny_export import export_tiny
 
@@ -135,6 +137,63 @@ def test_other_models_do_not_merge(
     assert main(["--merge", *files, "--output", str(tmp_path / "m")]) == 1
     assert "only measurements of one model" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_state_of_the_same_training_does_not_merge(
+    report: Path,
+    tmp_path: Path,
+    exported: Path,
+    tokenizer_model: Path,
+    texts: dict[str, Path],
+    capsys: Any,
+) -> None:
+    later = tmp_path / exported.parent.name / exported.name
+    export_tiny(later, tokenizer_model, seed=1, routing="top_p", threshold=[0.5, None, 0.7])
+    files = [report, analyze(tmp_path / "report", later, texts["prose"])]
+    command = ["--merge", *(folder / "routing.json" for folder in files)]
+    assert main([str(word) for word in [*command, "--output", tmp_path / "m"]]) == 1
+    assert "its model is routers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "star"),
+    [
+        ({}, "as trained"),
+        ({"inference_threshold": 0.6}, "as set for inference"),
+        ({"inference_max_experts_per_token": 2}, "as set for inference"),
+        ({"calibration": {"target_experts_per_token": 2}}, "as set for inference"),
+    ],
+)
+def test_the_star_says_whose_threshold_it_marks(
+    tmp_path: Path,
+    exported: Path,
+    texts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    star: str,
+) -> None:
+    alts: list[str] = []
+
+    def draw(content: dict[str, Any], *_: Any) -> dict[str, Any]:
+        alts.append(figures._sweep(content["sweep"])[2])
+        return {}
+
+    monkeypatch.setattr(figures, "draw_all", draw)
+    model = tmp_path / "model"
+    shutil.copytree(exported, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    found = content(analyze(tmp_path / "report", model, texts["figures"]))
+    assert found["sweep"]["as_trained"] == (star == "as trained")
+    assert star in alts[0] or "threshold 0.6" in alts[0]
+
+
+def test_groups_that_are_not_drawn_are_said(report: Path) -> None:
+    counts = Counts.from_json(Shape(**content(report)["shape"]), content(report)["groups"]["prose"])
+    for number, title in ((2, "kind of text"), (13, "(the 12 largest groups of 13)")):
+        groups = {f"g{i}": counts for i in range(number)}
+        assert figures._specialisation(groups, [1, 3])[1].endswith(title)
 
 
 def test_top_k_has_nothing_to_compare(
