@@ -36,9 +36,19 @@ def page(tmp_path_factory: pytest.TempPathFactory, exported: Path, texts: dict[s
     hostile.write_text(
         "</script><img src=x onerror=alert(1)> <!-- {{data}} \\u2028 & \u2028 a house\n" * 40
     )
+    (folder / "another.txt").write_text("the house of a man who was not at home\n" * 40)
     files = [*texts.values(), hostile]
     command = ["--model", exported, "--data", *files, "--output", folder / "report"]
-    command += ["--sequence-length", 32, "--sweep", "0.2,0.8", "--min-count", 5]
+    command += [
+        "--group",
+        f"{'long' * 50}={folder / 'another.txt'}",
+        "--sequence-length",
+        32,
+        "--sweep",
+        "0.2,0.8",
+        "--min-count",
+        5,
+    ]
     assert main([str(word) for word in command]) == 0
     return folder / "report" / "index.html"
 
