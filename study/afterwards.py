@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_dynmoe import calibration
+from megatron_dynmoe.analysis.report import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import to_hf
 from megatron_dynmoe.files import replace_file
 from megatron_dynmoe.huggingface import load
@@ -61,7 +62,7 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
         subprocess.CalledProcessError: the tool failed, and said why.
     """
     folder = run.folder / ANALYSIS
-    if not folder.is_dir():
+    if not _is_analysis(folder / ROUTING):
         groups = [
             word for kind in corpus.kinds for word in ("--group", f"{kind}={corpus.held_out(kind)}")
         ]
@@ -70,12 +71,13 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
                 *(sys.executable, str(ROOT / "tools" / "analyze_routing.py")),
                 *("--model", str(run.folder / CHECKPOINTS), "--output", str(folder)),
                 *("--tokenizer", str(corpus.tokenizer), *groups, "--min-count", "20"),
+                "--overwrite",
             ],
             check=True,
             stdout=subprocess.DEVNULL,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
-    found = json.loads((folder / "routing.json").read_text())["statistics"]
+    found = json.loads((folder / ROUTING).read_text())["statistics"]
     tokens = found["tokens"]
     return {
         "variant": run.variant.name,
@@ -90,6 +92,11 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
         "most": [token["text"] for token in tokens["most"][:8]],
         "fewest": [token["text"] for token in tokens["fewest"][:8]],
     }
+
+
+def _is_analysis(path: Path) -> bool:
+    """Whether a file is there and means what it does today."""
+    return path.is_file() and json.loads(path.read_text())["format"] == FORMAT
 
 
 def _kept(path: Path, measure: Callable[[], Any]) -> Any:

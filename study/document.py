@@ -26,6 +26,7 @@ of 256, {steps} steps of {tokens_per_step:,} tokens, a text of a few megabytes. 
 not hold at the papers' sizes, and the other way round.
 
     make study                             # at most 4 hours on 2 cores; again: goes on where it was
+    nohup make study > study.log &         # in the background; kill %1 has it save and end
     make study STUDY="--list"              # what is trained, and how far it is
     make study STUDY="--quick"             # does everything work? A few minutes, no results
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
@@ -123,9 +124,9 @@ def _results(results: Results) -> str:
         fill(
             "Losses in nats per token, over seeds as mean (and standard deviation). Loss, experts "
             "and their deviation over tokens and layers are those of the trained model on all "
-            "held-out text, in the same sequences for every run. The work in experts is that of "
-            "the whole training, forward and backward, by the measured counts. The time of a step "
-            "is the processor's, with the share of a run's start and evaluations: the clock's "
+            "held-out text, in the same whole sequences for every run. The work in experts is that "
+            "of the whole training, forward and backward, by the measured counts. The time of a "
+            "step is the processor's, with the share of a run's start and evaluations: the clock's "
             "would say what else the machine did meanwhile (both are in the results; "
             "[benchmarks](benchmarks.md) has steps timed in turn).",
             100,
@@ -147,7 +148,8 @@ def _results(results: Results) -> str:
         "",
         fill(
             "A line a seed; the band is the standard deviation over tokens and layers in the first "
-            "one; the dots are evaluations on held-out sequences drawn at random. Dashed: "
+            "one, and a bar at a dot. The dots are evaluations on held-out sequences drawn at "
+            "random. Dashed: "
             f"{TARGET:g} experts.",
             100,
         ),

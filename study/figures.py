@@ -61,7 +61,7 @@ def _draw_loss(results: Results) -> Any:
 
 
 def _draw_experts(results: Results) -> Any:
-    """Training as lines, validation as dots, a band of one standard deviation over tokens."""
+    """Training as lines, validation as dots, with one standard deviation over tokens."""
     names = [name for name in CURVES if name in results.rows]
     figure, axes = plt.subplots(
         2, 3, figsize=(11, 6), sharex=True, layout="constrained", squeeze=False
@@ -74,7 +74,17 @@ def _draw_experts(results: Results) -> Any:
             axis.plot(curve["tokens"], mean, color=color, linewidth=1)
             if number == 0:
                 axis.fill_between(curve["tokens"], mean - std, mean + std, alpha=0.15, color=color)
-            axis.plot(validation["tokens"], validation["experts"], "o", color=color, markersize=3)
+            bars = validation["std_experts"] if number == 0 else None
+            axis.errorbar(
+                validation["tokens"],
+                validation["experts"],
+                bars,
+                fmt="o",
+                color=color,
+                markersize=3,
+                elinewidth=0.8,
+                capsize=2,
+            )
         axis.axhline(TARGET, color="black", linestyle="--", linewidth=0.8)
         axis.set(title=VARIANTS[name].title)
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -50,7 +50,6 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
     }
     if drawn.threshold is not None:
         assert drawn.experts is not None
-        evaluations = scalars["dynmoe/validation_experts_per_token"]
         late = drawn.experts[len(drawn.experts) // 5 :]
         row |= {
             "fewest_experts_per_token": late.min(),
@@ -59,7 +58,11 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
                 statistics.fmean(tail(series.values))
                 for series in report.layers(scalars, "experts_per_token").values()
             ],
-            "validation_curve": {"tokens": drawn.validation[0], "experts": evaluations.values},
+            "validation_curve": {
+                "tokens": drawn.validation[0],
+                "experts": scalars["dynmoe/validation_experts_per_token"].values,
+                "std_experts": scalars["dynmoe/validation_std_experts_per_token"].values,
+            },
             "curve": {
                 "tokens": _thin(drawn.tokens),
                 "experts": _thin(drawn.experts),

@@ -43,6 +43,15 @@ def test_what_was_measured_is_kept(tmp_path):
     assert afterwards._kept(file, lambda: pytest.fail("measured again")) == {"loss": 0.1}
 
 
+def test_an_analysis_of_another_format_is_made_again(tmp_path):
+    file = tmp_path / "routing.json"
+    assert not afterwards._is_analysis(file)
+    file.write_text(json.dumps({"format": "megatron-dynmoe routing, 1"}))
+    assert not afterwards._is_analysis(file)
+    file.write_text(json.dumps({"format": afterwards.FORMAT}))
+    assert afterwards._is_analysis(file)
+
+
 def test_text_of_which_too_little_is_held_out_is_refused_before_anything_is_trained(tmp_path):
     file = tmp_path / "short.jsonl.gz"
     with gzip.open(file, "wt") as lines:

@@ -175,7 +175,10 @@ def test_settling(experts, peak, held, worst):
 
 
 def test_a_row_holds_what_the_events_and_the_held_out_text_say(tmp_path):
-    scalars = dtop_p_scalars() | {"dynmoe/validation_experts_per_token": [(10, 2.1), (20, 2.05)]}
+    scalars = dtop_p_scalars() | {
+        "dynmoe/validation_experts_per_token": [(10, 2.1), (20, 2.05)],
+        "dynmoe/validation_std_experts_per_token": [(10, 0.9), (20, 0.8)],
+    }
     held_out = {"validation_loss": 7.25, "validation_experts_per_token": 2.125}
     run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path)
     make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
@@ -190,7 +193,11 @@ def test_a_row_holds_what_the_events_and_the_held_out_text_say(tmp_path):
     assert row | held_out == row
     assert row["most_experts_per_token"] == 5.0 and row["fewest_experts_per_token"] == 1.99
     assert row["held_from_step"] is None and row["peak_excursion"] == 1.5
-    assert row["validation_curve"] == {"tokens": [320.0, 640.0], "experts": [2.1, 2.05]}
+    assert row["validation_curve"] == {
+        "tokens": [320.0, 640.0],
+        "experts": [2.1, 2.05],
+        "std_experts": [0.9, 0.8],
+    }
     assert len(row["curve"]["experts"]) == 20
 
 
@@ -227,7 +234,7 @@ def synthetic(**losses):
                 column: [2.0 if name == "dtop_p" else 3.0 - number / 4 for number in range(5)]
                 for column in ("tokens", "experts", "std_experts", "threshold")
             },
-            "validation_curve": {"tokens": [1], "experts": [2]},
+            "validation_curve": {"tokens": [1], "experts": [2], "std_experts": [0.5]},
         }
         for name, values in (defaults | losses).items()
         for seed, loss in enumerate(values, 1)
