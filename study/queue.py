@@ -20,6 +20,8 @@ from study.runs import ERRORS, LOG, Run, start
 from study.variants import Size
 
 NICENESS = 5  # the study goes on in the background
+# A signal to the group of make and its study comes once more, from make.
+SAME_SIGNAL = 1.0  # seconds
 
 
 class Queue:
@@ -113,8 +115,14 @@ class Queue:
     def _stopping(self) -> Iterator[None]:
         """SIGINT and SIGTERM have the trainings save and end; a second one ends them at once."""
 
+        stopped_at = 0.0
+
         def stop(number: int, frame: FrameType | None) -> None:
-            again, self.stopped_by = self.stopped_by is not None, number
+            nonlocal stopped_at
+            again = self.stopped_by is not None
+            if again and time.monotonic() - stopped_at < SAME_SIGNAL:
+                return
+            self.stopped_by, stopped_at = number, time.monotonic()
             for process in tuple(self._processes):
                 process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
             if not again:

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,33 @@ def test_ctrl_c_starts_nothing_more_and_reaches_the_running_ones(tmp_path, monke
     assert stopped.stopped_by == signal.SIGINT and not stopped.failures
     assert not (tmp_path / "top1").exists()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("same, saves", [(600, True), (0, False)])
+def test_a_second_signal_ends_at_once_and_an_echo_does_not(tmp_path, monkeypatch, same, saves):
+    """``kill %1`` reaches the study twice: with its group, and passed on by make."""
+    text = (
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    time.sleep({0.5 if saves else 600})\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(600)"
+    )
+    monkeypatch.setattr(queue, "start", script(text))
+    monkeypatch.setattr(queue, "SAME_SIGNAL", same)  # seconds; none of them is waited for
+    run = runs.Run(VARIANTS["top2"], 1, {}, tmp_path / "top2")
+    stopped = queue.Queue([run], Corpus("text", [], tmp_path), SIZES["quick"], 1)
+
+    def echo():
+        while stopped.stopped_by is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    echoing = threading.Thread(target=echo)
+    echoing.start()
+    stopped.train()
+    echoing.join()
+    assert (run.folder / "saved").exists() == saves
