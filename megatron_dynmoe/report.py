@@ -13,7 +13,6 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from megatron_dynmoe.files import replace_file
 from megatron_dynmoe.schedule import TargetSchedule
 
 TENSORBOARD = "tensorboard"
+EVENT_FILES = "events.out.tfevents.*"
 CHECKPOINTS = "checkpoints"
 RESOLVED = "resolved.yaml"
 SUMMARY = "summary.json"
@@ -70,13 +70,20 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
             f"{folder} holds no event files: give the folder of a run that was started with "
             "--run-dir and has logged a step."
         )
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    # TensorBoard goes through the files by name, which orders those of one second by chance.
-    by_tag = {
-        tag: sorted(accumulator.Scalars(tag), key=attrgetter("wall_time"))
-        for tag in accumulator.Tags()["scalars"]
-    }
+    files = [
+        EventAccumulator(str(path), size_guidance={"scalars": 0})
+        for path in folder.glob(EVENT_FILES)
+    ]
+    for file in files:
+        file.Reload()
+    # A start that was killed at once leaves a file without a scalar, or an empty one.
+    files = [file for file in files if file.Tags()["scalars"]]
+    # In order of the starts. By name, as TensorBoard does, those of one second are in none.
+    files.sort(key=EventAccumulator.FirstEventTimestamp)
+    by_tag: dict[str, list[Any]] = {}
+    for file in files:
+        for tag in file.Tags()["scalars"]:
+            by_tag.setdefault(tag, []).extend(file.Scalars(tag))
     trained = [event.wall_time for event in by_tag.get(LOSS, [])]
     scalars = {}
     for tag, events in by_tag.items():
@@ -91,14 +98,14 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
 
 def has_events(folder: Path) -> bool:
     """Whether TensorBoard's events of a run are in a folder."""
-    return any(folder.glob("events.out.tfevents.*"))
+    return any(folder.glob(EVENT_FILES))
 
 
 def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
-    """The events of one scalar, in order of time, without those that a later start went back over.
+    """The events of one scalar without those that a later start went back over.
 
     Args:
-        events: in order of time.
+        events: in the order in which they were written.
         trained: of a scalar of evaluation: the times at which training logged a step. An
             evaluation that goes back without a step of training since the one before is that of
             the test set, which Megatron logs under the same name, or of ``--skip-train``.

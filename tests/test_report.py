@@ -100,6 +100,35 @@ def test_a_resumed_run_makes_void_what_the_start_before_logged(tmp_path, names):
     assert read["dynmoe/validation_experts_per_token"] == ([2, 4], [3.0, 2.0])
 
 
+def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):
+    """An empty file, and one that ends in the middle of an event."""
+    cut = write_events(tmp_path, {"lm loss": [(1, 9.0), (2, 8.0), (3, 7.0)]})
+    cut.write_bytes(cut.read_bytes()[:-5])
+    write_events(tmp_path, {})
+    (tmp_path / "tensorboard" / "events.out.tfevents.9999999999.empty").touch()
+    write_events(tmp_path, {"lm loss": [(3, 7.5), (4, 6.0)]}, start=2000)
+    series = read_scalars(tmp_path)["lm loss"]
+    assert series == ([1, 2, 3, 4], pytest.approx([9.0, 8.0, 7.5, 6.0]), [1001, 1002, 2003, 2004])
+
+
+def test_a_clock_that_is_set_back_takes_nothing_away(tmp_path):
+    """Within a start the order of the events is that of the file."""
+    folder = tmp_path / "tensorboard"
+    write_events(tmp_path, {"lm loss": [(1, 9.0), (2, 8.0), (3, 7.0)]})
+    (file,) = folder.iterdir()
+    write_events(tmp_path, {"lm loss": [(4, 6.0), (5, 5.0)]}, start=998)
+    (later,) = set(folder.iterdir()) - {file}
+    records = later.read_bytes()
+    file.write_bytes(file.read_bytes() + records[_length_of_first(records) :])
+    later.unlink()
+    assert read_scalars(tmp_path)["lm loss"].iterations == [1, 2, 3, 4, 5]
+
+
+def _length_of_first(records: bytes) -> int:
+    """Of an event file's first record: its length, two checksums and the data."""
+    return 8 + 4 + int.from_bytes(records[:8], "little") + 4
+
+
 def test_an_evaluation_without_training_changes_no_curve(tmp_path):
     """Of the test set at the end, or of an earlier checkpoint by ``--skip-train``."""
     losses = {
