@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -86,6 +87,21 @@ def install() -> None:
 def is_installed() -> bool:
     """Whether the CPU answers for ``torch.cuda`` in this process."""
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse what only CUDA has; before Megatron validates its arguments.
+
+    Raises:
+        ValueError: CUDA graphs are asked for, and this process runs on the CPU.
+    """
+    if not is_installed():
+        return
+    for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
+        value = getattr(args, name, None)
+        if value not in (None, False, "none"):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {value}, but Megatron runs on the CPU here: leave it out.")
 
 
 class _RedirectToCpu(TorchFunctionMode):

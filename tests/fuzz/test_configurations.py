@@ -71,6 +71,8 @@ OURS, THEIRS = "megatron_dynmoe.config", "megatron.training.arguments"
         ("TypeError", "NoneType", THEIRS, 0, f"FAILED: TypeError from {THEIRS}"),
         ("SystemExit", "2", "argparse", 0, "refused by upstream"),
         ("SystemExit", "1", "argparse", 0, "FAILED: SystemExit from argparse"),
+        ("SystemExit", "16", THEIRS, 1, "refused by upstream"),
+        ("SystemExit", "1", THEIRS, 1, "FAILED: after a step"),
         ("ValueError", "routing is 'x': use one of", OURS, 1, "FAILED: after a step"),
     ],
 )

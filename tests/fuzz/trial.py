@@ -31,6 +31,8 @@ PACKAGE = "megatron_dynmoe"
 # What upstream refuses on purpose it says by one of these, or by a statement that raises.
 UPSTREAM_REFUSALS = ("AssertionError", "ValueError", "NotImplementedError", "ImportError")
 USAGE = 2  # argparse's exit status
+# Those of upstream's rerun state machine, at a loss that is NaN: what a learning rate may do.
+NOT_FINITE = ("16", "17")
 
 
 class Outcome(NamedTuple):
@@ -165,6 +167,8 @@ def judge(line: CommandLine, result: dict[str, Any]) -> Outcome:
     message = f"{error}: {result['message']}"
     if result["in_step"]:
         return Outcome("FAILED: in a step", message)
+    if error == "SystemExit" and result["message"] in NOT_FINITE:
+        return Outcome("refused by upstream", "a result that is not finite")
     if steps:
         return Outcome("FAILED: after a step", message)
     if error == "SystemExit" and result["message"] == str(USAGE):
