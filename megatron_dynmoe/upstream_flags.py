@@ -255,6 +255,20 @@ def check_sequence_parallel(settings: Any) -> None:
         )
 
 
+def check_query_groups(args: Any) -> None:
+    """Refuse groups of heads that Megatron does not look at before the first step fails.
+
+    Raises:
+        ValueError: the groups do not divide the heads.
+    """
+    groups, heads = args.num_query_groups, args.num_attention_heads
+    if args.group_query_attention and heads and (groups < 1 or heads % groups):
+        raise ValueError(
+            f"--num-query-groups is {groups}, which does not divide --num-attention-heads "
+            f"({heads}): every group has as many heads."
+        )
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

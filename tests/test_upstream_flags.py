@@ -11,6 +11,7 @@ from megatron_dynmoe.upstream_flags import (
     _REFUSED_VALUES,
     UPSTREAM_FLAGS,
     Refused,
+    check_query_groups,
     check_sequence_parallel,
     check_upstream_settings,
 )
@@ -144,3 +145,18 @@ def test_experts_under_tensor_parallelism_alone_are_refused(name):
             {"tensor_model_parallel_size": 1},
         ):
             check(SimpleNamespace(**settings | change))
+
+
+@pytest.mark.parametrize(
+    ("groups", "divides"), [(1, True), (2, True), (4, True), (3, False), (0, False)]
+)
+def test_query_groups_divide_the_heads(groups: int, divides: bool) -> None:
+    """Megatron would say that a shape is invalid, in the first step."""
+    args = Namespace(group_query_attention=True, num_query_groups=groups, num_attention_heads=4)
+    if divides:
+        check_query_groups(args)
+    else:
+        with pytest.raises(ValueError, match=f"^--num-query-groups is {groups}, which does not"):
+            check_query_groups(args)
+    args.group_query_attention = False
+    check_query_groups(args)

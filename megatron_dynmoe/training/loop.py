@@ -37,7 +37,11 @@ from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
-from megatron_dynmoe.upstream_flags import check_sequence_parallel, check_upstream_settings
+from megatron_dynmoe.upstream_flags import (
+    check_query_groups,
+    check_sequence_parallel,
+    check_upstream_settings,
+)
 
 # Modes of upstream's script that need its own batches and losses.
 _OTHER_BATCHES = {
@@ -123,6 +127,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         cpu.check_arguments(args)
         check_intervals(args)
         check_sequence_parallel(args)
+        check_query_groups(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
         with naming_flags(args):
