@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import sys
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -87,21 +86,6 @@ def install() -> None:
 def is_installed() -> bool:
     """Whether the CPU answers for ``torch.cuda`` in this process."""
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
-
-
-def check_arguments(args: Namespace) -> None:
-    """Refuse what only CUDA has; before Megatron validates its arguments.
-
-    Raises:
-        ValueError: CUDA graphs are asked for, and this process runs on the CPU.
-    """
-    if not is_installed():
-        return
-    for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
-        value = getattr(args, name, None)
-        if value not in (None, False, "none"):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value}, but Megatron runs on the CPU here: leave it out.")
 
 
 class _RedirectToCpu(TorchFunctionMode):
@@ -285,6 +269,7 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
 
 # Needs Transformer Engine's attention or kernels; and what to do instead.
 _SPREAD = "spread the model with --expert-model-parallel-size or --pipeline-model-parallel-size"
+_GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
     "context_parallel_size": (
         1,
@@ -296,6 +281,9 @@ _NEEDS_A_GPU = {
         "the attention that needs no Transformer Engine cannot do it. Leave it out",
     ),
     "use_torch_fsdp2": (False, "it shards over GPUs. Leave it out"),
+    "cuda_graph_impl": ("none", _GRAPHS),
+    "enable_cuda_graph": (False, _GRAPHS),
+    "external_cuda_graph": (False, _GRAPHS),
 }
 
 

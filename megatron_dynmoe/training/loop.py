@@ -25,7 +25,7 @@ from megatron_dynmoe.arguments import (
     naming_flags,
     settle_balance_loss,
 )
-from megatron_dynmoe.backends import choice, cpu
+from megatron_dynmoe.backends import choice
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -124,7 +124,6 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                         f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
                         "model's layers itself. Leave it out."
                     )
-        cpu.check_arguments(args)
         check_intervals(args)
         check_sequence_parallel(args)
         check_query_groups(args)
