@@ -26,6 +26,7 @@ def install() -> None:
     _guard_checkpoints()
     _hear_every_signal()
     _tell_data_workers_whose_they_are()
+    _name_data_indexes_by_content()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -289,3 +290,22 @@ def _tell_data_workers_whose_they_are() -> None:
                 self.manager_pid = parent.pid
 
     worker.ManagerWatchdog = Watchdog
+
+
+def _name_data_indexes_by_content() -> None:
+    """``megatron/core/datasets/{gpt,blended}_dataset.py`` name cached indexes by path alone.
+
+    Tokens that are written again under the same path are then read by the index of the old ones.
+    See :mod:`megatron_dynmoe.training.index_cache`.
+    """
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    from megatron_dynmoe.training import index_cache
+
+    method = "_build_document_sample_shuffle_indices"
+    build = index_cache.written_whole(getattr(GPTDataset, method), index_cache.folder_of_gpt)
+    setattr(GPTDataset, method, index_cache.named_by_content(build))
+    BlendedDataset._build_indices = index_cache.written_whole(
+        BlendedDataset._build_indices, lambda dataset: dataset.config.path_to_cache
+    )

@@ -13,9 +13,8 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_dynmoe.training.splits import SPLITS, splits_read
 from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset, naming_cut_indexes
-
-SPLITS = ("training", "validation", "test")
 
 
 def train_valid_test_datasets_provider(
@@ -72,7 +71,7 @@ def dataset_config(args: Any) -> DatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     tokenizer = build_tokenizer(args)
-    return DatasetConfig(
+    config = DatasetConfig(
         num_embeddings=args.padded_vocab_size,
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -95,6 +94,15 @@ def dataset_config(args: Any) -> DatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+    # Of a split that is not read upstream would count the epochs all the same: without a token in
+    # it, for ever.
+    for number, is_read in enumerate(splits_read(args)):
+        if not is_read and not args.mock_data:
+            if config.split_matrix is not None:
+                config.split_matrix[number] = None
+            if config.blend_per_split is not None:
+                config.blend_per_split[number] = None
+    return config
 
 
 def _is_built_here(vp_stage: int | None) -> bool:

@@ -19,6 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dynmoe.doctor import FAILED
 from megatron_dynmoe.doctor.data import Vocabulary, check_dataset
+from megatron_dynmoe.training import splits
 from megatron_dynmoe.training.checkpoints import cause
 
 # Of each .bin file, about this much is read at start-up.
@@ -48,6 +49,9 @@ def check_token_files(args: Any) -> None:
         return
     reads = os.environ.get("LOCAL_RANK", "0") == "0"
     vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
+    together, per_split = _blends(args)
+    for flag, blend in _flags_of(args, together, per_split):
+        splits.check_weights(flag, blend)
     named = _named_files(args)
     if not named:
         raise ValueError(
@@ -60,6 +64,16 @@ def check_token_files(args: Any) -> None:
         check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
         if check.state == FAILED:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
+    if reads:
+        training = splits.check_splits(args, together, per_split)[0]
+        note = training and splits.epochs_note(training, _num_samples(args), args.seq_length)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note, flush=True)
+
+
+def _num_samples(args: Any) -> int:
+    """The sequences that a whole training takes, those of earlier starts included."""
+    return args.train_samples or (args.train_iters or 0) * args.global_batch_size
 
 
 def _is_missing(prefix: str) -> bool:
@@ -110,8 +124,23 @@ def _is_whole(path: Path) -> bool:
 
 def _named_files(args: Any) -> dict[str, str]:
     """The token files that the flags name, each once, with its flag."""
+    return {prefix: flag for flag, blend in _flags_of(args, *_blends(args)) for prefix in blend[0]}
+
+
+def _flags_of(args: Any, together: Any, per_split: Any) -> Iterator[tuple[str, Any]]:
+    """Each list of files that is given, as prefixes and weights, after its flag."""
+    if together:
+        yield "--data-args-path" if args.data_args_path else "--data-path", together
+    for split, blend in zip(("train", "valid", "test"), per_split or [None] * 3, strict=True):
+        is_file = args.per_split_data_args_path is not None
+        if blend:
+            yield "--per-split-data-args-path" if is_file else f"--{split}-data-path", blend
+
+
+def _blends(args: Any) -> tuple[Any, Any]:
+    """Prefixes and weights of ``--data-path``, and those of each split, as upstream reads them."""
     try:
-        together, per_split = get_blend_and_blend_per_split(args)
+        return get_blend_and_blend_per_split(args)
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
         given = [name for name in _DATA_FLAGS if getattr(args, name) is not None]
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -122,11 +151,6 @@ def _named_files(args: Any) -> dict[str, str]:
             "with a weight before it or none, or a file of these words; per split, a JSON file "
             "with lists named train, valid and test."
         ) from None
-    lists = [("--data-args-path" if args.data_args_path else "--data-path", together)]
-    for split, blend in zip(("train", "valid", "test"), per_split or [None] * 3, strict=True):
-        is_file = args.per_split_data_args_path is not None
-        lists.append(("--per-split-data-args-path" if is_file else f"--{split}-data-path", blend))
-    return {prefix: flag for flag, blend in lists if blend for prefix in blend[0]}
 
 
 @dataclass

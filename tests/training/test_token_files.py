@@ -32,6 +32,9 @@ def check(*data_path: str, **changes) -> None:
     paths = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path")
     names = dict.fromkeys((*paths, "per_split_data_args_path"))
     args = {"data_path": list(data_path), "padded_vocab_size": NUM_EMBEDDINGS, "mock_data": False}
+    # What is in which split: tests/training/test_splits.py
+    args |= {"split": "1,0,0", "eval_iters": 0, "full_validation": False, "skip_train": False}
+    args |= {"train_iters": 1, "train_samples": None, "global_batch_size": 1, "seq_length": 8}
     check_token_files(Namespace(**names | args | changes))
 
 
