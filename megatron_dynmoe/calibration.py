@@ -25,6 +25,7 @@ from megatron_dynmoe.control.calibrate import mean_experts_per_token, threshold_
 from megatron_dynmoe.conversion.card import CARD, update_routing
 from megatron_dynmoe.conversion.folder import CONFIG, read_json, update_manifest, write_json
 from megatron_dynmoe.files import replace_file
+from megatron_dynmoe.huggingface.encoding import encode_document
 
 # Probabilities kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
@@ -72,7 +73,7 @@ def read_tokens(
 ) -> Tensor:
     """The first tokens of a file, packed into sequences as for training.
 
-    Documents follow each other, each ended by the tokenizer's end-of-text token, where it has one.
+    Documents follow each other, each as in training: see :mod:`.huggingface.encoding`.
 
     Args:
         path: a ``.txt`` file (one document), or what :mod:`megatron_dynmoe.data.readers` reads.
@@ -86,11 +87,10 @@ def read_tokens(
     Raises:
         ValueError: the file cannot be read or holds fewer than two tokens.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     wanted = max(num_tokens, sequence_length)
     tokens: list[int] = []
     for text in _documents(path, text_key):
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        tokens += encode_document(tokenizer, text)
         if len(tokens) >= wanted:
             break
     if len(tokens) < 2:

@@ -5,6 +5,7 @@ Imports lm-eval: import this module only when an evaluation begins.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,8 +13,11 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
+
+from megatron_dynmoe.huggingface.encoding import added_ids, encode_prompt, encode_text
 
 
 class CountingLM(HFLM):
@@ -27,11 +31,12 @@ class CountingLM(HFLM):
         tokens: for each task, how many tokens were counted.
         experts_L: for each task, int64 of shape [MoE layers]: the experts of all those tokens.
             Empty, as ``tokens``, for a model whose outputs have no ``experts_per_token``.
+        shortened: for each task whose answers may be longer than the model's positions allow, the
+            most tokens that it asks for, and that it gets.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        bos = tokenizer.bos_token_id
-        has_bos = bos is not None and bos in tokenizer("a")["input_ids"][:1]
+        begin, _ = added_ids(tokenizer)
         logger = logging.getLogger("lm_eval")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory
@@ -41,29 +46,86 @@ class CountingLM(HFLM):
             tokenizer=tokenizer,
             batch_size=batch_size,
             # What comes before a text without a context: in training, the end of another document.
-            prefix_token_id=None if has_bos else tokenizer.eos_token_id,
+            prefix_token_id=begin[-1] if begin else tokenizer.eos_token_id,
         )
         logger.setLevel(level)
         self.tokens: dict[str, int] = defaultdict(int)
         self.experts_L: dict[str, Tensor] = {}
+        self.shortened: dict[str, tuple[int, int]] = {}
         self._task = ""
+        self._begins_texts = True
         self._passes: list[Tensor] = []  # experts_per_token of the forward passes of one batch
         self._row = 0
         model.register_forward_hook(self._keep)
+
+    def start_counting(self) -> None:
+        """Forget what was counted before."""
+        self.tokens.clear()
+        self.experts_L.clear()
+        self.shortened.clear()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._by_task(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        # Sharing would depend on which windows meet in a batch.
-        self.logits_cache = False
+        # Sharing would depend on which windows meet in a batch. lm-eval puts the begin token before
+        # the first window itself, and does not score it.
+        self.logits_cache = self._begins_texts = False
         try:
             return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
         finally:
-            self.logits_cache = True
+            self.logits_cache = self._begins_texts = True
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The ids of a prompt, without what the tokenizer would put after it."""
+        if add_special_tokens is None:
+            add_special_tokens = self._begins_texts
+        encode = encode_prompt if add_special_tokens else encode_text
+        ids = encode(self.tokenizer, string)
+        if not self._begins_texts and ids[:1] == [self.prefix_token_id]:
+            ids = ids[1:]  # the text spells the begin token out
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts as :meth:`tok_encode` has them, padded: ids and attention mask, [B, S] int64."""
+        rows = [
+            self.tok_encode(string, left_truncate_len=left_truncate_len) or [self.prefix_token_id]
+            for string in strings
+        ]
+        padded = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
+        return padded["input_ids"], padded["attention_mask"]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        requests = [self._fitting(request) for request in requests]
         return self._by_task(super().generate_until, requests, disable_tqdm)
+
+    def _fitting(self, request: Any) -> Any:
+        """The request, its answer at most half of the model's positions if it would fill them all.
+
+        lm-eval asks for 256 tokens unless a task says otherwise, and takes what is left for the
+        prompt, whose beginning it cuts off: here nothing would be left.
+        """
+        context, settings = request.args
+        most = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        if most < self.max_length:
+            return request
+        fits = max(1, self.max_length // 2)
+        self.shortened[request.task_name] = most, fits
+        return dataclasses.replace(request, arguments=(context, settings | {"max_gen_toks": fits}))
 
     def _by_task(
         self, run: Callable[..., list[Any]], requests: Sequence[Any], disable_tqdm: bool

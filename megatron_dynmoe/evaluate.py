@@ -92,10 +92,9 @@ def evaluate(
         (value, standard error), num_fewshot, num_samples, tokens, mean_experts_per_token, and
         experts_are_counted: if not, the mean is the configuration's fixed number, or null for a
         dense model; if so, experts_per_token_by_layer has the number of the layer, from 1, as key.
-        "requested" names what was asked for, in order.
-
-    Raises:
-        ValueError: a task generates in a way that leaves its experts untold.
+        "requested" names what was asked for, in order. "failed" has, by name, why a task has no
+        results; the other tasks have theirs. "interrupted" says that Ctrl-C ended the evaluation
+        before all tasks were done.
     """
     import lm_eval
 
@@ -104,32 +103,60 @@ def evaluate(
     lm = CountingLM(model, tokenizer, batch_size)
     # Bootstrapping would fork this process, which has threads and perhaps a GPU.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[*tasks.by_name.values()],
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,  # for the errors of perplexities; lm-eval's 100,000 take a minute
-    )
-    subtasks = results.get("group_subtasks", {})
     report: dict[str, Any] = {
         "lm_eval": lm_eval.__version__,
         "limit": limit,
         "requested": [*tasks.by_name],
         "tasks": {},
         "groups": {},
+        "failed": {},
+        "notes": [],
+        "interrupted": False,
     }
+    waiting = [*tasks.by_name.items()]
+    while waiting:
+        name, task = waiting.pop(0)
+        lm.start_counting()
+        try:
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=tasks.manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,  # for the errors of perplexities; 100,000 take a minute
+            )
+        except KeyboardInterrupt:
+            report["interrupted"] = True
+            break
+        except Exception as error:  # of whatever kind: what other tasks have shown is kept
+            report["failed"][name] = _one_line(error)
+            # The members of a group may do without the one that failed.
+            members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else []
+            waiting = [(member.task_name, member) for member in members] + waiting
+            continue
+        _add(report, results, lm, model.config)
+    return report
+
+
+def _add(report: dict[str, Any], results: dict[str, Any], lm: CountingLM, config: Any) -> None:
+    """Put what lm-eval found of a task, or of a group and its members, into the report."""
+    subtasks = results.get("group_subtasks", {})
     for name, entry in results["results"].items():
         leaves = _leaves(name, subtasks)
         report["tasks" if leaves == [name] else "groups"][name] = {
             "num_fewshot": results["n-shot"].get(name, results["n-shot"].get(leaves[0])),
             "num_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
             "metrics": _metrics(entry),
-            **_experts(lm, leaves, model.config),
+            **_experts(lm, leaves, config),
         }
-    return report
+    for name, (wanted, given) in lm.shortened.items():
+        report["notes"].append(
+            f"task {name} asks for answers of up to {wanted} tokens, and the model has "
+            f"{lm.max_length} positions in all: answers have up to {given} here (set "
+            "generation_kwargs: {max_gen_toks: N} in the task's YAML file for another bound)"
+        )
 
 
 def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | None) -> Any:

@@ -190,7 +190,9 @@ def _fixed_experts(config: Any) -> str | None:
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:
-    ids = tokenizer(prompt)["input_ids"]
+    from megatron_dynmoe.huggingface.encoding import encode_prompt
+
+    ids = encode_prompt(tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

@@ -4,6 +4,7 @@ Tasks and data are local; the network is never asked.
 """
 
 import json
+import math
 import os
 import runpy
 import socket
@@ -24,6 +25,7 @@ import yaml
 from huggingface_hub import constants
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from megatron_dynmoe import evaluate as module
@@ -275,7 +277,9 @@ def test_models_without_counts(tokenizer: Any, choice: Path) -> None:
     assert entry["tokens"] is None
 
 
-def test_beams_are_refused(model: Any, tokenizer: Any, task_file: Any) -> None:
+def test_a_task_that_fails_takes_no_other_with_it(
+    run_tool: Callable[..., str], choice: Path, task_file: Any, tmp_path: Path, capsys: Any
+) -> None:
     beams = task_file(
         "beams",
         output_type="generate_until",
@@ -283,8 +287,102 @@ def test_beams_are_refused(model: Any, tokenizer: Any, task_file: Any) -> None:
         metric_list=[{"metric": "exact_match"}],
         generation_kwargs={"until": ["e"], "max_gen_toks": 4, "num_beams": 2, "do_sample": False},
     )
-    with pytest.raises(ValueError, match="task beams: its generation_kwargs"):
-        evaluate(model, tokenizer, load_tasks([str(beams)]), limit=2)
+    group = choice.parent / "with_beams.yaml"
+    group.write_text(yaml.safe_dump({"group": "with_beams", "task": ["beams", "choice"]}))
+    with pytest.raises(SystemExit) as ended:
+        output = ["--output", tmp_path / "out.json"]
+        run_tool("--tasks", f"{beams},{choice}", "--limit", 2, *output)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "task beams has no results: task beams: its generation_kwargs" in said.err
+    assert "Traceback" not in said.err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [*report["failed"]] == ["beams"] and [*report["tasks"]] == ["choice"]
+
+    with pytest.raises(SystemExit):  # the members of a group are tried alone
+        include = ["--include-path", choice.parent, "--limit", 2]
+        run_tool("--tasks", "with_beams", *include, *output)
+    second = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(second["failed"]) == ["beams", "with_beams"]
+    assert second["tasks"]["choice"] == report["tasks"]["choice"]
+
+
+def test_ctrl_c_keeps_the_tasks_that_are_done(
+    run_tool: Callable[..., str], choice: Path, rolling: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def interrupted(**settings: Any) -> Any:
+        if settings["tasks"][0].task_name == "rolling":
+            raise KeyboardInterrupt
+        return simple_evaluate(**settings)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        output = tmp_path / "out.json"
+        run_tool("--tasks", f"{choice},{rolling}", "--limit", 2, "--output", output)
+    assert ended.value.code == 130
+    report = json.loads(output.read_text())
+    assert report["interrupted"] and [*report["tasks"]] == ["choice"]
+
+
+def test_answers_as_long_as_the_positions_are_shortened_and_that_is_said(
+    model: Any, tokenizer: Any, task_file: Any
+) -> None:
+    for asked_for, given in ((None, 48), (96, 48), (95, None)):
+        settings = {"until": ["no such text"], "do_sample": False}
+        settings |= {} if asked_for is None else {"max_gen_toks": asked_for}
+        long = task_file(
+            "long",
+            output_type="generate_until",
+            doc_to_target="{{answers[0]}}",
+            metric_list=[{"metric": "exact_match"}],
+            generation_kwargs=settings,
+        )
+        report = evaluate(model, tokenizer, load_tasks([str(long)]), limit=1)
+        assert not report["failed"]
+        assert report["tasks"]["long"]["tokens"] <= 96
+        notes = " ".join(report["notes"])
+        assert (f"up to {asked_for or 256} tokens" in notes) is (given is not None)
+
+
+@pytest.mark.parametrize("adds", ["", "begin", "end", "begin end"])
+def test_scores_are_sums_by_hand_whatever_the_tokenizer_adds(
+    adds: str, model: Any, folder: Path, choice: Path, rolling: Path, documents: Path
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    single = ["<s>"] * ("begin" in adds) + ["$A"] + ["</s>"] * ("end" in adds)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(single), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert len(tokenizer("a b")["input_ids"]) == len(single) - 1 + len(
+        tokenizer("a b", add_special_tokens=False)["input_ids"]
+    )
+    begin = [1] * ("begin" in adds)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def score(context: list[int], continuation: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])).logits[0]
+        log_probs = logits.float().log_softmax(-1)[len(context) - 1 : -1]
+        return log_probs[torch.arange(len(continuation)), continuation].sum().item()
+
+    rows = [json.loads(line) for line in documents.read_text().splitlines()]
+    right, total = 0, 0.0
+    for row in rows:
+        prompt = encode(f"Q: {row['text']}")
+        whole = [encode(f"Q: {row['text']} {answer}") for answer in CHOICES]
+        scores = [score(begin + prompt, ids[len(prompt) :]) for ids in whole]
+        right += scores.index(max(scores)) == row["y"]
+        total += score(begin or [2], encode(row["text"]))
+    tasks = load_tasks([str(choice), str(rolling)])
+    report = evaluate(model, tokenizer, tasks, batch_size=3)["tasks"]
+    assert report["choice"]["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
+    words = sum(len(row["text"].split()) for row in rows)
+    perplexity = report["rolling"]["metrics"]["word_perplexity"]["value"]
+    assert math.log(perplexity) == pytest.approx(-total / words, rel=1e-4)
 
 
 def test_presets_are_tasks_of_lm_eval_with_the_papers_examples() -> None:

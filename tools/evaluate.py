@@ -24,14 +24,25 @@ def main() -> None:
     args = parser.parse_args()
     try:
         report = _run(args)
-        _print_tasks(report)
-        _print_layers(report)
+        if report["tasks"]:
+            _print_tasks(report)
+            _print_layers(report)
         if args.output is not None:
             _write(report, args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted: nothing was written")
+        print(f"{parser.prog}: interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    for name, reason in report["failed"].items():
+        print(f"{parser.prog}: error: task {name} has no results: {reason}", file=sys.stderr)
+    if report["interrupted"]:
+        print(f"{parser.prog}: interrupted: later tasks were not evaluated", file=sys.stderr)
+        sys.exit(130)
+    if report["failed"]:
+        sys.exit(1)
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,11 +91,13 @@ def _print_layers(report: dict[str, Any]) -> None:
     """Experts per token, a row for each layer and a column for each task that was asked for."""
     entries = {**report["tasks"], **report["groups"]}
     columns = {
-        name: entries[name].get("experts_per_token_by_layer") for name in report["requested"]
+        name: entries[name].get("experts_per_token_by_layer")
+        for name in report["requested"]
+        if name in entries
     }
-    if not all(columns.values()):
+    if not columns or not all(columns.values()):
         return
-    layers = [*columns[report["requested"][0]]]
+    layers = [*next(iter(columns.values()))]
     rows = [[layer, *(f"{column[layer]:.3f}" for column in columns.values())] for layer in layers]
     print()
     _print_table(["layer", *columns], rows)

@@ -19,6 +19,7 @@ from megatron_dynmoe.data.readers import (
     expand_inputs,
     open_reader,
 )
+from megatron_dynmoe.huggingface.encoding import around_document, encode_text
 
 # A .txt file is one document; of a longer one, each piece of about this many characters.
 TXT_PIECE = 2**22
@@ -135,14 +136,16 @@ def read_windows(
         length: tokens of a window, S.
         reading: of the files.
         separate: no window holds two documents; else they follow each other, each ended by the
-            tokenizer's end-of-text token, where it has one.
+            tokenizer's end-of-text token, if it has one.
         limit: tokens of a group at most; None: all.
         on_read: called with the bytes that were read since the last call.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    end = [] if separate or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin, end = around_document(tokenizer)
+    if separate:
+        end = []
     pending: dict[str, list[int]] = {}
     origins: dict[str, list[int]] = {}  # the documents of what is pending
     documents: dict[str, int] = {}
@@ -165,7 +168,7 @@ def read_windows(
                 if reading.source_key is None:
                     break  # the file's only group has enough
                 continue
-            tokens = _first_tokens(tokenizer, text, left) + end
+            tokens = begin + _first_tokens(tokenizer, text, left) + end
             if left is not None:
                 tokens = tokens[:left]
                 room[group] = left - len(tokens)
@@ -206,7 +209,7 @@ def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
     """The tokens of a text, or at least its first ``most`` without encoding much more of it."""
     num_chars = len(text) if most is None else 8 * (most + MARGIN)
     while True:
-        tokens = tokenizer(text[:num_chars], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = encode_text(tokenizer, text[:num_chars])
         if num_chars >= len(text) or (most is not None and len(tokens) >= most + MARGIN):
             return tokens
         num_chars *= 2

@@ -1,0 +1,58 @@
+"""Text as a model met it in training: with what its tokenizer puts around a document, once.
+
+Preprocessing encodes every document as the tokenizer does by itself. Many begin a text with a token
+of their own, some end it with one. A prompt is the beginning of a document: it has the first and
+never the second, which would say that the document is over.
+
+Everything that encodes text for a trained model does so through this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Any text of which it can be told where it begins and ends among the ids.
+_PROBE = "a b"
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text from the middle of a document: nothing is added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The ids of the beginning of a document, which the model is to continue.
+
+    Empty for an empty text if the tokenizer begins a text with no token of its own.
+    """
+    begin, _ = added_ids(tokenizer)
+    ids = encode_text(tokenizer, text)
+    # A text may spell the begin token out, as chat templates do.
+    return ids if begin and ids[: len(begin)] == begin else begin + ids
+
+
+def encode_document(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a whole document: the prompt's, and one end token if there is any."""
+    ids, (_, end) = encode_prompt(tokenizer, text), around_document(tokenizer)
+    return ids if end and ids[-len(end) :] == end else ids + end
+
+
+def around_document(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What stands before and after the text of a document: the begin token and the end token."""
+    begin, end = added_ids(tokenizer)
+    if not end and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]  # what preprocessing adds with --append-eod
+    return begin, end
+
+
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer adds by itself before and after a text."""
+    bare = encode_text(tokenizer, _PROBE)
+    ids = tokenizer(_PROBE, verbose=False)["input_ids"]
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return list(ids[:start]), list(ids[start + len(bare) :])
+    raise ValueError(
+        "the tokenizer changes a text when it adds its begin and end tokens, so it cannot be told "
+        "what a prompt is: take the tokenizer that the model was trained with"
+    )
