@@ -3,7 +3,8 @@
     python -m tests.golden            # all of them
     python -m tests.golden dtop_p     # some
 
-What changed is printed; say in the commit why it had to.
+What changed is printed; say in the commit why it had to. Written are the files of this kind of
+processor; those of other kinds have to be written on such machines, or removed.
 """
 
 import sys
@@ -22,8 +23,9 @@ def main() -> None:
         found = runs.train(Path(directory))
     for name in names:
         change: str | None = "new"
-        if runs.path_of(name).exists():
-            change = runs.first_difference(runs.read(name), found[name], exact=True)
+        processor = found[name]["made_with"]["processor"]
+        if runs.path_of(name, processor).exists():
+            change = runs.first_difference(runs.read(name, processor), found[name], exact=True)
         runs.write(name, found[name])
         print(f"{name}: {change or 'the same as before'}")
 

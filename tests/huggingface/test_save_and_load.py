@@ -16,6 +16,9 @@ import megatron_dynmoe
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 from tests.huggingface.tiny import tiny_model, tokens
 
+# Of equal weights: what is loaded may lie beside a 64-byte boundary, where some processors' kernels
+# add up in another order.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 DTOP_P = {"routing": "dtop_p", "threshold": [0.3, 0.4, 0.5]}
 PACKAGE = Path(megatron_dynmoe.__file__).parent
 SHIPPED = (
@@ -34,6 +37,12 @@ def with_theta(model, *theta):
     return model
 
 
+def assert_same_weights(one, other):
+    weights, others = one.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_comes_back_bit_for_bit(tmp_path, tied):
     model, ids = tiny_model(**DTOP_P, tie_word_embeddings=tied), tokens(2, 9)
@@ -42,10 +51,13 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, tied):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is DynMoEForCausalLM
     assert type(AutoConfig.from_pretrained(tmp_path)) is DynMoEModelConfig
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert_same_weights(loaded, model)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **ROUNDING)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded.lm_head(base(ids).last_hidden_state), model(ids).logits)
+    assert_same_weights(base, model.model)
+    hidden = base(ids).last_hidden_state
+    torch.testing.assert_close(loaded.lm_head(hidden), model(ids).logits, **ROUNDING)
 
 
 def test_the_names_on_disk(tmp_path):
@@ -184,11 +196,12 @@ def test_the_files_work_in_the_exported_folder_without_the_package(tmp_path):
     )
     logits, experts_per_token, text = torch.load(tmp_path / "output.pt")
     expected = model(ids)
-    assert torch.equal(logits, expected.logits)
+    torch.testing.assert_close(logits, expected.logits, **ROUNDING)
     assert torch.equal(experts_per_token, expected.experts_per_token)
     assert torch.equal(text, model.generate(ids, max_new_tokens=5, do_sample=False))
     # saved from there it is complete again, and with the package its code is not needed
     assert {Path(name).name for name in SHIPPED} <= {p.name for p in (tmp_path / "saved").iterdir()}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert type(again) is DynMoEForCausalLM
-    assert torch.equal(again(ids).logits, expected.logits)
+    assert_same_weights(again, model)
+    torch.testing.assert_close(again(ids).logits, expected.logits, **ROUNDING)
