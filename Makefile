@@ -10,7 +10,7 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-long test-faults soak mutations \
+.PHONY: help setup quickstart test test-unit test-distributed test-long test-avx2 test-faults soak mutations \
 	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
 	lint format types constraints clean
 
@@ -35,6 +35,11 @@ test-distributed: setup ## the tests that start torchrun
 
 test-long: setup ## what make test leaves out, about half an hour; test-faults has a part of it
 	@$(TEST) tests -m long
+
+# What a processor without AVX-512 does, bf16 included, which is a hundred times slower there.
+test-avx2: setup ## make test with the instructions of an older processor (AVX2)
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  $(TEST) tests -n 2 --dist loadgroup -m "not long"
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)

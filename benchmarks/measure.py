@@ -26,6 +26,8 @@ import torch
 
 Result = TypeVar("Result")
 
+PRODUCT_SECONDS, PROBE_WIDTH = 0.5, 256  # of the product that tells a machine's FLOP/s
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Of the code that is about to be imported; "+" where files differ from the commit. A copy of the
@@ -206,10 +208,21 @@ def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
     """
     width, num_bytes = (8192, 2**32) if on_gpu() else (2048, 2**28)
     width, num_bytes = max(8, int(width * scale)), max(1024, int(num_bytes * scale))
+    width = min(width, _width_within(PRODUCT_SECONDS, dtype))
     copy, product = _copy_and_product(dtype, width, num_bytes)
     if on_gpu():
         torch.cuda.empty_cache()  # the memory is the benchmark's again
     return Ceilings(2 * num_bytes / copy, 2 * width**3 / product)
+
+
+def _width_within(seconds: float, dtype: torch.dtype) -> int:
+    """The width of a product that takes about so long, judged by a small one.
+
+    A CPU without instructions for bf16 multiplies it more than a hundred times slower than float32.
+    """
+    small = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device="cuda" if on_gpu() else "cpu").to(dtype)
+    taken = min(timed(lambda: small @ small)[0] for _ in range(2))
+    return max(PROBE_WIDTH, int(PROBE_WIDTH * (seconds / taken) ** (1 / 3)))
 
 
 def _copy_and_product(dtype: torch.dtype, width: int, num_bytes: int) -> tuple[float, float]:

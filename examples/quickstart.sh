@@ -47,7 +47,7 @@ done
 say "3/4  pre-training: 6 layers of 16 experts, $STEPS steps on $NPROC processes"
 # shellcheck disable=SC2206 # the routing's flags are words
 command=(
-  torchrun --standalone --nproc-per-node "$NPROC" -m megatron_dynmoe.pretrain
+  torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" -m megatron_dynmoe.pretrain
   --run-dir "$RUN" --data-cache-path "$RUN/data/cache"
   --num-layers 6 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4
   --num-experts 16 --expert-model-parallel-size "$NPROC" --moe-token-dispatcher-type alltoall

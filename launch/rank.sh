@@ -7,7 +7,7 @@ set -euo pipefail
 trap '' TERM
 
 if [[ $LAUNCHER == torchrun && -z ${RANK:-} ]]; then
-  rendezvous=(--standalone)
+  rendezvous=(--standalone --local-addr 127.0.0.1)
   if ((NODES > 1)); then
     rendezvous=(--nnodes "$NODES" --node-rank "$SLURM_NODEID"
       --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")

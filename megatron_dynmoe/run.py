@@ -45,6 +45,8 @@ def prepare() -> None:
             _be_a_world_of_one()
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             _end_with_torchrun()
+        else:
+            _check_the_meeting_point()
     if is_on_cpu:
         cpu.install()
     from megatron_dynmoe import compat
@@ -84,6 +86,24 @@ def _end_with_torchrun() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _check_the_meeting_point() -> None:
+    """Refuse a ``MASTER_ADDR`` that no name server knows, for which torch would ask without end.
+
+    torchrun asks for it before it starts this process.
+
+    Raises:
+        ValueError: the address cannot be resolved.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    try:
+        socket.getaddrinfo(address or "127.0.0.1", None)
+    except (OSError, UnicodeError):
+        raise ValueError(
+            f"MASTER_ADDR is {address}, which this machine cannot resolve: give the IP address of "
+            "the machine of rank 0."
+        ) from None
 
 
 def main() -> None:

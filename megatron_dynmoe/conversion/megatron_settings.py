@@ -149,7 +149,7 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         "position_embedding_type": "rope",
         "add_position_embedding": True,
-        "rotary_base": _whole_rotary_base(config),
+        "rotary_base": rope_theta(config),
         "rotary_percent": partial_rotary_factor(config),
         "rotary_interleaved": False,
         "normalization": "RMSNorm",
@@ -178,17 +178,6 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return args
 
 
-def _whole_rotary_base(config: dict[str, Any]) -> int:
-    """The base of the rotary positions as Megatron's flag takes it, which is a whole number."""
-    base = rope_theta(config)
-    if base != int(base):
-        raise ValueError(
-            f"rope_theta is {base!r}: Megatron's --rotary-base takes whole numbers only, so this "
-            "model cannot be trained on."
-        )
-    return int(base)
-
-
 def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
     """The flags of a training command for this model, all but data, optimizer and layout."""
     args = args_from_config(config, dtype)
@@ -202,9 +191,9 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
             flags.append(f"{flag} {value}")
     flags.append(f"--seq-length {args['seq_length']}")
     flags.append(f"--padded-vocab-size {args['padded_vocab_size']}")
-    flags.append(f"--rotary-base {args['rotary_base']}")
+    flags.append(f"--rotary-base {args['rotary_base']:g}")
     if args["rotary_percent"] != 1:
-        flags.append(f"--rotary-percent {args['rotary_percent']!r}")
+        flags.append(f"--rotary-percent {args['rotary_percent']:g}")
     if args["group_query_attention"]:
         flags.append(f"--group-query-attention --num-query-groups {args['num_query_groups']}")
     if args["untie_embeddings_and_output_weights"]:

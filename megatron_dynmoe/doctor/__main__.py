@@ -97,6 +97,7 @@ def _machine_checks(args: argparse.Namespace) -> list[Check]:
         guarded("shared memory", machine.check_shared_memory),
         guarded("Slurm", machine.check_slurm),
         guarded("launcher", machine.check_launcher),
+        guarded("host name", machine.check_host_name),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -97,6 +98,18 @@ def check_launcher() -> Check:
         found = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
         return Check(name, PASSED, found)
     return Check(name, PASSED, "none set")
+
+
+def check_host_name() -> Check:
+    """Whether this machine's own name can be resolved: torchrun meets itself under it."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError):
+        remedy = "torchrun would wait for it for ever: give it --local-addr 127.0.0.1 on one "
+        remedy += "machine (launch/local.sh does), this machine's IP address on several"
+        return Check("host name", FAILED, f"{name} cannot be resolved", remedy)
+    return Check("host name", PASSED, f"{name} can be resolved")
 
 
 def nearest_existing(path: Path) -> Path:

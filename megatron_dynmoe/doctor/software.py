@@ -222,6 +222,20 @@ def _backend() -> Check:
     return Check("back end", PASSED, f"auto takes {backend}: {why}")
 
 
+def _bf16() -> Check:
+    import torch
+
+    from megatron_dynmoe.backends import bf16, cpu
+
+    if torch.cuda.is_available() and not cpu.is_installed():
+        return Check("bf16", PASSED, "multiplied by the GPU")
+    factor = bf16.slowdown()
+    found = f"a product takes {factor:.2g} times as long as in float32 on this CPU"
+    if factor < bf16.SLOW:
+        return Check("bf16", PASSED, found)
+    return Check("bf16", WARNING, found, "train without --bf16 on this CPU")
+
+
 def _experts() -> Check:
     import torch
 
@@ -260,6 +274,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "Apex": _apex,
     "back end": _backend,
     "experts' GEMM": _experts,
+    "bf16": _bf16,
 }
 
 

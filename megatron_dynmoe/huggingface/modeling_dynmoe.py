@@ -35,9 +35,6 @@ from megatron_dynmoe.routing.select import select, weigh
 
 logger = logging.getLogger(__name__)
 
-# Keywords that Transformers passes on, of whose content the model knows otherwise.
-_SAID_OTHERWISE = ("cache_position", "num_items_in_batch", "is_causal", "token_type_ids")
-
 
 @dataclass
 class DynMoEModelOutput(ModelOutput):
@@ -364,7 +361,7 @@ class DynMoEPreTrainedModel(PreTrainedModel):
         theta: list[float | None] = [None] * self.config.num_hidden_layers
         for module in self.modules():
             if isinstance(module, DynMoERouter):
-                theta[module.layer] = stated_theta(module)
+                theta[module.layer] = module.theta.item()
         return theta
 
     @classmethod
@@ -422,8 +419,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
             input_ids: [B, S] int64.
             attention_mask: [B, K], 0 for padding, with one entry for each position in the cache
                 and of this forward; None: no padding.
-            position_ids: [B, S]; counted from the first token that is not padding if None. Where
-                they do not go on by one, another document begins, which does not see those before.
+            position_ids: [B, S]; counted from the first token that is not padding if None.
             past_key_values: the cache of the positions before.
             inputs_embeds: [B, S, D], instead of ``input_ids``.
             use_cache: whether to return a cache; the config's unless training.
@@ -433,9 +429,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
 
         Raises:
             ValueError: the inputs do not fit together.
-            TypeError: there is no such keyword.
         """
-        refuse_unknown_keywords(kwargs)
         config = self.config
         output_hidden_states = _or(output_hidden_states, config.output_hidden_states)
         output_attentions = _or(output_attentions, config.output_attentions)
@@ -457,13 +451,10 @@ class DynMoEModel(DynMoEPreTrainedModel):
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_positions = hidden_BSD.shape[1]
         valid_BK = valid_positions(attention_mask, num_cached + num_positions)
-        starts_BS = None
         if position_ids is None:
             position_ids = count_positions(valid_BK, num_cached, hidden_BSD)
-        else:
-            starts_BS = document_starts(position_ids, num_cached)
         rotary = rotary_tables(config, position_ids, hidden_BSD.dtype)
-        mask_BSK = causal_mask(valid_BK, starts_BS, num_cached, hidden_BSD)
+        mask_BSK = causal_mask(valid_BK, num_cached, hidden_BSD)
         valid_BS = None if valid_BK is None else valid_BK[:, num_cached:]
 
         # 3. Layers
@@ -546,7 +537,6 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             output_aux_loss=labels is not None,
             return_dict=True,
-            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -600,37 +590,6 @@ def routing_loss(
     return loss
 
 
-def stated_theta(router: DynMoERouter) -> float | None:
-    """A router's theta as a number, also if accelerate keeps its weights elsewhere."""
-    if not router.theta_offset.is_meta:
-        return router.theta.item()
-    from accelerate.utils import align_module_device
-
-    with align_module_device(router, "cpu"):
-        if not router.theta_offset.is_meta:
-            return router.theta.item()
-    # Without values there is only what the config says.
-    return None if router.config.theta is None else router.config.theta[router.layer]
-
-
-def refuse_unknown_keywords(keywords: dict[str, Any]) -> None:
-    """Whether forward may ignore the keywords that it has no parameter for.
-
-    Raises:
-        ValueError: they would tell packed documents apart.
-        TypeError: any other, misspelt ones too.
-    """
-    for name, value in keywords.items():
-        if value is None or name in _SAID_OTHERWISE:
-            continue
-        if name.startswith(("cu_seq_lens", "max_length_")) or name == "seq_idx":
-            raise ValueError(
-                f"{name} is given, which this model does not read: tell packed documents apart by "
-                "position_ids that begin again, as DataCollatorWithFlattening gives them."
-            )
-        raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-
-
 def valid_positions(attention_mask: Tensor | None, num_positions: int) -> Tensor | None:
     """The attention mask as [B, K] bool, or None where there is no padding."""
     if attention_mask is None:
@@ -653,38 +612,17 @@ def count_positions(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor
     return torch.arange(num_cached, last, device=hidden_BSD.device).unsqueeze(0)
 
 
-def document_starts(position_ids: Tensor, num_cached: int) -> Tensor | None:
-    """The key with which each token's document begins, [B or 1, S]; None if all begin with key 0.
-
-    A document goes on as long as positions go on by one. The document that the cache ends with
-    began as many keys before a new token as its position says.
-    """
-    num_positions = position_ids.shape[1]
-    keys_S = torch.arange(num_cached, num_cached + num_positions, device=position_ids.device)
-    begins_BS = torch.zeros_like(position_ids, dtype=torch.bool)
-    begins_BS[:, 1:] = position_ids.diff(dim=1) != 1
-    starts_BS = torch.where(begins_BS, keys_S, 0).cummax(dim=1).values
-    if num_cached:
-        in_cache_BS = ~begins_BS.cumsum(dim=1).bool()
-        starts_BS = torch.where(in_cache_BS, (keys_S - position_ids).clamp(min=0), starts_BS)
-    return starts_BS if starts_BS.any() else None
-
-
-def causal_mask(
-    valid_BK: Tensor | None, starts_BS: Tensor | None, num_cached: int, hidden_BSD: Tensor
-) -> Tensor | None:
-    """Who sees whom, [B or 1, S, K] bool; None if attention's own causal mask says it.
+def causal_mask(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor | None:
+    """Who sees whom, [B or 1, S, K] bool; None where attention's own causal mask does.
 
     Padding sees itself, so that no softmax is over nothing.
     """
     num_positions = hidden_BSD.shape[1]
-    if valid_BK is None and starts_BS is None and (num_cached == 0 or num_positions == 1):
+    if valid_BK is None and (num_cached == 0 or num_positions == 1):
         return None
     keys_K = torch.arange(num_cached + num_positions, device=hidden_BSD.device)
     queries_S1 = keys_K[num_cached:].unsqueeze(-1)
     mask_BSK = (keys_K <= queries_S1).unsqueeze(0)
-    if starts_BS is not None:
-        mask_BSK = mask_BSK & (keys_K >= starts_BS.unsqueeze(-1))
     if valid_BK is not None:
         mask_BSK = mask_BSK & valid_BK.unsqueeze(1) | (keys_K == queries_S1)
     return mask_BSK

@@ -25,7 +25,7 @@ from megatron_dynmoe.arguments import (
     naming_flags,
     settle_balance_loss,
 )
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import bf16, choice, cpu
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -76,6 +76,7 @@ def train(program_start: float) -> None:
         )
         resolved, _ = settle(dynmoe, model_config.transformer)
         check_token_files(args)
+    say_what_to_know_first(args)
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
@@ -93,6 +94,21 @@ def train(program_start: float) -> None:
         raise
     except SystemExit as exit:
         signals.exit_as_told(exit)
+
+
+def say_what_to_know_first(args: Namespace) -> None:
+    """Print what is allowed, and what a person would want to know before hours have passed."""
+    if args.rank != 0:
+        return
+    if args.bf16 and cpu.is_installed():
+        slow = bf16.warning(bf16.slowdown())
+        if slow is not None:
+            print(slow, flush=True)
+    if not args.save and not args.skip_train:
+        print(
+            "> note: neither --run-dir nor --save is given, so nothing of this run will be kept",
+            flush=True,
+        )
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
