@@ -56,6 +56,7 @@ _PACKAGE = Path(__file__).parent.parent
 # The files that make an exported folder run by itself, from where they live in the package.
 _SHIPPED = (
     "huggingface/configuration_dynmoe.py",
+    "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
     "routing/select.py",
     "routing/normalize.py",
