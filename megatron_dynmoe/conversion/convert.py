@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
 from megatron_dynmoe.conversion.folder import (
     CONFIG,
     WEIGHT_DTYPES,
@@ -38,6 +38,7 @@ from megatron_dynmoe.conversion.names import (
     Row,
     Shapes,
 )
+from megatron_dynmoe.conversion.settings import TOKEN_IDS
 from megatron_dynmoe.conversion.sources import (
     INV_FREQ,
     FromFolder,
@@ -56,6 +57,7 @@ _PACKAGE = Path(__file__).parent.parent
 # The files that make an exported folder run by itself, from where they live in the package.
 _SHIPPED = (
     "huggingface/configuration_dynmoe.py",
+    "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
     "routing/select.py",
     "routing/normalize.py",
@@ -162,22 +164,29 @@ def write_folder(
     dtype = dtype or source.dtype
     config = source.config | theta_in(source, getattr(torch, dtype))
     theirs = format_settings.to_format(config, format, dtype)
+    remarks = [*source.remarks]
+    if format != "dynmoe" and (lost := format_settings.words_lost_in(config, format, dtype)):
+        remarks.append(f"format {format} has no word for {words.listed(lost)}: left out")
+    beside, generation = words.words_beside(tokenizer)
+    stated, generation = beside | source.token_ids, generation | source.generation
     entries = list(_entries(source, format, getattr(torch, dtype)))
     if format == "dynamic-moe" and inv_freq_dtype is not None:
         entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
     with new_folder(output, overwrite) as folder:
         write_json(folder / CONFIG, theirs)  # transformers reads a tokenizer only beside it
-        special: dict[str, Any] = {}
-        if tokenizer is not None:
-            special = _write_tokenizer(tokenizer, folder)
-            write_json(folder / CONFIG, theirs | special)
+        special = {} if tokenizer is None else _write_tokenizer(tokenizer, folder)
+        ids = words.written_ids({n: config.get(n) for n in TOKEN_IDS}, special, stated)
+        write_json(folder / CONFIG, theirs | ids)
         if format == "dynmoe":
             _ship_code(folder)
-        write_json(folder / "generation_config.json", special)
+        known_ids = {name: value for name, value in ids.items() if value is not None}
+        write_json(folder / words.GENERATION_CONFIG, known_ids | generation)
         with progress_bar("writing", sum(entry.num_bytes for entry in entries), progress) as bar:
             write_shards(folder, entries, max_shard_size, bar.update)
         card.write_card(folder, config, source.about, format, dtype)
         write_manifest(folder)
+    for remark in remarks:
+        say(remark)
 
 
 def from_hf(
@@ -212,7 +221,12 @@ def from_hf(
     except ValueError as error:
         raise ValueError(f"{model / CONFIG}: {error}") from error
     shapes = Shapes(config)
-    args["huggingface_source"] = {"format": source.format, "inv_freq_dtype": source.inv_freq_dtype}
+    args["huggingface_source"] = {
+        "format": source.format,
+        "inv_freq_dtype": source.inv_freq_dtype,
+        "words": {name: config[name] for name in words.CARRIED if name in config},
+        "generation": source.generation,
+    }
     flags = megatron_settings.training_flags(config, source.dtype)
     if has_tokenizer(model):
         args["tokenizer_type"] = "HuggingFaceTokenizer"
@@ -237,7 +251,19 @@ def from_hf(
         with new_folder(save, overwrite) as folder:
             writer.write(folder, args)
             (folder / FLAGS).write_text("\n".join(flags) + "\n")
+    for remark in [*source.remarks, *_lost_in_training(source, config, args)]:
+        say(remark)
     return flags
+
+
+def _lost_in_training(
+    source: FromFolder, config: dict[str, Any], args: dict[str, Any]
+) -> Iterator[str]:
+    """What the flags and the state of the routers do not carry."""
+    state = settings.router_state(config) | {"theta": config["theta"]}
+    back = megatron_settings.config_from_megatron(Namespace(**args), config["vocab_size"], state)
+    if lost := words.changed(config, back) | (source.unread if source.format == "dynmoe" else {}):
+        yield f"training has no flag for {words.listed(lost)}: left out"
 
 
 def has_tokenizer(folder: Path) -> bool:

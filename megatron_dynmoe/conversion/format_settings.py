@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.conversion.settings import (
     NO_ROUTING,
+    TOKEN_IDS,
     Needed,
     check_config,
     check_kinds,
@@ -19,6 +21,7 @@ from megatron_dynmoe.conversion.settings import (
     shown,
     with_routing,
 )
+from megatron_dynmoe.conversion.words import CARRIED, DEFAULT_IDS, changed, unread
 
 # What the published layout of Dynamic MoE has no word for; its own code assumes these values.
 NEEDED_BY_DYNAMIC_MOE = (
@@ -43,6 +46,43 @@ NEEDED_BY_MIXTRAL = (
     Needed("shared_expert_intermediate_size", None, "shared experts"),
     Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
 )
+# What changes the function of a model in a way that training has not.
+_NEEDED_OF_FOLDERS = (
+    Needed("sliding_window", None, "sliding-window attention"),
+    Needed("quantization_config", None, "quantized weights"),
+    Needed("attention_bias", False, "biases in attention"),
+    Needed("mlp_bias", False, "biases in the experts"),
+)
+# The words of each format that are read; those of ours are the parameters of its configuration.
+_READ_IN_BOTH = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "hidden_act", "max_position_embeddings", "initializer_range"),
+    *("rms_norm_eps", "attention_dropout", "tie_word_embeddings", *CARRIED),
+    *(needed.name for needed in _NEEDED_OF_FOLDERS),
+}
+_READ = {
+    "mixtral": _READ_IN_BOTH
+    | {"num_key_value_heads", "head_dim", "num_local_experts", "num_experts"}
+    | {"num_experts_per_tok", "router_aux_loss_coef"}
+    | {"rope_parameters", "rope_scaling", "rope_theta"},
+    # The code of that layout has as many keys as heads, and its own rotary positions.
+    "dynamic-moe": _READ_IN_BOTH
+    | {"num_experts", "expert_frequency", "top_p_threshold", "measured_experts_per_token"},
+}
+
+
+def unread_words(theirs: dict[str, Any], format: str) -> dict[str, Any]:
+    """The words of a ``config.json`` that say something and have no place in any other format."""
+    if format == "dynmoe":
+        from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+
+        return unread(theirs, set(inspect.signature(DynMoEModelConfig.__init__).parameters))
+    return unread(theirs, _READ[format])
+
+
+def words_lost_in(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]:
+    """The words of a config that a format leaves out or gives another value."""
+    return changed(config, from_format(to_format(config, format, dtype), format))
 
 
 def to_format(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]:
@@ -76,8 +116,10 @@ def to_format(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]
         "rms_norm_eps": config["rms_norm_eps"],
         "rope_theta": rope_theta(config),
         "tie_word_embeddings": config["tie_word_embeddings"],
-        "use_cache": True,
         "torch_dtype": dtype,
+        **{name: config.get(name) for name in TOKEN_IDS},
+        "output_router_logits": config.get("output_router_logits", False),
+        "use_cache": config.get("use_cache", True),
     }
     if format == "mixtral":
         return shared | {
@@ -87,6 +129,7 @@ def to_format(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]
             "attention_dropout": config["attention_dropout"],
             "num_local_experts": config["num_experts"],
             "num_experts_per_tok": config["num_experts_per_tok"],
+            "router_aux_loss_coef": _loss_of_a_mixtral(config),
             "sliding_window": None,
         }
     sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
@@ -131,6 +174,11 @@ def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
     check_kinds(theirs)
     if format == "dynmoe":
         return check_config(theirs)
+    for name, needed, otherwise in _NEEDED_OF_FOLDERS:
+        if theirs.get(name) not in (None, needed):
+            raise ValueError(
+                f"{name} is {shown(theirs[name])} ({otherwise}), which training does not have."
+            )
     config = _from_mixtral(theirs) if format == "mixtral" else _from_dynamic_moe(theirs)
     check_config(config)
     return config
@@ -161,6 +209,10 @@ def _from_both(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
         "shared_expert_intermediate_size": None,
         "shared_expert_gate": False,
         "router_dtype": "float32",
+        **DEFAULT_IDS,
+        "output_router_logits": False,
+        "use_cache": True,
+        **{name: theirs[name] for name in CARRIED if name in theirs},
     }
 
 
@@ -168,7 +220,6 @@ def _from_mixtral(theirs: dict[str, Any]) -> dict[str, Any]:
     config = _from_both(theirs, rms_norm_eps=1e-5)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     for name, needed, value in (
-        ("sliding_window", None, theirs.get("sliding_window")),
         ("rope_type", "default", rope.get("rope_type", rope.get("type", "default"))),
         ("partial_rotary_factor", 1.0, rope.get("partial_rotary_factor", 1.0)),
     ):
@@ -183,7 +234,23 @@ def _from_mixtral(theirs: dict[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok": theirs.get("num_experts_per_tok", 2),
         "mlp_layer_types": ["sparse"] * config["num_hidden_layers"],
         "router_dtype": dtype_name(theirs) or "float32",
+        **_loss_from_a_mixtral(theirs, config["num_hidden_layers"]),
     }
+
+
+def _loss_from_a_mixtral(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Its balance loss in our words: a mean over layers, of which ours is the sum; scale k both."""
+    coefficient = theirs.get("router_aux_loss_coef", 0.001)  # Mixtral's own default
+    if not coefficient:
+        return {}
+    return {"balance_loss": "aux_loss", "balance_loss_coeff": coefficient / num_layers}
+
+
+def _loss_of_a_mixtral(config: dict[str, Any]) -> float:
+    if config["balance_loss"] == "none":
+        return 0.0
+    coefficient = (config["balance_loss_coeff"] or 0.0) * config["num_hidden_layers"]
+    return float(f"{coefficient:.15g}")  # as it was before it was divided
 
 
 def _from_dynamic_moe(theirs: dict[str, Any]) -> dict[str, Any]:

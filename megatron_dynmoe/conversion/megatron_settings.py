@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_dynmoe.conversion.settings import (
     NO_ROUTING,
+    TOKEN_IDS,
     Needed,
     RouterState,
     kinds_of_layers,
@@ -18,6 +19,7 @@ from megatron_dynmoe.conversion.settings import (
     settings_from_config,
     shown,
 )
+from megatron_dynmoe.conversion.words import carried_in
 
 # Config's name, name among Megatron's arguments, flag.
 _SAME = (
@@ -118,6 +120,8 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
         "router_dtype": "float32",
         **NO_ROUTING,
     }
+    config |= dict.fromkeys(TOKEN_IDS) | {"output_router_logits": False, "use_cache": True}
+    config |= carried_in(getattr(args, "huggingface_source", None))[0]
     settings = getattr(args, "moe_dynamic_settings", None)
     if settings is None:
         if not dense:
@@ -136,7 +140,8 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         dtype: of the weights: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: the model does something that training does not.
+        ValueError: the model does something that training does not, or has a number that no flag
+            can carry.
     """
     if config["hidden_act"] != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}: training has 'silu' (SwiGLU).")
@@ -149,7 +154,7 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         "position_embedding_type": "rope",
         "add_position_embedding": True,
-        "rotary_base": rope_theta(config),
+        "rotary_base": _rotary_base(config),
         "rotary_percent": partial_rotary_factor(config),
         "rotary_interleaved": False,
         "normalization": "RMSNorm",
@@ -191,9 +196,9 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
             flags.append(f"{flag} {value}")
     flags.append(f"--seq-length {args['seq_length']}")
     flags.append(f"--padded-vocab-size {args['padded_vocab_size']}")
-    flags.append(f"--rotary-base {args['rotary_base']:g}")
+    flags.append(f"--rotary-base {args['rotary_base']}")
     if args["rotary_percent"] != 1:
-        flags.append(f"--rotary-percent {args['rotary_percent']:g}")
+        flags.append(f"--rotary-percent {args['rotary_percent']}")
     if args["group_query_attention"]:
         flags.append(f"--group-query-attention --num-query-groups {args['num_query_groups']}")
     if args["untie_embeddings_and_output_weights"]:
@@ -212,7 +217,7 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
         flags.append(f"--moe-router-topk {args['moe_router_topk']}")
         if "moe_aux_loss_coeff" in args:
             flags.append(f"--moe-router-load-balancing-type {config['balance_loss']}")
-            flags.append(f"--moe-aux-loss-coeff {args['moe_aux_loss_coeff']!r}")
+            flags.append(f"--moe-aux-loss-coeff {args['moe_aux_loss_coeff']}")
         if args["moe_router_pre_softmax"]:
             flags.append("--moe-router-pre-softmax")
         if args["moe_router_dtype"]:
@@ -230,6 +235,16 @@ def model_dtype(args: Namespace) -> str:
     return "float16" if getattr(args, "fp16", False) else "float32"
 
 
+def _rotary_base(config: dict[str, Any]) -> int:
+    """The base as Megatron's flag takes it, which is a whole number."""
+    base = rope_theta(config)
+    if base != int(base) or not 1 <= base < 2**63:
+        raise ValueError(
+            f"rope_theta is {base}: training has whole numbers from 1 only (--rotary-base)."
+        )
+    return int(base)
+
+
 def _query_groups(args: Namespace) -> int:
     grouped = getattr(args, "group_query_attention", False)
     return args.num_query_groups if grouped else args.num_attention_heads
@@ -244,7 +259,11 @@ def _top_k_loss(args: Namespace) -> dict[str, Any]:
         coefficients = coefficients[0]
     if kind not in ("aux_loss", "seq_aux_loss", "global_aux_loss") or not coefficients:
         return {}
-    return {"balance_loss": kind, "balance_loss_coeff": coefficients / args.moe_router_topk}
+    coefficient = coefficients / args.moe_router_topk
+    short = float(f"{coefficient:.15g}")  # as it was before it was multiplied by k
+    if short * args.moe_router_topk == coefficients:
+        coefficient = short
+    return {"balance_loss": kind, "balance_loss_coeff": coefficient}
 
 
 def _upstream_loss(config: dict[str, Any]) -> dict[str, Any]:

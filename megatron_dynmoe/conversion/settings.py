@@ -54,12 +54,19 @@ _COUNTS = (
 )
 _NUMBERS = (
     *("initializer_range", "rms_norm_eps", "attention_dropout", "hidden_dropout", "rope_theta"),
-    *("partial_rotary_factor", "top_p_threshold"),
+    *("partial_rotary_factor", "top_p_threshold", "router_aux_loss_coef", "router_jitter_noise"),
 )
-_FLAGS = ("attention_bias", "qk_norm", "tie_word_embeddings", "shared_expert_gate")
+_FLAGS = (
+    *("attention_bias", "qk_norm", "tie_word_embeddings", "shared_expert_gate"),
+    *("output_router_logits", "use_cache"),
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token")
 _MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
-_NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], "top_p_threshold", *_FLAGS}
+_NEVER_NULL = {
+    *(*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], "top_p_threshold"),
+    *("router_aux_loss_coef", *_FLAGS),
+}
 RouterState = dict[str, list[float | None]]
 
 
@@ -83,6 +90,8 @@ def check_kinds(values: dict[str, Any]) -> None:
         (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
         (_LISTS, lambda value: isinstance(value, list), "a list"),
         (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
+        (("bos_token_id", "pad_token_id"), _is_token_id, "a token id"),
+        (("eos_token_id",), _are_token_ids, "a token id, or a list of some"),
     ):
         for name in names:
             value = values.get(name)
@@ -179,6 +188,8 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
         kept = {
             "num_experts_per_tok": config.get("num_experts_per_tok"),
             "weights": config["weights"],
+            "balance_loss": config["balance_loss"],
+            "balance_loss_coeff": config["balance_loss_coeff"],
         }
         if kept["num_experts_per_tok"] is None:
             raise ValueError(
@@ -260,6 +271,14 @@ def _is_constant(schedule: str | None) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 2**63  # -1: none, in older files
+
+
+def _are_token_ids(value: Any) -> bool:
+    return all(map(_is_token_id, value if isinstance(value, list) and value else [value]))
 
 
 def _is_number(value: Any) -> bool:

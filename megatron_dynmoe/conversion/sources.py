@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
 from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast, check_manifest
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.names import (
@@ -42,6 +42,9 @@ class Source(Protocol):
     table: tuple[Row, ...]
     dtype: str  # of the weights: float32, bfloat16 or float16
     about: dict[str, Any]  # what is known of the training, for the model card
+    token_ids: dict[str, Any]  # those that the source states itself
+    generation: dict[str, Any]  # what its generation_config.json says
+    remarks: list[str]  # what of the source has no place in any target
 
     def read(self, block: Block) -> Tensor:
         """One block of one of the table's rows."""
@@ -73,11 +76,14 @@ class FromMegatron:
             self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
             settings.check_config(self.config)
             self.about = card.about_training(args, self.checkpoint.iteration)
+            carried, self.generation = words.carried_in(getattr(args, "huggingface_source", None))
+            self.token_ids = words.stated_ids(carried)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.checkpoint.folder}: the saved arguments do not say what the model is, or "
                 f"say what cannot be converted: {error}"
             ) from error
+        self.remarks: list[str] = []
         self.shapes = Shapes(self.config)
         self.dtype = megatron_settings.model_dtype(args)
         self._check()
@@ -154,9 +160,20 @@ class FromFolder:
         try:
             self.format = format_settings.format_of(theirs)
             self.config = format_settings.from_format(theirs, self.format)
+            self.unread = format_settings.unread_words(theirs, self.format)
             stated = format_settings.dtype_name(theirs)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error
+        self.token_ids = words.stated_ids(theirs)
+        self.generation, dropped = words.generation_words(model)
+        self.remarks = [
+            f"{model / name} has {words.listed(left_out)}, which has no place in what is written"
+            for name, left_out in (
+                (CONFIG, {} if self.format == "dynmoe" else self.unread),
+                (words.GENERATION_CONFIG, dropped),
+            )
+            if left_out
+        ]
         self.shapes = Shapes(self.config)
         self.table = FORMATS[self.format]
         self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")

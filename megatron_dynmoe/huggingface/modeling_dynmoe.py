@@ -1,7 +1,8 @@
 """The model for Transformers: attention and a mixture of experts that routes as in training.
 
-This file is shipped with exported models, together with the three files of ``routing`` that it
-imports: selection, normalization and losses are the ones that Megatron trains with.
+This file is shipped with exported models, together with the files of ``huggingface`` and
+``routing`` that it imports: selection, normalization and losses are the ones that Megatron trains
+with.
 
 Dimension letters, in names as a suffix (``probs_TE``):
     T  tokens, ``sequence * S + position``
@@ -16,7 +17,9 @@ Dimension letters, in names as a suffix (``probs_TE``):
     R  tokens of one expert
 """
 
+import importlib
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +32,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
+from megatron_dynmoe.huggingface.masking_dynmoe import (
+    causal_mask,
+    check_positions,
+    count_positions,
+    find_documents,
+    refuse_unknown,
+    valid_positions,
+)
 from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import select, weigh
@@ -355,13 +366,19 @@ class DynMoEPreTrainedModel(PreTrainedModel):
 
     @property
     def theta(self) -> list[float | None] | None:
-        """Theta of every layer, None for dense layers; None without normalization."""
+        """Theta of every layer, None for dense layers; None without normalization.
+
+        Of a model without numbers, on the meta device, it is the config's.
+        """
         if self.config.normalization != "drn":
             return None
         theta: list[float | None] = [None] * self.config.num_hidden_layers
         for module in self.modules():
             if isinstance(module, DynMoERouter):
-                theta[module.layer] = module.theta.item()
+                with weights_in_place(module):
+                    if module.theta_offset.is_meta:
+                        return self.config.theta
+                    theta[module.layer] = module.theta.item()
         return theta
 
     @classmethod
@@ -419,17 +436,22 @@ class DynMoEModel(DynMoEPreTrainedModel):
             input_ids: [B, S] int64.
             attention_mask: [B, K], 0 for padding, with one entry for each position in the cache
                 and of this forward; None: no padding.
-            position_ids: [B, S]; counted from the first token that is not padding if None.
-            past_key_values: the cache of the positions before.
+            position_ids: [B or 1, S]; counted from the first token that is not padding if None.
+                Where they do not go on by one the next of several packed documents begins, which
+                sees nothing of those before it.
+            past_key_values: the cache of the positions before; none with packed documents.
             inputs_embeds: [B, S, D], instead of ``input_ids``.
-            use_cache: whether to return a cache; the config's unless training.
+            use_cache: whether to return a cache; if None the config's, unless training or with
+                packed documents.
             output_hidden_states, output_attentions, output_router_logits: see the outputs; the
                 config's if None.
             output_aux_loss: whether to compute the losses of the routing.
 
         Raises:
+            TypeError: a keyword is unknown.
             ValueError: the inputs do not fit together.
         """
+        refuse_unknown(kwargs, type(self).forward)
         config = self.config
         output_hidden_states = _or(output_hidden_states, config.output_hidden_states)
         output_attentions = _or(output_attentions, config.output_attentions)
@@ -444,18 +466,29 @@ class DynMoEModel(DynMoEPreTrainedModel):
 
         # 1. Embed
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if _or(use_cache, config.use_cache and not self.training) and past_key_values is None:
-            past_key_values = DynamicCache()
 
-        # 2. Positions and masks, the same for every layer
+        # 2. Positions, documents, cache and mask, the same for every layer
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_positions = hidden_BSD.shape[1]
         valid_BK = valid_positions(attention_mask, num_cached + num_positions)
+        valid_BS = None if valid_BK is None else valid_BK[:, num_cached:]
+        documents_BS = None
         if position_ids is None:
             position_ids = count_positions(valid_BK, num_cached, hidden_BSD)
+        else:
+            check_positions(position_ids, valid_BK, num_cached, hidden_BSD)
+            documents_BS = find_documents(position_ids, valid_BS)
+        if documents_BS is not None and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "position_ids do not go on by one, so several documents are packed in a row, and "
+                "a cache, which does not tell them apart, is to be used: give use_cache=False and "
+                "no past_key_values, or one document a row."
+            )
+        by_default = config.use_cache and not self.training and documents_BS is None
+        if _or(use_cache, by_default) and past_key_values is None:
+            past_key_values = DynamicCache()
         rotary = rotary_tables(config, position_ids, hidden_BSD.dtype)
-        mask_BSK = causal_mask(valid_BK, num_cached, hidden_BSD)
-        valid_BS = None if valid_BK is None else valid_BK[:, num_cached:]
+        mask_BSK = causal_mask(valid_BK, documents_BS, num_cached, hidden_BSD)
 
         # 3. Layers
         hidden_states, attentions, router_logits, counts, losses = [], [], [], [], []
@@ -516,15 +549,24 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> DynMoECausalLMOutput:
         """Run the model, and compute the training losses where labels are given.
 
         Args:
-            labels: [B, S] int64, the input's own tokens: they are shifted here; -100: no loss.
+            labels: [B, S] int64, the input's own tokens: they are shifted here; -100: no loss. No
+                token predicts the first one of the next packed document, whatever its label.
             logits_to_keep: how many of the last positions get logits, or which; 0: all.
+            num_items_in_batch: predicted tokens of all batches whose losses will be added up; the
+                loss is this batch's share then, not its mean.
             The others: see :meth:`DynMoEModel.forward`.
+
+        Raises:
+            TypeError: a keyword is unknown.
+            ValueError: the inputs do not fit together.
         """
+        refuse_unknown(kwargs, type(self).forward)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -542,10 +584,12 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            targets = labels[:, 1:].to(logits.device)
+            targets = next_tokens(labels, position_ids, attention_mask).to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
             if outputs.aux_loss is not None:
                 loss = loss + outputs.aux_loss.to(loss.device)
+            if num_items_in_batch is not None:
+                loss = loss * ((targets != -100).sum() / num_items_in_batch)
         return DynMoECausalLMOutput(
             loss=loss,
             logits=logits,
@@ -556,6 +600,14 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
             experts_per_token=outputs.experts_per_token,
             aux_loss=outputs.aux_loss,
         )
+
+
+def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, a module that ``device_map`` offloads has its weights."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    # Not a plain import, which would make every user of a shipped copy install accelerate.
+    return importlib.import_module("accelerate.utils").align_module_device(module)
 
 
 def select_top_k(probs_TE: Tensor, num_experts: int) -> Tensor:
@@ -590,42 +642,18 @@ def routing_loss(
     return loss
 
 
-def valid_positions(attention_mask: Tensor | None, num_positions: int) -> Tensor | None:
-    """The attention mask as [B, K] bool, or None where there is no padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_positions:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, "
-            f"{num_positions}], one entry for each position in the cache and of the input. Static "
-            "caches are not supported."
-        )
-    valid_BK = attention_mask.bool()
-    return None if valid_BK.all() else valid_BK
-
-
-def count_positions(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor:
-    """Positions [B or 1, S] of the new tokens, from 0 for a sequence's first valid token."""
-    if valid_BK is not None:
-        return (valid_BK.long().cumsum(dim=-1) - 1).clamp(min=0)[:, num_cached:]
-    last = num_cached + hidden_BSD.shape[1]
-    return torch.arange(num_cached, last, device=hidden_BSD.device).unsqueeze(0)
-
-
-def causal_mask(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor | None:
-    """Who sees whom, [B or 1, S, K] bool; None where attention's own causal mask does.
-
-    Padding sees itself, so that no softmax is over nothing.
-    """
-    num_positions = hidden_BSD.shape[1]
-    if valid_BK is None and (num_cached == 0 or num_positions == 1):
-        return None
-    keys_K = torch.arange(num_cached + num_positions, device=hidden_BSD.device)
-    queries_S1 = keys_K[num_cached:].unsqueeze(-1)
-    mask_BSK = (keys_K <= queries_S1).unsqueeze(0)
-    if valid_BK is not None:
-        mask_BSK = mask_BSK & valid_BK.unsqueeze(1) | (keys_K == queries_S1)
-    return mask_BSK
+def next_tokens(
+    labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """What each token but a row's last has to predict, [B, S - 1]; -100: nothing."""
+    targets = labels[:, 1:]
+    if position_ids is None:
+        return targets
+    valid_BS = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+    documents_BS = find_documents(position_ids, valid_BS)
+    if documents_BS is None:
+        return targets
+    return targets.masked_fill((documents_BS.diff() != 0).to(targets.device), -100)
 
 
 def rotary_tables(

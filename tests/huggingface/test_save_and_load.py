@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ DTOP_P = {"routing": "dtop_p", "threshold": [0.3, 0.4, 0.5]}
 PACKAGE = Path(megatron_dynmoe.__file__).parent
 SHIPPED = (
     "huggingface/configuration_dynmoe.py",
+    "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
     "routing/losses.py",
     "routing/normalize.py",
@@ -119,6 +121,50 @@ def test_the_weights_theta_wins_and_a_difference_is_said(tmp_path, caplog):
     assert "theta[0]" not in said
     assert loaded.config.theta == loaded.theta
     assert loaded.theta[1] == pytest.approx(0.7)
+
+
+PLACES = {
+    "cpu": "cpu",
+    "all on the disk": {"": "disk"},
+    "some on the disk": {
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+    }
+    | dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu"),
+}
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_model_is_the_same_and_saved_again_complete(tmp_path, caplog, places, tied):
+    model, ids = tiny_model(**DTOP_P, tie_word_embeddings=tied), tokens(2, 9)
+    with_theta(model, 1.5, 0.7, 1.25).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"theta": [1.5, 0.7, 3.0]}))  # the last is on the disk
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=PLACES[places], offload_folder=tmp_path / "offloaded"
+    )
+    assert "theta[2] is 3 in the config and 1.25 in the weights" in caplog.text
+    assert loaded.theta == loaded.config.theta == model.theta
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in model.state_dict().items())
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["theta"] == model.theta
+
+
+def test_theta_of_a_model_whose_weights_are_elsewhere():
+    model = with_theta(tiny_model(**DTOP_P), 1.5, 0.7, 1.25)
+    there = model.theta
+    accelerate.cpu_offload(model)
+    assert model.model.layers[0].mlp.router.theta_offset.is_meta
+    assert model.theta == there
+    with torch.device("meta"):  # a model without numbers, as accelerate's estimates make it
+        assert DynMoEForCausalLM(model.config).theta is None
+        model.config.theta = there
+        assert DynMoEForCausalLM(model.config).theta == there
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
