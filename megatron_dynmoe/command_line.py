@@ -1,6 +1,7 @@
 """Flags, and types of flags, that more than one command has."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,20 @@ def thresholds(text: str) -> list[float]:
 
 
 thresholds.__name__ = "list of numbers"
+
+
+def in_one_line(parser: argparse.ArgumentParser, message: str) -> str:
+    """What argparse finds wrong, with the flag that was probably meant."""
+    kind, _, words = message.partition(": ")
+    if kind != "unrecognized arguments":
+        return message.replace("argument ", "", 1)
+    for word in words.split():
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "look for it in --help."
+            return f"there is no flag {name}: {hint}"
+    return f"{words} belongs to no flag: take it out."
 
 
 def add_runtime_flags(parser: Any) -> None:

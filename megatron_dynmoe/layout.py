@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dynmoe.recipes import values_of, whole_number
 
@@ -77,6 +78,30 @@ class Layout:
             has_own_split=any(name in values for name in _OWN_SPLITS),
         )
 
+    @classmethod
+    def from_args(cls, args: Any) -> Layout:
+        """Read Megatron's parsed arguments, not yet validated."""
+        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        context = args.context_parallel_size
+        ranks = max(args.world_size // max(tensor * pipeline * context, 1), 1)
+        return cls(
+            world_size=args.world_size,
+            num_layers=args.num_layers,
+            num_attention_heads=args.num_attention_heads,
+            num_experts=args.num_experts or 0,
+            seq_length=args.seq_length,
+            micro_batch=args.micro_batch_size,
+            global_batch=args.global_batch_size or args.micro_batch_size * ranks,
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            expert=args.expert_model_parallel_size,
+            expert_tensor=args.expert_tensor_parallel_size or tensor,
+            stages_per_rank=args.num_virtual_stages_per_pipeline_rank or 1,
+            sequence_parallel=args.sequence_parallel,
+            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS),
+        )
+
     @property
     def model_size(self) -> int:
         """Processes that hold one copy of the model, experts apart."""
@@ -115,6 +140,13 @@ def check_layout(layout: Layout) -> None:
     Raises:
         ValueError: names the value and the remedy.
     """
+    for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+        if (size := getattr(layout, name)) < 1:
+            flag = (
+                f"--{name.replace('_', '-')}-{'' if name == 'context' else 'model-'}parallel-size"
+            )
+            flag = flag.replace("expert-tensor-model", "expert-tensor")
+            raise ValueError(f"{flag} is {size}: use 1 or more.")
     world, model = layout.world_size, layout.model_size
     if world < 1:
         raise ValueError(f"the number of processes is {world}: use 1 or more.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dynmoe.arguments import PREFIX, naming_flags, resolved_from_args
+from megatron_dynmoe.command_line import in_one_line
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.layout import Layout, check_layout
 from megatron_dynmoe.recipes import values_of, whole_number
@@ -81,19 +81,12 @@ def check_flags(flags: Sequence[str]) -> None:
     from megatron_dynmoe.training.loop import add_flags
 
     parser = add_flags(add_megatron_arguments(_Parser(allow_abbrev=False)))
-    _, unknown = parser.parse_known_args(list(flags))
-    for word in unknown:
-        if word.startswith("--"):
-            near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
-            hint = f"did you mean {near[0]}?" if near else "look for it in --help."
-            raise ValueError(f"there is no flag {word}: {hint}")
-    if unknown:
-        raise ValueError(f"{' '.join(unknown)} belongs to no flag: take it out.")
+    parser.parse_args(list(flags))
 
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(in_one_line(self, message))
 
 
 def check_files(flags: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import time
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_dynmoe.run import prepare
+from megatron_dynmoe.run import ending_at_misuse, prepare
 
 
 @record  # so that torchrun, which speaks last, repeats what a rank died of
@@ -23,7 +23,8 @@ def main() -> None:
     prepare()
     from megatron_dynmoe.training import loop
 
-    loop.train(program_start)
+    with ending_at_misuse():
+        loop.train(program_start)
 
 
 if __name__ == "__main__":

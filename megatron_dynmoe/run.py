@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -29,6 +31,26 @@ def refusing_plainly() -> Iterator[None]:
     except ValueError:
         sys.tracebacklimit = 0
         raise
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read: said in one line, by one rank, with exit code 2."""
+
+
+@contextmanager
+def ending_at_misuse() -> Iterator[None]:
+    """End the process with exit code 2 and one line if the command line cannot be read.
+
+    torchrun speaks last; what it says of the rank that it names first is that line, too.
+    """
+    try:
+        yield
+    except UsageError as error:
+        error.with_traceback(None)
+        get_error_handler().record_exception(error)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def prepare() -> None:

@@ -9,7 +9,7 @@ import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -26,20 +26,21 @@ from megatron_dynmoe.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.backends import bf16, choice, cpu
+from megatron_dynmoe.command_line import in_one_line
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
-from megatron_dynmoe.run import refusing_plainly
+from megatron_dynmoe.run import UsageError, refusing_plainly
 from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
+from megatron_dynmoe.training.argument_checks import check_arguments
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
 from megatron_dynmoe.upstream_flags import (
     check_query_groups,
-    check_sequence_parallel,
     check_upstream_settings,
 )
 
@@ -141,7 +142,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                         "model's layers itself. Leave it out."
                     )
         check_intervals(args)
-        check_sequence_parallel(args)
+        check_arguments(args)
         check_query_groups(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
@@ -182,11 +183,17 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
+    parser.error = partial(_refuse_words, parser)  # type: ignore[method-assign]
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = shlex.split  # type: ignore[method-assign]
     for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
         parser = add(parser)
     return parser
+
+
+def _refuse_words(parser: ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's, which prints 1,500 lines of usage before the error."""
+    raise UsageError(in_one_line(parser, message)) from None
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:
