@@ -276,6 +276,12 @@ class DynMoEModelConfig(PreTrainedConfig):
                 f"rope_parameters has rope_type {rope_type!r}: use 'default'; scaled rotary "
                 "embeddings are not supported."
             )
+        part = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if _is_number(part) and 2 * math.ceil(int(self.head_dim * part) / 2) > self.head_dim:
+            raise ValueError(
+                f"head_dim is {self.head_dim} and partial_rotary_factor {part:g}: rotary positions "
+                "turn pairs of numbers, so use an even head_dim and a factor up to 1."
+            )
 
     def _validate_selection(self) -> None:
         if self.routing == "top_k":

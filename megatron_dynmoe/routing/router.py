@@ -200,6 +200,6 @@ class TopPRouter(KeepDtype, TopKRouter):
                 logger,
                 logging.WARNING,
                 f"layer {self.layer_number}: the checkpoint's threshold {self.threshold.item():g} "
-                f"is replaced by --moe-dynamic-threshold {fixed:g}",
+                f"is replaced by --moe-dynamic-threshold {fixed}",
             )
             self.threshold.fill_(fixed)
