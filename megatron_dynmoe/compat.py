@@ -140,6 +140,8 @@ def _is_torch_adam(optimizer: object) -> bool:
 def _resume_under_another_layout() -> None:
     """``megatron/core/optimizer/optimizer.py`` loads no optimizer state from EP > 1 under EP = 1.
 
+    Nor under another learning rate: see :func:`_with_schedule_of`.
+
     With expert parallelism ``ChainedOptimizer`` holds two optimizers, dense and experts, without it
     one. The tensors of a checkpoint are named after the parameters and find their place in either;
     what is stored beside them (step, hyperparameters of each parameter group, loss scale) keeps the
@@ -152,9 +154,54 @@ def _resume_under_another_layout() -> None:
 
     @functools.wraps(load_state_dict)
     def load_restructured(self, loaded):
+        if _overrides_schedule():
+            loaded = _with_schedule_of(self.chained_optimizers, loaded)
         load_state_dict(self, _restructured(loaded, self.chained_optimizers))
 
     ChainedOptimizer.load_state_dict = load_restructured
+
+
+# Of what tells parameter groups apart, these are the schedule's and not the model's.
+_SCHEDULE_OF_GROUPS = ("max_lr", "min_lr", "start_wd", "end_wd")
+
+
+def _overrides_schedule() -> bool:
+    from megatron.training import get_args
+
+    try:
+        return get_args().override_opt_param_scheduler
+    except AssertionError:  # a training loop of one's own has no arguments
+        return False
+
+
+def _with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
+    """A saved state whose parameter groups have this run's learning rates and weight decay.
+
+    Upstream tells groups apart by these as well, so that under another ``--lr`` it finds none, with
+    ``--override-opt-param-scheduler`` too, which asks for just that.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
+
+    own = [group for optimizer in optimizers for group in optimizer.param_groups]
+    model_keys = [key for key in keys if key not in _SCHEDULE_OF_GROUPS]
+
+    def rescheduled(group: dict[str, Any]) -> dict[str, Any]:
+        for ignored in (None, "is_expert_parallel"):
+            for mine in own:
+                if all(mine.get(k) == group.get(k) for k in model_keys if k != ignored):
+                    return group | {k: mine[k] for k in _SCHEDULE_OF_GROUPS if k in mine}
+        return group
+
+    def walk(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return {
+            key: [rescheduled(group) for group in value] if key == "param_groups" else walk(value)
+            for key, value in part.items()
+            # The tensors of the state are left as they are.
+        }
+
+    return walk(loaded)
 
 
 def _restructured(loaded: Any, optimizers: list[Any]) -> Any:

@@ -35,6 +35,7 @@ from megatron_dynmoe.run import UsageError, refusing_plainly
 from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
 from megatron_dynmoe.training.argument_checks import check_arguments
+from megatron_dynmoe.training.checkpoint_settings import agree_with_checkpoint
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
@@ -149,6 +150,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         with naming_flags(args):
             dynmoe.resolve(args.num_experts)
         checkpoint_load.check_paths(args)
+        agree_with_checkpoint(args)
         found.append(dynmoe)
         return validate(args, defaults or {})
 
