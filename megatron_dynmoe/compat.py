@@ -27,6 +27,7 @@ def install() -> None:
     _hear_every_signal()
     _tell_data_workers_whose_they_are()
     _name_data_indexes_by_content()
+    _log_each_step_as_itself()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -356,3 +357,23 @@ def _name_data_indexes_by_content() -> None:
     BlendedDataset._build_indices = index_cache.written_whole(
         BlendedDataset._build_indices, lambda dataset: dataset.config.path_to_cache
     )
+
+
+def _log_each_step_as_itself() -> None:
+    """``megatron/training/training.py`` counts the first step twice if each step is logged.
+
+    It logs the first step of a process in any case and lets it count for the interval that it
+    begins. With ``--log-interval 1`` that interval is the step, so the second line shows the mean
+    of the first two losses and times.
+    """
+    from megatron.training import get_args, training
+
+    log = training.training_log
+
+    @functools.wraps(log)
+    def log_interval(*args, is_first_iteration=False, **kwargs):
+        iteration = kwargs.get("iteration", args[3] if len(args) > 3 else 0)
+        ends_interval = iteration % get_args().log_interval == 0
+        return log(*args, is_first_iteration=is_first_iteration and not ends_interval, **kwargs)
+
+    training.training_log = log_interval

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +18,12 @@ from megatron_dynmoe.data.readers import (
 
 # <unk>, <s>, </s> and one piece for each byte.
 FIXED_PIECES = 259
+
+
+# Of a line at once: at most 4 bytes each make the 1 MiB above which the trainer passes over a line.
+PIECE_CHARACTERS = 1 << 18
+# The trainer passes over lines with these: it uses the first as a mark of its own.
+_UNUSABLE = re.compile("[\u2585\0]")
 
 
 def train_tokenizer(
@@ -77,7 +85,7 @@ def train_tokenizer(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             character_coverage=0.9995,
-            max_sentence_length=1 << 20,
+            max_sentence_length=4 * PIECE_CHARACTERS,  # bytes
             num_threads=1,
             minloglevel=2,
         )
@@ -90,6 +98,12 @@ def train_tokenizer(
             f"vocab_size {vocab_size} cannot be reached with this text ({lines.count:,} lines): "
             f"give more text or a smaller size ({error})"
         ) from error
+    if lines.num_cut:
+        print(
+            f"note: {lines.num_cut:,} lines were cut for the trainer, which takes none longer than "
+            f"{PIECE_CHARACTERS:,} characters or with U+2585 or NUL",
+            file=sys.stderr,
+        )
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(model.getvalue())
@@ -105,7 +119,7 @@ class _Lines:
     def __init__(
         self, paths: Sequence[Path], keys: Sequence[str], skip_unreadable: bool, limits: Limits
     ) -> None:
-        self.count = 0
+        self.count = self.num_cut = 0
         self.error: Exception | None = None
         self._paths, self._keys, self._skip_unreadable = paths, keys, skip_unreadable
         self._limits = limits
@@ -116,12 +130,25 @@ class _Lines:
                 for texts in open_reader(path, self._keys, self._policy, self._limits):
                     for text in texts:
                         for line in text.split("\n"):
-                            if line:
+                            for piece in self._pieces(line):
                                 self.count += 1
-                                yield line
+                                yield piece
         except Exception as error:
             self.error = error
             raise
+
+    def _pieces(self, line: str) -> Iterator[str]:
+        """What the trainer takes of a line: it passes over long lines and those with some marks."""
+        if len(line) <= PIECE_CHARACTERS and not _UNUSABLE.search(line):
+            yield from [line] * bool(line)
+            return
+        self.num_cut += 1
+        for part in _UNUSABLE.split(line):
+            while len(part) > PIECE_CHARACTERS:
+                end = part.rfind(" ", 1, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
+                yield part[:end]
+                part = part[end:]
+            yield from [part] * bool(part)
 
     @property
     def _policy(self) -> OnUnreadable:
