@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.distributed.harness import DTOP_P, TINY
+
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
@@ -26,3 +28,29 @@ def test_a_device_that_is_not_there_is_what_is_seen_last(launcher: tuple[str, ..
     last = [line for line in lines if line][-1]
     assert "ValueError: DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device" in last
     assert "cpu.py" not in done.stderr, "a stack of ours buries the message"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--hiden-size 32", "error: there is no flag --hiden-size: did you mean --hidden-size?"),
+        ("--num-layers two", "error: --num-layers: invalid int value: 'two'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line_and_exit_code_2(words, says) -> None:
+    command = [sys.executable, "-m", "megatron_dynmoe.pretrain", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == says
+    assert "usage:" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_refused_start_leaves_nothing(tmp_path) -> None:
+    flags = TINY.replace("--mock-data ", "") + f" {DTOP_P} --data-path {tmp_path / 'gone'}"
+    command = [sys.executable, "-m", "megatron_dynmoe.pretrain", *flags.split()]
+    command += ["--run-dir", str(tmp_path / "runs" / "mine"), "--split", "100,0,0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "--data-path" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "runs" / "mine").exists()

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dynmoe.conversion.folder import MANIFEST
+from megatron_dynmoe.doctor.machine import nearest_existing
 from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name, replace_file
 from megatron_dynmoe.training.checkpoint_faults import faults
 from megatron_dynmoe.training.checkpoints import CheckpointError, cause, is_local, on_rank_0
@@ -39,8 +40,8 @@ def check_paths(args: Namespace) -> None:
     """
     if args.save and is_local(args.save) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.save) as file:
+            # Not made before it is needed: a start that is refused leaves nothing behind.
+            with tempfile.TemporaryFile(dir=nearest_existing(Path(args.save))) as file:
                 file.write(b"room?")
         except OSError as error:
             raise ValueError(
@@ -65,9 +66,35 @@ def check_paths(args: Namespace) -> None:
         )
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback
-        candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
+        names, problem = candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
+        if not names and problem is None:
+            _check_first_start(args, Path(load))
     elif load and args.ckpt_fallback and os.environ.get("RANK", "0") == "0":
         print(f"> --ckpt-fallback can do nothing: how {load} is to be read is not checked here")
+
+
+def _check_first_start(args: Namespace, load: Path) -> None:
+    """Allow ``--load`` of a folder without a checkpoint only if the run will save into it.
+
+    Megatron would train from random weights, whatever the folder is.
+    """
+    flag = "--load" if load == Path(args.load or "") else "--pretrained-checkpoint"
+    if (load / "config.json").is_file() or any(load.glob("*.safetensors")):
+        raise ValueError(
+            f"{flag} is {load}, which is a Hugging Face folder: tools/convert_checkpoint.py "
+            f"from-hf --model {load} --save DIR makes a checkpoint of it, for --load DIR."
+        )
+    if not _is_same(load, args.save):
+        found = "holds no checkpoint" if load.is_dir() else "does not exist"
+        raise ValueError(
+            f"{flag} is {load}, which {found} (no {TRACKER}): name the folder that a run saved to, "
+            "or give it as --save, too, to start there."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"> {load} holds no checkpoint: this run starts from random weights and saves there",
+            flush=True,
+        )
 
 
 def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ def train(program_start: float) -> None:
         ValueError: a setting makes no sense; before anything is built.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    with refusing_plainly():
+    with refusing_plainly(), run_directory.leaving_nothing_if_refused():
         args, dynmoe = parse_command_line()
         model_config = gpt_config_from_args(args)
         plan = choice.plan(

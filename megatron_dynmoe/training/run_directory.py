@@ -8,7 +8,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 from megatron_dynmoe import report
 from megatron_dynmoe.attempts import mark_finished
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.files import TRACKER
 from megatron_dynmoe.training.live_plot import redrawing
 
 COMMAND = "command.txt"
@@ -54,17 +55,47 @@ def set_paths(args: Namespace) -> None:
         return
     run_dir = Path(args.run_dir)
     # Asked on the one rank that writes events, and before it does: others could see its own.
-    holds_run = report.has_events(run_dir / report.TENSORBOARD)
-    if args.rank == args.world_size - 1 and args.load is None and holds_run:
-        raise ValueError(
-            f"--run-dir is {run_dir}, which holds a run: go on with it by --load "
-            f"{run_dir / report.CHECKPOINTS}, or name another folder."
-        )
+    if args.rank == args.world_size - 1 and args.load is None:
+        has_checkpoint = (run_dir / report.CHECKPOINTS / TRACKER).is_file()
+        if has_checkpoint or _has_logged(run_dir):
+            remedy = "or name another folder" if has_checkpoint else "name another folder"
+            go_on = f"go on with it by --load {run_dir / report.CHECKPOINTS}, "
+            raise ValueError(
+                f"--run-dir is {run_dir}, which holds a run"
+                f"{'' if has_checkpoint else ' that has saved no checkpoint'}: "
+                f"{go_on * has_checkpoint}{remedy}."
+            )
     args.save = args.save or str(run_dir / report.CHECKPOINTS)
     if args.save_interval is None:
         # Megatron wants an interval with --save; it always saves at the end.
         args.save_interval = args.train_iters or 1000
     args.tensorboard_dir = args.tensorboard_dir or str(run_dir / report.TENSORBOARD)
+
+
+def _has_logged(run_dir: Path) -> bool:
+    """Whether a run has logged a step there; one that was refused has not."""
+    try:
+        return bool(report.read_scalars(run_dir))
+    except report.NothingLogged:
+        return False
+
+
+@contextmanager
+def leaving_nothing_if_refused() -> Iterator[None]:
+    """Remove the event file that Megatron opens first, and its folders, if the run is refused."""
+    try:
+        yield
+    except ValueError:
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.close()
+            folder = Path(writer.log_dir)
+            for path in folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+                path.unlink(missing_ok=True)
+            for empty in (folder, folder.parent):
+                with suppress(OSError):
+                    empty.rmdir()
+        raise
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ LAYOUTS = {
     "ep2": (2, "--expert-model-parallel-size 2"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
 }
 
@@ -148,6 +150,48 @@ OTHER_LAYOUT = {
         (DIST_EP2_BF16, "one", f"{RESHARDABLE} {BF16}"),
     )
 }
+# Without experts' tensor parallelism; one rank pads 115 ids to 120, two pad them to 128.
+PADDED = "--vocab-size 114"
+ONE_PADDED = run("one_padded", "one", PADDED)
+TP2_PADDED = run("tp2_padded", "tp2", PADDED)
+PER_TOKEN = "--calculate-per-token-loss"
+ONE_PER_TOKEN = run("one_per_token", "one", f"{PADDED} {PER_TOKEN}")
+OTHER_PADDING = {
+    "one to tp2": (ONE_PADDED, resume("one_to_tp2", ONE_PADDED, "tp2", PADDED)),
+    "tp2 to one": (TP2_PADDED, resume("tp2_to_one", TP2_PADDED, "one", PADDED)),
+    "one to tp2, per token": (
+        ONE_PER_TOKEN,
+        resume("per_token_to_tp2", ONE_PER_TOKEN, "tp2", f"{PADDED} {PER_TOKEN}"),
+    ),
+}
+NEW_SCHEDULE = (
+    "--lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --weight-decay 0.3 "
+    "--override-opt-param-scheduler"
+)
+OTHER_SCHEDULE = {
+    f"{origin.name} on {layout}": (
+        origin,
+        resume(f"{origin.name}_lr_{layout}", origin, layout, f"{flags} {NEW_SCHEDULE}"),
+    )
+    for origin, layout, flags in (
+        (ONE, "one", ""),
+        (EP2, "ep2", ""),
+        (EP2, "one", ""),
+        (PP2, "pp2", ""),
+        (DIST_DP2, "pp2", RESHARDABLE),
+        (DIST_EP2_BF16, "ep2", f"{RESHARDABLE} {BF16}"),
+    )
+}
+REFUSED = {
+    "--lr 1e-3": "--lr is 0.001, and the run in .* has 0.01: .*--override-opt-param-scheduler",
+    "--train-iters 9": "--train-iters is 9, and the run in .* has 6: .*--lr-decay-iters 6 for",
+    "--hidden-size 64": "--hidden-size is 64, and the model in .* has 32: give --hidden-size 32",
+    "--num-experts 8": "--num-experts is 8, and the model in .* has 4",
+    "--num-layers 3": "--num-layers is 3, and the model in .* has 2",
+}
+REFUSALS = {
+    flags: resume(f"refused_{number}", ONE, "one", flags) for number, flags in enumerate(REFUSED)
+}
 OTHER_TARGET = resume("target_3", ONE, "one", "--moe-dynamic-target-experts-per-token 3")
 FROM_TOP_K = resume(
     "from_top_k", TOP_K_RUN, "one", "--dist-ckpt-strictness log_all --no-load-optim"
@@ -175,6 +219,37 @@ def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: s
         assert differences(checkpoint(origin), checkpoint(resumed), tolerance) == {}
     if gradient_hooks(origin.case.flags):
         assert_same_gradients(origin, resumed, step=HALF)
+
+
+@pytest.mark.parametrize("name", OTHER_PADDING)
+def test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size(
+    results: Results, name: str
+) -> None:
+    origin, resumed = (results[case] for case in OTHER_PADDING[name])
+    assert differences(checkpoint(origin, HALF), checkpoint(resumed, HALF)) == {}
+    assert resumed.losses == pytest.approx(origin.losses[HALF:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_SCHEDULE)
+def test_another_schedule_takes_the_optimizers_state_along(results: Results, name: str) -> None:
+    origin, resumed = (results[case] for case in OTHER_SCHEDULE[name])
+    expected, loaded = checkpoint(origin, HALF), checkpoint(resumed, HALF)
+    assert {*differences(expected, loaded)} <= {"lr", "weight_decay", "scheduler"}
+    assert loaded["scheduler"]["max_lr"] == checkpoint(resumed)["scheduler"]["max_lr"] == 1e-3
+    assert checkpoint(resumed)["lr"] == {1e-3}
+    assert checkpoint(resumed)["weight_decay"] == {0.0, 0.3}
+    # The next batch is the model's as it was; those after it were trained with smaller steps.
+    tolerance = 1e-3 if BF16 in origin.case.flags else 1e-5
+    assert resumed.losses[0] == pytest.approx(origin.losses[HALF], rel=tolerance)
+    assert resumed.losses[-1] != pytest.approx(origin.losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_the_checkpoint_has_otherwise_is_refused_by_name(results: Results, flags: str) -> None:
+    result = results.any(REFUSALS[flags])
+    message = (result.error or "it was accepted").strip().splitlines()[-1]
+    assert re.match(f"ValueError: {REFUSED[flags]}", message), message
+    assert result.ranks[0]["steps"] == []
 
 
 def test_saving_starts_no_process(results: Results) -> None:

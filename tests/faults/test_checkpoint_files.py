@@ -240,8 +240,9 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
         save_retain_interval=None,
     )
     check_paths(args)
+    assert not (load / "new").exists()  # before there is something to save
     args.save = str(load / TRACKER)
-    with pytest.raises(ValueError, match=r"--save is .*nothing can be written \(file exists"):
+    with pytest.raises(ValueError, match=r"--save is .*nothing can be written \(not a directory"):
         check_paths(args)
     args.save, args.save_retain_interval = str(load), 10
     (load / TRACKER).write_text("release")

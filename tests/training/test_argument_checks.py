@@ -1,0 +1,66 @@
+"""Sizes and schedules that cannot be together: both values, the flag that was typed, the remedy."""
+
+import importlib.util
+from argparse import ArgumentParser
+
+import pytest
+
+pytestmark = pytest.mark.megatron
+
+SIZES = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --num-experts 8 --train-iters 10"
+)
+
+
+def check(flags: str, world_size: int = 1) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_dynmoe.training.argument_checks import check_arguments
+    from megatron_dynmoe.training.loop import add_flags
+
+    parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    args = parser.parse_args(f"{SIZES} {flags}".split())
+    args.world_size = world_size
+    check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--global-batch-size 6", "--lr-warmup-iters 9", "--kv-channels 8 --hidden-size 30"],
+)
+def test_what_fits_passes(flags):
+    check(flags)
+    check("--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "parts"),
+    [
+        ("--global-batch-size 3", 1, ("--global-batch-size is 3", "--micro-batch-size 2", "4")),
+        ("--micro-batch-size 0", 1, ("--micro-batch-size is 0",)),
+        ("--expert-model-parallel-size 3", 3, ("--num-experts is 8", "size 3", "1, 2")),
+        ("--expert-model-parallel-size 0", 1, ("--expert-model-parallel-size is 0", "1 or more")),
+        ("--tensor-model-parallel-size 8 --sequence-parallel", 8, ("heads is 4", "size 8")),
+        ("--tensor-model-parallel-size 2", 2, ("with experts", "--sequence-parallel")),
+        ("--pipeline-model-parallel-size 3", 3, ("--num-layers is 4", "size 3")),
+        ("--pipeline-model-parallel-size 2", 3, ("number of processes is 3", "pipeline 2")),
+        ("--max-position-embeddings 16", 1, ("embeddings is 16", "--seq-length is 32")),
+        ("--hidden-size 30", 1, ("--hidden-size is 30", "--num-attention-heads 4")),
+        ("--lr-warmup-iters 10", 1, ("--lr-warmup-iters is 10", "--train-iters (10)")),
+        ("--lr-warmup-iters 5 --lr-decay-iters 5", 1, ("--lr-decay-iters (5)",)),
+        ("--rampup-batch-size 2 2 8", 1, ("is 2 2 8", "--step-batch-size-schedule")),
+    ],
+)
+def test_what_does_not_fit_is_said_with_both_values(flags, world_size, parts):
+    with pytest.raises(ValueError, match=r"^.+: .+") as refused:
+        check(flags, world_size)
+    assert "\n" not in str(refused.value)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_wandb_without_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--wandb-project is demo.*pip install wandb"):
+        check("--wandb-project demo")
