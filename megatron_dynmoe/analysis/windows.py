@@ -76,6 +76,31 @@ class Window(NamedTuple):
     documents: list[int]  # of each token, numbered in its group
 
 
+# What says how a file is written, and not what is in it.
+_FORMATS = (".gz", ".zst", ".zstd", ".jsonl", ".json", ".parquet", ".txt")
+
+
+def _own_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each file: its own without the endings, after as many folders as tell it apart."""
+
+    def name(path: Path, num_folders: int) -> str:
+        own = path
+        while own.suffix in _FORMATS and own.stem:
+            own = own.with_suffix("")
+        folders = path.absolute().parts[1:-1]
+        return "/".join([*folders[len(folders) - num_folders :], own.name])
+
+    names = []
+    for path in paths:
+        others = [other for other in paths if other is not path]
+        depths = range(len(path.absolute().parts))
+        unique = (d for d in depths if name(path, d) not in {name(other, d) for other in others})
+        depth = next(unique, None)
+        # Files of one folder that differ in their endings alone keep them.
+        names.append(path.name if depth is None else name(path, depth))
+    return names
+
+
 def name_groups(
     data: Sequence[str], named: Sequence[tuple[str, str]], source_key: str | None = None
 ) -> list[TextFile]:
@@ -87,19 +112,13 @@ def name_groups(
         source_key: the field that names the groups instead.
 
     Raises:
-        ValueError: a file is missing, a folder, or given twice, or two files would share a name
-            that nobody gave.
+        ValueError: a file is missing, a folder, or given twice.
     """
-    files = [TextFile(path, path.name.split(".")[0] or path.name) for path in expand_inputs(data)]
-    names = [file.group for file in files]
-    if source_key is not None:
-        files = [TextFile(file.path, None) for file in files]
-    for file in files:
-        if file.group is not None and names.count(file.group) > 1:
-            raise ValueError(
-                f"--data {file.path}: another file would be called {file.group!r}, too: name both "
-                "with --group NAME=FILE"
-            )
+    paths = expand_inputs(data)
+    files = [
+        TextFile(path, None if source_key is not None else name)
+        for path, name in zip(paths, _own_names(paths), strict=True)
+    ]
     files += [TextFile(path, name) for name, pattern in named for path in expand_inputs([pattern])]
     seen: dict[Path, Path] = {}
     for path, _ in files:

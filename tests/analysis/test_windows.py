@@ -206,7 +206,6 @@ def test_names_of_groups(tmp_path: Path) -> None:
     globbed = name_groups([f"{tmp_path}/*.gz"], [("b", f"{tmp_path}/*/*.txt")])
     assert globbed == [TextFile(paths[0], "one"), TextFile(paths[1], "b")]
     for data, message in (
-        ([one, two], "--group NAME=FILE"),
         ([f"{tmp_path}/none.txt"], "no such file"),
         ([str(tmp_path)], "is a folder"),
         ([one, one], "named twice"),
@@ -235,3 +234,21 @@ def test_text_is_counted_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"one\.txt.*would count twice"):
             name_groups(data, named)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["wiki.en.jsonl", "wiki.de.jsonl.gz"], ["wiki.de", "wiki.en"]),
+        (["a/x.txt", "b/x.txt", "b/y.txt"], ["a/x", "b/x", "y"]),
+        (["a/c/x.jsonl", "b/c/x.jsonl"], ["a/c/x", "b/c/x"]),
+        (["x.txt", "x.jsonl"], ["x.jsonl", "x.txt"]),
+        (["my notes v1.2.txt", ".txt"], [".txt", "my notes v1.2"]),
+    ],
+)
+def test_groups_have_names_of_their_own(tmp_path, files, names):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("text")
+    found = name_groups([str(tmp_path / file) for file in files], [])
+    assert sorted(file.group for file in found) == names

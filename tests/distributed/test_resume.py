@@ -154,7 +154,7 @@ OTHER_LAYOUT = {
 PADDED = "--vocab-size 114"
 ONE_PADDED = run("one_padded", "one", PADDED)
 TP2_PADDED = run("tp2_padded", "tp2", PADDED)
-PER_TOKEN = "--calculate-per-token-loss"
+PER_TOKEN = "--calculate-per-token-loss --moe-dynamic-balance-loss-coeff 0.1"
 ONE_PER_TOKEN = run("one_per_token", "one", f"{PADDED} {PER_TOKEN}")
 OTHER_PADDING = {
     "one to tp2": (ONE_PADDED, resume("one_to_tp2", ONE_PADDED, "tp2", PADDED)),

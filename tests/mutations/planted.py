@@ -297,6 +297,26 @@ WATCHING = [
         ("tests/control/test_agreement.py::test_one_bit_on_one_rank_is_found",),
     ),
     Mutation(
+        "summary_of_the_last_tenth",
+        "the summary's mean of the last 20 % of a run is that of the last 10 %",
+        "report.py",
+        "TAIL = 0.2",
+        "TAIL = 0.1",
+        ("tests/test_report.py::test_summary_and_curves_of_a_dtop_p_run",),
+    ),
+    Mutation(
+        "group_size_left_out_of_losses",
+        "with --calculate-per-token-loss the routing losses ignore the size of the group",
+        "routing/router.py",
+        "loss = loss * num_local_tokens * group.size()",
+        "loss = loss * num_local_tokens",
+        (
+            "tests/distributed/test_resume.py::"
+            "test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size",
+        ),
+        ("one_per_token", "per_token_to_tp2"),
+    ),
+    Mutation(
         "checksums_not_compared",
         "a checkpoint's file with a flipped bit is loaded",
         "conversion/folder.py",
