@@ -71,13 +71,20 @@ _READ = {
 }
 
 
-def unread_words(theirs: dict[str, Any], format: str) -> dict[str, Any]:
-    """The words of a ``config.json`` that say something and have no place in any other format."""
+def unread_words(theirs: dict[str, Any], format: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The words of a ``config.json`` that say something and have no place in any other format.
+
+    Args:
+        config: what was read of it; a word that only repeats what the format's code assumes, such
+            as the published layout's rotary base, says nothing.
+    """
     if format == "dynmoe":
         from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
 
         return unread(theirs, set(inspect.signature(DynMoEModelConfig.__init__).parameters))
-    return unread(theirs, _READ[format])
+    assumed = config | {"rope_theta": rope_theta(config)}
+    found = unread(theirs, _READ[format])
+    return {name: value for name, value in found.items() if assumed.get(name) != value}
 
 
 def words_lost_in(config: dict[str, Any], format: str, dtype: str) -> dict[str, Any]:

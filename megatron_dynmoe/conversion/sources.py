@@ -160,7 +160,7 @@ class FromFolder:
         try:
             self.format = format_settings.format_of(theirs)
             self.config = format_settings.from_format(theirs, self.format)
-            self.unread = format_settings.unread_words(theirs, self.format)
+            self.unread = format_settings.unread_words(theirs, self.format, self.config)
             stated = format_settings.dtype_name(theirs)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error

@@ -73,7 +73,8 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         for name, value in before.items()
         if name not in WITHOUT_MEANING
         and value is not None
-        and not _alike(value, after.get(name), after)
+        and not (name.endswith("_coeff") and not value)
+        and not _alike(value, after.get(name))
     }
 
 
@@ -153,7 +154,7 @@ def written_ids(
     return default | stated | tokenizer | said
 
 
-def _alike(one: Any, other: Any, whole: dict[str, Any]) -> bool:
+def _alike(one: Any, other: Any) -> bool:
     if isinstance(other, list) and not isinstance(one, list):  # one number for all layers
         other = next(iter({value for value in other if value is not None}), None)
     if isinstance(one, dict) and isinstance(other, dict):

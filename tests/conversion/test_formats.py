@@ -112,12 +112,17 @@ def test_round_trips_are_exact(tmp_path: Path, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_becomes_ours_and_back(tmp_path: Path, name: str) -> None:
+def test_a_folder_becomes_ours_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     format, settings = MODELS[name]
     load = write_megatron(tmp_path / "load", model_config(**settings))
     to_hf(load, tmp_path / "hf", format=format, progress=False)
     convert_folder(tmp_path / "hf", tmp_path / "ours")
     convert_folder(tmp_path / "ours", tmp_path / "again", format=format)
+    from_hf(tmp_path / "ours", tmp_path / "back", progress=False)
+    told = capsys.readouterr().err.splitlines()
+    assert all("no tokenizer is in" in line for line in told)  # nothing is left out
     to_hf(load, tmp_path / "direct", progress=False)
     assert_same(hf_tensors(tmp_path / "ours"), hf_tensors(tmp_path / "direct"))
     assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))

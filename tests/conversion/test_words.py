@@ -20,6 +20,7 @@ from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.huggingface import DynMoEModelConfig
 from megatron_dynmoe.huggingface.modeling_dynmoe import routing_loss
 from tests.conversion.checkpoints import DTOP_P, ROUTING_OF, export, model_config, write_megatron
+from tests.tiny_export import VOCAB_SIZE, make_tokenizer
 
 PUBLISHED = (  # of the released Dynamic MoE
     *("num_experts", "experts_topk", "expert_frequency", "top_p_threshold", "hidden_size"),
@@ -32,8 +33,6 @@ FIELDS = {
     "dynamic-moe": {*LlamaConfig().to_dict(), *PUBLISHED} - {"rope_parameters"},
     "dynmoe": set(DynMoEModelConfig().to_dict()),
 }
-# What that code does not read, so that nothing of a model is lost with it.
-NOT_READ = {"dynamic-moe": {"num_key_value_heads", "rope_scaling", "head_dim"}}
 # Another value than the one in the file, if adding 1, turning round or a new word do not make one.
 OTHER: dict[str, Any] = {
     "attention_dropout": 0.25,
@@ -97,7 +96,7 @@ def test_every_word_is_kept_refused_named_or_without_a_meaning(
     format: str,
     name: str,
 ) -> None:
-    if name in WITHOUT_MEANING or name in NOT_READ.get(format, ()):
+    if name in WITHOUT_MEANING:
         return
     model = tmp_path / "model"
     model.mkdir()
@@ -270,3 +269,24 @@ def test_another_scope_of_the_balance_loss_is_named(
     to_hf(tmp_path / "load", tmp_path / "hf", format="mixtral", progress=False)
     assert "format mixtral has no word for balance_loss seq_aux_loss" in capsys.readouterr().err
     assert json.loads((tmp_path / "hf/config.json").read_text())["router_aux_loss_coef"] == 0.01
+
+
+def test_several_ends_outlive_a_training_beside_a_tokenizer_that_knows_one(tmp_path: Path) -> None:
+    """The tokenizer of the flags lies in the folder of the model, which says more."""
+    tokenizer = make_tokenizer(tmp_path)
+    config = model_config(vocab_size=VOCAB_SIZE)
+    write_megatron(tmp_path / "load", config)
+    model = tmp_path / "hf"
+    to_hf(tmp_path / "load", model, format="mixtral", tokenizer=tokenizer, progress=False)
+    end = json.loads((model / "config.json").read_text())["eos_token_id"]
+    assert type(end) is int  # what the tokenizer knows
+    change(model, eos_token_id=[end, 7])
+    change(model, "generation_config.json", eos_token_id=[end, 8])
+    from_hf(model, tmp_path / "save", progress=False)
+    trained = {"tokenizer_model": str(model), "tokenizer_type": "HuggingFaceTokenizer"}
+    write_megatron(tmp_path / "trained", config, **trained)  # without what from-hf noted
+    for load in ("save", "trained"):
+        back = tmp_path / f"{load}_hf"
+        to_hf(tmp_path / load, back, format="mixtral", progress=False)
+        assert json.loads((back / "config.json").read_text())["eos_token_id"] == [end, 7]
+        assert GenerationConfig.from_pretrained(back).eos_token_id == [end, 8]
