@@ -20,6 +20,8 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from megatron_dynmoe.host_names import settle_master_address
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -65,10 +67,10 @@ def prepare() -> None:
         is_on_cpu = cpu.wanted()
         if "RANK" not in os.environ:
             _be_a_world_of_one()
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            _end_with_torchrun()
         else:
-            _check_the_meeting_point()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                _end_with_torchrun()
+            settle_master_address()
     if is_on_cpu:
         cpu.install()
     from megatron_dynmoe import compat
@@ -108,24 +110,6 @@ def _end_with_torchrun() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _check_the_meeting_point() -> None:
-    """Refuse a ``MASTER_ADDR`` that no name server knows, for which torch would ask without end.
-
-    torchrun asks for it before it starts this process.
-
-    Raises:
-        ValueError: the address cannot be resolved.
-    """
-    address = os.environ.get("MASTER_ADDR")
-    try:
-        socket.getaddrinfo(address or "127.0.0.1", None)
-    except (OSError, UnicodeError):
-        raise ValueError(
-            f"MASTER_ADDR is {address}, which this machine cannot resolve: give the IP address of "
-            "the machine of rank 0."
-        ) from None
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
+from megatron_dynmoe import host_names
 from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.planning.display import show_bytes
 
@@ -101,15 +101,15 @@ def check_launcher() -> Check:
 
 
 def check_host_name() -> Check:
-    """Whether this machine's own name can be resolved: torchrun meets itself under it."""
-    name = socket.gethostname()
-    try:
-        socket.getaddrinfo(name, None)
-    except (OSError, UnicodeError):
-        remedy = "torchrun would wait for it for ever: give it --local-addr 127.0.0.1 on one "
-        remedy += "machine (launch/local.sh does), this machine's IP address on several"
-        return Check("host name", FAILED, f"{name} cannot be resolved", remedy)
-    return Check("host name", PASSED, f"{name} can be resolved")
+    """Whether this machine's own name leads to it: torchrun's ranks meet under it."""
+    name = host_names.own_name()
+    if host_names.leads_here(name):
+        return Check("host name", PASSED, f"{name} leads to this machine")
+    remedy = (
+        "one machine trains all the same; on several, give each torchrun --local-addr ADDRESS, "
+    )
+    remedy += "or enter the name in /etc/hosts"
+    return Check("host name", WARNING, f"{name} does not lead to this machine", remedy)
 
 
 def nearest_existing(path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from argparse import Namespace
 
+from megatron_dynmoe.backends.choice import has_transformer_engine
 from megatron_dynmoe.layout import Layout, check_layout
 
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
@@ -24,7 +25,9 @@ def check_arguments(args: Namespace) -> None:
     """
     if not args.use_checkpoint_args:
         _check_sizes(args)
-        check_layout(Layout.from_args(args))
+        # What context parallelism needs is said first, if it is not there: by backends/choice.py.
+        if args.context_parallel_size == 1 or has_transformer_engine():
+            check_layout(Layout.from_args(args))
     _check_schedule(args)
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(

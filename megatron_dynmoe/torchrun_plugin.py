@@ -1,0 +1,84 @@
+"""What torchrun does otherwise where this package is installed: its entry point ``torchrun.handlers``.
+
+torchrun's agent is a process without any of a run's own code, and two things that people meet happen
+in it: before there is a rank, it waits five minutes for a machine's name that leads nowhere; and
+after Ctrl-C it buries what the run has said under a stack of its own. torchrun loads the plugins of
+all installed packages when it starts, and if one fails it says so and goes on without it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from megatron_dynmoe.host_names import leads_here, loopback, own_name
+
+# torchrun takes the default of each of its flags from such a variable.
+LOCAL_ADDRESS = "PET_LOCAL_ADDR"
+
+
+def rendezvous_handler() -> Callable[[Any], Any]:
+    """Settle what the agent needs; called by torchrun when it starts.
+
+    Returns:
+        A rendezvous as of ``--rdzv-backend c10d``: a plugin has to be one.
+    """
+    if _is_torchrun(sys.orig_argv):
+        settle_local_address(sys.orig_argv)
+        if any("megatron_dynmoe" in word for word in sys.orig_argv):
+            sys.excepthook = _in_a_line(sys.excepthook)
+
+    def handler(parameters: Any) -> Any:
+        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+        backend, store = create_backend(parameters)
+        return create_handler(store, backend, parameters)
+
+    return handler
+
+
+def settle_local_address(command: list[str]) -> None:
+    """Give the agent an address where it would tell its ranks a name that leads nowhere.
+
+    On one machine that is the machine itself; of several ones nothing is guessed, but said.
+    """
+    flags = {word.partition("=")[0].replace("_", "-") for word in command}
+    is_standalone = "--standalone" in flags or os.environ.get("PET_STANDALONE", "0") != "0"
+    meets_by_name = is_standalone or "--rdzv-endpoint" in flags or "PET_RDZV_ENDPOINT" in os.environ
+    if not meets_by_name or "--local-addr" in flags or LOCAL_ADDRESS in os.environ:
+        return
+    name = own_name()
+    if leads_here(name):
+        return
+    if is_standalone:
+        os.environ[LOCAL_ADDRESS] = loopback()
+    else:
+        sys.stderr.write(
+            f"torchrun: this machine's name, {name}, does not lead to it, so the other machines "
+            "may wait for it for minutes: give each torchrun --local-addr ADDRESS\n"
+        )
+
+
+def _in_a_line(show: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``excepthook`` that shows torchrun's end by a signal in a line: nothing has failed."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        number = getattr(error, "sigval", None)
+        if kind.__name__ == "SignalException" and number is not None:
+            sys.stderr.write(f"torchrun: ended by {signal.Signals(number).name}\n")
+        else:
+            show(kind, error, trace)
+
+    return hook
+
+
+def _is_torchrun(command: list[str]) -> bool:
+    return any(
+        word == "torch.distributed.run" or os.path.basename(word) == "torchrun"
+        for word in command[:8]  # of Python's own options there are few
+    )
