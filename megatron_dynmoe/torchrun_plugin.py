@@ -1,9 +1,9 @@
-"""What torchrun does otherwise where this package is installed: its entry point ``torchrun.handlers``.
+"""What torchrun does otherwise if this package is installed: the entry point ``torchrun.handlers``.
 
-torchrun's agent is a process without any of a run's own code, and two things that people meet happen
-in it: before there is a rank, it waits five minutes for a machine's name that leads nowhere; and
-after Ctrl-C it buries what the run has said under a stack of its own. torchrun loads the plugins of
-all installed packages when it starts, and if one fails it says so and goes on without it.
+torchrun's agent is a process without any of a run's own code, and two things that people meet
+happen in it: before there is a rank, it waits five minutes for a machine's name that leads nowhere;
+and after Ctrl-C it buries what the run has said under a stack of its own. torchrun loads the
+plugins of all installed packages when it starts, and if one fails it says so and goes on without.
 """
 
 from __future__ import annotations
