@@ -16,13 +16,8 @@ NPROC=${NPROC:-$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))}
 ROUTING=${ROUTING:---moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2 \
 --moe-dynamic-balance-loss-coeff 1e-2}
 KINDS=(book code reference dictionary)
-export OMP_NUM_THREADS=1 # one thread a process: the processes already fill the cores
-
-say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
-show() { # print a command, then run it
-  printf '  %s\n' "$(printf '%q ' "$@")"
-  "$@"
-}
+# shellcheck source=common.sh
+source examples/common.sh
 
 if [ -e "$RUN" ]; then
   kept="$RUN-$(date -r "$RUN" +%Y%m%d-%H%M%S)"
@@ -65,9 +60,20 @@ command=(
 )
 printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"
 status=0
-"${command[@]}" > >(tee "$RUN/log.txt" | python tools/show_progress.py) 2>"$RUN/errors.txt" ||
-  status=$?
+trap 'stopped=yes' INT # the training saves and ends; what shows its progress stays until then
+"${command[@]}" > >(trap '' INT; tee "$RUN/log.txt" | python tools/show_progress.py) \
+  2>"$RUN/errors.txt" || status=$?
 wait
+if [ -n "${stopped:-}" ]; then
+  echo
+  if [ -f "$RUN/checkpoints/latest_checkpointed_iteration.txt" ]; then
+    echo "stopped; the checkpoint is in $RUN/checkpoints. To go on:"
+    printf '  %s\n' "$(printf '%q ' "${command[@]}" --load "$RUN/checkpoints")"
+  else
+    echo "stopped before there was a checkpoint"
+  fi
+  exit 130
+fi
 if [ "$status" -ne 0 ]; then
   echo "training failed (exit code $status); the end of $RUN/errors.txt:" >&2
   grep -E '^(\[rank[0-9]+\]: )?[A-Za-z]*(Error|Exception)\b' "$RUN/errors.txt" | head -5 >&2 ||
@@ -81,8 +87,8 @@ say "next"
 cat <<NEXT
   see the curves          $RUN/curves.png
   more of them            .venv/bin/tensorboard --logdir $RUN/tensorboard
-  text from the model     PATH=.venv/bin:\$PATH RUN=$RUN bash examples/export_and_generate/run.sh
-  where the experts go    PATH=.venv/bin:\$PATH RUN=$RUN bash examples/analyze/run.sh
+  text from the model     RUN=$RUN bash examples/export_and_generate/run.sh
+  where the experts go    RUN=$RUN bash examples/analyze/run.sh
   the baseline, top-2     RUN=runs/top2 ROUTING="--moe-router-topk 2 --moe-aux-loss-coeff 2e-2 --moe-router-load-balancing-type seq_aux_loss" make quickstart
   a fixed threshold       RUN=runs/top_p ROUTING="--moe-dynamic-routing top_p --moe-dynamic-threshold 0.2" make quickstart
   train on                the command in $RUN/command.txt with

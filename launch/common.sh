@@ -9,6 +9,12 @@ fail() {
   exit 2
 }
 
+# Shows the comment at the top of the script that was called, and ends.
+help() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+}
+
 # The settings of this cluster, from launch/cluster.env or the file that CLUSTER_ENV names.
 load_settings() {
   CONTAINER=() SRUN_FLAGS=() DATA_FLAGS=() EXTRA_FLAGS=()

@@ -9,6 +9,7 @@
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then help; fi
 if (($# == 0)) || [[ $1 == --* ]]; then
   fail "name a recipe: launch/local.sh smoke. python -m megatron_dynmoe.recipes lists them."
 fi
@@ -16,8 +17,10 @@ CLUSTER_ENV=${CLUSTER_ENV:-$launch/cluster.env}
 if [[ ! -f $CLUSTER_ENV ]]; then CLUSTER_ENV=/dev/null; fi # a workstation needs none
 load_settings
 read_arguments "$@"
+again=("$0" "$@")
 
-if [[ -z ${NPROC:-} ]]; then
+NPROC_GIVEN=${NPROC:-}
+if [[ -z $NPROC_GIVEN ]]; then
   NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   if ((NPROC == 0)); then NPROC=1; fi
 fi
@@ -46,7 +49,8 @@ verdict=0
 run_python -m megatron_dynmoe.attempts end "$ATTEMPT" --status "$status" \
   ${stopped:+--stopped} || verdict=$?
 if ((verdict == 75)); then
-  echo "to go on: the same command with --run-dir $(dirname "$(dirname "$ATTEMPT")")"
+  if [[ " $* " != *" --run-dir "* ]]; then again+=(--run-dir "$(dirname "$(dirname "$ATTEMPT")")"); fi
+  echo "to go on: ${NPROC_GIVEN:+NPROC=$NPROC }$(printf '%q ' "${again[@]}")"
   if [[ -n $stopped ]]; then verdict=$stopped; fi
 fi
 exit "$verdict"

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Submits a script of this folder with the cluster's settings, after checking what it asks for:
 #
-#   launch/submit.sh [SBATCH OPTIONS] launch/pretrain_dtop_p.sh [RECIPE] [FLAGS ...]
+#   launch/submit.sh [--dry-run] [SBATCH OPTIONS] launch/pretrain_dtop_p.sh [RECIPE] [FLAGS ...]
 #
 # As sbatch, but partition, account and the like come from cluster.env, and mistakes are found here.
+# --dry-run checks, and shows the command in place of running it. Recipes are listed by
+# python -m megatron_dynmoe.recipes; flags are those of megatron_dynmoe.pretrain. More: README.md.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then help; fi
 load_settings
 
-options=()
+options=() dry_run=''
 while (($# > 0)) && [[ $1 != *.sh ]]; do
-  options+=("$1")
+  if [[ $1 == --dry-run ]]; then dry_run=yes; else options+=("$1"); fi
   shift
 done
 [[ -f ${1:-} ]] || fail "name a script to submit: launch/submit.sh --nodes 2 launch/pretrain_dtop_p.sh"
@@ -104,5 +107,11 @@ else
     fail "the processes of a node are '$per_node': use a whole number from 1 up."
   CHECK_WORLD_SIZE=$((nodes * per_node)) bash "$@"
   echo "checked for nodes x processes = $nodes x $per_node"
+fi
+if [[ -n $dry_run ]]; then
+  for variable in "${!SBATCH_@}"; do printf '%s=%q ' "$variable" "${!variable}"; done
+  printf '%q ' sbatch "${options[@]}" "$@"
+  echo
+  exit
 fi
 exec sbatch "${options[@]}" "$@"

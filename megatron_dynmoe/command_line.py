@@ -2,12 +2,19 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST = sys.float_info.max
+
+
+def has_colors(file: TextIO) -> bool:
+    """Whether to color what is written there: a terminal that can, and no wish for plain text."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return file.isatty() and not is_plain
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = LARGEST) -> Callable[[str], Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dynmoe.command_line import add_runtime_flags, number
+from megatron_dynmoe.command_line import add_runtime_flags, has_colors, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,8 +220,7 @@ def _fit(config: Any, prompt_length: int, max_new_tokens: int) -> int:
 def _mode(asked_for: str | None) -> str:
     if asked_for is not None:
         return asked_for
-    has_color = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return "color" if has_color and not os.environ.get("NO_COLOR") else "digits"
+    return "color" if has_colors(sys.stdout) else "digits"
 
 
 def _painter(mode: str, config: Any) -> tuple[Callable[[str, float], str] | None, str]:

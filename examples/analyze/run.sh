@@ -8,6 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+# shellcheck source=examples/common.sh
+source examples/common.sh
 RUN=${RUN:-runs/quickstart}
 TOKENS=${TOKENS:-100000}
 if [ ! -d "$RUN/checkpoints" ]; then
@@ -15,10 +17,6 @@ if [ ! -d "$RUN/checkpoints" ]; then
   exit 1
 fi
 
-command=(
-  python tools/analyze_routing.py --model "$RUN/checkpoints"
-  --data examples/data/{book,code,dictionary,reference}.jsonl.gz --tokens "$TOKENS"
+show python tools/analyze_routing.py --model "$RUN/checkpoints" \
+  --data examples/data/{book,code,dictionary,reference}.jsonl.gz --tokens "$TOKENS" \
   --output "$RUN/report" --overwrite "$@"
-)
-printf '  %s\n\n' "$(printf '%q ' "${command[@]}")"
-"${command[@]}"

@@ -8,18 +8,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+# shellcheck source=examples/common.sh
+source examples/common.sh
 RUN=${RUN:-runs/quickstart}
 PROMPT=${PROMPT:-It is a truth universally acknowledged, that}
 if [ ! -d "$RUN/checkpoints" ]; then
   echo "$RUN/checkpoints does not exist: run 'make quickstart' first, or name a run by RUN" >&2
   exit 1
 fi
-
-say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
-show() { # print a command, then run it
-  printf '  %s\n\n' "$(printf '%q ' "$@")"
-  "$@"
-}
 
 say "1/3  the checkpoint as a Hugging Face folder"
 show python tools/convert_checkpoint.py to-hf --load "$RUN/checkpoints" \

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
+from megatron_dynmoe.command_line import has_colors
 from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check
 
 SIGNS = {PASSED: "✓", WARNING: "!", FAILED: "✗"}
@@ -19,7 +19,7 @@ MIN_WIDTH = 60
 
 def write_table(checks: Sequence[Check], file: TextIO) -> None:
     """Write a line a check, longer ones wrapped, and remedies under theirs."""
-    colored = file.isatty() and "NO_COLOR" not in os.environ
+    colored = has_colors(file)
     signs, arrow = (SIGNS, "→ ") if _can_write("✓✗→", file) else (PLAIN_SIGNS, "-> ")
     name_width = max(len(check.name) for check in checks)
     state_width = max(map(len, SIGNS)) + 2

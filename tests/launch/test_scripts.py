@@ -286,3 +286,23 @@ def test_the_local_script_names_what_is_missing(bash):
     assert answer.returncode == 1
     assert "error: the number of processes is 1, which tensor 1 x pipeline 2" in answer.stderr
     assert "name a recipe" in bash("local.sh").stderr
+
+
+def test_a_dry_run_checks_and_shows_what_it_would_submit(bash):
+    script = str(LAUNCH / "pretrain_dtop_p.sh")
+    settings = "export SBATCH_PARTITION='fast lane'\nDEVICE=cpu"
+    answer = submit(bash, "--dry-run", "-N", "2", script, "smoke", settings=settings)
+    assert answer.returncode == 0, answer.stderr
+    shown = answer.stdout.splitlines()[-1]
+    assert shown.startswith(r"SBATCH_PARTITION=fast\ lane ")
+    assert shown.rstrip().endswith(f"sbatch -N 2 {script} smoke")
+    assert "--dry-run" not in shown
+    wrong = submit(bash, "--dry-run", script, "smoke", "--micro-batch-size", "7")
+    assert wrong.returncode == 1 and "--micro-batch-size 7" in wrong.stderr
+
+
+@pytest.mark.parametrize("script", ["submit.sh", "local.sh"])
+def test_help_says_how_to_call_it_before_there_are_settings(bash, script):
+    answer = bash(script, "--help", settings=None)
+    assert answer.returncode == 0
+    assert f"launch/{script}" in answer.stdout and "#" not in answer.stdout
