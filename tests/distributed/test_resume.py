@@ -190,7 +190,8 @@ REFUSED = {
     "--num-layers 3": "--num-layers is 3, and the model in .* has 2",
 }
 REFUSALS = {
-    flags: resume(f"not_resumed_{number}", ONE, "one", flags) for number, flags in enumerate(REFUSED)
+    flags: resume(f"not_resumed_{number}", ONE, "one", flags)
+    for number, flags in enumerate(REFUSED)
 }
 OTHER_TARGET = resume("target_3", ONE, "one", "--moe-dynamic-target-experts-per-token 3")
 FROM_TOP_K = resume(
