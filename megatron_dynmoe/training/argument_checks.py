@@ -23,7 +23,8 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ValueError: names the flag that was typed, its value and the remedy.
     """
-    if not args.use_checkpoint_args:
+    # Other sources of a model's sizes are upstream's affair.
+    if not (args.use_checkpoint_args or args.hybrid_layer_pattern):
         _check_sizes(args)
         # What context parallelism needs is said first, if it is not there: by backends/choice.py.
         if args.context_parallel_size == 1 or has_transformer_engine():

@@ -53,7 +53,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
             )
     _keep_padded_vocabulary(args, saved)
     takes_any = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if not (takes_any or args.finetune or args.no_load_optim):
+    if not (takes_any or args.finetune or args.no_load_optim or args.skip_train):
         _check_schedule(args, saved)
 
 
