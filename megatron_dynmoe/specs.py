@@ -24,8 +24,8 @@ from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.metrics import install_metrics_tracker
 from megatron_dynmoe.moe.layer import DynMoELayer
+from megatron_dynmoe.moe.router import TopPRouter
 from megatron_dynmoe.planning.startup import memory_report
-from megatron_dynmoe.routing.router import TopPRouter
 from megatron_dynmoe.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.moe.router import TopPRouter
 
 QUANTITIES = ("threshold", "integral", "next threshold", "next integral", "theta", "gate")
 NUM_CONTROLLED = 4  # the first ones, which all layers share unless each has its own threshold

@@ -25,8 +25,8 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.metrics import DynMoEMetricsTracker
+from megatron_dynmoe.moe.router import TopPRouter
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
-from megatron_dynmoe.routing.router import TopPRouter
 
 logger = logging.getLogger(__name__)
 

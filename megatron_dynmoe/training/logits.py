@@ -6,7 +6,7 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.moe.router import TopPRouter
 
 REMEDIES = (
     "Nothing of this step is kept. If the last checkpoint stops again at the same step, the "

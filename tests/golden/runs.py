@@ -45,7 +45,10 @@ FLAGS = {
     "dtop_p": f"{SMALL} {DTOP_P}",
     "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
     "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
+    "dtop_p_readable": f"{SMALL} {DTOP_P}",
 }
+# Without kernels, the CPU's included, a run routes by the lines of routing/route.py.
+ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}
 
 HOOKS = (f"{__name__}:platform_noted",)
 # What of that note decides; the C library is noted because it may come to be suspected.
@@ -81,7 +84,10 @@ def platform_noted(recorder: Any) -> Iterator[None]:
 
 def train(directory: Path) -> dict[str, dict[str, Any]]:
     """Run all modes in one process; their records by name, as they are kept in the files."""
-    cases = [Case(name, 1, flags, hooks=HOOKS) for name, flags in FLAGS.items()]
+    cases = [
+        Case(name, 1, flags, hooks=HOOKS, env=ENVIRONMENT.get(name, {}))
+        for name, flags in FLAGS.items()
+    ]
     pins = dict(PINS)
     if not _has_avx2():  # PyTorch would take the word for it, and die
         del pins["ATEN_CPU_CAPABILITY"]
@@ -138,9 +144,10 @@ def write(name: str, found: dict[str, Any]) -> None:
 
 
 def read(name: str, processor: str = REFERENCE) -> dict[str, Any]:
-    """The record of this kind of processor, or else the reference's."""
-    path = path_of(name, processor)
-    return json.loads((path if path.exists() else path_of(name, REFERENCE)).read_text())
+    """The record of this kind of processor, or else the reference's or another's."""
+    others = sorted(folder.name for folder in FOLDER.iterdir())
+    paths = (path_of(name, kind) for kind in (processor, REFERENCE, *others))
+    return json.loads(next(path for path in paths if path.exists()).read_text())
 
 
 def differing_platform(golden: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[str, str]]:

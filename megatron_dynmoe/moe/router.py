@@ -12,9 +12,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import log_single_rank
 from torch import Tensor
 
+from megatron_dynmoe import kernels
 from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
-from megatron_dynmoe.routing.losses import count_tokens, load_balance_loss_of_sums
-from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.routing.losses import count_tokens, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.route import Routing
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -116,6 +117,7 @@ class TopPRouter(KeepDtype, TopKRouter):
 
         # 2. Normalize, select, weigh
         threshold, cap = self._threshold_and_cap()
+        route = kernels.choose_route(logits_TE)
         routed = route(
             logits_TE,
             threshold,
@@ -158,8 +160,8 @@ class TopPRouter(KeepDtype, TopKRouter):
             torch.distributed.all_reduce(tokens_B, group=group)
         fractions_BE = self._fractions(assignments_BE, tokens_B)
 
-        balance = load_balance_loss_of_sums(routed.prob_sums_BE, fractions_BE, tokens_B)
-        dynamic = routed.entropy / tokens_B.sum().clamp(min=1)
+        balance = load_balance_loss(routed.prob_sums_BE, fractions_BE, tokens_B)
+        dynamic = dynamic_loss(routed.entropy, tokens_B)
         self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
         asked_for = self.config.moe_router_load_balancing_type
         shown_as = UPSTREAM_LOSS_NAMES.get(
