@@ -1,4 +1,4 @@
-"""TopPRouter inside real Megatron, on one rank."""
+"""DynamicRouter inside real Megatron, on one rank."""
 
 import pytest
 import torch
