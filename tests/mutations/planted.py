@@ -69,8 +69,8 @@ CONTROLLER = [
         "integral_not_saved",
         "the controller's sum is not in the checkpoint",
         "moe/router.py",
-        'self.register_buffer("integral", torch.zeros(1, **state))',
-        'self.register_buffer("integral", torch.zeros(1, **state), persistent=False)',
+        "self.register_buffer(name, first)",
+        'self.register_buffer(name, first, persistent=name != "integral")',
         (f"{ROUTER}::test_the_state_dict_holds_what_training_needs_and_loads_without_rounding",),
     ),
     Mutation(
