@@ -102,6 +102,15 @@ def has_events(folder: Path) -> bool:
     return any(folder.glob(EVENT_FILES))
 
 
+def has_scalars(event_file: Path) -> bool:
+    """Whether a step or an evaluation has been logged into a file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = EventAccumulator(str(event_file), size_guidance={"scalars": 1})
+    file.Reload()
+    return bool(file.Tags()["scalars"])
+
+
 def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
     """The events of one scalar without those that a later start went back over.
 
