@@ -41,18 +41,26 @@ class UsageError(ValueError):
 
 @contextmanager
 def ending_at_misuse() -> Iterator[None]:
-    """End the process with exit code 2 and one line if the command line cannot be read.
-
-    torchrun speaks last; what it says of the rank that it names first is that line, too.
-    """
+    """End the process with exit code 2 and one line if the command line cannot be read."""
     try:
         yield
     except UsageError as error:
-        error.with_traceback(None)
-        get_error_handler().record_exception(error)
+        tell_torchrun(error)
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def tell_torchrun(error: Exception) -> None:
+    """Have torchrun, which speaks last, say this of the rank in one line.
+
+    See :mod:`megatron_dynmoe.torchrun_plugin` for how.
+    """
+    try:
+        raise error from None
+    except Exception as raised:
+        raised.with_traceback(None)
+        get_error_handler().record_exception(raised)
 
 
 def prepare() -> None:

@@ -61,6 +61,10 @@ class TargetSchedule:
         (i0, t0), (i1, t1) = self.points[index - 1], self.points[index]
         return t0 + (t1 - t0) * (iteration - i0) / (i1 - i0)
 
+    def at_step(self, step: int) -> float:
+        """The target for a step by its own number, from 1: one fewer had finished before it."""
+        return self.at(step - 1)
+
     def __str__(self) -> str:
         targets = [str(target).removesuffix(".0") for _, target in self.points]
         iterations = [iteration for iteration, _ in self.points]
