@@ -164,7 +164,9 @@ def _provider(
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_dynmoe.config import DynMoEConfig
-    from megatron_dynmoe.specs import layer_spec
+    from megatron_dynmoe.model.prepare import prepare_training
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
 
     loss, coefficient = BALANCE_LOSS
     dynmoe = DynMoEConfig(backend=backend)
@@ -207,7 +209,9 @@ def _provider(
         **settings,
     )
     torch.manual_seed(1)
-    spec = layer_spec(SimpleNamespace(transformer=config), dynmoe=dynmoe)
+    settled = settle_run(dynmoe.resolve(config.num_moe_experts), config)
+    prepare_training(settled, config)
+    spec = layer_spec(SimpleNamespace(transformer=config), settled=settled)
     layer = spec.layer_specs[0].submodules.mlp(
         config=config,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),

@@ -138,7 +138,9 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
     from megatron.training.training import setup_model_and_optimizer
 
     from megatron_dynmoe.config import DynMoEConfig
-    from megatron_dynmoe.specs import layer_spec
+    from megatron_dynmoe.model.prepare import prepare_training
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
 
     loss, coefficient = BALANCE_LOSS
     args, dynmoe = copy.copy(args), DynMoEConfig(backend=backend)
@@ -162,7 +164,9 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
     model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    settled = settle_run(dynmoe.resolve(args.num_experts), model_config.transformer)
+    prepare_training(settled, model_config.transformer, args)
+    model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
     model, optimizer, scheduler = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model_config),

@@ -62,3 +62,59 @@ def test_the_baseline_is_upstreams_own_spec(tmp_path, monkeypatch):
     spec = dynmoe_layer_spec(SimpleNamespace(transformer=config))
     assert spec.layer_specs[0].submodules.mlp.func is MoELayer
     assert config.finalize_model_grads_func is None
+
+
+def test_a_spec_is_made_of_settled_settings_and_changes_nothing():
+    import copy
+
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
+
+    config = one_rank.transformer_config(moe_router_dtype="fp32")
+    before = copy.copy(vars(config))
+    settled = settle_run(DynMoEConfig(routing="top_p").resolve(4), config)
+    specs = [layer_spec(SimpleNamespace(transformer=config), settled=settled) for _ in range(2)]
+    assert vars(config) == before
+    routers = [spec.layer_specs[0].submodules.mlp.keywords["submodules"].router for spec in specs]
+    assert (
+        routers[0].keywords
+        == routers[1].keywords
+        == {
+            "dynmoe": settled.dynmoe,
+            "rule": settled.rule,
+        }
+    )
+    assert settled.dynmoe.threshold == 0.4 and settled.controller is None
+
+
+@pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
+def test_settings_are_settled_once_however_many_chunks_there_are(tmp_path, monkeypatch, routing):
+    from megatron_dynmoe import specs
+    from megatron_dynmoe.backends import choice
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.model import settled
+
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text(
+        f"routing: {routing}\n" + "target_experts_per_token: 2\n" * (routing == "dtop_p")
+    )
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    calls = []
+
+    def counting(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(DynMoEConfig, "resolve")
+    counting(settled, "settle")
+    counting(choice, "plan")
+    config = one_rank.transformer_config()
+    for stage in range(2):
+        specs.dynmoe_layer_spec(SimpleNamespace(transformer=config), stage)
+    assert sorted(calls) == ["plan", "resolve", "settle"]

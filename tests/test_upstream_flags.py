@@ -124,13 +124,11 @@ def test_a_model_with_such_a_setting_is_not_built(setting, value):
     from megatron_dynmoe.config import DynMoEConfig
 
     one_rank.megatron_on_cpu()
-    from megatron_dynmoe.specs import layer_spec
-
     transformer = one_rank.transformer_config()
     setattr(transformer, setting, value)
     one_rank.world_of_one()
     with pytest.raises(ValueError, match="--" + setting.replace("_", "-")):
-        layer_spec(SimpleNamespace(transformer=transformer), dynmoe=DynMoEConfig(routing="top_p"))
+        one_rank.prepared_spec(transformer, DynMoEConfig(routing="top_p"))
 
 
 @pytest.mark.parametrize("name", ("num_experts", "num_moe_experts"))

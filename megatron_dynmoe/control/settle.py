@@ -25,17 +25,19 @@ class ModelShape(Protocol):
     init_method_std: float
 
 
-def settle(dynmoe: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIController | None]:
-    """Fill defaults and compute what ``auto`` stands for, from the model's own configuration.
+def settle(resolved: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIController | None]:
+    """Compute what ``auto`` stands for, from the model's own configuration.
+
+    Args:
+        resolved: of :meth:`DynMoEConfig.resolve`.
+        model: its shape.
 
     Returns:
-        The resolved settings and, for ``dtop_p``, the controller.
+        Settings without ``auto`` and, for ``dtop_p``, the controller.
 
     Raises:
         ValueError: a setting makes no sense with another or with the model.
     """
-    num_experts = model.num_moe_experts
-    resolved = dynmoe.resolve(num_experts)
     if not resolved.is_controlled:
         return resolved, None
     targets, plant = _targets(resolved), _plant(resolved, model)
@@ -51,7 +53,7 @@ def settle(dynmoe: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PICon
         **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
     )
     controller = PIController(
-        num_experts=num_experts,
+        num_experts=model.num_moe_experts,
         initial_threshold=resolved.initial_threshold,
         proportional_gain=resolved.proportional_gain,
         integral_gain=resolved.integral_gain,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -21,12 +21,13 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.agreement import check_agreement
-from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.metrics import DynMoEMetricsTracker
 from megatron_dynmoe.moe.router import DynamicRouter
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.model.settled import Settled
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +41,18 @@ class GlobalBatchUpdate:
 
     def __init__(
         self,
-        dynmoe: DynMoEConfig,
-        controller: PIController | None,
+        settled: Settled,
         finalize: Callable[..., None] | None = None,
-        direction: int = 1,
     ) -> None:
         """Wrap the training loop's hook.
 
         Args:
-            dynmoe: resolved settings.
-            controller: the law, or None if nothing is steered.
+            settled: the run's settings, with dynamic routing.
             finalize: the hook to run first; upstream's ``finalize_model_grads`` if None.
-            direction: 1 if the count rises with the rule's knob, -1 if it falls.
         """
-        self.dynmoe = dynmoe
-        self.controller, self.direction = controller, direction
+        assert settled.rule is not None
+        self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
+        self.direction = settled.rule.direction
         self.finalize = finalize or finalize_model_grads
         self._measured: Tensor | None = None
         self._staged: tuple[Tensor, Tensor] | None = None

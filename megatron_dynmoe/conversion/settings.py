@@ -175,7 +175,7 @@ def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> DynMoEConfig:
         hidden_size=config["hidden_size"],
         init_method_std=config["initializer_range"],
     )
-    return settle(dynmoe, model)[0]
+    return settle(dynmoe.resolve(config["num_experts"]), model)[0]
 
 
 def router_state(config: dict[str, Any]) -> RouterState:

@@ -9,7 +9,7 @@ import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -28,11 +28,12 @@ from megatron_dynmoe.arguments import (
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.command_line import in_one_line
 from megatron_dynmoe.config import AUTO, DynMoEConfig
-from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
+from megatron_dynmoe.model.prepare import describe, prepare_training
+from megatron_dynmoe.model.settled import Settled, settle_run
+from megatron_dynmoe.model.spec import layer_spec
 from megatron_dynmoe.run import UsageError, refusing_plainly
-from megatron_dynmoe.specs import layer_spec
 from megatron_dynmoe.training import (
     checkpoint_load,
     checkpoints,
@@ -50,6 +51,9 @@ from megatron_dynmoe.upstream_flags import (
     check_query_groups,
     check_upstream_settings,
 )
+
+if TYPE_CHECKING:
+    from megatron.training.models.gpt import GPTModelConfig
 
 # Modes of upstream's script that need its own batches and losses.
 _OTHER_BATCHES = {
@@ -78,31 +82,28 @@ def train(program_start: float) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.leaving_nothing_before_a_step():
         with refusing_plainly():
-            args, dynmoe = parse_command_line()
+            args, resolved = parse_command_line()
             model_config = gpt_config_from_args(args)
-            plan = choice.plan(
-                *(dynmoe.backend or AUTO, args.transformer_impl),
-                *(model_config.transformer, args.optimizer),
-            )
-            resolved, _ = settle(dynmoe, model_config.transformer)
+            with naming_flags(args):
+                settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
             check_token_files(args)
-        _build_and_train(args, dynmoe, model_config, plan, resolved, program_start)
+        _build_and_train(args, model_config, settled, program_start)
 
 
 def _build_and_train(
-    args: Namespace,
-    dynmoe: DynMoEConfig,
-    model_config: Any,
-    plan: choice.Plan,
-    resolved: DynMoEConfig,
-    program_start: float,
+    args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
 ) -> None:
-    notices.say_what_to_know_first(args, plan)
+    notices.say_what_to_know_first(args, settled.backend)
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
-    if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
-        model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    is_native = settled.backend.backend == "torch_native" and not is_other_model
+    if settled.dynmoe.is_dynamic or is_native:
+        prepare_training(settled, model_config.transformer, args)
+        model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
+        if args.rank == 0:
+            for line in describe(settled, model_config.transformer, args):
+                print(line, flush=True)
     try:
-        with run_directory.keeping(args, resolved, program_start):
+        with run_directory.keeping(args, settled.dynmoe, program_start):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
@@ -123,7 +124,11 @@ def _build_and_train(
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
-    """Parse and check all flags; registers them as Megatron's global arguments."""
+    """Parse and check all flags; registers them as Megatron's global arguments.
+
+    Returns:
+        Megatron's arguments, and our settings with their defaults filled in.
+    """
     found: list[DynMoEConfig] = []
     validate = megatron_arguments.validate_args
 
@@ -157,10 +162,10 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
         with naming_flags(args):
-            dynmoe.resolve(args.num_experts)
+            resolved = dynmoe.resolve(args.num_experts)
         checkpoint_load.check_paths(args)
         agree_with_checkpoint(args)
-        found.append(dynmoe)
+        found.append(resolved)
         return validate(args, defaults or {})
 
     megatron_arguments.validate_args = validate_all

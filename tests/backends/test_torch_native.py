@@ -144,7 +144,6 @@ def test_norms_are_marked_for_sequence_parallelism(normalization, sequence_paral
 
 
 def test_the_spec_has_the_planned_modules():
-    from types import SimpleNamespace
 
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.identity_op import IdentityOp
@@ -152,10 +151,10 @@ def test_the_spec_has_the_planned_modules():
     from megatron_dynmoe.backends import torch_native
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.moe.experts import GroupedExperts
-    from megatron_dynmoe.specs import layer_spec
+    from tests.moe import one_rank
 
     model = config(moe_layer_freq=[1, 0], softmax_type="off-by-one")
-    spec = layer_spec(SimpleNamespace(transformer=model), dynmoe=DynMoEConfig())
+    spec = one_rank.prepared_spec(model, DynMoEConfig())
     sparse, dense = (layer.submodules for layer in spec.layer_specs)
     assert sparse.mlp.keywords["submodules"].experts is GroupedExperts
     for layer in (sparse, dense):

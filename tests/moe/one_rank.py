@@ -74,12 +74,21 @@ def transformer_config(num_experts: int = 4, hidden_size: int = 8, **settings: A
     return TransformerConfig(**(defaults | settings))
 
 
+def prepared_spec(config: Any, dynmoe: Any) -> Any:
+    """The layer spec of a training that is prepared for these settings."""
+    from megatron_dynmoe.model.prepare import prepare_training
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
+
+    settled = settle_run(dynmoe.resolve(config.num_moe_experts), config)
+    prepare_training(settled, config)
+    return layer_spec(SimpleNamespace(transformer=config), settled=settled)
+
+
 def moe_layer(dynmoe: Any, **settings: Any) -> Any:
     """The DynMoELayer of the first layer, built from the spec as a model builds it."""
-    from megatron_dynmoe.specs import layer_spec
-
     config = transformer_config(**settings)
-    spec = layer_spec(SimpleNamespace(transformer=config), dynmoe=dynmoe)
+    spec = prepared_spec(config, dynmoe)
     layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     return layer

@@ -1,0 +1,68 @@
+"""What a training needs beside its model: hooks, the reports, and what the log says of them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_dynmoe.backends import choice
+from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
+from megatron_dynmoe.control.update import GlobalBatchUpdate
+from megatron_dynmoe.metrics import install_metrics_tracker
+from megatron_dynmoe.model.settled import Settled
+from megatron_dynmoe.planning.startup import memory_report
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def prepare_training(
+    settled: Settled, transformer: TransformerConfig, args: Namespace | None = None
+) -> None:
+    """Let upstream's config agree with the settings, and hook in what ends a global batch.
+
+    Args:
+        settled: the run's settings.
+        transformer: upstream's config, which is changed: its implementation, routing in fp32, and
+            the hook that ends a global batch.
+        args: Megatron's arguments; the resolved settings go into them, and so into checkpoints.
+            None in a training loop of one's own.
+    """
+    transformer.transformer_impl = choice.implementation(settled.backend.backend)
+    if settled.rule is None:
+        return
+    transformer.moe_router_dtype = "fp32"
+    transformer.finalize_model_grads_func = GlobalBatchUpdate(
+        settled, transformer.finalize_model_grads_func
+    )
+    install_metrics_tracker(settled.dynmoe)
+    if args is not None:
+        # Megatron saves its arguments with the model; settings from YAML would not be among them.
+        args.moe_dynamic_settings = settled.dynmoe.to_dict()
+
+
+def describe(
+    settled: Settled, transformer: TransformerConfig, args: Namespace | None = None
+) -> Iterator[str]:
+    """The lines of the log that say what was settled; arguments as for :func:`prepare_training`."""
+    yield choice.describe(settled.backend, transformer)
+    if settled.rule is None:
+        return
+    if args is not None:
+        yield memory_report(args, settled.dynmoe, settled.backend)
+    settings = ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in settled.dynmoe.to_dict().items()
+    )
+    yield f"> dynamic routing: {settings}"
+    if settled.controller is None:
+        return
+    margin = settled_gain_margin(settled.dynmoe, transformer)
+    if margin < 0.999 * MIN_GAIN_MARGIN:  # computed gains stop at the margin itself
+        controller = settled.controller
+        yield (
+            f"WARNING: proportional_gain {controller.proportional_gain:.4g} and integral_gain "
+            f"{controller.integral_gain:.4g} become unstable once the count responds {margin:.2g} "
+            f"times as strongly as at the start; ask for {MIN_GAIN_MARGIN:g} or more, or use auto."
+        )

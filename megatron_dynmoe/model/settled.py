@@ -1,0 +1,104 @@
+"""What a run's settings come to, computed in one place and handed to everything."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron.training import get_args
+
+from megatron_dynmoe.backends import choice
+from megatron_dynmoe.config import AUTO, DynMoEConfig
+from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.moe.rules import RULES, Rule
+from megatron_dynmoe.refusals import SettingError
+from megatron_dynmoe.upstream_flags import check_upstream_settings
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Settled:
+    """One run's settings, with every default filled in and every ``auto`` computed.
+
+    Attributes:
+        dynmoe: the settings of dynamic routing.
+        backend: what runs attention, norms and experts.
+        controller: the law that moves the rule's knob; None if nothing is steered.
+        rule: how logits become a routing map; None for stock top-k.
+    """
+
+    dynmoe: DynMoEConfig
+    backend: choice.Plan
+    controller: PIController | None = None
+    rule: Rule | None = None
+
+    @property
+    def rows_per_token(self) -> int | None:
+        """The rows of a token for which there is room, None if they are counted."""
+        if self.dynmoe.row_buffer != "worst_case":
+            return None
+        caps = self.dynmoe.max_experts_per_token, self.dynmoe.inference_max_experts_per_token
+        return max(cap or 0 for cap in caps)
+
+
+def settle_run(
+    resolved: DynMoEConfig, transformer: TransformerConfig, transformer_impl: str | None = None
+) -> Settled:
+    """Settle the settings of a run with its model, before anything is built.
+
+    Args:
+        resolved: of :meth:`DynMoEConfig.resolve`.
+        transformer: upstream's config of the model. It is not changed.
+        transformer_impl: ``--transformer-impl``, None if it was not given.
+
+    Raises:
+        ValueError: a setting of ours or of upstream makes no sense with the model.
+    """
+    optimizer = "adam"
+    with suppress(AssertionError):  # a training loop of one's own has no arguments
+        optimizer = get_args().optimizer
+    backend = choice.plan(resolved.backend or AUTO, transformer_impl, transformer, optimizer)
+    if not resolved.is_dynamic:
+        return Settled(resolved, backend)
+    check_upstream_settings(transformer)
+    dynmoe, controller = settle(resolved, transformer)
+    first_threshold = controller.initial_threshold if controller else dynmoe.threshold
+    settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
+    if settled.rows_per_token is not None:
+        _check_worst_case_rows(settled, transformer)
+    return settled
+
+
+def _check_worst_case_rows(settled: Settled, transformer: TransformerConfig) -> None:
+    """Refuse ``row_buffer`` worst_case if the number of rows is needed on the host."""
+    remedy, plan = "leave {row_buffer} out (measured)", settled.backend
+    if plan.backend != "torch_native" or "experts" in plan.kept:
+        reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"
+        remedy += ", or use torch_native"
+    elif choice.gemm_of(transformer) == "a loop":
+        reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
+        remedy += ", or use bf16 on Hopper or later and sizes in multiples of 16 bytes"
+    elif transformer.moe_token_dispatcher_type != "alltoall":
+        reason = f"--moe-token-dispatcher-type is {transformer.moe_token_dispatcher_type}"
+        remedy += ", or use alltoall"
+    elif transformer.expert_model_parallel_size * transformer.tensor_model_parallel_size > 1:
+        reason = (
+            f"rows travel between ranks (--expert-model-parallel-size "
+            f"{transformer.expert_model_parallel_size}, --tensor-model-parallel-size "
+            f"{transformer.tensor_model_parallel_size})"
+        )
+    elif transformer.moe_permute_fusion:
+        reason = "--moe-permute-fusion is given"
+        remedy += ", or leave that out"
+    else:
+        return
+    raise SettingError(
+        "row_buffer",
+        settled.dynmoe.row_buffer,
+        f", but the host has to know the number of rows, because {reason}",
+        remedy,
+    )
