@@ -159,7 +159,7 @@ def _empty(args: Namespace, number: int, part: Part, has_split: bool) -> str:
             "token: preprocess a text that is not empty."
         )
     percent = 100 * _proportions(args)[number]
-    remedy = "give a larger share, more documents (one is a line of the JSON text), or "
+    remedy = "give a larger share, more documents (a line of JSON, or a .txt file, is one), or "
     remedy += "--eval-iters 0" if number else "another --split"
     documents = f"{part.num_documents:,} document{'s' * (part.num_documents != 1)} with text"
     return (
