@@ -1,10 +1,15 @@
-"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation."""
+"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation.
+
+What the entry point has to say about a run, in lines that begin with ``> note:`` or ``> warning:``,
+is kept as it is.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 
+_SAID = ("> note: ", "> warning: ")
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _FIELDS = {
     "loss": re.compile(r"\blm loss: (\S+)"),
@@ -23,6 +28,8 @@ def shorten(line: str) -> str | None:
     if match := _VALIDATION.search(line):
         where = f"at the end, {match[2]} set" if match[2] else f"validation at {match[1]}"
         return f"  {where}: loss {float(match[3]):.3f}"
+    if line.startswith(_SAID):
+        return line.rstrip("\n")
     if (match := _ITERATION.search(line)) is None:
         return None
     done, total = int(match[1]), int(match[2])
