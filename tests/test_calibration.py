@@ -100,6 +100,14 @@ def test_documents_are_packed_as_in_training(folders: dict[str, Path], tmp_path:
     (tmp_path / "a.txt").write_text(texts[0])
     tokens_NS = read_tokens([str(tmp_path / "a.txt")], tokenizer, num_tokens=99, sequence_length=99)
     assert tokens_NS.tolist() == [[*tokenizer(texts[0])["input_ids"], 2]]
+    # A folder, after another file: in the order in which they are named.
+    (tmp_path / "folder").mkdir()
+    with gzip.open(tmp_path / "folder" / "b.txt.gz", "wt") as file:
+        file.write(texts[2])
+    both = [str(tmp_path / "a.txt"), str(tmp_path / "folder")]
+    tokens_NS = read_tokens(both, tokenizer, num_tokens=99, sequence_length=99)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts[::2]]
+    assert tokens_NS.tolist() == [ids[0] + ids[1]]
 
 
 def test_no_more_tokens_than_asked_for(tokens_NS: Tensor) -> None:

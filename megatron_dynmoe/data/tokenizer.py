@@ -99,8 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.Load(str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"tokenizer model {path} is not what --tokenizer-type says, a SentencePiece model: "
-                f"give {KINDS}"
+                f"tokenizer model {path} is no SentencePiece model: give {KINDS}"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         eos = self._processor.eos_id()

@@ -114,9 +114,9 @@ def _check_read_once(args: Namespace, number: int, parts: list[Part]) -> None:
             remedy = "leave it out, put its text into another file"
             remedy += "" if is_whole else ", or give all files weights"
             raise ValueError(
-                f"{part.prefix} has {part.num_tokens:,} tokens for {SPLITS[number]}, which is less "
-                f"than one sequence (--seq-length is {args.seq_length}), and it is read once: "
-                f"{remedy}."
+                f"{part.prefix} has {part.num_tokens:,} tokens for {SPLITS[number]}, of which none "
+                f"is read: it is read once, and a sequence takes {args.seq_length + 1:,} "
+                f"(--seq-length is {args.seq_length}, and one to predict): {remedy}."
             )
 
 

@@ -158,9 +158,7 @@ def test_full_validation_takes_no_weights_and_no_test_data(tmp_path):
 
 def test_a_file_of_less_than_a_sequence_is_refused_where_it_is_read_once(tmp_path):
     long, short = write(tmp_path / "a", [9] * 30), write(tmp_path / "b", [8])
-    message = (
-        rf"^{short} has 8 tokens for training, .*\(--seq-length is 8\).*give all files weights"
-    )
+    message = rf"^{short} has 8 tokens for training, .* takes 9 \(--seq-length is 8,.*files weights"
     with pytest.raises(ValueError, match=message):
         check(train_data_path=[long, short], valid_data_path=[long])
     check(train_data_path=["1", long, "1", short], valid_data_path=[long])
