@@ -11,7 +11,7 @@ Letters: N sequences, S positions of a sequence, T tokens, E experts, L MoE laye
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,32 +69,37 @@ def tolerance(target: float) -> float:
 
 
 def read_tokens(
-    path: Path, tokenizer: Any, *, num_tokens: int, sequence_length: int, text_key: str = "text"
+    data: Sequence[str],
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    sequence_length: int,
+    text_key: str = "text",
 ) -> Tensor:
-    """The first tokens of a file, packed into sequences as for training.
+    """The first tokens of some files, packed into sequences as for training.
 
     Documents follow each other, each as in training: see :mod:`.huggingface.encoding`.
 
     Args:
-        path: a ``.txt`` file (one document), or what :mod:`megatron_dynmoe.data.readers` reads.
+        data: files of text, folders or globs; see :mod:`megatron_dynmoe.data.readers`.
         num_tokens: as many as this, rounded down to whole sequences (one at least).
-        sequence_length: S; shorter where the whole file is.
+        sequence_length: S; shorter where all of the text is.
         text_key: the field or column that holds the text; not for ``.txt``.
 
     Returns:
         [N, S], int64.
 
     Raises:
-        ValueError: the file cannot be read or holds fewer than two tokens.
+        ValueError: a file cannot be read, or all of them hold fewer than two tokens.
     """
     wanted = max(num_tokens, sequence_length)
     tokens: list[int] = []
-    for text in _documents(path, text_key):
+    for text in _documents(data, text_key):
         tokens += encode_document(tokenizer, text)
         if len(tokens) >= wanted:
             break
     if len(tokens) < 2:
-        raise ValueError(f"data {path}: it holds no text")
+        raise ValueError(f"data {' '.join(data)}: there is no text")
     length = min(sequence_length, len(tokens))
     num_sequences = max(1, min(num_tokens, len(tokens)) // length)
     return torch.tensor(tokens[: num_sequences * length]).view(num_sequences, length)
@@ -311,19 +316,14 @@ def _float32(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _documents(path: Path, text_key: str) -> Iterator[str]:
-    from megatron_dynmoe.data.readers import Unreadable, open_reader
+def _documents(data: Sequence[str], text_key: str) -> Iterator[str]:
+    from megatron_dynmoe.data.inputs import expand_inputs
+    from megatron_dynmoe.data.readers import open_reader
+    from megatron_dynmoe.data.records import Unreadable
 
     def stop(unreadable: Unreadable) -> None:
         raise unreadable
 
-    if not path.is_file():
-        raise ValueError(f"data {path}: no such file")
-    if path.suffix == ".txt":
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data {path}: not valid UTF-8 (byte {error.start})") from error
-        return
-    for (text,) in open_reader(path, [text_key], stop):
-        yield text
+    for path in expand_inputs(data):
+        for (text,) in open_reader(path, [text_key], stop):
+            yield text

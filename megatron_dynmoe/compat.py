@@ -27,6 +27,7 @@ def install() -> None:
     _hear_every_signal()
     _tell_data_workers_whose_they_are()
     _name_data_indexes_by_content()
+    _end_where_a_split_is_empty()
     _log_each_step_as_itself()
 
 
@@ -357,6 +358,19 @@ def _name_data_indexes_by_content() -> None:
     BlendedDataset._build_indices = index_cache.written_whole(
         BlendedDataset._build_indices, lambda dataset: dataset.config.path_to_cache
     )
+
+
+def _end_where_a_split_is_empty() -> None:
+    """``megatron/core/datasets/gpt_dataset.py`` adds epochs until there are enough tokens.
+
+    Where an epoch has none, it does so for ever: a split that gets no document of few, for example,
+    with Megatron's own default of ``--split``, also where the run reads nothing of that split.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    from megatron_dynmoe.training import splits
+
+    GPTDataset._get_num_epochs = splits.refusing_no_token(GPTDataset._get_num_epochs)
 
 
 def _log_each_step_as_itself() -> None:

@@ -9,7 +9,7 @@ import re
 import sys
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
-_SAID = re.compile(r"> (note|finished|stopped[^:]*): |WARNING: --")
+_SAID = re.compile(r"> (note|warning|finished|stopped[^:]*): |WARNING: --")
 _FIELDS = {
     "loss": re.compile(r"\blm loss: (\S+)"),
     "experts per token": re.compile(r"experts per token: ([\d.]+(?: \(target \S+\))?)"),

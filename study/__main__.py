@@ -193,10 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text",
-        type=Path,
         nargs="+",
         metavar="FILE",
-        help="JSON lines (.jsonl.gz) instead of examples/data; results are not recorded",
+        help="files or folders instead of examples/data, of JSON lines with a field text, or any "
+        "other that tools/preprocess_data.py reads; results are not recorded",
     )
     parser.add_argument("--jobs", type=number(int, 1), metavar="N", help="trainings side by side")
     parser.add_argument(

@@ -122,7 +122,7 @@ def _load(run: Run, corpus: Corpus) -> tuple[Any, torch.Tensor]:
     tokens_NS = torch.cat(
         [
             calibration.read_tokens(
-                Path(corpus.held_out(kind)),
+                [str(corpus.held_out(kind))],
                 tokenizer,
                 num_tokens=sys.maxsize,
                 sequence_length=config.max_position_embeddings,

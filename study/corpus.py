@@ -9,11 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dynmoe.data.indexed import token_dtype
+from megatron_dynmoe.data.inputs import expand_inputs, name_without_endings
+from megatron_dynmoe.data.readers import open_reader
+from megatron_dynmoe.data.records import Unreadable
 from study.fingerprint import ROOT, of_files
 
 EXAMPLES = ROOT / "examples" / "data"
@@ -54,22 +57,14 @@ class Corpus(NamedTuple):
         ]
 
 
-def files_of(texts: Sequence[Path] | None) -> list[Path]:
+def files_of(texts: Sequence[str] | None) -> list[Path]:
     """The text files: those given, or the examples that come with the project.
 
     Raises:
-        ValueError: a file is missing, is not compressed JSON lines, or two have the same name.
+        ValueError: a file is missing or is no text, or two have the same name.
     """
-    files = list(texts or sorted(EXAMPLES.glob(f"*{_SUFFIX}")))
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"--text {file}: there is no such file.")
-        if not file.name.endswith(_SUFFIX):
-            raise ValueError(
-                f"--text {file}: give gzip-compressed JSON lines with a field text, named "
-                f"*{_SUFFIX}."
-            )
-    if len({file.name for file in files}) < len(files):
+    files = expand_inputs(texts or [str(EXAMPLES / f"*{_SUFFIX}")])
+    if len({name_without_endings(file) for file in files}) < len(files):
         raise ValueError("--text: two files have the same name, which names them in the results.")
     return files
 
@@ -77,7 +72,7 @@ def files_of(texts: Sequence[Path] | None) -> list[Path]:
 def corpus_of(files: Sequence[Path], vocab_size: int, runs: Path) -> Corpus:
     """Where the corpus of these files is, or will be."""
     fingerprint = f"{of_files(files)}-{vocab_size}"
-    kinds = [file.name.removesuffix(_SUFFIX) for file in files]
+    kinds = [name_without_endings(file) for file in files]
     return Corpus(fingerprint, kinds, runs / f"corpus-{fingerprint}")
 
 
@@ -120,20 +115,24 @@ def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int, sequence_len
 
 
 def _split(file: Path, training: Path, held_out: Path) -> None:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        num_documents = sum(1 for _ in lines)
+    num_documents = sum(1 for _ in _documents(file))
     num_held_out = math.ceil(HELD_OUT * num_documents)
     if num_documents < 2:
         raise ValueError(f"--text {file}: one document cannot be split; give at least two.")
     with (
-        gzip.open(file, "rt", encoding="utf-8") as lines,
         gzip.open(training, "wt", encoding="utf-8", compresslevel=1) as first,
         gzip.open(held_out, "wt", encoding="utf-8", compresslevel=1) as last,
     ):
-        for number, line in enumerate(lines):
-            document = json.loads(line)
+        for number, text in enumerate(_documents(file)):
             target = first if number < num_documents - num_held_out else last
-            target.write(json.dumps({"text": document["text"]}) + "\n")
+            target.write(json.dumps({"text": text}) + "\n")
+
+
+def _documents(file: Path) -> Iterator[str]:
+    def stop(unreadable: Unreadable) -> None:
+        raise unreadable
+
+    return (text for (text,) in open_reader(file, ["text"], stop))
 
 
 def _tool(name: str, *arguments: str) -> None:

@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> 
 @pytest.fixture(scope="module")
 def tokens_NS(folders: dict[str, Path]) -> Tensor:
     tokenizer = load_tokenizer(folders["top_p"])
-    return read_tokens(BOOK, tokenizer, num_tokens=NUM_TOKENS, sequence_length=64)
+    return read_tokens([str(BOOK)], tokenizer, num_tokens=NUM_TOKENS, sequence_length=64)
 
 
 @pytest.fixture
@@ -89,13 +89,25 @@ def test_documents_are_packed_as_in_training(folders: dict[str, Path], tmp_path:
         stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
     for name in ("a.jsonl", "a.jsonl.gz"):
         tokens_NS = read_tokens(
-            tmp_path / name, tokenizer, num_tokens=10**6, sequence_length=4, text_key="body"
+            [str(tmp_path / name)],
+            tokenizer,
+            num_tokens=10**6,
+            sequence_length=4,
+            text_key="body",
         )
         whole = len(stream) // 4 * 4
         assert tokens_NS.flatten().tolist() == stream[:whole]
     (tmp_path / "a.txt").write_text(texts[0])
-    tokens_NS = read_tokens(tmp_path / "a.txt", tokenizer, num_tokens=99, sequence_length=99)
+    tokens_NS = read_tokens([str(tmp_path / "a.txt")], tokenizer, num_tokens=99, sequence_length=99)
     assert tokens_NS.tolist() == [[*tokenizer(texts[0])["input_ids"], 2]]
+    # A folder, after another file: in the order in which they are named.
+    (tmp_path / "folder").mkdir()
+    with gzip.open(tmp_path / "folder" / "b.txt.gz", "wt") as file:
+        file.write(texts[2])
+    both = [str(tmp_path / "a.txt"), str(tmp_path / "folder")]
+    tokens_NS = read_tokens(both, tokenizer, num_tokens=99, sequence_length=99)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts[::2]]
+    assert tokens_NS.tolist() == [ids[0] + ids[1]]
 
 
 def test_no_more_tokens_than_asked_for(tokens_NS: Tensor) -> None:
@@ -106,8 +118,8 @@ def test_no_more_tokens_than_asked_for(tokens_NS: Tensor) -> None:
     ("content", "name", "message"),
     [
         (None, "missing.txt", "no such file"),
-        (b"", "empty.txt", "holds no text"),
-        (b"", "empty.jsonl", "holds no text"),
+        (b"", "empty.txt", "there is no text"),
+        (b"", "empty.jsonl", "there is no text"),
         (b"\xff", "latin.txt", "not valid UTF-8"),
         (b"text\n", "plain.jsonl", "line 1: not valid JSON"),
         (b'{"body": "x"}\n', "other.jsonl", "no field 'text'"),
@@ -121,7 +133,7 @@ def test_bad_data_is_named(
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(folders["top_p"])
     with pytest.raises(ValueError, match=message) as error:
-        read_tokens(tmp_path / name, tokenizer, num_tokens=9, sequence_length=9)
+        read_tokens([str(tmp_path / name)], tokenizer, num_tokens=9, sequence_length=9)
     assert name in str(error.value)
 
 

@@ -49,3 +49,9 @@ def test_all_else_is_left_out():
     assert shorten("> finished creating GPT datasets ...") is None
     assert shorten("  vocab_size ...................................... 1000") is None
     assert shorten("") is None
+
+
+def test_what_the_run_has_to_say_is_kept():
+    for line in ("> note: nothing will be kept", "> warning: other data"):
+        assert shorten(line + "\n") == line
+    assert shorten("> building training, validation and test datasets ...\n") is None

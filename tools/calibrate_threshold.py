@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
+from megatron_dynmoe.data.commands import add_key_flag
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
 
@@ -70,12 +71,14 @@ def _run(args: argparse.Namespace) -> None:
             load_tokenizer(folder),
             num_tokens=args.tokens,
             sequence_length=args.sequence_length or min(positions, 2048),
-            text_key=args.text_key,
+            text_key=args.json_keys,
         )
         check_ids(int(tokens_NS.max()), config)
         model = load_model(folder, config, dtype=args.dtype, device=args.device or default_device())
         config = model.config
-        print(f"{args.data}: {tokens_NS.numel():,} tokens in {len(tokens_NS):,} sequences\n")
+        print(
+            f"{' '.join(args.data)}: {tokens_NS.numel():,} tokens in {len(tokens_NS):,} sequences\n"
+        )
 
         # 2. The model's own setting, the sweep, the target
         table = _Table()
@@ -120,7 +123,7 @@ def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
     from megatron_dynmoe.calibration import write_calibration
     from megatron_dynmoe.conversion.folder import new_folder
 
-    record = (found, args.max_experts_per_token, args.data.name)
+    record = (found, args.max_experts_per_token, _data_name(args.data))
     if args.in_place:
         write_calibration(folder, *record)
         return folder
@@ -132,6 +135,12 @@ def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
                 file.rename(partial / file.name)
         write_calibration(partial, *record)
     return args.output
+
+
+def _data_name(data: list[str]) -> str:
+    """What the record calls the text."""
+    more = f" and {len(data) - 1} more" if len(data) > 1 else ""
+    return Path(data[0]).name + more
 
 
 def _check_target_folder(args: argparse.Namespace) -> None:
@@ -209,12 +218,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     parser.add_argument(
         "--data",
-        type=Path,
+        nargs="+",
         required=True,
         metavar="FILE",
-        help="real text: .txt, JSON lines (plain, .gz, .zst) or .parquet",
+        help="real text, read in this order up to --tokens: files, folders or quoted globs; JSON "
+        "lines or .txt (plain, .gz, .zst), or .parquet",
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field (default: text)")
+    add_key_flag(parser)
     parser.add_argument(
         "--target", type=float, required=True, metavar="K", help="mean experts per token"
     )

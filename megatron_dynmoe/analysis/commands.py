@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
-from megatron_dynmoe.data.commands import add_reading_flags
-from megatron_dynmoe.data.readers import Limits, Unreadable
+from megatron_dynmoe.data.commands import add_key_flag, add_reading_flags
+from megatron_dynmoe.data.records import Limits, Unreadable
 
 SAMPLE_TOKENS = 512
 
@@ -75,7 +75,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         num_skipped += 1
 
     limits = Limits(args.max_line_bytes, args.max_expansion)
-    reading = Reading(args.text_key, args.source_key, on_unreadable, limits)
+    reading = Reading(args.json_keys, args.source_key, on_unreadable, limits)
     check_text(files, reading)
     num_skipped = 0
     with measure.in_our_format(args.model, args.tokenizer) as folder:
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files or quoted globs; each file is a group of its own, called by its name",
+        help="files, folders or quoted globs; each file is a group of its own, called by its name",
     )
     group.add_argument(
         "--group",
@@ -262,9 +262,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a file or quoted glob with a name, such as a task's questions; again for more",
+        help="a file, folder or quoted glob with a name, such as a task's questions; repeatable",
     )
-    group.add_argument("--text-key", default="text", metavar="KEY", help="field (default: text)")
+    add_key_flag(group)
     group.add_argument(
         "--source-key",
         metavar="KEY",

@@ -6,23 +6,15 @@ cut at every full length, whatever is read together later.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.data.readers import (
-    DEFAULT_LIMITS,
-    Limits,
-    OnUnreadable,
-    Unreadable,
-    expand_inputs,
-    open_reader,
-)
+from megatron_dynmoe.data.inputs import expand_inputs, is_plain_text, name_without_endings
+from megatron_dynmoe.data.readers import open_reader
+from megatron_dynmoe.data.records import DEFAULT_LIMITS, NAME_IT, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.huggingface.encoding import around_document, encode_text
 
-# A .txt file is one document; of a longer one, each piece of about this many characters.
-TXT_PIECE = 2**22
 # Groups need memory; further values of a source field are counted together.
 MAX_GROUPS = 32
 OTHER = "(other)"
@@ -76,19 +68,12 @@ class Window(NamedTuple):
     documents: list[int]  # of each token, numbered in its group
 
 
-# What says how a file is written, and not what is in it.
-_FORMATS = (".gz", ".zst", ".zstd", ".jsonl", ".json", ".parquet", ".txt")
-
-
 def _own_names(paths: Sequence[Path]) -> list[str]:
     """A name for each file: its own without the endings, after as many folders as tell it apart."""
 
     def name(path: Path, num_folders: int) -> str:
-        own = path
-        while own.suffix in _FORMATS and own.stem:
-            own = own.with_suffix("")
         folders = path.absolute().parts[1:-1]
-        return "/".join([*folders[len(folders) - num_folders :], own.name])
+        return "/".join([*folders[len(folders) - num_folders :], name_without_endings(path)])
 
     names = []
     for path in paths:
@@ -107,12 +92,12 @@ def name_groups(
     """Files with a name, and files that are called by their own.
 
     Args:
-        data: paths or globs; each file is a group.
-        named: a name and a path or glob; the files of a glob are one group.
+        data: paths, folders or globs; each file is a group.
+        named: a name and a path, folder or glob; its files are one group.
         source_key: the field that names the groups instead.
 
     Raises:
-        ValueError: a file is missing, a folder, or given twice.
+        ValueError: a file is missing, or given twice; a folder holds no text.
     """
     paths = expand_inputs(data)
     files = [
@@ -237,16 +222,11 @@ def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
 def _documents(file: TextFile, reading: Reading, on_read: OnRead) -> Iterator[tuple[str, str]]:
     """Group and text of each document."""
     text_key, source_key = reading.text_key, reading.source_key
-    if file.path.suffix == ".txt":
-        if source_key is not None:
-            raise ValueError(
-                f"--source-key {source_key}: {file.path} is plain text, without fields: name its "
-                "group with --group NAME=FILE"
-            )
-        for text in _plain_text(file.path, on_read):
-            yield file.group or file.path.name, text
-        return
-
+    if source_key is not None and is_plain_text(file.path):
+        raise ValueError(
+            f"--source-key {source_key}: {file.path} is plain text, without fields: name its "
+            "group with --group NAME=FILE"
+        )
     keys = [text_key] if source_key is None else [text_key, source_key]
     reader = open_reader(file.path, keys, reading.on_unreadable, reading.limits)
     done = 0
@@ -256,33 +236,10 @@ def _documents(file: TextFile, reading: Reading, on_read: OnRead) -> Iterator[tu
             on_read(reader.position - done)
             done = reader.position
     except ValueError as error:
-        reason = str(error).removesuffix(": name the text column with --json-keys")
-        for key, flag in ((text_key, "--text-key"), (source_key, "--source-key")):
-            if f"no field '{key}'" in reason or f"no column '{key}'" in reason:
-                raise ValueError(f"{reason}: name the right one with {flag}") from error
+        reason = str(error)
+        if f"no field '{source_key}'" in reason or f"no column '{source_key}'" in reason:
+            reason = reason.replace(NAME_IT, "name the one with the group by --source-key")
         if isinstance(error, Unreadable):
-            raise ValueError(f"{error} (--on-error skip leaves such records out)") from error
-        raise
+            reason += " (--on-error skip leaves such records out)"
+        raise ValueError(reason) from error
     on_read(reader.size - done)
-
-
-def _plain_text(path: Path, on_read: OnRead) -> Iterator[str]:
-    """The whole file, or pieces that end with a line, or else with a word."""
-    try:
-        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
-            text, done = "", 0
-            while more := stream.read(TXT_PIECE - len(text)):
-                text += more
-                if len(text) == TXT_PIECE:
-                    cut = (text.rfind("\n") + 1) or (text.rfind(" ") + 1) or len(text)
-                    yield text[:cut]
-                    text = text[cut:]
-                    on_read(raw.tell() - done)
-                    done = raw.tell()
-            if text:
-                yield text
-                on_read(raw.tell() - done)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data {path}: not valid UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise ValueError(f"data {path}: {error.strerror}") from error

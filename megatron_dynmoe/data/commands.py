@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.command_line import number
-from megatron_dynmoe.data.readers import DEFAULT_LIMITS, Limits
+from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
@@ -75,16 +76,27 @@ def preprocess_data(argv: Sequence[str] | None = None) -> NoReturn:
             overwrite=args.overwrite,
             log_interval=args.log_interval,
         )
-        return str(summary)
+        return f"{summary}\n{_usage(args, summary.prefixes)}"
 
     _exit_with(parser.prog, run)
+
+
+def _usage(args: argparse.Namespace, prefixes: Sequence[str]) -> str:
+    """What was written, and the flags by which training reads it."""
+    data = prefixes if len(prefixes) == 1 else [word for name in prefixes for word in ("1", name)]
+    words = ["--data-path", *data, "--tokenizer-type", args.tokenizer_type]
+    words += ["--tokenizer-model", args.tokenizer_model]
+    if args.tokenizer_hf_no_include_special_tokens:
+        words.append("--tokenizer-hf-no-include-special-tokens")
+    files = ", ".join(f"{prefix}.bin and .idx" for prefix in prefixes)
+    return f"written: {files}\nto train on it: {shlex.join(words)}"
 
 
 def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line of tools/train_tokenizer.py; exits with 0, 1 (error) or 2 (usage)."""
     parser = argparse.ArgumentParser(
         prog="train_tokenizer.py",
-        description="Train a SentencePiece BPE tokenizer on JSON lines or Parquet files.",
+        description="Train a SentencePiece BPE tokenizer on text: JSON lines, .txt or Parquet.",
         allow_abbrev=False,
     )
     _add_input_flags(parser)
@@ -109,7 +121,8 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
             limits=Limits(args.max_line_bytes, args.max_expansion),
             overwrite=args.overwrite,
         )
-        return f"{model}: {args.vocab_size} pieces"
+        flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+        return f"written: {model} ({args.vocab_size:,} pieces)\nto use it: {shlex.join(flags)}"
 
     _exit_with(parser.prog, run)
 
@@ -117,7 +130,7 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
 def _preprocess_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
-        description="Encode JSON lines or Parquet to Megatron's PREFIX_KEY_document.bin/.idx.",
+        description="Encode JSON lines, .txt or Parquet to Megatron's PREFIX_KEY_document files.",
         allow_abbrev=False,
     )
     _add_input_flags(parser)
@@ -166,17 +179,26 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="FILE",
-        help="files or quoted globs: JSON lines (plain, .gz, .zst) or .parquet",
+        help="files, folders or quoted globs: JSON lines or .txt (plain, .gz, .zst), or .parquet",
     )
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="fields (Parquet: columns) that hold text (default: text)",
-    )
+    add_key_flag(parser, several=True)
     add_reading_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def add_key_flag(parser: Any, *, several: bool = False) -> None:
+    """Add the name of the text's field, Megatron's and the one it had here, to a parser or group.
+
+    Args:
+        several: it takes any number of names, one data set each, and is a list of them.
+    """
+    form: dict[str, Any] = {"metavar": "KEY", "dest": "json_keys"}
+    form |= {"nargs": "+", "default": ["text"]} if several else {"default": "text"}
+    what = (
+        "fields (Parquet: columns) that hold" if several else "field (Parquet: column) that holds"
+    )
+    parser.add_argument("--json-keys", help=f"{what} text (default: text)", **form)
+    parser.add_argument("--text-key", help=argparse.SUPPRESS, **form)
 
 
 def add_reading_flags(parser: Any) -> None:

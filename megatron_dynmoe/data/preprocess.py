@@ -9,21 +9,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megatron_dynmoe.data.indexed import IndexedDatasetWriter, token_dtype
+from megatron_dynmoe.data.inputs import expand_inputs
 from megatron_dynmoe.data.progress import Progress
-from megatron_dynmoe.data.readers import (
-    DEFAULT_LIMITS,
-    Limits,
-    OnUnreadable,
-    Unreadable,
-    expand_inputs,
-    open_reader,
-)
+from megatron_dynmoe.data.readers import open_reader
+from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
 
 # A batch is closed at this much text (characters) or this many documents. Larger batches leave a
@@ -37,19 +32,27 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Summary:
-    """What a run did: counts, the size of the text in bytes of UTF-8, and the time in seconds."""
+    """What a run did: counts, the size of the text in bytes of UTF-8, and the time in seconds.
 
+    `prefixes` are the data sets that were written, as training names them.
+    """
+
+    prefixes: list[str] = field(default_factory=list)
+    files: int = 0
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     skipped: int = 0
+    first_skipped: str = ""
     seconds: float = 0.0
 
     def __str__(self) -> str:
         megabytes = self.text_bytes / 1e6
+        source = f"{self.files:,} files" if self.files > 1 else "1 file"
         return (
-            f"{self.documents:,} documents, {self.tokens:,} tokens, {megabytes:.2f} MB of text in "
-            f"{self.seconds:.1f} s ({megabytes / self.seconds:.2f} MB/s, "
+            f"{self.documents:,} document{'s' * (self.documents != 1)} from {source}, "
+            f"{self.tokens:,} tokens, {megabytes:.2f} MB of text in {self.seconds:.1f} s "
+            f"({megabytes / self.seconds:.2f} MB/s, "
             f"{self.tokens / self.seconds:,.0f} tokens/s), {self.skipped:,} skipped"
         )
 
@@ -73,7 +76,7 @@ def preprocess(
     name when it is complete; an exception of any kind leaves none.
 
     Args:
-        inputs: files or globs; see `readers`.
+        inputs: files, folders or globs; see `inputs` and `readers`.
         append_eod: end every document that has a token with `tokenizer.eod`.
         workers: threads that encode.
         skip_unreadable: leave out and count records that are no documents, instead of raising.
@@ -97,7 +100,7 @@ def preprocess(
         raise ValueError("append_eod: the tokenizer has no end-of-document (eos) token")
     _check_targets(prefixes, overwrite)
 
-    summary = Summary()
+    summary = Summary([str(prefix) for prefix in prefixes], len(paths))
     dtype = token_dtype(tokenizer.vocab_size)
     eod = np.array([tokenizer.eod] if append_eod else [], dtype)
     writers: list[IndexedDatasetWriter] = []
@@ -119,7 +122,11 @@ def preprocess(
                     writer.add(tokens, lengths)
                 progress.update(summary.documents, summary.text_bytes)
         if not summary.documents:
-            raise ValueError(f"no documents in {', '.join(map(str, paths))}: nothing was written")
+            raise ValueError(
+                f"no documents in {', '.join(map(str, paths))}: nothing was written"
+                + f" ({summary.skipped:,} skipped, first {summary.first_skipped})"
+                * bool(summary.skipped)
+            )
         for writer in writers:
             writer.close()
         _check_targets(prefixes, overwrite)  # another run may have finished in the meantime
@@ -210,6 +217,7 @@ def _policy(skip_unreadable: bool, summary: Summary) -> OnUnreadable:
         if not skip_unreadable:
             raise error
         summary.skipped += 1
+        summary.first_skipped = summary.first_skipped or str(error)
 
     return on_unreadable
 

@@ -1,24 +1,31 @@
-"""Documents from files: JSON lines (plain, gzip, zstd) and Parquet, one record at a time."""
+"""Documents from files: JSON lines and plain text (gzip, zstd, or neither), and Parquet."""
 
 import codecs
-import glob
 import gzip
 import io
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
+
+from megatron_dynmoe.data.inputs import is_plain_text
+from megatron_dynmoe.data.records import (
+    DEFAULT_LIMITS,
+    HARMLESS,
+    NAME_IT,
+    Limits,
+    OnUnreadable,
+    Reader,
+    Unreadable,
+    reason_of,
+)
 
 # Rows decoded at a time from Parquet: small, because a row may be a whole book.
 PARQUET_ROWS = 64
-# Text may be compressed well by chance where there is little of it; below this (bytes) none is a
-# bomb.
-HARMLESS = 1 << 26
-# In a message, how much is shown of what a file brought.
-SHOWN_FIELDS = 10
-# How files begin that are no JSON lines, whatever their name says; and what helps.
+# A plain text is one document; of a longer one, each piece of about this many characters is.
+TXT_PIECE = 1 << 22
+# How files begin that are no text, whatever their name says; and what helps.
 FOREIGN = {
     b"\x1f\x8b\x08": "gzip: let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "zstd: let its name end in .zst",
@@ -26,54 +33,8 @@ FOREIGN = {
     b"\xfd7zXZ": "xz, which is not read: decompress it",
     b"BZh": "bzip2, which is not read: decompress it",
     b"PK\x03\x04": "zip, which is not read: unpack it",
+    b"ARROW1": "Arrow, which is not read: make Parquet of it",
 }
-
-
-class Limits(NamedTuple):
-    """What a reader takes for text, and beyond which for a mistake or an attack.
-
-    Attributes:
-        line_bytes: of a line with its end, or of a text in Parquet.
-        expansion: how many times larger a file may become when it is decompressed. Text is
-            seldom compressed to less than a tenth.
-    """
-
-    line_bytes: int = 1 << 24
-    expansion: int = 200
-
-
-DEFAULT_LIMITS = Limits()
-
-
-class Unreadable(ValueError):
-    """One record that is no document; the message names file, line (or row) and reason."""
-
-
-OnUnreadable = Callable[[Unreadable], None]
-
-
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The input files named by `patterns`, each a path or a glob, in the order given.
-
-    The files of one glob come sorted by name, so that the output does not depend on the file
-    system.
-
-    Raises:
-        ValueError: a pattern names no file, a folder, or a file that was named before.
-    """
-    paths: dict[Path, None] = {}  # in order, and quick to look up in
-    for pattern in patterns:
-        names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not names:
-            raise ValueError(f"input {pattern}: no such file, and no file matches it as a pattern")
-        for name in names:
-            path = Path(name)
-            if path.is_dir():
-                raise ValueError(f"input {name} is a folder: name its files, such as '{name}/*'")
-            if path in paths:
-                raise ValueError(f"input {name} is named twice: it would be read twice")
-            paths[path] = None
-    return list(paths)
 
 
 def open_reader(
@@ -82,82 +43,51 @@ def open_reader(
     on_unreadable: OnUnreadable,
     limits: Limits = DEFAULT_LIMITS,
 ) -> "Reader":
-    """The reader for `path`, chosen by its last suffix: .parquet, .gz, .zst, or plain JSON lines.
+    """The reader for `path`, chosen by how its name ends.
+
+    That is .parquet; .txt for plain text; anything else for JSON lines. Plain text and JSON lines
+    may be compressed: then .gz, .zst or .zstd comes last.
 
     Args:
-        keys: the fields whose text is read, in this order.
+        keys: the fields whose text is read, in this order. Plain text has none: it takes the place
+            of the only one.
         on_unreadable: called with every record that is no document; if it returns, the record is
             left out and reading goes on.
         limits: what is taken for text.
     """
-    reader = ParquetReader if path.suffix == ".parquet" else JsonLinesReader
+    if path.suffix.lower() == ".parquet":
+        return ParquetReader(path, keys, on_unreadable, limits)
+    reader = PlainTextReader if is_plain_text(path) else JsonLinesReader
     return reader(path, keys, on_unreadable, limits)
 
 
-class Reader:
-    """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one a key.
+class StreamReader(Reader):
+    """A stream of text, plain, .gz or .zst."""
 
-    Raises:
-        ValueError: the file cannot be opened or decompressed, or becomes too large when it is;
-            the message names the file.
-        Unreadable: from `on_unreadable`, where that raises.
-    """
-
-    def __init__(
-        self, path: Path, keys: Sequence[str], on_unreadable: OnUnreadable, limits: Limits
-    ) -> None:
-        self.path = path
-        self.limits = limits
-        self.keys = list(keys)
-        self.on_unreadable = on_unreadable
-        self.size = path.stat().st_size
-
-    def __iter__(self) -> Iterator[tuple[str, ...]]:
-        raise NotImplementedError
+    _raw: io.BufferedReader
 
     @property
     def position(self) -> int:
-        """Bytes of the file (compressed, where it is) consumed so far."""
-        raise NotImplementedError
+        return self._raw.tell() if hasattr(self, "_raw") and not self._raw.closed else 0
 
-    def _check_length(self, num_bytes: int, what: str) -> None:
-        """Raise ValueError for what is too long to be a document."""
-        if num_bytes > self.limits.line_bytes:
-            raise ValueError(
-                f"{what} is longer than {self.limits.line_bytes:,} bytes: if it is meant to be one "
-                "document, raise --max-line-bytes"
-            )
+    def _decompressed(self) -> IO[bytes]:
+        suffix = self.path.suffix.lower()
+        if suffix == ".gz":
+            return io.BufferedReader(_Gzip(fileobj=self._raw), 1 << 18)
+        if suffix in (".zst", ".zstd"):
+            import pyarrow
 
-    def _check_expansion(self, num_bytes: int, compressed: int) -> None:
-        """Raise ValueError for a file that is a bomb."""
-        if num_bytes > max(HARMLESS, self.limits.expansion * compressed):
-            raise ValueError(
-                f"{self.path}: {compressed:,} bytes of it become more than "
-                f"{self.limits.expansion} times as many when decompressed, which text does not: "
-                "if it is meant to, raise --max-expansion"
-            )
-
-    def _texts(self, record: Any) -> tuple[str, ...]:
-        """The texts of one record; raises ValueError with the reason if it is no document."""
-        if not isinstance(record, dict):
-            raise ValueError(f"no JSON object but {json.dumps(record)[:40]}")
-        texts = []
-        for key in self.keys:
-            if key not in record:
-                raise ValueError(f"no field '{key}' (it has {_names(record)})")
-            text = record[key]
-            if isinstance(text, bytes):
-                text = text.decode("utf-8")
-            elif not isinstance(text, str):
-                raise ValueError(f"field '{key}' is no string but {json.dumps(text)[:40]}")
-            elif not text.isascii():
-                text.encode("utf-8")  # an escaped half of a surrogate pair is no Unicode text
-            texts.append(text)
-        return tuple(texts)
+            # Unlike the zstandard package's stream, Arrow's raises on a truncated file.
+            return io.BufferedReader(pyarrow.CompressedInputStream(self._raw, "zstd"), 1 << 18)
+        start = self._raw.peek(max(map(len, FOREIGN)))
+        for magic, meaning in FOREIGN.items():
+            if start.startswith(magic):
+                raise ValueError(f"{self.path}: its content is {meaning}")
+        return self._raw
 
 
-class JsonLinesReader(Reader):
-    """One JSON object a line, UTF-8; plain, .gz or .zst."""
+class JsonLinesReader(StreamReader):
+    """One JSON object a line, UTF-8."""
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         number = 0
@@ -168,7 +98,7 @@ class JsonLinesReader(Reader):
                         self._check_length(len(line), "the line")
                         document = self._texts(self._parse(number, line))
                     except (ValueError, RecursionError) as error:
-                        reason = _reason(error)
+                        reason = reason_of(error)
                         self.on_unreadable(Unreadable(f"{self.path}, line {number}: {reason}"))
                         continue
                     yield document
@@ -188,20 +118,6 @@ class JsonLinesReader(Reader):
                     self._check_expansion(num_bytes, self._raw.tell())
                 line = b"" if line.endswith(b"\n") else stream.readline(most)
 
-    def _decompressed(self) -> IO[bytes]:
-        if self.path.suffix == ".gz":
-            return io.BufferedReader(_Gzip(fileobj=self._raw), 1 << 18)
-        if self.path.suffix in (".zst", ".zstd"):
-            import pyarrow
-
-            # Unlike the zstandard package's stream, Arrow's raises on a truncated file.
-            return io.BufferedReader(pyarrow.CompressedInputStream(self._raw, "zstd"), 1 << 18)
-        start = self._raw.peek(max(map(len, FOREIGN)))
-        for magic, meaning in FOREIGN.items():
-            if start.startswith(magic):
-                raise ValueError(f"{self.path}: its content is {meaning}")
-        return self._raw
-
     @staticmethod
     def _parse(number: int, line: bytes) -> Any:
         if number == 1:
@@ -209,11 +125,73 @@ class JsonLinesReader(Reader):
         text = line.decode("utf-8")
         if not text.strip():
             raise ValueError("the line is empty")
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            if number > 1:
+                raise
+            is_json = text.lstrip().startswith(("{", "["))
+            hint = (
+                "each line has to be an object"
+                if is_json
+                else "the name of plain text ends in .txt"
+            )
+            raise ValueError(f"{reason_of(error)}: {hint}") from error
 
-    @property
-    def position(self) -> int:
-        return self._raw.tell() if hasattr(self, "_raw") and not self._raw.closed else 0
+
+class PlainTextReader(StreamReader):
+    """UTF-8 as it stands, line ends made `\\n`: one document, or a long one in several.
+
+    Each piece of about `TXT_PIECE` characters ends with a line, or else with a word.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        if len(self.keys) > 1:
+            raise ValueError(
+                f"{self.path} is plain text, without the fields {', '.join(self.keys)}"
+            )
+        try:
+            with open(self.path, "rb") as self._raw, self._decompressed() as stream:
+                yield from ((piece,) for piece in self._pieces(stream))
+        except UnicodeDecodeError as error:
+            # A damaged file stops the run, but this one may be whole, and not meant as UTF-8.
+            message = (
+                f"{self.path}: not valid UTF-8 ({error.reason}): if it is in another encoding, "
+            )
+            message += "convert it, as in iconv -f latin1 -t utf-8"
+            self.on_unreadable(Unreadable(message))
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{self.path}: cannot be read to its end: {error}") from error
+
+    def _pieces(self, stream: IO[bytes]) -> Iterator[str]:
+        characters = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        text, num_bytes = "", 0
+        while more := characters.read(TXT_PIECE - len(text)):
+            if not num_bytes:
+                self._refuse_json_lines(more)
+            num_bytes += len(more)
+            if stream is not self._raw and num_bytes > HARMLESS:
+                self._check_expansion(num_bytes, self._raw.tell())
+            text += more
+            if len(text) == TXT_PIECE:
+                cut = (text.rfind("\n") + 1) or (text.rfind(" ") + 1) or len(text)
+                yield text[:cut]
+                text = text[cut:]
+        if text:
+            yield text
+
+    def _refuse_json_lines(self, start: str) -> None:
+        """Raise ValueError where the text would be read with all its braces and field names."""
+        if not start.startswith("{"):
+            return
+        try:
+            json.loads(start.partition("\n")[0])
+        except (ValueError, RecursionError):
+            return
+        raise ValueError(
+            f"{self.path}: its content is JSON lines: let its name end in .jsonl (or begin it with "
+            "an empty line, if the braces are meant to be text)"
+        )
 
 
 class ParquetReader(Reader):
@@ -247,7 +225,7 @@ class ParquetReader(Reader):
                                 self._check_length(len(text or b""), "the text")
                             document = self._texts(texts)
                         except ValueError as error:
-                            message = f"{self.path}, row {self._rows}: {_reason(error)}"
+                            message = f"{self.path}, row {self._rows}: {reason_of(error)}"
                             self.on_unreadable(Unreadable(message))
                             continue
                         yield document
@@ -265,7 +243,7 @@ class ParquetReader(Reader):
             if key not in schema.names:
                 raise ValueError(
                     f"{self.path}: no column '{key}'; its columns are {', '.join(schema.names)}: "
-                    "name the text column with --json-keys"
+                    f"{NAME_IT}"
                 )
             kind = schema.field(key).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -291,22 +269,3 @@ class _Gzip(gzip.GzipFile):
     """Hands on all it has before it raises: else the lines before a cut would be lost, too."""
 
     readinto = gzip.GzipFile.readinto1
-
-
-def _names(record: dict[str, Any]) -> str:
-    """The names of some fields, in printable characters: they may be anything."""
-    names = [name if name.isprintable() else ascii(name) for name in record]
-    more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
-    return ", ".join(name[:40] for name in names[:SHOWN_FIELDS]) + more or "none"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8 (byte {error.start}: {error.reason})"
-    if isinstance(error, UnicodeEncodeError):
-        return "its text has half of a surrogate pair, which is no Unicode character"
-    if isinstance(error, RecursionError):
-        return "not valid JSON (nested too deeply)"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({error.msg}, column {error.colno})"
-    return str(error)

@@ -6,6 +6,7 @@ transformers only for a Hugging Face folder that cannot be read faithfully witho
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,16 @@ import numpy as np
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+
+# What can be given, for those who gave something else.
+KINDS = (
+    f"a SentencePiece model, which ends in .model ({', '.join(SENTENCEPIECE_TYPES)}), or a Hugging "
+    "Face folder or tokenizer.json (HuggingFaceTokenizer)"
+)
+# How the tiktoken files of some models are called: OpenAI's and Qwen's, and Mistral's.
+_TIKTOKEN_NAMES = ("*.tiktoken", "tekken.json")
+# A line of the first: a token in base64, and its rank. Llama 3 calls such a file tokenizer.model.
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 # Settings of tokenizer_config.json that leave the ids as tokenizer.json alone gives them.
 _NEUTRAL_SETTINGS = {
@@ -50,6 +61,12 @@ def build_tokenizer(
             f"tokenizer model {model}: no such file or folder (a model on a hub has to be "
             "downloaded to a folder first)"
         )
+    tiktoken = _tiktoken_file(path)
+    if tiktoken is not None:
+        raise ValueError(
+            f"tokenizer model {tiktoken} is a tiktoken file, which is none of the supported kinds: "
+            f"give {KINDS}"
+        )
     if tokenizer_type in SENTENCEPIECE_TYPES:
         return SentencePieceTokenizer(path)
     return HuggingFaceTokenizer(path, include_special_tokens)
@@ -82,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.Load(str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"tokenizer model {path} is no SentencePiece model: a .model file is wanted"
+                f"tokenizer model {path} is no SentencePiece model: give {KINDS}"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         eos = self._processor.eos_id()
@@ -120,6 +137,24 @@ class HuggingFaceTokenizer(Tokenizer):
             texts, add_special_tokens=self._include_special_tokens
         )
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+
+def _tiktoken_file(path: Path) -> Path | None:
+    """The tiktoken file that is meant by `path`, if one is."""
+    candidates = [path]
+    if path.is_dir():
+        if (path / "tokenizer.json").exists():
+            return None
+        candidates = [file for name in _TIKTOKEN_NAMES for file in sorted(path.glob(name))]
+        candidates += [path / "tokenizer.model"]
+    for file in candidates:
+        if any(file.match(name) for name in _TIKTOKEN_NAMES):
+            return file
+        if file.is_file():
+            with open(file, "rb") as stream:
+                if _TIKTOKEN_LINE.fullmatch(stream.readline(1024)):
+                    return file
+    return None
 
 
 def _load_json(path: Path) -> tuple[Any, int | None] | None:

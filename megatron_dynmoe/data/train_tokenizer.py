@@ -7,14 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dynmoe.data.readers import (
-    DEFAULT_LIMITS,
-    Limits,
-    OnUnreadable,
-    Unreadable,
-    expand_inputs,
-    open_reader,
-)
+from megatron_dynmoe.data.inputs import expand_inputs
+from megatron_dynmoe.data.readers import open_reader
+from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 
 # <unk>, <s>, </s> and one piece for each byte.
 FIXED_PIECES = 259
@@ -94,9 +89,13 @@ def train_tokenizer(
             raise lines.error from None
         if not lines.count:
             raise ValueError(f"no text in {', '.join(map(str, paths))}") from error
+        reason = str(error).rpartition("] ")[2]  # without the trainer's own place and condition
+        remedy = "give more text or a smaller size"
+        if "smaller than required_chars" in reason:  # each letter of the text is a piece of its own
+            remedy = "give a larger size"
         raise ValueError(
             f"vocab_size {vocab_size} cannot be reached with this text ({lines.count:,} lines): "
-            f"give more text or a smaller size ({error})"
+            f"{remedy} ({reason})"
         ) from error
     if lines.num_cut:
         print(

@@ -39,7 +39,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
     Raises:
         ValueError: names the flag, both values and the remedy.
     """
-    saved = _saved_arguments(args)
+    saved = saved_arguments(args)
     if saved is None:
         return
     for name in _SIZES:
@@ -57,7 +57,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
         _check_schedule(args, saved)
 
 
-def _saved_arguments(args: Namespace) -> Namespace | None:
+def saved_arguments(args: Namespace) -> Namespace | None:
     """What the checkpoint to load was trained with; None if that is not to be had here."""
     if not args.load or args.ckpt_format != "torch_dist" or "://" in str(args.load):
         return None

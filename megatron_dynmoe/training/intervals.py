@@ -33,6 +33,11 @@ def check_intervals(args: Namespace) -> None:
             found = "not given" if value is None else value
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {found}: use 1 or more steps, {reason}.")
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ValueError(
+            "--multiple-validation-sets is on without --full-validation, which Megatron 0.19 does "
+            "not do: add --full-validation, or leave it out."
+        )
     if args.full_validation and not args.multiple_validation_sets:
         raise ValueError(
             "--full-validation is on without --multiple-validation-sets, with which alone Megatron "

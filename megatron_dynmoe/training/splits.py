@@ -1,15 +1,20 @@
 """Training, validation and test data: is there something in each split that the run reads?
 
-Upstream counts the epochs of a split without tokens in a loop that never ends, and meets missing
-validation data at the first evaluation, hours later.
+Upstream counts the epochs of a split without tokens in a loop that never ends, meets missing
+validation data at the first evaluation, hours later, and test data beside several validation sets
+at the end of the training.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import re
 from argparse import Namespace
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -33,6 +38,7 @@ class Part(NamedTuple):
     weight: float | None
     num_documents: int
     num_tokens: int
+    fingerprint: str  # of the lengths of its documents, on which the order of the samples depends
 
 
 def splits_read(args: Namespace) -> tuple[bool, bool, bool]:
@@ -72,7 +78,67 @@ def check_splits(
         for part in parts[-1]:
             if not part.num_tokens:
                 raise ValueError(_empty(args, number, part, together is not None))
+        if is_read and is_there:
+            flag = "--split" if together is not None else _OWN_FLAGS[number]
+            _check_full_validation(args, number, flag, blend)
+            _check_read_once(args, number, parts[-1])
     return parts
+
+
+def _check_full_validation(args: Namespace, number: int, flag: str, blend: Any) -> None:
+    """Refuse what Megatron's evaluation on all validation text does not do."""
+    if not args.full_validation:
+        return
+    if number == Split.valid.value and blend[1] is not None:
+        if flag == "--split":
+            flag = "--data-args-path" if args.data_args_path else "--data-path"
+        raise ValueError(
+            f"{flag} gives weights, but with --full-validation Megatron 0.19 reads each validation "
+            f"text once: leave the weights of {flag} out, or --full-validation."
+        )
+    if number == Split.test.value:
+        given = f"{_given(args)}, with" if flag == "--split" else f"{flag} gives"
+        remedy = "give them 0, as in --split 95,5,0" if flag == "--split" else "leave it out"
+        raise ValueError(
+            f"{given} test data, on which Megatron 0.19 fails with --multiple-validation-sets, at "
+            f"the end of the training: {remedy}."
+        )
+
+
+def _check_read_once(args: Namespace, number: int, parts: list[Part]) -> None:
+    """Refuse a file that is read once and holds less than one sequence, and a token to predict."""
+    is_whole = args.full_validation and number == Split.valid.value
+    is_once = is_whole or (len(parts) > 1 and parts[0].weight is None)
+    for part in parts if is_once else []:
+        if part.num_tokens <= args.seq_length:
+            remedy = "leave it out, put its text into another file"
+            remedy += "" if is_whole else ", or give all files weights"
+            raise ValueError(
+                f"{part.prefix} has {part.num_tokens:,} tokens for {SPLITS[number]}, of which none "
+                f"is read: it is read once, and a sequence takes {args.seq_length + 1:,} "
+                f"(--seq-length is {args.seq_length}, and one to predict): {remedy}."
+            )
+
+
+def refusing_no_token(count_epochs: Callable[..., int]) -> Callable[..., int]:
+    """Around ``GPTDataset._get_num_epochs``, which never returns where an epoch has no token.
+
+    For scripts that do not come by :func:`check_splits`.
+    """
+
+    @functools.wraps(count_epochs)
+    def count(dataset: Any, num_tokens: int) -> int:
+        if not num_tokens and dataset.num_samples is not None:
+            path, split = dataset.dataset.path_prefix, SPLITS[dataset.index_split.value]
+            num_documents = len(dataset.dataset.sequence_lengths)
+            raise ValueError(
+                f"--split is {dataset.config.split}: {split} gets none of the {num_documents:,} "
+                f"documents with text of {path}: give more documents, or another --split, such as "
+                "100,0,0."
+            )
+        return count_epochs(dataset, num_tokens)
+
+    return count
 
 
 def epochs_note(parts: list[Part], num_samples: int, sequence_length: int) -> str | None:
@@ -92,13 +158,41 @@ def epochs_note(parts: list[Part], num_samples: int, sequence_length: int) -> st
 
 
 def check_weights(flag: str, blend: tuple[list[str], list[float] | None]) -> None:
-    """Refuse weights of a blend that are not above 0, on which upstream's assertions are silent."""
+    """Refuse weights of a blend that are not above 0, on which upstream's assertions are silent.
+
+    Also weights that stand after their files, which upstream takes for files.
+    """
+    if blend[1] is None:
+        _check_places(flag, blend[0])
     for prefix, weight in zip(blend[0], blend[1] or [], strict=False):
         if not 0 < weight < math.inf:
             raise ValueError(
                 f"{flag} gives {prefix} the weight {weight:g}: use a number above 0, or leave the "
                 "file and its weight out."
             )
+
+
+def _check_places(flag: str, words: list[str]) -> None:
+    numbers = [word for word in words if _is_number(word) and not Path(word + ".idx").exists()]
+    if not numbers:
+        return
+    files, weights = words[::2], words[1::2]
+    remedy = f"as in {flag} 1 FILE 1 FILE"
+    if weights == numbers and len(files) == len(weights):
+        pairs = zip(weights, files, strict=True)
+        remedy = f"{flag} {' '.join(word for pair in pairs for word in pair)}"
+    raise ValueError(
+        f"{flag} has {numbers[0]} in the place of a file: a weight stands before its file, and all "
+        f"have one or none: {remedy}."
+    )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _proportions(args: Namespace) -> list[float]:
@@ -125,8 +219,10 @@ def _parts(blend: tuple[list[str], list[float] | None], share: tuple[float, floa
             continue  # an object store's: upstream's own affair
         lengths = read_dataset(prefix)[0].lengths
         first, last = (round(bound * float(len(lengths))) for bound in share)  # as upstream
-        num_tokens = int(lengths[first:last].sum(dtype="int64"))
-        parts.append(Part(prefix, weight, len(lengths), num_tokens))
+        read = lengths[first:last]
+        fingerprint = hashlib.blake2b(read.tobytes(), digest_size=8).hexdigest()
+        num_tokens = int(read.sum(dtype="int64"))
+        parts.append(Part(prefix, weight, len(lengths), num_tokens, fingerprint))
     return parts
 
 
@@ -159,7 +255,7 @@ def _empty(args: Namespace, number: int, part: Part, has_split: bool) -> str:
             "token: preprocess a text that is not empty."
         )
     percent = 100 * _proportions(args)[number]
-    remedy = "give a larger share, more documents (one is a line of the JSON text), or "
+    remedy = "give a larger share, more documents (a line of JSON, or a .txt file, is one), or "
     remedy += "--eval-iters 0" if number else "another --split"
     documents = f"{part.num_documents:,} document{'s' * (part.num_documents != 1)} with text"
     return (

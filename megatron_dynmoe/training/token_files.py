@@ -19,7 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dynmoe.doctor import FAILED
 from megatron_dynmoe.doctor.data import Vocabulary, check_dataset
-from megatron_dynmoe.training import splits
+from megatron_dynmoe.training import data_order, splits
 from megatron_dynmoe.training.checkpoints import cause
 
 # Of each .bin file, about this much is read at start-up.
@@ -66,9 +66,22 @@ def check_token_files(args: Any) -> None:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
     if reads:
         training = splits.check_splits(args, together, per_split)[0]
-        note = training and splits.epochs_note(training, _num_samples(args), args.seq_length)
-        if note and os.environ.get("RANK", "0") == "0":
+        _say_of_order(args, training)
+
+
+def _say_of_order(args: Any, training: list[splits.Part]) -> None:
+    """Keep how the training text is read for the checkpoints; say if it is often, or otherwise."""
+    if not training or os.environ.get("RANK", "0") != "0":
+        return
+    order = data_order.describe(args, training, _num_samples(args))
+    notes = (
+        splits.epochs_note(training, _num_samples(args), args.seq_length),
+        data_order.note_of_change(args, order),
+    )
+    for note in notes:
+        if note is not None:
             print(note, flush=True)
+    setattr(args, data_order.NAME, order)
 
 
 def _num_samples(args: Any) -> int:

@@ -18,7 +18,7 @@ from megatron_dynmoe.analysis.windows import (
     name_groups,
     read_windows,
 )
-from megatron_dynmoe.data.readers import Limits
+from megatron_dynmoe.data.records import Limits
 
 BY_SOURCE = Reading(source_key="source")
 
@@ -84,7 +84,7 @@ def test_long_plain_text_is_read_in_pieces(
 ) -> None:
     file = TextFile(texts["figures"], "figures")
     whole = read(loaded[1], file)
-    monkeypatch.setattr("megatron_dynmoe.analysis.windows.TXT_PIECE", 200)
+    monkeypatch.setattr("megatron_dynmoe.data.readers.TXT_PIECE", 200)
     seen: list[int] = []
     pieces = read(loaded[1], file, on_read=seen.append)
     tokens = [sum(len(window.tokens) for window in windows) for windows in (whole, pieces)]
@@ -120,7 +120,7 @@ def test_a_long_line_is_cut_before_it_is_encoded(
 def test_plain_text_without_lines_is_cut_at_words(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_dynmoe.analysis.windows.TXT_PIECE", 50)
+    monkeypatch.setattr("megatron_dynmoe.data.readers.TXT_PIECE", 50)
     monkeypatch.setattr("io.DEFAULT_BUFFER_SIZE", 16)
     for text in ("a house of stone " * 20, "x" * 120, "short", "line one\n" * 20):
         (tmp_path / "a.txt").write_text(text)
@@ -164,7 +164,7 @@ def test_what_is_read_together_is_of_one_group_whatever_else_is_read() -> None:
             {"limits": Limits(50)},
             "longer than 50 bytes",
         ),
-        ('{"body": "x"}\n', "a.jsonl", {}, "--text-key"),
+        ('{"body": "x"}\n', "a.jsonl", {}, "--json-keys"),
         ('{"text": "x"}\n', "a.jsonl", {"source_key": "source"}, "--source-key"),
         ("x", "a.txt", {"source_key": "source"}, "plain text"),
         ("{", "a.jsonl", {}, "line 1.*--on-error skip"),
@@ -205,9 +205,18 @@ def test_names_of_groups(tmp_path: Path) -> None:
     assert [file.group for file in name_groups([one], [("two", two)])] == ["one", "two"]
     globbed = name_groups([f"{tmp_path}/*.gz"], [("b", f"{tmp_path}/*/*.txt")])
     assert globbed == [TextFile(paths[0], "one"), TextFile(paths[1], "b")]
+    # The files of a folder, too, are a group each, or all of a group with a name.
+    files = [file.group for file in name_groups([str(tmp_path)], [])]
+    assert files == ["b/one", f"{tmp_path.name}/one"]
+    (tmp_path / "b" / "two.txt").touch()
+    named = name_groups([], [("all", str(tmp_path))])
+    assert [(file.path.name, file.group) for file in named] == [
+        ("one.txt", "all"),
+        ("two.txt", "all"),
+        ("one.jsonl.gz", "all"),
+    ]
     for data, message in (
         ([f"{tmp_path}/none.txt"], "no such file"),
-        ([str(tmp_path)], "is a folder"),
         ([one, one], "named twice"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -69,6 +69,29 @@ def test_hugging_face(special: bool, append_eod: bool, hf_folder: Path, tmp_path
     assert_same(ours, theirs, tmp_path, append_eod)
 
 
+@pytest.mark.parametrize("sides", ["lstrip", "rstrip"])
+def test_an_added_token_that_strips_where_megatron_fails(
+    sides: str, hf_folder: Path, tmp_path: Path
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<mask>", special=True, **{sides: True})])
+    folder = save_hf(tokenizer, tmp_path)
+    apart, stripped = ["the fox", "fox<mask>dog", "a </s> b"], ["fox <mask> dog"]
+    for special in (True, False):
+        out = tmp_path / str(special)
+        out.mkdir()
+        ours = build_tokenizer("HuggingFaceTokenizer", folder, include_special_tokens=special)
+        theirs = megatron_tokenizer("huggingface", folder, include_special_tokens=special)
+        assert_same(ours, theirs, out, True, apart + stripped * special)
+        if not special:
+            with pytest.raises(TypeError):
+                megatron_outputs(theirs, stripped, out / "theirs", True)
+        (ids,) = ours.encode_batch(stripped)
+        assert tokenizer.token_to_id("<mask>") in ids
+
+
 def test_hugging_face_settings_outside_tokenizer_json(hf_folder: Path, tmp_path: Path) -> None:
     # The end token is no part of tokenizer.json and the begin token is added by a setting:
     # both are transformers' doing.

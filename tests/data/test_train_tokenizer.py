@@ -61,7 +61,7 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
         commands.train_tokenizer([*argv, "--on-error", "skip"])
     assert exit_.value.code == 0
     captured = capfd.readouterr()
-    assert captured.out.strip().endswith("m.model: 285 pieces")
+    assert "m.model (285 pieces)\nto use it: --tokenizer-type Sentence" in captured.out
     assert captured.err == ""  # the trainer's own log
     with pytest.raises(SystemExit, match=r"m\.model exists"):
         commands.train_tokenizer(argv)

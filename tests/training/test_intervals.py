@@ -58,4 +58,8 @@ def test_full_validation_of_one_set_fails_in_megatron() -> None:
     full = GOOD | {"full_validation": True}
     with pytest.raises(ValueError, match=r"^--full-validation is on .*--multiple-validation-sets"):
         check_intervals(Namespace(**full))
+    several = GOOD | {"multiple_validation_sets": True}
+    with pytest.raises(ValueError, match=r"^--multiple-validation-sets is on without --full-val"):
+        check_intervals(Namespace(**several))
+    check_intervals(Namespace(**full | several | {"full_validation": True}))
     check_intervals(Namespace(**full | {"multiple_validation_sets": True}))

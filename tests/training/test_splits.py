@@ -1,5 +1,6 @@
 """Splits without data, weights that are no weights, and text that is read many times."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def write(prefix: Path, lengths: list[int]) -> str:
     return str(prefix)
 
 
-def check(**changes) -> None:
+def check(**changes) -> Namespace:
+    """Look at the data of a run with these changes of its arguments; gives them as they end up."""
     from megatron_dynmoe.training.token_files import check_token_files
 
     names = ("data_path", "data_args_path", "train_data_path", "valid_data_path")
@@ -35,8 +37,13 @@ def check(**changes) -> None:
         "train_samples": None,
         "global_batch_size": 4,
         "seq_length": 8,
+        "seed": 1,
+        "finetune": False,
+        "load": None,
     }
-    check_token_files(Namespace(**args | changes))
+    namespace = Namespace(**args | changes)
+    check_token_files(namespace)
+    return namespace
 
 
 @pytest.mark.parametrize("data", ["data_path", "data_args_path", "blend"])
@@ -110,3 +117,82 @@ def test_text_that_is_read_many_times_is_mentioned(tmp_path, capsys):
     check(data_path=["3", one, "1", other], split="80,20,0", train_iters=200)
     out = capsys.readouterr().out
     assert f"{one} (800 tokens) 6 times" in out and other not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["{a}", "0.3", "{b}", "0.7"], r"--data-path 0\.3 {a} 0\.7 {b}\.$"),
+        (["{a}", "0.3", "{b}"], r"--data-path 1 FILE 1 FILE\.$"),
+        (["0.3", "{a}", "{b}"], r"--data-path 1 FILE 1 FILE\.$"),
+    ],
+)
+def test_a_weight_after_its_file_is_refused(tmp_path, words, remedy):
+    names = {name: write(tmp_path / name, [9] * 30) for name in "ab"}
+    given = [word.format(**names) for word in words]
+    with pytest.raises(ValueError, match=r"^--data-path has 0\.3 in the place") as refused:
+        check(data_path=given)
+    assert re.search(remedy.format(**names), str(refused.value))
+
+
+def test_a_number_may_be_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "2024", [9] * 30)
+    check(data_path=["2024"])
+
+
+def test_full_validation_takes_no_weights_and_no_test_data(tmp_path):
+    one, other = (write(tmp_path / name, [9] * 30) for name in "ab")
+    full = {"full_validation": True}
+    valid = {"train_data_path": ["1", one, "2", other], "valid_data_path": [one, other]}
+    check(**full, **valid)
+    with pytest.raises(ValueError, match=r"^--valid-data-path gives weights.*--full-validation"):
+        check(**full, **valid | {"valid_data_path": ["1", one, "2", other]})
+    with pytest.raises(ValueError, match=r"^--data-path gives weights, but with --full-validation"):
+        check(**full, data_path=["1", one, "2", other], split="80,20,0")
+    with pytest.raises(ValueError, match=r"^--test-data-path gives test data.*: leave it out"):
+        check(**full, **valid, test_data_path=[one])
+    with pytest.raises(ValueError, match=r"^--split is 80,10,10, with test data.*--split 95,5,0"):
+        check(**full, data_path=[one], split="80,10,10")
+
+
+def test_a_file_of_less_than_a_sequence_is_refused_where_it_is_read_once(tmp_path):
+    long, short = write(tmp_path / "a", [9] * 30), write(tmp_path / "b", [8])
+    message = rf"^{short} has 8 tokens for training, .* takes 9 \(--seq-length is 8,.*files weights"
+    with pytest.raises(ValueError, match=message):
+        check(train_data_path=[long, short], valid_data_path=[long])
+    check(train_data_path=["1", long, "1", short], valid_data_path=[long])
+    check(train_data_path=[short], valid_data_path=[short])  # read as often as needed
+    for valid in ([short], [long, short]):
+        with pytest.raises(ValueError, match=r"8 tokens for validation.*read once"):
+            check(train_data_path=[long], valid_data_path=valid, full_validation=True)
+    check(train_data_path=[long, write(tmp_path / "c", [9])], valid_data_path=[long])
+
+
+def test_an_empty_split_of_a_stock_script_ends_instead_of_counting_for_ever(tmp_path):
+    """What pretrain_gpt.py does, which knows of no check of ours."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    from megatron_dynmoe import compat
+
+    compat.install()
+    prefix = write(tmp_path / "a", [9] * 3)
+    settings = {"random_seed": 1, "sequence_length": 8, "tokenizer": Tokenizer()}
+    settings |= dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False
+    )
+    config = GPTDatasetConfig(**settings, blend=([prefix], None), split="969,30,1")
+    message = (
+        rf"^--split is 969,30,1: validation gets none of the 3 documents with text of {prefix}"
+    )
+    with pytest.raises(ValueError, match=message):
+        BlendedMegatronDatasetBuilder(GPTDataset, [4, 0, 0], lambda: True, config).build()
+
+
+class Tokenizer:
+    """As much of one as Megatron's datasets ask for."""
+
+    eod, vocab_size, unique_identifiers = 0, 100, {"name": "of this test"}

@@ -35,6 +35,7 @@ def check(*data_path: str, **changes) -> None:
     # What is in which split: tests/training/test_splits.py
     args |= {"split": "1,0,0", "eval_iters": 0, "full_validation": False, "skip_train": False}
     args |= {"train_iters": 1, "train_samples": None, "global_batch_size": 1, "seq_length": 8}
+    args |= {"seed": 1, "finetune": False, "load": None}
     check_token_files(Namespace(**names | args | changes))
 
 

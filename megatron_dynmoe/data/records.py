@@ -1,0 +1,118 @@
+"""What is read of a file: records with fields of text, and what is said of one that is none."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Text may be compressed well by chance where there is little of it; below this (bytes) none is a
+# bomb.
+HARMLESS = 1 << 26
+# In a message, how much is shown of what a file brought.
+SHOWN_FIELDS = 10
+# What helps where a file has no field of that name.
+NAME_IT = "name the one with the text by --json-keys"
+
+
+class Limits(NamedTuple):
+    """What a reader takes for text, and beyond which for a mistake or an attack.
+
+    Attributes:
+        line_bytes: of a line with its end, or of a text in Parquet.
+        expansion: how many times larger a file may become when it is decompressed. Text is
+            seldom compressed to less than a tenth.
+    """
+
+    line_bytes: int = 1 << 24
+    expansion: int = 200
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Unreadable(ValueError):
+    """One record that is no document; the message names file, line (or row) and reason."""
+
+
+OnUnreadable = Callable[[Unreadable], None]
+
+
+class Reader:
+    """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one a key.
+
+    Raises:
+        ValueError: the file cannot be opened or decompressed, or becomes too large when it is;
+            the message names the file.
+        Unreadable: from `on_unreadable`, where that raises.
+    """
+
+    def __init__(
+        self, path: Path, keys: Sequence[str], on_unreadable: OnUnreadable, limits: Limits
+    ) -> None:
+        self.path = path
+        self.limits = limits
+        self.keys = list(keys)
+        self.on_unreadable = on_unreadable
+        self.size = path.stat().st_size
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        raise NotImplementedError
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file (compressed, where it is) consumed so far."""
+        raise NotImplementedError
+
+    def _check_length(self, num_bytes: int, what: str) -> None:
+        """Raise ValueError for what is too long to be a document."""
+        if num_bytes > self.limits.line_bytes:
+            raise ValueError(
+                f"{what} is longer than {self.limits.line_bytes:,} bytes: if it is meant to be one "
+                "document, raise --max-line-bytes"
+            )
+
+    def _check_expansion(self, num_bytes: int, compressed: int) -> None:
+        """Raise ValueError for a file that is a bomb."""
+        if num_bytes > max(HARMLESS, self.limits.expansion * compressed):
+            raise ValueError(
+                f"{self.path}: {compressed:,} bytes of it become more than "
+                f"{self.limits.expansion} times as many when decompressed, which text does not: "
+                "if it is meant to, raise --max-expansion"
+            )
+
+    def _texts(self, record: Any) -> tuple[str, ...]:
+        """The texts of one record; raises ValueError with the reason if it is no document."""
+        if not isinstance(record, dict):
+            raise ValueError(f"no JSON object but {json.dumps(record)[:40]}")
+        texts = []
+        for key in self.keys:
+            if key not in record:
+                raise ValueError(f"no field '{key}' (it has {_names(record)}): {NAME_IT}")
+            text = record[key]
+            if isinstance(text, bytes):
+                text = text.decode("utf-8")
+            elif not isinstance(text, str):
+                raise ValueError(f"field '{key}' is no string but {json.dumps(text)[:40]}")
+            elif not text.isascii():
+                text.encode("utf-8")  # an escaped half of a surrogate pair is no Unicode text
+            texts.append(text)
+        return tuple(texts)
+
+
+def _names(record: dict[str, Any]) -> str:
+    """The names of some fields, in printable characters: they may be anything."""
+    names = [name if name.isprintable() else ascii(name) for name in record]
+    more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
+    return ", ".join(name[:40] for name in names[:SHOWN_FIELDS]) + more or "none"
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 (byte {error.start}: {error.reason})"
+    if isinstance(error, UnicodeEncodeError):
+        return "its text has half of a surrogate pair, which is no Unicode character"
+    if isinstance(error, RecursionError):
+        return "not valid JSON (nested too deeply)"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return str(error)
