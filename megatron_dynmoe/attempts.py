@@ -41,7 +41,7 @@ _START = (
 )
 _DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^[\w.]+: error: ")
+_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^([\w.]+: )?error: ")
 _PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
 
 
@@ -319,7 +319,7 @@ def main() -> None:
     try:
         attempt = begin(args.recipe, args.flags, args.world_size, args.max_restarts)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     if attempt is None:
         sys.exit(ALREADY_FINISHED)
     print(attempt)

@@ -112,8 +112,8 @@ def check_files(flags: Sequence[str]) -> None:
             for file in (f"{path}{ending}" for ending in endings):
                 if not Path(file).is_file():
                     raise ValueError(
-                        f"--{name} names {path}, but there is no file {file}: give the prefix "
-                        "that tools/preprocess_data.py wrote, without .bin."
+                        f"--{name} names {path}, but there is no file {file}{_place(file)}: give "
+                        "the prefix that tools/preprocess_data.py wrote, without .bin."
                     )
     tokenizer = values.get("tokenizer-model")
     kind = "".join(values.get("tokenizer-type", []))
@@ -123,7 +123,15 @@ def check_files(flags: Sequence[str]) -> None:
                 f"--tokenizer-model is missing: --tokenizer-type {kind} needs its file or folder."
             )
     elif not Path("".join(tokenizer)).exists():
-        raise ValueError(f"--tokenizer-model is {''.join(tokenizer)}, but there is nothing there.")
+        file = "".join(tokenizer)
+        raise ValueError(
+            f"--tokenizer-model is {file}, but there is no such file or folder{_place(file)}."
+        )
+
+
+def _place(path: str) -> str:
+    """Where a relative path starts, which is not where the file of flags lies."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def _is_number(text: str) -> bool:

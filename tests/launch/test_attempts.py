@@ -227,6 +227,7 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch
     (attempt / "rank-000.log").write_text("RuntimeError: Connection closed by peer\n")
     (attempt / "rank-002.log").write_text("[rank2]: ValueError: lr is -1\n")
     (attempt / "rank-003.log").write_text("pretrain.py: error: unrecognized arguments: --x\n")
+    (attempt / "rank-004.log").write_text("warning\nerror: there is no flag --y\n")
     for log in attempt.glob("rank-*.log"):
         os.utime(log, (1, 1))  # at once, as far as the file system can tell
     end(attempt, 1, was_stopped=False)
@@ -234,6 +235,7 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch
     assert "rank-001.log: ValueError: lr is -1" in told
     assert "rank-000.log: RuntimeError: Connection closed" in told
     assert "rank-002" not in told and "unrecognized arguments: --x" in told
+    assert "rank-004.log: error: there is no flag --y" in told
 
 
 def test_torchruns_word_that_a_child_failed_is_told_only_if_the_child_said_nothing(start, capsys):
