@@ -89,6 +89,7 @@ def test_the_commands_work_from_first_to_last(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert "finished: runs/mine (checkpoint 4)" in done.stdout
     assert "finished: runs/mine (checkpoint 6)" in done.stdout
+    assert "on 1 x H100" in done.stdout  # the plan
     assert "It is a truth" in re.sub(r"\[[\d.]+\]", "", done.stdout)
     for run, steps in {"mine": 6, "raw": 4}.items():
         summary = json.loads((tmp_path / "runs" / run / "summary.json").read_text())
