@@ -11,8 +11,10 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then help; fi
 if (($# == 0)) || [[ $1 == --* ]]; then
-  fail "name a recipe: launch/local.sh smoke. python -m megatron_dynmoe.recipes lists them."
+  fail "name a recipe or a file of flags first, as in launch/local.sh my.flags --run-dir runs/mine." \
+    "python -m megatron_dynmoe.recipes lists the recipes."
 fi
+if (($# > 1)) && [[ $2 != --* ]]; then fail "'$2' belongs to no flag: --run-dir names the run's folder."; fi
 CLUSTER_ENV=${CLUSTER_ENV:-$launch/cluster.env}
 if [[ ! -f $CLUSTER_ENV ]]; then CLUSTER_ENV=/dev/null; fi # a workstation needs none
 load_settings

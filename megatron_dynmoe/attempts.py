@@ -41,7 +41,7 @@ _START = (
 )
 _DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^[\w.]+: error: ")
+_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^([\w.]+: )?error: ")
 _PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
 
 
@@ -271,21 +271,27 @@ def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
     if not earlier or not (earlier[-1] / "flags.txt").is_file():
         return
     last = shlex.split((earlier[-1] / "flags.txt").read_text())
-    old, new = (set(format_flags(_without(flags, _START)).splitlines()) for flags in (last, words))
+    old, new = (
+        {shlex.join([f"--{name}", *given]) for name, given in values_of(kept).items()}
+        for kept in (_without(flags, _START) for flags in (last, words))
+    )
     for sign, lines in (("-", old - new), ("+", new - old)):
         for line in sorted(lines):
             print(f"flags since attempt {int(earlier[-1].name)}: {sign} {line}", file=sys.stderr)
 
 
 def _errors(attempt: Path) -> list[str]:
-    """The first error in each log, once; the rank that died first comes first, torchrun last."""
+    """The first error in each log, once; the rank that died first comes first, torchrun last.
+
+    That a child failed, which is all that torchrun says then, is left out if the child said why.
+    """
     found: dict[str, str] = {}
     # By name where the file system does not tell times apart: its clock may tick every 10 ms.
     ranks = sorted(attempt.glob("rank-*.log"), key=lambda log: (log.stat().st_mtime_ns, log.name))
     for log in [*ranks, *sorted(attempt.glob("torchrun-*.log"))]:
         lines = log.read_text(errors="replace").splitlines()
         message = next((line for line in lines if _ERROR.match(line)), None)
-        if message is not None:
+        if message is not None and not (found and "ChildFailedError" in message):
             found.setdefault(re.sub(r"^\[rank\d+\]: ", "", message), log.name)
     return [f"{log}: {message}" for message, log in found.items()][:5]
 
@@ -313,7 +319,7 @@ def main() -> None:
     try:
         attempt = begin(args.recipe, args.flags, args.world_size, args.max_restarts)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     if attempt is None:
         sys.exit(ALREADY_FINISHED)
     print(attempt)

@@ -11,6 +11,7 @@ from typing import NoReturn
 from megatron_dynmoe.arguments import PREFIX, naming_flags, resolved_from_args
 from megatron_dynmoe.command_line import in_one_line
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.doctor.data import prefix_remedy
 from megatron_dynmoe.layout import Layout, check_layout
 from megatron_dynmoe.recipes import values_of, whole_number
 
@@ -111,9 +112,12 @@ def check_files(flags: Sequence[str]) -> None:
             endings = ("",) if name.endswith("args-path") else (".bin", ".idx")
             for file in (f"{path}{ending}" for ending in endings):
                 if not Path(file).is_file():
+                    remedy = "name a file that lists prefixes"
+                    if file != path:
+                        remedy = prefix_remedy(path)
                     raise ValueError(
-                        f"--{name} names {path}, but there is no file {file}: give the prefix "
-                        "that tools/preprocess_data.py wrote, without .bin."
+                        f"--{name} names {path}, but there is no file {file}{_place(file)}: "
+                        f"{remedy}"
                     )
     tokenizer = values.get("tokenizer-model")
     kind = "".join(values.get("tokenizer-type", []))
@@ -123,7 +127,15 @@ def check_files(flags: Sequence[str]) -> None:
                 f"--tokenizer-model is missing: --tokenizer-type {kind} needs its file or folder."
             )
     elif not Path("".join(tokenizer)).exists():
-        raise ValueError(f"--tokenizer-model is {''.join(tokenizer)}, but there is nothing there.")
+        file = "".join(tokenizer)
+        raise ValueError(
+            f"--tokenizer-model is {file}, but there is no such file or folder{_place(file)}."
+        )
+
+
+def _place(path: str) -> str:
+    """Where a relative path starts, which is not where the file of flags lies."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def _is_number(text: str) -> bool:

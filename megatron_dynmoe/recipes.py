@@ -105,9 +105,14 @@ def format_flags(flags: Sequence[str]) -> str:
 def _find(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if text.endswith(SUFFIX) or "/" in text:
-        if not Path(text).is_file():
-            raise ValueError(f"recipe is {text}, but there is no such file.")
-        return Path(text)
+        file = Path(text)
+        if not file.is_file():
+            others = [other.name for other in file.parent.glob(f"*{SUFFIX}")]
+            near = difflib.get_close_matches(file.name, others, n=1)
+            hint = f" Did you mean {file.with_name(near[0])}?" if near else ""
+            place = "" if file.is_absolute() else f" in {Path.cwd()}"
+            raise ValueError(f"recipe is {text}, but there is no such file{place}.{hint}")
+        return file
     path = FOLDER / f"{text}{SUFFIX}"
     if path.is_file():
         return path

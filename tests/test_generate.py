@@ -491,6 +491,20 @@ def test_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert status == 1 and err.strip().endswith("nowhere: no such folder")
 
 
+@pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/iter_0000004"])
+def test_a_checkpoint_in_place_of_a_model_is_told_the_way(
+    named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "iter_0000004").mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
+    status, _, err = run(tmp_path / named, "--prompt", "x", capsys=capsys)
+    assert status == 1 and err.strip().endswith(
+        f"but a checkpoint, of which tools/convert_checkpoint.py to-hf --load {checkpoints} "
+        "--output DIR makes one"
+    )
+
+
 def test_empty_prompt_begins_with_bos(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(folder, "--prompt", "", "--max-new-tokens", "4", capsys=capsys)
     assert status == 0 and re.search(r"^tokens +1 +\d$", out, re.MULTILINE)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dynmoe.files import replace_file
+from megatron_dynmoe.files import TRACKER, replace_file
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -165,6 +165,29 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_is_model(folder: Path) -> None:
+    """Refuse what is no Hugging Face folder, with the remedy if it is a training's.
+
+    Raises:
+        ValueError: there is no such folder, or no config.json in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model {folder}: no such folder")
+    if (folder / CONFIG).is_file():
+        return
+    saved = (folder, folder / "checkpoints", folder.parent)
+    checkpoints = next((place for place in saved if (place / TRACKER).is_file()), None)
+    remedy = (
+        ""
+        if checkpoints is None
+        else (
+            " but a checkpoint, of which tools/convert_checkpoint.py to-hf "
+            f"--load {checkpoints} --output DIR makes one"
+        )
+    )
+    raise ValueError(f"model {folder}: it has no {CONFIG}, so it is no Hugging Face model{remedy}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -272,6 +295,7 @@ class ModelFolder:
         self.folder = folder
         if not folder.is_dir():
             raise ValueError(f"--model is {folder}: there is no such folder")
+        check_is_model(folder)
         self.config = read_json(folder / CONFIG)
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}

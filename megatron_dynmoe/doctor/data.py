@@ -95,7 +95,7 @@ def check_dataset(
     try:
         index, tokens = read_dataset(prefix)
     except (OSError, ValueError) as error:
-        return Check(name, FAILED, f"{prefix}: {error}", _remedy(prefix))
+        return Check(name, FAILED, f"{prefix}: {error}", prefix_remedy(prefix))
     found = f"{prefix}: {len(tokens):,} tokens in {index.num_documents:,} documents"
     if not len(tokens):
         return Check(name, FAILED, found, "preprocess a text that is not empty")
@@ -203,7 +203,8 @@ def _ends_with(eod: int, index: Index, tokens: np.ndarray) -> bool:
     return bool((tokens[ends[index.lengths[some] > 0]] == eod).mean() > 0.5)
 
 
-def _remedy(prefix: str) -> str:
+def prefix_remedy(prefix: str) -> str:
+    """What to do about the prefix of a data set one of whose files is not there."""
     path = Path(prefix)
     if path.suffix in (".bin", ".idx"):
         return f"give {path.with_suffix('')}"

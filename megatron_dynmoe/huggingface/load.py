@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_dynmoe.conversion.folder import ModelFolder, read_json
+from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model, read_json
 
 # A model that declares more than this many times the numbers that are stored is none. Quantized
 # ones store eight in one.
@@ -28,10 +28,7 @@ def load_config(folder: Path) -> Any:
     """
     import megatron_dynmoe.huggingface  # noqa: F401  (so that the folder's own code is not needed)
 
-    if not folder.is_dir():
-        raise ValueError(f"model {folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder}: it has no config.json, so it is no Hugging Face model")
+    check_is_model(folder)
     settings = read_json(folder / "config.json")
     _refuse_code_from_a_hub(folder, settings)
     if "MoEForCausalLM" in (settings.get("architectures") or []):

@@ -23,6 +23,7 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ValueError: names the flag that was typed, its value and the remedy.
     """
+    _check_given(args)
     # Other sources of a model's sizes are upstream's affair.
     if not (args.use_checkpoint_args or args.hybrid_layer_pattern):
         _check_sizes(args)
@@ -35,6 +36,21 @@ def check_arguments(args: Namespace) -> None:
             f"--wandb-project is {args.wandb_project}, and the package wandb is not installed: "
             "pip install wandb, or leave the flag out."
         )
+
+
+def _check_given(args: Namespace) -> None:
+    """What a run cannot do without, and upstream names late or not by its flag."""
+    if args.tokenizer_type is None and not args.use_checkpoint_args:
+        raise ValueError(
+            "--tokenizer-type is not given: give that of --tokenizer-model, SentencePieceTokenizer "
+            "for a .model file or HuggingFaceTokenizer for a folder."
+        )
+    if args.skip_train:
+        return
+    if args.train_iters is None and args.train_samples is None:
+        raise ValueError("--train-iters is not given: give the number of steps.")
+    if args.lr is None and not args.use_checkpoint_opt_param_scheduler:
+        raise ValueError("--lr is not given: give the highest learning rate, such as 3e-4.")
 
 
 def _check_sizes(args: Namespace) -> None:

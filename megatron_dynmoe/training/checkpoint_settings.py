@@ -52,6 +52,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
                 f"{_flag(name)} {there}, or start anew without --load."
             )
     _keep_padded_vocabulary(args, saved)
+    tell_other_tokenizer(args, saved)
     takes_any = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if not (takes_any or args.finetune or args.no_load_optim or args.skip_train):
         _check_schedule(args, saved)
@@ -79,6 +80,29 @@ def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:
             f"the embedding in {args.load} (the vocabulary with its padding): use a size that does."
         )
     args.padded_vocab_size = padded
+
+
+def tell_other_tokenizer(args: Namespace, saved: Namespace) -> None:
+    """Say that the tokenizer is another: the rows of its pieces were trained for other pieces.
+
+    A note and no refusal, because the file may have been moved, or its pieces added to.
+    """
+    here, there = (
+        (run.tokenizer_type, run.tokenizer_model) if getattr(run, "tokenizer_model", None) else None
+        for run in (args, saved)
+    )
+    if args.rank != 0 or here is None or there is None or here == there:
+        return
+    try:
+        if Path(here[1]).read_bytes() == Path(there[1]).read_bytes():
+            return
+    except OSError:
+        pass  # folders, or a file that is gone: nothing is known
+    print(
+        f"> note: the tokenizer is {here[0]} {here[1]}, and the run in {args.load} had {there[0]} "
+        f"{there[1]}: if they are not the same, the model takes each piece for another",
+        flush=True,
+    )
 
 
 def _check_schedule(args: Namespace, saved: Namespace) -> None:

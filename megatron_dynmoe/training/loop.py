@@ -201,10 +201,24 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     parser.error = partial(_refuse_words, parser)  # type: ignore[method-assign]
     parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = shlex.split  # type: ignore[method-assign]
+    parser.convert_arg_line_to_args = _words_of_line  # type: ignore[method-assign]
     for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
         parser = add(parser)
     return parser
+
+
+def _words_of_line(line: str) -> list[str]:
+    """The flags in a line of an ``@FILE``, read as in a recipe."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UsageError(f"the @FILE has a line with {error}: {line.strip()!r}.") from None
+    if words[:1] == ["include"]:
+        raise UsageError(
+            f"the @FILE has the line {line.strip()!r}, which only recipes know: give "
+            "$(python -m megatron_dynmoe.recipes FILE) in place of @FILE."
+        )
+    return words
 
 
 def _refuse_words(parser: ArgumentParser, message: str) -> NoReturn:

@@ -104,6 +104,13 @@ def test_changed_flags_are_told(start, capsys):
     assert "flags since attempt 1: - --lr 1" in told and "flags since attempt 1: + --lr 2" in told
 
 
+def test_a_flag_that_a_later_one_overrides_has_not_changed(start, tmp_path, capsys):
+    for default in ("runs/my-080000", "runs/my-090000"):
+        attempt = start("--run-dir", default, "--run-dir", str(tmp_path / "run"))
+    assert attempt.name == "0002"
+    assert "flags since" not in capsys.readouterr().err
+
+
 def test_numbers_go_on_after_the_last_attempt_whatever_was_deleted(start, tmp_path, capsys):
     first = start("--lr", "1")
     (first.parent / "9999").mkdir()
@@ -220,6 +227,7 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch
     (attempt / "rank-000.log").write_text("RuntimeError: Connection closed by peer\n")
     (attempt / "rank-002.log").write_text("[rank2]: ValueError: lr is -1\n")
     (attempt / "rank-003.log").write_text("pretrain.py: error: unrecognized arguments: --x\n")
+    (attempt / "rank-004.log").write_text("warning\nerror: there is no flag --y\n")
     for log in attempt.glob("rank-*.log"):
         os.utime(log, (1, 1))  # at once, as far as the file system can tell
     end(attempt, 1, was_stopped=False)
@@ -227,6 +235,18 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch
     assert "rank-001.log: ValueError: lr is -1" in told
     assert "rank-000.log: RuntimeError: Connection closed" in told
     assert "rank-002" not in told and "unrecognized arguments: --x" in told
+    assert "rank-004.log: error: there is no flag --y" in told
+
+
+def test_torchruns_word_that_a_child_failed_is_told_only_if_the_child_said_nothing(start, capsys):
+    attempt = start()
+    (attempt / "torchrun-000.log").write_text("torch.distributed.ChildFailedError: \n")
+    end(attempt, 1, was_stopped=False)
+    assert "torchrun-000.log: torch.distributed.ChildFailedError" in capsys.readouterr().out
+    (attempt / "rank-000.log").write_text("ValueError: lr is -1\n")
+    end(attempt, 1, was_stopped=False)
+    told = capsys.readouterr().out
+    assert "rank-000.log: ValueError: lr is -1" in told and "ChildFailedError" not in told
 
 
 def test_a_finished_run_is_not_started_again_unless_it_is_to_go_further(start, tmp_path, capsys):

@@ -45,10 +45,16 @@ def test_settings_in_yaml_count(tmp_path, monkeypatch):
         check_routing([], 8)
 
 
+def test_a_prefix_without_its_ending_is_completed(tmp_path):
+    (tmp_path / "wiki_text_document.idx").touch()
+    with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'wiki_text_document'}"):
+        check_files(["--data-path", str(tmp_path / "wiki")])
+
+
 def test_missing_files_are_named(tmp_path, data):
     check_files(data)
     (tmp_path / "text.idx").unlink()
-    with pytest.raises(ValueError, match=r"no file .*text\.idx: give the prefix"):
+    with pytest.raises(ValueError, match=r"no file .*text\.idx: make it with"):
         check_files(data)
     with pytest.raises(ValueError, match="there is no data: give --data-path"):
         check_files(["--tokenizer-model", "x"])

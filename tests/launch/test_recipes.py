@@ -58,13 +58,20 @@ def test_a_mistake_in_a_file_is_named(folder, text, message):
     ("name", "message"),
     [
         ("dtop_p_16", r"'dtop_p_16', which is unknown: did you mean dtop_p_16e\? Use.*smoke"),
-        ("smoke.flags", "smoke.flags, but there is no such file"),
+        ("smoke.flags", "smoke.flags, but there is no such file in /"),
+        ("/none/smoke.flags", "smoke.flags, but there is no such file.$"),
         ("", "'', which is unknown: use one of"),
     ],
 )
 def test_an_unknown_recipe_names_those_that_there_are(name, message):
     with pytest.raises(ValueError, match=message):
         recipe_flags(name)
+
+
+def test_a_misspelt_path_names_the_file_that_is_there(tmp_path):
+    (tmp_path / "my.flags").touch()
+    with pytest.raises(ValueError, match=f"Did you mean {tmp_path / 'my.flags'}"):
+        recipe_flags(tmp_path / "mi.flag")
 
 
 def test_without_a_checkout_the_message_says_so(folder):

@@ -283,9 +283,10 @@ def test_a_bad_setting_is_named(bash, settings, message):
 
 def test_the_local_script_names_what_is_missing(bash):
     answer = bash("local.sh", "dtop_p_16e", settings=None)  # it needs no cluster's settings
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert "error: the number of processes is 1, which tensor 1 x pipeline 2" in answer.stderr
     assert "name a recipe" in bash("local.sh").stderr
+    assert "'runs/mine' belongs to no flag" in bash("local.sh", "smoke", "runs/mine").stderr
 
 
 def test_a_dry_run_checks_and_shows_what_it_would_submit(bash):

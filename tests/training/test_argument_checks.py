@@ -1,6 +1,7 @@
 """Sizes and schedules that cannot be together: both values, the flag that was typed, the remedy."""
 
 import importlib.util
+import sys
 from argparse import ArgumentParser
 
 import pytest
@@ -9,7 +10,8 @@ pytestmark = pytest.mark.megatron
 
 SIZES = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 "
-    "--max-position-embeddings 32 --micro-batch-size 2 --num-experts 8 --train-iters 10"
+    "--max-position-embeddings 32 --micro-batch-size 2 --num-experts 8 --train-iters 10 "
+    "--lr 1e-3 --tokenizer-type NullTokenizer"
 )
 
 
@@ -32,6 +34,17 @@ def check(flags: str, world_size: int = 1) -> None:
 def test_what_fits_passes(flags):
     check(flags)
     check("--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
+
+
+@pytest.mark.parametrize("flag", ["--train-iters", "--lr", "--tokenizer-type"])
+def test_what_a_run_needs_is_named(flag, monkeypatch):
+    words = SIZES.split()
+    del words[words.index(flag) : words.index(flag) + 2]
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", " ".join(words))
+    with pytest.raises(ValueError, match=f"{flag} is not given: give"):
+        check("")
+    if flag != "--tokenizer-type":
+        check("--skip-train")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""``@FILE``: the flags of a training in a file, written as a recipe is."""
+
+from argparse import ArgumentParser
+
+import pytest
+
+from megatron_dynmoe.run import UsageError
+from megatron_dynmoe.training.loop import add_flags
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture
+def parse(tmp_path):
+    parser = ArgumentParser()
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--tokenizer-model")
+    add_flags(parser)
+
+    def parse(text):
+        (tmp_path / "my.flags").write_text(text)
+        return parser.parse_args([f"@{tmp_path / 'my.flags'}"])
+
+    return parse
+
+
+def test_comments_and_quotes_are_read_as_in_a_recipe(parse):
+    args = parse("# mine\n\n--lr 1e-3 # low\n--tokenizer-model 'a b.model'\n")
+    assert (args.lr, args.tokenizer_model) == (1e-3, "a b.model")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("--tokenizer-model 'a b", 'a line with No closing quotation: "--tokenizer-model \'a b"'),
+        ("include other.flags", r"give \$\(python -m megatron_dynmoe.recipes FILE\) in place"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_a_plain_refusal(parse, text, says):
+    with pytest.raises(UsageError, match=says):
+        parse(text)
