@@ -83,14 +83,18 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_dynmoe.specs import layer_spec
+    from megatron_dynmoe.model.prepare import prepare_training
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
     from megatron_dynmoe.training.loop import parse_command_line
 
     flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", "not-read"]
     monkeypatch.setattr("sys.argv", ["pretrain", *flags])
-    args, dynmoe = parse_command_line()
+    args, resolved = parse_command_line()
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    settled = settle_run(resolved, config.transformer, args.transformer_impl)
+    prepare_training(settled, config.transformer, args)
+    config.transformer_layer_spec = partial(layer_spec, settled=settled)
     with torch.device("meta"):
         return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
