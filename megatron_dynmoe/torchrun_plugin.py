@@ -17,6 +17,8 @@ from typing import Any
 
 from megatron_dynmoe.host_names import leads_here, loopback, own_name
 
+_MISUSE = 2  # the exit code of a command line that cannot work
+
 # torchrun takes the default of each of its flags from such a variable.
 LOCAL_ADDRESS = "PET_LOCAL_ADDR"
 
@@ -65,16 +67,35 @@ def settle_local_address(command: list[str]) -> None:
 
 
 def _in_a_line(show: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``excepthook`` that shows torchrun's end by a signal in a line: nothing has failed."""
+    """An ``excepthook`` for two ends of torchrun that need no more than a line.
+
+    A signal, where nothing has failed, and a command line that was refused, by which torchrun then
+    ends as the ranks did, with exit code 2.
+    """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         number = getattr(error, "sigval", None)
+        refusal = _refusal(error)
+        if refusal is not None:
+            sys.stderr.write(f"torchrun: {refusal}\n")
+            sys.exit(_MISUSE)
         if kind.__name__ == "SignalException" and number is not None:
             sys.stderr.write(f"torchrun: ended by {signal.Signals(number).name}\n")
         else:
             show(kind, error, trace)
 
     return hook
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What the first rank to fail refused its command line for, if that is how it ended."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return None
+    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    said = first.message.get("message") if isinstance(first.message, dict) else first.message
+    name, _, reason = str(said).partition(": ")
+    return f"error: {reason}" if first.exitcode == _MISUSE and name == "UsageError" else None
 
 
 def _is_torchrun(command: list[str]) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import CommandParser, number
 from megatron_dynmoe.data.readers import DEFAULT_LIMITS, Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 
@@ -82,10 +82,9 @@ def preprocess_data(argv: Sequence[str] | None = None) -> NoReturn:
 
 def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line of tools/train_tokenizer.py; exits with 0, 1 (error) or 2 (usage)."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="train_tokenizer.py",
         description="Train a SentencePiece BPE tokenizer on JSON lines or Parquet files.",
-        allow_abbrev=False,
     )
     _add_input_flags(parser)
     parser.add_argument(
@@ -115,10 +114,9 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _preprocess_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="preprocess_data.py",
         description="Encode JSON lines or Parquet to Megatron's PREFIX_KEY_document.bin/.idx.",
-        allow_abbrev=False,
     )
     _add_input_flags(parser)
     group = parser.add_argument_group("tokenizer")
