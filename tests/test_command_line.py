@@ -19,7 +19,7 @@ MISSPELT = {
     "tools/convert_checkpoint.py": ("to-hf --laod x --output y", "--load"),
     "tools/evaluate.py": ("--model x --taks y", "--tasks"),
     "tools/generate_docs.py": ("--hlep", "--help"),
-    "tools/plan_run.py": ("smoke --gpsu 8 --gpu h200", "--gpus"),
+    "tools/plan_run.py": ("smoke --gpsu 8 --gpu h200-141g", "--gpus"),
     "tools/plot_run.py": ("runs/x --outptu y.png", "--output"),
     "tools/preprocess_data.py": ("--inptu x --output-prefix y", "--input"),
     "tools/report_run.py": ("runs/x --hlep", "--help"),

@@ -20,6 +20,8 @@ _FROM_1 = (
     *("global_batch_size", "eval_global_batch_size", "eval_micro_batch_size"),
     *("recompute_num_layers", "lr_decay_iters", "lr_decay_samples"),
     "distributed_timeout_minutes",
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("num_dataset_builder_threads", "dist_ckpt_workers", "num_distributed_optimizer_instances"),
 )
 _BELOW_0 = (
@@ -30,6 +32,7 @@ _TO_1 = (
     *("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lion_beta1"),
     *("lion_beta2", "rotary_percent", "lr_warmup_fraction", "sgd_momentum", "muon_momentum"),
 )
+_BETAS = ("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2")
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
 
 
@@ -59,6 +62,11 @@ def check_arguments(args: Namespace) -> None:
         if args.context_parallel_size == 1 or has_transformer_engine():
             check_layout(Layout.from_args(args))
     _check_schedule(args)
+    for name in _BETAS:
+        if (beta := getattr(args, name)) >= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {beta}: use a number from 0 and below 1."
+            )
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--wandb-project is {args.wandb_project}, and the package wandb is not installed: "

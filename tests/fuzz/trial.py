@@ -31,7 +31,6 @@ GRACE = 3.0
 PACKAGE = "megatron_dynmoe"
 # What upstream refuses on purpose it says by one of these, or by a statement that raises.
 UPSTREAM_REFUSALS = ("AssertionError", "ValueError", "NotImplementedError", "ImportError")
-USAGE = 2  # argparse's exit status
 # Those of upstream's rerun state machine, at a loss that is NaN: what a learning rate may do.
 NOT_FINITE = ("16", "17")
 A_RESULT = "a result that is not finite"
