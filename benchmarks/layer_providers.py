@@ -76,7 +76,7 @@ class Provider:
             parameter.grad = None
 
     def forward(self) -> None:
-        os.environ["DYNMOE_KERNELS"] = str(int(self.use_kernels))
+        os.environ["DYNMOE_KERNELS"] = "1" if self.use_kernels else ""
         self.output = self.layer(self.hidden_SBD)[0]
 
     def backward(self) -> None:

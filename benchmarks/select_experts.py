@@ -32,10 +32,10 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.control.calibrate import threshold_for_target
 from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.route import route
+from megatron_dynmoe.routing.route import Routing, route
 
 TARGETS = {16: 2, 64: 8, 128: 16, 256: 16}  # mean experts per token; stock's k
-STOCK = "stock top-k"
+STOCK, OURS = "stock top-k", "ours"
 PACKAGES = ("torch", "numpy", "megatron-core")
 # Of an element, the kernel reads logits twice, map and the weights' gradient, and writes weights,
 # map and the logits' gradient: a copy of half the sum reads and writes as much.
@@ -81,7 +81,7 @@ def compare(
     target = TARGETS.get(num_experts, max(1, num_experts // 8))
     probs_TE = normalize(logits_TE.detach(), 1.0).softmax(-1)
     threshold = torch.tensor([threshold_for_target(probs_TE, target)], device=logits_TE.device)
-    routed = route(logits_TE.detach(), threshold, theta=threshold.new_ones(1), use_kernel=False)
+    routed = route(logits_TE.detach(), threshold, theta=threshold.new_ones(1))
     mean = routed.experts_T.double().mean().item()
     running, failures = measure.without_failing(make_providers(logits_TE, threshold, target))
     turns = {name: partial(one_turn, call, repeats(call)) for name, call in running.items()}
@@ -114,9 +114,9 @@ def make_providers(
     d_weights_TE = torch.randn_like(logits_TE)
     d_sums_BE, one = torch.randn_like(logits_TE[:1]), torch.ones((), device=logits_TE.device)
 
-    def ours(use_kernel: bool) -> None:
+    def ours(implementation: Callable[..., Routing]) -> None:
         logits_TE.grad = theta.grad = None
-        routed = route(logits_TE, threshold, theta=theta, renormalize=True, use_kernel=use_kernel)
+        routed = implementation(logits_TE, threshold, theta=theta, renormalize=True)
         torch.autograd.backward(
             (routed.weights_TE, routed.prob_sums_BE, routed.entropy), (d_weights_TE, d_sums_BE, one)
         )
@@ -126,9 +126,13 @@ def make_providers(
         weights_TE, _ = topk_routing_with_score_function(logits_TE, k)
         weights_TE.backward(d_weights_TE)
 
-    providers: dict[str, Callable[[], object]] = {STOCK: stock, "ours, plain": lambda: ours(False)}
-    if kernels.available(logits_TE.device):
-        providers["ours, kernel"] = lambda: ours(True)
+    providers: dict[str, Callable[[], object]] = {
+        STOCK: stock,
+        "ours, readable": partial(ours, route),
+    }
+    fastest = kernels.choose_route(logits_TE.detach())
+    if fastest is not route:
+        providers[OURS] = partial(ours, fastest)
     if measure.on_gpu():
         providers |= {f"{name}, CUDA graph": Graphed(f) for name, f in providers.items()}
         source = torch.empty(

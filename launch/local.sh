@@ -39,9 +39,11 @@ trap 'stop_ranks 143' TERM
 trap 'stop_ranks 129' HUP
 "${CONTAINER[@]}" bash "$launch/rank.sh" "${rank_flags[@]}" &
 ranks=$!
-log=$ATTEMPT/rank-$(printf %03d $((NPROC - 1))).log # the last rank prints the training's progress
-touch "$log"
-tail --pid="$ranks" --lines=+1 --follow "$log" | "$PYTHON" "$checkout/tools/show_progress.py" &
+logs=("$ATTEMPT/rank-$(printf %03d $((NPROC - 1))).log") # the last rank prints the progress,
+if ((NPROC > 1)); then logs=("$ATTEMPT/rank-000.log" "${logs[@]}"); fi # the first one what to know
+touch "${logs[@]}"
+tail --pid="$ranks" --quiet --lines=+1 --follow "${logs[@]}" |
+  "$PYTHON" "$checkout/tools/show_progress.py" &
 wait_for_ranks
 wait # for the last lines
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from megatron_dynmoe.config import BALANCE_LOSSES, SETTINGS, DynMoEConfig
+from megatron_dynmoe.refusals import SettingError
 
 PREFIX = "moe_dynamic_"
-# A field's name in a message, but for values, paths and parts of longer words.
-_FIELD = re.compile(rf"(?<![\w'./-])({'|'.join(SETTINGS)})(?![\w'/-])")
 
 
 def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
@@ -47,20 +45,19 @@ def naming_flags(args: Namespace) -> Iterator[None]:
     """Have refusals name settings by their flags, but those that come from ``DYNMOE_CONFIG``.
 
     Raises:
-        ValueError: in place of one of the block.
+        ValueError: in place of a :class:`SettingError` of the block.
     """
     try:
         yield
-    except ValueError as error:
+    except SettingError as error:
         config = config_from_environment()
         in_file = config.to_dict() if config else {}
 
-        def as_given(match: re.Match[str]) -> str:
-            name = match[0]
+        def as_given(name: str) -> str:
             is_flag = name not in in_file or getattr(args, PREFIX + name, None) is not None
             return flag_of(name) if is_flag else name
 
-        raise ValueError(_FIELD.sub(as_given, str(error))) from None
+        raise ValueError(error.worded(as_given)) from None
 
 
 def config_from_environment() -> DynMoEConfig | None:
@@ -146,8 +143,8 @@ def adopt_upstream_balance_loss(
                 f"{', '.join(BALANCE_LOSSES)}."
             )
         if ours is not None and ours != value:
-            raise ValueError(
-                f"{flag} is {value} and {name} is {ours}: they set the same thing; give one."
+            raise SettingError(
+                name, ours, f" and {flag} is {value}", "they set the same thing; give one"
             )
         given[name] = value
     return dataclasses.replace(config, **given)

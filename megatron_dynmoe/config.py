@@ -7,12 +7,12 @@ Every field is ``--moe-dynamic-<name>`` on the command line (:mod:`megatron_dynm
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+from megatron_dynmoe.refusals import SettingError, UnknownSettingError
 from megatron_dynmoe.schedule import TargetSchedule
 
 ROUTINGS = ("top_k", "top_p", "dtop_p")
@@ -210,9 +210,7 @@ class DynMoEConfig:
         """
         for name in settings:
             if name not in SETTINGS:
-                near = difflib.get_close_matches(str(name), SETTINGS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}."
-                raise ValueError(f"{source}: there is no setting {name!r}; {hint}")
+                raise UnknownSettingError(name, source, SETTINGS)
         return cls(**settings)
 
     @classmethod
@@ -248,38 +246,44 @@ class DynMoEConfig:
         ``auto`` values stay: :mod:`megatron_dynmoe.control.calibrate` computes them.
 
         Raises:
-            ValueError: a setting makes no sense, alone, with another, or for ``num_experts``.
+            SettingError: a setting makes no sense, alone, with another, or for ``num_experts``.
         """
         if not self.is_dynamic:
             given = [name for name in self.to_dict() if name not in ("routing", "backend")]
             if given:
-                raise ValueError(
-                    f"routing is 'top_k', which has no {given[0]}: set routing to 'top_p' or "
-                    f"'dtop_p', or leave {given[0]} out."
+                raise SettingError(
+                    "routing",
+                    "top_k",
+                    f", which has no {{{given[0]}}}",
+                    f"set {{routing}} to 'top_p' or 'dtop_p', or leave {{{given[0]}}} out",
                 )
             return self
         if not num_experts:  # Megatron takes --num-experts 0 for none
-            raise ValueError(
-                f"routing is {self.routing!r}, but the model has no experts: set --num-experts."
+            raise SettingError(
+                "routing", self.routing, ", but the model has no experts", "set --num-experts"
             )
         defaults = dict(_DEFAULTS[self.routing])
         foreign = _ONLY_DTOP_P if self.routing == "top_p" else ("threshold",)
         for name in foreign:
             if getattr(self, name) is not None:
                 remedy = (
-                    "set routing to 'dtop_p', or leave it out"
+                    "set {routing} to 'dtop_p', or leave it out"
                     if self.routing == "top_p"
-                    else "use initial_threshold, or set routing to 'top_p'"
+                    else "use {initial_threshold}, or set {routing} to 'top_p'"
                 )
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, which routing {self.routing!r} does not "
-                    f"have: {remedy}."
+                raise SettingError(
+                    name,
+                    getattr(self, name),
+                    f", which {{routing}} {self.routing!r} does not have",
+                    remedy,
                 )
         if self.balance_loss == "none":
             if self.balance_loss_coeff:
-                raise ValueError(
-                    f"balance_loss_coeff is {self.balance_loss_coeff} and balance_loss is 'none': "
-                    "leave the coefficient out, or choose a loss, such as seq_aux_loss."
+                raise SettingError(
+                    "balance_loss_coeff",
+                    self.balance_loss_coeff,
+                    " and {balance_loss} is 'none'",
+                    "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
         if self.inference_max_experts_per_token is None:
@@ -294,71 +298,94 @@ class DynMoEConfig:
         for name in ("max_experts_per_token", "inference_max_experts_per_token"):
             cap = getattr(self, name)
             if cap is not None and not 1 <= cap <= num_experts:
-                raise ValueError(
-                    f"{name} is {cap}: use 1 to {num_experts} (the number of experts), or leave it "
-                    "out for no cap."
+                raise SettingError(
+                    name,
+                    cap,
+                    "",
+                    f"use 1 to {num_experts} (the number of experts), or leave it out for no cap",
                 )
         if self.row_buffer == "worst_case" and self.max_experts_per_token is None:
-            raise ValueError(
-                "row_buffer is 'worst_case' and max_experts_per_token is not set, so the worst "
-                f"case is all {num_experts} experts for every token: set max_experts_per_token, or "
-                "leave row_buffer out."
+            raise SettingError(
+                "row_buffer",
+                "worst_case",
+                " and {max_experts_per_token} is not set, so the worst case is all "
+                f"{num_experts} experts for every token",
+                "set {max_experts_per_token}, or leave {row_buffer} out",
             )
         if self.check_ranks is not None and self.check_ranks < 1:
-            raise ValueError(
-                f"check_ranks is {self.check_ranks}: use a number of steps from 1, or leave it out "
-                "to never compare ranks."
+            raise SettingError(
+                "check_ranks",
+                self.check_ranks,
+                "",
+                "use a number of steps from 1, or leave it out to never compare ranks",
             )
         for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
             coefficient = getattr(self, name)
             if coefficient is not None and coefficient < 0:
-                raise ValueError(f"{name} is {coefficient}: use 0 (off) or a positive number.")
+                raise SettingError(name, coefficient, "", "use 0 (off) or a positive number")
         for name in ("threshold", "inference_threshold", "initial_threshold"):
             value = getattr(self, name)
             if isinstance(value, float) and not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name} is {value}: it is a cumulative probability, so use 0 (one expert) to "
-                    "1 (all experts)."
+                raise SettingError(
+                    name,
+                    value,
+                    "",
+                    "it is a cumulative probability, so use 0 (one expert) to 1 (all experts)",
                 )
         if self.is_controlled:
             self._check_controller(num_experts)
 
     def _check_controller(self, num_experts: int) -> None:
         if self.target_experts_per_token is None:
-            raise ValueError(
-                "target_experts_per_token is not set, which routing 'dtop_p' needs: give the mean "
-                "number of experts per token to hold, such as 2."
+            raise SettingError(
+                "target_experts_per_token",
+                None,
+                ", which {routing} 'dtop_p' needs",
+                "give the mean number of experts per token to hold, such as 2",
             )
         most = self.max_experts_per_token or num_experts
         for _, target in self.target_experts_per_token.points:
             if not 1 <= target <= most:
-                reason = "max_experts_per_token" if self.max_experts_per_token else "all experts"
-                raise ValueError(
-                    f"target_experts_per_token is {self.target_experts_per_token}: every token "
-                    f"uses at least 1 expert and at most {most} ({reason}), so use 1 to {most}."
+                reason = "{max_experts_per_token}" if self.max_experts_per_token else "all experts"
+                raise SettingError(
+                    "target_experts_per_token",
+                    self.target_experts_per_token,
+                    "",
+                    f"every token uses at least 1 expert and at most {most} ({reason}), so use 1 "
+                    f"to {most}",
                 )
         low, high = self.min_threshold, self.max_threshold
         assert low is not None and high is not None
         if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"min_threshold is {low} and max_threshold is {high}: use 0 <= min < max <= 1."
+            raise SettingError(
+                "min_threshold",
+                low,
+                f" and {{max_threshold}} is {high}",
+                "use 0 <= min < max <= 1",
             )
         if isinstance(self.initial_threshold, float) and not low <= self.initial_threshold <= high:
-            raise ValueError(
-                f"initial_threshold is {self.initial_threshold}: it must lie between min_threshold "
-                f"({low}) and max_threshold ({high})."
+            raise SettingError(
+                "initial_threshold",
+                self.initial_threshold,
+                "",
+                f"it must lie between {{min_threshold}} ({low}) and {{max_threshold}} ({high})",
             )
         for name in ("proportional_gain", "integral_gain"):
             gain = getattr(self, name)
             if gain != AUTO and gain < 0:
-                raise ValueError(
-                    f"{name} is {gain}: a negative gain drives the count away from the target; use "
-                    "'auto' or a positive number."
+                raise SettingError(
+                    name,
+                    gain,
+                    "",
+                    "a negative gain drives the count away from the target; use 'auto' or a "
+                    "positive number",
                 )
         if self.integral_gain == 0:
-            raise ValueError(
-                "integral_gain is 0: without it the count settles off the target; use 'auto' or a "
-                "positive number."
+            raise SettingError(
+                "integral_gain",
+                self.integral_gain,
+                "",
+                "without it the count settles off the target; use 'auto' or a positive number",
             )
 
 
@@ -414,7 +441,7 @@ def _coerce(name: str, setting: Setting, value: Any) -> Any:
     kind, choices = setting.kind, setting.choices
     if kind == "choice":
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}: use one of {', '.join(choices)}.")
+            raise SettingError(name, value, "", f"use one of {', '.join(choices)}")
         return value
     if kind == "schedule":
         return value if isinstance(value, TargetSchedule) else TargetSchedule.parse(value)
@@ -430,5 +457,5 @@ def _coerce(name: str, setting: Setting, value: Any) -> Any:
         if kind == "int" and number != int(number):
             raise ValueError
     except (OverflowError, TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: use {wanted}.") from None
+        raise SettingError(name, value, "", f"use {wanted}") from None
     return int(number) if kind == "int" else number

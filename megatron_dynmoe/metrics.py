@@ -21,7 +21,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import num_floating_point_operations
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.report import MAX_COLUMNS, draw_layers
+from megatron_dynmoe.report import MAX_COLUMNS, TARGET, draw_layers
 from megatron_dynmoe.routing.counters import RoutingStatistics
 
 PREFIX = "dynmoe"
@@ -65,8 +65,8 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
         experts_per_token=mean.item(),
         std_experts_per_token=variance.clamp(min=0).sqrt().item(),
         experts_per_token_by_layer=layer.mean_experts.tolist(),
-        threshold=(pooled.thresholds / pooled.routers).item(),
-        threshold_by_layer=(layer.thresholds / layer.routers).tolist(),
+        threshold=(pooled.knobs / pooled.routers).item(),
+        threshold_by_layer=(layer.knobs / layer.routers).tolist(),
         theta_by_layer=(layer.thetas / layer.routers).tolist(),
         balance_loss=(pooled.balance_loss / pooled.micro_batches).item(),
         dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
@@ -78,9 +78,13 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
     )
 
 
-def scalars(summary: RoutingSummary, dynmoe: DynMoEConfig) -> Iterator[tuple[str, float]]:
-    """Names and values for TensorBoard and W&B."""
+def scalars(
+    summary: RoutingSummary, dynmoe: DynMoEConfig, iteration: int
+) -> Iterator[tuple[str, float]]:
+    """Names and values for TensorBoard and W&B, of the step that ends as ``iteration``."""
     yield f"{PREFIX}/experts_per_token", summary.experts_per_token
+    if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may have another
+        yield TARGET, dynmoe.target_experts_per_token.at_step(iteration)
     yield f"{PREFIX}/std_experts_per_token", summary.std_experts_per_token
     yield f"{PREFIX}/threshold", summary.threshold
     yield f"{PREFIX}/balance_loss", summary.balance_loss
@@ -110,10 +114,11 @@ def layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
     def by_layer(name: str) -> list[Any]:
         return chart(rf"{PREFIX}_layers/{name}_layer_\d+")
 
+    experts = [f"{PREFIX}/experts_per_token", f"{PREFIX}/validation_experts_per_token"]
+    if dynmoe.target_experts_per_token is not None:
+        experts.append(TARGET)
     routing = {
-        "experts per token": chart(
-            f"{PREFIX}/experts_per_token", f"{PREFIX}/validation_experts_per_token"
-        ),
+        "experts per token": chart(*experts),
         "standard deviation of experts over tokens": chart(
             f"{PREFIX}/std_experts_per_token", f"{PREFIX}/validation_std_experts_per_token"
         ),
@@ -247,8 +252,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._history.add(iteration, summary.experts_per_token_by_layer)
         print(_layer_table(summary, self.dynmoe), flush=True)
         target = self.dynmoe.target_experts_per_token
-        # The batch of this iteration was steered after one iteration fewer had finished.
-        aim = f" (target {target.at(iteration - 1):g})" if target is not None else ""
+        aim = f" (target {target.at_step(iteration):g})" if target is not None else ""
         cap = self.dynmoe.max_experts_per_token
         not_finite = (
             f" tokens with NaN or infinite logits: {summary.share_not_finite:.2%}, "
@@ -271,7 +275,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self, step: RoutingStatistics, iteration: int, writer: Any, wandb_writer: Any
     ) -> None:
         if writer is not None or wandb_writer is not None:  # only there the host reads
-            values = dict(scalars(summarize(step), self.dynmoe))
+            values = dict(scalars(summarize(step), self.dynmoe, iteration))
             self._write(values, iteration, writer, wandb_writer)
         if writer is not None and not self._has_layout:
             writer.add_custom_scalars(layout(self.dynmoe))

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmoe.report import LOSS, Series, read_run, save_figure
-from megatron_dynmoe.schedule import TargetSchedule
+from megatron_dynmoe.report import LOSS, Series, read_run, save_figure, target_of
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SMOOTHED = 0.02  # the share of a run over which its training loss is averaged
@@ -73,10 +72,9 @@ def read(run_dir: Path, label: str) -> Run:
     # 3. The rest, at the steps where it was logged
     evaluations = scalars.get("lm loss validation", Series([], [], []))
     at = np.array(evaluations.iterations)
-    target = None
-    if "target_experts_per_token" in routing:
-        schedule = TargetSchedule.parse(routing["target_experts_per_token"])
-        target = np.array([schedule.at(iteration - 1) for iteration in loss.iterations])
+    target, aimed_at = target_of(routing, scalars), None
+    if target is not None:  # not where it is unknown, as before a run was resumed with this package
+        aimed_at = np.interp(iterations, target.iterations, target.values, left=np.nan)
     return Run(
         label,
         tokens,
@@ -88,7 +86,7 @@ def read(run_dir: Path, label: str) -> Run:
             np.array(evaluations.values),
         ),
         experts,
-        target,
+        aimed_at,
         _at(iterations, scalars["dynmoe/threshold"], np.nan) if dynamic else None,
     )
 

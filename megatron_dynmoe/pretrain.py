@@ -9,7 +9,12 @@ modes. Without a GPU it runs on the CPU over gloo.
 
 from __future__ import annotations
 
+import signal
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # While nothing is trained, Ctrl-C ends this process without a stack of half an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

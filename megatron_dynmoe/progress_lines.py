@@ -1,4 +1,7 @@
-"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation."""
+"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation.
+
+What the run says of itself, at its start and at its end, stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 import sys
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
+_SAID = re.compile(r"> (note|finished|stopped[^:]*): |WARNING: --")
 _FIELDS = {
     "loss": re.compile(r"\blm loss: (\S+)"),
     "experts per token": re.compile(r"experts per token: ([\d.]+(?: \(target \S+\))?)"),
@@ -20,6 +24,8 @@ _VALIDATION = re.compile(
 
 def shorten(line: str) -> str | None:
     """The short form of a line of Megatron's log, or None for one that is left out."""
+    if _SAID.match(line):
+        return line.rstrip()
     if match := _VALIDATION.search(line):
         where = f"at the end, {match[2]} set" if match[2] else f"validation at {match[1]}"
         return f"  {where}: loss {float(match[3]):.3f}"

@@ -28,6 +28,7 @@ RESOLVED = "resolved.yaml"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 LOSS = "lm loss"
+TARGET = "dynmoe/target_experts_per_token"
 
 # The share of steps at the end of a run over which the summary averages the routing.
 TAIL = 0.2
@@ -101,6 +102,15 @@ def has_events(folder: Path) -> bool:
     return any(folder.glob(EVENT_FILES))
 
 
+def has_scalars(event_file: Path) -> bool:
+    """Whether a step or an evaluation has been logged into a file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = EventAccumulator(str(event_file), size_guidance={"scalars": 1})
+    file.Reload()
+    return bool(file.Tags()["scalars"])
+
+
 def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
     """The events of one scalar without those that a later start went back over.
 
@@ -165,6 +175,20 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
     return resolved, scalars
 
 
+def target_of(routing: dict[str, Any], scalars: dict[str, Series]) -> Series | None:
+    """The target experts per token as it was at each logged step; None without a target.
+
+    The settings know only the target of the last start, so they are asked only for runs that logged
+    none, as those of version 0.1.0 did.
+    """
+    if "target_experts_per_token" not in routing:
+        return None
+    if TARGET in scalars:
+        return scalars[TARGET]
+    schedule, loss = TargetSchedule.parse(routing["target_experts_per_token"]), scalars[LOSS]
+    return loss._replace(values=[schedule.at_step(iteration) for iteration in loss.iterations])
+
+
 def layers(scalars: dict[str, Series], name: str) -> dict[int, Series]:
     """The series of a quantity by layer number, those with experts only, bottom layer first."""
     pattern = re.compile(rf"dynmoe_layers/{name}_layer_(\d+)")
@@ -188,12 +212,15 @@ def summarize_run(
         std = _mean(_tail(scalars["dynmoe/std_experts_per_token"]))
     validation = scalars.get("lm loss validation")
     threshold = scalars.get("dynmoe/threshold")
-    # The median, since some steps are followed by an evaluation or a checkpoint.
-    steps = list(pairwise(zip(loss.iterations, loss.times, strict=True)))
-    step_seconds = statistics.median(
-        (t1 - t0) / (i1 - i0) for (i0, t0), (i1, t1) in steps or [((0, 0), (1, 0))]
-    )
-    tokens_per_step = megatron["global_batch_size"] * megatron["seq_length"]
+    # The median, since some steps are followed by an evaluation or a checkpoint; of tokens, since
+    # the batch may grow.
+    batches = scalars.get("batch-size")
+    batch_at = dict(zip(batches.iterations, batches.values, strict=True)) if batches else {}
+    rates = [
+        batch_at.get(i1, megatron["global_batch_size"]) * (i1 - i0) / (t1 - t0)
+        for (i0, t0), (i1, t1) in pairwise(zip(loss.iterations, loss.times, strict=True))
+        if t1 > t0
+    ]
     return {
         "routing": routing["routing"],
         "target_experts_per_token": _number(routing.get("target_experts_per_token")),
@@ -204,7 +231,7 @@ def summarize_run(
         "last_loss": loss.values[-1],
         "validation_loss": validation.values[-1] if validation else None,
         "iterations": loss.iterations[-1],
-        "tokens_per_second": tokens_per_step / step_seconds if step_seconds else None,
+        "tokens_per_second": statistics.median(rates) * megatron["seq_length"] if rates else None,
         "wall_seconds": wall_seconds,
     }
 
@@ -238,12 +265,11 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
     if dynamic:
         experts_axis, threshold_axis, layer_axis = routing_axes
         _plot_by_layer(experts_axis, scalars, "experts_per_token")
-        if "target_experts_per_token" in routing:
-            target = TargetSchedule.parse(routing["target_experts_per_token"])
-            iterations = scalars["dynmoe/experts_per_token"].iterations
+        target = target_of(routing, scalars)
+        if target is not None:
             experts_axis.plot(
-                iterations,
-                [target.at(iteration - 1) for iteration in iterations],
+                target.iterations,
+                target.values,
                 color="black",
                 linestyle="--",
                 linewidth=1,

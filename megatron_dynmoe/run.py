@@ -46,11 +46,22 @@ def ending_at_misuse() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        error.with_traceback(None)
-        get_error_handler().record_exception(error)
+        tell_torchrun(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def tell_torchrun(error: Exception) -> None:
+    """Have torchrun, which speaks last, say this of the rank in one line.
+
+    See :mod:`megatron_dynmoe.torchrun_plugin` for how.
+    """
+    try:
+        raise error from None
+    except Exception as raised:
+        raised.with_traceback(None)
+        get_error_handler().record_exception(raised)
 
 
 def prepare() -> None:

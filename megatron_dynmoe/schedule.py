@@ -7,6 +7,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron_dynmoe.refusals import SettingError
+
 
 @dataclass(frozen=True)
 class TargetSchedule:
@@ -23,11 +25,14 @@ class TargetSchedule:
         """Read ``2``, or ``0:8,1000:2`` (iteration:target, linear in between).
 
         Raises:
-            ValueError: not of that form, or the iterations do not increase.
+            SettingError: not of that form, or the iterations do not increase.
         """
-        message = (
-            f"target_experts_per_token is {text!r}: use a number such as 2, or a schedule "
-            "ITERATION:TARGET,... such as 0:8,1000:2 with increasing iterations."
+        refusal = SettingError(
+            "target_experts_per_token",
+            text,
+            "",
+            "use a number such as 2, or a schedule ITERATION:TARGET,... such as 0:8,1000:2 with "
+            "increasing iterations",
         )
         try:
             if isinstance(text, bool):  # a YAML file's yes, which Python would take for 1
@@ -38,12 +43,12 @@ class TargetSchedule:
                 pairs = [point.split(":") for point in str(text).split(",")]
                 points = tuple((int(iteration), float(target)) for iteration, target in pairs)
         except (OverflowError, TypeError, ValueError):
-            raise ValueError(message) from None
+            raise refusal from None
         if not all(math.isfinite(target) for _, target in points):
-            raise ValueError(message)
+            raise refusal
         iterations = [iteration for iteration, _ in points]
         if iterations[0] < 0 or any(b <= a for a, b in pairwise(iterations)):
-            raise ValueError(message)
+            raise refusal
         return cls(points)
 
     def at(self, iteration: int) -> float:
@@ -55,6 +60,10 @@ class TargetSchedule:
             return self.points[-1][1]
         (i0, t0), (i1, t1) = self.points[index - 1], self.points[index]
         return t0 + (t1 - t0) * (iteration - i0) / (i1 - i0)
+
+    def at_step(self, step: int) -> float:
+        """The target for a step by its own number, from 1: one fewer had finished before it."""
+        return self.at(step - 1)
 
     def __str__(self) -> str:
         targets = [str(target).removesuffix(".0") for _, target in self.points]

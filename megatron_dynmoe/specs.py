@@ -24,8 +24,9 @@ from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settle, settled_gain
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.metrics import install_metrics_tracker
 from megatron_dynmoe.moe.layer import DynMoELayer
+from megatron_dynmoe.moe.router import DynamicRouter
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.planning.startup import memory_report
-from megatron_dynmoe.routing.router import TopPRouter
 from megatron_dynmoe.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:
@@ -97,9 +98,11 @@ def layer_spec(
         _check_worst_case_rows(plan, transformer)
 
     transformer.moe_router_dtype = "fp32"
+    first_threshold = controller.initial_threshold if controller else resolved.threshold
+    rule = RULES[resolved.routing](resolved, first_threshold)
     if not isinstance(transformer.finalize_model_grads_func, GlobalBatchUpdate):
         transformer.finalize_model_grads_func = GlobalBatchUpdate(
-            resolved, controller, transformer.finalize_model_grads_func
+            resolved, controller, transformer.finalize_model_grads_func, rule.direction
         )
         install_metrics_tracker(resolved)
         # Megatron saves its arguments with the model; settings from YAML would not be among them.
@@ -116,11 +119,7 @@ def layer_spec(
 
     caps = resolved.max_experts_per_token, resolved.inference_max_experts_per_token
     rows_per_token = max(cap or 0 for cap in caps) if resolved.row_buffer == "worst_case" else None
-    router = partial(
-        TopPRouter,
-        dynmoe=resolved,
-        initial_threshold=controller.initial_threshold if controller else resolved.threshold,
-    )
+    router = partial(DynamicRouter, dynmoe=resolved, rule=rule)
     spec = dataclasses.replace(
         spec,
         layer_specs=[

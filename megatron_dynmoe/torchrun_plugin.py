@@ -9,7 +9,6 @@ plugins of all installed packages when it starts, and if one fails it says so an
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -32,7 +31,7 @@ def rendezvous_handler() -> Callable[[Any], Any]:
     if _is_torchrun(sys.orig_argv):
         settle_local_address(sys.orig_argv)
         if any("megatron_dynmoe" in word for word in sys.orig_argv):
-            sys.excepthook = _in_a_line(sys.excepthook)
+            sys.excepthook = briefly(sys.excepthook)
 
     def handler(parameters: Any) -> Any:
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
@@ -66,36 +65,32 @@ def settle_local_address(command: list[str]) -> None:
         )
 
 
-def _in_a_line(show: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``excepthook`` for two ends of torchrun that need no more than a line.
+def briefly(show: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``excepthook`` that leaves the last word to the ranks where they have found it.
 
-    A signal, where nothing has failed, and a command line that was refused, by which torchrun then
-    ends as the ranks did, with exit code 2.
+    By a signal nothing has failed, and the first rank has said where the run is. A rank's error
+    without a stack, as of a refused command line, is one line here as well.
     """
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        number = getattr(error, "sigval", None)
-        refusal = _refusal(error)
-        if refusal is not None:
-            sys.stderr.write(f"torchrun: {refusal}\n")
-            sys.exit(_MISUSE)
-        if kind.__name__ == "SignalException" and number is not None:
-            sys.stderr.write(f"torchrun: ended by {signal.Signals(number).name}\n")
-        else:
-            show(kind, error, trace)
+    def hook(kind: type[BaseException], error: Any, trace: TracebackType | None) -> None:
+        if kind.__name__ == "SignalException":
+            return
+        if kind.__name__ == "ChildFailedError":
+            rank, failure = error.get_first_failure()
+            words = failure.message
+            if isinstance(words, dict):
+                words = words.get("extraInfo", {}).get("py_callstack", "").strip()
+                words = words.removeprefix("Traceback (most recent call last):\n")
+                line = words.partition(": ")[2]
+                if line and "\n" not in words:
+                    end = f"torchrun: rank {rank} ended with exit code {failure.exitcode}"
+                    sys.stderr.write(f"{end}: {line}\n")
+                    if failure.exitcode == _MISUSE:
+                        sys.exit(_MISUSE)  # in place of torchrun's 1
+                    return
+        show(kind, error, trace)
 
     return hook
-
-
-def _refusal(error: BaseException) -> str | None:
-    """What the first rank to fail refused its command line for, if that is how it ended."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return None
-    first = min(failures.values(), key=lambda failure: failure.timestamp)
-    said = first.message.get("message") if isinstance(first.message, dict) else first.message
-    name, _, reason = str(said).partition(": ")
-    return f"error: {reason}" if first.exitcode == _MISUSE and name == "UsageError" else None
 
 
 def _is_torchrun(command: list[str]) -> bool:

@@ -179,12 +179,12 @@ def test_both_flags_may_say_the_same():
         (
             (TYPE, "aux_loss"),
             {"balance_loss": "none"},
-            f"{TYPE} is aux_loss and --moe-dynamic-balance-loss is none",
+            f"--moe-dynamic-balance-loss is 'none' and {TYPE} is aux_loss",
         ),
         (
             (COEFF, "0.02"),
             {"balance_loss_coeff": 0.01},
-            f"{COEFF} is 0.02 and --moe-dynamic-balance-loss-coeff is 0.01",
+            f"--moe-dynamic-balance-loss-coeff is 0.01 and {COEFF} is 0.02",
         ),
         ((TYPE, "aux_loss", "none"), {}, rf"{TYPE} is \['aux_loss', 'none'\].*give one"),
         ((COEFF, "0.1", "0.2"), {}, rf"{COEFF} is \[0.1, 0.2\].*give one"),

@@ -59,7 +59,7 @@ def test_other_values_are_refused_by_name_and_value(name):
 
 
 def test_an_empty_routing_is_refused_and_not_taken_for_a_default():
-    with pytest.raises(ValueError, match="routing is None: use one of top_k, top_p, dtop_p"):
+    with pytest.raises(ValueError, match="routing is not set: use one of top_k, top_p, dtop_p"):
         config(routing=None)
 
 
@@ -292,9 +292,9 @@ def test_top_k_has_none_of_the_settings(name):
 REFUSED = [
     # of the other routing
     (TOP_P | {"target_experts_per_token": 2}, "target_experts_per_token is 2", "'dtop_p'"),
-    (TOP_P | {"scope": "layer"}, "scope is layer", "'dtop_p'"),
+    (TOP_P | {"scope": "layer"}, "scope is 'layer'", "'dtop_p'"),
     (TOP_P | {"proportional_gain": 1}, "proportional_gain is 1.0", "'dtop_p'"),
-    (TOP_P | {"integral_gain": "auto"}, "integral_gain is auto", "'dtop_p'"),
+    (TOP_P | {"integral_gain": "auto"}, "integral_gain is 'auto'", "'dtop_p'"),
     (TOP_P | {"initial_threshold": 0.3}, "initial_threshold is 0.3", "'dtop_p'"),
     (TOP_P | {"min_threshold": 0.1}, "min_threshold is 0.1", "'dtop_p'"),
     (TOP_P | {"max_threshold": 0.9}, "max_threshold is 0.9", "'dtop_p'"),

@@ -159,12 +159,25 @@ def test_names_written_are_those_that_the_routing_has():
         )
     }  # fmt: skip
     layers = {f"dynmoe_layers/experts_per_token_layer_{n}" for n in (1, 3, 4)}
-    assert set(dict(scalars(summary, TOP_P))) == always | layers
+    assert set(dict(scalars(summary, TOP_P, 1))) == always | layers
     more = {f"dynmoe_layers/{name}_layer_{n}" for name in ("theta", "threshold") for n in (1, 3, 4)}
-    written = dict(scalars(summary, BY_LAYER))
-    assert set(written) == always | layers | more | {"dynmoe/share_of_tokens_at_cap"}
+    written = dict(scalars(summary, BY_LAYER, 1))
+    controlled = {"dynmoe/share_of_tokens_at_cap", "dynmoe/target_experts_per_token"}
+    assert set(written) == always | layers | more | controlled
     assert written["dynmoe_layers/theta_layer_3"] == pytest.approx(1.3)
     assert all(value == value for value in written.values()), "layers without experts are left out"
+
+
+def test_the_target_is_written_as_it_was_at_the_step():
+    from megatron_dynmoe.metrics import scalars, summarize
+
+    summary = summarize(statistics_of(random_maps()))
+    dynmoe = DynMoEConfig(routing="dtop_p", target_experts_per_token="0:4,2:2").resolve(E)
+    targets = [
+        dict(scalars(summary, dynmoe, step))["dynmoe/target_experts_per_token"]
+        for step in (1, 2, 3, 9)
+    ]
+    assert targets == [4, 3, 2, 2]
 
 
 def test_the_table_by_layer_marks_layers_without_experts():
@@ -262,7 +275,7 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     patterns = [
         tag for category in categories for chart in category.chart for tag in chart.multiline.tag
     ]
-    tags = {name for name, _ in scalars(summarize(statistics_of(random_maps())), dynmoe)} | {
+    tags = {name for name, _ in scalars(summarize(statistics_of(random_maps())), dynmoe, 1)} | {
         "lm loss", "lm loss validation", "learning-rate", "grad-norm",
         "dynmoe/tokens_per_second", "dynmoe/tflops_per_second",
         "dynmoe/validation_experts_per_token", "dynmoe/validation_std_experts_per_token",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_dynmoe import overlay
+from megatron_dynmoe.report import TARGET
 from tests.fake_runs import dtop_p_scalars, make_run
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "plot_run.py"))
@@ -43,6 +44,15 @@ def test_compute_is_that_of_the_measured_experts(runs):
     tokens, flops, loss = dtop_p.validation
     assert tokens.tolist() == [10 * TOKENS, 20 * TOKENS] and loss.tolist() == [8.5, 7.5]
     assert flops.tolist() == pytest.approx(dtop_p.expert_flops[[9, 19]])
+
+
+def test_the_target_is_that_of_each_step_and_none_where_it_is_unknown(tmp_path):
+    """The first steps were logged by a version that logged no target."""
+    scalars = dtop_p_scalars() | {TARGET: [(step, 4 if step <= 12 else 2) for step in range(6, 21)]}
+    make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
+    target = overlay.read(tmp_path, "").target
+    assert np.isnan(target[:5]).all()
+    assert target[5:].tolist() == [4] * 7 + [2] * 8
 
 
 @pytest.mark.parametrize("frequency, layers", [(1, 2), (2, 1), ([0, 1], 1), ([1, 1], 2)])

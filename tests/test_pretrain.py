@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_dynmoe.files import TRACKER
 from tests.distributed.harness import DTOP_P, TINY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -26,7 +27,8 @@ def test_a_device_that_is_not_there_is_what_is_seen_last(launcher: tuple[str, ..
     assert done.returncode == 1
     lines = [line.strip("= ") for line in done.stderr.splitlines()]
     last = [line for line in lines if line][-1]
-    assert "ValueError: DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device" in last
+    seen = "torchrun: rank 0 ended with exit code 1: " if launcher else "ValueError: "
+    assert last.startswith(seen + "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device")
     assert "cpu.py" not in done.stderr, "a stack of ours buries the message"
 
 
@@ -44,8 +46,8 @@ def test_a_command_line_that_cannot_be_read_is_one_line_and_exit_code_2(
     command = [sys.executable, *launcher, "-m", "megatron_dynmoe.pretrain", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    speaker = "torchrun: " if launcher else ""
-    assert done.stderr.strip().splitlines()[-1] == f"{speaker}error: {says}"
+    speaker = "torchrun: rank 0 ended with exit code 2" if launcher else "error"
+    assert done.stderr.strip().splitlines()[-1] == f"{speaker}: {says}"
     assert "usage:" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
@@ -58,3 +60,16 @@ def test_a_refused_start_leaves_nothing(tmp_path) -> None:
     assert done.returncode == 2
     assert "--data-path" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_a_start_that_fails_while_the_model_is_built_leaves_nothing(tmp_path) -> None:
+    """Megatron finds out itself, after the settings have been written and the events opened."""
+    flags = f"{TINY} {DTOP_P} --run-dir {tmp_path / 'run'} --pretrained-checkpoint {tmp_path}"
+    (tmp_path / TRACKER).write_text("release")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "metadata.json").write_text("{}")
+    command = [sys.executable, "-m", "megatron_dynmoe.pretrain", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "time to initialize megatron" in done.stdout, "it was refused before"
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 """The short console lines of the quickstart."""
 
+import pytest
+
 from megatron_dynmoe.progress_lines import shorten
 
 ITERATION = (
@@ -29,6 +31,21 @@ def test_an_evaluation():
     assert shorten(final) == "  at the end, validation set: loss 5.901"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "> note: this model cannot be exported to Hugging Face later",
+        "> finished: iteration 20 of 20",
+        "> stopped by SIGINT: iteration 6 of 20",
+        "> stopped: iteration 6 of 20",
+        "WARNING: --bf16 is given, and this CPU multiplies bf16 100 times slower",
+    ],
+)
+def test_what_a_run_says_of_itself_stays(line):
+    assert shorten(line + "\n") == line
+
+
 def test_all_else_is_left_out():
+    assert shorten("> finished creating GPT datasets ...") is None
     assert shorten("  vocab_size ...................................... 1000") is None
     assert shorten("") is None

@@ -7,6 +7,7 @@ import yaml
 
 from megatron_dynmoe.report import (
     MAX_COLUMNS,
+    TARGET,
     NothingLogged,
     draw_layers,
     layers,
@@ -14,6 +15,7 @@ from megatron_dynmoe.report import (
     read_scalars,
     save_figure,
     summarize_run,
+    target_of,
     write_report,
 )
 from tests.fake_runs import dtop_p_scalars, make_run, write_events
@@ -62,6 +64,31 @@ def test_the_rate_counts_iterations_not_events(tmp_path):
     every_fifth = [(step, 9.0) for step in (5, 10, 15, 20)]
     make_run(tmp_path, {"routing": "top_k"}, {"lm loss": every_fifth})
     assert write_report(tmp_path)["tokens_per_second"] == pytest.approx(32.0)
+
+
+def test_the_rate_follows_a_batch_that_has_grown(tmp_path):
+    """Most steps had a batch of 2, the last one, whose size is in the settings, of 4."""
+    steps = [(step, 9.0) for step in range(1, 7)]
+    batches = [(step, 2 if step < 6 else 4) for step, _ in steps]
+    make_run(tmp_path, {"routing": "top_k"}, {"lm loss": steps, "batch-size": batches})
+    assert write_report(tmp_path)["tokens_per_second"] == pytest.approx(2 * 8)
+
+
+def test_the_target_is_that_of_each_step_also_after_a_resume_with_another(tmp_path):
+    scalars = dtop_p_scalars() | {TARGET: [(step, 4 if step <= 12 else 2) for step in range(1, 21)]}
+    make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
+    resolved, found = read_run(tmp_path)
+    target = target_of(resolved["dynamic_routing"], found)
+    assert target.iterations == list(range(1, 21))
+    assert target.values == [4] * 12 + [2] * 8
+
+
+def test_runs_that_logged_no_target_have_that_of_their_settings(tmp_path):
+    routing = {"routing": "dtop_p", "target_experts_per_token": "0:8,10:2"}
+    make_run(tmp_path, routing, dtop_p_scalars())
+    target = target_of(routing, read_scalars(tmp_path))
+    assert target.values[:2] == [8.0, 7.4] and set(target.values[10:]) == {2.0}
+    assert target_of({"routing": "top_p"}, read_scalars(tmp_path)) is None
 
 
 def test_one_step_has_no_rate(tmp_path):

@@ -13,7 +13,6 @@ from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, numbe
 from megatron_dynmoe.data.commands import add_reading_flags
 from megatron_dynmoe.data.readers import Limits, Unreadable
 
-DEFAULT_SWEEP = "0.05,0.1,0.15,0.2,0.25,0.3,0.4,0.5"
 SAMPLE_TOKENS = 512
 
 
@@ -143,10 +142,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
         # 3. The same windows again for every threshold
         swept = None
-        if args.sweep:
-            chosen = kept.chosen()
-            again = (1 + len(args.sweep)) * sum(len(window.tokens) for window in chosen)
-            with tqdm(total=again, unit=" tokens", desc="sweep", disable=None) as bar:
+        if args.sweep != []:
+            chosen, total = kept.chosen(), None  # by default it depends on what is found
+            if args.sweep is not None:
+                total = (1 + len(args.sweep)) * sum(len(window.tokens) for window in chosen)
+            with tqdm(total=total, unit=" tokens", desc="sweep", disable=None) as bar:
                 swept = measure.sweep(
                     model, chosen, shape, letters, args.sweep, on_tokens=bar.update
                 )
@@ -289,9 +289,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--sweep",
         type=thresholds,
-        default=DEFAULT_SWEEP,
         metavar="T,...",
-        help="thresholds to try instead of the trained one (default: %(default)s), or none",
+        help="thresholds to try instead of the trained one, such as 0.1,0.2, or none (default: "
+        "0.05 to 0.5, and beyond until the model's own routing lies inside)",
     )
     group.add_argument(
         "--sweep-tokens",

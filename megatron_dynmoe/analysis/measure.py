@@ -18,6 +18,11 @@ from megatron_dynmoe.analysis.windows import Window
 from megatron_dynmoe.calibration import set_threshold
 from megatron_dynmoe.conversion.folder import read_json
 
+# Tried unless thresholds are given: the first always, the others until the model's own routing
+# lies between the fewest and the most experts. At 0 a token uses one expert, at 1 all.
+_ALWAYS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+_BELOW = (0.02, 0.01, 0.0)
+_ABOVE = (0.6, 0.7, 0.8, 0.9, 1.0)
 _ROUTING = ("routing", "num_experts_per_tok", "threshold", "inference_threshold")
 
 
@@ -100,12 +105,17 @@ def sweep(
     windows: Sequence[Window],
     shape: Shape,
     letters: Letters,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float] | None = None,
     on_tokens: Callable[[int], Any] = lambda _: None,
 ) -> dict[str, Any]:
     """Mean experts per token and loss with the model's own routing and with other thresholds.
 
     The model's own setting is restored. A cap on the experts of a token stays in force.
+
+    Args:
+        model, windows, shape, letters, on_tokens: as for :func:`collect`.
+        thresholds: in increasing order. By default 0.05 to 0.5, and what it takes beyond so that
+            the model's own number of experts per token lies between those of the others.
 
     Returns:
         ``tokens``, ``own``, ``as_trained`` (whether own is the routing of the training, not one set
@@ -127,12 +137,22 @@ def sweep(
             "loss": total.loss * LOSS_UNIT / total.predicted if total.predicted else None,
         }
 
-    points = []
+    def point_at(threshold: float) -> dict[str, Any]:
+        set_threshold(config, threshold)
+        return point(threshold)
+
     try:
         trained = point(own_threshold(config))
-        for threshold in thresholds:
-            set_threshold(config, threshold)
-            points.append(point(threshold))
+        points = [point_at(threshold) for threshold in thresholds or _ALWAYS]
+        if thresholds is None:
+            for threshold in _BELOW:
+                if points[0]["experts"] < trained["experts"]:
+                    break
+                points.insert(0, point_at(threshold))
+            for threshold in _ABOVE:
+                if points[-1]["experts"] > trained["experts"]:
+                    break
+                points.append(point_at(threshold))
     finally:
         for name, value in own.items():
             setattr(config, name, value)

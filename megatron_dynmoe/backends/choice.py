@@ -133,11 +133,27 @@ def check_biases(config: TransformerConfig) -> None:
     """
     tensor_parallel_size = getattr(config, "expert_tensor_parallel_size", None) or 1
     num_ranks = config.expert_model_parallel_size * tensor_parallel_size
-    if config.add_bias_linear and getattr(config, "num_moe_experts", None) and num_ranks == 1:
+    if _have_biases(config) and num_ranks == 1:
         raise ValueError(
             "--disable-bias-linear is not given, and upstream's local experts cannot be trained "
             "with biases without expert parallelism: give --disable-bias-linear."
         )
+
+
+def needs_parallel_experts(plan: Plan, settings: Any) -> bool:
+    """Whether a model can only be trained with expert parallelism; see :func:`check_biases`.
+
+    Args:
+        plan: of the model.
+        settings: Megatron's arguments or a TransformerConfig.
+    """
+    return (plan.backend == "local" or "experts" in plan.kept) and _have_biases(settings)
+
+
+def _have_biases(settings: Any) -> bool:
+    # The namespace's name, and the config's.
+    has_experts = any(getattr(settings, name, None) for name in ("num_experts", "num_moe_experts"))
+    return bool(settings.add_bias_linear and has_experts)
 
 
 def check_recompute(settings: Any) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.moe.router import DynamicRouter
 
 QUANTITIES = ("threshold", "integral", "next threshold", "next integral", "theta", "gate")
 NUM_CONTROLLED = 4  # the first ones, which all layers share unless each has its own threshold
@@ -21,7 +21,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def check_agreement(
-    routers: list[TopPRouter],
+    routers: list[DynamicRouter],
     staged: tuple[Tensor, Tensor] | None,
     num_layers: int,
     has_one_threshold: bool,
@@ -47,7 +47,7 @@ def check_agreement(
     for router in routers:
         layer = router.layer_number - 1
         values = {
-            "threshold": router.threshold,
+            "threshold": router.knob,
             "integral": router.integral,
             "theta": router.theta,
             "gate": router.weight,

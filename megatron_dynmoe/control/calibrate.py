@@ -1,7 +1,6 @@
 """Where the controller starts and how hard it acts, computed from normal logits before step 1.
 
-Counts follow the selection rule: sort by probability descending, keep the shortest prefix whose
-cumulative probability exceeds the threshold, at least one expert, at most ``max_experts``.
+Counts are those of the selection that trains, :mod:`megatron_dynmoe.routing.select`.
 Letters: T tokens, E experts, K = min(E, max_experts) the most experts a token can use.
 """
 
@@ -11,6 +10,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.select import FIXED_POINT_BITS, most_experts, rank, select
 
 # Loop gains K * slope / num_experts. docs/controller.md derives the choice: the loop settles to
 # 2 % in about 24 steps and stays stable until the slope is 7.7 times the computed one.
@@ -27,12 +29,11 @@ def mean_experts_per_token(
     """Mean number of experts that top-p selects for a token, a 0-d tensor.
 
     Args:
-        probs_TE: [T, E] floating point, the router's probabilities.
+        probs_TE: [T, E] float32 or float64, the router's probabilities.
         threshold: a number or a tensor of one element; 0 gives 1 expert, 1 or more gives K.
         max_experts: cap on the experts of a token; None for no cap.
     """
-    crossings = _crossings(probs_TE, max_experts)
-    return 1 + (crossings <= threshold).sum() / len(probs_TE)
+    return select(probs_TE, threshold, max_experts).sum() / len(probs_TE)
 
 
 def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | None = None) -> float:
@@ -42,7 +43,7 @@ def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | Non
     the mean jumps over values that no threshold gives, and the threshold at the jump is returned.
 
     Args:
-        probs_TE: [T, E] floating point, the router's probabilities.
+        probs_TE: [T, E] float32 or float64, the router's probabilities.
         target: mean experts per token, from 1 (threshold 0) to K (threshold 1).
         max_experts: cap on the experts of a token; None for no cap.
 
@@ -147,11 +148,11 @@ def gain_margin(
 
 
 def _crossings(probs_TE: Tensor, max_experts: int | None) -> Tensor:
-    """[T, K - 1]: the thresholds from which on a token uses a 2nd, 3rd, ..., K-th expert."""
-    limit = _max_selected(probs_TE.shape[1], max_experts)
-    sorted_probs_TE = probs_TE.sort(dim=-1, descending=True).values
+    """[T, K - 1] float64: the thresholds from which on a token uses a 2nd, ..., K-th expert."""
+    _, before_TE = rank(probs_TE)
+    most = most_experts(probs_TE.shape[1], max_experts)
     # Rounding may carry a sum past 1, and a threshold of 1 must still select all.
-    return sorted_probs_TE.cumsum(-1).clamp(max=1)[:, : limit - 1]
+    return (before_TE[:, 1:most].double() / 2.0**FIXED_POINT_BITS).clamp(max=1)
 
 
 @lru_cache
@@ -169,7 +170,7 @@ def _operating_point(
     crossings = _crossings(probs_TE, max_experts).flatten()
     threshold = _threshold_at(crossings, len(probs_TE), target)
 
-    limit = _max_selected(num_experts, max_experts)
+    limit = most_experts(num_experts, max_experts)
     if limit == 1:
         return threshold, 0.0
     # Nearly equal logits make the count a staircase, which a band of one expert averages out.
@@ -203,25 +204,13 @@ def _normal_probs(num_experts: int, logits_std: float, normalized: bool, theta: 
     shape = (_POPULATION_LOGITS // num_experts, num_experts)
     logits_TE = torch.from_numpy(np.random.RandomState(_POPULATION_SEED).standard_normal(shape))
     logits_TE *= logits_std
-    if normalized:
-        variance, mean = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
-        logits_TE = theta * (logits_TE - mean) * torch.rsqrt(variance + 1e-6)
-    return logits_TE.softmax(-1)
-
-
-def _max_selected(num_experts: int, max_experts: int | None) -> int:
-    """The most experts a token can use, K."""
-    if max_experts is None:
-        return num_experts
-    if max_experts < 1:
-        raise ValueError(f"max_experts is {max_experts}: it must be at least 1, or None for no cap")
-    return min(num_experts, max_experts)
+    return (normalize(logits_TE, theta) if normalized else logits_TE).softmax(-1)
 
 
 def _check_target(target: float, num_experts: int, max_experts: int | None) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}: it must be at least 1")
-    limit = _max_selected(num_experts, max_experts)
+    limit = most_experts(num_experts, max_experts)
     if not 1 <= target <= limit:
         raise ValueError(
             f"target is {target}: a token uses between 1 and {limit} of {num_experts} experts "

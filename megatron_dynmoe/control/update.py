@@ -1,12 +1,12 @@
-"""Once per global batch: reduce the counts, compute the next threshold, write it after the step.
+"""Once per global batch: reduce the counts, compute the next knob, write it after the step.
 
 Two phases, because Megatron finalizes gradients before it knows whether the optimizer will skip
 the step, and may finalize one step twice when it re-runs it:
 
 1. *Stage*, in ``finalize_model_grads_func``: one all-reduce of all counts, the PI law, the counters
    are cleared. Running it again replaces what was staged.
-2. *Commit*, after the optimizer's inner step: the staged threshold is written into the routers. A
-   skipped step has no inner step, so the controller's state stays as it was.
+2. *Commit*, after the optimizer's inner step: the staged knob (top-p's threshold) is written into
+   the routers. A skipped step has no inner step, so the controller's state stays as it was.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.metrics import DynMoEMetricsTracker
+from megatron_dynmoe.moe.router import DynamicRouter
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
-from megatron_dynmoe.routing.router import TopPRouter
 
 logger = logging.getLogger(__name__)
 
 
 class GlobalBatchUpdate:
-    """A ``finalize_model_grads_func`` that also steers the threshold.
+    """A ``finalize_model_grads_func`` that also steers the rule's knob.
 
     Every rank takes part in the one all-reduce, also a pipeline stage without routers, and computes
-    the same next threshold: the reduced counts are integers in float64, exact in any order.
+    the same next knob: the reduced counts are integers in float64, exact in any order.
     """
 
     def __init__(
@@ -43,20 +43,22 @@ class GlobalBatchUpdate:
         dynmoe: DynMoEConfig,
         controller: PIController | None,
         finalize: Callable[..., None] | None = None,
+        direction: int = 1,
     ) -> None:
         """Wrap the training loop's hook.
 
         Args:
             dynmoe: resolved settings.
-            controller: the law, or None where the threshold is fixed.
+            controller: the law, or None if nothing is steered.
             finalize: the hook to run first; upstream's ``finalize_model_grads`` if None.
+            direction: 1 if the count rises with the rule's knob, -1 if it falls.
         """
         self.dynmoe = dynmoe
-        self.controller = controller
+        self.controller, self.direction = controller, direction
         self.finalize = finalize or finalize_model_grads
         self._measured: Tensor | None = None
         self._staged: tuple[Tensor, Tensor] | None = None
-        self._routers: list[TopPRouter] = []
+        self._routers: list[DynamicRouter] = []
         self._hooked: set[int] = set()
         self._warned = False
 
@@ -96,10 +98,12 @@ class GlobalBatchUpdate:
         measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
         # All routers' state comes with the counts, so that every rank computes the same. The mean
         # of equal values is exact in float64; they differ after a resume from scope layer.
-        threshold = (statistics.thresholds / statistics.routers).float()
+        knob = (statistics.knobs / statistics.routers).float()
         integral = (statistics.integrals / statistics.routers).float()
         target = self.dynmoe.target_experts_per_token.at(finished_iterations())
-        self._staged = self.controller.step(threshold, integral, measured, target)
+        # Of a count that falls with the knob the negative rises, and is held at the target's.
+        sign = self.direction
+        self._staged = self.controller.step(knob, integral, sign * measured, sign * target)
 
     def _commit_after(self, grad_scale_func: Any) -> bool:
         """Arrange for the commit after the step of Megatron's optimizer.
@@ -120,7 +124,7 @@ class GlobalBatchUpdate:
         if self.controller is not None and not self._warned:
             logger.warning(
                 "config.grad_scale_func leads to no optimizer on this rank, so a step that the "
-                "optimizer skips still moves the threshold"
+                "optimizer skips still moves the controller"
             )
         self._warned = True
 
@@ -135,22 +139,22 @@ class GlobalBatchUpdate:
                 measured = measured_L[layer : layer + 1]
                 router.measured.copy_(torch.where(measured.isnan(), router.measured, measured))
                 if staged is not None:
-                    threshold, integral = staged
+                    knob, integral = staged
                     first = 0 if self.dynmoe.scope == "global" else layer
-                    router.threshold.copy_(threshold[first : first + 1])
+                    router.knob.copy_(knob[first : first + 1])
                     router.integral.copy_(integral[first : first + 1])
 
 
-def routers_of(model: list[torch.nn.Module]) -> Iterator[TopPRouter]:
+def routers_of(model: list[torch.nn.Module]) -> Iterator[DynamicRouter]:
     """This rank's routers, over all of its model chunks."""
     for chunk in model:
         for module in chunk.modules():
-            if isinstance(module, TopPRouter):
+            if isinstance(module, DynamicRouter):
                 yield module
 
 
 def reduce_statistics(
-    routers: list[TopPRouter], num_layers: int, num_experts: int, evaluation: bool
+    routers: list[DynamicRouter], num_layers: int, num_experts: int, evaluation: bool
 ) -> RoutingStatistics:
     """Sum the counts of all routers over the world, and clear them.
 
@@ -165,7 +169,7 @@ def reduce_statistics(
     for router in routers:
         counters = router.evaluation_counters if evaluation else router.counters
         theta = router.theta.detach()
-        state = counters.read(theta, router.threshold, router.integral)
+        state = counters.read(theta, router.knob, router.integral)
         read.append((router.layer_number, state))
     packed = pack(read, num_layers, num_experts, device)
     for router in routers:

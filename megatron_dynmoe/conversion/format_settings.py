@@ -181,7 +181,7 @@ def from_format(theirs: dict[str, Any], format: str) -> dict[str, Any]:
     check_kinds(theirs)
     if format == "dynmoe":
         return check_config(theirs)
-    for name, needed, otherwise in _NEEDED_OF_FOLDERS:
+    for name, needed, otherwise, _ in _NEEDED_OF_FOLDERS:
         if theirs.get(name) not in (None, needed):
             raise ValueError(
                 f"{name} is {shown(theirs[name])} ({otherwise}), which training does not have."
@@ -292,7 +292,7 @@ def _check_expressible(config: dict[str, Any], format: str) -> None:
         "partial_rotary_factor": partial_rotary_factor(config),
     }
     needed = NEEDED_BY_MIXTRAL if format == "mixtral" else NEEDED_BY_DYNAMIC_MOE
-    for name, value, otherwise in needed:
+    for name, value, otherwise, _ in needed:
         if known[name] != value:
             raise ValueError(
                 f"format {format} cannot express {name} {shown(known[name])} ({otherwise}): it "

@@ -45,10 +45,18 @@ _SAME = (
 
 # Megatron's arguments that change the function of a model in a way that no format here has.
 NEEDED_OF_MEGATRON = (
-    Needed("position_embedding_type", "rope", "positions of another kind than rotary"),
-    Needed("normalization", "RMSNorm", "another norm than RMSNorm"),
-    Needed("swiglu", True, "another activation than SwiGLU"),
-    Needed("add_bias_linear", False, "biases in the linear layers"),
+    Needed(
+        *("position_embedding_type", "rope", "positions of another kind than rotary"),
+        "give --position-embedding-type rope",
+    ),
+    Needed(
+        *("normalization", "RMSNorm", "another norm than RMSNorm"),
+        "give --normalization RMSNorm",
+    ),
+    Needed("swiglu", True, "another activation than SwiGLU", "give --swiglu"),
+    Needed(
+        *("add_bias_linear", False, "biases in the linear layers"), "give --disable-bias-linear"
+    ),
     Needed("rotary_interleaved", False, "interleaved rotary positions"),
     Needed("use_rope_scaling", False, "scaled rotary positions"),
     Needed("rope_type", (None, "rope"), "rotary positions of another type"),
@@ -61,7 +69,10 @@ NEEDED_OF_MEGATRON = (
     Needed("qk_l2_norm", False, "L2 normalization of queries and keys"),
     Needed("experimental_attention_variant", None, "another attention"),
     Needed("linear_attention_freq", None, "linear attention"),
-    Needed("layernorm_zero_centered_gamma", False, "norms whose weight is an offset to 1"),
+    Needed(
+        *("layernorm_zero_centered_gamma", False, "norms whose weight is an offset to 1"),
+        "leave out --apply-layernorm-1p",
+    ),
     Needed("apply_residual_connection_post_layernorm", False, "post-norm residuals"),
     Needed("activation_func_clamp_value", None, "clamped activations"),
     Needed("glu_linear_offset", 0.0, "an offset in the gated unit"),
@@ -82,6 +93,22 @@ NEEDED_OF_MEGATRON = (
 _DTYPES = {"fp32": "float32", "fp64": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+def obstacles(args: Namespace) -> list[tuple[Needed, Any]]:
+    """What a model does that no format has: the settings, with the values that they have.
+
+    Args:
+        args: Megatron's arguments, of a trained model or of one that is to be trained.
+    """
+    dense = not getattr(args, "num_experts", None)
+    found = []
+    for needed in NEEDED_OF_MEGATRON:
+        value = getattr(args, needed.name, None)
+        allowed = needed.value if isinstance(needed.value, tuple) else (needed.value,)
+        if value not in (None, *allowed) and not (dense and needed.name.startswith("moe_")):
+            found.append((needed, value))
+    return found
+
+
 def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -> dict[str, Any]:
     """The config of a trained model.
 
@@ -95,14 +122,12 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
         ValueError: the model does something that no format has.
     """
     dense = not getattr(args, "num_experts", None)
-    for needed in NEEDED_OF_MEGATRON:
-        value = getattr(args, needed.name, None)
-        allowed = needed.value if isinstance(needed.value, tuple) else (needed.value,)
-        if value not in (None, *allowed) and not (dense and needed.name.startswith("moe_")):
-            raise ValueError(
-                f"{needed.name} is {shown(value)} ({needed.otherwise}), which no format has: "
-                f"only models trained with {shown(allowed[0])} can be converted."
-            )
+    for needed, value in obstacles(args):
+        allowed = needed.value[0] if isinstance(needed.value, tuple) else needed.value
+        raise ValueError(
+            f"{needed.name} is {shown(value)} ({needed.otherwise}), which no format has: "
+            f"only models trained with {shown(allowed)} can be converted."
+        )
     config: dict[str, Any] = {name: getattr(args, theirs, None) for name, theirs, _ in _SAME}
     experts_ffn = getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size
     config |= {

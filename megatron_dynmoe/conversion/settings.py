@@ -76,6 +76,12 @@ class Needed(NamedTuple):
     name: str
     value: Any
     otherwise: str
+    own_remedy: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """How a training command gets the value."""
+        return self.own_remedy or f"leave out --{self.name.replace('_', '-')}"
 
 
 def check_kinds(values: dict[str, Any]) -> None:

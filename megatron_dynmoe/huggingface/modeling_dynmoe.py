@@ -40,7 +40,13 @@ from megatron_dynmoe.huggingface.masking_dynmoe import (
     refuse_unknown,
     valid_positions,
 )
-from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.losses import (
+    count_tokens,
+    dynamic_loss,
+    load_balance_loss,
+    sum_by_sequence,
+    sum_entropy,
+)
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import select, weigh
 
@@ -632,12 +638,15 @@ def routing_loss(
     valid_T = None if valid_BS is None else valid_BS.t().reshape(-1)
 
     num_sequences = probs_BSE.shape[0] if config.balance_loss == "seq_aux_loss" else 1
-    assignments_BE, tokens_B = count_assignments(map_TE, num_sequences, valid_T)
-    loss = config.dynamic_loss_coeff * dynamic_loss(probs_TE, tokens_B.sum().clamp(min=1), valid_T)
+    tokens_B = count_tokens(map_TE, num_sequences, valid_T)
+    loss = config.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens_B)
     if config.balance_loss != "none":
+        prob_sums_BE, assignments_BE = (
+            sum_by_sequence(values_TE, num_sequences, valid_T) for values_TE in (probs_TE, map_TE)
+        )
         fractions_BE = assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
         loss = loss + config.balance_loss_coeff * load_balance_loss(
-            probs_TE, fractions_BE, tokens_B, valid_T
+            prob_sums_BE, fractions_BE, tokens_B
         )
     return loss
 

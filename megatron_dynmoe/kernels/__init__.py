@@ -1,19 +1,63 @@
-"""Triton kernels, one family a file; each has plain PyTorch behind the same function elsewhere."""
+"""What is fast: implementations of functions of ``routing/`` and ``moe/`` for one kind of device.
+
+Each gives what the plain PyTorch gives that it stands for, by its tests. ``DYNMOE_KERNELS`` in the
+environment chooses:
+
+    0      plain PyTorch everywhere
+    unset  on a CPU ``routing_cpu``, on CUDA plain PyTorch
+    1      the Triton kernels on CUDA, too, if Triton is installed: they were tried in Triton's
+           interpreter, not on a GPU yet
+"""
+
+from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from megatron_dynmoe.routing.route import Routing, route
+
+
+def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
+    """The fastest implementation of :func:`megatron_dynmoe.routing.route.route` for these logits.
+
+    Raises:
+        ValueError: ``DYNMOE_KERNELS`` is something else than 0 or 1.
+    """
+    if _is_plain_cpu(logits_TE) and _setting() != "0":
+        from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
+
+        return route_in_blocks
+    # The kernel computes in float32, and has no grid for no tokens.
+    if logits_TE.dtype != torch.float64 and logits_TE.numel() and available(logits_TE.device):
+        from megatron_dynmoe.kernels.routing_triton import route_fused
+
+        return route_fused
+    return route
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels are used for tensors on ``device``: on CUDA, where Triton is installed.
+    """Whether Triton's kernels are used for tensors on ``device``."""
+    return device.type == "cuda" and _setting() == "1" and _has_triton()
 
-    Only with ``DYNMOE_KERNELS=1`` in the environment: they were tried in Triton's interpreter, not
-    on a GPU.
-    """
-    return device.type == "cuda" and _has_triton() and os.environ.get("DYNMOE_KERNELS") == "1"
+
+def _setting() -> str | None:
+    setting = os.environ.get("DYNMOE_KERNELS") or None
+    if setting not in ("0", "1", None):
+        raise ValueError(
+            f"DYNMOE_KERNELS is {setting!r}: set 0 for plain PyTorch, 1 for Triton's kernels on a "
+            "GPU, or unset it."
+        )
+    return setting
+
+
+def _is_plain_cpu(values: Tensor) -> bool:
+    """Whether NumPy can read the values: not while a compiler or a fake tensor looks on."""
+    return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -12,9 +12,12 @@ from typing import NamedTuple
 # Of each row: its weight in float32, its token, its place among the weights and, for the kernels,
 # among the rows of its token.
 BYTES_PER_ROW = 4 + 3 * 8
-# Of each token and expert: normalized logit, probability, weight and selection in float32, and the
-# routing map.
-ROUTER_BYTES = 4 * 4 + 1
+# Of each token and expert, what plain PyTorch keeps for the gradients of the routing, in float32:
+# logits less their mean, normalized logits, probabilities, these bounded and their logarithm, and
+# weights before and after renormalization; and the routing map. The kernels keep less.
+ROUTER_BYTES = 7 * 4 + 1
+# For a moment: sorted probabilities, and order, units and sums in int64.
+SELECTION_BYTES = 4 + 4 * 8
 # Counts, splits, indices of experts and their like, which do not grow with rows.
 SMALL_BYTES = 1 << 16
 
@@ -114,12 +117,8 @@ def layer_bound(
     is_spread = expert_parallel * expert_tensor > 1
     # The tokens, the sums of their rows, and the gradients of both.
     around = 4 * tokens * sizes.hidden * sizes.num_bytes
-    # Kept by the router, and as much again while it works.
-    router = 2 * tokens * num_experts * ROUTER_BYTES
-    return (
-        kept_row_bytes(sizes, rows)
-        + passing_row_bytes(sizes, rows, sent_rows, is_spread)
-        + around
-        + router
-        + SMALL_BYTES
-    )
+    # Selecting is over before there are rows.
+    rows_bytes = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, sent_rows, is_spread)
+    router = tokens * num_experts * ROUTER_BYTES
+    selecting = tokens * num_experts * SELECTION_BYTES
+    return around + router + max(rows_bytes, selecting) + SMALL_BYTES

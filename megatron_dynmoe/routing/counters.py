@@ -29,7 +29,7 @@ class RoutingStatistics(NamedTuple):
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
     not_finite: Tensor  # tokens with a logit that is NaN or infinite
     thetas: Tensor  # sum over contributing routers, as are the next two
-    thresholds: Tensor
+    knobs: Tensor  # what the controller moves: of top-p, thresholds
     integrals: Tensor
     routers: Tensor
     assignments: Tensor
@@ -154,8 +154,8 @@ class RoutingCounters(KeepDtype):
         self.dynamic_loss += dynamic_loss
         self.micro_batches += 1 / group_size
 
-    def read(self, theta: Tensor, threshold: Tensor, integral: Tensor) -> RoutingStatistics:
-        """The statistics so far, with the router's present theta, threshold and integral."""
+    def read(self, theta: Tensor, knob: Tensor, integral: Tensor) -> RoutingStatistics:
+        """The statistics so far, with the router's present theta, knob and integral."""
         return RoutingStatistics(
             tokens=self.tokens,
             tokens_at_cap=self.tokens_at_cap,
@@ -165,7 +165,7 @@ class RoutingCounters(KeepDtype):
             micro_batches=self.micro_batches,
             not_finite=self.not_finite,
             thetas=theta,
-            thresholds=threshold,
+            knobs=knob,
             integrals=integral,
             routers=torch.ones_like(self.tokens),
             assignments=self.assignments,

@@ -18,14 +18,8 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
         theta: the layer's learnable scale, [1] or a number. Larger is sharper: fewer experts.
 
     Returns:
-        [T, E], dtype of ``logits_TE`` (or of a theta tensor, where that is wider).
+        [T, E], dtype of ``logits_TE`` (or of a theta tensor if that is wider).
     """
-    return theta * standardize(logits_TE)[0]
-
-
-def standardize(logits_TE: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The normalized logits before theta [T, E], and the reciprocal standard deviation [T, 1]."""
-    centered_TE = torch.sub(logits_TE, logits_TE.mean(dim=-1, keepdim=True), out=out)
+    centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
     variance_T1 = torch.linalg.vecdot(centered_TE, centered_TE).unsqueeze(-1) / logits_TE.shape[-1]
-    scale_T1 = torch.rsqrt(variance_T1 + EPSILON)
-    return torch.mul(centered_TE, scale_T1, out=out), scale_T1
+    return theta * (centered_TE * torch.rsqrt(variance_T1 + EPSILON))

@@ -62,6 +62,11 @@ def check_arguments(args: Namespace) -> None:
         if args.context_parallel_size == 1 or has_transformer_engine():
             check_layout(Layout.from_args(args))
     _check_schedule(args)
+    if isinstance(args.moe_layer_freq, int) and args.moe_layer_freq < 1:
+        raise ValueError(
+            f"--moe-layer-freq is {args.moe_layer_freq}: every how many layers has experts? Give a "
+            "whole number from 1, or leave out --num-experts for a dense model."
+        )
     for name in _BETAS:
         if (beta := getattr(args, name)) >= 1:
             raise ValueError(

@@ -21,7 +21,13 @@ import torch.distributed as dist
 
 from megatron_dynmoe.conversion.folder import MANIFEST
 from megatron_dynmoe.doctor.machine import nearest_existing
-from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name, replace_file
+from megatron_dynmoe.files import (
+    RELEASE,
+    TRACKER,
+    checkpoint_name,
+    nearby_checkpoints,
+    replace_file,
+)
 from megatron_dynmoe.training.checkpoint_faults import faults
 from megatron_dynmoe.training.checkpoints import CheckpointError, cause, is_local, on_rank_0
 from megatron_dynmoe.training.router_entries import check_router_entries
@@ -59,11 +65,13 @@ def check_paths(args: Namespace) -> None:
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
         load = args.pretrained_checkpoint  # as Megatron chooses
-    if args.ckpt_fallback and not load:
-        raise ValueError(
-            "--ckpt-fallback is given without --load, so the run would start anew: give --load, or "
-            "leave it out."
-        )
+    for name in ("ckpt_fallback", "ckpt_step", "exit_on_missing_checkpoint", "skip_train"):
+        if getattr(args, name) and not load:
+            what = "would evaluate random weights" if name == "skip_train" else "would start anew"
+            raise ValueError(
+                f"--{name.replace('_', '-')} is given without --load, so the run {what}: give "
+                "--load, or leave it out."
+            )
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback
         names, problem = candidates(Path(load), step, fallback, args.exit_on_missing_checkpoint)
@@ -86,13 +94,22 @@ def _check_first_start(args: Namespace, load: Path) -> None:
         )
     if not _is_same(load, args.save):
         found = "holds no checkpoint" if load.is_dir() else "does not exist"
+        meant = nearby_checkpoints(load)
+        remedy = (
+            f"did you mean {meant}?"
+            if meant is not None
+            else "name the folder that a run saved to, or give it as --save, too, to start there."
+        )
+        raise ValueError(f"{flag} is {load}, which {found} (no {TRACKER}): {remedy}")
+    if args.skip_train:
         raise ValueError(
-            f"{flag} is {load}, which {found} (no {TRACKER}): name the folder that a run saved to, "
-            "or give it as --save, too, to start there."
+            f"--skip-train is given, and {flag} is {load}, which holds no checkpoint yet, so there "
+            "is nothing to evaluate: train first, or name the folder of another run."
         )
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"> {load} holds no checkpoint: this run starts from random weights and saves there",
+            f"> note: {load} holds no checkpoint: this run starts from random weights and saves "
+            "there",
             flush=True,
         )
 

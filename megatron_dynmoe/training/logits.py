@@ -6,7 +6,7 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.moe.router import DynamicRouter
 
 REMEDIES = (
     "Nothing of this step is kept. If the last checkpoint stops again at the same step, the "
@@ -34,7 +34,9 @@ def check_logits(model: torch.nn.Module) -> None:
     if not args.check_for_nan_in_loss_and_grad:
         return
     mlps = [layer.mlp for layer in get_attr_wrapped_model(model, "decoder").layers]
-    routers = [mlp.router for mlp in mlps if isinstance(getattr(mlp, "router", None), TopPRouter)]
+    routers = [
+        mlp.router for mlp in mlps if isinstance(getattr(mlp, "router", None), DynamicRouter)
+    ]
     if not routers:
         return
     counts = torch.stack([router.last_not_finite for router in routers]).tolist()

@@ -27,21 +27,27 @@ from megatron_dynmoe.arguments import (
     naming_flags,
     settle_balance_loss,
 )
-from megatron_dynmoe.backends import bf16, choice, cpu
+from megatron_dynmoe.backends import choice
 from megatron_dynmoe.command_line import RaisingParser, UsageError
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
 from megatron_dynmoe.specs import layer_spec
-from megatron_dynmoe.training import checkpoint_load, checkpoints, run_directory, signals
+from megatron_dynmoe.training import (
+    checkpoint_load,
+    checkpoints,
+    notices,
+    run_directory,
+    signals,
+)
 from megatron_dynmoe.training.argument_checks import bound_numbers, check_arguments, check_top_k
 from megatron_dynmoe.training.checkpoint_settings import agree_with_checkpoint
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
-from megatron_dynmoe.training.refusals import in_flags
 from megatron_dynmoe.training.token_files import check_token_files
+from megatron_dynmoe.training.upstream_refusals import in_flags
 from megatron_dynmoe.upstream_flags import (
     check_query_groups,
     check_upstream_settings,
@@ -72,15 +78,28 @@ def train(program_start: float) -> None:
         UsageError: a setting makes no sense; before the first step.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    with run_directory.leaving_nothing_if_refused(), _refusing_in_flags():
-        args, dynmoe = parse_command_line()
-        model_config = gpt_config_from_args(args)
-        plan = choice.plan(
-            dynmoe.backend or AUTO, args.transformer_impl, model_config.transformer, args.optimizer
-        )
-        resolved, _ = settle(dynmoe, model_config.transformer)
-        check_token_files(args)
-    say_what_to_know_first(args)
+    with run_directory.leaving_nothing_before_a_step():
+        with _refusing_in_flags():
+            args, dynmoe = parse_command_line()
+            model_config = gpt_config_from_args(args)
+            plan = choice.plan(
+                *(dynmoe.backend or AUTO, args.transformer_impl),
+                *(model_config.transformer, args.optimizer),
+            )
+            resolved, _ = settle(dynmoe, model_config.transformer)
+            check_token_files(args)
+        _build_and_train(args, dynmoe, model_config, plan, resolved, program_start)
+
+
+def _build_and_train(
+    args: Namespace,
+    dynmoe: DynMoEConfig,
+    model_config: Any,
+    plan: choice.Plan,
+    resolved: DynMoEConfig,
+    program_start: float,
+) -> None:
+    notices.say_what_to_know_first(args, plan)
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     if dynmoe.is_dynamic or (plan.backend == "torch_native" and not is_other_model):
         model_config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
@@ -97,7 +116,12 @@ def train(program_start: float) -> None:
         sys.tracebacklimit = 0
         raise
     except SystemExit as exit:
-        signals.exit_as_told(exit)
+        if exit.code or not hasattr(args, "curr_iteration"):
+            raise  # not agreed on by all ranks, or before the first step
+        reason = notices.say_how_to_go_on(args, signals.that_stopped(), ends=False)
+        signals.exit_as_told(reason)
+    if not args.skip_train:
+        notices.say_how_to_go_on(args)
 
 
 @contextmanager
@@ -111,21 +135,6 @@ def _refusing_in_flags() -> Iterator[None]:
         if refusal is None:
             raise
         raise UsageError(refusal) from None
-
-
-def say_what_to_know_first(args: Namespace) -> None:
-    """Print what is allowed, and what a person would want to know before hours have passed."""
-    if args.rank != 0:
-        return
-    if args.bf16 and cpu.is_installed():
-        slow = bf16.warning(bf16.slowdown())
-        if slow is not None:
-            print(slow, flush=True)
-    if not args.save and not args.skip_train:
-        print(
-            "> note: neither --run-dir nor --save is given, so nothing of this run will be kept",
-            flush=True,
-        )
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:

@@ -18,7 +18,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 from megatron_dynmoe import report
 from megatron_dynmoe.attempts import mark_finished
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.files import TRACKER, replace_file
 from megatron_dynmoe.training.live_plot import redrawing
 
 COMMAND = "command.txt"
@@ -81,21 +81,30 @@ def _has_logged(run_dir: Path) -> bool:
 
 
 @contextmanager
-def leaving_nothing_if_refused() -> Iterator[None]:
-    """Remove the event file that Megatron opens first, and its folders, if the run is refused."""
+def leaving_nothing_before_a_step() -> Iterator[None]:
+    """Remove the event file that Megatron opens first if nothing was trained, and empty folders.
+
+    So a start that is refused, or fails while the model is built, data are indexed or a checkpoint
+    is loaded, does not stand in the way of the corrected command.
+    """
     try:
         yield
-    except ValueError:
+    except (Exception, KeyboardInterrupt):
         writer = get_tensorboard_writer()
         if writer is not None:
             writer.close()
             folder = Path(writer.log_dir)
-            for path in folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
-                path.unlink(missing_ok=True)
-            for empty in (folder, folder.parent):
-                with suppress(OSError):
-                    empty.rmdir()
+            for path in folder.glob(f"{report.EVENT_FILES}.{os.getpid()}.*"):
+                if not report.has_scalars(path):
+                    path.unlink(missing_ok=True)
+            _remove_empty(folder, folder.parent / report.CHECKPOINTS, folder.parent)
         raise
+
+
+def _remove_empty(*folders: Path) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
@@ -111,8 +120,7 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
         yield
         return
     run_dir = Path(args.run_dir)
-    if args.rank == 0:
-        _write_settings(run_dir, args, resolved)
+    before = _write_settings(run_dir, args, resolved) if args.rank == 0 else {}
     plotting = args.live_plot and args.rank == args.world_size - 1  # the rank that writes events
     try:
         with redrawing(run_dir, get_tensorboard_writer) if plotting else nullcontext():
@@ -120,12 +128,24 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
     except SystemExit:  # --exit-interval and its like end the process from within the loop
         _write_report(run_dir, args, program_start)
         raise
+    except Exception:
+        if before and not hasattr(args, "curr_iteration"):  # which Megatron sets at the first step
+            _put_back(run_dir, before)
+        raise
     _write_report(run_dir, args, program_start)
     if args.rank == 0 and not args.skip_train:  # an evaluation brings no run to its end
         mark_finished(run_dir, args.train_iters, args.train_samples)
 
 
-def _write_settings(run_dir: Path, args: Namespace, resolved: DynMoEConfig) -> None:
+def _write_settings(
+    run_dir: Path, args: Namespace, resolved: DynMoEConfig
+) -> dict[str, bytes | None]:
+    """Write the command and the settings; returns what the two files held, None if not there."""
+    names = (COMMAND, report.RESOLVED)
+    before = {
+        name: (run_dir / name).read_bytes() if (run_dir / name).is_file() else None
+        for name in names
+    }
     run_dir.mkdir(parents=True, exist_ok=True)
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -138,6 +158,18 @@ def _write_settings(run_dir: Path, args: Namespace, resolved: DynMoEConfig) -> N
         "megatron": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
     (run_dir / report.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))
+    return before
+
+
+def _put_back(run_dir: Path, before: dict[str, bytes | None]) -> None:
+    """Let the files be those of the last start that trained, if there was one."""
+    for name, content in before.items():
+        path = run_dir / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, lambda partial, content=content: partial.write_bytes(content))
+    _remove_empty(run_dir)
 
 
 def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from megatron.training import global_vars
 
 from megatron_dynmoe.attempts import note_stop
+from megatron_dynmoe.run import tell_torchrun
 
 # Where one of these is ignored, under nohup or in the background of a script, it stays so.
 _OPTIONAL = (signal.SIGINT, signal.SIGHUP)
@@ -35,6 +36,10 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
 def settle(args: Namespace) -> None:
     """Leave signals to the system where nothing is trained: only training asks what was heard."""
     args.exit_signal_handler = args.exit_signal_handler and not args.skip_train
+
+
+class Stopped(Exception):
+    """A signal has ended the run, in good order."""
 
 
 class StopSignals:
@@ -88,15 +93,27 @@ def _end_data_workers() -> None:
             child.kill()
 
 
-def exit_as_told(exit: SystemExit) -> NoReturn:
-    """End as the training loop wants to, but with 128 + the signal where that is the reason.
+def that_stopped() -> str | None:
+    """The name of the signal that the ranks have agreed to end by; None without one."""
+    handler = global_vars._GLOBAL_SIGNAL_HANDLER
+    if not isinstance(handler, StopSignals) or not handler.agreed:
+        return None
+    return signal.Signals(handler.agreed).name
+
+
+def exit_as_told(reason: str) -> NoReturn:
+    """End with 128 + the signal where that is why the training loop ends, else with 0.
 
     A run that was told to stop has not finished, and what waits for its success must not start.
+
+    Args:
+        reason: what torchrun is to say of this rank.
     """
-    handler = global_vars._GLOBAL_SIGNAL_HANDLER
-    if exit.code or not isinstance(handler, StopSignals) or not handler.agreed:
-        raise exit
+    name = that_stopped()
+    if name is None:
+        sys.exit(0)
     if torch.distributed.get_rank() == 0:
-        note_stop(signal.Signals(handler.agreed).name)
+        note_stop(name)
+    tell_torchrun(Stopped(reason))
     torch.distributed.barrier()  # launchers end all ranks once one has failed; some still write
-    sys.exit(128 + handler.agreed)
+    sys.exit(128 + signal.Signals[name])

@@ -246,6 +246,38 @@ def test_the_sweep_leaves_the_model_as_it_was(
     assert swept["own"]["threshold"] is None  # they differ by layer
 
 
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"threshold": 0.68},
+        {"threshold": [0.9, 0.0, 0.95]},  # by layer; the second has no experts
+        {"threshold": 0.03},
+        {"threshold": 0.3},
+        {"routing": "top_k", "num_experts_per_tok": 7, "weights": "raw"},
+    ],
+)
+def test_the_default_sweep_surrounds_the_models_own_routing(
+    loaded: tuple[Any, Any], windows: list[Window], routing: dict[str, Any]
+) -> None:
+    model, tokenizer = loaded
+    config = model.config.to_dict()
+    model.config.update({"routing": "top_p", "target_experts_per_token": None} | routing)
+    try:
+        letters = letters_of(tokenizer, model.config.vocab_size)
+        swept = sweep(model, windows, shape_of(model.config, LENGTH), letters)
+    finally:
+        model.config.update(config)
+    thresholds = [point["threshold"] for point in swept["points"]]
+    assert thresholds == sorted(set(thresholds)) and thresholds[0] >= 0 and thresholds[-1] <= 1
+    experts = [point["experts"] for point in swept["points"]]
+    own = swept["own"]
+    assert experts[0] < own["experts"] < experts[-1] or own["experts"] == experts[0] == 1
+    if isinstance(own["threshold"], float):
+        assert thresholds[0] < own["threshold"] < thresholds[-1]
+    if routing == {"threshold": 0.3}:
+        assert thresholds == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
+
+
 def test_the_sweep_takes_of_every_group() -> None:
     kept = SweepWindows(40)
     given = [Window(group, i, [1] * 10, [0] * 10) for group in "ab" for i in range(9)]

@@ -20,14 +20,15 @@ def test_it_runs_on_both_kinds_of_logits(monkeypatch, tmp_path):
     select_experts.main()
     with (tmp_path / "select.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    cases = [row["workload"].rpartition(",")[0] for row in rows[::2]]
+    cases = [row["workload"].rpartition(",")[0] for row in rows[::3]]
     assert cases == [
         "64 tokens, 16 experts, normal logits",
         "64 tokens, 256 experts, normal logits",
         "64 tokens, 16 experts, trained logits",
     ]
-    for stock, ours in zip(rows[::2], rows[1::2], strict=True):
-        assert (stock["provider"], ours["provider"]) == ("stock top-k", "ours, plain")
+    for stock, readable, ours in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        names = [row["provider"] for row in (stock, readable, ours)]
+        assert names == ["stock top-k", "ours, readable", "ours"]
         assert stock["median_ratio_to_stock"] == "1.000"
         experts = 16 if "256" in ours["workload"] else 2
         assert float(ours["mean_experts"]) == pytest.approx(experts, abs=0.05)

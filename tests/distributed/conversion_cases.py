@@ -43,11 +43,12 @@ def computed(recorder: Any) -> Iterator[None]:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.training import get_args
 
-    from megatron_dynmoe.routing import router as dynamic
+    from megatron_dynmoe import kernels
     from megatron_dynmoe.routing.normalize import normalize
 
     seen: dict[str, list[torch.Tensor]] = {"probs": [], "maps": []}
-    forward, route, routing = GPTModel.forward, dynamic.route, TopKRouter.routing
+    forward, choose_route = GPTModel.forward, kernels.choose_route
+    routing = TopKRouter.routing
 
     def dump(self, input_ids, position_ids, attention_mask, *args, **kwargs):
         if not self.training and "logits" not in seen:
@@ -60,7 +61,7 @@ def computed(recorder: Any) -> Iterator[None]:
         return forward(self, input_ids, position_ids, attention_mask, *args, **kwargs)
 
     def keep(logits, threshold, *, theta=None, **settings):
-        routed = route(logits, threshold, theta=theta, **settings)
+        routed = choose_route(logits)(logits, threshold, theta=theta, **settings)
         logits = logits.float() if theta is None else normalize(logits.float(), theta)
         seen["probs"].append(logits.softmax(dim=-1))
         seen["maps"].append(routed.map_TE)
@@ -72,8 +73,10 @@ def computed(recorder: Any) -> Iterator[None]:
         seen["maps"].append(chosen)
         return weights, chosen
 
-    GPTModel.forward, dynamic.route, TopKRouter.routing = dump, keep, keep_top_k
+    GPTModel.forward, kernels.choose_route = dump, lambda logits: keep
+    TopKRouter.routing = keep_top_k
     try:
         yield
     finally:
-        GPTModel.forward, dynamic.route, TopKRouter.routing = forward, route, routing
+        GPTModel.forward, kernels.choose_route = forward, choose_route
+        TopKRouter.routing = routing

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
@@ -12,8 +14,7 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import training
 
 from megatron_dynmoe.control.update import GlobalBatchUpdate, routers_of
-from megatron_dynmoe.routing import select
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.moe.router import DynamicRouter
 
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
@@ -83,7 +84,7 @@ def count_syncs_and_reductions(recorder: Any) -> Iterator[None]:
     counted = recorder.result
     counted.update(update=[], routing_syncs=0, syncs=[])
     found = {"reductions": 0, "syncs": 0}
-    update, routing = GlobalBatchUpdate.__call__, TopPRouter.routing
+    update, routing = GlobalBatchUpdate.__call__, DynamicRouter.routing
     all_reduce = torch.distributed.all_reduce
 
     def counting(name, function):
@@ -118,7 +119,7 @@ def count_syncs_and_reductions(recorder: Any) -> Iterator[None]:
         reduce = counting("reductions", all_reduce)
         stack.enter_context(replaced(torch.distributed, "all_reduce", reduce))
         stack.enter_context(replaced(GlobalBatchUpdate, "__call__", counted_update))
-        stack.enter_context(replaced(TopPRouter, "routing", counted_routing))
+        stack.enter_context(replaced(DynamicRouter, "routing", counted_routing))
         # On a CPU nothing has to be synchronized, and NumPy sorts: count what a device would run.
-        stack.enter_context(replaced(select, "_is_plain_cpu", lambda values: False))
+        stack.enter_context(mock.patch.dict(os.environ, DYNMOE_KERNELS="0"))
         yield

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.training import training
 
-from megatron_dynmoe.routing import route
+from megatron_dynmoe.kernels import routing_cpu
 from tests.distributed.faults import replaced
 
 
@@ -57,7 +57,7 @@ def all_to_the_first_experts(recorder: Any) -> Iterator[None]:
         chosen_TE[:, :max_experts] = 1
         return chosen_TE, torch.full((len(probs_TE),), max_experts)
 
-    with replaced(route, "select_and_count", select_and_count):
+    with replaced(routing_cpu, "_select_and_count", select_and_count):
         yield
 
 

@@ -121,7 +121,7 @@ def assert_follows_the_law(
 def test_the_threshold_follows_the_law(results: Results, case: Case) -> None:
     result = results[case]
     assert_follows_the_law(result, [2.0] * 4)
-    in_force = [sum(batch["thresholds"]) / sum(batch["routers"]) for batch in result.finalized]
+    in_force = [sum(batch["knobs"]) / sum(batch["routers"]) for batch in result.finalized]
     assert in_force == pytest.approx([THRESHOLD_0, *result.thresholds[:-1]])
     assert result.losses[-1] < result.losses[0] - 0.1
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dynmoe.routing import route
+from megatron_dynmoe.kernels import routing_cpu
 from tests.distributed.faults import replaced
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 from tests.distributed.test_control import (
@@ -39,7 +39,7 @@ def all_to_one_expert(recorder: Any) -> Iterator[None]:
         chosen_TE[:, ONE_EXPERT] = 1
         return chosen_TE, torch.ones(len(probs_TE), dtype=torch.int64)
 
-    with replaced(route, "select_and_count", select_and_count):
+    with replaced(routing_cpu, "_select_and_count", select_and_count):
         yield
 
 

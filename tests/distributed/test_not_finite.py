@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_dynmoe.control.update import GlobalBatchUpdate, routers_of
-from megatron_dynmoe.routing import route
-from megatron_dynmoe.routing.router import TopPRouter
+from megatron_dynmoe.kernels import routing_cpu
+from megatron_dynmoe.moe.router import DynamicRouter
 from tests.distributed.faults import replaced
 from tests.distributed.harness import Case, Results, add
 from tests.distributed.test_control import (
@@ -46,7 +46,7 @@ def in_second_step(recorder: Any) -> bool:
 @contextlib.contextmanager
 def spoiled(recorder: Any, value: float, layer: int, rank: int, training: bool = True):
     """One logit of three tokens has this value, in one layer of one rank."""
-    routing = TopPRouter.routing
+    routing = DynamicRouter.routing
 
     def spoil(self, logits, padding_mask=None):
         here = (self.layer_number, torch.distributed.get_rank()) == (layer, rank)
@@ -55,7 +55,7 @@ def spoiled(recorder: Any, value: float, layer: int, rank: int, training: bool =
             logits.view(-1, self.num_experts)[:NUM_TOKENS, 1] = value
         return routing(self, logits, padding_mask)
 
-    with replaced(TopPRouter, "routing", spoil):
+    with replaced(DynamicRouter, "routing", spoil):
         try:
             yield
         finally:
@@ -93,12 +93,12 @@ def nan_in_evaluation(recorder: Any):
 @contextlib.contextmanager
 def counted_as_not_finite(recorder: Any) -> Iterator[None]:
     """The second step counts tokens as if their logits were not finite; all else is in order."""
-    count = route.tokens_not_finite
+    count = routing_cpu._tokens_not_finite
 
     def miscount(logits_TE):
         return torch.tensor(7) if in_second_step(recorder) else count(logits_TE)
 
-    with replaced(route, "tokens_not_finite", miscount):
+    with replaced(routing_cpu, "_tokens_not_finite", miscount):
         yield
 
 

@@ -144,9 +144,9 @@ def dying(kill: Kill, rank: int, folder: Path) -> Iterator[None]:
 
 
 def _in_the_forward_pass(die: Callable[[], None], is_due: Callable[[], bool]) -> None:
-    from megatron_dynmoe.routing.router import TopPRouter
+    from megatron_dynmoe.moe.router import DynamicRouter
 
-    _die_on_call(TopPRouter, "routing", die, is_due)
+    _die_on_call(DynamicRouter, "routing", die, is_due)
 
 
 def _between_stage_and_commit(die: Callable[[], None], is_due: Callable[[], bool]) -> None:

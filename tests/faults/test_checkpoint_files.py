@@ -237,7 +237,7 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
         **{"save": str(load / "new"), "load": None, "pretrained_checkpoint": None},
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
         **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
-        save_retain_interval=None,
+        **{"save_retain_interval": None, "skip_train": False},
     )
     check_paths(args)
     assert not (load / "new").exists()  # before there is something to save

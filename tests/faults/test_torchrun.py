@@ -1,6 +1,7 @@
 """``kill -9`` under the torchrun command itself: nothing is forked, nothing is imported before."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -62,3 +63,23 @@ def test_ranks_end_when_torchrun_is_killed(torchrun: psutil.Popen) -> None:
     ranks = torchrun.children()
     torchrun.send_signal(signal.SIGKILL)
     assert psutil.wait_procs(ranks, BOUND)[1] == []
+
+
+@pytest.mark.parametrize("told", ["torchrun", "rank"])
+def test_the_last_line_after_a_signal_says_how_to_go_on(
+    torchrun: psutil.Popen, tmp_path: Path, told: str
+) -> None:
+    if told == "torchrun":
+        torchrun.send_signal(signal.SIGINT)
+    else:
+        torchrun.children()[1].send_signal(signal.SIGINT)
+    assert torchrun.wait(BOUND) == 1
+    log = (tmp_path / "log").read_text()
+    start = "> " if told == "torchrun" else r"torchrun: rank \d ended with exit code 130: "
+    save = re.escape(str(tmp_path / "checkpoints"))
+    assert re.fullmatch(
+        rf"{start}stopped by SIGINT: iteration (\d+) of 100000; its checkpoints are in {save}, "
+        rf"last checkpoint: \1; to go on: the same command with --load {save}",
+        log.strip().splitlines()[-1],
+    ), log[-3000:]
+    assert "Traceback" not in log

@@ -69,13 +69,21 @@ def test_elsewhere_all_steps_are_compared_with_a_tolerance() -> None:
         assert str(runs.first_difference(golden, far, exact=False)).startswith("step 5")
 
 
-def test_every_kind_of_processor_has_the_same_files() -> None:
-    folders = [path for path in runs.FOLDER.iterdir() if any(path.glob("*.json"))]
-    assert runs.FOLDER / runs.REFERENCE in folders
-    for folder in folders:
-        assert {path.stem for path in folder.glob("*.json")} == set(runs.FLAGS)
-        for name in runs.FLAGS:
-            assert runs.read(name, folder.name)["made_with"]["processor"] == folder.name
+def test_files_are_of_runs_that_there_are_and_lie_in_the_folder_of_their_processor() -> None:
+    found = {(path.parent.name, path.stem) for path in runs.FOLDER.glob("*/*.json")}
+    assert (runs.REFERENCE, "dtop_p") in found
+    assert {name for _, name in found} == set(runs.FLAGS)  # each has a file of some kind
+    for kind, name in found:
+        assert runs.read(name, kind)["made_with"]["processor"] == kind
+
+
+def test_the_readable_lines_train_as_the_kernels_do() -> None:
+    fast, readable = (
+        runs.read(name, "AuthenticAMD-avx512") for name in ("dtop_p", "dtop_p_readable")
+    )
+    assert fast["flags"] == readable["flags"]
+    assert fast["steps"] != readable["steps"]  # other lines, so other last bits
+    assert runs.first_difference(fast, readable, exact=False) is None
 
 
 def test_makers_agree_over_all_steps_but_for_rounding() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dynmoe.kernels.routing_triton import route_fused
 from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
 from megatron_dynmoe.moe.permute import order_rows, permute, unpermute
 from megatron_dynmoe.routing.route import route
@@ -10,15 +11,16 @@ from megatron_dynmoe.routing.route import route
 pytestmark = pytest.mark.gpu
 
 T, E, D = 512, 64, 256
+either_route = pytest.mark.parametrize("route", [route_fused, route])
 
 
-def step(num_rows: int | None, all_used: bool = True, **settings):
+def step(route, num_rows: int | None, all_used: bool = True):
     generator = torch.Generator("cuda").manual_seed(0)
     make = {"generator": generator, "device": "cuda", "requires_grad": True}
     logits, tokens = torch.randn(T, E, **make), torch.randn(T, D, **make)
     threshold = torch.full((1,), 0.4, device="cuda")
     theta = torch.ones(1, device="cuda", requires_grad=True)
-    routed = route(logits, threshold, theta=theta, renormalize=True, **settings)
+    routed = route(logits, threshold, theta=theta, renormalize=True)
     if num_rows is None:
         num_rows = int(routed.map_TE.sum())
     order = order_rows(routed.map_TE, num_rows, all_used)
@@ -28,36 +30,38 @@ def step(num_rows: int | None, all_used: bool = True, **settings):
     return num_rows, (output, logits.grad, tokens.grad, theta.grad)
 
 
-@pytest.mark.parametrize("use_kernel", [True, False])
-def test_no_sync_once_the_number_of_rows_is_known(use_kernel):
-    num_rows, _ = step(None, use_kernel=use_kernel)
+@either_route
+def test_no_sync_once_the_number_of_rows_is_known(route):
+    num_rows, _ = step(route, None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(num_rows, use_kernel=use_kernel)
+        step(route, num_rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("use_kernel", [True, False])
-def test_room_for_the_worst_case_changes_no_result(use_kernel):
-    num_rows, want = step(None, use_kernel=use_kernel)
+@either_route
+def test_room_for_the_worst_case_changes_no_result(route):
+    num_rows, want = step(route, None)
     assert num_rows < T * E
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _, got = step(T * E, all_used=False, use_kernel=use_kernel)
+        _, got = step(route, T * E, all_used=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_steps_repeat_bitwise():
-    num_rows, one = step(None)
-    _, other = step(num_rows)
+@either_route
+def test_steps_repeat_bitwise(route):
+    num_rows, one = step(route, None)
+    _, other = step(route, num_rows)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_routing_can_be_captured_in_a_cuda_graph():
+@either_route
+def test_routing_can_be_captured_in_a_cuda_graph(route):
     logits, threshold = torch.randn(T, E, device="cuda"), torch.full((1,), 0.4, device="cuda")
     want = route(logits, threshold)
     torch.cuda.synchronize()

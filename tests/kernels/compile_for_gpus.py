@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dynmoe.kernels import grouped_gemm, permute, routing
+from megatron_dynmoe.kernels import grouped_gemm, permute, routing_triton
 
 # Compute capability to the shared memory of a block, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024}
@@ -37,15 +37,15 @@ def cases():
     for width, top in ((2, 2), (16, 16), (64, 64), (128, 16), (512, 32)):
         # With all that a router may have, and with nothing of it.
         for full in (True, False):
-            block = max(1, routing.ELEMENTS_PER_PROGRAM // width)
+            block = max(1, routing_triton.ELEMENTS_PER_PROGRAM // width)
             settings = {"NORMALIZE": full, "RENORMALIZE": full, "PADDED": full}
             settings |= {"BLOCK": block, "WIDTH": width}
             if not full:
                 settings |= {"theta_ptr": None, "valid_ptr": None}
             types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
-            yield routing._forward, types, settings | {"TOP": top}, 4
-            yield routing._backward, types, settings, 4
+            yield routing_triton._forward, types, settings | {"TOP": top}, 4
+            yield routing_triton._backward, types, settings, 4
 
 
 def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):

@@ -86,5 +86,5 @@ def moe_layer(dynmoe: Any, **settings: Any) -> Any:
 
 
 def router(dynmoe: Any, **settings: Any) -> Any:
-    """The TopPRouter of such a layer."""
+    """The DynamicRouter of such a layer."""
     return moe_layer(dynmoe, **settings).router

@@ -34,7 +34,7 @@ class Mutation:
         return source.replace(self.right, self.wrong)
 
 
-PI, ROUTER = "tests/control/test_pi.py", "tests/routing/test_router.py"
+PI, ROUTER = "tests/control/test_pi.py", "tests/moe/test_router.py"
 SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
@@ -68,9 +68,9 @@ CONTROLLER = [
     Mutation(
         "integral_not_saved",
         "the controller's sum is not in the checkpoint",
-        "routing/router.py",
-        'self.register_buffer("integral", torch.zeros(1, **state))',
-        'self.register_buffer("integral", torch.zeros(1, **state), persistent=False)',
+        "moe/router.py",
+        "self.register_buffer(name, first)",
+        'self.register_buffer(name, first, persistent=name != "integral")',
         (f"{ROUTER}::test_the_state_dict_holds_what_training_needs_and_loads_without_rounding",),
     ),
     Mutation(
@@ -125,30 +125,46 @@ ROUTING = [
         "at_the_threshold_enough",
         "a sum that only reaches the threshold stops the selection (< for <=)",
         "routing/select.py",
+        "(before_TE <= threshold_in_units",
+        "(before_TE < threshold_in_units",
+        (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
+    ),
+    Mutation(
+        "fast_selection_differs",
+        "the CPU's fast selection stops at a sum that only reaches the threshold",
+        "kernels/routing_cpu.py",
         "wants_more_T = sums_T <= limit",
         "wants_more_T = sums_T < limit",
-        (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
+        ("tests/kernels/test_routing_cpu.py::test_the_selection_is_exact_with_ties_and_boundaries",),
+    ),
+    Mutation(
+        "kernels_not_switched_off",
+        "DYNMOE_KERNELS=0 does not train through the readable lines",
+        "kernels/__init__.py",
+        'if _is_plain_cpu(logits_TE) and _setting() != "0":',
+        "if _is_plain_cpu(logits_TE):",
+        ("tests/kernels/test_routing_cpu.py::test_the_environment_chooses",),
     ),
     Mutation(
         "ties_by_the_highest_index",
         "of equal probabilities the last expert is chosen, not the first",
         "routing/select.py",
-        "equal_TE.cumsum(dim=-1) <= room_T1",
-        "equal_TE.flip(-1).cumsum(dim=-1).flip(-1) <= room_T1",
+        "order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))",
+        "order_TE, before_TE = rank(probs_TE.flip(-1)); order_TE = len(probs_TE[0]) - 1 - order_TE",
         (f"{SELECT}::test_whole_tensors_equal_a_stable_sort_with_ties_and_boundaries",),
     ),
     Mutation(
         "cap_off_by_one",
         "a token may use one expert more than the cap",
         "routing/select.py",
-        "for taken in range(1, most):",
-        "for taken in range(1, min(most + 1, ascending_TE.shape[1])):",
+        "(place_E < most)",
+        "(place_E <= most)",
         (f"{SELECT}::test_the_cap_cuts_and_changes_nothing_else",),
     ),
     Mutation(
         "no_renormalization",
         "the weights of DTop-p do not sum to 1",
-        "routing/route.py",
+        "kernels/routing_cpu.py",
         "weights /= weights.sum(dim=-1, keepdim=True)",
         "pass",
         (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
@@ -164,7 +180,7 @@ ROUTING = [
     Mutation(
         "normalization_not_differentiated",
         "gradients pass the normalization without its projection",
-        "routing/route.py",
+        "kernels/routing_cpu.py",
         "d_scaled.addcmul_(standard, projection_T1, value=-1 / num_experts)",
         "pass",
         (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
@@ -172,7 +188,7 @@ ROUTING = [
     Mutation(
         "counted_twice_under_recompute",
         "both forward passes of recomputation count",
-        "routing/router.py",
+        "moe/router.py",
         "if self.training and torch.is_grad_enabled():",
         "if self.training:",
         (f"{ROUTER}::test_recomputation_counts_once_and_gives_the_same_gradients",),
@@ -180,7 +196,7 @@ ROUTING = [
     Mutation(
         "evaluation_counts_as_training",
         "evaluation moves the threshold",
-        "routing/router.py",
+        "moe/router.py",
         "self.evaluation_counters.add_counts(*counted)",
         "self.counters.add_counts(*counted)",
         (f"{ROUTER}::test_evaluation_is_counted_apart",),
@@ -196,7 +212,7 @@ ROUTING = [
     Mutation(
         "theta_not_marked_for_sequence_parallelism",
         "theta's gradient is not added up over tensor-parallel ranks",
-        "routing/router.py",
+        "moe/router.py",
         "self.theta_offset.sequence_parallel = config.sequence_parallel",
         "self.theta_offset.sequence_parallel = False",
         ("tests/distributed/test_torch_native.py::test_tensor_parallel_equals_one_rank"
@@ -209,7 +225,7 @@ LOSS = [
     Mutation(
         "entropy_sign",
         "the dynamic loss rewards indecision",
-        "routing/route.py",
+        "kernels/routing_cpu.py",
         "entropy -= torch.dot(",
         "entropy += torch.dot(",
         (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
@@ -241,7 +257,7 @@ LOSS = [
     Mutation(
         "global_fractions_over_the_wrong_group",
         "the balance loss of the global batch sees this rank's tokens only",
-        "routing/router.py",
+        "moe/router.py",
         "torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)",
         "torch.distributed.all_reduce(counted, group=self.tp_cp_group)",
         (f"{INVARIANCE}::test_the_balance_loss_of_the_global_batch_spans_the_ranks",),
@@ -283,9 +299,9 @@ WATCHING = [
     Mutation(
         "infinite_logits_unnoticed",
         "only NaN logits are noticed, infinite ones are routed",
-        "routing/select.py",
-        "(logits_TE.sum(dim=-1) * 0).isnan().sum()",
-        "logits_TE.sum(dim=-1).isnan().sum()",
+        "kernels/routing_cpu.py",
+        "(~logits_TE.isfinite().all(dim=-1)).sum()",
+        "logits_TE.isnan().any(dim=-1).sum()",
         ("tests/routing/test_not_finite.py::test_each_such_token_counts_once",),
     ),
     Mutation(
@@ -307,7 +323,7 @@ WATCHING = [
     Mutation(
         "group_size_left_out_of_losses",
         "with --calculate-per-token-loss the routing losses ignore the size of the group",
-        "routing/router.py",
+        "moe/router.py",
         "loss = loss * num_local_tokens * group.size()",
         "loss = loss * num_local_tokens",
         (

@@ -140,7 +140,7 @@ def test_mistakes_are_told(capsys, command, words):
     ("flags", "says"),
     [
         ("--num-layer 3", "there is no flag --num-layer: did you mean --num-layers?"),
-        ("--num-layers 3.5", "--num-layers is '3.5': give a whole number."),
+        ("--rotary-percent high", "--rotary-percent is 'high': give a number."),
     ],
 )
 def test_a_flag_of_the_training_is_misuse_like_one_of_its_own(capsys, flags, says):

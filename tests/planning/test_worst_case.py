@@ -31,7 +31,11 @@ def megatron():
         (4, 1, 16, 256, DTOP_P, torch.float32),  # weights of experts outweigh rows
     ],
 )
-def test_a_layer_stays_within_its_bound(num_experts, cap, hidden, ffn, routing, dtype):
+@pytest.mark.parametrize("kernels", ["", "0"])
+def test_a_layer_stays_within_its_bound(
+    monkeypatch, num_experts, cap, hidden, ffn, routing, dtype, kernels
+):
+    monkeypatch.setenv("DYNMOE_KERNELS", kernels)
     layer = one_rank.moe_layer(
         DynMoEConfig(max_experts_per_token=cap, **routing),
         num_experts=num_experts,

@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.kernels import routing_cpu
+from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
+from megatron_dynmoe.routing.losses import (
+    count_tokens,
+    dynamic_loss,
+    load_balance_loss,
+    sum_by_sequence,
+    sum_entropy,
+)
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.route import route
 from megatron_dynmoe.routing.select import select, weigh
 
 S, B, E = 4, 2, 5
+either_route = pytest.mark.parametrize("route", [route, route_in_blocks])
 
 
 def routing(logits, theta, values, threshold, renormalize, valid, normalized):
@@ -18,12 +27,13 @@ def routing(logits, theta, values, threshold, renormalize, valid, normalized):
     probs = logits.softmax(-1)
     routing_map = select(probs, threshold)
     weights = weigh(probs, routing_map, renormalize)
-    assignments, tokens = count_assignments(routing_map, B, valid)
+    tokens = count_tokens(routing_map, B, valid)
+    assignments = sum_by_sequence(routing_map, B, valid)
     fractions = assignments.double() / tokens.clamp(min=1).unsqueeze(-1)
     return (
         (weights * values).sum().tanh(),
-        load_balance_loss(probs, fractions, tokens, valid),
-        dynamic_loss(probs, tokens.sum(), valid),
+        load_balance_loss(sum_by_sequence(probs, B, valid), fractions, tokens),
+        dynamic_loss(sum_entropy(probs, valid), tokens),
     )
 
 
@@ -49,10 +59,11 @@ def test_gradcheck(threshold, renormalize, normalized, padded):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@either_route
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_one_step_equals_its_parts_and_passes_gradcheck(renormalize, normalized, padded):
+def test_one_step_equals_its_parts_and_passes_gradcheck(renormalize, normalized, padded, route):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(S * B, E, generator=generator, dtype=torch.float64, requires_grad=True)
     theta = torch.tensor([1.3], dtype=torch.float64, requires_grad=normalized)
@@ -74,10 +85,10 @@ def test_one_step_equals_its_parts_and_passes_gradcheck(renormalize, normalized,
     kept = probs if valid is None else probs * valid.unsqueeze(-1)
     assert torch.equal(routed.map_TE, routing_map)
     assert torch.equal(routed.experts_T, routing_map.sum(-1))
-    assert torch.equal(routed.assignments_BE, count_assignments(routing_map, B, valid)[0])
+    assert torch.equal(routed.assignments_BE, sum_by_sequence(routing_map, B, valid))
     torch.testing.assert_close(routed.weights_TE, weigh(probs, routing_map, renormalize))
     torch.testing.assert_close(routed.prob_sums_BE, kept.view(S, B, E).sum(0))
-    torch.testing.assert_close(routed.entropy, dynamic_loss(probs, 1, valid))
+    torch.testing.assert_close(routed.entropy, sum_entropy(probs, valid))
 
     def function(logits, theta):
         routed = one_step(logits, theta)
@@ -91,8 +102,8 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
     theta = torch.tensor([1.3], requires_grad=True)
     results = []
     for elements in (1, 3 * B * E, 1 << 20):
-        monkeypatch.setattr("megatron_dynmoe.routing.route.CPU_BLOCK_ELEMENTS", elements)
-        routed = route(logits, 0.55, theta=theta, renormalize=True, num_sequences=B)
+        monkeypatch.setattr(routing_cpu, "BLOCK_ELEMENTS", elements)
+        routed = route_in_blocks(logits, 0.55, theta=theta, renormalize=True, num_sequences=B)
         loss = routed.weights_TE.square().sum() + routed.entropy + routed.prob_sums_BE[1, 2]
         results.append((*routed, *torch.autograd.grad(loss, (logits, theta))))
     for other in results[:-1]:
@@ -100,9 +111,10 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
             torch.testing.assert_close(one, whole)
 
 
+@either_route
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("theta", [None, torch.tensor([1.3])], ids=["", "normalized"])
-def test_the_strides_of_the_logits_change_nothing(theta, renormalize):
+def test_the_strides_of_the_logits_change_nothing(theta, renormalize, route):
     contiguous = torch.randn(S * B, E, generator=torch.Generator().manual_seed(3))
     wide = torch.cat([contiguous, contiguous], dim=1)
     results = []

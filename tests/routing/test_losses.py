@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from megatron_dynmoe.routing.losses import count_assignments, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.losses import (
+    count_tokens,
+    dynamic_loss,
+    load_balance_loss,
+    sum_by_sequence,
+    sum_entropy,
+)
 from megatron_dynmoe.routing.select import select
 from tests.oracles import routing as oracle
 
@@ -27,9 +33,15 @@ def random_valid(seed: int = 1) -> torch.Tensor:
 
 
 def balance(probs, routing_map, num_sequences=B, valid=None):
-    assignments, tokens = count_assignments(routing_map, num_sequences, valid)
+    tokens = count_tokens(routing_map, num_sequences, valid)
+    assignments = sum_by_sequence(routing_map, num_sequences, valid)
     fractions = assignments.double() / tokens.clamp(min=1).unsqueeze(-1)
-    return load_balance_loss(probs, fractions, tokens, valid)
+    return load_balance_loss(sum_by_sequence(probs, num_sequences, valid), fractions, tokens)
+
+
+def dynamic(probs, valid=None, tokens=None):
+    tokens = count_tokens(probs, 1, valid) if tokens is None else tokens
+    return dynamic_loss(sum_entropy(probs, valid), tokens)
 
 
 def sequences(tensor: torch.Tensor, num_sequences: int = B) -> list[torch.Tensor]:
@@ -63,7 +75,7 @@ def test_dynamic_loss_follows_the_loops(seed, padded):
     valid = random_valid(seed) if padded else None
     rows = probs[valid] if padded else probs
     want = oracle.dynamic_loss(rows.tolist())
-    assert dynamic_loss(probs, len(rows), valid).item() == pytest.approx(want, rel=1e-12)
+    assert dynamic(probs, valid).item() == pytest.approx(want, rel=1e-12)
 
 
 def test_balance_loss_by_hand():
@@ -91,8 +103,8 @@ def test_micro_batches_average_to_the_whole_batch():
         for p, m in zip(sequences(probs), sequences(routing_map), strict=True)
     ]
     torch.testing.assert_close(torch.stack(micro).mean(), balance(probs, routing_map))
-    entropies = [dynamic_loss(p, S) for p in sequences(probs)]
-    torch.testing.assert_close(torch.stack(entropies).mean(), dynamic_loss(probs, S * B))
+    entropies = [dynamic(p) for p in sequences(probs)]
+    torch.testing.assert_close(torch.stack(entropies).mean(), dynamic(probs))
 
 
 def test_padding_is_as_if_the_tokens_were_not_there():
@@ -103,15 +115,14 @@ def test_padding_is_as_if_the_tokens_were_not_there():
     kept = 8 * B
     got = balance(probs, routing_map, valid=valid)
     torch.testing.assert_close(got, balance(probs[:kept], routing_map[:kept]))
-    got = dynamic_loss(probs, kept, valid)
-    torch.testing.assert_close(got, dynamic_loss(probs[:kept], kept))
+    torch.testing.assert_close(dynamic(probs, valid), dynamic(probs[:kept]))
 
 
 def test_padding_gets_no_gradient():
     probs, routing_map = random_routing()
     probs.requires_grad_()
     valid = random_valid()
-    loss = balance(probs, routing_map, valid=valid) + dynamic_loss(probs, int(valid.sum()), valid)
+    loss = balance(probs, routing_map, valid=valid) + dynamic(probs, valid)
     loss.backward()
     assert (probs.grad[~valid] == 0).all()
     assert (probs.grad[valid] != 0).any(dim=-1).all()
@@ -133,7 +144,7 @@ def test_nothing_but_padding_gives_zero():
     probs, routing_map = random_routing()
     none = torch.zeros(S * B, dtype=torch.bool)
     assert balance(probs, routing_map, valid=none) == 0
-    assert dynamic_loss(probs, 1, none) == 0
+    assert dynamic(probs, none) == 0
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -141,20 +152,21 @@ def test_the_parts_of_a_split_sequence_add_up(padded):
     """As under tensor and context parallelism: positions on two ranks, counts of the whole."""
     probs, routing_map = random_routing()
     valid = random_valid() if padded else torch.ones(S * B, dtype=torch.bool)
-    assignments, tokens = count_assignments(routing_map, B, valid)
-    fractions = assignments.double() / tokens.unsqueeze(-1)
+    tokens = count_tokens(routing_map, B, valid)
+    fractions = sum_by_sequence(routing_map, B, valid).double() / tokens.unsqueeze(-1)
     cut = 5 * B
     parts = [(probs[:cut], valid[:cut]), (probs[cut:], valid[cut:])]
-    shares = [load_balance_loss(p, fractions, tokens, v) for p, v in parts]
+    shares = [load_balance_loss(sum_by_sequence(p, B, v), fractions, tokens) for p, v in parts]
     torch.testing.assert_close(sum(shares), balance(probs, routing_map, valid=valid))
-    shares = [dynamic_loss(p, tokens.sum(), v) for p, v in parts]
-    torch.testing.assert_close(sum(shares), dynamic_loss(probs, int(valid.sum()), valid))
+    shares = [dynamic(p, v, tokens) for p, v in parts]
+    torch.testing.assert_close(sum(shares), dynamic(probs, valid))
 
 
 def test_counts_are_per_sequence_and_without_padding():
     _, routing_map = random_routing()
     valid = random_valid()
-    assignments, tokens = count_assignments(routing_map, B, valid)
+    tokens = count_tokens(routing_map, B, valid)
+    assignments = sum_by_sequence(routing_map, B, valid)
     assert assignments.dtype == tokens.dtype == torch.int64
     for b, (chosen, keep) in enumerate(zip(*map(sequences, (routing_map, valid)), strict=True)):
         assert tokens[b] == keep.sum()
@@ -166,7 +178,7 @@ def test_counts_are_per_sequence_and_without_padding():
 @pytest.mark.parametrize("num_experts", [1, 2, 16, 512])
 def test_entropy_of_uniform_rows_is_the_logarithm_of_the_number_of_experts(num_experts):
     probs = torch.full((3, num_experts), 1 / num_experts)
-    assert dynamic_loss(probs, 3).item() == pytest.approx(math.log(num_experts), abs=1e-6)
+    assert dynamic(probs).item() == pytest.approx(math.log(num_experts), abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -176,7 +188,7 @@ def test_one_hot_rows_have_no_entropy_and_a_finite_gradient(dtype):
     logits.requires_grad_()
     probs = logits.softmax(-1)
     assert (probs == 0).any()
-    loss = dynamic_loss(probs, 2)
+    loss = dynamic(probs)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.isfinite().all()

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.routing import route as routes
-from megatron_dynmoe.routing import select
+from megatron_dynmoe.kernels import routing_cpu
+from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
+from megatron_dynmoe.routing.route import route
 from tests.moe import one_rank
 
 T, E = 24, 4
 BAD = (3, 4, 17)
+either_route = pytest.mark.parametrize("route", [route, route_in_blocks])
 
 
 def spoiled(value: float, rows=BAD) -> torch.Tensor:
@@ -19,44 +21,47 @@ def spoiled(value: float, rows=BAD) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("is_plain_cpu", [True, False])  # as on a CPU, as on a device
+@either_route
 @pytest.mark.parametrize("theta", [None, torch.ones(1)], ids=["raw", "drn"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_each_such_token_counts_once(monkeypatch, value, theta, is_plain_cpu):
-    monkeypatch.setattr(select, "_is_plain_cpu", lambda values: is_plain_cpu)
+def test_each_such_token_counts_once(monkeypatch, value, theta, route):
     # Several blocks, of which some have none.
-    monkeypatch.setattr(routes, "CPU_BLOCK_ELEMENTS", 8 * E)
-    routed = routes.route(spoiled(value), 0.6, theta=theta)
+    monkeypatch.setattr(routing_cpu, "BLOCK_ELEMENTS", 8 * E)
+    routed = route(spoiled(value), 0.6, theta=theta)
     assert routed.not_finite == len(BAD)
     assert routed.not_finite.dtype == torch.int64
     good = [row for row in range(T) if row not in BAD]
-    plain = routes.route(spoiled(0.0), 0.6, theta=theta)
+    plain = route(spoiled(0.0), 0.6, theta=theta)
     assert torch.equal(routed.map_TE[good], plain.map_TE[good])
     assert plain.not_finite == 0
 
 
-def test_infinities_that_cancel_count():
+@either_route
+def test_infinities_that_cancel_count(route):
     logits = spoiled(0.0)
     logits[5, :2] = torch.tensor([float("inf"), float("-inf")])
     logits[6] = float("-inf")
-    assert routes.route(logits, 0.6).not_finite == 2
+    assert route(logits, 0.6).not_finite == 2
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 3e38])
-def test_large_logits_are_finite(value):
+@either_route
+def test_large_logits_are_finite(value, route):
     logits = torch.zeros(T, E)
-    logits[0, 0] = value
-    assert routes.route(logits, 0.6).not_finite == 0
+    logits[:2] = value  # whose sum is not finite
+    assert route(logits, 0.6).not_finite == 0
 
 
-def test_padding_counts_as_well():
+@either_route
+def test_padding_counts_as_well(route):
     """It enters no loss, but its NaN would: 0 times NaN."""
     valid = torch.arange(T) < 10
-    assert routes.route(spoiled(float("nan")), 0.6, valid_T=valid).not_finite == len(BAD)
+    assert route(spoiled(float("nan")), 0.6, valid_T=valid).not_finite == len(BAD)
 
 
-def test_no_tokens():
-    assert routes.route(torch.empty(0, E), 0.6).not_finite == 0
+@either_route
+def test_no_tokens(route):
+    assert route(torch.empty(0, E), 0.6).not_finite == 0
 
 
 @pytest.mark.megatron

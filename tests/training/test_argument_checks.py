@@ -49,6 +49,7 @@ def test_what_fits_passes(flags):
         ("--hidden-size 30", 1, ("--hidden-size is 30", "--num-attention-heads 4")),
         ("--lr-warmup-iters 10", 1, ("--lr-warmup-iters is 10", "--train-iters (10)")),
         ("--lr-warmup-iters 5 --lr-decay-iters 5", 1, ("--lr-decay-iters (5)",)),
+        ("--moe-layer-freq 0", 1, ("--moe-layer-freq is 0", "from 1")),
         ("--adam-beta2 1", 1, ("--adam-beta2 is 1.0", "below 1")),
         ("--rampup-batch-size 2 2 8", 1, ("is 2 2 8", "--step-batch-size-schedule")),
     ],

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dynmoe.files import TRACKER
+
 pytestmark = pytest.mark.megatron
 
 
-def check(load: Path, save: Path | None, **changes) -> None:
+def check(load: Path | None, save: Path | None, **changes) -> None:
     from megatron_dynmoe.training.checkpoint_load import check_paths
 
     args = {
-        **{"save": save and str(save), "load": str(load), "pretrained_checkpoint": None},
+        **{"save": save and str(save), "load": load and str(load), "pretrained_checkpoint": None},
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
         **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
-        "save_retain_interval": None,
+        **{"save_retain_interval": None, "skip_train": False},
     }
     check_paths(Namespace(**args | changes))
 
@@ -39,6 +41,33 @@ def test_any_other_folder_without_a_checkpoint_is_refused(tmp_path, save):
         check(tmp_path, save)
     with pytest.raises(ValueError, match="--pretrained-checkpoint is"):
         check(tmp_path / "new", tmp_path / "new", pretrained_checkpoint=str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["mnie/checkpoints", "mine", "mine/checkpoints/iter_0000004"])
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch, given, is_relative):
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs") if is_relative else tmp_path / "runs"
+    meant = runs / "mine" / "checkpoints"
+    (meant / "iter_0000004").mkdir(parents=True)
+    (runs / "other").mkdir()
+    (meant / TRACKER).write_text("4")
+    with pytest.raises(ValueError, match=rf": did you mean {meant}\?$"):
+        check(runs / given, None)
+    with pytest.raises(ValueError, match="name the folder that a run saved to"):
+        check(runs / "quite-different" / "checkpoints", None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("skip_train", True), ("ckpt_step", 5), ("exit_on_missing_checkpoint", True)],
+)
+def test_flags_that_need_a_checkpoint_are_refused_at_a_first_start(tmp_path, flag, value):
+    name = "--" + flag.replace("_", "-")
+    with pytest.raises(ValueError, match=name):
+        check(tmp_path / "run", tmp_path / "run", **{flag: value})
+    with pytest.raises(ValueError, match=rf"{name} is given without --load.*leave it out"):
+        check(None, tmp_path / "run", **{flag: value})
 
 
 @pytest.mark.parametrize("file", ["config.json", "model-00001-of-00002.safetensors"])

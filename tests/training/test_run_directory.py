@@ -1,10 +1,12 @@
 """What ``--run-dir`` says of a run at its end."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dynmoe.attempts import is_finished
 from megatron_dynmoe.config import DynMoEConfig
@@ -62,3 +64,60 @@ def test_events_of_a_runs_own_folder_come_first(tmp_path: Path) -> None:
     make_run(original, routing, dtop_p_scalars(10))
     make_run(copy, routing, dtop_p_scalars(20), tensorboard_dir=str(original / "tensorboard"))
     assert write_report(copy)["iterations"] == 20
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SummaryWriter]:
+    """The event file that Megatron opens before the model is built."""
+    from megatron_dynmoe.training import run_directory
+
+    writer = SummaryWriter(str(tmp_path / "run" / "tensorboard"))
+    writer.add_text("arguments", "as Megatron writes them")
+    monkeypatch.setattr(run_directory, "get_tensorboard_writer", lambda: writer)
+    yield writer
+    writer.close()
+
+
+def fail(run_dir: Path, error: type[BaseException], **taken: int) -> None:
+    """Start a run that fails."""
+    from megatron_dynmoe.training.run_directory import keeping, leaving_nothing_before_a_step
+
+    args = Namespace(**vars(arguments(run_dir)) | taken)
+    with (
+        pytest.raises(error),
+        leaving_nothing_before_a_step(),
+        keeping(args, TOP_K, program_start=0.0),
+    ):
+        raise error
+
+
+@pytest.mark.usefixtures("begun")
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AssertionError, MemoryError])
+def test_a_start_that_fails_before_a_step_leaves_nothing(
+    tmp_path: Path, error: type[Exception]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir()
+    fail(tmp_path / "run", error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_logged_or_was_there_before_is_kept(tmp_path: Path, begun: SummaryWriter) -> None:
+    run_dir = tmp_path / "run"
+    begun.add_scalar("lm loss", 1.0, 1)
+    (run_dir / "resolved.yaml").write_text("of the start before")
+    (run_dir / "command.txt").write_text("python -m megatron_dynmoe.pretrain\n")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "mine").touch()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*.*") if path.is_file()}
+    fail(run_dir, RuntimeError)
+    after = {path: path.read_bytes() for path in run_dir.rglob("*.*") if path.is_file()}
+    assert {path.name for path in after} == {path.name for path in before}
+    for name in ("resolved.yaml", "command.txt"):
+        assert after[run_dir / name] == before[run_dir / name]
+    assert (run_dir / "checkpoints" / "mine").exists()
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_run_that_failed_at_a_step_keeps_its_settings(tmp_path: Path) -> None:
+    fail(tmp_path / "run", RuntimeError, curr_iteration=0)
+    assert (tmp_path / "run" / "resolved.yaml").is_file()

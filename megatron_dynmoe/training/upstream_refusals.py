@@ -16,6 +16,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_dynmoe.training.checkpoints import CheckpointError
+
 # Where upstream's name is not that of the flag.
 _OTHER_NAMES = {
     "num_moe_experts": "num_experts",
@@ -49,12 +51,14 @@ def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> 
         parser: of the whole command line.
         words: the command line, which the parser takes.
     """
+    if isinstance(error, CheckpointError):
+        return None  # the command line may be right
     frames = list(traceback.walk_tb(error.__traceback__))
     if any(frame.f_code.co_name in _NOT_START_UP for frame, _ in frames):
         return None
     frame, line = frames[-1]
     module = str(frame.f_globals.get("__name__"))
-    if module.startswith("megatron_dynmoe.") and type(error) is ValueError:  # not a checkpoint's
+    if module.startswith("megatron_dynmoe.") and isinstance(error, ValueError):
         return str(error)
     if not module.startswith("megatron.") or module.startswith(_FILES):
         return None

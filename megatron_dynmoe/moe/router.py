@@ -1,4 +1,4 @@
-"""TopPRouter: upstream's router with a varying number of experts per token."""
+"""DynamicRouter: upstream's router with a rule that gives each token its number of experts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import log_single_rank
 from torch import Tensor
 
+from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
-from megatron_dynmoe.routing.losses import count_tokens, load_balance_loss_of_sums
-from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.routing.losses import count_tokens, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.route import Routing
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,23 +34,23 @@ UPSTREAM_LOSS_NAMES = {
 }
 
 
-class TopPRouter(KeepDtype, TopKRouter):
-    """Routes each token to the experts whose cumulative probability exceeds the threshold.
+class DynamicRouter(KeepDtype, TopKRouter):
+    """Routes each token to as many experts as its rule says.
 
     Gate, input jitter, z-loss and forced balancing are upstream's; this class replaces what comes
-    after: normalize, softmax, select, weigh, losses, counts.
+    after: the rule's routing, the losses, the counts.
 
-    State, replicated over ranks and saved with the model:
-        threshold: [1] float32, the threshold in force; written once per global batch.
-        integral: [1] float32, the PI controller's sum of errors.
-        measured: [1] float32, mean experts per token over the last global batch (0: none counted),
-            for whoever reads the checkpoint; training does not.
-        theta_offset: [1] parameter, theta = 1 + theta_offset scales the normalized logits. An
-            offset, because near 1 bf16 would round its updates away; one-dimensional, because
-            upstream exempts such parameters from weight decay.
+    State, replicated over ranks and saved with the model, all [1] float32 and written once per
+    global batch:
+        the rule's own (of top-p: ``threshold``).
+        integral: the PI controller's sum of errors.
+        measured: mean experts per token over the last global batch (0: none counted), for whoever
+            reads the checkpoint; training does not.
+    And theta_offset, a [1] parameter: theta = 1 + theta_offset scales the normalized logits. An
+    offset, because near 1 bf16 would round its updates away; one-dimensional, because upstream
+    exempts such parameters from weight decay.
     """
 
-    threshold: Tensor
     integral: Tensor
     measured: Tensor
 
@@ -60,23 +61,22 @@ class TopPRouter(KeepDtype, TopKRouter):
         is_mtp_layer: bool = False,
         *,
         dynmoe: DynMoEConfig,
-        initial_threshold: float,
+        rule: Rule,
     ) -> None:
         """Build the router.
 
         Args:
-            dynmoe: resolved settings, routing ``top_p`` or ``dtop_p``.
-            initial_threshold: the threshold of the first step.
+            dynmoe: resolved settings, with dynamic routing.
+            rule: shared by the routers of all layers.
         """
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.dynmoe = dynmoe
+        self.dynmoe, self.rule = dynmoe, rule
         device = (
             self.weight.device if config.use_cpu_initialization else torch.cuda.current_device()
         )
-        state: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.register_buffer("threshold", torch.tensor([initial_threshold], **state))
-        self.register_buffer("integral", torch.zeros(1, **state))
-        self.register_buffer("measured", torch.zeros(1, **state))
+        for name, value in {**rule.first_state, "integral": 0.0, "measured": 0.0}.items():
+            first = torch.tensor([value], dtype=torch.float32, device=device)
+            self.register_buffer(name, first)
         self.theta_offset = None
         if dynmoe.normalization == "drn":
             self.theta_offset = torch.nn.Parameter(
@@ -93,8 +93,19 @@ class TopPRouter(KeepDtype, TopKRouter):
     def theta(self) -> Tensor:
         """The scale of the normalized logits, [1] float32."""
         if self.theta_offset is None:
-            return torch.ones_like(self.threshold)
+            return torch.ones_like(self.measured)
         return 1 + self.theta_offset.float()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the rule keeps, as it is now."""
+        return {name: self.get_buffer(name) for name in self.rule.first_state}
+
+    @property
+    def knob(self) -> Tensor:
+        """What a controller may move, [1] float32; of a rule without a knob NaN."""
+        name = self.rule.knob
+        return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn gate logits into weights and a routing map.
@@ -114,22 +125,21 @@ class TopPRouter(KeepDtype, TopKRouter):
         # 1. z-loss, on the logits as they are
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=None if valid_T is None else ~valid_T)
 
-        # 2. Normalize, select, weigh
-        threshold, cap = self._threshold_and_cap()
-        routed = route(
+        # 2. Route: normalize, softmax, select, weigh
+        routed = self.rule.route(
             logits_TE,
-            threshold,
+            self.state,
             theta=None if self.theta_offset is None else self.theta,
-            max_experts=cap,
-            renormalize=dynmoe.weights == "renormalized",
             num_sequences=num_sequences,
             valid_T=valid_T,
+            training=self.training,
         )
         self.last_not_finite = routed.not_finite
 
         # 3. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
         #    first of the two forward passes of recomputation
         weights_TE = routed.weights_TE
+        cap = self.rule.cap(self.training)
         counted = (
             routed.assignments_BE.sum(dim=0), routed.experts_T, cap, valid_T, routed.not_finite
         )  # fmt: skip
@@ -139,13 +149,6 @@ class TopPRouter(KeepDtype, TopKRouter):
         elif not self.training:
             self.evaluation_counters.add_counts(*counted)
         return weights_TE, routed.map_TE
-
-    def _threshold_and_cap(self) -> tuple[Tensor | float, int | None]:
-        if self.training:
-            return self.threshold, self.dynmoe.max_experts_per_token
-        override = self.dynmoe.inference_threshold
-        threshold = self.threshold if override is None else override
-        return threshold, self.dynmoe.inference_max_experts_per_token
 
     def _attach_losses(self, routed: Routing, valid_T: Tensor | None) -> Tensor:
         """Send the gradients of both losses into the router with the weights' own."""
@@ -158,8 +161,8 @@ class TopPRouter(KeepDtype, TopKRouter):
             torch.distributed.all_reduce(tokens_B, group=group)
         fractions_BE = self._fractions(assignments_BE, tokens_B)
 
-        balance = load_balance_loss_of_sums(routed.prob_sums_BE, fractions_BE, tokens_B)
-        dynamic = routed.entropy / tokens_B.sum().clamp(min=1)
+        balance = load_balance_loss(routed.prob_sums_BE, fractions_BE, tokens_B)
+        dynamic = dynamic_loss(routed.entropy, tokens_B)
         self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
         asked_for = self.config.moe_router_load_balancing_type
         shown_as = UPSTREAM_LOSS_NAMES.get(
@@ -192,14 +195,15 @@ class TopPRouter(KeepDtype, TopKRouter):
         return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load; a fixed threshold is a setting, not state, so the flag wins over the checkpoint."""
+        """Load; what the user has fixed is a setting, not state, so it wins over the checkpoint."""
         super()._load_from_state_dict(*args, **kwargs)
-        fixed = self.dynmoe.threshold
-        if fixed is not None and self.threshold.item() != torch.tensor(fixed).item():
-            log_single_rank(
-                logger,
-                logging.WARNING,
-                f"layer {self.layer_number}: the checkpoint's threshold {self.threshold.item():g} "
-                f"is replaced by --moe-dynamic-threshold {fixed}",
-            )
-            self.threshold.fill_(fixed)
+        for name, fixed in self.rule.settings.items():
+            loaded = self.get_buffer(name)
+            if loaded.item() != torch.tensor(fixed).item():
+                log_single_rank(
+                    logger,
+                    logging.WARNING,
+                    f"layer {self.layer_number}: the checkpoint's {name} {loaded.item():g} is "
+                    f"replaced by --moe-dynamic-{name} {fixed}",
+                )
+                loaded.fill_(fixed)

@@ -23,45 +23,56 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe.routing.normalize import EPSILON
+from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.routing.select import most_experts
 
 ELEMENTS_PER_PROGRAM = 2048
 NEVER_EXCEEDED = tl.constexpr(2**63 - 1)
 
 
-def fused_route(
+def route_fused(
     logits_TE: Tensor,
     threshold: Tensor | float,
-    theta: Tensor | None,
-    max_experts: int | None,
-    renormalize: bool,
-    num_sequences: int,
-    valid_T: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """:func:`megatron_dynmoe.routing.route.route` in a kernel; 1 to 512 experts, some tokens.
+    *,
+    theta: Tensor | None = None,
+    max_experts: int | None = None,
+    renormalize: bool = False,
+    num_sequences: int = 1,
+    valid_T: Tensor | None = None,
+) -> Routing:
+    """Arguments, result and errors are those of :func:`megatron_dynmoe.routing.route.route`.
 
-    Returns:
-        The fields of :class:`megatron_dynmoe.routing.route.Routing` in their order.
+    For 1 to 512 experts and at least one token.
     """
+    check_positions(logits_TE, num_sequences)
+    most = most_experts(logits_TE.shape[-1], max_experts)
     if not isinstance(threshold, Tensor):
         threshold = torch.full((1,), threshold, dtype=torch.float32, device=logits_TE.device)
-    return _FusedRoute.apply(
-        logits_TE, threshold.float(), theta, max_experts, renormalize, num_sequences, valid_T
+    return Routing(
+        *_RouteFused.apply(
+            logits_TE.contiguous(),
+            threshold.float(),
+            theta,
+            most,
+            renormalize,
+            num_sequences,
+            valid_T,
+        )
     )
 
 
-class _FusedRoute(torch.autograd.Function):
+class _RouteFused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits_TE: Tensor,
         threshold: Tensor,
         theta: Tensor | None,
-        max_experts: int | None,
+        most: int,
         renormalize: bool,
         num_sequences: int,
         valid_T: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        logits_TE = logits_TE.contiguous()
         num_tokens, num_experts = logits_TE.shape
         launch = _Launch(num_tokens, num_experts, num_sequences, theta, valid_T, renormalize)
         make = {"device": logits_TE.device}
@@ -73,11 +84,10 @@ class _FusedRoute(torch.autograd.Function):
         assignments = torch.empty(partial, dtype=torch.int32, **make)
         entropies = torch.empty(launch.grid, dtype=torch.float32, **make)
         not_finite = torch.empty(launch.grid, dtype=torch.int32, **make)
-        cap = num_experts if max_experts is None else min(max_experts, num_experts)
         _forward[launch.grid](
             logits_TE, threshold, theta, valid_T,
             weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
-            cap, **launch.settings, TOP=max(2, triton.next_power_of_2(cap)),
+            most, **launch.settings, TOP=max(2, triton.next_power_of_2(most)),
         )  # fmt: skip
         ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
         ctx.launch = launch
@@ -281,7 +291,7 @@ def _backward(
     if PADDED:
         counted = tl.load(valid_ptr + tokens, mask=exist, other=0) != 0
         d_probs = tl.where(counted[:, None], d_probs, 0.0)
-    # 2. Weights: renormalised, they are a softmax over the selected experts
+    # 2. Weights: renormalized, they are a softmax over the selected experts
     d_scaled = tl.zeros_like(probs)
     if RENORMALIZE:
         weights = tl.where(chosen, probs, 0.0)

@@ -1,18 +1,19 @@
-"""The routing kernel against plain PyTorch: natively on CUDA, else under Triton's interpreter."""
+"""The Triton kernel against the readable route, on CUDA or in Triton's interpreter."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.routing.route import route
 from megatron_dynmoe.routing.select import select
 from tests.kernels.device import DEVICE
 from tests.oracles import routing as oracle
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from megatron_dynmoe.kernels import routing  # noqa: E402
+from megatron_dynmoe.kernels import routing_triton  # noqa: E402
+from megatron_dynmoe.kernels.routing_triton import route_fused  # noqa: E402
 
 CASES = [
     (num_experts, 5, normalized, renormalize, cap)
@@ -29,12 +30,6 @@ CASES = [
 ]
 
 
-def fused(logits, threshold, **settings) -> Routing:
-    names = ("theta", "max_experts", "renormalize", "num_sequences", "valid_T")
-    defaults = dict.fromkeys(names) | {"renormalize": False, "num_sequences": 1}
-    return Routing(*routing.fused_route(logits, threshold, *(defaults | settings).values()))
-
-
 def random_logits(num_tokens: int, num_experts: int, dtype=torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_experts)
     logits = 2 * torch.randn(num_tokens, num_experts, generator=generator)
@@ -49,7 +44,7 @@ def away_from_the_threshold(probs, threshold) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("num_experts", "num_positions", "normalized", "renormalize", "cap"), CASES
 )
-def test_outputs_and_gradients_are_those_of_plain_pytorch(
+def test_outputs_and_gradients_are_those_of_the_readable_route(
     num_experts, num_positions, normalized, renormalize, cap
 ):
     num_sequences = 2
@@ -59,10 +54,10 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch(
     valid = torch.arange(num_tokens, device=DEVICE) % 5 != 3
     seeds = [torch.randn(s, device=DEVICE) for s in ((num_tokens, num_experts), (2, num_experts))]
     results = []
-    for function, use in ((fused, {}), (route, {"use_kernel": False})):
+    for function in (route_fused, route):
         result = function(
             logits, 0.6, theta=theta, max_experts=cap, renormalize=renormalize,
-            num_sequences=num_sequences, valid_T=valid, **use,
+            num_sequences=num_sequences, valid_T=valid,
         )  # fmt: skip
         inputs = (logits,) if theta is None else (logits, theta)
         outputs = (result.weights_TE, result.prob_sums_BE, result.entropy)
@@ -81,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_any_dtype_in_and_float32_inside(dtype):
     logits = random_logits(20, 16, dtype)
-    got, want = fused(logits, 0.6, renormalize=True), route(logits, 0.6, renormalize=True)
+    got, want = route_fused(logits, 0.6, renormalize=True), route(logits, 0.6, renormalize=True)
     assert got.weights_TE.dtype == torch.float32
     clear = away_from_the_threshold(logits.float().softmax(-1), 0.6)
     assert torch.equal(got.map_TE[clear], want.map_TE[clear])
@@ -110,7 +105,7 @@ def _select_alone(
     columns = tl.arange(0, WIDTH)[None, :]
     at = tl.program_id(0) * num_experts + columns
     probs = tl.load(probs_ptr + at, mask=columns < num_experts, other=0.0)
-    chosen, _ = routing._select(
+    chosen, _ = routing_triton._select(
         probs, columns, num_experts, tl.load(threshold_ptr), cap, WIDTH, TOP
     )
     tl.store(map_ptr + at, chosen, mask=columns < num_experts)
@@ -149,7 +144,7 @@ def test_extreme_thresholds_and_probabilities(num_experts, threshold):
 def test_rows_of_nan_get_the_first_expert():
     logits = random_logits(5, 16).detach()
     logits[2, 7] = float("nan")
-    result = fused(logits, 0.9, renormalize=True)
+    result = route_fused(logits, 0.9, renormalize=True)
     assert oracle.choices_of(result.map_TE[2:3]) == [{0}]
     assert result.experts_T[2] == 1
 
@@ -159,15 +154,15 @@ def test_rows_of_nan_get_the_first_expert():
 def test_tokens_that_are_not_finite_are_counted(value, theta):
     logits = random_logits(300, 16).detach()
     logits[[1, 130, 299], 7] = value
-    assert fused(logits, 0.6, theta=theta, num_sequences=2).not_finite == 3
-    assert fused(logits.nan_to_num(), 0.6, theta=theta, num_sequences=2).not_finite == 0
+    assert route_fused(logits, 0.6, theta=theta, num_sequences=2).not_finite == 3
+    assert route_fused(logits.nan_to_num(), 0.6, theta=theta, num_sequences=2).not_finite == 0
 
 
 def test_results_repeat_bitwise():
     logits, theta = random_logits(40, 8), torch.ones(1, device=DEVICE, requires_grad=True)
 
     def once():
-        result = fused(logits, 0.5, theta=theta, renormalize=True)
+        result = route_fused(logits, 0.5, theta=theta, renormalize=True)
         loss = result.weights_TE.square().sum() + result.entropy
         return (result.prob_sums_BE, result.entropy, *torch.autograd.grad(loss, (logits, theta)))
 

@@ -1,0 +1,43 @@
+"""Top-p: the smallest set of experts whose probability exceeds the threshold.
+
+*Harder Task Needs More Experts* with a fixed threshold, DTop-p with one that a controller moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dynmoe import kernels
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.routing.route import Routing
+
+
+class TopP:
+    """See :class:`megatron_dynmoe.moe.rules.Rule` and :mod:`megatron_dynmoe.routing`."""
+
+    knob = "threshold"
+    direction = 1  # a larger threshold never selects fewer experts
+
+    def __init__(self, dynmoe: DynMoEConfig, initial_threshold: float) -> None:
+        self.dynmoe = dynmoe
+        self.first_state = {"threshold": initial_threshold}
+        self.settings = {} if dynmoe.threshold is None else {"threshold": dynmoe.threshold}
+
+    def cap(self, training: bool) -> int | None:
+        dynmoe = self.dynmoe
+        return dynmoe.max_experts_per_token if training else dynmoe.inference_max_experts_per_token
+
+    def route(
+        self, logits_TE: Tensor, state: Mapping[str, Tensor], *, training: bool, **batch: Any
+    ) -> Routing:
+        override = None if training else self.dynmoe.inference_threshold
+        return kernels.choose_route(logits_TE)(
+            logits_TE,
+            state["threshold"] if override is None else override,
+            max_experts=self.cap(training),
+            renormalize=self.dynmoe.weights == "renormalized",
+            **batch,
+        )

@@ -1,0 +1,55 @@
+"""What is said of a setting that cannot be, in the words of whoever wrote it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting that cannot be, alone or beside another.
+
+    As text it names settings as Python and YAML do; :meth:`worded` names them otherwise. In
+    ``problem`` and ``remedy`` the setting called ``name`` is written ``{name}``.
+
+    Attributes:
+        field: the setting's name.
+        value: what it is, None for not set.
+        problem: what is wrong with that, as the sentence goes on after the value.
+        remedy: what to do, or what is allowed.
+    """
+
+    def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
+        super().__init__(field, value, problem, remedy)
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+
+    def worded(self, name_of: Callable[[str], str]) -> str:
+        """The whole sentence, each setting under the name that ``name_of`` gives it."""
+        value = repr(self.value) if isinstance(self.value, str) else self.value
+        said = "not set" if self.value is None else value
+        rest = re.sub(r"\{(\w+)\}", lambda m: name_of(m[1]), f"{self.problem}: {self.remedy}.")
+        return f"{name_of(self.field)} is {said}{rest}"
+
+    def __str__(self) -> str:
+        return self.worded(lambda name: name)
+
+
+class UnknownSettingError(SettingError):
+    """A name that is no setting's.
+
+    Attributes:
+        source: where it was found.
+        known: the names that there are.
+    """
+
+    def __init__(self, field: Any, source: str, known: Collection[str]) -> None:
+        super().__init__(field, None, "", "")
+        self.source, self.known = source, known
+
+    def worded(self, name_of: Callable[[str], str]) -> str:
+        near = difflib.get_close_matches(str(self.field), self.known, n=1)
+        known = ", ".join(name_of(name) for name in self.known)
+        hint = f"did you mean {name_of(near[0])}?" if near else f"known are {known}."
+        return f"{self.source}: there is no setting {self.field!r}; {hint}"

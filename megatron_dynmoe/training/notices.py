@@ -1,0 +1,115 @@
+"""What a run says of itself: at its start what it rules out for later, at its end how to go on."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_dynmoe.backends import bf16, choice, cpu
+from megatron_dynmoe.conversion.megatron_settings import obstacles
+from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.training.checkpoints import is_local
+
+NOTE = "> note: "
+
+
+def say_what_to_know_first(args: Namespace, plan: choice.Plan) -> None:
+    """Print, on the first rank, what a person would want to know before hours have passed."""
+    if args.rank != 0:
+        return
+    if args.bf16 and cpu.is_installed():
+        slow = bf16.warning(bf16.slowdown())
+        if slow is not None:
+            print(slow, flush=True)
+    if not args.skip_train:
+        for note in what_is_ruled_out(args, plan):
+            print(NOTE + note, flush=True)
+
+
+def what_is_ruled_out(args: Namespace, plan: choice.Plan) -> list[str]:
+    """What cannot be done later with a run that begins; nothing for one that goes on.
+
+    Args:
+        args: Megatron's arguments, validated.
+        plan: the back end of each part of the model.
+    """
+    if not args.save:
+        return ["neither --run-dir nor --save is given, so nothing of this run will be kept"]
+    if args.load and (Path(args.load) / TRACKER).is_file():
+        return []  # it was said at the first start, and is settled
+    notes = []
+    if found := obstacles(args):
+        causes = "; ".join(f"{one.otherwise} ({one.remedy})" for one, _ in found)
+        notes.append(f"this model cannot be exported to Hugging Face later, because of {causes}")
+    if args.ckpt_format != "torch_dist":
+        notes.append(
+            f"--ckpt-format is {args.ckpt_format}, and only checkpoints of torch_dist, the "
+            "default, can be exported to Hugging Face"
+        )
+    if choice.needs_parallel_experts(plan, args):
+        notes.append(
+            "the experts have biases, so this run cannot go on later without expert parallelism "
+            "(give --disable-bias-linear)"
+        )
+    return notes
+
+
+def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool = True) -> str:
+    """Print, on the first rank, where the run is and how to go on, when all ranks have written.
+
+    A launch script, which has its own commands, says it by itself: there nothing is printed.
+
+    Args:
+        args: Megatron's arguments.
+        stopped_by: the name of a signal.
+        ends: whether all steps were taken.
+
+    Returns:
+        What is printed, on every rank.
+    """
+    words = how_to_go_on(args, stopped_by, ends)
+    if dist.is_initialized():
+        dist.barrier()
+    if args.rank == 0 and "ATTEMPT" not in os.environ:
+        print("> " + words, flush=True)
+    return words
+
+
+def how_to_go_on(args: Namespace, stopped_by: str | None, ends: bool) -> str:
+    """Where a run is, and the command that goes on with it."""
+    # Upstream counts an iteration after its step; without one it has what was loaded.
+    last = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
+    cause = f" by {stopped_by}" if stopped_by else ""
+    begin = f"{'finished' if ends else f'stopped{cause}'}: iteration {last} of {args.train_iters}"
+    saved = _last_saved(args.save)
+    if not args.save:
+        return f"{begin}; nothing was kept, as neither --run-dir nor --save is given"
+    where = (
+        f"the run is in {args.run_dir}" if args.run_dir else f"its checkpoints are in {args.save}"
+    )
+    if saved is None:
+        return f"{begin}; {where}, and no checkpoint was saved"
+    is_same = args.load and os.path.realpath(args.load) == os.path.realpath(args.save)
+    command = "the same command" if is_same else f"the same command with --load {args.save}"
+    go_on = f"to go on: {command}"
+    if ends:
+        unit = "samples" if args.train_samples else "iters"
+        go_on = (
+            f"to train further: {command} {'with' if is_same else 'and'} a larger --train-{unit}"
+        )
+        # Megatron has put in the length of the run where none was given for the learning rate's.
+        has_own_decay = getattr(args, f"lr_decay_{unit}") != getattr(args, f"train_{unit}")
+        if not (has_own_decay or args.override_opt_param_scheduler):
+            go_on += " and --override-opt-param-scheduler"
+    return f"{begin}; {where}, last checkpoint: {saved}; {go_on}"
+
+
+def _last_saved(save: str | None) -> str | None:
+    """What the tracker names: an iteration."""
+    if not save or not is_local(save):
+        return None
+    tracker = Path(save) / TRACKER
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None

@@ -1,0 +1,77 @@
+"""The seam for rules: a rule of a test's own is routed, counted, steered and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.config import ROUTINGS, DynMoEConfig
+from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.routing.route import Routing, route
+from tests.moe import one_rank
+
+pytestmark = pytest.mark.megatron
+E, D = 8, 16
+
+
+class Thrift:
+    """Top-p by how much a token leaves out: the larger the number, the fewer experts."""
+
+    knob, direction = "left_out", -1
+    settings: Mapping[str, float] = {}
+
+    def __init__(self, dynmoe: DynMoEConfig, first: float) -> None:
+        self.first_state = {"left_out": first}
+
+    def cap(self, training: bool) -> int | None:
+        return None
+
+    def route(
+        self, logits_TE: Tensor, state: Mapping[str, Tensor], *, training: bool, **batch: Any
+    ) -> Routing:
+        return route(logits_TE, 1 - state["left_out"], renormalize=True, **batch)
+
+
+@pytest.fixture(autouse=True)
+def world():
+    one_rank.world_of_one()
+    yield
+    one_rank.forget_global_state()
+
+
+def test_every_dynamic_routing_has_a_rule():
+    assert set(RULES) == set(ROUTINGS) - {"top_k"}
+
+
+def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch):
+    from megatron_dynmoe.control.update import GlobalBatchUpdate
+
+    monkeypatch.setitem(RULES, "dtop_p", Thrift)
+    target = 3.0
+    layer = one_rank.moe_layer(
+        DynMoEConfig(routing="dtop_p", target_experts_per_token=target, initial_threshold=0.5),
+        num_experts=E,
+        hidden_size=D,
+    )
+    router, update = layer.router, layer.config.finalize_model_grads_func
+    assert isinstance(update, GlobalBatchUpdate) and update.direction == -1
+    assert {"left_out", "integral", "measured"} <= set(router.state_dict())
+    update.finalize = lambda *_: None
+    monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
+    model = torch.nn.ModuleList([layer])
+    model.config = layer.config
+    generator = torch.Generator().manual_seed(5)
+    means = []
+    for _ in range(60):
+        layer(torch.randn(64, 4, D, generator=generator))
+        before = router.knob.clone()
+        means.append(float(router.counters.assignments.sum() / router.counters.tokens))
+        update([model])
+        if abs(means[-1] - target) > 0.5:
+            assert (router.knob > before) == (means[-1] > target)
+    assert abs(means[0] - target) > 0.2
+    assert sum(means[-10:]) / 10 == pytest.approx(target, abs=0.1)

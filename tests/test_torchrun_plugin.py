@@ -1,0 +1,78 @@
+"""What torchrun shows last: the ranks' own words where they are plain."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from megatron_dynmoe.torchrun_plugin import briefly
+
+RANK = """
+import sys
+from torch.distributed.elastic.multiprocessing.errors import record
+from megatron_dynmoe.run import UsageError, ending_at_misuse, refusing_plainly, tell_torchrun
+
+@record
+def main():
+    try:
+        sys.exit(0)
+    except SystemExit:
+        {end}
+
+main()
+"""
+
+
+def seen(end: str, folder: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[object]]:
+    """What torchrun writes, and what is left to Python's own hook, after a rank that ends so."""
+    file = folder / "error.json"
+    done = subprocess.run(
+        [sys.executable, "-c", RANK.format(end=end)],
+        env={"TORCHELASTIC_ERROR_FILE": str(file), "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode and "message" in json.loads(file.read_text())
+    failure = ProcessFailure(local_rank=1, pid=0, exitcode=done.returncode, error_file=str(file))
+    error = ChildFailedError("megatron_dynmoe.pretrain", {3: failure})
+    shown: list[object] = []
+    briefly(lambda *what: shown.append(what[1]))(ChildFailedError, error, None)
+    return capsys.readouterr().err, shown
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("tell_torchrun(UsageError('no such: flag')); sys.exit(143)", 143),
+        ("with refusing_plainly(): raise ValueError('no such: flag') from None", 1),
+    ],
+    ids=["told", "refused"],
+)
+def test_a_rank_that_says_why_in_a_line_has_the_last_word(tmp_path, capsys, end, code) -> None:
+    said, shown = seen(end, tmp_path, capsys)
+    assert said == f"torchrun: rank 3 ended with exit code {code}: no such: flag\n"
+    assert not shown
+
+
+def test_torchrun_ends_as_its_ranks_where_the_command_line_is_to_blame(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        seen("with ending_at_misuse(): raise UsageError('no such: flag')", tmp_path, capsys)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "torchrun: rank 3 ended with exit code 2: no such: flag\n"
+
+
+def test_a_stack_is_shown_as_ever(tmp_path, capsys) -> None:
+    said, shown = seen("raise KeyError('a fault')", tmp_path, capsys)
+    assert said == "" and len(shown) == 1
+
+
+def test_an_end_by_a_signal_needs_no_words(capsys) -> None:
+    shown: list[object] = []
+    briefly(lambda *what: shown.append(what))(SignalException, SignalException("", 2), None)
+    assert capsys.readouterr().err == "" and not shown
+    briefly(lambda *what: shown.append(what))(OSError, OSError("a fault"), None)
+    assert len(shown) == 1
