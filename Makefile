@@ -50,8 +50,9 @@ soak: setup ## trains for 20 minutes and judges memory, files, step time and the
 mutations: setup ## plants known mistakes in a copy, one by one: do tests catch them? half an hour
 	@$(PYTHON_VENV) -m tests.mutations $(MUTATIONS)
 
-fuzz: setup ## FUZZ=400 random command lines; each trains two steps or is refused by name
-	@$(PYTHON_VENV) -m tests.fuzz --cases $(or $(FUZZ),400) $(if $(SEED),--seed $(SEED))
+fuzz: setup ## FUZZ=400 random command lines: each trains or is refused by name; MISTYPED=1
+	@$(PYTHON_VENV) -m tests.fuzz --cases $(or $(FUZZ),400) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MISTYPED),--mistyped)
 
 # In an environment of its own: what audits is no part of what is audited. Needs a network.
 audit: setup ## known vulnerabilities of the versions in constraints.txt

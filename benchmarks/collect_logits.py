@@ -10,7 +10,6 @@ normalization, where the model has one.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from megatron_dynmoe.calibration import read_tokens
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.huggingface.load import load_config, load_model, load_tokenizer
 
 TEXT = sorted((measure.ROOT / "examples" / "data").glob("*.jsonl.gz"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="an exported model's folder")
     add("--output", type=Path, required=True)

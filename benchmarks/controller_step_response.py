@@ -6,7 +6,6 @@ The plant is the real selection rule on simulated normal logits, with fresh toke
 Runs on CPU in under a minute; seeds are fixed.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterable
 
@@ -17,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.control import (
     PIController,
     default_gains,
@@ -42,7 +42,7 @@ LOOP_GAINS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--figure", default="docs/images/controller_step_response.png")
     figure = parser.parse_args().figure
     print_operating_points()

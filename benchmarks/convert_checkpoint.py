@@ -10,7 +10,6 @@ pages of files that it has mapped.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
@@ -67,7 +67,7 @@ PAPER = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/convert_checkpoint"))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--max-shard-size", default="4GB")

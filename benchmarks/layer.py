@@ -22,7 +22,6 @@ ours and of stock to OUTPUT/layer_profile.txt.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -43,12 +42,13 @@ from benchmarks.layer_providers import (
     start_megatron,
 )
 from benchmarks.logits import normal_logits, read_logits, trained_logits
+from megatron_dynmoe.command_line import CommandParser
 
 PACKAGES = ("torch", "megatron-core")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     add("--rounds", type=int, default=20)

@@ -5,7 +5,6 @@ python benchmarks/plot.py [--results benchmarks/results] [--images docs/images]
 
 from __future__ import annotations
 
-import argparse
 import csv
 import textwrap
 from pathlib import Path
@@ -16,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from megatron_dynmoe.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 INK, MUTED = "#1f2328", "#6e7781"
@@ -72,7 +73,7 @@ FIGURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()

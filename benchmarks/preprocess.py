@@ -10,7 +10,6 @@ machines drift; a round's ratio is against the faster raw call of that round. Ro
 benchmarks/results/preprocess.csv.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from sentencepiece import SentencePieceProcessor
 
 from benchmarks import measure
 from benchmarks.text import corpus
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
 
@@ -35,7 +35,7 @@ THREADS = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--megabytes", type=float, default=16, help="text to encode (default: 16)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -14,7 +14,6 @@ benchmarks/collect_logits.py writes. Rows are appended to OUTPUT/select.csv.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from benchmarks import measure
 from benchmarks.logits import normal_logits, read_logits, trained_logits
 from megatron_dynmoe import kernels
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.control.calibrate import threshold_for_target
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.route import Routing, route
@@ -44,7 +44,7 @@ GPU_TURN_SECONDS = 2e-3  # calls are repeated to fill it: a clock cannot see a f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--experts", default="16,64,128,256", help="default: %(default)s")
     add("--tokens", type=int, default=16384)

@@ -50,6 +50,8 @@ from benchmarks.training import (
     timed_step,
 )
 from benchmarks.training import step as train_one_step
+from megatron_dynmoe.command_line import CommandParser
+from megatron_dynmoe.run import ending_at_misuse
 
 BACKENDS = ("local", "torch_native")
 ROUTINGS = ("top_k", "dtop_p")
@@ -81,7 +83,8 @@ def main() -> None:
     if options.apart:
         measured = visit_apart(names, options, extra)
     else:
-        measured = in_turns(names, options, extra)
+        with ending_at_misuse():  # of what is left for the training
+            measured = in_turns(names, options, extra)
     if options.raw:  # for the process that asked
         options.raw.write_text(json.dumps({name: asdict(m) for name, m in measured.items()}))
     elif measured:
@@ -89,7 +92,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", choices=MODELS, default="small")
     add("--run", type=Path, help="a quickstart's folder, for its text (default: plain words)")

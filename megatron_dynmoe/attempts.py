@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.files import TRACKER, replace_file
 from megatron_dynmoe.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.recipes import format_flags, recipe_flags, values_of, whole_number
@@ -302,7 +303,7 @@ def _now() -> str:
 
 def main() -> None:
     """Begin or end an attempt; the exit codes are those above."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dynmoe.attempts")
+    parser = CommandParser(prog="python -m megatron_dynmoe.attempts")
     commands = parser.add_subparsers(required=True, dest="command")
     start = commands.add_parser("begin")
     start.add_argument("--world-size", type=int, required=True)

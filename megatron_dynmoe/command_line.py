@@ -3,9 +3,10 @@
 import argparse
 import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST = sys.float_info.max
@@ -22,9 +23,9 @@ def number(kind: Callable[[str], Any], low: float, high: float = LARGEST) -> Cal
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high:  # nor is NaN
             limits = f"{low} to {high}" if high < LARGEST else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text}: use {limits}")
+            raise argparse.ArgumentTypeError(f"is {text}: use {limits}.")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"  # in argparse's own errors
@@ -37,25 +38,117 @@ def thresholds(text: str) -> list[float]:
         return []
     values = sorted({float(part) for part in text.split(",")})
     if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: thresholds are cumulative probabilities, 0 to 1")
+        raise argparse.ArgumentTypeError(f"is {text}: use cumulative probabilities, 0 to 1.")
     return values
 
 
 thresholds.__name__ = "list of numbers"
 
 
-def in_one_line(parser: argparse.ArgumentParser, message: str) -> str:
-    """What argparse finds wrong, with the flag that was probably meant."""
-    kind, _, words = message.partition(": ")
-    if kind != "unrecognized arguments":
-        return message.replace("argument ", "", 1)
-    for word in words.split():
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+class UsageError(ValueError):
+    """A command line that cannot work: said in one line, with exit code 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose refusals are one line on the screen, with exit code 2.
+
+    argparse prints the usage first, which is longer than what it has to say.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; keeps the words for :meth:`error`."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line."""
+        self.exit(2, f"{self.prog}: error: {in_one_line(self, message, self._words)}\n")
+
+
+class RaisingParser(argparse.ArgumentParser):
+    """A parser whose refusals are a UsageError, for whoever called to show."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise UsageError(in_one_line(self, message, sys.argv[1:])) from None
+
+
+def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[str] = ()) -> str:
+    """What argparse finds wrong, said of the flag, with the remedy.
+
+    Args:
+        parser: whose flags there are.
+        message: argparse's.
+        words: the command line. A flag that is missing may be there in another spelling.
+    """
+    kind, _, rest = message.partition(": ")
+    if kind == "unrecognized arguments":
+        return _misspelt(rest.split(), _flags(parser, words)) or _left_over(rest, words)
+    if kind == "the following arguments are required":
+        missing = set(rest.split(", "))
+        return _in_other_letters(parser, words, missing) or f"required and not given: {rest}."
+    if one_of := re.fullmatch(r"one of the arguments (.+) is required", message):
+        missing = set(one_of[1].split())
+        return _in_other_letters(parser, words, missing) or f"give {' or '.join(sorted(missing))}."
+    if not message.startswith("argument "):
+        return message
+    flag, _, said = message.removeprefix("argument ").partition(": ")
+    flag = flag.rpartition("/")[2]  # of several spellings
+    if wrong := re.fullmatch(r"invalid (.+) value: (.*)", said, re.DOTALL):
+        return f"{flag} is {wrong[2]}: give a {_KINDS.get(wrong[1], wrong[1])}."
+    if wrong := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", said, re.DOTALL):
+        return f"{flag} is {wrong[1]}: use one of {wrong[2]}."
+    if said.startswith("not allowed with argument "):
+        return f"{flag} is {said.replace('argument ', '')}: give one of them."
+    if said.startswith("expected "):
+        return f"{flag} has another number of values: it {said.replace('expected', 'takes')}."
+    if said.startswith("ignored explicit argument "):
+        return f"{flag} takes no value: leave out {said.rpartition(' ')[2]}."
+    return f"{flag} {said}" if said.startswith("is ") else f"{flag}: {said}"
+
+
+_KINDS = {"int": "whole number", "float": "number"}
+
+
+def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """All flags of a parser, and those of the subcommand among words."""
+    flags = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name in set(words) & set(action.choices):
+                flags |= _flags(action.choices[name], words)
+    return flags
+
+
+def _misspelt(words: Sequence[str], flags: set[str]) -> str | None:
+    """The first flag among words that is none of ``flags``, and what was probably meant."""
+    for word in words:
+        name = word.partition("=")[0]
+        if re.match("--?[A-Za-z]", name) and name not in flags:
+            near = difflib.get_close_matches(name, sorted(flags), n=1)
             hint = f"did you mean {near[0]}?" if near else "look for it in --help."
             return f"there is no flag {name}: {hint}"
-    return f"{words} belongs to no flag: take it out."
+    return None
+
+
+def _left_over(rest: str, words: Sequence[str]) -> str:
+    """Say of words without a flag which flag takes no more of them."""
+    before = list(words)[: list(words).index(first)] if (first := rest.split()[0]) in words else []
+    flag = next((word for word in reversed(before) if word.startswith("--")), None)
+    where = f": {flag} before it takes no more values" if flag else ""
+    return f"{rest} belongs to no flag{where}."
+
+
+def _in_other_letters(
+    parser: argparse.ArgumentParser, words: Sequence[str], missing: set[str]
+) -> str | None:
+    known = _flags(parser, words)
+    strange = [word for word in words if word.partition("=")[0] not in known]
+    near = [word for word in strange if difflib.get_close_matches(word.partition("=")[0], missing)]
+    return _misspelt(near, missing)
 
 
 def add_runtime_flags(parser: Any) -> None:

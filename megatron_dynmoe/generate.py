@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dynmoe.command_line import add_runtime_flags, has_colors, number
+from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, has_colors, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -298,10 +298,9 @@ def _note(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_dynmoe.generate",
         description="Continue a text, and show how many experts each token used.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     prompt = parser.add_mutually_exclusive_group(required=True)

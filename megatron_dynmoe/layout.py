@@ -153,7 +153,7 @@ def check_layout(layout: Layout) -> None:
     if world % model:
         raise ValueError(
             f"the number of processes is {world}, which {_product(layout)} does not divide: use a "
-            f"multiple of {model} processes, or smaller parallel sizes."
+            f"multiple of {model} processes, or a smaller {_parallel_flags(layout)}."
         )
     _check_experts(layout)
     _check_pipeline(layout)
@@ -246,6 +246,15 @@ def _product(layout: Layout) -> str:
     names = ("tensor", "pipeline", "context")
     parts = " x ".join(f"{name} {getattr(layout, name)}" for name in names)
     return f"{parts} = {layout.model_size}"
+
+
+def _parallel_flags(layout: Layout) -> str:
+    flags = {
+        "--tensor-model-parallel-size": layout.tensor,
+        "--pipeline-model-parallel-size": layout.pipeline,
+        "--context-parallel-size": layout.context,
+    }
+    return " or ".join(flag for flag, size in flags.items() if size > 1)
 
 
 def _divisors(number: int, most: int) -> str:

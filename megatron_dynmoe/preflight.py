@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_dynmoe.arguments import PREFIX, naming_flags, resolved_from_args
-from megatron_dynmoe.command_line import in_one_line
+from megatron_dynmoe.command_line import RaisingParser
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.doctor.data import prefix_remedy
 from megatron_dynmoe.layout import Layout, check_layout
@@ -81,13 +80,8 @@ def check_flags(flags: Sequence[str]) -> None:
 
     from megatron_dynmoe.training.loop import add_flags
 
-    parser = add_flags(add_megatron_arguments(_Parser(allow_abbrev=False)))
+    parser = add_flags(add_megatron_arguments(RaisingParser(allow_abbrev=False)))
     parser.parse_args(list(flags))
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(in_one_line(self, message))
 
 
 def check_files(flags: Sequence[str]) -> None:

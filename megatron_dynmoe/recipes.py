@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from megatron_dynmoe.command_line import CommandParser
 
 FOLDER = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 SUFFIX = ".flags"
@@ -153,7 +154,7 @@ def _words(path: Path, within: tuple[Path, ...]) -> Iterator[str]:
 
 def main() -> None:
     """List recipes, or print the flags of one."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_dynmoe.recipes",
         description="Lists recipes and prints their flags.",
     )
@@ -185,7 +186,7 @@ def main() -> None:
 
             check_flags(flags)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     print(format_flags(flags))
 
 

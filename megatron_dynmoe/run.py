@@ -14,12 +14,14 @@ import runpy
 import signal
 import socket
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from megatron_dynmoe.command_line import RaisingParser, UsageError
 from megatron_dynmoe.host_names import settle_master_address
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -35,18 +37,17 @@ def refusing_plainly() -> Iterator[None]:
         raise
 
 
-class UsageError(ValueError):
-    """A command line that cannot be read: said in one line, by one rank, with exit code 2."""
-
-
 @contextmanager
 def ending_at_misuse() -> Iterator[None]:
-    """End the process with exit code 2 and one line if the command line cannot be read."""
+    """End the process with exit code 2 and one line if the command line cannot work.
+
+    One rank of each machine says it. torchrun speaks last, and says that line, too.
+    """
     try:
         yield
     except UsageError as error:
         tell_torchrun(error)
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -130,7 +131,10 @@ def main() -> None:
     prepare()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(script.resolve().parent))
-    runpy.run_path(str(script), run_name="__main__")
+    # Whatever parser the script has: Megatron's prints 1,500 lines of usage before an error.
+    ArgumentParser.error = RaisingParser.error  # type: ignore[method-assign, assignment]
+    with ending_at_misuse():
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 from megatron_dynmoe.host_names import leads_here, loopback, own_name
 
+_MISUSE = 2  # the exit code of a command line that cannot work
+
 # torchrun takes the default of each of its flags from such a variable.
 LOCAL_ADDRESS = "PET_LOCAL_ADDR"
 
@@ -83,6 +85,8 @@ def briefly(show: Callable[..., Any]) -> Callable[..., Any]:
                 if line and "\n" not in words:
                     end = f"torchrun: rank {rank} ended with exit code {failure.exitcode}"
                     sys.stderr.write(f"{end}: {line}\n")
+                    if failure.exitcode == _MISUSE:
+                        sys.exit(_MISUSE)  # in place of torchrun's 1
                     return
         show(kind, error, trace)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import CommandParser, number
 from study import corpus, document, fingerprint, results, runs
 from study.queue import Queue
 from study.variants import SIZES, VARIANTS, Size
@@ -159,10 +159,9 @@ def _processor() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m study",
         description="Train the study's runs that are not finished, and write its results.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "command",

@@ -402,14 +402,14 @@ def test_color_where_it_is_wanted(
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--prompt", "x", "--threshold", "1.5"], 2, "argument --threshold: 1.5: use 0 to 1"),
-        (["--prompt", "x", "--threshold", "nan"], 2, "argument --threshold: nan: use 0 to 1"),
-        (["--prompt", "x", "--threshold", "high"], 2, "invalid number value: 'high'"),
-        (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens: 0: use at least 1"),
+        (["--prompt", "x", "--threshold", "1.5"], 2, "--threshold is 1.5: use 0 to 1."),
+        (["--prompt", "x", "--threshold", "nan"], 2, "--threshold is nan: use 0 to 1."),
+        (["--prompt", "x", "--threshold", "high"], 2, "--threshold is 'high': give a number."),
+        (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens is 0: use at least 1."),
         (["--prompt", "x", "--max-experts-per-token", "9"], 1, "the model has 8 experts"),
         (["--prompt-file", "missing.txt"], 1, "missing.txt: No such file"),
         (["--prompt", "x", "--device", "abacus"], 1, "abacus"),
-        ([], 2, "one of the arguments --prompt --prompt-file is required"),
+        ([], 2, "give --prompt or --prompt-file."),
     ],
 )
 def test_bad_flags_are_named(

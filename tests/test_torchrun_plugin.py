@@ -14,7 +14,7 @@ from megatron_dynmoe.torchrun_plugin import briefly
 RANK = """
 import sys
 from torch.distributed.elastic.multiprocessing.errors import record
-from megatron_dynmoe.run import UsageError, refusing_plainly, tell_torchrun
+from megatron_dynmoe.run import UsageError, ending_at_misuse, refusing_plainly, tell_torchrun
 
 @record
 def main():
@@ -56,6 +56,13 @@ def test_a_rank_that_says_why_in_a_line_has_the_last_word(tmp_path, capsys, end,
     said, shown = seen(end, tmp_path, capsys)
     assert said == f"torchrun: rank 3 ended with exit code {code}: no such: flag\n"
     assert not shown
+
+
+def test_torchrun_ends_as_its_ranks_where_the_command_line_is_to_blame(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        seen("with ending_at_misuse(): raise UsageError('no such: flag')", tmp_path, capsys)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "torchrun: rank 3 ended with exit code 2: no such: flag\n"
 
 
 def test_a_stack_is_shown_as_ever(tmp_path, capsys) -> None:

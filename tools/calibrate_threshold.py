@@ -18,7 +18,7 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
+from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, number, thresholds
 from megatron_dynmoe.data.commands import add_key_flag
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
@@ -214,7 +214,7 @@ def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     parser.add_argument(
         "--data",

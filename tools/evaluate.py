@@ -16,7 +16,7 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import add_runtime_flags, number
+from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, number
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def _write(report: dict[str, Any], path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     parser.add_argument(
         "--tasks",

@@ -8,6 +8,7 @@ A test compares the files with what this would write.
 
 from pathlib import Path
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
@@ -105,5 +106,6 @@ def upstream_flags() -> str:
 DOCUMENTS = {"configuration.md": configuration, "upstream_flags.md": upstream_flags}
 
 if __name__ == "__main__":
+    CommandParser(description=__doc__).parse_args()
     for name, text in DOCUMENTS.items():
         (DOCS / name).write_text(text(), encoding="utf-8")

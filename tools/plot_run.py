@@ -4,7 +4,6 @@ Loss is drawn against tokens and against the floating-point operations that the 
 measured: a model that uses more experts per token moves to the right.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe import overlay
+from megatron_dynmoe.command_line import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "runs",
         type=Path,

@@ -1,14 +1,14 @@
 """Write summary.json and curves.png of a run, also one that is under way or was cut off."""
 
-import argparse
 import json
 from pathlib import Path
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.report import CURVES, SUMMARY, write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder that training was given as --run-dir")
     run = parser.parse_args().run
     try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.command_line import add_runtime_flags, number, thresholds
+from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, number, thresholds
 from megatron_dynmoe.data.commands import add_key_flag, add_reading_flags
 from megatron_dynmoe.data.records import Limits, Unreadable
 
@@ -225,11 +225,10 @@ def _named_file(text: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="See where a model's experts go: how many each token uses, in which layer, on "
         "which text, and which experts. Writes a folder with routing.json (every count), figures, "
         "and index.html to look at. docs/analysis.md shows one and says what each figure means.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",

@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.config import SETTINGS, DynMoEConfig
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Convert checkpoints between Megatron and Hugging Face, in one process and "
         "without a GPU. docs/huggingface.md says what each format can express."
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megatron_dynmoe.command_line import number
+from megatron_dynmoe.command_line import CommandParser, number
 from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 
@@ -94,10 +94,9 @@ def _usage(args: argparse.Namespace, prefixes: Sequence[str]) -> str:
 
 def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line of tools/train_tokenizer.py; exits with 0, 1 (error) or 2 (usage)."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="train_tokenizer.py",
         description="Train a SentencePiece BPE tokenizer on text: JSON lines, .txt or Parquet.",
-        allow_abbrev=False,
     )
     _add_input_flags(parser)
     parser.add_argument(
@@ -128,10 +127,9 @@ def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _preprocess_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="preprocess_data.py",
         description="Encode JSON lines, .txt or Parquet to Megatron's PREFIX_KEY_document files.",
-        allow_abbrev=False,
     )
     _add_input_flags(parser)
     group = parser.add_argument_group("tokenizer")

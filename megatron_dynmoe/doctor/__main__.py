@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check, data, guarded, machine, software
 from megatron_dynmoe.doctor.table import write_table
 from megatron_dynmoe.recipes import recipe_flags
@@ -49,11 +50,10 @@ def _report(checks: list[Check], as_json: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_dynmoe.doctor",
         description="Is this machine ready to train? Looks at software, GPUs, data and disk.",
         epilog="Exit code: 0 passed, warnings included; 1 something failed; 2 usage.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--data-path",

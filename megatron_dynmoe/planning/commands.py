@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megatron_dynmoe.command_line import CommandParser, UsageError
 from megatron_dynmoe.planning.gpus import GPUS
 
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             utilisation=args.utilisation,
             experts_per_token=args.experts_per_token,
         )
+    except UsageError as error:
+        parser.error(str(error))
     except ValueError as error:
         sys.exit(f"{parser.prog}: error: {error}")
     try:
@@ -51,12 +54,11 @@ def to_json(plan: Any) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="plan_run.py",
         usage="%(prog)s RECIPE --gpus N --gpu KIND [options] [flags of the training ...]",
         description="What a run takes, before it has a GPU: parameters, memory, FLOPs, hours.",
         epilog="Further flags override the recipe's. See docs/planning.md for what is exact.",
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name, or the path of a .flags file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")

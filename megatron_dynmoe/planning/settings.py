@@ -8,7 +8,8 @@ import math
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import NoReturn
+
+from megatron_dynmoe.command_line import RaisingParser
 
 
 def read_args(flags: Sequence[str]) -> Namespace:
@@ -54,11 +55,6 @@ def read_args(flags: Sequence[str]) -> Namespace:
     return args
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 @functools.cache
 def _parser() -> ArgumentParser:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -68,5 +64,5 @@ def _parser() -> ArgumentParser:
 
         from megatron_dynmoe.arguments import add_dynmoe_args
         from megatron_dynmoe.training import run_directory
-    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser = RaisingParser(allow_abbrev=False, add_help=False)
     return run_directory.add_flag(add_dynmoe_args(add_megatron_arguments(parser)))

@@ -6,12 +6,44 @@ Sizes and the number of processes are checked by :mod:`megatron_dynmoe.layout`, 
 from __future__ import annotations
 
 import importlib.util
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from megatron_dynmoe.backends.choice import has_transformer_engine
+from megatron_dynmoe.command_line import LARGEST, number
 from megatron_dynmoe.layout import Layout, check_layout
 
+# Numbers below these make no sense anywhere, and upstream looks at few of them: it divides by them,
+# or trains with them. All others are from 0, but those that mean something below it.
+_FROM_1 = (
+    *("ffn_hidden_size", "moe_ffn_hidden_size", "kv_channels", "num_query_groups", "rotary_base"),
+    *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "moe_router_topk"),
+    *("global_batch_size", "eval_global_batch_size", "eval_micro_batch_size"),
+    *("recompute_num_layers", "lr_decay_iters", "lr_decay_samples"),
+    "distributed_timeout_minutes",
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("num_dataset_builder_threads", "dist_ckpt_workers", "num_distributed_optimizer_instances"),
+)
+_BELOW_0 = (
+    *("local_rank", "async_ckpt_cpu_priority", "async_ckpt_io_priority", "null_tokenizer_eod_id"),
+    *("glu_linear_offset", "moe_router_force_biased", "fp8_margin", "logging_level"),
+)
+_TO_1 = (
+    *("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lion_beta1"),
+    *("lion_beta2", "rotary_percent", "lr_warmup_fraction", "sgd_momentum", "muon_momentum"),
+)
+_BETAS = ("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2")
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
+
+
+def bound_numbers(parser: ArgumentParser) -> None:
+    """Have a parser of Megatron's refuse numbers that make no sense, NaN and infinities."""
+    for action in parser._actions:
+        is_signed = isinstance(action.default, int | float) and action.default < 0
+        if action.type not in (int, float) or is_signed or action.dest in _BELOW_0:
+            continue
+        high = 1 if action.dest in _TO_1 else LARGEST
+        action.type = number(action.type, int(action.dest in _FROM_1), high)
 
 
 def check_arguments(args: Namespace) -> None:
@@ -31,6 +63,16 @@ def check_arguments(args: Namespace) -> None:
         if args.context_parallel_size == 1 or has_transformer_engine():
             check_layout(Layout.from_args(args))
     _check_schedule(args)
+    if isinstance(args.moe_layer_freq, int) and args.moe_layer_freq < 1:
+        raise ValueError(
+            f"--moe-layer-freq is {args.moe_layer_freq}: every how many layers has experts? Give a "
+            "whole number from 1, or leave out --num-experts for a dense model."
+        )
+    for name in _BETAS:
+        if (beta := getattr(args, name)) >= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {beta}: use a number from 0 and below 1."
+            )
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--wandb-project is {args.wandb_project}, and the package wandb is not installed: "
@@ -66,11 +108,50 @@ def _check_sizes(args: Namespace) -> None:
             f"--max-position-embeddings is {found}, and --seq-length is {args.seq_length}: give "
             f"{args.seq_length} positions or more."
         )
+    width, tensor = args.ffn_hidden_size, args.tensor_model_parallel_size
+    if args.swiglu and args.bias_swiglu_fusion and width and (width // tensor) % 2:
+        raise ValueError(
+            f"--ffn-hidden-size is {width}, which Megatron's fused --swiglu cannot halve on each "
+            f"of {tensor} tensor-parallel ranks: use a multiple of {2 * tensor}, or add "
+            "--no-bias-swiglu-fusion."
+        )
     heads = args.num_attention_heads
     if args.kv_channels is None and args.hidden_size % heads:
         raise ValueError(
             f"--hidden-size is {args.hidden_size}, which --num-attention-heads {heads} does not "
             "divide: change one, or give the size of a head with --kv-channels."
+        )
+
+    _check_rotary(args)
+
+
+def _check_rotary(args: Namespace) -> None:
+    """A head of another size fails in the first step, where upstream cuts it into pairs."""
+    if args.multi_latent_attention or args.position_embedding_type not in ("rope", "yarn"):
+        return
+    head = args.kv_channels or args.hidden_size // args.num_attention_heads
+    turned = int(head * args.rotary_percent)
+    if turned % 2:
+        given = f"--kv-channels is {args.kv_channels}"
+        if args.kv_channels is None:
+            given = f"--hidden-size is {args.hidden_size} of {args.num_attention_heads} heads"
+        raise ValueError(
+            f"{given} with --rotary-percent {args.rotary_percent:g}, which turns {turned} numbers "
+            "of each head: rotary positions turn pairs, so change one, or give --kv-channels."
+        )
+
+
+def check_top_k(args: Namespace) -> None:
+    """Refuse more experts for each token than there are; of stock top-k alone.
+
+    Raises:
+        ValueError: names both flags and their values.
+    """
+    k, experts = args.moe_router_topk, args.num_experts
+    if experts and k > experts:
+        raise ValueError(
+            f"--moe-router-topk is {k} (2 if it is not given), and --num-experts is {experts}: a "
+            f"token can use {experts} at most."
         )
 
 

@@ -6,10 +6,11 @@ import re
 import shlex
 import sys
 import time
-import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -17,6 +18,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe.arguments import (
@@ -26,14 +28,13 @@ from megatron_dynmoe.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.backends import choice
-from megatron_dynmoe.command_line import in_one_line
+from megatron_dynmoe.command_line import RaisingParser, UsageError
 from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.metrics import PREFIX, summarize
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
-from megatron_dynmoe.run import UsageError, refusing_plainly
 from megatron_dynmoe.training import (
     checkpoint_load,
     checkpoints,
@@ -41,12 +42,13 @@ from megatron_dynmoe.training import (
     run_directory,
     signals,
 )
-from megatron_dynmoe.training.argument_checks import check_arguments
+from megatron_dynmoe.training.argument_checks import bound_numbers, check_arguments, check_top_k
 from megatron_dynmoe.training.checkpoint_settings import agree_with_checkpoint
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
+from megatron_dynmoe.training.upstream_refusals import in_flags
 from megatron_dynmoe.upstream_flags import (
     check_query_groups,
     check_upstream_settings,
@@ -77,11 +79,11 @@ def train(program_start: float) -> None:
     """Train as the command line says.
 
     Raises:
-        ValueError: a setting makes no sense; before anything is built.
+        UsageError: a setting makes no sense; before the first step.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.leaving_nothing_before_a_step():
-        with refusing_plainly():
+        with _refusing_in_flags():
             args, resolved = parse_command_line()
             model_config = gpt_config_from_args(args)
             with naming_flags(args):
@@ -103,7 +105,7 @@ def _build_and_train(
             for line in describe(settled, model_config.transformer, args):
                 print(line, flush=True)
     try:
-        with run_directory.keeping(args, settled.dynmoe, program_start):
+        with run_directory.keeping(args, settled.dynmoe, program_start), _refusing_in_flags():
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
@@ -121,6 +123,19 @@ def _build_and_train(
         signals.exit_as_told(reason)
     if not args.skip_train:
         notices.say_how_to_go_on(args)
+
+
+@contextmanager
+def _refusing_in_flags() -> Iterator[None]:
+    """Say in one line, of the flags, why a run is refused; ends with the first step."""
+    try:
+        yield
+    except Exception as error:
+        parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+        refusal = in_flags(error, parser, sys.argv[1:])
+        if refusal is None:
+            raise
+        raise UsageError(refusal) from None
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
@@ -161,6 +176,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         check_query_groups(args)
         if dynmoe.is_dynamic:
             check_upstream_settings(args)
+        else:
+            check_top_k(args)
         with naming_flags(args):
             resolved = dynmoe.resolve(args.num_experts)
         checkpoint_load.check_paths(args)
@@ -171,11 +188,6 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     megatron_arguments.validate_args = validate_all
     try:
         args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
-    except AssertionError as error:
-        condition = _in_flags(error)
-        if str(error) or "--" not in condition:
-            raise
-        raise ValueError(f"Megatron refuses these flags: it requires: {condition}.") from None
     finally:
         megatron_arguments.validate_args = validate
     if not found:
@@ -186,20 +198,14 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
     return args, found[0]
 
 
-def _in_flags(error: AssertionError) -> str:
-    """The condition that upstream asserts of its arguments, said of the flags."""
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    condition = line.removeprefix("assert ").rstrip(" \\")
-    named = re.sub(r"\bargs\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), condition)
-    return named.replace(" is not None", " is given").replace(" is None", " is not given")
-
-
 def add_flags(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags of this entry point to Megatron's, and ``@FILE`` for flags in a file."""
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
-    parser.error = partial(_refuse_words, parser)  # type: ignore[method-assign]
+    # In place of argparse's, which prints 1,500 lines of usage before the error.
+    parser.error = partial(RaisingParser.error, parser)  # type: ignore[method-assign, arg-type]
+    bound_numbers(parser)
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = _words_of_line  # type: ignore[method-assign]
     for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
@@ -219,11 +225,6 @@ def _words_of_line(line: str) -> list[str]:
             "$(python -m megatron_dynmoe.recipes FILE) in place of @FILE."
         )
     return words
-
-
-def _refuse_words(parser: ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's, which prints 1,500 lines of usage before the error."""
-    raise UsageError(in_one_line(parser, message)) from None
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

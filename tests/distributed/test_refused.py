@@ -1,4 +1,4 @@
-"""What cannot work ends at start-up, with one ValueError that names flag, reason and remedy."""
+"""What cannot work ends at start-up, with one line that names flag, reason and remedy."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_a_mistake_is_named_at_start_up(results: Results, flags: str) -> None:
     result = results.any(CASES[flags])
     assert result.error, f"{flags} was accepted"
     message = result.error.strip().splitlines()[-1]
-    assert message.startswith("ValueError: "), message
+    assert message.startswith("UsageError: "), message
     for part in (flags.split()[0], *MISTAKES[flags]):
         assert part in message
     assert result.ranks[0]["steps"] == []

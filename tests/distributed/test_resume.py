@@ -249,7 +249,7 @@ def test_another_schedule_takes_the_optimizers_state_along(results: Results, nam
 def test_what_the_checkpoint_has_otherwise_is_refused_by_name(results: Results, flags: str) -> None:
     result = results.any(REFUSALS[flags])
     message = (result.error or "it was accepted").strip().splitlines()[-1]
-    assert re.match(f"ValueError: {REFUSED[flags]}", message), message
+    assert re.match(f"UsageError: {REFUSED[flags]}", message), message
     assert result.ranks[0]["steps"] == []
 
 

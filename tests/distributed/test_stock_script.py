@@ -28,6 +28,7 @@ WITH_SETTINGS = {
 DYNAMIC = stock("dynamic", 2, f"{EP2} {SPEC}", **WITH_SETTINGS)
 TOP_K = stock("top_k", 2, EP2)
 NO_SETTINGS = stock("no_settings", 1, SPEC)
+MISSPELT = stock("misspelt", 1, "--hiden-size 32")
 MISTAKE = stock("mistake", 1, f"{SPEC} --moe-expert-capacity-factor 1.0", **WITH_SETTINGS)
 
 
@@ -43,6 +44,12 @@ def test_a_script_without_the_spec_stays_stock(results: Results) -> None:
     result = results[TOP_K]
     assert result.losses[-1] < result.losses[0]
     assert result.finalized == []
+
+
+def test_a_misspelt_flag_is_one_line(results: Results) -> None:
+    message = results.any(MISSPELT).error
+    assert message == "UsageError: there is no flag --hiden-size: did you mean --hidden-size?"
+    assert "usage:" not in results.any(MISSPELT).log()
 
 
 def test_the_spec_needs_settings(results: Results) -> None:

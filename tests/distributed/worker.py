@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore
 
+from megatron_dynmoe.command_line import UsageError
+
 # For other processes, while they work on other cases: the first one of a case to be free waits
 # until the last one is. A rank that dies is noticed at once.
 PATIENCE = timedelta(minutes=30)
@@ -153,7 +155,9 @@ def _run(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
                 stack.enter_context(_find(hook)(recorder))
             _find(case["entry"])()
     except SystemExit as exit:  # how Megatron's loop ends at --exit-interval
-        if exit.code:
+        if isinstance(exit.__context__, UsageError):
+            recorder.result["error"] = f"UsageError: {exit.__context__}"
+        elif exit.code:
             recorder.result["error"] = traceback.format_exc()
     except Exception:
         recorder.result["error"] = traceback.format_exc()

@@ -9,7 +9,6 @@ is not flat. ``--leak`` puts a fault in, to see that it is found.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy
 import psutil
 
+from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.progress_lines import progress_of
 from megatron_dynmoe.report import Series, read_scalars
 
@@ -93,7 +93,7 @@ class Window:
 
 def main() -> None:
     """Train, watch, judge."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
+    parser = CommandParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=int, default=20)
     parser.add_argument("--leak", choices=LEAKS, help="put a fault in, to see that it is found")
     args = parser.parse_args()

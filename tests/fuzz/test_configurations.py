@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 
 from megatron_dynmoe.config import DynMoEConfig
 from tests.fuzz.command_lines import CommandLine, command_lines
-from tests.fuzz.trial import judge, parse
+from tests.fuzz.mistyped import mistyped
+from tests.fuzz.trial import A_RESULT, Outcome, judge, parse, strictly
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFIX = "--moe-dynamic-"
@@ -19,8 +21,9 @@ PREFIX = "--moe-dynamic-"
 @pytest.mark.distributed
 @pytest.mark.megatron
 @pytest.mark.slow
-def test_random_command_lines_train_or_are_refused() -> None:
-    command = [sys.executable, "-m", "tests.fuzz", "--cases", "25", "--seed", "7"]
+@pytest.mark.parametrize("mode", [(), ("--mistyped",)], ids=["any", "mistyped"])
+def test_random_command_lines_train_or_are_refused(mode: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "25", "--seed", "7", *mode]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
@@ -69,7 +72,8 @@ OURS, THEIRS = "megatron_dynmoe.config", "megatron.training.arguments"
         ("KeyError", "'routing'", OURS, 0, "FAILED: KeyError from megatron_dynmoe.config"),
         ("AssertionError", "", THEIRS, 0, "refused by upstream"),
         ("TypeError", "NoneType", THEIRS, 0, f"FAILED: TypeError from {THEIRS}"),
-        ("SystemExit", "2", "argparse", 0, "refused by upstream"),
+        ("UsageError", "Megatron refuses these: --lr", OURS, 0, "refused by upstream"),
+        ("UsageError", "--lr is 0: use 1", OURS, 0, "refused by us"),
         ("SystemExit", "1", "argparse", 0, "FAILED: SystemExit from argparse"),
         ("SystemExit", "16", THEIRS, 1, "refused by upstream"),
         ("SystemExit", "1", THEIRS, 1, "FAILED: after a step"),
@@ -83,3 +87,25 @@ def test_what_counts_as_a_failure(
     outcome = judge(LINE, result | {"in_step": False, "on_purpose": False})
     assert outcome.kind == kind
     assert judge(LINE, result | {"in_step": True, "on_purpose": True}).failed
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "is_plain"),
+    [
+        ("trained", "2 steps", True),
+        ("refused by us", "UsageError: --num-experts is 0: use 1", True),
+        ("refused by us", "UsageError: --lr is 0: use 1", False),  # it is not in the line
+        ("refused by us", "UsageError: --num-experts-x is 0: use 1", False),
+        ("refused by us", "UsageError: --num-experts is 0:\nuse 1", False),
+        ("refused by upstream", "AssertionError: --num-experts is 0", False),  # a traceback
+        ("refused by upstream", A_RESULT, True),
+    ],
+)
+def test_what_is_plain(kind: str, message: str, is_plain: bool) -> None:
+    assert strictly(Outcome(kind, message), LINE).failed is not is_plain
+
+
+def test_mistyped_lines_differ_and_can_be_made_again() -> None:
+    lines = [str(mistyped(Random(f"7 {case}"))) for case in range(50)]
+    assert len(set(lines)) == 50
+    assert lines == [str(mistyped(Random(f"7 {case}"))) for case in range(50)]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_dynmoe.command_line import UsageError
 from megatron_dynmoe.config import SETTINGS
 from tests.fuzz.command_lines import CommandLine
 from tests.ports import reserved_port
@@ -30,9 +31,9 @@ GRACE = 3.0
 PACKAGE = "megatron_dynmoe"
 # What upstream refuses on purpose it says by one of these, or by a statement that raises.
 UPSTREAM_REFUSALS = ("AssertionError", "ValueError", "NotImplementedError", "ImportError")
-USAGE = 2  # argparse's exit status
 # Those of upstream's rerun state machine, at a loss that is NaN: what a learning rate may do.
 NOT_FINITE = ("16", "17")
+A_RESULT = "a result that is not finite"
 
 
 class Outcome(NamedTuple):
@@ -123,6 +124,9 @@ def _train(line: CommandLine, rank: int) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": steps}
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return result
+    if isinstance(error, SystemExit) and isinstance(error.__context__, UsageError):
+        refusal = {"error": "UsageError", "message": str(error.__context__), "origin": PACKAGE}
+        return result | refusal | {"on_purpose": True, "in_step": False}
     walked = list(traceback.walk_tb(error.__traceback__))
     frames = [frame for frame, _ in walked]
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
@@ -168,20 +172,31 @@ def judge(line: CommandLine, result: dict[str, Any]) -> Outcome:
     if result["in_step"]:
         return Outcome("FAILED: in a step", message)
     if error == "SystemExit" and result["message"] in NOT_FINITE:
-        return Outcome("refused by upstream", "a result that is not finite")
+        return Outcome("refused by upstream", A_RESULT)
     if steps:
         return Outcome("FAILED: after a step", message)
-    if error == "SystemExit" and result["message"] == str(USAGE):
-        return Outcome("refused by upstream", "argparse")
     if result["origin"].split(".")[0] == PACKAGE:
-        if error != "ValueError":
+        if error not in ("ValueError", "UsageError"):
             return Outcome(f"FAILED: {error} from {result['origin']}", message)
         if not _names_a_field(result["message"]):
             return Outcome("FAILED: names no flag", message)
-        return Outcome("refused by us", message)
+        by_us = not result["message"].startswith("Megatron refuses")
+        return Outcome("refused by us" if by_us else "refused by upstream", message)
     if error not in UPSTREAM_REFUSALS and not result["on_purpose"]:
         return Outcome(f"FAILED: {error} from {result['origin']}", message)
     return Outcome("refused by upstream", message)
+
+
+def strictly(outcome: Outcome, line: CommandLine) -> Outcome:
+    """The same, but a refusal has to be one line that names a flag of the command line."""
+    if not outcome.kind.startswith("refused") or outcome.message == A_RESULT:
+        return outcome
+    if not outcome.message.startswith("UsageError"):
+        return Outcome("FAILED: not in plain words", outcome.message)
+    typed = {flag for flag, _ in line.flags}
+    if "\n" in outcome.message or not typed & set(re.findall(r"--[\w-]*\w", outcome.message)):
+        return Outcome("FAILED: names no flag that was typed", outcome.message)
+    return outcome
 
 
 def _names_a_field(message: str) -> bool:

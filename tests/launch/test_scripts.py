@@ -262,7 +262,7 @@ def test_a_mistake_is_found_before_the_job_is_submitted(bash, arguments, message
 def test_a_misspelt_flag_is_found_before_the_job_is_submitted(bash):
     script, settings = str(LAUNCH / "pretrain_dtop_p.sh"), "DEVICE=cpu"
     answer = bash("submit.sh", script, "smoke", "--clip-grads", "1", settings=settings)
-    assert answer.returncode == 1 and "sbatch" not in answer.stdout
+    assert answer.returncode == 2 and "sbatch" not in answer.stdout
     assert "CUDA" not in answer.stderr  # of a login node without GPUs
     assert answer.stderr.startswith(
         "error: there is no flag --clip-grads: did you mean --clip-grad?"
@@ -299,7 +299,7 @@ def test_a_dry_run_checks_and_shows_what_it_would_submit(bash):
     assert shown.rstrip().endswith(f"sbatch -N 2 {script} smoke")
     assert "--dry-run" not in shown
     wrong = submit(bash, "--dry-run", script, "smoke", "--micro-batch-size", "7")
-    assert wrong.returncode == 1 and "--micro-batch-size 7" in wrong.stderr
+    assert wrong.returncode == 2 and "--micro-batch-size 7" in wrong.stderr
 
 
 @pytest.mark.parametrize("script", ["submit.sh", "local.sh"])

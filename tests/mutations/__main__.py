@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_dynmoe.command_line import CommandParser
 from tests.mutations.planted import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test has run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser = CommandParser(prog="python -m tests.mutations", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; default: all")
     parser.add_argument("--whole", action="store_true", help="the whole suite against each")

@@ -116,8 +116,6 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --num-experts 12 "
          "--expert-model-parallel-size 5", "--num-experts is 12"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --global-batch-size 30", "--global-batch-size is 30"),
-        ("dtop_p_16e --gpus 8 --gpu a800-80g --num-layer 3", "--num-layer"),
-        ("dtop_p_16e --gpus 8 --gpu a800-80g --bf16 yes", "yes"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --recompute-granularity full", "recompute-method is"),
         ("moe_top2 --gpus 8 --gpu a800-80g --moe-router-topk 17", "--moe-router-topk is 17"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-layer-freq [0,1]", "2 entries for 24 layers"),
@@ -136,6 +134,18 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
 def test_mistakes_are_told(capsys, command, words):
     code, _, error = run(capsys, command)
     assert code == 1 and words in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--num-layer 3", "there is no flag --num-layer: did you mean --num-layers?"),
+        ("--rotary-percent high", "--rotary-percent is 'high': give a number."),
+    ],
+)
+def test_a_flag_of_the_training_is_misuse_like_one_of_its_own(capsys, flags, says):
+    code, _, error = run(capsys, f"dtop_p_16e --gpus 8 --gpu a800-80g {flags}")
+    assert code == 2 and error == f"plan_run.py: error: {says}\n"
 
 
 @pytest.mark.parametrize("command", ["", "dtop_p_16e", "dtop_p_16e --gpus 8 --gpu v100"])

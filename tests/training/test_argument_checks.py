@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_what_a_run_needs_is_named(flag, monkeypatch):
         ("--global-batch-size 3", 1, ("--global-batch-size is 3", "--micro-batch-size 2", "4")),
         ("--micro-batch-size 0", 1, ("--micro-batch-size is 0",)),
         ("--expert-model-parallel-size 3", 3, ("--num-experts is 8", "size 3", "1, 2")),
-        ("--expert-model-parallel-size 0", 1, ("--expert-model-parallel-size is 0", "1 or more")),
+        ("--expert-model-parallel-size 0", 1, ("--expert-model-parallel-size is 0", "at least 1")),
         ("--tensor-model-parallel-size 8 --sequence-parallel", 8, ("heads is 4", "size 8")),
         ("--tensor-model-parallel-size 2", 2, ("with experts", "--sequence-parallel")),
         ("--pipeline-model-parallel-size 3", 3, ("--num-layers is 4", "size 3")),
@@ -62,6 +62,8 @@ def test_what_a_run_needs_is_named(flag, monkeypatch):
         ("--hidden-size 30", 1, ("--hidden-size is 30", "--num-attention-heads 4")),
         ("--lr-warmup-iters 10", 1, ("--lr-warmup-iters is 10", "--train-iters (10)")),
         ("--lr-warmup-iters 5 --lr-decay-iters 5", 1, ("--lr-decay-iters (5)",)),
+        ("--moe-layer-freq 0", 1, ("--moe-layer-freq is 0", "from 1")),
+        ("--adam-beta2 1", 1, ("--adam-beta2 is 1.0", "below 1")),
         ("--rampup-batch-size 2 2 8", 1, ("is 2 2 8", "--step-batch-size-schedule")),
     ],
 )
@@ -71,6 +73,58 @@ def test_what_does_not_fit_is_said_with_both_values(flags, world_size, parts):
     assert "\n" not in str(refused.value)
     for part in parts:
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--lr", "nan", "at least 0"),
+        ("--lr", "-1e-3", "at least 0"),
+        ("--adam-beta2", "1.5", "0 to 1"),
+        ("--hidden-dropout", "inf", "0 to 1"),
+        ("--tensor-model-parallel-size", "0", "at least 1"),
+        ("--make-vocab-size-divisible-by", "0", "at least 1"),
+        ("--distributed-timeout-minutes", "0", "at least 1"),
+        ("--moe-aux-loss-coeff", "-0.1", "at least 0"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_with_what_is_allowed(flag, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{flag} is {value}: use {allowed}\.$"):
+        check(f"{flag}={value}")
+
+
+def test_what_means_something_below_0_passes():
+    check("--null-tokenizer-pad-id=-1 --glu-linear-offset=-1.5 --fp8-margin=-1")
+
+
+def test_a_gated_layer_that_cannot_be_halved():
+    with pytest.raises(ValueError, match=r"--ffn-hidden-size is 65, .* use a multiple of 2, or"):
+        check("--swiglu --ffn-hidden-size 65")
+    check("--swiglu --ffn-hidden-size 65 --no-bias-swiglu-fusion")
+    check("--ffn-hidden-size 65")
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--hidden-size 12", "--hidden-size is 12 of 4 heads"),
+        ("--kv-channels 7", "--kv-channels is 7 with --rotary-percent 1"),
+        ("--kv-channels 6 --rotary-percent 0.5", "--rotary-percent 0.5, which turns 3 numbers"),
+    ],
+)
+def test_a_head_that_rotary_positions_cannot_turn(flags, part):
+    with pytest.raises(ValueError, match=part):
+        check(f"{flags} --position-embedding-type rope")
+    check(f"{flags} --position-embedding-type none")
+
+
+def test_more_experts_for_a_token_than_there_are():
+    from megatron_dynmoe.training.argument_checks import check_top_k
+
+    with pytest.raises(ValueError, match=r"--moe-router-topk is 2 .*--num-experts is 1: .* 1 at"):
+        check_top_k(Namespace(moe_router_topk=2, num_experts=1))
+    check_top_k(Namespace(moe_router_topk=2, num_experts=2))
+    check_top_k(Namespace(moe_router_topk=2, num_experts=None))
 
 
 def test_wandb_without_its_package(monkeypatch):
