@@ -76,7 +76,7 @@ def test_a_missing_tokenizer_is_named(tmp_path, data):
         ("--clip-grads 1", "no flag --clip-grads: did you mean --clip-grad?"),
         ("--qqq", "no flag --qqq: look for it in --help"),
         ("--bf16 yes", "yes belongs to no flag"),
-        ("--lr fast", "--lr: invalid float value: 'fast'"),
+        ("--lr fast", "--lr is 'fast': give a number"),
     ],
 )
 def test_flags_are_those_of_the_training(change, message):
