@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.control import (
     PIController,
     default_gains,
@@ -26,6 +25,7 @@ from megatron_dynmoe.control import (
     plant_slope,
 )
 from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_LOOP_GAIN
+from megatron_dynmoe.settings.command_line import CommandParser
 
 GRANULARITIES = ((16, 2), (64, 8), (128, 16))
 SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)

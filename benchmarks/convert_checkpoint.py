@@ -22,10 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
+from megatron_dynmoe.settings.command_line import CommandParser
 
 RESULTS = measure.RESULTS / "convert_checkpoint.csv"
 PAPER = {

@@ -42,7 +42,7 @@ from benchmarks.layer_providers import (
     start_megatron,
 )
 from benchmarks.logits import normal_logits, read_logits, trained_logits
-from megatron_dynmoe.command_line import CommandParser
+from megatron_dynmoe.settings.command_line import CommandParser
 
 PACKAGES = ("torch", "megatron-core")
 

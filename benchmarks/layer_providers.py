@@ -163,10 +163,10 @@ def _provider(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.model.prepare import prepare_training
     from megatron_dynmoe.model.settled import settle_run
     from megatron_dynmoe.model.spec import layer_spec
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
     loss, coefficient = BALANCE_LOSS
     dynmoe = DynMoEConfig(backend=backend)

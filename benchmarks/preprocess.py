@@ -26,9 +26,9 @@ from sentencepiece import SentencePieceProcessor
 
 from benchmarks import measure
 from benchmarks.text import corpus
-from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
+from megatron_dynmoe.settings.command_line import CommandParser
 
 RESULTS = measure.RESULTS / "preprocess.csv"
 THREADS = 2

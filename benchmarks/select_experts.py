@@ -29,10 +29,10 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from benchmarks import measure
 from benchmarks.logits import normal_logits, read_logits, trained_logits
 from megatron_dynmoe import kernels
-from megatron_dynmoe.command_line import CommandParser
 from megatron_dynmoe.control.calibrate import threshold_for_target
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.settings.command_line import CommandParser
 
 TARGETS = {16: 2, 64: 8, 128: 16, 256: 16}  # mean experts per token; stock's k
 STOCK, OURS = "stock top-k", "ours"

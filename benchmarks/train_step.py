@@ -50,8 +50,8 @@ from benchmarks.training import (
     timed_step,
 )
 from benchmarks.training import step as train_one_step
-from megatron_dynmoe.command_line import CommandParser
-from megatron_dynmoe.run import ending_at_misuse
+from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.exits import ending_at_misuse
 
 BACKENDS = ("local", "torch_native")
 ROUTINGS = ("top_k", "dtop_p")
@@ -122,7 +122,7 @@ def in_turns(
     torch.set_num_threads(options.threads)
     prepare()  # before anything of Megatron's is imported
     from benchmarks.step_profile import profiled_step
-    from megatron_dynmoe.metrics import floating_point_operations
+    from megatron_dynmoe.runs.metrics import floating_point_operations
 
     args = start_megatron(options.model, options.run, extra)
     world = int(os.environ["WORLD_SIZE"])

@@ -137,10 +137,10 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
     )
     from megatron.training.training import setup_model_and_optimizer
 
-    from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.model.prepare import prepare_training
     from megatron_dynmoe.model.settled import settle_run
     from megatron_dynmoe.model.spec import layer_spec
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
     loss, coefficient = BALANCE_LOSS
     args, dynmoe = copy.copy(args), DynMoEConfig(backend=backend)

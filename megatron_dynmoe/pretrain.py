@@ -18,7 +18,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_dynmoe.run import ending_at_misuse, prepare
+from megatron_dynmoe.run import prepare
+from megatron_dynmoe.settings.exits import ending_at_misuse
 
 
 @record  # so that torchrun, which speaks last, repeats what a rank died of

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m megatron_dynmoe.run pretrain_gpt.py FLAGS
 
 One process needs no launcher: plain ``python -m`` does. On a machine with CUDA only the patches of
-:mod:`megatron_dynmoe.compat` are applied.
+:mod:`megatron_dynmoe.upstream.patches` are applied.
 """
 
 from __future__ import annotations
@@ -15,53 +15,13 @@ import signal
 import socket
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-from megatron_dynmoe.command_line import RaisingParser, UsageError
-from megatron_dynmoe.host_names import settle_master_address
+from megatron_dynmoe.jobs.host_names import settle_master_address
+from megatron_dynmoe.settings.command_line import RaisingParser
+from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-
-
-@contextmanager
-def refusing_plainly() -> Iterator[None]:
-    """Let a refusal be the last thing seen: it says what to do, and a stack would bury it."""
-    try:
-        yield
-    except ValueError:
-        sys.tracebacklimit = 0
-        raise
-
-
-@contextmanager
-def ending_at_misuse() -> Iterator[None]:
-    """End the process with exit code 2 and one line if the command line cannot work.
-
-    One rank of each machine says it. torchrun speaks last, and says that line, too.
-    """
-    try:
-        yield
-    except UsageError as error:
-        tell_torchrun(error)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def tell_torchrun(error: Exception) -> None:
-    """Have torchrun, which speaks last, say this of the rank in one line.
-
-    See :mod:`megatron_dynmoe.torchrun_plugin` for how.
-    """
-    try:
-        raise error from None
-    except Exception as raised:
-        raised.with_traceback(None)
-        get_error_handler().record_exception(raised)
 
 
 def prepare() -> None:
@@ -82,9 +42,9 @@ def prepare() -> None:
             settle_master_address()
     if is_on_cpu:
         cpu.install()
-    from megatron_dynmoe import compat
+    from megatron_dynmoe.upstream import patches
 
-    compat.install()
+    patches.install()
 
 
 def _be_a_world_of_one() -> None:

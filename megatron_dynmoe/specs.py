@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from megatron.training import get_args, print_rank_0
 
-from megatron_dynmoe.arguments import adopt_upstream_balance_loss, config_from_environment
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
+from megatron_dynmoe.settings.arguments import adopt_upstream_balance_loss, config_from_environment
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from megatron_dynmoe.host_names import leads_here, loopback, own_name
+from megatron_dynmoe.jobs.host_names import leads_here, loopback, own_name
 
 _MISUSE = 2  # the exit code of a command line that cannot work
 

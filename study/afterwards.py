@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe import calibration
 from megatron_dynmoe.analysis.report import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import to_hf
-from megatron_dynmoe.files import replace_file
-from megatron_dynmoe.huggingface import load
-from megatron_dynmoe.report import CHECKPOINTS
+from megatron_dynmoe.runs.folder import CHECKPOINTS
+from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.use import calibrate as calibration
+from megatron_dynmoe.use import load
 from study.corpus import Corpus
 from study.fingerprint import ROOT
 from study.runs import Run

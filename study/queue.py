@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from megatron_dynmoe.progress_lines import progress_of, shorten
+from megatron_dynmoe.runs.progress_lines import progress_of, shorten
 from study.corpus import Corpus
 from study.runs import ERRORS, LOG, Run, start
 from study.variants import Size

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dynmoe import overlay, report
-from megatron_dynmoe.files import replace_file
+from megatron_dynmoe.runs import overlay, report
+from megatron_dynmoe.storage.atomic import replace_file
 from study.runs import Run
 
 # Shares of the target, the two bands that control engineering settles in: a count is held from a

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.attempts import FINISHED
-from megatron_dynmoe.files import TRACKER
-from megatron_dynmoe.report import CHECKPOINTS
+from megatron_dynmoe.runs.folder import CHECKPOINTS, FINISHED
+from megatron_dynmoe.storage.megatron_names import TRACKER
 from study import fingerprint
 from study.corpus import Corpus
 from study.variants import VARIANTS, Size, Variant, training_flags

@@ -18,8 +18,13 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, number, thresholds
-from megatron_dynmoe.data.commands import add_key_flag
+from megatron_dynmoe.cli.data import add_key_flag
+from megatron_dynmoe.settings.command_line import (
+    CommandParser,
+    add_runtime_flags,
+    number,
+    thresholds,
+)
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
 
@@ -36,8 +41,8 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from megatron_dynmoe import calibration
-    from megatron_dynmoe.huggingface.load import (
+    from megatron_dynmoe.use import calibrate as calibration
+    from megatron_dynmoe.use.load import (
         be_quiet,
         check_ids,
         default_device,
@@ -120,8 +125,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
     """Into the model's own folder, or into a full copy that appears when it is complete."""
-    from megatron_dynmoe.calibration import write_calibration
-    from megatron_dynmoe.conversion.folder import new_folder
+    from megatron_dynmoe.storage.atomic import new_folder
+    from megatron_dynmoe.use.calibrate import write_calibration
 
     record = (found, args.max_experts_per_token, _data_name(args.data))
     if args.in_place:

@@ -6,7 +6,7 @@ from pathlib import Path
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.conversion.commands import main
+from megatron_dynmoe.cli.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from typing import Any
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.command_line import CommandParser, add_runtime_flags, number
+from megatron_dynmoe.settings.command_line import CommandParser, add_runtime_flags, number
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_dynmoe.evaluate import evaluate, load_tasks
-    from megatron_dynmoe.huggingface import load
+    from megatron_dynmoe.use import load
+    from megatron_dynmoe.use.evaluate import evaluate, load_tasks
 
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder for it: create it")

@@ -8,16 +8,16 @@ A test compares the files with what this would write.
 
 from pathlib import Path
 
-from megatron_dynmoe.command_line import CommandParser
-from megatron_dynmoe.config import SETTINGS, DynMoEConfig
-from megatron_dynmoe.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
+from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 CONFIGURATION = """\
 # Configuration
 
-Written by `tools/generate_docs.py` from `megatron_dynmoe/config.py`: change it there.
+Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/config.py`: change it there.
 
 Every setting is a flag of `python -m megatron_dynmoe.pretrain` and a line of the YAML file that the
 environment variable `DYNMOE_CONFIG` names. A flag overrides the file. The file is how Megatron's
@@ -45,7 +45,7 @@ The load-balance loss may also be set by Megatron's `--moe-router-load-balancing
 UPSTREAM = """\
 # Megatron's MoE flags with dynamic routing
 
-Written by `tools/generate_docs.py` from `megatron_dynmoe/upstream_flags.py`: change it there. A
+Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/upstream_flags.py`: change it there. A
 test fails when Megatron has a setting that is not in the table. With `--moe-dynamic-routing top_k`
 nothing is refused: that is stock Megatron.
 

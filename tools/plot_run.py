@@ -11,8 +11,8 @@ from pathlib import Path
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe import overlay
-from megatron_dynmoe.command_line import CommandParser
+from megatron_dynmoe.runs import overlay
+from megatron_dynmoe.settings.command_line import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.data.commands import preprocess_data
+from megatron_dynmoe.cli.data import preprocess_data
 
 if __name__ == "__main__":
     preprocess_data()

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from megatron_dynmoe.command_line import CommandParser
-from megatron_dynmoe.report import CURVES, SUMMARY, write_report
+from megatron_dynmoe.runs.folder import CURVES, SUMMARY
+from megatron_dynmoe.runs.report import write_report
+from megatron_dynmoe.settings.command_line import CommandParser
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from megatron_dynmoe.analysis.collect import Collected, collect
 from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
 from megatron_dynmoe.analysis.tokens import Letters
 from megatron_dynmoe.analysis.windows import Window
-from megatron_dynmoe.calibration import set_threshold
-from megatron_dynmoe.conversion.folder import read_json
+from megatron_dynmoe.storage.json_files import read_json
+from megatron_dynmoe.use.calibrate import set_threshold
 
 # Tried unless thresholds are given: the first always, the others until the model's own routing
 # lies between the fewest and the most experts. At 0 a token uses one expert, at 1 all.
@@ -46,7 +46,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         yield model
         return
     from megatron_dynmoe.conversion.convert import convert_folder, to_hf
-    from megatron_dynmoe.files import TRACKER
+    from megatron_dynmoe.storage.megatron_names import TRACKER
 
     if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
         raise ValueError(

@@ -14,8 +14,9 @@ from megatron_dynmoe.analysis.counts import Counts, Shape
 from megatron_dynmoe.analysis.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.analysis.tokens import pieces_of
 from megatron_dynmoe.analysis.windows import OTHER
-from megatron_dynmoe.conversion.folder import new_folder, read_json
-from megatron_dynmoe.token_display import printable
+from megatron_dynmoe.storage.atomic import new_folder
+from megatron_dynmoe.storage.json_files import read_json
+from megatron_dynmoe.use.token_display import printable
 
 ROUTING = "routing.json"
 PAGE = "index.html"

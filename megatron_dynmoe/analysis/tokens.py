@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dynmoe.token_display import BYTE_PIECE, REPLACEMENT, Detokenizer, printable
+from megatron_dynmoe.use.token_display import BYTE_PIECE, REPLACEMENT, Detokenizer, printable
 
 # How SentencePiece and byte-level BPE write a space at the beginning of a token
 SPACE_MARKS = ("\u2581", "\u0120")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.conversion.convert import has_tokenizer
-from megatron_dynmoe.conversion.folder import check_file, read_manifest
-from megatron_dynmoe.huggingface import load
+from megatron_dynmoe.storage.manifest import check_file, read_manifest
+from megatron_dynmoe.use import load
 
 
 def describe(tokenizer: Any, folder: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import dataclasses
 import math
 from typing import Any, Protocol
 
-from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control import calibrate
 from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
 
 # The factor by which the response of the count may grow before the loop becomes unstable.
 MIN_GAIN_MARGIN = 3.0

@@ -22,9 +22,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_dynmoe.control.agreement import check_agreement
-from megatron_dynmoe.metrics import DynMoEMetricsTracker
 from megatron_dynmoe.moe.router import DynamicRouter
 from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
+from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
 if TYPE_CHECKING:
     from megatron_dynmoe.model.settled import Settled

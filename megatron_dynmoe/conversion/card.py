@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
-from megatron_dynmoe.files import replace_file
+from megatron_dynmoe.storage.atomic import replace_file
 
 CARD = "README.md"
 

@@ -17,18 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
-from megatron_dynmoe.conversion.folder import (
-    CONFIG,
-    WEIGHT_DTYPES,
-    Entry,
-    check_target,
-    new_folder,
-    write_json,
-    write_manifest,
-    write_shards,
-)
+from megatron_dynmoe.conversion.folder import CONFIG, WEIGHT_DTYPES, Entry, write_shards
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import (
     FORMATS,
@@ -50,6 +40,10 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.storage.atomic import check_target, new_folder
+from megatron_dynmoe.storage.json_files import write_json
+from megatron_dynmoe.storage.manifest import write_manifest
 
 FLAGS = "training_flags.txt"
 _TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model")

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dynmoe.files import TRACKER, replace_file
+from megatron_dynmoe.storage.atomic import current_umask
+from megatron_dynmoe.storage.json_files import read_json, write_json
+from megatron_dynmoe.storage.manifest import plain_name
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "manifest.json"
 SINGLE = "model.safetensors"
 # The types of weights, as safetensors and as torch name them.
 WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_HASHED_AT_ONCE = 2**22
 _MAPPED_AT_MOST = 2**28
 
 
@@ -41,59 +36,6 @@ class Entry(NamedTuple):
     def num_bytes(self) -> int:
         """Size on disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and else vanishes.
-
-    Raises:
-        ValueError: the target exists and is not empty, and ``overwrite`` is not given.
-    """
-    target = Path(os.path.abspath(target))
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    beside.chmod(0o777 & ~_umask())
-    try:
-        yield beside
-        if target.exists():
-            _replace(target, beside)
-        else:
-            beside.rename(target)
-    except OSError as error:
-        if error.filename is None:  # a full disk, for one
-            raise OSError(f"{target} cannot be written: {error}") from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_target(target: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Whether a folder may be written; worth asking before hours of reading.
-
-    Args:
-        source: the folder that is read, whose files nothing may replace.
-
-    Raises:
-        ValueError: the target is a file, lies in one or where nothing may be written, is not empty,
-            or shares files with the source.
-    """
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: name a folder")
-    above = next(path for path in Path(os.path.abspath(target)).parents if path.exists())
-    if not above.is_dir():
-        raise ValueError(f"{target}: {above} is a file: name a folder elsewhere")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{target}: nothing may be written in {above}: name a folder elsewhere")
-    if source is not None:
-        here, there = target.resolve(), source.resolve()
-        if here.is_relative_to(there) or there.is_relative_to(here):
-            raise ValueError(
-                f"{target} is, holds or lies in {source}, which is read: name a folder elsewhere"
-            )
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target} is not empty: name another folder, or give --overwrite")
 
 
 def write_shards(
@@ -135,7 +77,7 @@ def write_shards(
             progress(entry.num_bytes)
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o666 & ~_umask())  # the library's is for its owner only
+            (folder / name).chmod(0o666 & ~current_umask())  # the library's is for its owner only
         except SafetensorError as error:
             raise OSError(f"{name}: {error}") from None
     if len(shards) > 1:
@@ -160,11 +102,6 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return result
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON; numbers so that they are read back exactly."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def check_is_model(folder: Path) -> None:
     """Refuse what is no Hugging Face folder, with the remedy if it is a training's.
 
@@ -186,101 +123,6 @@ def check_is_model(folder: Path) -> None:
         )
     )
     raise ValueError(f"model {folder}: it has no {CONFIG}, so it is no Hugging Face model{remedy}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: the file is missing or holds something else, such as a name twice.
-    """
-    try:
-        content = json.loads(
-            path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of names and values")
-    return content
-
-
-def write_manifest(folder: Path) -> None:
-    """Write size and SHA-256 of every file in the folder to ``manifest.json``."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    files = {name: fingerprint(folder / name) for name in names if name != MANIFEST}
-    write_json(folder / MANIFEST, {"files": files})
-
-
-def update_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Bring the entries of some files up to date, where the folder has a manifest."""
-    path = folder / MANIFEST
-    if path.exists():
-        manifest = read_json(path)
-        manifest["files"] |= {name: fingerprint(folder / name) for name in names}
-        replace_file(path, lambda partial: write_json(partial, manifest))
-
-
-def fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as a manifest has them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASHED_AT_ONCE):
-            digest.update(chunk)
-            progress(len(chunk))
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-
-
-def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
-    """Compare every file with the manifest, where the folder has one.
-
-    Raises:
-        ValueError: a file is missing or differs; the message names it.
-    """
-    for name, expected in (read_manifest(folder) or {}).items():
-        check_file(folder / name, expected, progress)
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What the manifest says of each file; None where the folder has none.
-
-    Raises:
-        ValueError: the manifest is damaged, or names files elsewhere.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(f"{path} has no list of files")
-    for name, expected in files.items():
-        plain_name(name, path)
-        if not isinstance(expected, dict) or expected.keys() != {"sha256", "bytes"}:
-            raise ValueError(f"{path}: {name} needs exactly sha256 and bytes")
-        if type(expected["bytes"]) is not int:
-            raise ValueError(f"{path}: {name} has {expected['bytes']!r} bytes, no whole number")
-    return files
-
-
-def check_file(
-    file: Path, expected: dict[str, Any], progress: Callable[[int], Any] = lambda _: None
-) -> None:
-    """Compare a file with what the manifest says of it.
-
-    Raises:
-        ValueError: it is missing or differs.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: {MANIFEST} lists it")
-    if file.stat().st_size != expected["bytes"]:
-        raise ValueError(
-            f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {expected['bytes']}: it "
-            "is cut short or was changed"
-        )
-    if fingerprint(file, progress) != expected:
-        raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}: it was changed")
 
 
 class ModelFolder:
@@ -392,46 +234,3 @@ class ModelFolder:
                     reason = f"it is cut short or damaged ({error})"
                 raise ValueError(f"{file} is no safetensors file: {reason}") from None
         return self._open[1]
-
-
-def plain_name(name: Any, source: Path) -> str:
-    """The name of a file in the folder of ``source``, which gives it.
-
-    Raises:
-        ValueError: it leads elsewhere.
-    """
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"{source} names {name!r}: only files in its own folder are read")
-    return name
-
-
-def _replace(target: Path, new: Path) -> None:
-    """Put a folder in another's place; the old one goes only when the new one is there."""
-    parked = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    old = target.rename(parked / target.name)
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        parked.rmdir()
-        raise
-    shutil.rmtree(parked)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return content
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.conversion.settings import (
     NO_ROUTING,
     TOKEN_IDS,
@@ -22,6 +21,7 @@ from megatron_dynmoe.conversion.settings import (
     with_routing,
 )
 from megatron_dynmoe.conversion.words import CARRIED, DEFAULT_IDS, changed, unread
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 # What the published layout of Dynamic MoE has no word for; its own code assumes these values.
 NEEDED_BY_DYNAMIC_MOE = (

@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dynmoe.conversion.folder import plain_name
 from megatron_dynmoe.conversion.names import MEGATRON, Block, rows_by_part
-from megatron_dynmoe.conversion.unpickle import load_metadata, load_objects
-from megatron_dynmoe.files import RELEASE, TRACKER, checkpoint_name
+from megatron_dynmoe.storage.manifest import plain_name
+from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
+from megatron_dynmoe.storage.unpickle import load_metadata, load_objects
 
 COMMON_STATE = "common_state/shard_0_1"
 # Entries that are not part of the model.

@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_dynmoe.conversion.folder import write_manifest
 from megatron_dynmoe.conversion.megatron import COMMON_STATE
 from megatron_dynmoe.conversion.names import Block
-from megatron_dynmoe.files import RELEASE, TRACKER
+from megatron_dynmoe.storage.manifest import write_manifest
+from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 _CONTROLLER = (
     "scope",

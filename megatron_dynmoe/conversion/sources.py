@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
-from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast, check_manifest
+from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.names import (
     FORMATS,
@@ -28,6 +28,7 @@ from megatron_dynmoe.conversion.names import (
     Shapes,
     rows_by_part,
 )
+from megatron_dynmoe.storage.manifest import check_manifest
 
 INV_FREQ = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"
 

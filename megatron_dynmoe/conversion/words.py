@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.conversion.folder import CONFIG, read_json
+from megatron_dynmoe.conversion.folder import CONFIG
 from megatron_dynmoe.conversion.settings import TOKEN_IDS, check_kinds
+from megatron_dynmoe.storage.json_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dynmoe.command_line import CommandParser
-from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check, data, guarded, machine, software
+from megatron_dynmoe.data import check as data
+from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
+from megatron_dynmoe.doctor import machine, software
 from megatron_dynmoe.doctor.table import write_table
-from megatron_dynmoe.recipes import recipe_flags
+from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.settings.command_line import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -105,7 +107,7 @@ def _space(args: argparse.Namespace) -> Check:
     folder = args.save or Path.cwd()
     if args.recipe is None:
         return machine.check_space(folder, None, None)
-    from megatron_dynmoe.planning.plan import checkpoints
+    from megatron_dynmoe.jobs.plan import checkpoints
 
     return machine.check_space(folder, *checkpoints(args.recipe, []))
 

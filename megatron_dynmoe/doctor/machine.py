@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_dynmoe import host_names
-from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.planning.display import show_bytes
+from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
+from megatron_dynmoe.jobs import host_names
+from megatron_dynmoe.jobs.display import show_bytes
+from megatron_dynmoe.storage.atomic import nearest_existing
 
 # Data-loader workers hand batches over in shared memory.
 MIN_SHARED_MEMORY = 1 << 30
@@ -110,11 +111,3 @@ def check_host_name() -> Check:
     )
     remedy += "or enter the name in /etc/hosts"
     return Check("host name", WARNING, f"{name} does not lead to this machine", remedy)
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself, or the folder above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

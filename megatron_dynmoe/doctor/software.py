@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_dynmoe import __version__
-from megatron_dynmoe.doctor import FAILED, PASSED, WARNING, Check, guarded
+from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 
 MARK = "dynmoe-doctor: "
 # What the tests run with; a test holds them to pyproject.toml.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
-from megatron_dynmoe.metrics import install_metrics_tracker
 from megatron_dynmoe.model.settled import Settled
 from megatron_dynmoe.planning.startup import memory_report
+from megatron_dynmoe.runs.metrics import install_metrics_tracker
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice
-from megatron_dynmoe.config import AUTO, DynMoEConfig
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.moe.rules import RULES, Rule
-from megatron_dynmoe.refusals import SettingError
-from megatron_dynmoe.upstream_flags import check_upstream_settings
+from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
+from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

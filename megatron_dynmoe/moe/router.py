@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
 logger = logging.getLogger(__name__)
 

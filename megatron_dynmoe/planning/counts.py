@@ -6,8 +6,8 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_dynmoe.arguments import resolved_from_args
 from megatron_dynmoe.control.calibrate import initial_experts_per_token
+from megatron_dynmoe.settings.arguments import resolved_from_args
 
 # A fixed threshold starts at about this many times its later count. With 16 experts Dynamic MoE
 # reports 1.8 and 2.3 for 0.4 and 0.5 (table 7), and the counts at the start are 5.9 and 7.2.

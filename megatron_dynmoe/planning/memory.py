@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.precision import Precision, Recompute
 from megatron_dynmoe.planning.shape import (
     ModelShape,

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.layout import Layout
 
 # Settings of Megatron that change what is computed here in ways that it does not know, and the
 # values with which they do not.

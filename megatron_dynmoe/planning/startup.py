@@ -6,9 +6,9 @@ import os
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 if TYPE_CHECKING:
     from megatron_dynmoe.backends.choice import Plan

@@ -1,6 +1,6 @@
 """What Megatron's flags cannot be together: said with both numbers before Megatron asserts it.
 
-Sizes and the number of processes are checked by :mod:`megatron_dynmoe.layout`, as before a job.
+Sizes and the number of processes are checked by :mod:`megatron_dynmoe.planning.layout`, as before a job.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import importlib.util
 from argparse import ArgumentParser, Namespace
 
 from megatron_dynmoe.backends.choice import has_transformer_engine
-from megatron_dynmoe.command_line import LARGEST, number
-from megatron_dynmoe.layout import Layout, check_layout
+from megatron_dynmoe.planning.layout import Layout, check_layout
+from megatron_dynmoe.settings.command_line import LARGEST, number
 
 # Numbers below these make no sense anywhere, and upstream looks at few of them: it divides by them,
 # or trains with them. All others are from 0, but those that mean something below it.

@@ -5,7 +5,7 @@ again under the same path, the next run reads the new tokens by the old index: s
 others cut at the wrong place. It also writes the files in place, so that a run that starts in the
 middle reads one that is cut short.
 
-:mod:`megatron_dynmoe.compat` puts both functions around upstream's own.
+:mod:`megatron_dynmoe.upstream.patches` puts both functions around upstream's own.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -21,38 +19,30 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dynmoe.arguments import (
-    add_dynmoe_args,
+from megatron_dynmoe.backends import choice
+from megatron_dynmoe.checkpoints import collective, load
+from megatron_dynmoe.checkpoints.settings import agree_with_checkpoint
+from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
+from megatron_dynmoe.model.prepare import describe, prepare_training
+from megatron_dynmoe.model.settled import Settled, settle_run
+from megatron_dynmoe.model.spec import layer_spec
+from megatron_dynmoe.runs.metrics import PREFIX, summarize
+from megatron_dynmoe.settings.arguments import (
     config_from_args,
     naming_flags,
     settle_balance_loss,
 )
-from megatron_dynmoe.backends import choice
-from megatron_dynmoe.command_line import RaisingParser, UsageError
-from megatron_dynmoe.config import AUTO, DynMoEConfig
-from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
-from megatron_dynmoe.metrics import PREFIX, summarize
-from megatron_dynmoe.model.prepare import describe, prepare_training
-from megatron_dynmoe.model.settled import Settled, settle_run
-from megatron_dynmoe.model.spec import layer_spec
-from megatron_dynmoe.training import (
-    checkpoint_load,
-    checkpoints,
-    notices,
-    run_directory,
-    signals,
-)
-from megatron_dynmoe.training.argument_checks import bound_numbers, check_arguments, check_top_k
-from megatron_dynmoe.training.checkpoint_settings import agree_with_checkpoint
+from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
+from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
+from megatron_dynmoe.training import notices, run_directory, signals
+from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
+from megatron_dynmoe.training.flags import add_flags
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
 from megatron_dynmoe.training.upstream_refusals import in_flags
-from megatron_dynmoe.upstream_flags import (
-    check_query_groups,
-    check_upstream_settings,
-)
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -113,7 +103,7 @@ def _build_and_train(
                 forward_step,
                 non_loss_data_func=report_evaluation,
             )
-    except checkpoints.CheckpointError:
+    except collective.CheckpointError:
         sys.tracebacklimit = 0
         raise
     except SystemExit as exit:
@@ -180,7 +170,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
             check_top_k(args)
         with naming_flags(args):
             resolved = dynmoe.resolve(args.num_experts)
-        checkpoint_load.check_paths(args)
+        load.check_paths(args)
         agree_with_checkpoint(args)
         found.append(resolved)
         return validate(args, defaults or {})
@@ -196,35 +186,6 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
             "checks of this entry point. Give flags instead."
         )
     return args, found[0]
-
-
-def add_flags(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of this entry point to Megatron's, and ``@FILE`` for flags in a file."""
-    # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
-    for action in parser._actions:
-        action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
-    # In place of argparse's, which prints 1,500 lines of usage before the error.
-    parser.error = partial(RaisingParser.error, parser)  # type: ignore[method-assign, arg-type]
-    bound_numbers(parser)
-    parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = _words_of_line  # type: ignore[method-assign]
-    for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
-        parser = add(parser)
-    return parser
-
-
-def _words_of_line(line: str) -> list[str]:
-    """The flags in a line of an ``@FILE``, read as in a recipe."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise UsageError(f"the @FILE has a line with {error}: {line.strip()!r}.") from None
-    if words[:1] == ["include"]:
-        raise UsageError(
-            f"the @FILE has the line {line.strip()!r}, which only recipes know: give "
-            "$(python -m megatron_dynmoe.recipes FILE) in place of @FILE."
-        )
-    return words
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_dynmoe.backends import bf16, choice, cpu
+from megatron_dynmoe.checkpoints.collective import is_local
 from megatron_dynmoe.conversion.megatron_settings import obstacles
-from megatron_dynmoe.files import TRACKER
-from megatron_dynmoe.training.checkpoints import is_local
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 NOTE = "> note: "
 

@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
-from megatron_dynmoe import report
-from megatron_dynmoe.attempts import mark_finished
-from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.files import TRACKER, replace_file
-from megatron_dynmoe.training.live_plot import redrawing
+from megatron_dynmoe.runs import report
+from megatron_dynmoe.runs.folder import mark_finished
+from megatron_dynmoe.runs.live_plot import redrawing
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 COMMAND = "command.txt"
 

@@ -14,8 +14,8 @@ from typing import NoReturn
 import torch
 from megatron.training import global_vars
 
-from megatron_dynmoe.attempts import note_stop
-from megatron_dynmoe.run import tell_torchrun
+from megatron_dynmoe.runs.folder import note_stop
+from megatron_dynmoe.settings.exits import tell_torchrun
 
 # Where one of these is ignored, under nohup or in the background of a script, it stays so.
 _OPTIONAL = (signal.SIGINT, signal.SIGHUP)

@@ -17,10 +17,10 @@ import numpy as np
 from megatron.core.datasets import gpt_dataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_dynmoe.doctor import FAILED
-from megatron_dynmoe.doctor.data import Vocabulary, check_dataset
+from megatron_dynmoe.checkpoints.collective import cause
+from megatron_dynmoe.data.check import Vocabulary, check_dataset
+from megatron_dynmoe.data.finding import FAILED
 from megatron_dynmoe.training import data_order, splits
-from megatron_dynmoe.training.checkpoints import cause
 
 # Of each .bin file, about this much is read at start-up.
 BYTES_LOOKED_AT = 1 << 26

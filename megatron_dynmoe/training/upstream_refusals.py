@@ -16,7 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_dynmoe.training.checkpoints import CheckpointError
+from megatron_dynmoe.checkpoints.collective import CheckpointError
 
 # Where upstream's name is not that of the flag.
 _OTHER_NAMES = {

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dynmoe.huggingface.load import load_config, load_model, load_tokenizer
-from tests.tiny_export import export_tiny, make_tokenizer
+from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
+from tests.helpers.tiny_export import export_tiny, make_tokenizer
 
 SENTENCE = "the house of a man who was not at home when it rained is empty and cold"
 

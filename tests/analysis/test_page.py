@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dynmoe.analysis.commands import main
+from megatron_dynmoe.cli.analyze import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis import figures
-from megatron_dynmoe.analysis.commands import main
 from megatron_dynmoe.analysis.counts import Counts, Shape
-from megatron_dynmoe.conversion.folder import write_manifest
-from tests.tiny_export import export_tiny
+from megatron_dynmoe.cli.analyze import main
+from megatron_dynmoe.storage.manifest import write_manifest
+from tests.helpers.tiny_export import export_tiny
 
 SWEEP = "0.2,0.8"
 

@@ -149,8 +149,8 @@ def test_the_spec_has_the_planned_modules():
     from megatron.core.transformer.identity_op import IdentityOp
 
     from megatron_dynmoe.backends import torch_native
-    from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.moe.experts import GroupedExperts
+    from megatron_dynmoe.settings.config import DynMoEConfig
     from tests.moe import one_rank
 
     model = config(moe_layer_freq=[1, 0], softmax_type="off-by-one")

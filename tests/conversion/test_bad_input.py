@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dynmoe.cli.convert import main
 from megatron_dynmoe.conversion import convert, folder, megatron_settings, names, sources
-from megatron_dynmoe.conversion.commands import main
-from megatron_dynmoe.conversion.folder import write_manifest
-from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.storage.manifest import write_manifest
+from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.conversion.checkpoints import ROUTING_OF, export, model_config, write_megatron
 
 Damage = Callable[[Path], Any]

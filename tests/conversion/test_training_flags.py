@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args
 from megatron_dynmoe.conversion.format_settings import from_format
 from megatron_dynmoe.conversion.megatron_settings import (
     args_from_config,
@@ -18,6 +17,7 @@ from megatron_dynmoe.conversion.megatron_settings import (
     training_flags,
 )
 from megatron_dynmoe.conversion.settings import check_config, router_state
+from megatron_dynmoe.settings.arguments import add_dynmoe_args, config_from_args
 from tests.conversion.checkpoints import DTOP_P, TOP_P, model_config
 from tests.moe import one_rank
 

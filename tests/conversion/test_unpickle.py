@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_dynmoe.conversion import unpickle
-from megatron_dynmoe.conversion.commands import main
-from megatron_dynmoe.conversion.folder import MANIFEST
+from megatron_dynmoe.cli.convert import main
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
-from megatron_dynmoe.conversion.unpickle import Unknown, load_metadata, load_objects
+from megatron_dynmoe.storage import unpickle
+from megatron_dynmoe.storage.manifest import MANIFEST
+from megatron_dynmoe.storage.unpickle import Unknown, load_metadata, load_objects
 from tests.conversion.checkpoints import DTOP_P, model_config, write_megatron
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dynmoe.calibration import Calibration, write_calibration
-from megatron_dynmoe.conversion.commands import main
+from megatron_dynmoe.cli.convert import main
 from megatron_dynmoe.conversion.convert import FLAGS, from_hf, to_hf
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
-from megatron_dynmoe.huggingface.load import load_config
+from megatron_dynmoe.use.calibrate import Calibration, write_calibration
+from megatron_dynmoe.use.load import load_config
 from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron
 
 
@@ -91,8 +91,8 @@ def test_the_flags_are_read_from_their_file_whatever_the_folder_is_called(
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_dynmoe.recipes import recipe_flags
-    from megatron_dynmoe.training.loop import add_flags
+    from megatron_dynmoe.jobs.recipes import recipe_flags
+    from megatron_dynmoe.training.flags import add_flags
 
     folder = exported(tmp_path, TOP_P).rename(tmp_path / "it's mine")
     (folder / "tokenizer.json").touch()
@@ -152,7 +152,7 @@ def test_the_published_layout_is_named_where_it_cannot_be_run(
 
 
 def test_what_the_command_line_says_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
     folder = exported(tmp_path, TOP_P)
     with pytest.raises(ValueError, match=r"^--routing dtop_p: target_experts_per_token"):

@@ -14,13 +14,13 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import convert_folder, from_hf, to_hf
-from megatron_dynmoe.conversion.folder import write_manifest
 from megatron_dynmoe.conversion.format_settings import from_format, to_format
 from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.huggingface import DynMoEModelConfig
 from megatron_dynmoe.huggingface.modeling_dynmoe import routing_loss
+from megatron_dynmoe.storage.manifest import write_manifest
 from tests.conversion.checkpoints import DTOP_P, ROUTING_OF, export, model_config, write_megatron
-from tests.tiny_export import VOCAB_SIZE, make_tokenizer
+from tests.helpers.tiny_export import VOCAB_SIZE, make_tokenizer
 
 PUBLISHED = (  # of the released Dynamic MoE
     *("num_experts", "experts_topk", "expert_frequency", "top_p_threshold", "hidden_size"),

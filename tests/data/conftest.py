@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.data import commands
+from megatron_dynmoe.cli import data as commands
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

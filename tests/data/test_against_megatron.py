@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.data import commands
+from megatron_dynmoe.cli import data as commands
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
 

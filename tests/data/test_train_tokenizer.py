@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from megatron_dynmoe.data import commands
+from megatron_dynmoe.cli import data as commands
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
 from .conftest import CORPUS, ODD_TEXTS, write_jsonl

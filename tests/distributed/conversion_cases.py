@@ -15,14 +15,14 @@ BOOK = Path(__file__).parents[2] / "examples" / "data" / "book.jsonl.gz"
 
 def convert() -> None:
     """Entry: tools/convert_checkpoint.py with the case's command line."""
-    from megatron_dynmoe.conversion.commands import main
+    from megatron_dynmoe.cli.convert import main
 
     raise SystemExit(main())
 
 
 def prepare_text() -> None:
     """Entry: a tokenizer of 504 pieces and the tokens of a real book, under one prefix."""
-    from megatron_dynmoe.data.commands import preprocess_data
+    from megatron_dynmoe.cli.data import preprocess_data
     from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
     prefix = sys.argv[1]

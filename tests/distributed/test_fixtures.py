@@ -21,7 +21,7 @@ EXPORTED = add(
     Case(
         "old_exported",
         flags=f"to-hf --load {make.CHECKPOINT} --output {{dir}}/old_exported",
-        entry="megatron_dynmoe.conversion.commands:main",
+        entry="megatron_dynmoe.cli.convert:main",
     )
 )
 

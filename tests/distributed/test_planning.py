@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.jobs.parse import read_args
+from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
-from megatron_dynmoe.planning.settings import read_args
-from megatron_dynmoe.recipes import recipe_flags
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]

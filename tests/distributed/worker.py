@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore
 
-from megatron_dynmoe.command_line import UsageError
+from megatron_dynmoe.settings.command_line import UsageError
 
 # For other processes, while they work on other cases: the first one of a case to be free waits
 # until the last one is. A rank that dies is noticed at once.
@@ -57,7 +57,7 @@ class Recorder:
         """Follow the training steps and the reduced counts."""
         from megatron.training import training
 
-        from megatron_dynmoe.metrics import DynMoEMetricsTracker
+        from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
         train_step, add = training.train_step, DynMoEMetricsTracker.add
 

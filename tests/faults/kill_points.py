@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 ONE_RANK, ALL_RANKS, EVERYTHING = "one rank", "all ranks", "all ranks and their launcher"
 

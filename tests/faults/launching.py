@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults.kill_points import Kill, noted_pids
-from tests.ports import reserved_port
+from tests.helpers.ports import reserved_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.imported"])

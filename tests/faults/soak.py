@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy
 import psutil
 
-from megatron_dynmoe.command_line import CommandParser
-from megatron_dynmoe.progress_lines import progress_of
-from megatron_dynmoe.report import Series, read_scalars
+from megatron_dynmoe.runs.progress_lines import progress_of
+from megatron_dynmoe.runs.report import Series, read_scalars
+from megatron_dynmoe.settings.command_line import CommandParser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KINDS = ("book", "code", "reference", "dictionary")

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_dynmoe.checkpoints import faults
+from megatron_dynmoe.checkpoints.collective import CheckpointError
+from megatron_dynmoe.checkpoints.load import check_paths, choose
+from megatron_dynmoe.checkpoints.save import TrackerFiles, write_checkpoint_manifest
 from megatron_dynmoe.conversion.convert import to_hf
-from megatron_dynmoe.conversion.folder import MANIFEST
-from megatron_dynmoe.files import TRACKER
-from megatron_dynmoe.training import checkpoint_faults
-from megatron_dynmoe.training.checkpoint_load import check_paths, choose
-from megatron_dynmoe.training.checkpoint_save import TrackerFiles, write_checkpoint_manifest
-from megatron_dynmoe.training.checkpoints import CheckpointError
+from megatron_dynmoe.storage.manifest import MANIFEST
+from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start
@@ -208,14 +208,14 @@ def test_without_the_wish_for_one_an_old_manifest_goes(load: Path) -> None:
 
 def test_ranks_share_the_files(load: Path, monkeypatch) -> None:
     files = {f"__{rank}_0.distcp": {"bytes": rank} for rank in range(7)}
-    monkeypatch.setattr(checkpoint_faults.dist, "is_initialized", lambda: False)
-    assert [name for name, _ in checkpoint_faults._share(files)] == ["__0_0.distcp"]  # alone
-    monkeypatch.setattr(checkpoint_faults.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(checkpoint_faults.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(faults.dist, "is_initialized", lambda: False)
+    assert [name for name, _ in faults._share(files)] == ["__0_0.distcp"]  # alone
+    monkeypatch.setattr(faults.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(faults.dist, "get_world_size", lambda: 3)
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(checkpoint_faults, "rank", lambda rank=rank: rank)
-        parts += checkpoint_faults._share(files)
+        monkeypatch.setattr(faults, "rank", lambda rank=rank: rank)
+        parts += faults._share(files)
     assert sorted(name for name, _ in parts) == sorted(files)
 
 

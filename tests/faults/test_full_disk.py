@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.files import TRACKER
-from megatron_dynmoe.training.checkpoint_load import choose
-from megatron_dynmoe.training.checkpoints import cause
+from megatron_dynmoe.checkpoints.collective import cause
+from megatron_dynmoe.checkpoints.load import choose
+from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.distributed.harness import DTOP_P, TINY
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.kill_points import (

@@ -16,7 +16,7 @@ import pytest
 import torch
 from megatron.training import global_vars
 
-from megatron_dynmoe.training.checkpoint_load import choose
+from megatron_dynmoe.checkpoints.load import choose
 from megatron_dynmoe.training.signals import StopSignals, settle
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences

@@ -12,7 +12,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dynmoe.config import SETTINGS, Setting
+from megatron_dynmoe.settings.config import SETTINGS, Setting
 
 # A flag and its value: None where it takes none, a list where it takes several.
 Flags = dict[str, str | None]

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.fuzz.command_lines import CommandLine, command_lines
 from tests.fuzz.mistyped import mistyped
 from tests.fuzz.trial import A_RESULT, Outcome, judge, parse, strictly
@@ -61,7 +61,7 @@ def test_a_printed_command_line_can_be_run_again(line: CommandLine) -> None:
 
 
 LINE = CommandLine(1, (("--num-experts", "4"), ("--moe-dynamic-routing", "top_p")))
-OURS, THEIRS = "megatron_dynmoe.config", "megatron.training.arguments"
+OURS, THEIRS = "megatron_dynmoe.settings.config", "megatron.training.arguments"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ OURS, THEIRS = "megatron_dynmoe.config", "megatron.training.arguments"
     [
         ("ValueError", "routing is 'x': use one of", OURS, 0, "refused by us"),
         ("ValueError", "something is wrong", OURS, 0, "FAILED: names no flag"),
-        ("KeyError", "'routing'", OURS, 0, "FAILED: KeyError from megatron_dynmoe.config"),
+        ("KeyError", "'routing'", OURS, 0, "FAILED: KeyError from megatron_dynmoe.settings.config"),
         ("AssertionError", "", THEIRS, 0, "refused by upstream"),
         ("TypeError", "NoneType", THEIRS, 0, f"FAILED: TypeError from {THEIRS}"),
         ("UsageError", "Megatron refuses these: --lr", OURS, 0, "refused by upstream"),

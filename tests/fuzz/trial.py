@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_dynmoe.command_line import UsageError
-from megatron_dynmoe.config import SETTINGS
+from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.config import SETTINGS
 from tests.fuzz.command_lines import CommandLine
-from tests.ports import reserved_port
+from tests.helpers.ports import reserved_port
 
 # From the start of a trial. A calm machine needs two seconds.
 TIME_LIMIT = 150.0

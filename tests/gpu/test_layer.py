@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.moe.experts import has_grouped_gemm
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.huggingface import DynMoEModelConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.huggingface.tiny import tiny_config
 
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"], "intermediate_size": 48}

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_dynmoe.data.tokenizer import build_tokenizer
-from megatron_dynmoe.huggingface import load
-from tests.tiny_export import export_tiny, make_tokenizer
+from megatron_dynmoe.use import load
+from tests.helpers.tiny_export import export_tiny, make_tokenizer
 
 CODE = """open({evidence!r}, "w").close()
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.attempts import latest_iteration
+from megatron_dynmoe.jobs.attempts import latest_iteration
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

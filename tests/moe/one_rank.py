@@ -19,9 +19,9 @@ def megatron_on_cpu() -> None:
     # A test before this one may have imported Megatron without the layer: nothing is to compile.
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True
-    from megatron_dynmoe import compat
+    from megatron_dynmoe.upstream import patches
 
-    compat.install()
+    patches.install()
 
 
 def world_of_one() -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 from tests.oracles import routing as oracle
 

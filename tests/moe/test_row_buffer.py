@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.moe.permute import order_rows
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
 E, S, B, D = 6, 10, 3, 8

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.config import ROUTINGS, DynMoEConfig
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.settings.config import ROUTINGS, DynMoEConfig
 from tests.moe import one_rank
 
 pytestmark = pytest.mark.megatron

@@ -36,7 +36,7 @@ class Mutation:
 
 PI, ROUTER = "tests/control/test_pi.py", "tests/moe/test_router.py"
 SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
-GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/test_metrics.py"
+GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 
@@ -249,7 +249,7 @@ LOSS = [
     Mutation(
         "micro_batches_summed",
         "the reported balance loss grows with the number of micro-batches",
-        "metrics.py",
+        "runs/metrics.py",
         "(pooled.balance_loss / pooled.micro_batches)",
         "pooled.balance_loss",
         (f"{METRICS}::test_summary_equals_numpy",),
@@ -315,10 +315,10 @@ WATCHING = [
     Mutation(
         "summary_of_the_last_tenth",
         "the summary's mean of the last 20 % of a run is that of the last 10 %",
-        "report.py",
+        "runs/report.py",
         "TAIL = 0.2",
         "TAIL = 0.1",
-        ("tests/test_report.py::test_summary_and_curves_of_a_dtop_p_run",),
+        ("tests/runs/test_report.py::test_summary_and_curves_of_a_dtop_p_run",),
     ),
     Mutation(
         "group_size_left_out_of_losses",
@@ -335,7 +335,7 @@ WATCHING = [
     Mutation(
         "checksums_not_compared",
         "a checkpoint's file with a flipped bit is loaded",
-        "conversion/folder.py",
+        "storage/manifest.py",
         "if fingerprint(file, progress) != expected:",
         "if False:",
         ("tests/faults/test_checkpoint_files.py::test_every_flipped_bit_is_found",),

@@ -2,10 +2,10 @@ import functools
 
 import pytest
 
-from megatron_dynmoe.layout import Layout
+from megatron_dynmoe.jobs.parse import read_args
+from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
-from megatron_dynmoe.planning.settings import read_args
-from megatron_dynmoe.recipes import recipe_flags
 
 
 @pytest.fixture(scope="session")

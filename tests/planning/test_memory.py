@@ -5,10 +5,10 @@ What real trainings allocate is compared in tests/distributed/test_planning.py.
 
 import pytest
 
-from megatron_dynmoe.layout import Layout
-from megatron_dynmoe.planning.settings import read_args
+from megatron_dynmoe.jobs.parse import read_args
+from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.shape import active_parameters, layers_of, total_parameters
-from megatron_dynmoe.recipes import recipe_flags
 
 pytestmark = pytest.mark.megatron
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.planning.worst_case import ExpertSizes, layer_bound, worst_case_rows
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.distributed.planning_cases import peak_bytes
 from tests.moe import one_rank
 

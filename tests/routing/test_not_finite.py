@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.kernels import routing_cpu
 from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
 from megatron_dynmoe.routing.route import route
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
 T, E = 24, 4

@@ -13,7 +13,7 @@ from study import corpus, document, fingerprint, results, runs
 from study.claims import CLAIMS, FAILS, HOLDS, UNCLEAR, judge
 from study.results import Results
 from study.variants import NUM_EXPERTS, SIZES, TARGET, VARIANTS, training_flags
-from tests.fake_runs import dtop_p_scalars, make_run
+from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
 CPU = SIZES["cpu"]
 TEXT = corpus.Corpus("text", ["book"], None)
@@ -85,7 +85,7 @@ def test_flags_of_all_variants_are_accepted_settings():
     """A misspelt flag would be found hours into the study."""
     from argparse import ArgumentParser
 
-    from megatron_dynmoe.arguments import add_dynmoe_args, config_from_args
+    from megatron_dynmoe.settings.arguments import add_dynmoe_args, config_from_args
 
     parser = add_dynmoe_args(ArgumentParser())
     routings = {}

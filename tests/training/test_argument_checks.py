@@ -19,7 +19,7 @@ def check(flags: str, world_size: int = 1) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_dynmoe.training.argument_checks import check_arguments
-    from megatron_dynmoe.training.loop import add_flags
+    from megatron_dynmoe.training.flags import add_flags
 
     parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     args = parser.parse_args(f"{SIZES} {flags}".split())

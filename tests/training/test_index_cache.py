@@ -15,9 +15,9 @@ pytestmark = pytest.mark.megatron
 
 @pytest.fixture(scope="module", autouse=True)
 def _patched():
-    from megatron_dynmoe import compat
+    from megatron_dynmoe.upstream import patches
 
-    compat.install()
+    patches.install()
 
 
 def write(prefix: Path, lengths: list[int], seed: int = 0) -> str:

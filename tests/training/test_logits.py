@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
 pytestmark = pytest.mark.megatron

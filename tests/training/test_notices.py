@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.files import TRACKER
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 pytestmark = pytest.mark.megatron
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_dynmoe.training.checkpoint_settings import tell_other_tokenizer
+from megatron_dynmoe.checkpoints.settings import tell_other_tokenizer
 
 pytestmark = pytest.mark.megatron
 

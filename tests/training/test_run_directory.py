@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_dynmoe.attempts import is_finished
-from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.report import SUMMARY, write_report
-from tests.fake_runs import dtop_p_scalars, make_run
+from megatron_dynmoe.jobs.attempts import is_finished
+from megatron_dynmoe.runs.folder import SUMMARY
+from megatron_dynmoe.runs.report import write_report
+from megatron_dynmoe.settings.config import DynMoEConfig
+from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
 pytestmark = pytest.mark.megatron
 

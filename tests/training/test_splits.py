@@ -176,9 +176,9 @@ def test_an_empty_split_of_a_stock_script_ends_instead_of_counting_for_ever(tmp_
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from megatron_dynmoe import compat
+    from megatron_dynmoe.upstream import patches
 
-    compat.install()
+    patches.install()
     prefix = write(tmp_path / "a", [9] * 3)
     settings = {"random_seed": 1, "sequence_length": 8, "tokenizer": Tokenizer()}
     settings |= dict.fromkeys(

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.megatron
 def parser() -> ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_dynmoe.training.loop import add_flags
+    from megatron_dynmoe.training.flags import add_flags
 
     return add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
 
@@ -86,7 +86,7 @@ def test_a_training_that_has_begun_refuses_nothing() -> None:
 
 
 def test_a_refusal_of_ours_stays_as_it_is() -> None:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
     said = said_of("--lr 1", DynMoEConfig, routing="top_q")
     assert said is not None and said.startswith("routing is 'top_q'")

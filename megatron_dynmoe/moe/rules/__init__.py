@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.moe.rules.top_p import TopP
 from megatron_dynmoe.routing.route import Routing
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 
 class Rule(Protocol):

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.routing.route import Routing
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 
 class TopP:

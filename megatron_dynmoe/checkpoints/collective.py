@@ -1,0 +1,96 @@
+"""What saving and loading checkpoints have in common: flags, and failing together.
+
+Every save ends with ``manifest.json``, the size and SHA-256 of all files
+(:mod:`.checkpoint_save`); every load compares with it before anything is read
+(:mod:`.checkpoint_load`).
+:mod:`megatron_dynmoe.upstream.patches` puts both around Megatron's own functions.
+"""
+
+from __future__ import annotations
+
+import errno
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be saved or loaded; the message says what to do."""
+
+
+def add_flags(parser: ArgumentParser) -> ArgumentParser:
+    """Add ``--ckpt-fallback`` and ``--no-ckpt-manifest``."""
+    parser.add_argument(
+        "--ckpt-fallback",
+        action="store_true",
+        help="Where the checkpoint that --load leads to is damaged or missing, go on from the "
+        "newest good one before it, and say so. Without a good one the run stops.",
+    )
+    parser.add_argument(
+        "--no-ckpt-manifest",
+        action="store_false",
+        dest="ckpt_manifest",
+        help="Do not write manifest.json, the size and SHA-256 of every file, into checkpoints.",
+    )
+    return parser
+
+
+def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> list[T]:
+    """Do something on every rank; what fails on one is raised on all, so that none waits for it.
+
+    Args:
+        action: what this rank does.
+        explain: makes the message out of what failed.
+
+    Returns:
+        What it gave, by rank.
+
+    Raises:
+        CheckpointError: it failed on some rank.
+    """
+    try:
+        mine: tuple[Any, str | None] = action(), None
+    except Exception as error:
+        is_plain = isinstance(error, CheckpointError) or not dist.is_initialized()
+        mine = None, cause(error) if is_plain else f"rank {rank()}: {cause(error)}"
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    errors = [error for _, error in everyone if error is not None]
+    if errors:
+        more = f" ({len(errors)} ranks say so)" if len(errors) > 1 else ""
+        raise CheckpointError(explain(errors[0] + more))
+    return [result for result, _ in everyone]
+
+
+def on_rank_0[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> T:
+    """What an action on rank 0 gives, on all ranks; see :func:`together`."""
+    result: Any = together(lambda: action() if rank() == 0 else None, explain)[0]
+    return result
+
+
+def rank() -> int:
+    """The number of this process; 0 as long as it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def cause(error: BaseException) -> str:
+    """An error in words, with the file where the system names one."""
+    if isinstance(error, OSError) and error.strerror:
+        words = error.strerror.lower()
+        if error.errno == errno.ENOSPC:
+            words = "no space is left on the device"
+        return f"{words}: {error.filename}" if error.filename else words
+    text = str(error) or type(error).__name__
+    if "inline_container" in text and "unexpected pos" in text:
+        # What PyTorch's writer says of a file that it could only write a part of
+        return f"no space is left on the device, or a quota is used up ({text})"
+    return text
+
+
+def is_local(path: Any) -> bool:
+    """Whether a path leads to a file system, not to an object store."""
+    return "://" not in str(path)

@@ -1,0 +1,206 @@
+"""Saving: a manifest in every checkpoint, and a save that fails ends the run with its cause.
+
+The order of a save is: the files of all ranks, ``metadata.json``, ``manifest.json``, and then
+Megatron's tracker (``latest_checkpointed_iteration.txt``), which names the checkpoint to load.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.checkpoints.collective import is_local, on_rank_0, rank, together
+from megatron_dynmoe.storage.atomic import partial_name, replace_file
+from megatron_dynmoe.storage.json_files import write_json
+from megatron_dynmoe.storage.manifest import MANIFEST, fingerprint
+from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
+
+# What a rank writes by itself has its number in the name.
+_OF_A_RANK = re.compile(r".*__(\d+)_\d+\.distcp")
+
+
+class SaveGuard:
+    """Stands around the steps of Megatron's save.
+
+    Some of them happen on one rank while the others wait for it. An error there is kept until all
+    ranks can hear of it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Exception] = []
+
+    def preparing(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Around ``save_checkpoint``, which makes the folder on rank 0."""
+
+        @functools.wraps(save_checkpoint)
+        def prepared(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            from megatron.training import get_args, print_rank_0
+
+            save = get_args().save
+            if not save:
+                # Where a step gives other results when it is run again, upstream ends the run with
+                # an exit code, and a checkpoint whether or not there is a place for it.
+                print_rank_0("no checkpoint is saved: --save is not given")
+                return None
+            if is_local(save) and not kwargs.get("non_persistent_ckpt"):
+                name = RELEASE if kwargs.get("release") else iteration
+                folder = Path(save) / checkpoint_name(name)
+                make = functools.partial(folder.mkdir, parents=True, exist_ok=True)
+                on_rank_0(make, functools.partial(_not_saved, folder))
+            return save_checkpoint(iteration, *args, **kwargs)
+
+        return prepared
+
+    def sealing(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Around ``dist_checkpointing.save``, which writes all but the tracker."""
+
+        @functools.wraps(save)
+        def sealed(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+            from torch.distributed.checkpoint.api import CheckpointException
+
+            if not is_local(folder):
+                return save(state, folder, *args, **kwargs)
+            self._kept.clear()
+            request, failure = None, None
+            try:
+                request = save(state, folder, *args, **kwargs)
+            except CheckpointException as error:  # on all ranks
+                failure = error
+            if failure is not None:
+                self._raise_kept(Path(folder))
+                raise failure
+            if request is None:
+                self._finish(Path(folder))
+            else:  # asynchronous: called when all ranks have written
+                request.finalize_fns.append(functools.partial(self._finish, Path(folder)))
+            return request
+
+        return sealed
+
+    def noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the writing of one file, whose error Megatron replaces by the name of its type."""
+
+        @functools.wraps(write)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            outcome = write(*args, **kwargs)
+            if isinstance(outcome[1], Exception):
+                self._kept.append(outcome[1])
+            return outcome
+
+        return noted
+
+    def keeping(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Around a step of rank 0, for which the others wait."""
+
+        @functools.wraps(step)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except OSError as error:
+                self._kept.append(error)
+
+        return kept
+
+    def _finish(self, folder: Path) -> None:
+        from megatron.training import global_vars
+
+        self._raise_kept(folder)
+        args = global_vars._GLOBAL_ARGS  # None where a script saves without Megatron's arguments
+        write_checkpoint_manifest(folder, getattr(args, "ckpt_manifest", True))
+
+    def _raise_kept(self, folder: Path) -> None:
+        def raise_first() -> None:
+            if self._kept:
+                raise self._kept[0]
+
+        together(raise_first, functools.partial(_not_saved, folder))
+
+
+def write_checkpoint_manifest(folder: Path, wanted: bool = True) -> None:
+    """Write size and SHA-256 of every file of a checkpoint; all ranks take part.
+
+    Each rank reads what it has written itself, which its own machine still has in memory, and rank
+    0 the rest. Files of ranks that are no longer there, left by another save, are not listed.
+
+    Args:
+        folder: the checkpoint, ``iter_...`` or ``release``.
+        wanted: without it, only the manifest of an earlier save is taken away.
+
+    Raises:
+        CheckpointError: on all ranks, if one cannot read, or rank 0 cannot write.
+    """
+    explain = functools.partial(_not_saved, folder)
+    files: dict[str, Any] = {}
+    if wanted:
+        for part in together(lambda: _fingerprints(folder), explain):
+            files |= part
+    on_rank_0(lambda: _write(folder, files), explain)
+
+
+def rank_that_reads(name: str) -> int | None:
+    """Whose part it is to hash the file of this name; None for what is no part of a checkpoint."""
+    if name == MANIFEST or name.endswith((".partial", ".tmp")):
+        return None
+    match = _OF_A_RANK.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    mine = (path for path in folder.iterdir() if rank_that_reads(path.name) == rank())
+    return {path.name: fingerprint(path) for path in sorted(mine) if path.is_file()}
+
+
+def _write(folder: Path, files: dict[str, Any]) -> None:
+    path = folder / MANIFEST
+    if files:
+        replace_file(path, lambda partial: write_json(partial, {"files": files}))
+    else:
+        path.unlink(missing_ok=True)
+    # Room for the tracker, so that it can be written when the other ranks no longer listen.
+    number = folder.name.removeprefix("iter_").lstrip("0") or "0"
+    partial_name(folder.parent / TRACKER).write_text(number)
+
+
+def _not_saved(folder: Path, why: str) -> str:
+    tracker = folder.parent / TRACKER
+    latest = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    last = f"The last complete one is of iteration {latest}" if latest else "There is no other yet"
+    return (
+        f"the checkpoint {folder} could not be saved: {why}. {last}. Make room, mend the folder or "
+        "name another one with --save, and start again with --load."
+    )
+
+
+class TrackerFiles:
+    """Megatron's way to open files, except that the tracker is replaced whole or not at all.
+
+    Opened for writing it would be empty for a moment, or for good where the disk is full.
+    """
+
+    def __init__(self, opener: Any) -> None:
+        self._opener = opener
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opener, name)
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        """Open a file; see the class."""
+        if mode == "w" and os.path.basename(path) == TRACKER and is_local(path):
+            return _new_tracker(Path(path))
+        return self._opener.open(path, mode, *args, **kwargs)
+
+
+@contextmanager
+def _new_tracker(path: Path) -> Iterator[Any]:
+    partial = partial_name(path)
+    with partial.open("r+" if partial.exists() else "w") as file:
+        yield file
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

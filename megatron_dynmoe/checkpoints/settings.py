@@ -1,0 +1,133 @@
+"""A run that goes on from a checkpoint: settings that have to be those of the run that saved it.
+
+Asked before anything is built, of the arguments that Megatron saves in every checkpoint. Upstream
+finds out later, in an assertion (``class input value 360``), in a ``Global shape mismatch``, or
+not at all.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_dynmoe.checkpoints.load import candidates
+from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.storage.megatron_names import checkpoint_name
+
+# Sizes of parameters. Not given means what Megatron derives from the others.
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("num_query_groups", "num_experts", "moe_ffn_hidden_size"),
+    "moe_shared_expert_intermediate_size",
+)
+# Of the schedules of learning rate and weight decay.
+_SCHEDULE = (
+    *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+
+
+def agree_with_checkpoint(args: Namespace) -> None:
+    """Refuse other sizes and schedules than the checkpoint's, and keep its padded vocabulary.
+
+    The rows that pad the vocabulary take part in the softmax, so another number of them, as another
+    tensor-parallel size gives it, would change the loss of every token.
+
+    Args:
+        args: Megatron's arguments, not yet validated; ``padded_vocab_size`` is set.
+
+    Raises:
+        ValueError: names the flag, both values and the remedy.
+    """
+    saved = saved_arguments(args)
+    if saved is None:
+        return
+    for name in _SIZES:
+        here, there = getattr(args, name), getattr(saved, name, None)
+        if name == "num_query_groups" and not args.group_query_attention:
+            here = None  # upstream's default says nothing then
+        if here is not None and there is not None and here != there:
+            raise ValueError(
+                f"{_flag(name)} is {here}, and the model in {args.load} has {there}: give "
+                f"{_flag(name)} {there}, or start anew without --load."
+            )
+    _keep_padded_vocabulary(args, saved)
+    tell_other_tokenizer(args, saved)
+    takes_any = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if not (takes_any or args.finetune or args.no_load_optim or args.skip_train):
+        _check_schedule(args, saved)
+
+
+def saved_arguments(args: Namespace) -> Namespace | None:
+    """What the checkpoint to load was trained with; None if that is not to be had here."""
+    if not args.load or args.ckpt_format != "torch_dist" or "://" in str(args.load):
+        return None
+    load = Path(args.load)
+    names, _ = candidates(load, args.ckpt_step, args.ckpt_fallback, False)
+    try:
+        return MegatronCheckpoint(load / checkpoint_name(names[0])).args if names else None
+    except (ValueError, OSError):
+        return None  # damaged, or with objects that are not read: loading says so
+
+
+def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:
+    padded, tensor = getattr(saved, "padded_vocab_size", None), args.tensor_model_parallel_size
+    if padded is None or args.padded_vocab_size is not None:
+        return
+    if padded % tensor:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {tensor}, which does not divide the {padded} rows of "
+            f"the embedding in {args.load} (the vocabulary with its padding): use a size that does."
+        )
+    args.padded_vocab_size = padded
+
+
+def tell_other_tokenizer(args: Namespace, saved: Namespace) -> None:
+    """Say that the tokenizer is another: the rows of its pieces were trained for other pieces.
+
+    A note and no refusal, because the file may have been moved, or its pieces added to.
+    """
+    here, there = (
+        (run.tokenizer_type, run.tokenizer_model) if getattr(run, "tokenizer_model", None) else None
+        for run in (args, saved)
+    )
+    if args.rank != 0 or here is None or there is None or here == there:
+        return
+    try:
+        if Path(here[1]).read_bytes() == Path(there[1]).read_bytes():
+            return
+    except OSError:
+        pass  # folders, or a file that is gone: nothing is known
+    print(
+        f"> note: the tokenizer is {here[0]} {here[1]}, and the run in {args.load} had {there[0]} "
+        f"{there[1]}: if they are not the same, the model takes each piece for another",
+        flush=True,
+    )
+
+
+def _check_schedule(args: Namespace, saved: Namespace) -> None:
+    for name in _SCHEDULE:
+        here, there = getattr(args, name), getattr(saved, name, None)
+        if here is not None and there is not None and here != there:
+            _refuse(args, _flag(name), here, there)
+    for unit in ("iters", "samples"):
+        values = []
+        for run in (args, saved):
+            decay = getattr(run, f"lr_decay_{unit}", None)
+            values.append(getattr(run, f"train_{unit}", None) if decay is None else decay)
+        if None not in values and values[0] != values[1]:
+            is_given = getattr(args, f"lr_decay_{unit}") is not None
+            _refuse(args, f"--{'lr-decay' if is_given else 'train'}-{unit}", *values)
+
+
+def _refuse(args: Namespace, flag: str, here: object, there: object) -> None:
+    decay = flag.replace("--train-", "--lr-decay-")
+    raise ValueError(
+        f"{flag} is {here}, and the run in {args.load} has {there}: give "
+        f"--override-opt-param-scheduler to go on with the new schedule, or {decay} {there} for "
+        "the old one."
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

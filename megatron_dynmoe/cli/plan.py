@@ -1,0 +1,81 @@
+"""The command line of tools/plan_run.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megatron_dynmoe.planning.gpus import GPUS
+from megatron_dynmoe.settings.command_line import CommandParser, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Plan and print; exits with 0, 1 (cannot work or does not fit) or 2 (usage)."""
+    parser = _parser()
+    args, flags = parser.parse_known_args(argv)
+    from megatron_dynmoe.jobs.display import describe
+    from megatron_dynmoe.jobs.plan import make_plan
+
+    try:
+        plan = make_plan(
+            args.recipe,
+            flags,
+            args.gpus,
+            GPUS[args.gpu],
+            tokens=args.tokens,
+            utilisation=args.utilisation,
+            experts_per_token=args.experts_per_token,
+        )
+    except UsageError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    try:
+        print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0 if plan.fits else 1)
+
+
+def to_json(plan: Any) -> dict[str, Any]:
+    """The plan's fields and what follows from them."""
+    derived = {"fits": plan.fits, "tokens": plan.tokens, "hours": plan.hours}
+    totals = {
+        f"{name}_total": getattr(plan, name).total for name in ("mean", "first_steps", "worst_case")
+    }
+    fields = dataclasses.asdict(plan)
+    fields["gpu"] = plan.gpu._asdict()
+    return fields | derived | totals
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="plan_run.py",
+        usage="%(prog)s RECIPE --gpus N --gpu KIND [options] [flags of the training ...]",
+        description="What a run takes, before it has a GPU: parameters, memory, FLOPs, hours.",
+        epilog="Further flags override the recipe's. See docs/planning.md for what is exact.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a name, or the path of a .flags file")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    parser.add_argument("--gpu", choices=GPUS, required=True, metavar="KIND", help=", ".join(GPUS))
+    parser.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 100e9")
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="model FLOPs over the GPUs' peak (0.4, an assumption)",
+    )
+    parser.add_argument(
+        "--experts-per-token",
+        type=float,
+        metavar="MEAN",
+        help="where the routing does not set it (a fixed threshold), from a trial",
+    )
+    parser.add_argument("--json", action="store_true", help="for scripts; bytes, not GB")
+    return parser

@@ -1,0 +1,317 @@
+"""A run that is stopped and goes on: what the launch scripts do before and after each attempt.
+
+    python -m megatron_dynmoe.jobs.attempts begin --world-size 16 RECIPE FLAGS ... --run-dir DIR
+    python -m megatron_dynmoe.jobs.attempts end DIR/attempts/0001 --status 0
+
+``begin`` checks the flags, adds what resuming needs, records flags, commit and environment in the
+attempt's folder, and prints its path. ``end`` says how the attempt ended, and whether the job is to
+be queued again: exactly when the work is not done and going on can help. Imports no torch, because
+it runs before the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.jobs.preflight import LENGTH_FLAGS, check_run
+from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.runs.folder import ATTEMPTS, CHECKPOINTS, FINISHED, STOPPED, TENSORBOARD
+from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.words import format_flags, values_of, whole_number
+from megatron_dynmoe.storage.megatron_names import TRACKER
+
+# Exit codes. 75 is EX_TEMPFAIL: try again later.
+DONE, FAILED, GO_ON, ALREADY_FINISHED = 0, 1, 75, 3
+
+# What says how a run starts is left out where it goes on from its own checkpoint.
+_START = (
+    *("load", "pretrained-checkpoint", "finetune", "ckpt-step", "no-load-optim", "no-load-rng"),
+    *("exit-on-missing-checkpoint", "ckpt-fallback"),
+)
+_DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^([\w.]+: )?error: ")
+_PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
+
+
+def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int) -> Path | None:
+    """Open the next attempt of a run.
+
+    Args:
+        recipe: its name or path.
+        flags: what comes after the recipe's own; ``--run-dir`` among them.
+        world_size: number of processes.
+        max_restarts: how often one job may start again from the same iteration.
+
+    Returns:
+        The attempt's folder, or None where the run is finished.
+
+    Raises:
+        ValueError: the flags cannot work, or the job has started too often without progress.
+    """
+    words = [*recipe_flags(recipe), *flags]
+    values = values_of(words)
+    if "mock-data" in values:
+        words = _without(words, _DATA)  # the cluster's, which this run does not read
+    if not values.get("run-dir"):
+        raise ValueError("--run-dir is missing: name the folder in which to keep the run.")
+    run_dir = Path(values["run-dir"][0])
+    if is_finished(run_dir, values):
+        return None
+    iteration = latest_iteration(run_dir, values)
+    goes_on = iteration is not None or _names_nothing(_tracker(run_dir, values))
+    if goes_on:
+        words = _without(words, _START)
+        words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
+        words += ["--ckpt-fallback"]  # nobody is there to choose another
+    check_run(words, world_size)
+
+    earlier = _attempts(run_dir)
+    number = int(earlier[-1].name) + 1 if earlier else 1
+    job = os.environ.get("SLURM_JOB_ID")
+    _check_progress(earlier, job, iteration, max_restarts)
+    attempt = run_dir / ATTEMPTS / f"{number:04d}"
+    attempt.mkdir(parents=True)
+    if not goes_on and (run_dir / TENSORBOARD).exists():
+        # Curves of steps that no checkpoint holds; the run begins anew.
+        (run_dir / TENSORBOARD).rename(attempt / "tensorboard-before")
+    (attempt / "flags.txt").write_text(format_flags(words) + "\n")
+    _record(attempt, job=job, iteration=iteration, world_size=world_size, began=_now())
+    _write_origin(attempt)
+    _say_what_changed(earlier, words)
+    start = "from the newest good checkpoint" if goes_on else "from the start"
+    if iteration is not None:
+        start = f"from iteration {iteration}"
+    size = "1 process" if world_size == 1 else f"{world_size} processes"
+    print(f"attempt {number} of {run_dir}: {start}, {size}", file=sys.stderr)
+    return attempt
+
+
+def end(attempt: Path, status: int, was_stopped: bool) -> int:
+    """Say how an attempt ended.
+
+    Args:
+        attempt: its folder.
+        status: the exit status of its processes.
+        was_stopped: it was told to stop, by its time limit or a preemption.
+
+    Returns:
+        :data:`DONE`, :data:`FAILED`, or :data:`GO_ON`: another attempt is to follow.
+    """
+    run_dir = attempt.parent.parent
+    values = values_of(shlex.split((attempt / "flags.txt").read_text()))
+    began = _facts(attempt).get("iteration")
+    iteration = latest_iteration(run_dir, values)
+    # An earlier one than it began with: that one was damaged, and left behind.
+    has_progress = iteration is not None and iteration != (began or 0)
+    reached = "no checkpoint" if iteration is None else f"checkpoint {iteration}"
+    _record(attempt, status=status, ended=_now(), reached=iteration)
+    if is_finished(run_dir, values):
+        print(f"finished: {run_dir} ({reached})")
+        return DONE
+    if status == 0 and "exit-interval" in values:
+        print(f"stopped at --exit-interval {values['exit-interval'][0]}: {run_dir} ({reached})")
+        return DONE
+    if status == 0 or was_stopped or (attempt / STOPPED).is_file():
+        print(f"stopped before its end: {run_dir} ({reached})")
+        return GO_ON
+    print(f"failed with exit status {status}: {run_dir} ({reached}); logs in {attempt}")
+    for line in _errors(attempt):
+        print(f"  {line}")
+    if has_progress:
+        print("it had saved a new checkpoint, so it may go on from there")
+        return GO_ON
+    print("it had saved no new checkpoint, so trying again would fail again")
+    return FAILED
+
+
+def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
+    """The iteration of the last complete checkpoint, which Megatron notes when all is saved."""
+    tracker = _tracker(run_dir, values)
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
+    """Whether the run has come to its end, and the flags ask for no more than that.
+
+    Raises:
+        ValueError: a flag of the run's length is no whole number.
+    """
+    marker = run_dir / FINISHED
+    if not marker.is_file():
+        return False
+    done = json.loads(marker.read_text())
+    return all(
+        whole_number(values, flag, least=0) <= (done[flag] or 0)
+        for flag in LENGTH_FLAGS
+        if flag in values
+    )
+
+
+def _checkpoints(run_dir: Path, values: dict[str, list[str]]) -> Path:
+    return Path("".join(values.get("save", [])) or run_dir / CHECKPOINTS)
+
+
+def _tracker(run_dir: Path, values: dict[str, list[str]]) -> Path:
+    return _checkpoints(run_dir, values) / TRACKER
+
+
+def _names_nothing(tracker: Path) -> bool:
+    """Whether there is a tracker, but of no use: the checkpoints beside it may be good."""
+    if not tracker.is_file():
+        return False
+    text = tracker.read_text(errors="replace").strip()
+    return not text.isdigit() and text != "release"
+
+
+def _check_progress(
+    earlier: Sequence[Path], job: str | None, iteration: int | None, max_restarts: int
+) -> None:
+    """Count the attempts of this job that began where this one would."""
+    restarts = 0
+    for attempt in reversed(earlier):
+        facts = _facts(attempt)
+        if "job" not in facts:
+            continue  # it says neither that this job began it nor that it did not
+        if job is None or (facts["job"], facts["iteration"]) != (job, iteration):
+            break
+        restarts += 1
+    if restarts > max_restarts:
+        place = "the start" if iteration is None else f"iteration {iteration}"
+        raise ValueError(
+            f"job {job} has started {restarts} times from {place} without a new checkpoint "
+            f"(MAX_RESTARTS is {max_restarts}): look into {earlier[-1]}, mend the cause, and "
+            "submit again; the count begins anew with a new job."
+        )
+
+
+def _without(words: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The words without some flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word[2:].partition("=")[0] in names
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _attempts(run_dir: Path) -> list[Path]:
+    """The folders of all attempts that are still there, in order."""
+    folders = [path for path in (run_dir / ATTEMPTS).glob("*") if path.name.isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def _facts(attempt: Path) -> dict[str, Any]:
+    """What is on record of an attempt; nothing where its start was cut short, or files are gone."""
+    try:
+        facts: dict[str, Any] = json.loads((attempt / "attempt.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return facts
+
+
+def _record(attempt: Path, **facts: Any) -> None:
+    text = json.dumps(_facts(attempt) | facts, indent=2)
+    (attempt / "attempt.json").write_text(text + "\n")
+
+
+def _write_origin(attempt: Path) -> None:
+    """Keep the commit, what differs from it, the versions and the environment, without secrets."""
+    checkout = Path(__file__).resolve().parents[2]
+    commit = _git(checkout, "rev-parse", "HEAD") or "unknown: not a git checkout\n"
+    (attempt / "commit.txt").write_text(commit + _git(checkout, "status", "--short"))
+    (attempt / "changes.diff").write_text(_git(checkout, "diff", "HEAD"))
+    versions = [f"# Python {sys.version.split()[0]}"]
+    for package in _PACKAGES:
+        try:
+            versions.append(f"# {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"# {package} is not installed")
+    environment = [
+        f"{name}={'(left out)' if _SECRET.search(name) else value}"
+        for name, value in sorted(os.environ.items())
+    ]
+    (attempt / "environment.txt").write_text("\n".join([*versions, *environment]) + "\n")
+
+
+def _git(folder: Path, *command: str) -> str:
+    try:
+        answer = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
+    if not earlier or not (earlier[-1] / "flags.txt").is_file():
+        return
+    last = shlex.split((earlier[-1] / "flags.txt").read_text())
+    old, new = (
+        {shlex.join([f"--{name}", *given]) for name, given in values_of(kept).items()}
+        for kept in (_without(flags, _START) for flags in (last, words))
+    )
+    for sign, lines in (("-", old - new), ("+", new - old)):
+        for line in sorted(lines):
+            print(f"flags since attempt {int(earlier[-1].name)}: {sign} {line}", file=sys.stderr)
+
+
+def _errors(attempt: Path) -> list[str]:
+    """The first error in each log, once; the rank that died first comes first, torchrun last.
+
+    That a child failed, which is all that torchrun says then, is left out if the child said why.
+    """
+    found: dict[str, str] = {}
+    # By name where the file system does not tell times apart: its clock may tick every 10 ms.
+    ranks = sorted(attempt.glob("rank-*.log"), key=lambda log: (log.stat().st_mtime_ns, log.name))
+    for log in [*ranks, *sorted(attempt.glob("torchrun-*.log"))]:
+        lines = log.read_text(errors="replace").splitlines()
+        message = next((line for line in lines if _ERROR.match(line)), None)
+        if message is not None and not (found and "ChildFailedError" in message):
+            found.setdefault(re.sub(r"^\[rank\d+\]: ", "", message), log.name)
+    return [f"{log}: {message}" for message, log in found.items()][:5]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def main() -> None:
+    """Begin or end an attempt; the exit codes are those above."""
+    parser = CommandParser(prog="python -m megatron_dynmoe.jobs.attempts")
+    commands = parser.add_subparsers(required=True, dest="command")
+    start = commands.add_parser("begin")
+    start.add_argument("--world-size", type=int, required=True)
+    start.add_argument("--max-restarts", type=int, default=2)
+    start.add_argument("recipe")
+    start.add_argument("flags", nargs=argparse.REMAINDER)
+    finish = commands.add_parser("end")
+    finish.add_argument("attempt", type=Path)
+    finish.add_argument("--status", type=int, required=True)
+    finish.add_argument("--stopped", action="store_true")
+    args = parser.parse_args()
+    if args.command == "end":
+        sys.exit(end(args.attempt, args.status, args.stopped))
+    try:
+        attempt = begin(args.recipe, args.flags, args.world_size, args.max_restarts)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    if attempt is None:
+        sys.exit(ALREADY_FINISHED)
+    print(attempt)
+
+
+if __name__ == "__main__":
+    main()

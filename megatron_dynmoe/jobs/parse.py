@@ -1,0 +1,68 @@
+"""A recipe and flags as Megatron reads them, without starting it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from megatron_dynmoe.settings.command_line import RaisingParser
+
+
+def read_args(flags: Sequence[str]) -> Namespace:
+    """Parse flags with Megatron's own parser and fill in the sizes that it derives.
+
+    Args:
+        flags: a whole command line of ``megatron_dynmoe.pretrain``.
+
+    Raises:
+        ValueError: a flag is unknown, has a bad value, or is missing.
+    """
+    args = _parser().parse_args(list(flags))
+    # As upstream's validate_args, which cannot run without processes.
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if not getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is missing: the model's size depends on it.")
+    if args.ffn_hidden_size is None:
+        factor = 4 * 2 / 3 if args.swiglu else 4
+        args.ffn_hidden_size = int(factor * args.hidden_size)
+        if args.swiglu:
+            args.ffn_hidden_size = args.ffn_hidden_size // 64 * 64
+    if args.kv_channels is None:
+        if args.hidden_size % args.num_attention_heads:
+            raise ValueError(
+                f"--hidden-size is {args.hidden_size}, which --num-attention-heads "
+                f"{args.num_attention_heads} does not divide: change one, or give --kv-channels."
+            )
+        args.kv_channels = args.hidden_size // args.num_attention_heads
+    if args.moe_ffn_hidden_size is None and args.num_experts:
+        args.moe_ffn_hidden_size = args.ffn_hidden_size
+    if args.recompute_activations:
+        args.recompute_granularity = "selective"
+    if args.bf16 and not args.grad_reduce_in_bf16:
+        args.accumulate_allreduce_grads_in_fp32 = True
+    if args.padded_vocab_size is None:
+        if args.vocab_size is None:
+            raise ValueError(
+                "--vocab-size is missing: give the size of the tokenizer's vocabulary, as 32000."
+            )
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
+    return args
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():  # of what upstream would like to find installed
+        warnings.simplefilter("ignore")
+        from megatron.training.arguments import add_megatron_arguments
+
+        from megatron_dynmoe.settings.arguments import add_dynmoe_args
+        from megatron_dynmoe.training import run_directory
+    parser = RaisingParser(allow_abbrev=False, add_help=False)
+    return run_directory.add_flag(add_dynmoe_args(add_megatron_arguments(parser)))

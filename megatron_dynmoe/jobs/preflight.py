@@ -1,0 +1,140 @@
+"""What is checked before a run gets a GPU: its layout, its routing, its files, its flags."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dynmoe.data.check import prefix_remedy
+from megatron_dynmoe.planning.layout import Layout, check_layout
+from megatron_dynmoe.settings.arguments import PREFIX, naming_flags, resolved_from_args
+from megatron_dynmoe.settings.command_line import RaisingParser
+from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.settings.words import values_of, whole_number
+
+LENGTH_FLAGS = ("train-iters", "train-samples")
+_DATA_FLAGS = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path")
+
+
+def check_run(flags: Sequence[str], world_size: int) -> None:
+    """Check everything that can be known without torch.
+
+    Args:
+        flags: the whole command line of ``megatron_dynmoe.pretrain``.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: names what is wrong, its value and the remedy.
+    """
+    layout = Layout.from_flags(flags, world_size)
+    check_layout(layout)
+    check_length(flags)
+    check_routing(flags, layout.num_experts)
+    check_files(flags)
+
+
+def check_length(flags: Sequence[str]) -> None:
+    """Check that the length of the run is a whole number of steps or sequences.
+
+    Raises:
+        ValueError: names the flag and its value.
+    """
+    values = values_of(flags)
+    for name in LENGTH_FLAGS:
+        whole_number(values, name, default=0, least=0)
+
+
+def check_routing(flags: Sequence[str], num_experts: int) -> None:
+    """Check the ``--moe-dynamic-*`` flags, and ``DYNMOE_CONFIG`` under them, against each other.
+
+    Raises:
+        ValueError: see :class:`~megatron_dynmoe.settings.config.DynMoEConfig`.
+    """
+    settings = {}
+    for name, values in values_of(flags).items():
+        argument = name.replace("-", "_")
+        if not argument.startswith(PREFIX):
+            continue
+        field = argument.removeprefix(PREFIX)
+        if field in SETTINGS and len(values) != 1:
+            given = " ".join(values) or "without a value"
+            raise ValueError(f"--{name} is {given}: give one value.")
+        settings[field] = "".join(values)
+    args = Namespace(**{PREFIX + field: value for field, value in settings.items()})
+    with naming_flags(args):
+        DynMoEConfig.from_dict(settings, "the command line")  # knows the names
+    resolved_from_args(args, num_experts)
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Parse all flags as the training will; takes seconds, because it imports Megatron.
+
+    Raises:
+        ValueError: a flag is unknown, or a value is not of its kind.
+    """
+    # It warns that a login node has no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_dynmoe.training.flags import add_flags
+
+    parser = add_flags(add_megatron_arguments(RaisingParser(allow_abbrev=False)))
+    parser.parse_args(list(flags))
+
+
+def check_files(flags: Sequence[str]) -> None:
+    """Check that data and tokenizer are where the flags say.
+
+    Raises:
+        ValueError: names the file that is missing.
+    """
+    values = values_of(flags)
+    if "mock-data" in values:
+        return
+    given = [name for name in _DATA_FLAGS if name in values]
+    if not given:
+        raise ValueError(
+            "there is no data: give --data-path PREFIX (as tools/preprocess_data.py wrote it, "
+            "without .bin), or --mock-data to try without."
+        )
+    for name in given:
+        for path in values[name]:
+            if _is_number(path):  # the weight of the next prefix
+                continue
+            endings = ("",) if name.endswith("args-path") else (".bin", ".idx")
+            for file in (f"{path}{ending}" for ending in endings):
+                if not Path(file).is_file():
+                    remedy = "name a file that lists prefixes"
+                    if file != path:
+                        remedy = prefix_remedy(path)
+                    raise ValueError(
+                        f"--{name} names {path}, but there is no file {file}{_place(file)}: "
+                        f"{remedy}"
+                    )
+    tokenizer = values.get("tokenizer-model")
+    kind = "".join(values.get("tokenizer-type", []))
+    if tokenizer is None:
+        if not kind.startswith("Null"):
+            raise ValueError(
+                f"--tokenizer-model is missing: --tokenizer-type {kind} needs its file or folder."
+            )
+    elif not Path("".join(tokenizer)).exists():
+        file = "".join(tokenizer)
+        raise ValueError(
+            f"--tokenizer-model is {file}, but there is no such file or folder{_place(file)}."
+        )
+
+
+def _place(path: str) -> str:
+    """Where a relative path starts, which is not where the file of flags lies."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

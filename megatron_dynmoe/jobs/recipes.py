@@ -1,0 +1,139 @@
+"""Recipes: files of flags in ``launch/recipes``, and what they say.
+
+    python -m megatron_dynmoe.jobs.recipes                          # which recipes there are
+    python -m megatron_dynmoe.jobs.recipes dtop_p_16e [FLAGS ...]   # its flags, and yours after them
+    python -m megatron_dynmoe.jobs.recipes --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
+
+A recipe holds flags as typed on the command line. ``#`` starts a comment; a line ``include FILE``
+takes in another file of the same folder. A later flag overrides an earlier one. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.words import format_flags
+
+FOLDER = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+SUFFIX = ".flags"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the project; files that start with ``_`` are parts of others."""
+    return sorted(path.stem for path in FOLDER.glob(f"[!_]*{SUFFIX}"))
+
+
+def recipe_flags(name_or_path: str | Path) -> list[str]:
+    """The words of a recipe, includes resolved.
+
+    Args:
+        name_or_path: a name out of :func:`recipe_names`, or the path of a ``.flags`` file.
+
+    Raises:
+        ValueError: there is no such recipe, an include is missing or goes round in a circle, or a
+            line cannot be read.
+    """
+    return list(_words(_find(name_or_path), ()))
+
+
+def describe(name: str) -> str:
+    """The first comment line of a recipe."""
+    first = _find(name).read_text().partition("\n")[0]
+    return first.lstrip("# ")
+
+
+def _find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if text.endswith(SUFFIX) or "/" in text:
+        file = Path(text)
+        if not file.is_file():
+            others = [other.name for other in file.parent.glob(f"*{SUFFIX}")]
+            near = difflib.get_close_matches(file.name, others, n=1)
+            hint = f" Did you mean {file.with_name(near[0])}?" if near else ""
+            place = "" if file.is_absolute() else f" in {Path.cwd()}"
+            raise ValueError(f"recipe is {text}, but there is no such file{place}.{hint}")
+        return file
+    path = FOLDER / f"{text}{SUFFIX}"
+    if path.is_file():
+        return path
+    known = recipe_names()
+    if not known:
+        raise ValueError(
+            f"recipe is {text!r}, but there is no folder {FOLDER}: recipes come with a checkout of "
+            "the project; elsewhere give the path of a .flags file."
+        )
+    near = difflib.get_close_matches(text, known, n=1)
+    hint = f"did you mean {near[0]}? Use" if near else "use"
+    raise ValueError(
+        f"recipe is {text!r}, which is unknown: {hint} one of {', '.join(known)}, or the path "
+        f"of a {SUFFIX} file."
+    )
+
+
+def _words(path: Path, within: tuple[Path, ...]) -> Iterator[str]:
+    path = path.resolve()
+    if path in within:
+        circle = " -> ".join(part.name for part in (*within[within.index(path) :], path))
+        raise ValueError(f"recipe {within[0]} includes itself: {circle}. Take one include out.")
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error} in {line.strip()!r}.") from None
+        if words[:1] == ["include"]:
+            included = path.parent / "".join(words[1:2])
+            if len(words) != 2 or not included.is_file():
+                raise ValueError(
+                    f"{path}, line {number}: {line.strip()!r} must name one file in {path.parent}."
+                )
+            yield from _words(included, (*within, path))
+        else:
+            yield from words
+
+
+def main() -> None:
+    """List recipes, or print the flags of one."""
+    parser = CommandParser(
+        prog="python -m megatron_dynmoe.jobs.recipes",
+        description="Lists recipes and prints their flags.",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="check first that the flags fit a run of N processes, and that its data is there",
+    )
+    parser.add_argument(
+        "--parse", action="store_true", help="parse the flags with Megatron, too (seconds)"
+    )
+    parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags, which win")
+    args = parser.parse_args()
+    if args.recipe is None:
+        names = recipe_names()
+        for name in names:
+            print(f"{name:<{max(map(len, names))}}  {describe(name)}")
+        return
+    try:
+        flags = [*recipe_flags(args.recipe), *args.flags]
+        if args.world_size is not None:
+            from megatron_dynmoe.jobs.preflight import check_run
+
+            check_run(flags, args.world_size)
+        if args.parse:
+            from megatron_dynmoe.jobs.preflight import check_flags
+
+            check_flags(flags)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(format_flags(flags))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""How a run is spread over processes, read from its flags, and whether that can work.
+
+Pure arithmetic, before torch is imported: the launch scripts and the planner ask here, so that a
+layout that cannot work stops before it has a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dynmoe.settings.words import values_of, whole_number
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a run, as its flags give them; Megatron's defaults where they do not.
+
+    Attributes:
+        world_size: processes, one per GPU.
+        tensor, pipeline, context, expert, expert_tensor: parallel sizes. Expert tensor parallelism
+            follows tensor parallelism unless it is given.
+        stages_per_rank: virtual pipeline stages on each pipeline rank.
+        num_experts: 0 for a dense model.
+        micro_batch, global_batch: sequences.
+        has_own_split: flags place the layers on the pipeline themselves.
+    """
+
+    world_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_experts: int
+    seq_length: int
+    micro_batch: int
+    global_batch: int
+    tensor: int
+    pipeline: int
+    context: int
+    expert: int
+    expert_tensor: int
+    stages_per_rank: int
+    sequence_parallel: bool
+    has_own_split: bool
+
+    @classmethod
+    def from_flags(cls, flags: Sequence[str], world_size: int) -> Layout:
+        """Read Megatron's flags.
+
+        Raises:
+            ValueError: a size is missing where Megatron has no default, or is no positive number.
+        """
+        values = values_of(flags)
+
+        def size(name: str, default: int | None = None) -> int:
+            return whole_number(values, name, default)
+
+        experts = values.get("num-experts")
+        tensor = size("tensor-model-parallel-size", 1)
+        pipeline = size("pipeline-model-parallel-size", 1)
+        context = size("context-parallel-size", 1)
+        micro_batch, model_size = size("micro-batch-size"), tensor * pipeline * context
+        return cls(
+            world_size=world_size,
+            num_layers=size("num-layers"),
+            num_attention_heads=size("num-attention-heads"),
+            num_experts=0 if experts is None or experts == ["0"] else size("num-experts"),
+            seq_length=size("seq-length"),
+            micro_batch=micro_batch,
+            global_batch=size("global-batch-size", micro_batch * (world_size // model_size)),
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            expert=size("expert-model-parallel-size", 1),
+            expert_tensor=size("expert-tensor-parallel-size", tensor),
+            stages_per_rank=size("num-virtual-stages-per-pipeline-rank", 1),
+            sequence_parallel="sequence-parallel" in values,
+            has_own_split=any(name in values for name in _OWN_SPLITS),
+        )
+
+    @classmethod
+    def from_args(cls, args: Any) -> Layout:
+        """Read Megatron's parsed arguments, not yet validated."""
+        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        context = args.context_parallel_size
+        ranks = max(args.world_size // max(tensor * pipeline * context, 1), 1)
+        return cls(
+            world_size=args.world_size,
+            num_layers=args.num_layers,
+            num_attention_heads=args.num_attention_heads,
+            num_experts=args.num_experts or 0,
+            seq_length=args.seq_length,
+            micro_batch=args.micro_batch_size,
+            global_batch=args.global_batch_size or args.micro_batch_size * ranks,
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            expert=args.expert_model_parallel_size,
+            expert_tensor=args.expert_tensor_parallel_size or tensor,
+            stages_per_rank=args.num_virtual_stages_per_pipeline_rank or 1,
+            sequence_parallel=args.sequence_parallel,
+            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS),
+        )
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one copy of the model, experts apart."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // self.model_size
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of each expert."""
+        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each rank takes to a step."""
+        return max(self.global_batch // (self.micro_batch * self.data), 1)
+
+
+# Flags that place the layers unevenly, which Megatron checks itself.
+_OWN_SPLITS = (
+    "pipeline-model-parallel-layout",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "num-layers-per-virtual-pipeline-stage",
+)
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: names the value and the remedy.
+    """
+    for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+        if (size := getattr(layout, name)) < 1:
+            flag = (
+                f"--{name.replace('_', '-')}-{'' if name == 'context' else 'model-'}parallel-size"
+            )
+            flag = flag.replace("expert-tensor-model", "expert-tensor")
+            raise ValueError(f"{flag} is {size}: use 1 or more.")
+    world, model = layout.world_size, layout.model_size
+    if world < 1:
+        raise ValueError(f"the number of processes is {world}: use 1 or more.")
+    if world % model:
+        raise ValueError(
+            f"the number of processes is {world}, which {_product(layout)} does not divide: use a "
+            f"multiple of {model} processes, or a smaller {_parallel_flags(layout)}."
+        )
+    _check_experts(layout)
+    _check_pipeline(layout)
+    _check_split_of_layers(layout)
+    per_step = layout.micro_batch * layout.data
+    if layout.global_batch % per_step:
+        lower = layout.global_batch // per_step * per_step
+        near = f"{lower} or {lower + per_step}" if lower else f"{per_step}"
+        raise ValueError(
+            f"--global-batch-size is {layout.global_batch}, which --micro-batch-size "
+            f"{layout.micro_batch} times {layout.data} data-parallel ranks does not divide: use "
+            f"{near}, or another micro-batch or number of processes."
+        )
+    if layout.stages_per_rank > 1 and layout.num_micro_batches % layout.pipeline:
+        raise ValueError(
+            f"a step has {layout.num_micro_batches} micro-batches, which the "
+            f"{layout.pipeline} pipeline ranks do not divide as virtual stages need it: change "
+            "--global-batch-size or --micro-batch-size."
+        )
+
+
+def _check_experts(layout: Layout) -> None:
+    if not layout.num_experts:
+        if layout.expert > 1:
+            raise ValueError(
+                f"--expert-model-parallel-size is {layout.expert}, but the model has no experts: "
+                "leave it out."
+            )
+        return
+    if layout.num_experts % layout.expert:
+        raise ValueError(
+            f"--num-experts is {layout.num_experts}, which --expert-model-parallel-size "
+            f"{layout.expert} does not divide: use one of "
+            f"{_divisors(layout.num_experts, layout.world_size)}."
+        )
+    group = layout.expert_tensor * layout.expert * layout.pipeline
+    if layout.world_size % group:
+        raise ValueError(
+            f"the number of processes is {layout.world_size}, which expert parallel "
+            f"{layout.expert} x pipeline {layout.pipeline} x expert tensor {layout.expert_tensor} "
+            f"= {group} does not divide: use a multiple of {group} processes, or a smaller "
+            "--expert-model-parallel-size."
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {layout.tensor} with experts: add "
+            "--sequence-parallel, which Megatron needs for both together."
+        )
+
+
+def _check_pipeline(layout: Layout) -> None:
+    if layout.stages_per_rank > 1 and layout.pipeline == 1:
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank is {layout.stages_per_rank} without a "
+            "pipeline: set --pipeline-model-parallel-size, or leave it out."
+        )
+    stages = layout.pipeline * layout.stages_per_rank
+    if not layout.has_own_split and layout.num_layers % stages:
+        virtual = (
+            f" x {layout.stages_per_rank} virtual stages" if layout.stages_per_rank > 1 else ""
+        )
+        raise ValueError(
+            f"--num-layers is {layout.num_layers}, which --pipeline-model-parallel-size "
+            f"{layout.pipeline}{virtual} does not divide: use one of "
+            f"{_divisors(layout.num_layers, layout.world_size)} stages in all, or place the layers "
+            "with --pipeline-model-parallel-layout."
+        )
+
+
+def _check_split_of_layers(layout: Layout) -> None:
+    if layout.num_attention_heads % layout.tensor:
+        raise ValueError(
+            f"--num-attention-heads is {layout.num_attention_heads}, which "
+            f"--tensor-model-parallel-size {layout.tensor} does not divide: use one of "
+            f"{_divisors(layout.num_attention_heads, layout.world_size)}."
+        )
+    if layout.sequence_parallel and layout.seq_length % layout.tensor:
+        raise ValueError(
+            f"--seq-length is {layout.seq_length}, which --tensor-model-parallel-size "
+            f"{layout.tensor} does not divide as --sequence-parallel needs it: change one."
+        )
+    if layout.context > 1 and layout.seq_length % (2 * layout.context):
+        raise ValueError(
+            f"--seq-length is {layout.seq_length}: --context-parallel-size {layout.context} needs "
+            f"a multiple of {2 * layout.context}."
+        )
+
+
+def _product(layout: Layout) -> str:
+    names = ("tensor", "pipeline", "context")
+    parts = " x ".join(f"{name} {getattr(layout, name)}" for name in names)
+    return f"{parts} = {layout.model_size}"
+
+
+def _parallel_flags(layout: Layout) -> str:
+    flags = {
+        "--tensor-model-parallel-size": layout.tensor,
+        "--pipeline-model-parallel-size": layout.pipeline,
+        "--context-parallel-size": layout.context,
+    }
+    return " or ".join(flag for flag, size in flags.items() if size > 1)
+
+
+def _divisors(number: int, most: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, most) + 1) if number % n == 0)

@@ -1,0 +1,327 @@
+"""What a run reports: names, reductions, and where they are written.
+
+The statistics come reduced from :mod:`megatron_dynmoe.control.update`; upstream's metrics tracker
+is the place from which they reach the console, TensorBoard and W&B, once per iteration.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    set_moe_metrics_tracker,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.training import num_floating_point_operations
+
+from megatron_dynmoe.routing.counters import RoutingStatistics
+from megatron_dynmoe.runs.report import MAX_COLUMNS, TARGET, draw_layers
+from megatron_dynmoe.settings.config import DynMoEConfig
+
+PREFIX = "dynmoe"
+
+
+class RoutingSummary(NamedTuple):
+    """Means over what the statistics cover; lists have one entry per layer, NaN without experts."""
+
+    experts_per_token: float
+    std_experts_per_token: float  # over tokens and layers
+    experts_per_token_by_layer: list[float]
+    threshold: float  # mean over layers
+    threshold_by_layer: list[float]
+    theta_by_layer: list[float]
+    balance_loss: float
+    dynamic_loss: float
+    max_over_mean_load: (
+        float  # the busiest expert of a layer against that layer's mean, worst layer
+    )
+    share_at_cap: float
+    share_not_finite: float  # of tokens with a logit that is NaN or infinite
+    first_not_finite: int  # the first layer with one, 0: none
+    tokens: float  # token-layer pairs / MoE layers: tokens that entered the model
+
+
+def summarize(statistics: RoutingStatistics) -> RoutingSummary:
+    """Turn reduced statistics [L, ...] into numbers on the host: one device-to-host copy."""
+    statistics = RoutingStatistics(
+        *torch.cat([value.reshape(len(statistics.tokens), -1) for value in statistics], dim=1)
+        .cpu()
+        .split([value[0].numel() for value in statistics], dim=1)
+    )
+    layer = RoutingStatistics(*(value.squeeze(-1) for value in statistics[:-1]), statistics[-1])
+    has_experts = layer.routers > 0
+    pooled = layer.pooled()
+    mean = pooled.mean_experts
+    variance = pooled.squared_experts / pooled.tokens - mean.square()
+    load_LE = layer.assignments[has_experts]
+    imbalance_L = load_LE.amax(dim=-1) / load_LE.mean(dim=-1)
+    return RoutingSummary(
+        experts_per_token=mean.item(),
+        std_experts_per_token=variance.clamp(min=0).sqrt().item(),
+        experts_per_token_by_layer=layer.mean_experts.tolist(),
+        threshold=(pooled.knobs / pooled.routers).item(),
+        threshold_by_layer=(layer.knobs / layer.routers).tolist(),
+        theta_by_layer=(layer.thetas / layer.routers).tolist(),
+        balance_loss=(pooled.balance_loss / pooled.micro_batches).item(),
+        dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
+        max_over_mean_load=imbalance_L.max().item() if len(load_LE) else float("nan"),
+        share_at_cap=(pooled.tokens_at_cap / pooled.tokens).item(),
+        share_not_finite=(pooled.not_finite / pooled.tokens).item(),
+        first_not_finite=next((n for n, count in enumerate(layer.not_finite, 1) if count), 0),
+        tokens=(pooled.tokens / has_experts.sum()).item(),
+    )
+
+
+def scalars(
+    summary: RoutingSummary, dynmoe: DynMoEConfig, iteration: int
+) -> Iterator[tuple[str, float]]:
+    """Names and values for TensorBoard and W&B, of the step that ends as ``iteration``."""
+    yield f"{PREFIX}/experts_per_token", summary.experts_per_token
+    if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may have another
+        yield TARGET, dynmoe.target_experts_per_token.at_step(iteration)
+    yield f"{PREFIX}/std_experts_per_token", summary.std_experts_per_token
+    yield f"{PREFIX}/threshold", summary.threshold
+    yield f"{PREFIX}/balance_loss", summary.balance_loss
+    yield f"{PREFIX}/dynamic_loss", summary.dynamic_loss
+    yield f"{PREFIX}/max_over_mean_load", summary.max_over_mean_load
+    if dynmoe.max_experts_per_token is not None:
+        yield f"{PREFIX}/share_of_tokens_at_cap", summary.share_at_cap
+    if summary.first_not_finite:
+        yield f"{PREFIX}/share_of_tokens_not_finite", summary.share_not_finite
+    by_layer = {"experts_per_token": summary.experts_per_token_by_layer}
+    if dynmoe.normalization == "drn":
+        by_layer["theta"] = summary.theta_by_layer
+    if dynmoe.scope == "layer":
+        by_layer["threshold"] = summary.threshold_by_layer
+    for name, values in by_layer.items():
+        for index, value in enumerate(values):
+            if value == value:  # layers without experts are NaN
+                yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
+
+
+def layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's page "custom scalars": groups of charts, each of tags (regular expressions)."""
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+    def by_layer(name: str) -> list[Any]:
+        return chart(rf"{PREFIX}_layers/{name}_layer_\d+")
+
+    experts = [f"{PREFIX}/experts_per_token", f"{PREFIX}/validation_experts_per_token"]
+    if dynmoe.target_experts_per_token is not None:
+        experts.append(TARGET)
+    routing = {
+        "experts per token": chart(*experts),
+        "standard deviation of experts over tokens": chart(
+            f"{PREFIX}/std_experts_per_token", f"{PREFIX}/validation_std_experts_per_token"
+        ),
+        "threshold": chart(f"{PREFIX}/threshold"),
+    }
+    if dynmoe.max_experts_per_token is not None:
+        routing["share of tokens at the cap"] = chart(f"{PREFIX}/share_of_tokens_at_cap")
+    layers = {"experts per token": by_layer("experts_per_token")}
+    if dynmoe.normalization == "drn":
+        layers["theta of the normalization"] = by_layer("theta")
+    if dynmoe.scope == "layer":
+        layers["threshold"] = by_layer("threshold")
+    return {
+        "training": {
+            "loss": chart("lm loss", "lm loss validation"),
+            "gradient norm": chart("grad-norm"),
+            "learning rate": chart("learning-rate"),
+        },
+        "routing": routing,
+        "routing by layer": layers,
+        "balance and losses of the router": {
+            "busiest expert over mean": chart(f"{PREFIX}/max_over_mean_load"),
+            "balance loss": chart(f"{PREFIX}/balance_loss"),
+            "dynamic loss (entropy)": chart(f"{PREFIX}/dynamic_loss"),
+        },
+        "speed": {
+            "tokens per second": chart(f"{PREFIX}/tokens_per_second"),
+            "TFLOP/s from measured experts": chart(f"{PREFIX}/tflops_per_second"),
+        },
+    }
+
+
+class LayerHistory:
+    """Experts per token by layer since this process started, in a bounded number of columns."""
+
+    def __init__(self) -> None:
+        self._columns: list[tuple[int, list[float]]] = []
+
+    def add(self, iteration: int, experts_by_layer: list[float]) -> None:
+        """Take one log interval; when the columns are too many, neighbours become one."""
+        self._columns.append((iteration, experts_by_layer))
+        if len(self._columns) >= 2 * MAX_COLUMNS:
+            pairs = zip(self._columns[::2], self._columns[1::2], strict=True)
+            self._columns = [
+                (last, [(a + b) / 2 for a, b in zip(first_row, last_row, strict=True)])
+                for (_, first_row), (last, last_row) in pairs
+            ]
+
+    def draw(self) -> Any | None:
+        """The heat map, a matplotlib figure; None where there is nothing to draw."""
+        if not self._columns:
+            return None
+        from matplotlib.figure import Figure
+
+        iterations = [iteration for iteration, _ in self._columns]
+        rows = zip(*(row for _, row in self._columns), strict=True)
+        values = {
+            number: row for number, row in enumerate(rows, 1) if not all(map(math.isnan, row))
+        }
+        if not values:
+            return None
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw_layers(figure.subplots(), iterations, values)
+        return figure
+
+
+class DynMoEMetricsTracker(MoEMetricsTracker):
+    """Upstream's tracker, which also reports the routing.
+
+    ``report`` is called by the training loop on every rank after every iteration; only the last
+    rank holds writers and prints, and only there the statistics are read.
+    """
+
+    def __init__(self, dynmoe: DynMoEConfig) -> None:
+        super().__init__()
+        self.dynmoe = dynmoe
+        self._step: RoutingStatistics | None = None
+        self._interval: RoutingStatistics | None = None
+        self._num_samples = 0
+        self._has_layout = False
+        self._history = LayerHistory()
+
+    def add(self, statistics: RoutingStatistics) -> None:
+        """Take the statistics of one global batch; a re-run of the same batch replaces them.
+
+        Steps that the optimizer skips are reported too: their tokens were routed and computed.
+        """
+        self._step = statistics
+
+    def report(
+        self,
+        *args: Any,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        **kwargs: Any,
+    ) -> str:
+        """Report upstream's metrics and the routing; returns the addition to the console line."""
+        line = super().report(
+            *args, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **kwargs
+        )
+        args_of_run = get_args()
+        if self._step is not None:
+            step, self._step = self._step, None
+            self._interval = step if self._interval is None else self._interval + step
+            self._num_samples += get_current_global_batch_size()  # it may ramp up
+            if iteration % args_of_run.tensorboard_log_interval == 0:
+                self._write_step(step, iteration, writer, wandb_writer)
+        if iteration % args_of_run.log_interval == 0 and self._interval is not None:
+            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
+            self._interval, self._num_samples = None, 0
+        evaluates = args_of_run.eval_interval and iteration % args_of_run.eval_interval == 0
+        if writer is not None and (evaluates or iteration == args_of_run.train_iters):
+            self._write_heat_map(iteration, writer)
+        return line
+
+    def _report_interval(self, args: Any, iteration: int, writer: Any, wandb_writer: Any) -> str:
+        assert self._interval is not None
+        summary = summarize(self._interval)
+        # Upstream stops this timer during evaluation and checkpoints, and resets it after us.
+        seconds = get_timers()("interval-time").elapsed(reset=False)
+        # Duplicates over tensor-parallel ranks cancel in means, not in this sum, so count samples.
+        tokens = self._num_samples * args.seq_length
+        flops = floating_point_operations(args, self._num_samples, summary.experts_per_token)
+        rates = {
+            f"{PREFIX}/tokens_per_second": tokens / seconds,
+            f"{PREFIX}/tflops_per_second": flops / seconds / 1e12,
+        }
+        self._write(rates, iteration, writer, wandb_writer)
+        self._history.add(iteration, summary.experts_per_token_by_layer)
+        print(_layer_table(summary, self.dynmoe), flush=True)
+        target = self.dynmoe.target_experts_per_token
+        aim = f" (target {target.at_step(iteration):g})" if target is not None else ""
+        cap = self.dynmoe.max_experts_per_token
+        not_finite = (
+            f" tokens with NaN or infinite logits: {summary.share_not_finite:.2%}, "
+            f"from layer {summary.first_not_finite} |"
+            if summary.first_not_finite
+            else ""
+        )
+        at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
+        return (
+            f" experts per token: {summary.experts_per_token:.4f}{aim} |"
+            f" threshold: {summary.threshold:.5f} |"
+            f" balance loss: {summary.balance_loss:.4f} |"
+            f" dynamic loss: {summary.dynamic_loss:.4f} |"
+            f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}{not_finite}"
+            f" tokens/s: {tokens / seconds:.0f} |"
+            f" TFLOP/s from measured experts: {flops / seconds / 1e12:.3g} |"
+        )
+
+    def _write_step(
+        self, step: RoutingStatistics, iteration: int, writer: Any, wandb_writer: Any
+    ) -> None:
+        if writer is not None or wandb_writer is not None:  # only there the host reads
+            values = dict(scalars(summarize(step), self.dynmoe, iteration))
+            self._write(values, iteration, writer, wandb_writer)
+        if writer is not None and not self._has_layout:
+            writer.add_custom_scalars(layout(self.dynmoe))
+            self._has_layout = True
+
+    def _write_heat_map(self, iteration: int, writer: Any) -> None:
+        try:
+            figure = self._history.draw()
+            if figure is not None:
+                writer.add_figure(f"{PREFIX}/experts_per_token_by_layer", figure, iteration)
+        except Exception as error:  # a picture is not worth a training
+            print(f"warning: no heat map at iteration {iteration}: {error}", flush=True)
+
+    @staticmethod
+    def _write(values: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
+        if writer is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        if wandb_writer is not None:
+            wandb_writer.log(values, iteration)
+
+
+def _layer_table(summary: RoutingSummary, dynmoe: DynMoEConfig) -> str:
+    rows = {"experts per token": summary.experts_per_token_by_layer}
+    if dynmoe.scope == "layer":
+        rows["threshold"] = summary.threshold_by_layer
+    if dynmoe.normalization == "drn":
+        rows["theta"] = summary.theta_by_layer
+    return "\n".join(
+        f"  {name + ' by layer':<27}"
+        + " ".join("     -" if value != value else f"{value:6.3f}" for value in values)
+        for name, values in rows.items()
+    )
+
+
+def install_metrics_tracker(dynmoe: DynMoEConfig) -> None:
+    """Make upstream's loop report the routing of the run that starts."""
+    set_moe_metrics_tracker(DynMoEMetricsTracker(dynmoe))
+
+
+def floating_point_operations(args: Any, num_samples: int, experts_per_token: float) -> float:
+    """Floating-point operations of training on some samples, forward and backward.
+
+    Upstream's own formula with the measured number of experts in the place of
+    ``--moe-router-topk``, in which it is linear.
+    """
+    measured = copy.copy(args)
+    measured.moe_router_topk = experts_per_token
+    return num_floating_point_operations(measured, num_samples)

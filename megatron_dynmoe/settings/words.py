@@ -1,0 +1,62 @@
+"""The words of a command line, before anything parses them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+
+def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each flag, by its name without dashes in front; the last of a name counts.
+
+    ``["--lr", "1", "--bf16", "--lr=2"]`` gives ``{"lr": ["2"], "bf16": []}``.
+
+    Raises:
+        ValueError: a value stands before the first flag.
+    """
+    values: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            current = values[name] = [value] if equals else []
+        elif current is None:
+            raise ValueError(
+                f"{word!r} is no flag and stands before all flags: flags start with --."
+            )
+        else:
+            current.append(word)
+    return values
+
+
+def whole_number(
+    values: dict[str, list[str]], name: str, default: int | None = None, least: int = 1
+) -> int:
+    """The value of a flag that takes a whole number.
+
+    Args:
+        values: of all flags, as :func:`values_of` gives them.
+        name: the flag's, without dashes in front.
+        default: where the flag is not there; None where it must be.
+        least: the smallest that is allowed.
+
+    Raises:
+        ValueError: it is missing, has no value or several, or is no such number.
+    """
+    given = values.get(name)
+    if given is None and default is not None:
+        return default
+    if given is None or len(given) != 1 or not given[0].isdecimal() or int(given[0]) < least:
+        shown = "missing" if given is None else " ".join(given) or "without a value"
+        raise ValueError(f"--{name} is {shown}: use a whole number from {least} up.")
+    return int(given[0])
+
+
+def format_flags(flags: Sequence[str]) -> str:
+    """Flags as text, one with its values on each line, quoted for a shell."""
+    lines: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(word)
+    return "\n".join(shlex.join(line) for line in lines)

@@ -1,0 +1,35 @@
+"""Names in a folder of Megatron's checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+# Megatron's note of the last complete checkpoint: an iteration, or "release".
+TRACKER = "latest_checkpointed_iteration.txt"
+
+RELEASE = "release"
+
+
+def checkpoint_name(name: int | str) -> str:
+    """The folder of an iteration's checkpoint, or of ``release``."""
+    return RELEASE if name == RELEASE else f"iter_{name:07d}"
+
+
+def nearby_checkpoints(path: Path) -> Path | None:
+    """The folder of a run's checkpoints that a path was probably meant to name; None without one.
+
+    Above it, if the path names a single checkpoint; below it, if it names a run; beside it, if a
+    part of it is misspelt.
+    """
+    candidates = [path.parent, path / "checkpoints"]
+    there = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    if there is not None and not path.exists():
+        misspelt, *rest = path.absolute().relative_to(there).parts
+        names = [folder.name for folder in there.iterdir() if folder.is_dir()]
+        for name in difflib.get_close_matches(misspelt, names):
+            meant = there.joinpath(name, *rest)
+            if not path.is_absolute() and meant.is_relative_to(Path.cwd()):
+                meant = meant.relative_to(Path.cwd())
+            candidates += [meant, meant / "checkpoints"]
+    return next((folder for folder in candidates if (folder / TRACKER).is_file()), None)

@@ -1,0 +1,1 @@
+"""The only place that changes Megatron: every patch, with its reason and its end."""

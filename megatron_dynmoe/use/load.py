@@ -1,0 +1,176 @@
+"""Model and tokenizer from a folder, for the command lines: plain errors, no code from the folder.
+
+Only safetensors are read, nothing is fetched from a hub, and a tensor that is missing or unknown is
+an error instead of random weights. A folder may be hostile: see SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
+from megatron_dynmoe.storage.json_files import read_json
+
+# A model that declares more than this many times the numbers that are stored is none. Quantized
+# ones store eight in one.
+MAX_DECLARED = 16
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration in ``folder``.
+
+    Raises:
+        ValueError: no folder, no config.json, or one that is wrong.
+    """
+    import megatron_dynmoe.huggingface  # noqa: F401  (so that the folder's own code is not needed)
+
+    check_is_model(folder)
+    settings = read_json(folder / "config.json")
+    _refuse_code_from_a_hub(folder, settings)
+    if "MoEForCausalLM" in (settings.get("architectures") or []):
+        raise ValueError(
+            f"model {folder} is in the published layout of Dynamic MoE, for which Transformers has "
+            f"no code: convert_checkpoint.py to-hf --load {folder} --output DIR makes one of ours"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
+    """An implementation such as OWNER/NAME is fetched and run, whatever ``trust_remote_code`` is.
+
+    Raises:
+        ValueError: config.json names one, at whatever depth.
+    """
+    if not isinstance(settings, dict):
+        return
+    for name, value in settings.items():
+        if name.endswith("_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {str(value)[:80]!r}, which is code from a "
+                "hub and not run here: take it out of the file"
+            )
+        _refuse_code_from_a_hub(folder, value)
+
+
+def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The causal language model in ``folder``, in evaluation mode.
+
+    Args:
+        config: that of :func:`load_config`, changed where wanted; the model keeps it.
+        dtype: one of ``--dtype``; ``auto``: as stored.
+        device: such as ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: weights that are missing, damaged or do not fit, or a bad device.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model {folder}: it has no .safetensors file (weights in pickle files are not read)"
+        )
+    check_sizes(folder, config)
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        for kind in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(str(key) for key in found[f"{kind}_keys"]):
+                raise ValueError(f"{len(keys)} {kind} weights, the first is {keys[0]}")
+        return model.to(device).eval()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # safetensors and torch raise several kinds of their own
+        raise ValueError(f"model {folder}: {_one_line(error)}") from error
+
+
+def check_sizes(folder: Path, config: Any) -> None:
+    """Compare what config.json declares with what is stored, before room is made for it.
+
+    Raises:
+        ValueError: weights that cannot be read, lie elsewhere, or are much too few.
+    """
+    weights, text = ModelFolder(folder), config.get_text_config()
+    stored = sum(math.prod(weights.shape(key)) for key in weights.keys)
+    try:
+        # The first three only so that the model can be made at all, without room for its numbers.
+        layers = text.num_hidden_layers
+        _check_declared("num_hidden_layers", layers, layers, len(weights.keys))
+        for name in ("vocab_size", "num_experts", "num_local_experts"):
+            if (number := getattr(text, name, None)) is not None:
+                _check_declared(name, number, number * text.hidden_size, stored)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        declared = sum(parameter.numel() for parameter in model.parameters())
+        _check_declared("the number of parameters", declared, declared, stored)
+    except Exception as error:  # whatever a model's code makes of strange settings
+        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+
+
+def _check_declared(name: str, value: int, needed: int, stored: int) -> None:
+    if needed > MAX_DECLARED * stored:
+        raise ValueError(
+            f"{name} is {value:,}, for which the weights that are stored are much too few: the "
+            "file is not that of these weights"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(
+            f"model {folder}: it has no tokenizer (no tokenizer.json or tokenizer.model): export "
+            "the model with one, or copy the files of the training tokenizer into the folder"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def check_ids(largest: int, config: Any) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: the folder's tokenizer is not that of the model.
+    """
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives the id {largest}, and the model knows 0 to "
+            f"{config.vocab_size - 1}: it is another model's tokenizer"
+        )
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def be_quiet() -> None:
+    """Keep transformers' hints and bars off the terminal: errors are raised anyway."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

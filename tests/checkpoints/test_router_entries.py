@@ -1,0 +1,62 @@
+"""Which checkpoints have routers that this run can go on from; see also test_resume_settings."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_dynmoe.checkpoints.collective import CheckpointError
+from megatron_dynmoe.checkpoints.router_entries import check_router_entries
+from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron
+
+pytestmark = pytest.mark.megatron
+
+ROUTER = "decoder.layers.mlp.router."
+STATE = ("weight", "threshold", "integral", "measured")
+STRICT = "assume_ok_unexpected"  # Megatron's default
+
+
+def check(folder, names, strictness=STRICT):
+    """As if a model with such a router were to be loaded, with its optimizer."""
+    model = {name: SimpleNamespace(key=ROUTER + name) for name in names}
+    moments = {name: SimpleNamespace(key=f"optimizer.{ROUTER}{name}") for name in names}
+    state_dict = {"args": object(), "model": model, "optimizer": {"state": [moments]}}
+    check_router_entries(folder / "release", state_dict, strictness)
+
+
+@pytest.fixture(scope="module", params=[TOP_K, TOP_P, DTOP_P])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return write_megatron(folder, model_config(**request.param)), request.param
+
+
+def test_a_checkpoint_of_other_routing_is_refused_with_the_flags_that_load_it(saved):
+    folder, settings = saved
+    check(folder, [])  # dense
+    check(folder, ["weight"])  # top-k
+    if settings is TOP_K:
+        with pytest.raises(CheckpointError, match="no integral, measured, threshold"):
+            check(folder, STATE)
+    else:
+        check(folder, STATE)
+    if settings is DTOP_P:
+        check(folder, [*STATE, "theta_offset"])
+    else:
+        with pytest.raises(CheckpointError, match=r"theta_offset.*log_all --no-load-optim"):
+            check(folder, [*STATE, "theta_offset"])
+
+
+def test_what_is_asked_to_be_lenient_is(saved):
+    for strictness in ("log_all", "log_unexpected", "return_all", "ignore_all"):
+        check(saved[0], [*STATE, "theta_offset"], strictness)
+
+
+def test_what_is_not_about_routing_is_left_to_megatron(tmp_path):
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    (tmp_path / "release").mkdir()
+    check(tmp_path, STATE)  # another format
+    (tmp_path / "release" / ".metadata").write_bytes(pickle.dumps(Metadata({}, {}, {})))
+    check(tmp_path, STATE)  # a dense model's

@@ -1,0 +1,120 @@
+"""The --spec target, called as Megatron calls it: once for each model chunk."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.moe import one_rank
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(autouse=True)
+def megatron():
+    one_rank.world_of_one()
+    yield
+    one_rank.forget_global_state()
+
+
+@pytest.mark.parametrize(
+    ("upstream", "expected"),
+    [
+        ({"moe_router_load_balancing_type": "aux_loss"}, ("seq_aux_loss", 1e-2)),
+        ({"moe_router_load_balancing_type": "global_aux_loss"}, ("global_aux_loss", 1e-2)),
+        (
+            {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5},
+            ("seq_aux_loss", 0.5),
+        ),
+        ({"moe_router_load_balancing_type": "none"}, ("none", 0.0)),
+    ],
+)
+def test_every_chunk_gets_the_same_settings(tmp_path, monkeypatch, upstream, expected):
+    from megatron_dynmoe.specs import dynmoe_layer_spec
+
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text("routing: top_p")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    config = one_rank.transformer_config(**upstream)
+    for _chunk in range(2):
+        spec = dynmoe_layer_spec(SimpleNamespace(transformer=config))
+        router = spec.layer_specs[0].submodules.mlp.keywords["submodules"].router
+        dynmoe = router.keywords["dynmoe"]
+        assert (dynmoe.balance_loss, dynmoe.balance_loss_coeff) == expected
+
+
+def test_without_settings_the_spec_says_what_to_set(monkeypatch):
+    from megatron_dynmoe.specs import dynmoe_layer_spec
+
+    monkeypatch.delenv("DYNMOE_CONFIG", raising=False)
+    with pytest.raises(ValueError, match="DYNMOE_CONFIG is not set"):
+        dynmoe_layer_spec(SimpleNamespace(transformer=one_rank.transformer_config()))
+
+
+def test_the_baseline_is_upstreams_own_spec(tmp_path, monkeypatch):
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from megatron_dynmoe.specs import dynmoe_layer_spec
+
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text("routing: top_k")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    config = one_rank.transformer_config()
+    spec = dynmoe_layer_spec(SimpleNamespace(transformer=config))
+    assert spec.layer_specs[0].submodules.mlp.func is MoELayer
+    assert config.finalize_model_grads_func is None
+
+
+def test_a_spec_is_made_of_settled_settings_and_changes_nothing():
+    import copy
+
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.model.spec import layer_spec
+    from megatron_dynmoe.settings.config import DynMoEConfig
+
+    config = one_rank.transformer_config(moe_router_dtype="fp32")
+    before = copy.copy(vars(config))
+    settled = settle_run(DynMoEConfig(routing="top_p").resolve(4), config)
+    specs = [layer_spec(SimpleNamespace(transformer=config), settled=settled) for _ in range(2)]
+    assert vars(config) == before
+    routers = [spec.layer_specs[0].submodules.mlp.keywords["submodules"].router for spec in specs]
+    assert (
+        routers[0].keywords
+        == routers[1].keywords
+        == {
+            "dynmoe": settled.dynmoe,
+            "rule": settled.rule,
+        }
+    )
+    assert settled.dynmoe.threshold == 0.4 and settled.controller is None
+
+
+@pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
+def test_settings_are_settled_once_however_many_chunks_there_are(tmp_path, monkeypatch, routing):
+    from megatron_dynmoe import specs
+    from megatron_dynmoe.backends import choice
+    from megatron_dynmoe.model import settled
+    from megatron_dynmoe.settings.config import DynMoEConfig
+
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text(
+        f"routing: {routing}\n" + "target_experts_per_token: 2\n" * (routing == "dtop_p")
+    )
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    calls = []
+
+    def counting(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(DynMoEConfig, "resolve")
+    counting(settled, "settle")
+    counting(choice, "plan")
+    config = one_rank.transformer_config()
+    for stage in range(2):
+        specs.dynmoe_layer_spec(SimpleNamespace(transformer=config), stage)
+    assert sorted(calls) == ["plan", "resolve", "settle"]

@@ -1,0 +1,481 @@
+"""Evaluation: the counts against counting by hand, the scores against lm-eval alone.
+
+Tasks and data are local; the network is never asked.
+"""
+
+import json
+import math
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'megatron-dynmoe[eval]'")
+
+import datasets
+import lm_eval
+import yaml
+from huggingface_hub import constants
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+from megatron_dynmoe.data.train_tokenizer import train_tokenizer
+from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
+from megatron_dynmoe.use import evaluate as module
+from megatron_dynmoe.use.evaluate import PRESETS, evaluate, load_tasks
+from megatron_dynmoe.use.load import load_tokenizer
+from tests.helpers.ports import reserved_port
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOICES = ["red", "green and blue", "no"]
+NUM_NEW = 12
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # It starts a dozen programs to describe the machine.
+    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
+    # Nor what this user has fetched before: nothing.
+    caches = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(caches / "hub"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of two MoE layers and a dense one between them."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    config = DynMoEModelConfig(
+        **SIZES,
+        **{"vocab_size": 500, "intermediate_size": 32, "max_position_embeddings": 96},
+        **{"num_experts": 8, "moe_intermediate_size": 16, "routing": "top_p", "threshold": 0.5},
+        **{"mlp_layer_types": ["sparse", "dense", "sparse"], "initializer_range": 0.3},
+        **{"bos_token_id": 1, "eos_token_id": 2},
+    )
+    DynMoEForCausalLM(config).save_pretrained(folder)
+    corpus = str(ROOT / "examples" / "data" / "dictionary.jsonl.gz")
+    export_tokenizer(train_tokenizer([corpus], str(folder.parent / "sp"), 500), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return DynMoEForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of very different lengths, and the first two the same."""
+    path = tmp_path_factory.mktemp("data") / "fruit.jsonl"
+    rows = [
+        {
+            "text": f"{i // 2 * 7} apples and pears" * (1 + i // 2 % 3),
+            "answers": CHOICES,
+            "y": i % 3,
+        }
+        for i in [0, *range(9)]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def task_file(documents: Path) -> Callable[..., Path]:
+    def write(name: str, **settings: object) -> Path:
+        task = {
+            **{"task": name, "dataset_path": "json", "validation_split": "validation"},
+            "dataset_kwargs": {"data_files": {"validation": str(documents)}},
+            **{"doc_to_text": "Q: {{text}}", "doc_to_target": "y", "num_fewshot": 0},
+            "metric_list": [{"metric": "acc"}],
+        }
+        path = documents.parent / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(task | settings))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def choice(task_file: Callable[..., Path]) -> Path:
+    return task_file("choice", output_type="multiple_choice", doc_to_choice="{{answers}}")
+
+
+@pytest.fixture(scope="module")
+def free(task_file: Callable[..., Path]) -> Path:
+    return task_file(
+        "free",
+        output_type="generate_until",
+        doc_to_target="{{answers[0]}}",
+        metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["e", "t"], "max_gen_toks": NUM_NEW, "do_sample": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def rolling(task_file: Callable[..., Path]) -> Path:
+    return task_file(
+        "rolling",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    )
+
+
+def texts(documents: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in documents.read_text().splitlines()]
+
+
+def experts_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """Experts of one text alone, summed over its tokens: [MoE layers]."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).experts_per_token[:, 0].sum(dim=1)
+
+
+def assert_counts(entry: dict[str, Any], model: Any, inputs: list[list[int]]) -> None:
+    tokens = sum(map(len, inputs))
+    by_layer = (sum(experts_of(model, ids) for ids in inputs) / tokens).tolist()
+    assert entry["tokens"] == tokens
+    assert entry["experts_per_token_by_layer"] == pytest.approx(
+        {"1": by_layer[0], "3": by_layer[1]}, rel=1e-6
+    )
+    assert entry["mean_experts_per_token"] == pytest.approx(sum(by_layer) / 2, rel=1e-6)
+    assert by_layer[0] != by_layer[1] > 1  # else this would tell nothing
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_multiple_choice(
+    batch_size: int, model: Any, tokenizer: Any, choice: Path, documents: Path
+) -> None:
+    report = evaluate(model, tokenizer, load_tasks([str(choice)]), batch_size=batch_size)
+    # The last token is predicted, not read; what two requests share is read once.
+    inputs = {
+        tuple(tokenizer.encode(f"Q: {text} {answer}", add_special_tokens=False)[:-1])
+        for text in texts(documents)
+        for answer in CHOICES
+    }
+    assert len(inputs) < len(CHOICES) * len(texts(documents))
+    assert_counts(report["tasks"]["choice"], model, [list(ids) for ids in inputs])
+    assert report["tasks"]["choice"]["num_samples"] == 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_generation(
+    batch_size: int, model: Any, tokenizer: Any, free: Path, documents: Path
+) -> None:
+    report = evaluate(model, tokenizer, load_tasks([str(free)]), batch_size=batch_size)
+    inputs, lengths = [], []
+    for text in texts(documents):
+        prompt = tokenizer.encode(f"Q: {text}", add_special_tokens=False)
+        answer: list[int] = []
+        while len(answer) < NUM_NEW and answer[-1:] != [2]:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits
+            answer.append(int(logits[0, -1].argmax()))
+            if any(stop in tokenizer.decode(answer) for stop in "et"):
+                break
+        inputs.append(prompt + answer[:-1])
+        lengths.append(len(answer))
+    assert len(set(lengths)) > 2  # so some answers end while others go on
+    assert_counts(report["tasks"]["free"], model, inputs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_whole_texts(
+    batch_size: int, model: Any, tokenizer: Any, rolling: Path, documents: Path
+) -> None:
+    report = evaluate(model, tokenizer, load_tasks([str(rolling)]), batch_size=batch_size)
+    # As in training, a text follows the end of another: </s>, not <s>.
+    inputs = [
+        [2, *tokenizer.encode(text, add_special_tokens=False)][:-1] for text in texts(documents)
+    ]
+    assert max(map(len, inputs)) <= 96
+    assert_counts(report["tasks"]["rolling"], model, inputs)
+
+
+def test_tasks_are_kept_apart_and_scores_are_lm_evals(
+    model: Any, tokenizer: Any, choice: Path, rolling: Path, free: Path, task_file: Any
+) -> None:
+    # Of the same kind as `choice`, so that lm-eval mixes the requests of the two.
+    other = task_file(
+        "other",
+        output_type="multiple_choice",
+        doc_to_choice=["yes", "no"],
+        doc_to_target=0,
+        doc_to_text="{{text}} ?",
+    )
+    paths = [str(path) for path in (choice, other, rolling, free)]
+    together = evaluate(model, tokenizer, load_tasks(paths), batch_size=3)
+    for path, name in zip(paths, ("choice", "other", "rolling", "free"), strict=True):
+        alone = evaluate(model, tokenizer, load_tasks([path]), batch_size=3)
+        assert together["tasks"][name] == alone["tasks"][name]
+    assert together["requested"] == ["choice", "other", "rolling", "free"]
+
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, prefix_token_id=2)
+    tasks = load_tasks(paths)
+    theirs = lm_eval.simple_evaluate(
+        model=plain,
+        tasks=[*tasks.by_name.values()],
+        task_manager=tasks.manager,
+        bootstrap_iters=0,
+    )
+    for name, metric in (
+        ("choice", "acc"),
+        ("free", "exact_match"),
+        ("rolling", "word_perplexity"),
+    ):
+        expected = theirs["results"][name][f"{metric},none"]
+        assert together["tasks"][name]["metrics"][metric]["value"] == pytest.approx(expected)
+
+
+def test_a_group_is_the_mean_over_all_its_tokens(
+    model: Any, tokenizer: Any, choice: Path, rolling: Path
+) -> None:
+    group = choice.parent / "both.yaml"
+    group.write_text(yaml.safe_dump({"group": "both", "task": ["choice", "rolling"]}))
+    report = evaluate(model, tokenizer, load_tasks(["both"], choice.parent), limit=3)
+    assert report["requested"] == ["both"]
+    parts = [report["tasks"][name] for name in ("choice", "rolling")]
+    whole = report["groups"]["both"]
+    assert whole["tokens"] == sum(part["tokens"] for part in parts)
+    assert whole["num_samples"] == 6
+    weighted = sum(part["tokens"] * part["mean_experts_per_token"] for part in parts)
+    assert whole["mean_experts_per_token"] == pytest.approx(weighted / whole["tokens"])
+
+
+def test_models_without_counts(tokenizer: Any, choice: Path) -> None:
+    tasks = load_tasks([str(choice)])
+    sizes = {**SIZES, "vocab_size": 500, "intermediate_size": 32, "num_key_value_heads": 2}
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=3)
+    ).eval()
+    entry = evaluate(mixtral, tokenizer, tasks)["tasks"]["choice"]
+    assert (entry["mean_experts_per_token"], entry["experts_are_counted"]) == (3, False)
+    dense = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    entry = evaluate(dense, tokenizer, tasks)["tasks"]["choice"]
+    assert (entry["mean_experts_per_token"], entry["experts_are_counted"]) == (None, False)
+    assert entry["tokens"] is None
+
+
+def test_a_task_that_fails_takes_no_other_with_it(
+    run_tool: Callable[..., str], choice: Path, task_file: Any, tmp_path: Path, capsys: Any
+) -> None:
+    beams = task_file(
+        "beams",
+        output_type="generate_until",
+        doc_to_target="{{answers[0]}}",
+        metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["e"], "max_gen_toks": 4, "num_beams": 2, "do_sample": False},
+    )
+    group = choice.parent / "with_beams.yaml"
+    group.write_text(yaml.safe_dump({"group": "with_beams", "task": ["beams", "choice"]}))
+    with pytest.raises(SystemExit) as ended:
+        output = ["--output", tmp_path / "out.json"]
+        run_tool("--tasks", f"{beams},{choice}", "--limit", 2, *output)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "task beams has no results: task beams: its generation_kwargs" in said.err
+    assert "Traceback" not in said.err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [*report["failed"]] == ["beams"] and [*report["tasks"]] == ["choice"]
+
+    with pytest.raises(SystemExit):  # the members of a group are tried alone
+        include = ["--include-path", choice.parent, "--limit", 2]
+        run_tool("--tasks", "with_beams", *include, *output)
+    second = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(second["failed"]) == ["beams", "with_beams"]
+    assert second["tasks"]["choice"] == report["tasks"]["choice"]
+
+
+def test_ctrl_c_keeps_the_tasks_that_are_done(
+    run_tool: Callable[..., str], choice: Path, rolling: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def interrupted(**settings: Any) -> Any:
+        if settings["tasks"][0].task_name == "rolling":
+            raise KeyboardInterrupt
+        return simple_evaluate(**settings)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        output = tmp_path / "out.json"
+        run_tool("--tasks", f"{choice},{rolling}", "--limit", 2, "--output", output)
+    assert ended.value.code == 130
+    report = json.loads(output.read_text())
+    assert report["interrupted"] and [*report["tasks"]] == ["choice"]
+
+
+def test_answers_as_long_as_the_positions_are_shortened_and_that_is_said(
+    model: Any, tokenizer: Any, task_file: Any
+) -> None:
+    for asked_for, given in ((None, 48), (96, 48), (95, None)):
+        settings = {"until": ["no such text"], "do_sample": False}
+        settings |= {} if asked_for is None else {"max_gen_toks": asked_for}
+        long = task_file(
+            "long",
+            output_type="generate_until",
+            doc_to_target="{{answers[0]}}",
+            metric_list=[{"metric": "exact_match"}],
+            generation_kwargs=settings,
+        )
+        report = evaluate(model, tokenizer, load_tasks([str(long)]), limit=1)
+        assert not report["failed"]
+        assert report["tasks"]["long"]["tokens"] <= 96
+        notes = " ".join(report["notes"])
+        assert (f"up to {asked_for or 256} tokens" in notes) is (given is not None)
+
+
+@pytest.mark.parametrize("adds", ["", "begin", "end", "begin end"])
+def test_scores_are_sums_by_hand_whatever_the_tokenizer_adds(
+    adds: str, model: Any, folder: Path, choice: Path, rolling: Path, documents: Path
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    single = ["<s>"] * ("begin" in adds) + ["$A"] + ["</s>"] * ("end" in adds)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(single), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert len(tokenizer("a b")["input_ids"]) == len(single) - 1 + len(
+        tokenizer("a b", add_special_tokens=False)["input_ids"]
+    )
+    begin = [1] * ("begin" in adds)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def score(context: list[int], continuation: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])).logits[0]
+        log_probs = logits.float().log_softmax(-1)[len(context) - 1 : -1]
+        return log_probs[torch.arange(len(continuation)), continuation].sum().item()
+
+    rows = [json.loads(line) for line in documents.read_text().splitlines()]
+    right, total = 0, 0.0
+    for row in rows:
+        prompt = encode(f"Q: {row['text']}")
+        whole = [encode(f"Q: {row['text']} {answer}") for answer in CHOICES]
+        scores = [score(begin + prompt, ids[len(prompt) :]) for ids in whole]
+        right += scores.index(max(scores)) == row["y"]
+        total += score(begin or [2], encode(row["text"]))
+    tasks = load_tasks([str(choice), str(rolling)])
+    report = evaluate(model, tokenizer, tasks, batch_size=3)["tasks"]
+    assert report["choice"]["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
+    words = sum(len(row["text"].split()) for row in rows)
+    perplexity = report["rolling"]["metrics"]["word_perplexity"]["value"]
+    assert math.log(perplexity) == pytest.approx(-total / words, rel=1e-4)
+
+
+def test_presets_are_tasks_of_lm_eval_with_the_papers_examples() -> None:
+    tasks = Path(lm_eval.tasks.__file__).parent
+    manager = module._index_of([*PRESETS], [name for _, name in PRESETS.values()], None)
+    assert len(manager.all_tasks) < 200  # not all of lm-eval was read
+    for folder, name in PRESETS.values():
+        assert name in manager.all_tasks
+        for path in (tasks / folder).glob("*yaml"):
+            text = path.read_text()
+            assert ("num_fewshot: 3" in text) == (path.name == "_cot_fewshot_template_yaml")
+
+
+def test_a_preset_without_its_data() -> None:
+    with pytest.raises(ValueError, match=r"task arc-e: its data cannot be had: .*\n.*\n.*HF_HOME"):
+        load_tasks(["arc-e"])
+
+
+def test_a_hub_out_of_reach_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        module._stay_offline_without_network()
+        assert not constants.HF_HUB_OFFLINE and "HF_HUB_OFFLINE" not in os.environ
+    keeper, port = reserved_port()
+    with keeper:  # which nobody listens to, and nobody else can come to listen to
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        module._stay_offline_without_network()
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_bad_input(
+    choice: Path, task_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = {"data_files": {"validation": str(tmp_path / "absent.jsonl")}}
+    lost = task_file("lost", output_type="multiple_choice", dataset_kwargs=absent)
+    with pytest.raises(ValueError, match=r"lost\.yaml: its data cannot be had: .*absent\.jsonl"):
+        load_tasks([str(lost)])
+    (tmp_path / "odd.yaml").write_text("task: [unfinished")
+    with pytest.raises(ValueError, match=r"odd\.yaml cannot be read"):
+        load_tasks([str(tmp_path / "odd.yaml")])
+    with pytest.raises(ValueError, match=r"include path .*: no such folder"):
+        load_tasks(["piqa"], tmp_path / "absent")
+    empty = SimpleNamespace(all_tasks=[])
+    monkeypatch.setattr(module, "_index_of", lambda *_: empty)  # the whole takes 15 s to read
+    with pytest.raises(ValueError, match="task piqqa: there is no such file, and lm-eval has no"):
+        load_tasks(["piqqa"])
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron-dynmoe\[eval\]'"):
+        load_tasks([str(choice)])
+
+
+@pytest.fixture
+def run_tool(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    main = runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="tool")["main"]
+
+    def run(*args: object) -> str:
+        argv = ["evaluate.py", "--model", str(folder), "--device", "cpu", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
+        main()
+        return capsys.readouterr().out
+
+    yield run
+
+
+def test_command_line(
+    run_tool: Callable[..., str], choice: Path, free: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    options = ["--limit", 4, "--batch-size", 2, "--dtype", "bfloat16", "--output", output]
+    printed = run_tool("--tasks", f"{choice},{free}", *options)
+    report = json.loads(output.read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (report["dtype"], report["limit"]) == ("bfloat16", 4)
+    lines = printed.splitlines()
+    for name in ("choice", "free"):
+        entry = report["tasks"][name]
+        row = next(line for line in lines if line.startswith(name)).split()
+        assert row[0:2] == [name, "0"]
+        assert row[-1] == f"{entry['mean_experts_per_token']:.3f}"
+    layers = lines[lines.index(next(line for line in lines if line.startswith("layer"))) :]
+    assert layers[0].split() == ["layer", "choice", "free"]
+    first = report["tasks"]["choice"]["experts_per_token_by_layer"]
+    assert [line.split()[:2] for line in layers[2:4]] == [[k, f"{v:.3f}"] for k, v in first.items()]
+
+
+def test_command_line_errors(run_tool: Callable[..., str], choice: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"evaluate\.py: error: task piqa: its data cannot be had"):
+        run_tool("--tasks", "piqa")
+    with pytest.raises(SystemExit, match="there is no folder for it"):
+        run_tool("--tasks", choice, "--output", tmp_path / "absent" / "report.json")
