@@ -45,9 +45,9 @@ The load-balance loss may also be set by Megatron's `--moe-router-load-balancing
 UPSTREAM = """\
 # Megatron's MoE flags with dynamic routing
 
-Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/upstream_flags.py`: change it there. A
-test fails when Megatron has a setting that is not in the table. With `--moe-dynamic-routing top_k`
-nothing is refused: that is stock Megatron.
+Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/upstream_flags.py`: change it
+there. A test fails when Megatron has a setting that is not in the table. With
+`--moe-dynamic-routing top_k` nothing is refused: that is stock Megatron.
 
 A flag that is refused stops the run at start-up where it is used, that is, where its value is not
 the one given here.

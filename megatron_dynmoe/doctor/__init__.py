@@ -5,6 +5,3 @@ crashes costs a line of the table and not the doctor.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Recipes: files of flags in ``launch/recipes``, and what they say.
 
-    python -m megatron_dynmoe.jobs.recipes                          # which recipes there are
-    python -m megatron_dynmoe.jobs.recipes dtop_p_16e [FLAGS ...]   # its flags, and yours after them
-    python -m megatron_dynmoe.jobs.recipes --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
+    dynmoe recipe                          # which recipes there are
+    dynmoe recipe dtop_p_16e [FLAGS ...]   # its flags, and yours after them
+    dynmoe recipe --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
 
 A recipe holds flags as typed on the command line. ``#`` starts a comment; a line ``include FILE``
 takes in another file of the same folder. A later flag overrides an earlier one. Nothing here

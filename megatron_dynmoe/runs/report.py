@@ -1,7 +1,7 @@
 """What a run leaves for its reader: ``summary.json`` and ``curves.png``, from its event files.
 
-Reads what :mod:`megatron_dynmoe.runs.metrics` and Megatron wrote to TensorBoard, so that it also serves
-runs that were cut off or resumed.
+Reads what :mod:`megatron_dynmoe.runs.metrics` and Megatron wrote to TensorBoard, so that it also
+serves runs that were cut off or resumed.
 """
 
 from __future__ import annotations

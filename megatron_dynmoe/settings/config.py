@@ -1,7 +1,7 @@
 """The settings of dynamic routing: one dataclass, from which the flags, the YAML and the docs come.
 
-Every field is ``--moe-dynamic-<name>`` on the command line (:mod:`megatron_dynmoe.settings.arguments`) and
-``<name>`` in the YAML file that ``DYNMOE_CONFIG`` names. Nothing here imports torch.
+Every field is ``--moe-dynamic-<name>`` on the command line (:mod:`.arguments`) and ``<name>`` in
+the YAML file that ``DYNMOE_CONFIG`` names. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from megatron_dynmoe.settings.command_line import UsageError
 
 
@@ -42,6 +40,8 @@ def tell_torchrun(error: Exception) -> None:
 
     See :mod:`megatron_dynmoe.torchrun_plugin` for how.
     """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     try:
         raise error from None
     except Exception as raised:

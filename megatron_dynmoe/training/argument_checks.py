@@ -1,6 +1,7 @@
 """What Megatron's flags cannot be together: said with both numbers before Megatron asserts it.
 
-Sizes and the number of processes are checked by :mod:`megatron_dynmoe.planning.layout`, as before a job.
+Sizes and the number of processes are checked by :mod:`megatron_dynmoe.planning.layout`, as before
+a job.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_a_message_gets_flags_for_its_attributes_and_the_values_that_were_typed(
     )  # fmt: skip
     assert said == (
         "Megatron refuses these flags: --num-experts must be non-negative. Here --num-experts is 0."
-    ) or "--expert-model-parallel-size is 2" in str(said)
+    )
 
 
 def test_nothing_typed_has_to_do_with_it() -> None:
