@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Parts of megatron_dynmoe that a training runs through. Others only read what it leaves.
 TRAINING_CODE = (
-    "arguments.py", "backends", "compat.py", "config.py", "control", "data", "kernels", "moe",
-    "routing", "run.py", "schedule.py", "specs.py", "training/datasets.py", "training/forward.py",
-    "training/loop.py",
+    "backends", "control", "data", "kernels", "model", "moe", "routing", "run.py",
+    "settings/arguments.py", "settings/config.py", "settings/schedule.py", "training/datasets.py",
+    "training/forward.py", "training/loop.py", "upstream",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy")
 

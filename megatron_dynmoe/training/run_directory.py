@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
+from megatron_dynmoe.runs import folder as names
 from megatron_dynmoe.runs import report
 from megatron_dynmoe.runs.folder import mark_finished
 from megatron_dynmoe.runs.live_plot import redrawing
@@ -57,20 +58,20 @@ def set_paths(args: Namespace) -> None:
     run_dir = Path(args.run_dir)
     # Asked on the one rank that writes events, and before it does: others could see its own.
     if args.rank == args.world_size - 1 and args.load is None:
-        has_checkpoint = (run_dir / report.CHECKPOINTS / TRACKER).is_file()
+        has_checkpoint = (run_dir / names.CHECKPOINTS / TRACKER).is_file()
         if has_checkpoint or _has_logged(run_dir):
             remedy = "or name another folder" if has_checkpoint else "name another folder"
-            go_on = f"go on with it by --load {run_dir / report.CHECKPOINTS}, "
+            go_on = f"go on with it by --load {run_dir / names.CHECKPOINTS}, "
             raise ValueError(
                 f"--run-dir is {run_dir}, which holds a run"
                 f"{'' if has_checkpoint else ' that has saved no checkpoint'}: "
                 f"{go_on * has_checkpoint}{remedy}."
             )
-    args.save = args.save or str(run_dir / report.CHECKPOINTS)
+    args.save = args.save or str(run_dir / names.CHECKPOINTS)
     if args.save_interval is None:
         # Megatron wants an interval with --save; it always saves at the end.
         args.save_interval = args.train_iters or 1000
-    args.tensorboard_dir = args.tensorboard_dir or str(run_dir / report.TENSORBOARD)
+    args.tensorboard_dir = args.tensorboard_dir or str(run_dir / names.TENSORBOARD)
 
 
 def _has_logged(run_dir: Path) -> bool:
@@ -95,10 +96,10 @@ def leaving_nothing_before_a_step() -> Iterator[None]:
         if writer is not None:
             writer.close()
             folder = Path(writer.log_dir)
-            for path in folder.glob(f"{report.EVENT_FILES}.{os.getpid()}.*"):
-                if not report.has_scalars(path):
+            for path in folder.glob(f"{names.EVENT_FILES}.{os.getpid()}.*"):
+                if not names.has_scalars(path):
                     path.unlink(missing_ok=True)
-            _remove_empty(folder, folder.parent / report.CHECKPOINTS, folder.parent)
+            _remove_empty(folder, folder.parent / names.CHECKPOINTS, folder.parent)
         raise
 
 
@@ -142,10 +143,10 @@ def _write_settings(
     run_dir: Path, args: Namespace, resolved: DynMoEConfig
 ) -> dict[str, bytes | None]:
     """Write the command and the settings; returns what the two files held, None if not there."""
-    names = (COMMAND, report.RESOLVED)
+    written = (COMMAND, names.RESOLVED)
     before = {
         name: (run_dir / name).read_bytes() if (run_dir / name).is_file() else None
-        for name in names
+        for name in written
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     launcher = ["python"]
@@ -158,7 +159,7 @@ def _write_settings(
         "dynamic_routing": resolved.to_dict(),
         "megatron": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
-    (run_dir / report.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))
+    (run_dir / names.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))
     return before
 
 
@@ -180,7 +181,7 @@ def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
         try:
             report.write_report(run_dir, wall_seconds=time.time() - program_start)
         except report.NothingLogged as error:  # --tensorboard-log-interval may be that long
-            print(f"> no {report.SUMMARY} and {report.CURVES}: {error}", flush=True)
+            print(f"> no {names.SUMMARY} and {names.CURVES}: {error}", flush=True)
 
 
 def _plain(value: Any) -> Any:

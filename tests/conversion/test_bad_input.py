@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.cli.convert import main
 from megatron_dynmoe.conversion import convert, folder, megatron_settings, names, sources
-from megatron_dynmoe.storage.manifest import write_manifest
+from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.conversion.checkpoints import ROUTING_OF, export, model_config, write_megatron
 
@@ -35,7 +35,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 def load(good: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
     """A Megatron checkpoint to damage, without the manifest that would find all damage first."""
     load = shutil.copytree(good["dynmoe"][0], tmp_path / "load")
-    (load / "release" / folder.MANIFEST).unlink()
+    (load / "release" / MANIFEST).unlink()
     return load
 
 
@@ -95,7 +95,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    if path.name != folder.MANIFEST:
+    if path.name != MANIFEST:
         write_manifest(path.parent)
 
 
@@ -216,7 +216,7 @@ def test_tensors(
 
 
 @pytest.mark.parametrize("name", ("../model/x", "/etc/passwd", "..", "", "a/b", 3, None, {"x": 1}))
-@pytest.mark.parametrize("file", (folder.INDEX, folder.MANIFEST))
+@pytest.mark.parametrize("file", (folder.INDEX, MANIFEST))
 def test_no_path_leads_out_of_the_folder(
     model: Path, refused: Refused, file: str, name: Any
 ) -> None:
@@ -229,7 +229,7 @@ def test_no_path_leads_out_of_the_folder(
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", "null", '{"a": NaN}', "[" * 10**5, "\xff", "3"))
-@pytest.mark.parametrize("file", ("config.json", folder.INDEX, folder.MANIFEST))
+@pytest.mark.parametrize("file", ("config.json", folder.INDEX, MANIFEST))
 def test_malformed_json(model: Path, refused: Refused, file: str, text: str) -> None:
     (model / file).write_bytes(text.encode("latin-1"))
     refused.from_hf(model, file)
@@ -243,8 +243,8 @@ def test_a_name_twice(model: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize("files", (None, [], {SHARD: 3}, {SHARD: None}, {SHARD: {"bytes": 1}}))
 def test_malformed_manifest(model: Path, refused: Refused, files: Any) -> None:
-    edit_json(model / folder.MANIFEST, lambda c: c.update(files=files))
-    refused.from_hf(model, folder.MANIFEST)
+    edit_json(model / MANIFEST, lambda c: c.update(files=files))
+    refused.from_hf(model, MANIFEST)
 
 
 @pytest.mark.parametrize("where", (None, [], {}, "x"))
@@ -479,7 +479,7 @@ def test_manifest_of_a_checkpoint(
     content = bytearray(path.read_bytes())
     content[-100] ^= 1  # between the records, where no other check looks
     path.write_bytes(content)
-    refused.to_hf(load, DISTCP, folder.MANIFEST)
+    refused.to_hf(load, DISTCP, MANIFEST)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from megatron_dynmoe.torchrun_plugin import briefly
 RANK = """
 import sys
 from torch.distributed.elastic.multiprocessing.errors import record
-from megatron_dynmoe.run import UsageError, ending_at_misuse, refusing_plainly, tell_torchrun
+from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly, tell_torchrun
 
 @record
 def main():

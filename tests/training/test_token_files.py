@@ -171,9 +171,9 @@ def test_an_id_that_has_no_embedding_is_found_at_start_up(tmp_path, wrong):
 
 
 def test_an_index_is_compared_in_blocks(tmp_path, monkeypatch):
-    from megatron_dynmoe.data import check
+    from megatron_dynmoe.data import check as data_check
 
-    monkeypatch.setattr(check, "SEQUENCES_AT_ONCE", 2)
+    monkeypatch.setattr(data_check, "SEQUENCES_AT_ONCE", 2)
     documents = [[1] * length for length in (3, 1, 4, 1, 5, 9, 2)]
     path = Path(write(tmp_path / "many", documents))
     check(str(path))
