@@ -92,9 +92,10 @@ study: setup ## the papers' claims tried in small: up to 4 hours, can be resumed
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."
 	@$(PYTHON_GPU) -m study --size gpu $(STUDY)
 
-lint: setup ## ruff (rules and format), and shellcheck where it is installed
+lint: setup ## ruff (rules and format), the order of imports, shellcheck where it is installed
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
+	@.venv/bin/lint-imports --no-logo
 	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: the shell scripts are not checked"; fi
 

@@ -77,7 +77,7 @@ read_arguments() {
 # Checks and opens the next attempt of the run, on so many processes; sets ATTEMPT and rank_flags.
 begin_attempt() {
   local status=0
-  ATTEMPT=$(run_python -m megatron_dynmoe.jobs.attempts begin --world-size "$1" \
+  ATTEMPT=$(run_python -m megatron_dynmoe attempt begin --world-size "$1" \
     --max-restarts "$MAX_RESTARTS" "$recipe" "${flags[@]}") || status=$?
   if ((status == 3)); then
     echo "the run is finished: nothing to do. Train on with more --train-iters, or name another" \
@@ -110,7 +110,7 @@ run_job() {
   if [[ -n ${CHECK_WORLD_SIZE:-} ]]; then # by submit.sh, before there is a job
     local parse=(--parse)
     if [[ $PARSE_FLAGS != yes ]]; then parse=(); fi
-    run_python -W ignore -m megatron_dynmoe.jobs.recipes --world-size "$CHECK_WORLD_SIZE" "${parse[@]}" \
+    run_python -W ignore -m megatron_dynmoe recipe --world-size "$CHECK_WORLD_SIZE" "${parse[@]}" \
       "$recipe" "${flags[@]}" >/dev/null
     exit
   fi
@@ -143,7 +143,7 @@ run_job() {
     wait_for_ranks
   fi
   local verdict=0
-  run_python -m megatron_dynmoe.jobs.attempts end "$ATTEMPT" --status "$status" \
+  run_python -m megatron_dynmoe attempt end "$ATTEMPT" --status "$status" \
     ${stopped:+--stopped} || verdict=$?
   if ((verdict == 75)); then requeue; fi
   exit "$verdict"

@@ -12,7 +12,7 @@ source "$(dirname "$0")/common.sh"
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then help; fi
 if (($# == 0)) || [[ $1 == --* ]]; then
   fail "name a recipe or a file of flags first, as in launch/local.sh my.flags --run-dir runs/mine." \
-    "python -m megatron_dynmoe.jobs.recipes lists the recipes."
+    "dynmoe recipe lists the recipes."
 fi
 if (($# > 1)) && [[ $2 != --* ]]; then fail "'$2' belongs to no flag: --run-dir names the run's folder."; fi
 CLUSTER_ENV=${CLUSTER_ENV:-$launch/cluster.env}
@@ -50,7 +50,7 @@ wait_for_ranks
 wait # for the last lines
 
 verdict=0
-run_python -m megatron_dynmoe.jobs.attempts end "$ATTEMPT" --status "$status" \
+run_python -m megatron_dynmoe attempt end "$ATTEMPT" --status "$status" \
   ${stopped:+--stopped} || verdict=$?
 if ((verdict == 75)); then
   if [[ " $* " != *" --run-dir "* ]]; then again+=(--run-dir "$(dirname "$(dirname "$ATTEMPT")")"); fi

@@ -5,7 +5,7 @@
 #
 # As sbatch, but partition, account and the like come from cluster.env, and mistakes are found here.
 # --dry-run checks, and shows the command in place of running it. Recipes are listed by
-# python -m megatron_dynmoe.jobs.recipes; flags are those of megatron_dynmoe.pretrain. More: README.md.
+# dynmoe recipe; flags are those of megatron_dynmoe.pretrain. More: README.md.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,4 +1,4 @@
-"""See where a model's experts go: see --help and docs/analysis.md."""
+"""The same as ``dynmoe analyze``: see --help and docs/analysis.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Convert checkpoints between Megatron and Hugging Face; see docs/huggingface.md."""
+"""The same as ``dynmoe convert``: see --help and docs/huggingface.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plan a run before it has a GPU; see docs/planning.md."""
+"""The same as ``dynmoe plan``: see --help and docs/planning.md."""
 
 import sys
 from pathlib import Path
@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_dynmoe.cli.plan import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,56 +1,12 @@
-"""Draw several runs in one picture: loss, experts per token and threshold; see docs/monitoring.md.
-
-Loss is drawn against tokens and against the floating-point operations that the experts took, as
-measured: a model that uses more experts per token moves to the right.
-"""
+"""The same as ``dynmoe plot``: see --help and docs/monitoring.md."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.runs import overlay
-from megatron_dynmoe.settings.command_line import CommandParser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="folder that training was given as --run-dir; also of a run under way",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs.png"),
-        metavar="FILE",
-        help="a .png, .svg or .pdf (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--labels", nargs="+", metavar="TEXT", help="one a run (default: the folders' names)"
-    )
-    args = parser.parse_args(argv)
-    try:
-        overlay.check_output(args.output)
-        labels = args.labels or overlay.labels_of(args.runs)
-        if len(labels) != len(args.runs):
-            raise ValueError(
-                f"--labels are {len(labels)} and the runs are {len(args.runs)}: give one a run."
-            )
-        runs = [overlay.read(run, label) for run, label in zip(args.runs, labels, strict=True)]
-        overlay.draw(args.output, runs)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    for run in runs:
-        experts = "dense" if run.experts is None else f"{run.experts[-1]:.2f} experts per token"
-        print(f"{run.label}: {run.tokens[-1]:,.0f} tokens, loss {run.loss[-1]:.3f}, {experts}")
-    print(f"written: {args.output}")
-
+from megatron_dynmoe.cli.plot import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

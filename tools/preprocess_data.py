@@ -1,4 +1,4 @@
-"""Encode text files to Megatron's .bin/.idx; see docs/data.md."""
+"""The same as ``dynmoe preprocess``: see --help and docs/data.md."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.cli.data import preprocess_data
+from megatron_dynmoe.cli.preprocess import main
 
 if __name__ == "__main__":
-    preprocess_data()
+    sys.exit(main())

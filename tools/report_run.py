@@ -1,24 +1,12 @@
-"""Write summary.json and curves.png of a run, also one that is under way or was cut off."""
+"""The same as ``dynmoe report``: see --help and docs/monitoring.md."""
 
-import json
+import sys
 from pathlib import Path
 
-from megatron_dynmoe.runs.folder import CURVES, SUMMARY
-from megatron_dynmoe.runs.report import write_report
-from megatron_dynmoe.settings.command_line import CommandParser
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def main() -> None:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder that training was given as --run-dir")
-    run = parser.parse_args().run
-    try:
-        summary = write_report(run)
-    except ValueError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    print(json.dumps(summary, indent=2))
-    print(f"written: {run / SUMMARY} and {run / CURVES}")
-
+from megatron_dynmoe.cli.report import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

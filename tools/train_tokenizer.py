@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer on text files; see docs/data.md."""
+"""The same as ``dynmoe tokenizer``: see --help and docs/data.md."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.cli.data import train_tokenizer
+from megatron_dynmoe.cli.tokenizer import main
 
 if __name__ == "__main__":
-    train_tokenizer()
+    sys.exit(main())

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.cli.data import add_key_flag, add_reading_flags
+from megatron_dynmoe.cli.reading import add_key_flag, add_reading_flags
 from megatron_dynmoe.data.records import Limits, Unreadable
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
     add_runtime_flags,
+    ending_plainly,
     number,
     thresholds,
 )
@@ -25,16 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyze as the command line says; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
+    with ending_plainly(parser.prog):
         _check(args, parser)
         content = _report(args)
         _print(content, args.output)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted: nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -234,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         description="See where a model's experts go: how many each token uses, in which layer, on "
         "which text, and which experts. Writes a folder with routing.json (every count), figures, "
         "and index.html to look at. docs/analysis.md shows one and says what each figure means.",
+        example="dynmoe analyze --model runs/quickstart/checkpoints --data examples/data/*.gz "
+        "--output my-report",
     )
     parser.add_argument(
         "--model",

@@ -1,4 +1,4 @@
-"""The command line of tools/convert_checkpoint.py."""
+"""``dynmoe convert``: checkpoints to Hugging Face and back."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import contextlib
 import ctypes
 import re
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -18,25 +18,20 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Convert as the command line says; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     _return_freed_memory()
-    try:
+    with ending_plainly(parser.prog):
         return _to_hf(args) if args.command == "to-hf" else _from_hf(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         description="Convert checkpoints between Megatron and Hugging Face, in one process and "
-        "without a GPU. docs/huggingface.md says what each format can express."
+        "without a GPU. docs/huggingface.md says what each format can express.",
+        example="dynmoe convert to-hf --load runs/quickstart/checkpoints --output my-model",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -1,17 +1,16 @@
-"""The command line of tools/plan_run.py."""
+"""``dynmoe plan``: what a run takes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import CommandParser, UsageError
+from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     from megatron_dynmoe.jobs.display import describe
     from megatron_dynmoe.jobs.plan import make_plan
 
-    try:
+    with ending_plainly(parser.prog, "no plan was made"):
         plan = make_plan(
             args.recipe,
             flags,
@@ -31,14 +30,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             utilisation=args.utilisation,
             experts_per_token=args.experts_per_token,
         )
-    except UsageError as error:
-        parser.error(str(error))
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    try:
         print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0 if plan.fits else 1)
 
 
@@ -55,10 +47,11 @@ def to_json(plan: Any) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="plan_run.py",
+        prog="dynmoe plan",
         usage="%(prog)s RECIPE --gpus N --gpu KIND [options] [flags of the training ...]",
         description="What a run takes, before it has a GPU: parameters, memory, FLOPs, hours.",
         epilog="Further flags override the recipe's. See docs/planning.md for what is exact.",
+        example="dynmoe plan dtop_p_16e --gpus 16 --gpu a800-80g",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name, or the path of a .flags file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 from megatron_dynmoe.doctor import machine, software
 from megatron_dynmoe.doctor.table import write_table
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -29,13 +28,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             recipe_flags(args.recipe)
         except ValueError as error:
             parser.error(f"--recipe: {error}")
-    checks = software.look(args.timeout)
-    checks += _machine_checks(args)
-    checks += _data_checks(args)
-    try:
+    with ending_plainly(parser.prog, "not everything was looked at"):
+        checks = software.look(args.timeout)
+        checks += _machine_checks(args)
+        checks += _data_checks(args)
         _report(checks, as_json=args.json)
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(int(any(check.state == FAILED for check in checks)))
 
 
@@ -56,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m megatron_dynmoe.doctor",
         description="Is this machine ready to train? Looks at software, GPUs, data and disk.",
         epilog="Exit code: 0 passed, warnings included; 1 something failed; 2 usage.",
+        example="dynmoe doctor --recipe dtop_p_16e",
     )
     parser.add_argument(
         "--data-path",

@@ -1,7 +1,7 @@
 """A run that is stopped and goes on: what the launch scripts do before and after each attempt.
 
-    python -m megatron_dynmoe.jobs.attempts begin --world-size 16 RECIPE FLAGS ... --run-dir DIR
-    python -m megatron_dynmoe.jobs.attempts end DIR/attempts/0001 --status 0
+    dynmoe attempt begin --world-size 16 RECIPE FLAGS ... --run-dir DIR
+    dynmoe attempt end DIR/attempts/0001 --status 0
 
 ``begin`` checks the flags, adds what resuming needs, records flags, commit and environment in the
 attempt's folder, and prints its path. ``end`` says how the attempt ended, and whether the job is to
@@ -11,7 +11,6 @@ it runs before the training.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -27,7 +26,6 @@ from typing import Any
 from megatron_dynmoe.jobs.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.runs.folder import ATTEMPTS, CHECKPOINTS, FINISHED, STOPPED, TENSORBOARD
-from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.words import format_flags, values_of, whole_number
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
@@ -286,32 +284,3 @@ def _errors(attempt: Path) -> list[str]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def main() -> None:
-    """Begin or end an attempt; the exit codes are those above."""
-    parser = CommandParser(prog="python -m megatron_dynmoe.jobs.attempts")
-    commands = parser.add_subparsers(required=True, dest="command")
-    start = commands.add_parser("begin")
-    start.add_argument("--world-size", type=int, required=True)
-    start.add_argument("--max-restarts", type=int, default=2)
-    start.add_argument("recipe")
-    start.add_argument("flags", nargs=argparse.REMAINDER)
-    finish = commands.add_parser("end")
-    finish.add_argument("attempt", type=Path)
-    finish.add_argument("--status", type=int, required=True)
-    finish.add_argument("--stopped", action="store_true")
-    args = parser.parse_args()
-    if args.command == "end":
-        sys.exit(end(args.attempt, args.status, args.stopped))
-    try:
-        attempt = begin(args.recipe, args.flags, args.world_size, args.max_restarts)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    if attempt is None:
-        sys.exit(ALREADY_FINISHED)
-    print(attempt)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,16 +11,13 @@ imports torch.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dynmoe.settings.command_line import CommandParser
-from megatron_dynmoe.settings.words import format_flags
-
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+FOLDER = LAUNCH / "recipes"
 SUFFIX = ".flags"
 
 
@@ -95,45 +92,3 @@ def _words(path: Path, within: tuple[Path, ...]) -> Iterator[str]:
             yield from _words(included, (*within, path))
         else:
             yield from words
-
-
-def main() -> None:
-    """List recipes, or print the flags of one."""
-    parser = CommandParser(
-        prog="python -m megatron_dynmoe.jobs.recipes",
-        description="Lists recipes and prints their flags.",
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="check first that the flags fit a run of N processes, and that its data is there",
-    )
-    parser.add_argument(
-        "--parse", action="store_true", help="parse the flags with Megatron, too (seconds)"
-    )
-    parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags, which win")
-    args = parser.parse_args()
-    if args.recipe is None:
-        names = recipe_names()
-        for name in names:
-            print(f"{name:<{max(map(len, names))}}  {describe(name)}")
-        return
-    try:
-        flags = [*recipe_flags(args.recipe), *args.flags]
-        if args.world_size is not None:
-            from megatron_dynmoe.jobs.preflight import check_run
-
-            check_run(flags, args.world_size)
-        if args.parse:
-            from megatron_dynmoe.jobs.preflight import check_flags
-
-            check_flags(flags)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    print(format_flags(flags))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,8 +47,54 @@ def thresholds(text: str) -> list[float]:
 thresholds.__name__ = "list of numbers"
 
 
+@contextmanager
+def ending_plainly(prog: str, interrupted: str = "nothing was written") -> Iterator[None]:
+    """End the process at an error or a signal with one line, as every command does.
+
+    Exit code 1 for an error, 2 for a UsageError, 128 + signal for Ctrl-C and SIGTERM, which let
+    the block clean up.
+
+    Args:
+        prog: the command's name.
+        interrupted: what to say of a command that a signal ended.
+    """
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        said = f"{prog}: error: {' '.join(str(error).split())}"
+        if not isinstance(error, UsageError):
+            sys.exit(said)
+        print(said, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as told:
+        print(f"{prog}: interrupted: {interrupted}", file=sys.stderr)
+        sys.exit(128 + (told.args[0] if told.args else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
 class UsageError(ValueError):
     """A command line that cannot work: said in one line, with exit code 2."""
+
+
+EXAMPLE = "example: "
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's, which keeps an example in a line of its own, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        said, example, command = text.partition(EXAMPLE)
+        filled = super()._fill_text(said, width, indent) if said.strip() else ""
+        return "\n".join(part for part in (filled, f"{example}{command}") if part)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -55,8 +103,14 @@ class CommandParser(argparse.ArgumentParser):
     argparse prints the usage first, which is longer than what it has to say.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+    def __init__(self, *args: Any, example: str | None = None, **kwargs: Any) -> None:
+        """Build the parser; ``example`` is a command line that ends its help."""
+        kwargs = {"allow_abbrev": False, "formatter_class": _HelpFormatter} | kwargs
+        if sys.argv[0].startswith("dynmoe "):  # so does the command of that name
+            kwargs["prog"] = sys.argv[0]
+        super().__init__(*args, **kwargs)
+        if example is not None:
+            self.epilog = f"{self.epilog or ''}\n{EXAMPLE}{example}".lstrip()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; keeps the words for :meth:`error`."""

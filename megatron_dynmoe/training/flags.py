@@ -25,6 +25,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     parser.error = partial(RaisingParser.error, parser)  # type: ignore[method-assign, arg-type]
     bound_numbers(parser)
     parser.fromfile_prefix_chars = "@"
+    parser.epilog = "example: dynmoe train $(dynmoe recipe smoke) --mock-data --run-dir runs/smoke"
     parser.convert_arg_line_to_args = _words_of_line  # type: ignore[method-assign]
     for add in (add_dynmoe_args, run_directory.add_flag, checkpoints.add_flags, signals.add_flag):
         parser = add(parser)
@@ -40,6 +41,6 @@ def _words_of_line(line: str) -> list[str]:
     if words[:1] == ["include"]:
         raise UsageError(
             f"the @FILE has the line {line.strip()!r}, which only recipes know: give "
-            "$(python -m megatron_dynmoe.jobs.recipes FILE) in place of @FILE."
+            "$(dynmoe recipe FILE) in place of @FILE."
         )
     return words

@@ -8,7 +8,6 @@ Needs neither Megatron nor a GPU, and runs no code from the model's folder.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
     add_runtime_flags,
+    ending_plainly,
     has_colors,
     number,
 )
@@ -33,16 +33,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line; exits with 0, 1 (error), 2 (usage) or 130 (interrupted)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
+    with ending_plainly(parser.prog, "the text ends here"):
         _run(args)
         sys.stdout.flush()
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(0)
 
 
@@ -306,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m megatron_dynmoe.generate",
         description="Continue a text, and show how many experts each token used.",
+        example="dynmoe generate --model my-model --prompt 'It is a truth universally'",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     prompt = parser.add_mutually_exclusive_group(required=True)

@@ -5,6 +5,7 @@ import math
 import shutil
 import xml.etree.ElementTree
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis import figures
 from megatron_dynmoe.analysis.counts import Counts, Shape
-from megatron_dynmoe.cli.analyze import main
+from megatron_dynmoe.cli import analyze as analyze_command
 from megatron_dynmoe.storage.manifest import write_manifest
+from tests.helpers.commands import exit_code_of
 from tests.helpers.tiny_export import export_tiny
+
+main = partial(exit_code_of, analyze_command.main)
+
 
 SWEEP = "0.2,0.8"
 
@@ -445,5 +450,5 @@ def test_hostile_names_do_not_reach_the_terminal(
 )
 def test_usage(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(flags)
+        analyze_command.main(flags)
     assert stopped.value.code == 2

@@ -8,6 +8,7 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dynmoe.cli.convert import main
+from megatron_dynmoe.cli import convert as convert_command
 from megatron_dynmoe.conversion import convert, folder, megatron_settings, names, sources
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.conversion.checkpoints import ROUTING_OF, export, model_config, write_megatron
+from tests.helpers.commands import exit_code_of
+
+main = partial(exit_code_of, convert_command.main)
+
 
 Damage = Callable[[Path], Any]
 

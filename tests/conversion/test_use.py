@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_dynmoe.cli.convert import main
+from megatron_dynmoe.cli import convert as convert_command
 from megatron_dynmoe.conversion.convert import FLAGS, from_hf, to_hf
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 from megatron_dynmoe.use.calibrate import Calibration, write_calibration
 from megatron_dynmoe.use.load import load_config
 from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron
+from tests.helpers.commands import exit_code_of
+
+main = partial(exit_code_of, convert_command.main)
 
 
 def exported(tmp_path: Path, routing: dict, **options: object) -> Path:

@@ -1,14 +1,13 @@
 """Texts, tokenizers and the command line for the tests of the data tools."""
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.cli import data as commands
+from megatron_dynmoe.cli import preprocess
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,11 +94,8 @@ def outputs(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
 
 
 @pytest.fixture
-def run_preprocess(
-    sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
+def run_preprocess(sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in this process, with the small model and prefix tmp_path/out."""
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*args: object) -> Result:
         argv = [str(arg) for arg in args]
@@ -110,12 +106,14 @@ def run_preprocess(
         ):
             if flag not in argv:
                 argv += [flag, value]
-        with pytest.raises(SystemExit) as exit_:
-            commands.preprocess_data(argv)
+        try:
+            preprocess.main(argv)
+        except SystemExit as end:
+            captured = capsys.readouterr()
+            if isinstance(end.code, str):
+                return Result(1, captured.out, end.code)
+            return Result(int(end.code or 0), captured.out, captured.err)
         captured = capsys.readouterr()
-        if isinstance(exit_.value.code, str):
-            return Result(1, captured.out, exit_.value.code)
-        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+        return Result(0, captured.out, captured.err)
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.cli import data as commands
+from megatron_dynmoe.cli import preprocess as command
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
 
@@ -140,4 +140,4 @@ def test_every_tokenizer_flag_is_accepted_or_refused_with_a_reason() -> None:
         return {flag for action in parser._actions for flag in action.option_strings}
 
     theirs = flags(_add_tokenizer_args(ArgumentParser()))
-    assert theirs <= flags(commands._preprocess_parser())
+    assert theirs <= flags(command._parser())

@@ -294,8 +294,8 @@ def test_a_full_disk_leaves_nothing(
 
 def test_start_up_imports_no_framework() -> None:
     code = (
-        "import sys; import megatron_dynmoe.cli.data as c, megatron_dynmoe.data.preprocess\n"
-        "c._preprocess_parser().format_help()\n"
+        "import sys; import megatron_dynmoe.cli.preprocess as c, megatron_dynmoe.data.preprocess\n"
+        "c._parser().format_help()\n"
         "heavy = {'torch', 'megatron', 'transformers', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )

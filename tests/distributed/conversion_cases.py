@@ -14,7 +14,7 @@ BOOK = Path(__file__).parents[2] / "examples" / "data" / "book.jsonl.gz"
 
 
 def convert() -> None:
-    """Entry: tools/convert_checkpoint.py with the case's command line."""
+    """Entry: dynmoe convert with the case's command line."""
     from megatron_dynmoe.cli.convert import main
 
     raise SystemExit(main())
@@ -22,14 +22,14 @@ def convert() -> None:
 
 def prepare_text() -> None:
     """Entry: a tokenizer of 504 pieces and the tokens of a real book, under one prefix."""
-    from megatron_dynmoe.cli.data import preprocess_data
+    from megatron_dynmoe.cli.preprocess import main
     from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
     prefix = sys.argv[1]
     model = train_tokenizer([str(BOOK)], prefix, 504)
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
     sys.argv[1:] = ["--input", str(BOOK), "--append-eod", *tokenizer, "--output-prefix", prefix]
-    preprocess_data()
+    main()
 
 
 @contextlib.contextmanager

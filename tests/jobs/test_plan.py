@@ -145,7 +145,7 @@ def test_mistakes_are_told(capsys, command, words):
 )
 def test_a_flag_of_the_training_is_misuse_like_one_of_its_own(capsys, flags, says):
     code, _, error = run(capsys, f"dtop_p_16e --gpus 8 --gpu a800-80g {flags}")
-    assert code == 2 and error == f"plan_run.py: error: {says}\n"
+    assert code == 2 and error == f"dynmoe plan: error: {says}\n"
 
 
 @pytest.mark.parametrize("command", ["", "dtop_p_16e", "dtop_p_16e --gpus 8 --gpu v100"])

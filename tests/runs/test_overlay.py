@@ -1,16 +1,16 @@
-"""tools/plot_run.py: what is drawn, from events with known numbers, and what is refused."""
+"""dynmoe plot: what is drawn, from events with known numbers, and what is refused."""
 
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_dynmoe.cli import plot
 from megatron_dynmoe.runs import overlay
 from megatron_dynmoe.runs.report import TARGET
+from tests.helpers.commands import exit_code_of
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
-TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "plot_run.py"))
 TOKENS = 4 * 8  # a step of a fake run
 EXPERT = 6 * 3 * 16 * 32  # floating-point operations of a token in an expert, there and back
 LOSS = {"lm loss": [(step, 9.0 - step / 10) for step in range(1, 21)]}
@@ -85,7 +85,7 @@ def test_smoothing_moves_nothing_and_keeps_the_ends():
 @pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_the_tool_draws_all_kinds_of_runs(runs, tmp_path, capsys, suffix, start):
     picture = tmp_path / f"all{suffix}"
-    TOOL["main"]([*map(str, runs), "--output", str(picture)])
+    plot.main([*map(str, runs), "--output", str(picture)])
     assert picture.read_bytes().startswith(start)
     said = capsys.readouterr().out
     assert "dtop_p: 640 tokens, loss 7.000, 2.01 experts per token" in said
@@ -122,7 +122,5 @@ def test_mistakes_get_plain_answers(runs, tmp_path, capsys):
         ([run, "--output", "x.jpeg"], "end its name in one of .png, .svg, .pdf"),
         ([run, "--output", tmp_path / "no" / "x.png"], "there is no folder"),
     ]:
-        with pytest.raises(SystemExit) as stopped:
-            TOOL["main"]([*map(str, arguments)])
-        assert stopped.value.code == 1, arguments
+        assert exit_code_of(plot.main, [*map(str, arguments)]) == 1, arguments
         assert message in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_comments_and_quotes_are_read_as_in_a_recipe(parse):
     ("text", "says"),
     [
         ("--tokenizer-model 'a b", 'a line with No closing quotation: "--tokenizer-model \'a b"'),
-        ("include other.flags", r"give \$\(python -m megatron_dynmoe.jobs.recipes FILE\) in place"),
+        ("include other.flags", r"give \$\(dynmoe recipe FILE\) in place"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_a_plain_refusal(parse, text, says):

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.cli import calibrate as command
 from megatron_dynmoe.control import mean_experts_per_token
 from megatron_dynmoe.storage.manifest import write_manifest
 from megatron_dynmoe.use import calibrate as calibration
@@ -21,7 +21,6 @@ from megatron_dynmoe.use.calibrate import Calibration, Measurement, calibrate, m
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from tests.helpers.tiny_export import BOOK, VOCAB_SIZE, export_tiny, make_tokenizer
 
-TOOL = Path("tools/calibrate_threshold.py")
 NUM_TOKENS = 4096
 MODELS: dict[str, dict[str, Any]] = {
     "top_p": {"routing": "top_p", "threshold": 0.5},
@@ -54,14 +53,9 @@ def tokens_NS(folders: dict[str, Path]) -> Tensor:
 
 @pytest.fixture
 def tool() -> Callable[..., None]:
-    specification = importlib.util.spec_from_file_location("calibrate_threshold", TOOL)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-
     def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
         monkeypatch.setattr("sys.argv", ["calibrate_threshold.py", *map(str, flags)])
-        module.main()
+        command.main()
 
     return run
 

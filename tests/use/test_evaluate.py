@@ -6,7 +6,6 @@ Tasks and data are local; the network is never asked.
 import json
 import math
 import os
-import runpy
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -442,7 +441,7 @@ def test_bad_input(
 def run_tool(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., str]]:
-    main = runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="tool")["main"]
+    from megatron_dynmoe.cli.evaluate import main
 
     def run(*args: object) -> str:
         argv = ["evaluate.py", "--model", str(folder), "--device", "cpu", *map(str, args)]

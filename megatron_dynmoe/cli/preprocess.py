@@ -1,16 +1,15 @@
-"""The command lines of tools/preprocess_data.py and tools/train_tokenizer.py."""
+"""``dynmoe preprocess``: text to Megatron's token files."""
 
 import argparse
 import os
 import shlex
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits
+from megatron_dynmoe.cli.reading import add_input_flags
+from megatron_dynmoe.data.records import Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
-from megatron_dynmoe.settings.command_line import CommandParser, number
+from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
 _PADDING = "the size of the model's vocabulary is the training job's matter: leave it out"
@@ -48,14 +47,14 @@ REFUSED_FLAGS = {
 }
 
 
-def preprocess_data(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line of tools/preprocess_data.py; exits with 0, 1 (error) or 2 (usage)."""
-    parser = _preprocess_parser()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode as the command line says."""
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.partitions != 1:
         parser.error(f"argument --partitions: {_THREADS}, or give 1")
 
-    def run() -> str:
+    with ending_plainly(parser.prog):
         from megatron_dynmoe.data.preprocess import preprocess
         from megatron_dynmoe.data.tokenizer import build_tokenizer
 
@@ -76,9 +75,7 @@ def preprocess_data(argv: Sequence[str] | None = None) -> NoReturn:
             overwrite=args.overwrite,
             log_interval=args.log_interval,
         )
-        return f"{summary}\n{_usage(args, summary.prefixes)}"
-
-    _exit_with(parser.prog, run)
+        print(f"{summary}\n{_usage(args, summary.prefixes)}")
 
 
 def _usage(args: argparse.Namespace, prefixes: Sequence[str]) -> str:
@@ -92,46 +89,13 @@ def _usage(args: argparse.Namespace, prefixes: Sequence[str]) -> str:
     return f"written: {files}\nto train on it: {shlex.join(words)}"
 
 
-def train_tokenizer(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line of tools/train_tokenizer.py; exits with 0, 1 (error) or 2 (usage)."""
+def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="train_tokenizer.py",
-        description="Train a SentencePiece BPE tokenizer on text: JSON lines, .txt or Parquet.",
-    )
-    _add_input_flags(parser)
-    parser.add_argument(
-        "--vocab-size",
-        type=number(int, 1),
-        required=True,
-        help="pieces, the 259 fixed ones included",
-    )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    args = parser.parse_args(argv)
-
-    def run() -> str:
-        from megatron_dynmoe.data.train_tokenizer import train_tokenizer
-
-        model = train_tokenizer(
-            args.input,
-            args.output,
-            args.vocab_size,
-            json_keys=args.json_keys,
-            skip_unreadable=args.on_error == "skip",
-            limits=Limits(args.max_line_bytes, args.max_expansion),
-            overwrite=args.overwrite,
-        )
-        flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
-        return f"written: {model} ({args.vocab_size:,} pieces)\nto use it: {shlex.join(flags)}"
-
-    _exit_with(parser.prog, run)
-
-
-def _preprocess_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="preprocess_data.py",
         description="Encode JSON lines, .txt or Parquet to Megatron's PREFIX_KEY_document files.",
+        example="dynmoe preprocess --input text.jsonl --output-prefix mine/text --append-eod "
+        "--tokenizer-type SentencePieceTokenizer --tokenizer-model mine/tokenizer.model",
     )
-    _add_input_flags(parser)
+    add_input_flags(parser)
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     group.add_argument(
@@ -170,60 +134,6 @@ def _preprocess_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_input_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="FILE",
-        help="files, folders or quoted globs: JSON lines or .txt (plain, .gz, .zst), or .parquet",
-    )
-    add_key_flag(parser, several=True)
-    add_reading_flags(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-
-
-def add_key_flag(parser: Any, *, several: bool = False) -> None:
-    """Add the name of the text's field, Megatron's and the one it had here, to a parser or group.
-
-    Args:
-        several: it takes any number of names, one data set each, and is a list of them.
-    """
-    form: dict[str, Any] = {"metavar": "KEY", "dest": "json_keys"}
-    form |= {"nargs": "+", "default": ["text"]} if several else {"default": "text"}
-    what = (
-        "fields (Parquet: columns) that hold" if several else "field (Parquet: column) that holds"
-    )
-    parser.add_argument("--json-keys", help=f"{what} text (default: text)", **form)
-    parser.add_argument("--text-key", help=argparse.SUPPRESS, **form)
-
-
-def add_reading_flags(parser: Any) -> None:
-    """Add what every command that reads text has, to a parser or a group of one."""
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an unreadable record: stop with its file and line (default), or skip and count it",
-    )
-    parser.add_argument(
-        "--max-line-bytes",
-        type=number(int, 1),
-        default=DEFAULT_LIMITS.line_bytes,
-        metavar="N",
-        help="a longer line (Parquet: text) is unreadable (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-expansion",
-        type=number(int, 1),
-        default=DEFAULT_LIMITS.expansion,
-        metavar="N",
-        help="a compressed file that becomes more than N times as large stops the run "
-        "(default: %(default)s)",
-    )
-
-
 class _Refuse(argparse.Action):
     def __init__(self, *args: Any, reason: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -231,15 +141,3 @@ class _Refuse(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         parser.error(f"{self.option_strings[0]} is not supported: {self._reason}")
-
-
-def _exit_with(prog: str, run: Callable[[], str]) -> NoReturn:
-    """Print what `run` returns and exit with 0, or its error as one line and exit with 1."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM cleans up too
-    try:
-        print(run())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{prog}: interrupted: nothing was written")
-    sys.exit(0)

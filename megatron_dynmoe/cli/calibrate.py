@@ -1,0 +1,266 @@
+"""Find the threshold that gives an exported model a target mean of experts per token on real text.
+
+Works on models trained with a threshold and, after the fact, on models trained with top-k (also
+Mixtral folders). Prints threshold, mean experts, loss and perplexity over a sweep, and writes the
+result into config.json with --in-place or --output; without them nothing is written.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.cli.reading import add_key_flag
+from megatron_dynmoe.settings.command_line import (
+    CommandParser,
+    add_runtime_flags,
+    ending_plainly,
+    number,
+    thresholds,
+)
+
+DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Calibrate as the command line says."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    with ending_plainly(parser.prog):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from megatron_dynmoe.use import calibrate as calibration
+    from megatron_dynmoe.use.load import (
+        be_quiet,
+        check_ids,
+        default_device,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
+
+    be_quiet()
+    config = load_config(args.model)
+    _check_target_folder(args)
+    with _in_our_format(args, config.model_type) as folder:
+        # 1. Model and text
+        config = load_config(folder)
+        own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
+        if args.max_experts_per_token is not None:
+            if args.max_experts_per_token > config.num_experts:
+                raise ValueError(
+                    f"--max-experts-per-token is {args.max_experts_per_token}: the model has "
+                    f"{config.num_experts} experts"
+                )
+            config.inference_max_experts_per_token = args.max_experts_per_token
+        calibration.check_target(config, args.target)
+        positions = config.max_position_embeddings
+        if (args.sequence_length or 0) > positions:
+            raise ValueError(
+                f"--sequence-length is {args.sequence_length}: the model has {positions} positions"
+            )
+        tokens_NS = calibration.read_tokens(
+            args.data,
+            load_tokenizer(folder),
+            num_tokens=args.tokens,
+            sequence_length=args.sequence_length or min(positions, 2048),
+            text_key=args.json_keys,
+        )
+        check_ids(int(tokens_NS.max()), config)
+        model = load_model(folder, config, dtype=args.dtype, device=args.device or default_device())
+        config = model.config
+        print(
+            f"{' '.join(args.data)}: {tokens_NS.numel():,} tokens in {len(tokens_NS):,} sequences\n"
+        )
+
+        # 2. The model's own setting, the sweep, the target
+        table = _Table()
+        new_cap = config.inference_max_experts_per_token
+        config.inference_max_experts_per_token = own_cap
+        start = calibration.measure(model, tokens_NS, args.batch_size, own_setting)
+        config.inference_max_experts_per_token = new_cap
+        table.add(f"{own_setting} (own)", start)
+
+        def measure_at(threshold: calibration.Threshold, label: str) -> calibration.Measurement:
+            calibration.set_threshold(config, threshold)
+            return calibration.measure(model, tokens_NS, args.batch_size, label)
+
+        for threshold in args.sweep:
+            label = f"threshold {threshold:g}"
+            table.add(label, measure_at(threshold, label))
+        found = calibration.calibrate(
+            measure_at,
+            start,
+            args.target,
+            scope=args.scope,
+            cap=calibration.max_experts(config),
+            sparse=[kind == "sparse" for kind in config.mlp_layer_types],
+        )
+        table.add(_describe(config), found.measurement, f"  <- target {args.target:g}")
+        if isinstance(found.threshold, list):
+            for layer, value in enumerate(found.threshold, 1):
+                if value is not None:
+                    print(f"  layer {layer}: threshold {value:g}")
+
+        # 3. Write
+        print()
+        if args.in_place or args.output is not None:
+            written = _write(args, folder, found)
+            print(f"written: {written / 'config.json'}")
+        else:
+            print("nothing was written: give --in-place, or --output for a copy")
+
+
+def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
+    """Into the model's own folder, or into a full copy that appears when it is complete."""
+    from megatron_dynmoe.storage.atomic import new_folder
+    from megatron_dynmoe.use.calibrate import write_calibration
+
+    record = (found, args.max_experts_per_token, _data_name(args.data))
+    if args.in_place:
+        write_calibration(folder, *record)
+        return folder
+    with new_folder(args.output, overwrite=False) as partial:
+        if folder == args.model:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)  # links become files
+        else:
+            for file in folder.iterdir():  # what conversion made
+                file.rename(partial / file.name)
+        write_calibration(partial, *record)
+    return args.output
+
+
+def _data_name(data: list[str]) -> str:
+    """What the record calls the text."""
+    more = f" and {len(data) - 1} more" if len(data) > 1 else ""
+    return Path(data[0]).name + more
+
+
+def _check_target_folder(args: argparse.Namespace) -> None:
+    """What would otherwise fail only after the last pass."""
+    output = args.output
+    if output is not None:
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise ValueError(f"--output {output}: it exists and is not empty")
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"--output {output}: there is no folder {output.parent}: create it")
+    folder = args.model if args.in_place else output and output.absolute().parent
+    if folder is not None and not os.access(folder, os.W_OK):
+        raise ValueError(f"folder {folder}: it cannot be written to")
+
+
+class _Table:
+    """Printed row by row, because a row may take minutes."""
+
+    def __init__(self) -> None:
+        self._own_loss: float | None = None
+        print(
+            f"{'setting':<24}{'experts/token':>14}{'loss, nats':>12}{'vs own':>9}{'perplexity':>12}"
+        )
+
+    def add(self, setting: str, measured: Any, remark: str = "") -> None:
+        if self._own_loss is None:
+            self._own_loss = measured.loss
+        print(
+            f"{setting:<24}{measured.experts:>14.3f}{measured.loss:>12.4f}"
+            f"{measured.loss - self._own_loss:>+9.4f}{measured.perplexity:>12.2f}{remark}",
+            flush=True,
+        )
+
+
+def _describe(config: Any) -> str:
+    if config.routing == "top_k":
+        return f"top-{config.num_experts_per_tok}"
+    threshold = (
+        config.threshold if config.inference_threshold is None else config.inference_threshold
+    )
+    if isinstance(threshold, list):
+        different = {value for value in threshold if value is not None}
+        if len(different) > 1:
+            return "threshold by layer"
+        threshold = different.pop()
+    return f"threshold {threshold:.6g}"
+
+
+@contextmanager
+def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
+    """The model's folder, or what conversion makes of a Mixtral folder, which goes away again."""
+    if model_type == "dynmoe":
+        yield args.model
+        return
+    if model_type != "mixtral":
+        raise ValueError(
+            f"model {args.model} is of type {model_type!r}: a dynmoe or mixtral folder is wanted"
+        )
+    if args.in_place:
+        raise ValueError(
+            "--in-place: a Mixtral folder has no place for a threshold: give --output for a copy "
+            "in our format"
+        )
+    from megatron_dynmoe.conversion import convert_folder
+
+    beside = None if args.output is None else args.output.absolute().parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".calibrate-") as scratch:
+        folder = Path(scratch) / "model"
+        convert_folder(args.model, folder, format="dynmoe")
+        yield folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        description=__doc__,
+        example="dynmoe calibrate --model my-model --data examples/data/*.gz --target 2 --in-place",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="real text, read in this order up to --tokens: files, folders or quoted globs; JSON "
+        "lines or .txt (plain, .gz, .zst), or .parquet",
+    )
+    add_key_flag(parser)
+    parser.add_argument(
+        "--target", type=float, required=True, metavar="K", help="mean experts per token"
+    )
+    parser.add_argument(
+        "--scope",
+        choices=("global", "layer"),
+        default="global",
+        help="one threshold for the mean over layers (default), or one for each layer's own mean",
+    )
+    parser.add_argument(
+        "--max-experts-per-token",
+        type=number(int, 1),
+        metavar="K",
+        help="cap in inference, for the sweep and the result (default: the model's)",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=thresholds,
+        default=DEFAULT_SWEEP,
+        metavar="T,...",
+        help="thresholds to measure as well (default: %(default)s), or none",
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, 1), default=65536, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--batch-size", type=number(int, 1), default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--sequence-length",
+        type=number(int, 2),  # one to read, one to predict
+        metavar="S",
+        help="default: the model's positions, at most 2048",
+    )
+    add_runtime_flags(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, metavar="DIR", help="write a copy with the threshold")
+    where.add_argument("--in-place", action="store_true", help="write into the model's config.json")
+    return parser

@@ -1,0 +1,128 @@
+"""The command ``dynmoe``: its list, its answers to mistakes, its exit codes, its examples."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dynmoe.__main__ import COMMANDS, main
+from megatron_dynmoe.jobs.recipes import recipe_flags, recipe_names
+from megatron_dynmoe.settings.command_line import UsageError, ending_plainly
+from megatron_dynmoe.settings.words import format_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def dynmoe(*words: str, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_dynmoe", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **settings)
+
+
+def run_here(capsys: pytest.CaptureFixture, *words: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", sys.argv)
+
+
+def test_help_lists_every_command_and_imports_no_framework() -> None:
+    code = (
+        "import sys; from megatron_dynmoe.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'argparse'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [("convrt",), ("recipes",)])
+def test_a_misspelt_command_is_answered_in_one_line(capsys, words) -> None:
+    code, out, error = run_here(capsys, *words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"dynmoe: error: there is no command \w+: did you mean \w+\?\n", error)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "attempt")])
+def test_every_commands_help_ends_with_an_example_that_it_can_read(
+    capsys, monkeypatch, tmp_path, name
+):
+    code, out, _ = run_here(capsys, name, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: dynmoe {name}")
+    (example,) = re.findall(r"^example: (dynmoe .*)$", out, re.MULTILINE)
+    first, command, *words = shlex.split(example)
+    assert (first, command) == ("dynmoe", name)
+    # Its flags are the command's: what is refused, if anything, is the made-up file or folder.
+    monkeypatch.chdir(tmp_path)
+    if name in ("doctor", "plan"):
+        return  # they take seconds or need no file: their own tests run them
+    with pytest.raises(SystemExit) as ended:
+        main([command, *words])
+    if ended.value.code:
+        said = f"{ended.value.code} {capsys.readouterr().err}"
+        assert "no flag" not in said and "required" not in said and ended.value.code != 2, said
+
+
+def test_a_recipe_is_printed_or_written(capsys, tmp_path) -> None:
+    assert run_here(capsys, "recipe", "smoke", "--seed", "7")[1].split("\n")[-2] == "--seed 7"
+    file = tmp_path / "my.flags"
+    assert run_here(capsys, "recipe", "--output", str(file), "smoke", "--seed", "7")[0] is None
+    assert recipe_flags(file) == [*recipe_flags("smoke"), "--seed", "7"]
+    code, _, error = run_here(capsys, "recipe", "--output", str(file), "smoke")
+    assert code == 2 and f"--output is {file}, which is there already" in error
+    listed = run_here(capsys, "recipe")[1]
+    assert [line.split()[0] for line in listed.splitlines()] == recipe_names()
+    assert format_flags(recipe_flags("smoke")) in run_here(capsys, "recipe", "smoke")[1]
+
+
+def test_launch_scripts_are_written_whole(capsys, tmp_path) -> None:
+    folder = tmp_path / "launch"
+    assert run_here(capsys, "recipe", "--write-launch-scripts", str(folder))[0] is None
+    wanted = {path.relative_to(ROOT / "launch") for path in (ROOT / "launch").rglob("*")}
+    written = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert written == wanted - {Path("cluster.env")}
+    assert run_here(capsys, "recipe", "--write-launch-scripts", str(folder))[0] == 2
+
+
+def test_errors_and_signals_have_the_same_exit_codes_everywhere(capsys) -> None:
+    with pytest.raises(SystemExit) as ended, ending_plainly("dynmoe x"):
+        raise ValueError("a line\n and another")
+    assert ended.value.code == "dynmoe x: error: a line and another"  # which exits with 1
+    with pytest.raises(SystemExit) as ended, ending_plainly("dynmoe x"):
+        raise UsageError("cannot be")
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended, ending_plainly("dynmoe x"):
+        signal.raise_signal(signal.SIGINT)
+    assert ended.value.code == 130
+    with pytest.raises(SystemExit) as ended, ending_plainly("dynmoe x", "half is there"):
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.endswith("dynmoe x: interrupted: half is there\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_ends_a_command_without_a_stack(tmp_path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "megatron_dynmoe", "preprocess", "--input", "/dev/stdin",
+         "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "SentencePieceTokenizer",
+         "--tokenizer-model", "/dev/stdin"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    time.sleep(1.5)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == 130, error
+    assert "Traceback" not in error
