@@ -102,7 +102,7 @@ format: setup ## puts imports and layout right
 	@$(PYTHON_VENV) -m ruff check --fix .
 	@$(PYTHON_VENV) -m ruff format .
 
-types: setup ## mypy on the modules listed in pyproject.toml
+types: setup ## mypy on the whole package
 	@$(PYTHON_VENV) -m mypy
 
 constraints: setup ## writes what is installed in .venv to constraints.txt

@@ -8,6 +8,8 @@ import ctypes
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import CommandParser
@@ -104,13 +106,12 @@ def _to_hf(args: argparse.Namespace) -> int:
     if (args.load / "config.json").is_file():
         if args.iteration is not None:
             raise ValueError(f"--iteration: {args.load} is a Hugging Face folder, which has none")
-        convert, which = convert_folder, {}
+        convert: Callable[..., None] = convert_folder
     else:
-        convert, which = to_hf, {"iteration": args.iteration}
+        convert = partial(to_hf, iteration=args.iteration)
     convert(
         args.load,
         args.output,
-        **which,
         format=args.format,
         dtype=_DTYPES.get(args.dtype),
         max_shard_size=args.max_shard_size,
