@@ -12,7 +12,7 @@ SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-unit test-distributed test-long test-avx2 test-faults soak mutations \
 	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
-	lint format types constraints clean
+	lint shellcheck format types constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,10 +92,15 @@ study: setup ## the papers' claims tried in small: up to 4 hours, can be resumed
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."
 	@$(PYTHON_GPU) -m study --size gpu $(STUDY)
 
-lint: setup ## ruff (rules and format), the order of imports, shellcheck where it is installed
+lint: setup ## ruff (rules and format), spelling, the order of imports, shellcheck
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
+	@$(PYTHON_VENV) -m codespell_lib .
 	@.venv/bin/lint-imports --no-logo
+	@$(MAKE) --no-print-directory shellcheck
+
+# A target of its own, which pre-commit calls, too.
+shellcheck:
 	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: the shell scripts are not checked"; fi
 
@@ -103,7 +108,7 @@ format: setup ## puts imports and layout right
 	@$(PYTHON_VENV) -m ruff check --fix .
 	@$(PYTHON_VENV) -m ruff format .
 
-types: setup ## mypy on the modules listed in pyproject.toml
+types: setup ## mypy on the whole package
 	@$(PYTHON_VENV) -m mypy
 
 constraints: setup ## writes what is installed in .venv to constraints.txt

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -70,14 +71,14 @@ def install() -> None:
     why = "DYNMOE_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device"
     # The jit fuser would compile for an accelerator that is not there. Answering here, rather than
     # disabling dynamo, also spares each process the import of the compiler.
-    torch.compile = lambda model=None, **options: model if model is not None else _identity
+    _replace(torch, compile=lambda model=None, **options: model if model is not None else _identity)
     # Megatron insists on it for sequence parallelism, whatever the device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     host_generator = torch.Generator().manual_seed(torch.initial_seed())
     _answer_for_torch_cuda(host_generator)
     _RedirectToCpu(host_generator).__enter__()
-    torch.nn.Module.cuda = lambda self, device=None: self
+    _replace(torch.nn.Module, cuda=lambda self, device=None: self)
     _redirect_megatron()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
@@ -201,6 +202,12 @@ def _returns(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+def _replace(owner: Any, **ours: Any) -> None:
+    """Put ours in the place of functions of a module or class."""
+    for name, value in ours.items():
+        setattr(owner, name, value)
+
+
 def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
     default = torch.default_generator
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -254,17 +261,17 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
         "IntTensor": torch.IntTensor,
         "LongTensor": torch.LongTensor,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    _replace(torch.cuda, **answers)
+    _replace(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state)
     for module in (torch, torch.random):
-        module.get_rng_state = lambda: host_generator.get_state()
-        module.set_rng_state = lambda state: _discard(host_generator.set_state(state))
-    torch.cuda.nvtx.range_push = _returns(None)
-    torch.cuda.nvtx.range_pop = _returns(None)
+        _replace(
+            module,
+            get_rng_state=lambda: host_generator.get_state(),
+            set_rng_state=lambda state: _discard(host_generator.set_state(state)),
+        )
+    _replace(torch.cuda.nvtx, range_push=_returns(None), range_pop=_returns(None))
     # Otherwise the data loader pins memory.
-    torch.accelerator.is_available = _returns(False)
-    torch.accelerator.current_accelerator = _returns(None)
+    _replace(torch.accelerator, is_available=_returns(False), current_accelerator=_returns(None))
 
 
 # Needs Transformer Engine's attention or kernels; and what to do instead.
@@ -287,7 +294,7 @@ _NEEDS_A_GPU = {
 }
 
 
-def _refuse_what_needs_a_gpu(args) -> None:
+def _refuse_what_needs_a_gpu(args: Namespace) -> None:
     for name, (possible, reason) in _NEEDS_A_GPU.items():
         value = getattr(args, name, possible)
         if value != possible:
@@ -347,10 +354,11 @@ def _redirect_megatron() -> None:
     megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
 
     # Under tensor parallelism the ranks of an expert hold different numbers of rows.
-    torch.distributed.all_gather = functools.partial(
-        _all_gather, original=torch.distributed.all_gather
+    _replace(
+        torch.distributed,
+        all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
+        reduce_scatter=_reduce_scatter,
     )
-    torch.distributed.reduce_scatter = _reduce_scatter
 
     validate = megatron_arguments.validate_args
 

@@ -86,7 +86,9 @@ class ScaledDotProductAttention(DotProductAttention):
         dropout = self.attention_dropout.p if self.training else 0.0
         attend = partial(
             torch.nn.functional.scaled_dot_product_attention,
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=is_causal and mask is None,
@@ -145,7 +147,7 @@ def native_norm(
     cls = {"RMSNorm": RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
     norm = cls(hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
     return norm
 
 

@@ -7,7 +7,8 @@ import contextlib
 import ctypes
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
@@ -99,13 +100,12 @@ def _to_hf(args: argparse.Namespace) -> int:
     if (args.load / "config.json").is_file():
         if args.iteration is not None:
             raise ValueError(f"--iteration: {args.load} is a Hugging Face folder, which has none")
-        convert, which = convert_folder, {}
+        convert: Callable[..., None] = convert_folder
     else:
-        convert, which = to_hf, {"iteration": args.iteration}
+        convert = partial(to_hf, iteration=args.iteration)
     convert(
         args.load,
         args.output,
-        **which,
         format=args.format,
         dtype=_DTYPES.get(args.dtype),
         max_shard_size=args.max_shard_size,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from megatron_dynmoe.control import calibrate
 from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
+from megatron_dynmoe.settings.config import Control, DynMoEConfig
 
 # The factor by which the response of the count may grow before the loop becomes unstable.
 MIN_GAIN_MARGIN = 3.0
@@ -40,37 +40,41 @@ def settle(resolved: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIC
     """
     if not resolved.is_controlled:
         return resolved, None
-    targets, plant = _targets(resolved), _plant(resolved, model)
-    low, high = resolved.min_threshold, resolved.max_threshold
-    computed = dict(
-        zip(("proportional_gain", "integral_gain"), _gains(targets, plant), strict=True),
-        initial_threshold=min(
-            max(calibrate.initial_threshold(target=targets[0], **plant), low), high
-        ),
-    )
-    resolved = dataclasses.replace(
-        resolved,
-        **{name: value for name, value in computed.items() if getattr(resolved, name) == AUTO},
-    )
+    control, plant = resolved.control, _plant(resolved, model)
+    targets, low, high = _targets(control), control.min_threshold, control.max_threshold
+    proportional_gain, integral_gain = _gains(targets, plant)
+    first = min(max(calibrate.initial_threshold(target=targets[0], **plant), low), high)
     controller = PIController(
         num_experts=model.num_moe_experts,
-        initial_threshold=resolved.initial_threshold,
-        proportional_gain=resolved.proportional_gain,
-        integral_gain=resolved.integral_gain,
+        initial_threshold=_unless_auto(control.initial_threshold, first),
+        proportional_gain=_unless_auto(control.proportional_gain, proportional_gain),
+        integral_gain=_unless_auto(control.integral_gain, integral_gain),
         min_threshold=low,
         max_threshold=high,
     )
-    return resolved, controller
+    settled = dataclasses.replace(
+        resolved,
+        initial_threshold=controller.initial_threshold,
+        proportional_gain=controller.proportional_gain,
+        integral_gain=controller.integral_gain,
+    )
+    return settled, controller
 
 
-def settled_gain_margin(resolved: DynMoEConfig, model: ModelShape) -> float:
-    """The gain margin of settled ``dtop_p`` settings at the target that responds most."""
-    gains = resolved.proportional_gain, resolved.integral_gain
-    return _gain_margin(gains, _targets(resolved), _plant(resolved, model))
+def _unless_auto(given: float | str, computed: float) -> float:
+    return computed if isinstance(given, str) else given
 
 
-def _targets(resolved: DynMoEConfig) -> list[float]:
-    return [target for _, target in resolved.target_experts_per_token.points]
+def settled_gain_margin(
+    settled: DynMoEConfig, controller: PIController, model: ModelShape
+) -> float:
+    """The gain margin of what :func:`settle` gave, at the target that responds most."""
+    gains = controller.proportional_gain, controller.integral_gain
+    return _gain_margin(gains, _targets(settled.control), _plant(settled, model))
+
+
+def _targets(control: Control) -> list[float]:
+    return [target for _, target in control.target.points]
 
 
 def _plant(resolved: DynMoEConfig, model: ModelShape) -> dict[str, Any]:

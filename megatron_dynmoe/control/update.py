@@ -90,7 +90,6 @@ class GlobalBatchUpdate:
         self._measured = torch.where(is_valid, statistics.mean_experts.nan_to_num(), torch.nan)
         if self.controller is None:
             return
-        assert self.dynmoe.target_experts_per_token is not None
         if self.dynmoe.scope == "global":
             statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
         measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
@@ -98,7 +97,7 @@ class GlobalBatchUpdate:
         # of equal values is exact in float64; they differ after a resume from scope layer.
         knob = (statistics.knobs / statistics.routers).float()
         integral = (statistics.integrals / statistics.routers).float()
-        target = self.dynmoe.target_experts_per_token.at(finished_iterations())
+        target = self.dynmoe.control.target.at(finished_iterations())
         # Of a count that falls with the knob the negative rises, and is held at the target's.
         sign = self.direction
         self._staged = self.controller.step(knob, integral, sign * measured, sign * target)

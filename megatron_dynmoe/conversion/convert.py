@@ -11,6 +11,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,14 +276,14 @@ def _entries(source: Source, format: str, dtype: torch.dtype) -> Iterator[Entry]
     for block in in_order(shapes, FORMATS[format]):
         shape = shapes.of_row(block.row)
         if not block.row.stacked:
-            yield Entry(block.key, shape, dtype, lambda block=block: weights.block(block))
+            yield Entry(block.key, shape, dtype, partial(weights.block, block))
         elif block.expert == 0:
             experts = [block._replace(expert=expert) for expert in range(shapes.num_experts)]
             yield Entry(
                 block.key,
                 (len(experts), *shape),
                 dtype,
-                lambda experts=experts, shape=shape: weights.stacked(experts, shape, dtype),
+                partial(weights.stacked, experts, shape, dtype),
             )
 
 
@@ -315,8 +316,8 @@ def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
         row = Row(ROUTER_STATE[name], ("theta_offset",))
         for layer, value in enumerate(values):
             if value is not None:
-                tensor = torch.tensor([value], dtype=torch.float32)
-                writer.add(Block(row, layer), (1,), torch.float32, lambda tensor=tensor: tensor)
+                make = partial(torch.tensor, [value], dtype=torch.float32)
+                writer.add(Block(row, layer), (1,), torch.float32, make)
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:

@@ -99,11 +99,12 @@ class MegatronCheckpoint:
             ValueError: none exists.
         """
         tried = []
+        index_of_layer: tuple[int, ...] = () if layer is None else (layer,)
         for template in row_keys:
             stacked = template.replace("{layer}.", "")
-            for key, index in ((stacked, (layer,)), (template.format(layer=layer), ())):
+            for key, index in ((stacked, index_of_layer), (template.format(layer=layer), ())):
                 if key in self._entries:
-                    return key, () if layer is None else index
+                    return key, index
                 tried.append(key)
         raise ValueError(f"{self.folder} has no entry {' or '.join(dict.fromkeys(tried))}")
 

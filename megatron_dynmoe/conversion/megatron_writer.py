@@ -57,7 +57,9 @@ class MegatronWriter:
     ) -> None:
         """Add a block, which ``make`` produces when its turn comes."""
         for template in (block.row.key, *block.row.aliases):
-            key, lead, sizes = template, (), ()
+            key = template
+            lead: tuple[int, ...] = ()
+            sizes: tuple[int, ...] = ()
             if block.layer is not None:
                 key = template.format(layer=block.layer)
                 if self._alike:

@@ -149,7 +149,7 @@ MIXTRAL = (
 )
 
 _BLOCK = "decoder.layers.{layer}."
-MEGATRON = (
+MEGATRON: tuple[Row, ...] = (
     _row("embedding.word_embeddings.weight", "embedding"),
     _row("decoder.final_layernorm.weight", "final_norm"),
     _row("output_layer.weight", "lm_head"),

@@ -7,12 +7,13 @@ A *config* is a plain dict with the fields of our own format's configuration
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.schedule import TargetSchedule
 
 _CONTROLLER = (
     "scope",
@@ -129,7 +130,7 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
     dynmoe = DynMoEConfig.from_dict(settings, source="the checkpoint")
     routing = {name: getattr(dynmoe, name) for name in _ROUTING}
     schedule = dynmoe.target_experts_per_token
-    target = None if schedule is None else str(schedule)
+    target = _number_if_constant(schedule)
     controller = None
     if dynmoe.is_controlled:
         controller = {name: getattr(dynmoe, name) for name in _CONTROLLER}
@@ -138,7 +139,7 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
     return routing | {
         "threshold": state["threshold"],
         "theta": state["theta"] if dynmoe.normalization == "drn" else None,
-        "target_experts_per_token": float(target) if _is_constant(target) else target,
+        "target_experts_per_token": target,
         "controller": controller,
         "measured_experts_per_token": measured if any(measured) else None,
         "num_experts_per_tok": None,
@@ -165,17 +166,20 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
     if settings["balance_loss"] == "none":
         settings["balance_loss_coeff"] = None
     given = {name: value for name, value in settings.items() if value is not None}
-    return settled(DynMoEConfig.from_dict(given, source="config.json"), config).to_dict()
+    return settled(DynMoEConfig.from_dict(given, source="config.json"), config)[0].to_dict()
 
 
-def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> DynMoEConfig:
-    """Resolved settings for a model of this config, with every ``auto`` computed."""
+def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, float]:
+    """Settings for a model of this config, every ``auto`` computed, and the first threshold."""
     model = SimpleNamespace(
         num_moe_experts=config["num_experts"],
         hidden_size=config["hidden_size"],
         init_method_std=config["initializer_range"],
     )
-    return settle(dynmoe.resolve(config["num_experts"]), model)[0]
+    dynmoe, controller = settle(dynmoe.resolve(config["num_experts"]), model)
+    first = controller.initial_threshold if controller else dynmoe.threshold
+    assert first is not None
+    return dynmoe, first
 
 
 def router_state(config: dict[str, Any]) -> RouterState:
@@ -203,8 +207,7 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
                 "knows no k: choose top_p or dtop_p."
             )
         return config | NO_ROUTING | kept
-    dynmoe = settled(dynmoe, config)
-    first = dynmoe.threshold if dynmoe.threshold is not None else dynmoe.initial_threshold
+    dynmoe, first = settled(dynmoe, config)
     state: RouterState = {
         "threshold": _where_sparse(config, shortest(first)),
         "integral": _where_sparse(config, 0.0),
@@ -271,11 +274,14 @@ def _where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
     return [value if kind == "sparse" else None for kind in config["mlp_layer_types"]]
 
 
-def _is_constant(schedule: str | None) -> bool:
-    return schedule is not None and ":" not in schedule
+def _number_if_constant(schedule: TargetSchedule | None) -> float | str | None:
+    if schedule is None:
+        return None
+    text = str(schedule)
+    return text if ":" in text else float(text)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
 
 

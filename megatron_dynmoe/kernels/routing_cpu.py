@@ -108,7 +108,15 @@ class _RouteInBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, *_counts):
+    def backward(
+        ctx: Any,
+        d_weights_TE: Tensor,
+        _map: Any,
+        _experts: Any,
+        d_sums_BE: Tensor,
+        d_entropy: Tensor,
+        *_counts: Any,
+    ) -> tuple[Tensor | None, ...]:
         standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T = ctx.saved_tensors
         num_sequences, num_experts = d_sums_BE.shape
         d_logits_TE = torch.empty_like(probs_TE)

@@ -75,15 +75,15 @@ class _RouteFused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         num_tokens, num_experts = logits_TE.shape
         launch = _Launch(num_tokens, num_experts, num_sequences, theta, valid_T, renormalize)
-        make = {"device": logits_TE.device}
-        weights_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, **make)
-        map_TE = torch.empty(num_tokens, num_experts, dtype=torch.bool, **make)
-        experts_T = torch.empty(num_tokens, dtype=torch.int64, **make)
+        device = logits_TE.device
+        weights_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
+        map_TE = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=device)
+        experts_T = torch.empty(num_tokens, dtype=torch.int64, device=device)
         partial = (launch.grid[0], num_sequences, num_experts)
-        prob_sums = torch.empty(partial, dtype=torch.float32, **make)
-        assignments = torch.empty(partial, dtype=torch.int32, **make)
-        entropies = torch.empty(launch.grid, dtype=torch.float32, **make)
-        not_finite = torch.empty(launch.grid, dtype=torch.int32, **make)
+        prob_sums = torch.empty(partial, dtype=torch.float32, device=device)
+        assignments = torch.empty(partial, dtype=torch.int32, device=device)
+        entropies = torch.empty(launch.grid, dtype=torch.float32, device=device)
+        not_finite = torch.empty(launch.grid, dtype=torch.int32, device=device)
         _forward[launch.grid](
             logits_TE, threshold, theta, valid_T,
             weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
@@ -99,7 +99,15 @@ class _RouteFused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_weights_TE, _map, _experts, d_sums_BE, d_entropy, *_counts):
+    def backward(
+        ctx: Any,
+        d_weights_TE: Tensor,
+        _map: Any,
+        _experts: Any,
+        d_sums_BE: Tensor,
+        d_entropy: Tensor,
+        *_counts: Any,
+    ) -> tuple[Tensor | None, ...]:
         logits_TE, map_TE, theta, valid_T = ctx.saved_tensors
         launch = ctx.launch
         d_logits_TE = torch.empty_like(logits_TE)

@@ -56,11 +56,11 @@ def describe(
         for name, value in settled.dynmoe.to_dict().items()
     )
     yield f"> dynamic routing: {settings}"
-    if settled.controller is None:
+    controller = settled.controller
+    if controller is None:
         return
-    margin = settled_gain_margin(settled.dynmoe, transformer)
+    margin = settled_gain_margin(settled.dynmoe, controller, transformer)
     if margin < 0.999 * MIN_GAIN_MARGIN:  # computed gains stop at the margin itself
-        controller = settled.controller
         yield (
             f"WARNING: proportional_gain {controller.proportional_gain:.4g} and integral_gain "
             f"{controller.integral_gain:.4g} become unstable once the count responds {margin:.2g} "

@@ -7,7 +7,7 @@ all-to-all dispatcher takes ``tokens * moe_router_topk`` for the number of rows 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_dynmoe.moe.permute import order_rows, permute, unpermute
+from megatron_dynmoe.moe.permute import RowOrder, order_rows, permute, unpermute
 
 
 class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -24,6 +24,10 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     rows_per_token: int | None = None
+    # Upstream's, and the order of the rows between dispatch and combine.
+    num_out_tokens: torch.Tensor | int
+    tokens_per_expert: torch.Tensor | None
+    row_order: RowOrder | None
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Compute the counts and splits of one dispatch.
@@ -78,6 +82,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if self.ep_size * self.tp_size > 1:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
         tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None
+        assert tokens_per_expert is not None
         return global_input_tokens, tokens_per_expert, global_probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -90,8 +95,9 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Add up each token's rows, and its shared experts' output."""
         if self.config.moe_permute_fusion:
             return super().combine_postprocess(permutated_local_input_tokens)
-        output = unpermute(permutated_local_input_tokens, self.row_order).view(self.hidden_shape)
-        self.row_order = None
+        row_order, self.row_order = self.row_order, None
+        assert row_order is not None
+        output = unpermute(permutated_local_input_tokens, row_order).view(self.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output

@@ -85,7 +85,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rows_RD: Tensor):
+    def backward(ctx: Any, d_rows_RD: Tensor) -> tuple[Tensor, None]:
         return _sum_rows(d_rows_RD, ctx.order), None
 
 
@@ -97,7 +97,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_sums_TD: Tensor):
+    def backward(ctx: Any, d_sums_TD: Tensor) -> tuple[Tensor, None]:
         return _rows_of(d_sums_TD, ctx.order), None
 
 
@@ -111,11 +111,11 @@ def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
         sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
         sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
         return sums_TD[: order.num_tokens]
+    assert order.end_T is not None
     if kernels.available(rows_RD.device) and rows_RD.dtype != torch.float64:
         from megatron_dynmoe.kernels.permute import sum_rows
 
         return sum_rows(rows_RD, order.row_of_slot, order.end_T)
-    assert order.end_T is not None
     lengths_T = order.end_T.diff(prepend=order.end_T.new_zeros(1))
     by_token_RD = rows_RD.index_select(0, order.row_of_slot)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_dynmoe.routing.route import Routing
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.distributed import ProcessGroup
 
     from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -53,6 +55,15 @@ class DynamicRouter(KeepDtype, TopKRouter):
 
     integral: Tensor
     measured: Tensor
+    # Upstream's, which a type checker cannot see through torch.nn.Module.
+    config: TransformerConfig
+    weight: Tensor
+    num_experts: int
+    layer_number: int
+    calculate_per_token_loss: bool
+    tp_cp_group: ProcessGroup
+    tp_dp_cp_group: ProcessGroup
+    apply_z_loss: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -177,9 +188,10 @@ class DynamicRouter(KeepDtype, TopKRouter):
                 reduce_group=group,
             )
 
-        loss = dynmoe.dynamic_loss_coeff * dynamic
+        coefficients = dynmoe.loss_coefficients
+        loss = coefficients.dynamic * dynamic
         if dynmoe.balance_loss != "none":
-            loss = loss + dynmoe.balance_loss_coeff * balance
+            loss = loss + coefficients.balance * balance
         if self.calculate_per_token_loss:
             # Upstream then divides all gradients by the tokens of the global batch; see its
             # attach_and_log_load_balancing_loss.

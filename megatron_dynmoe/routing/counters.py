@@ -77,9 +77,8 @@ def pack(
 
 def unpack(packed: Tensor) -> RoutingStatistics:
     """Statistics with the dimension L first, from a tensor of :func:`pack`."""
-    return RoutingStatistics(
-        *packed[..., :NUM_STATISTICS].unbind(dim=-1), packed[..., NUM_STATISTICS:]
-    )
+    columns = packed[..., :NUM_STATISTICS].unbind(dim=-1)
+    return RoutingStatistics._make([*columns, packed[..., NUM_STATISTICS:]])
 
 
 class KeepDtype(torch.nn.Module):

@@ -54,7 +54,8 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
         .cpu()
         .split([value[0].numel() for value in statistics], dim=1)
     )
-    layer = RoutingStatistics(*(value.squeeze(-1) for value in statistics[:-1]), statistics[-1])
+    *columns, assignments_LE = statistics
+    layer = RoutingStatistics._make([*(value.squeeze(-1) for value in columns), assignments_LE])
     has_experts = layer.routers > 0
     pooled = layer.pooled()
     mean = pooled.mean_experts

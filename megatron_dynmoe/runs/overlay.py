@@ -126,7 +126,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         2 if routed else 1, 2, figsize=(11, 8 if routed else 4.5), layout="constrained"
     )
     by_tokens, by_compute, *routing_axes = axes.flat
-    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
+    colors = matplotlib.color_sequences["tab10" if len(runs) <= 10 else "tab20"]
     for number, run in enumerate(runs):
         color = colors[number % len(colors)]
         _draw_loss(by_tokens, run, run.tokens, run.validation[0], color)

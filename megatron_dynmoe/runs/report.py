@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,7 +277,9 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
     save_figure(figure, path, dpi=130)
 
 
-def draw_layers(axis: Any, iterations: Sequence[int], values: dict[int, Sequence[float]]) -> None:
+def draw_layers(
+    axis: Any, iterations: Sequence[int], values: Mapping[int, Sequence[float]]
+) -> None:
     """A heat map of experts per token: iterations to the right, layers upwards.
 
     Args:

@@ -105,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, example: str | None = None, **kwargs: Any) -> None:
         """Build the parser; ``example`` is a command line that ends its help."""
-        kwargs = {"allow_abbrev": False, "formatter_class": _HelpFormatter} | kwargs
+        kwargs = {"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs}
         if sys.argv[0].startswith("dynmoe "):  # so does the command of that name
             kwargs["prog"] = sys.argv[0]
         super().__init__(*args, **kwargs)

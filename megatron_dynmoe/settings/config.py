@@ -30,6 +30,24 @@ class Setting(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+class LossCoefficients(NamedTuple):
+    """On the scale of the language-model loss; see :attr:`DynMoEConfig.loss_coefficients`."""
+
+    dynamic: float
+    balance: float
+
+
+class Control(NamedTuple):
+    """The controller's settings, none of them missing; see :attr:`DynMoEConfig.control`."""
+
+    target: TargetSchedule
+    proportional_gain: float | str  # a number, or auto until it is computed; so the next two
+    integral_gain: float | str
+    initial_threshold: float | str
+    min_threshold: float
+    max_threshold: float
+
+
 @dataclass(frozen=True)
 class DynMoEConfig:
     """Settings of dynamic routing. ``None`` means: the default of the routing, see :meth:`resolve`.
@@ -200,6 +218,23 @@ class DynMoEConfig:
     def is_controlled(self) -> bool:
         """Whether the PI controller steers the threshold."""
         return self.routing == "dtop_p"
+
+    @property
+    def loss_coefficients(self) -> LossCoefficients:
+        """Those of the losses, of resolved settings with dynamic routing."""
+        dynamic, balance = self.dynamic_loss_coeff, self.balance_loss_coeff
+        assert dynamic is not None and balance is not None
+        return LossCoefficients(dynamic, balance)
+
+    @property
+    def control(self) -> Control:
+        """What the controller goes by, of resolved ``dtop_p`` settings."""
+        target, low, high = self.target_experts_per_token, self.min_threshold, self.max_threshold
+        proportional, integral = self.proportional_gain, self.integral_gain
+        first = self.initial_threshold
+        assert target is not None and low is not None and high is not None
+        assert proportional is not None and integral is not None and first is not None
+        return Control(target, proportional, integral, first, low, high)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str) -> DynMoEConfig:

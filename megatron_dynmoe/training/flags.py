@@ -32,15 +32,15 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _words_of_line(line: str) -> list[str]:
+def _words_of_line(arg_line: str) -> list[str]:
     """The flags in a line of an ``@FILE``, read as in a recipe."""
     try:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(arg_line, comments=True)
     except ValueError as error:
-        raise UsageError(f"the @FILE has a line with {error}: {line.strip()!r}.") from None
+        raise UsageError(f"the @FILE has a line with {error}: {arg_line.strip()!r}.") from None
     if words[:1] == ["include"]:
         raise UsageError(
-            f"the @FILE has the line {line.strip()!r}, which only recipes know: give "
+            f"the @FILE has the line {arg_line.strip()!r}, which only recipes know: give "
             "$(dynmoe recipe FILE) in place of @FILE."
         )
     return words

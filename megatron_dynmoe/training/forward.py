@@ -67,7 +67,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     return loss, num_tokens, {"lm loss": report}
 
 
-def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | None]:
+def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     """This rank's part of the next micro-batch; nothing on stages in the middle of the pipeline."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)

@@ -9,6 +9,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _put_back(run_dir: Path, before: dict[str, bytes | None]) -> None:
         if content is None:
             path.unlink(missing_ok=True)
         else:
-            replace_file(path, lambda partial, content=content: partial.write_bytes(content))
+            replace_file(path, methodcaller("write_bytes", content))
     _remove_empty(run_dir)
 
 

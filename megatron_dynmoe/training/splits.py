@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,17 +71,21 @@ def check_splits(
     parts: list[list[Part]] = []
     for number, is_read in enumerate(splits_read(args)):
         blend = together if together is not None else (per_split or [None] * 3)[number]
-        is_there = blend is not None and shares[number] is not None
-        if is_read and not is_there and number != Split.test.value:
-            raise ValueError(_missing(args, number, together is not None))
-        parts.append(_parts(blend, shares[number]) if is_read and is_there else [])
+        share = shares[number]
+        parts.append([])
+        if not is_read:
+            continue
+        if blend is None or share is None:
+            if number != Split.test.value:
+                raise ValueError(_missing(args, number, together is not None))
+            continue
+        parts[-1] = _parts(blend, share)
         for part in parts[-1]:
             if not part.num_tokens:
                 raise ValueError(_empty(args, number, part, together is not None))
-        if is_read and is_there:
-            flag = "--split" if together is not None else _OWN_FLAGS[number]
-            _check_full_validation(args, number, flag, blend)
-            _check_read_once(args, number, parts[-1])
+        flag = "--split" if together is not None else _OWN_FLAGS[number]
+        _check_full_validation(args, number, flag, blend)
+        _check_read_once(args, number, parts[-1])
     return parts
 
 
@@ -214,7 +218,8 @@ def _proportions(args: Namespace) -> list[float]:
 
 def _parts(blend: tuple[list[str], list[float] | None], share: tuple[float, float]) -> list[Part]:
     parts = []
-    for prefix, weight in zip(blend[0], blend[1] or [None] * len(blend[0]), strict=True):
+    weights: Sequence[float | None] = blend[1] or [None] * len(blend[0])
+    for prefix, weight in zip(blend[0], weights, strict=True):
         if "://" in prefix:
             continue  # an object store's: upstream's own affair
         lengths = read_dataset(prefix)[0].lengths

@@ -333,10 +333,11 @@ def _tell_data_workers_whose_they_are() -> None:
         def __init__(self) -> None:
             super().__init__()
             parent = multiprocessing.parent_process()
-            if parent is not None:
+            if parent is not None and parent.pid is not None:
                 self.manager_pid = parent.pid
 
-    worker.ManagerWatchdog = Watchdog
+    patched: Any = worker  # to replace a class is beyond types
+    patched.ManagerWatchdog = Watchdog
 
 
 def _name_data_indexes_by_content() -> None:

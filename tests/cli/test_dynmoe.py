@@ -48,7 +48,7 @@ def test_help_lists_every_command_and_imports_no_framework() -> None:
     assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [("convrt",), ("recipes",)])
+@pytest.mark.parametrize("words", [("converd",), ("recipes",)])
 def test_a_misspelt_command_is_answered_in_one_line(capsys, words) -> None:
     code, out, error = run_here(capsys, *words)
     assert (code, out) == (2, "")

@@ -128,7 +128,7 @@ def test_a_refusal_names_fields_where_they_were_given_in_a_file(
 
 def test_a_mistake_in_the_file_is_told_in_its_own_words(tmp_path, monkeypatch):
     path = tmp_path / "settings.yaml"
-    path.write_text("treshold: 0.5")
+    path.write_text("treshold: 0.5")  # codespell:ignore
     monkeypatch.setenv("DYNMOE_CONFIG", str(path))
     with pytest.raises(ValueError, match=r"settings\.yaml: .* did you mean threshold\?$"):
         config_from_args(parse())

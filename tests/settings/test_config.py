@@ -72,7 +72,7 @@ def test_every_field_is_a_setting_with_help():
 
 def test_unknown_names_are_refused_with_a_suggestion():
     with pytest.raises(ValueError, match=r"test: .*'treshold'; did you mean threshold\?"):
-        config(treshold=0.4)
+        config(treshold=0.4)  # codespell:ignore
     with pytest.raises(ValueError, match="'zzz'; known are routing, threshold"):
         config(zzz=0.4)
     with pytest.raises(ValueError, match="no setting 1;"):

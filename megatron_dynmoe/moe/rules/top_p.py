@@ -18,13 +18,15 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 class TopP:
     """See :class:`megatron_dynmoe.moe.rules.Rule` and :mod:`megatron_dynmoe.routing`."""
 
-    knob = "threshold"
+    knob: str | None = "threshold"
     direction = 1  # a larger threshold never selects fewer experts
 
     def __init__(self, dynmoe: DynMoEConfig, initial_threshold: float) -> None:
         self.dynmoe = dynmoe
-        self.first_state = {"threshold": initial_threshold}
-        self.settings = {} if dynmoe.threshold is None else {"threshold": dynmoe.threshold}
+        self.first_state: Mapping[str, float] = {"threshold": initial_threshold}
+        self.settings: Mapping[str, float] = (
+            {} if dynmoe.threshold is None else {"threshold": dynmoe.threshold}
+        )
 
     def cap(self, training: bool) -> int | None:
         dynmoe = self.dynmoe
