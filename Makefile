@@ -7,10 +7,10 @@ PYTHON_GPU := $(or $(wildcard .venv/bin/python),$(PYTHON),python3)
 OUTPUT ?= benchmarks/results
 BENCHMARK := $(PYTHON_GPU) benchmarks
 PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT)"
-SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
+SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-long test-avx2 test-faults soak mutations \
+.PHONY: help setup quickstart test test-unit test-distributed test-long test-avx2 test-wheel test-faults soak mutations \
 	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
@@ -40,6 +40,9 @@ test-long: setup ## what make test leaves out, about half an hour; test-faults h
 test-avx2: setup ## make test with the instructions of an older processor (AVX2)
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	  $(TEST) tests -n 2 --dist loadgroup -m "not long"
+
+test-wheel: setup ## builds the wheel and walks through dynmoe from it, in an empty environment
+	@bash tests/setup/wheel.sh
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)
