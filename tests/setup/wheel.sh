@@ -11,15 +11,16 @@ say() { echo "-- $*"; }
 
 say "build"
 git archive HEAD | tar -x -C "$(mkdir -p "$folder/source" && echo "$folder/source")" # what is committed
-"$checkout/.venv/bin/python" -m build --outdir "$folder/dist" "$folder/source" >"$folder/build.log" ||
+"$checkout/.venv/bin/python" -m build --outdir "$folder/dist" "$folder/source" >"$folder/build.log" 2>&1 ||
     { tail -20 "$folder/build.log" && exit 1; }
 ls "$folder/dist"
 
 say "install into an empty environment"
 "$checkout/.venv/bin/python" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --constraint constraints.txt "$folder"/dist/*.whl
+"$folder/venv/bin/pip" install --constraint constraints.txt "$folder"/dist/*.whl >"$folder/pip.log" 2>&1 ||
+    { tail -5 "$folder/pip.log" && exit 1; }
 
-mkdir "$folder/elsewhere"
+mkdir -p "$folder/elsewhere/mine"
 cd "$folder/elsewhere"
 export PATH="$folder/venv/bin:$PATH" OMP_NUM_THREADS=1
 unset PYTHONPATH
