@@ -9,5 +9,4 @@ tokens.py      what a token looks like, and whether it is a word
 figures.py     numbers -> PNG and SVG
 page.py        numbers and figures -> one HTML file, from page.html
 report.py      all of it -> a folder
-commands.py    the command line
 """

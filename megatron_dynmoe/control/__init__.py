@@ -1,4 +1,6 @@
-"""Holding the mean number of experts per token at its target by moving the threshold.
+"""Holding the mean number of experts per token at its target by moving a rule's knob.
+
+The counts of a global batch enter, the knob of the next one leaves.
 
 ``pi`` is the law, ``calibrate`` its starting point and gains. Both are pure tensor maths: the
 reduction over ranks and the timing within a training step are kept apart from them.

@@ -1,4 +1,8 @@
-"""The model for Transformers: importing this registers it with AutoConfig and AutoModel."""
+"""The model for Transformers, as it is shipped with every export.
+
+Importing this registers it with AutoConfig and AutoModel. Token ids and a folder's weights enter,
+logits and the experts of each token leave.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

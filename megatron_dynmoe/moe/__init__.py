@@ -1,1 +1,4 @@
-"""The MoE layer and its dispatchers for a varying number of experts per token."""
+"""Megatron's MoE layer with a router that holds a rule, a dispatcher for any map, and experts.
+
+Hidden states enter and leave; on the way the router counts what the controller and the log need.
+"""
