@@ -8,7 +8,6 @@ safetensors; runs no code from the model's folder.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.settings.command_line import CommandParser, add_runtime_flags, number
+from megatron_dynmoe.storage.atomic import replace_file
 
 
 def main() -> None:
@@ -113,12 +113,8 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _write(report: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, "utf-8"))
     print(f"\nwritten: {path}")
 
 
