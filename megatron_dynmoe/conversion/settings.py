@@ -92,7 +92,7 @@ def check_kinds(values: dict[str, Any]) -> None:
     """
     for names, fits, kind in (
         (_COUNTS, _is_count, "a whole number from 1"),
-        (_NUMBERS, _is_number, "a number from 0"),
+        (_NUMBERS, _is_from_zero, "a number from 0"),
         (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
         (_LISTS, lambda value: isinstance(value, list), "a list"),
         (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
@@ -287,7 +287,7 @@ def _are_token_ids(value: Any) -> bool:
     return all(map(_is_token_id, value if isinstance(value, list) and value else [value]))
 
 
-def _is_number(value: Any) -> bool:
+def _is_from_zero(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 <= value <= 1e300  # and not NaN
