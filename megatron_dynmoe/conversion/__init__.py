@@ -4,23 +4,11 @@ names.py              which tensor is called what where: one table per format
 settings.py           a model's settings, in the middle between
 megatron_settings.py  Megatron's arguments, and
 format_settings.py    the config.json of each format
-megatron.py           reads Megatron's checkpoints; unpickle.py keeps that safe
+megatron.py           reads Megatron's checkpoints, with storage/unpickle.py
 megatron_writer.py    writes them
 folder.py             Hugging Face folders: shards, index, manifest
 tokenizer.py          the training's tokenizer for transformers
 card.py               the model card
 sources.py            a checkpoint of either kind, opened and checked
 convert.py            from one to the other
-commands.py           the command line
 """
-
-from pathlib import Path
-
-
-def convert_folder(
-    model: Path, output: Path, *, format: str = "dynmoe", overwrite: bool = False
-) -> None:
-    """Write a Hugging Face folder in another format; torch is imported only then."""
-    from megatron_dynmoe.conversion.convert import convert_folder as convert
-
-    convert(model, output, format=format, overwrite=overwrite)
