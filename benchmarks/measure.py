@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from megatron_dynmoe.storage.atomic import replace_file
+
 Result = TypeVar("Result")
 
 PRODUCT_SECONDS, PROBE_WIDTH = 0.5, 256  # of the product that tells a machine's FLOP/s
@@ -293,9 +295,11 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         name for name in dict.fromkeys(n for row in rows for n in row) if name not in columns
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*old, *rows])
+
+    replace_file(path, write)

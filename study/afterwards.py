@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_dynmoe.analysis.report import FORMAT, ROUTING
-from megatron_dynmoe.conversion.convert import to_hf
+from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.use import calibrate as calibration
@@ -111,13 +111,8 @@ def _load(run: Run, corpus: Corpus) -> tuple[Any, torch.Tensor]:
     load.be_quiet()
     exported = run.folder / "huggingface"
     if not exported.is_dir():
-        to_hf(
-            run.folder / CHECKPOINTS,
-            exported,
-            dtype="float32",
-            tokenizer=corpus.tokenizer,
-            progress=False,
-        )
+        target = Target(exported, dtype="float32", tokenizer=corpus.tokenizer)
+        to_hf(run.folder / CHECKPOINTS, target)
     config, tokenizer = load.load_config(exported), load.load_tokenizer(exported)
     tokens_NS = torch.cat(
         [

@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from megatron_dynmoe.data.indexed import token_dtype
 from megatron_dynmoe.data.inputs import expand_inputs, name_without_endings
 from megatron_dynmoe.data.readers import open_reader
 from megatron_dynmoe.data.records import Unreadable
+from megatron_dynmoe.storage.atomic import new_folder
 from study.fingerprint import ROOT, of_files
 
 EXAMPLES = ROOT / "examples" / "data"
@@ -85,33 +85,38 @@ def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int, sequence_len
     """
     if corpus.folder.is_dir():
         return
-    partial = corpus.folder.with_name(corpus.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for kind, file in zip(corpus.kinds, files, strict=True):
-        _split(file, partial / f"{kind}-training{_SUFFIX}", partial / f"{kind}-held-out{_SUFFIX}")
-    trained_on = [str(partial / f"{kind}-training{_SUFFIX}") for kind in corpus.kinds]
-    _tool(
-        "train_tokenizer.py",
-        *("--input", *trained_on, "--vocab-size", str(vocab_size)),
-        *("--output", str(partial / "tokenizer")),
-    )
-    for file in sorted(partial.glob(f"*{_SUFFIX}")):
-        _tool(
-            "preprocess_data.py",
-            *("--input", str(file), "--append-eod", "--tokenizer-type", "SentencePieceTokenizer"),
-            *("--tokenizer-model", str(partial / "tokenizer.model")),
-            *("--output-prefix", str(file).removesuffix(_SUFFIX)),
-        )
-    for kind, file in zip(corpus.kinds, files, strict=True):
-        tokens = partial / f"{kind}-held-out_text_document.bin"
-        num_tokens = tokens.stat().st_size // token_dtype(vocab_size).itemsize
-        if num_tokens < sequence_length:
-            raise ValueError(
-                f"--text {file}: {num_tokens} tokens at its end are held out, and a sequence has "
-                f"{sequence_length}; give more documents."
+    with new_folder(corpus.folder, overwrite=False) as partial:
+        for kind, file in zip(corpus.kinds, files, strict=True):
+            _split(
+                file, partial / f"{kind}-training{_SUFFIX}", partial / f"{kind}-held-out{_SUFFIX}"
             )
-    partial.rename(corpus.folder)
+        trained_on = [str(partial / f"{kind}-training{_SUFFIX}") for kind in corpus.kinds]
+        _tool(
+            "train_tokenizer.py",
+            *("--input", *trained_on, "--vocab-size", str(vocab_size)),
+            *("--output", str(partial / "tokenizer")),
+        )
+        for file in sorted(partial.glob(f"*{_SUFFIX}")):
+            _tool(
+                "preprocess_data.py",
+                *(
+                    "--input",
+                    str(file),
+                    "--append-eod",
+                    "--tokenizer-type",
+                    "SentencePieceTokenizer",
+                ),
+                *("--tokenizer-model", str(partial / "tokenizer.model")),
+                *("--output-prefix", str(file).removesuffix(_SUFFIX)),
+            )
+        for kind, file in zip(corpus.kinds, files, strict=True):
+            tokens = partial / f"{kind}-held-out_text_document.bin"
+            num_tokens = tokens.stat().st_size // token_dtype(vocab_size).itemsize
+            if num_tokens < sequence_length:
+                raise ValueError(
+                    f"--text {file}: {num_tokens} tokens at its end are held out, and a sequence "
+                    f"has {sequence_length}; give more documents."
+                )
 
 
 def _split(file: Path, training: Path, held_out: Path) -> None:

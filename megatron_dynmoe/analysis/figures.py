@@ -1,13 +1,11 @@
-"""The report's figures, each as PNG, as SVG, and as SVG for the page, which is light or dark.
+"""The report's figures, each as PNG and as SVG.
 
 Letters as in counts.py.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -23,10 +21,9 @@ from matplotlib.figure import Figure
 from megatron_dynmoe.analysis.counts import Counts, add_up
 from megatron_dynmoe.analysis.statistics import describe_correlation, lift
 
-# In the page these two become CSS variables.
 INK, FAINT = "#1c2733", "#c9d1da"
 BLUE, ORANGE = "#3b7dd8", "#e0732c"
-# Blue below 1, orange above; 1 is the background, whatever its color.
+# Blue below 1, orange above; 1 is the background.
 RATIOS = LinearSegmentedColormap.from_list(
     "ratios",
     [(0, (BLUE, 1.0)), (0.5, (BLUE, 0.0)), (0.5, (ORANGE, 0.0)), (1, (ORANGE, 1.0))],
@@ -63,7 +60,7 @@ class Drawn(NamedTuple):
 
     title: str
     alt: str  # what it shows, with its main numbers, for who cannot see it
-    svg: str
+    svg: bytes
 
 
 def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -> dict[str, Drawn]:
@@ -94,22 +91,10 @@ def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -
                 continue
             figure, title, alt = draw()
             figure.savefig(folder / f"{name}.png", dpi=120)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-            (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
-            drawn[name] = Drawn(title, alt, for_page(buffer.getvalue(), name))
+            path = folder / f"{name}.svg"
+            figure.savefig(path, transparent=True, metadata={"Date": None})
+            drawn[name] = Drawn(title, alt, path.read_bytes())
     return drawn
-
-
-def for_page(svg: str, name: str) -> str:
-    """An SVG that takes its colors from the page and shares no id with another."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    # The page sets the width; the view box keeps the proportions.
-    return re.sub(r'<svg ([^>]*?)\b(?:width|height)="[^"]*pt"', r"<svg \1", svg, count=1)
 
 
 def _layers(statistics: dict[str, Any]) -> tuple[Figure, str, str]:

@@ -45,7 +45,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
     if config.get("model_type") == "dynmoe":
         yield model
         return
-    from megatron_dynmoe.conversion.convert import convert_folder, to_hf
+    from megatron_dynmoe.conversion.convert import Target, to_hf
     from megatron_dynmoe.storage.megatron_names import TRACKER
 
     if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
@@ -56,11 +56,11 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
         folder = Path(scratch) / "model"
         if not has_config:
-            to_hf(model, folder, tokenizer=tokenizer, progress=sys.stderr.isatty())
+            to_hf(model, Target(folder, tokenizer=tokenizer, progress=sys.stderr.isatty()))
         elif config.get("model_type") == "mixtral" or "MoEForCausalLM" in (
             config.get("architectures") or []
         ):
-            convert_folder(model, folder, format="dynmoe", tokenizer=tokenizer)
+            to_hf(model, Target(folder, format="dynmoe", tokenizer=tokenizer))
         else:
             raise ValueError(
                 f"--model {model} is of type {config.get('model_type')!r}, which has no routers "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -51,9 +52,10 @@ def render(content: dict[str, Any], drawn: dict[str, Drawn]) -> str:
 
 
 def _figure(name: str, figure: Drawn) -> str:
-    label = f'<svg role="img" aria-label="{html.escape(figure.alt, quote=True)}" '
+    # As an image it shares no id or style with the page.
+    source = f"data:image/svg+xml;base64,{base64.b64encode(figure.svg).decode()}"
     return (
         f'<figure id="figure-{name}"><h3>{html.escape(figure.title)}</h3>'
-        f"{figure.svg.replace('<svg ', label, 1)}"
+        f'<img alt="{html.escape(figure.alt, quote=True)}" src="{source}">'
         f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
     )

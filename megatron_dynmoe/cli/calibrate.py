@@ -203,12 +203,12 @@ def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
             "--in-place: a Mixtral folder has no place for a threshold: give --output for a copy "
             "in our format"
         )
-    from megatron_dynmoe.conversion import convert_folder
+    from megatron_dynmoe.conversion.convert import Target, to_hf
 
     beside = None if args.output is None else args.output.absolute().parent
     with tempfile.TemporaryDirectory(dir=beside, prefix=".calibrate-") as scratch:
         folder = Path(scratch) / "model"
-        convert_folder(args.model, folder, format="dynmoe")
+        to_hf(args.model, Target(folder))
         yield folder
 
 

@@ -7,8 +7,7 @@ import contextlib
 import ctypes
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
@@ -95,16 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from megatron_dynmoe.conversion.convert import convert_folder, to_hf
+    from megatron_dynmoe.conversion.convert import Target, to_hf
 
-    if (args.load / "config.json").is_file():
-        if args.iteration is not None:
-            raise ValueError(f"--iteration: {args.load} is a Hugging Face folder, which has none")
-        convert: Callable[..., None] = convert_folder
-    else:
-        convert = partial(to_hf, iteration=args.iteration)
-    convert(
-        args.load,
+    target = Target(
         args.output,
         format=args.format,
         dtype=_DTYPES.get(args.dtype),
@@ -113,6 +105,7 @@ def _to_hf(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
+    to_hf(args.load, target, args.iteration)
     weights = [file.stat().st_size for file in args.output.glob("*.safetensors")]
     print(
         f"{args.output}: format {args.format}, {sum(weights) / 1e6:,.1f} MB of weights in "

@@ -8,7 +8,6 @@ safetensors; runs no code from the model's folder.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_dynmoe.settings.command_line import (
     ending_plainly,
     number,
 )
+from megatron_dynmoe.storage.atomic import replace_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,12 +112,8 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _write(report: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, "utf-8"))
     print(f"\nwritten: {path}")
 
 

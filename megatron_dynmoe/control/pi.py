@@ -5,7 +5,6 @@ all layers (scope ``global``), S = number of layers where each has its own (scop
 ``docs/controller.md`` derives the stability limits and the default gains.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +31,8 @@ class PIController:
         min_threshold: lower bound of the threshold.
         max_threshold: upper bound of the threshold.
 
-    Raises:
-        ValueError: a value is out of its range.
+    ``DynMoEConfig.resolve`` has checked the values: the bounds lie in 0 to 1 with the initial
+    threshold between them, and no gain is negative.
     """
 
     num_experts: int
@@ -42,30 +41,6 @@ class PIController:
     integral_gain: float
     min_threshold: float = 0.0
     max_threshold: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ValueError(
-                f"num_experts is {self.num_experts}: the controller needs at least 1 routed expert"
-            )
-        if not 0 <= self.min_threshold < self.max_threshold <= 1:
-            raise ValueError(
-                f"min_threshold is {self.min_threshold} and max_threshold is "
-                f"{self.max_threshold}: set 0 <= min_threshold < max_threshold <= 1"
-            )
-        if not self.min_threshold <= self.initial_threshold <= self.max_threshold:
-            raise ValueError(
-                f"initial_threshold is {self.initial_threshold}: it must lie between min_threshold "
-                f"{self.min_threshold} and max_threshold {self.max_threshold}; widen them or use "
-                "the computed value"
-            )
-        for name in ("proportional_gain", "integral_gain"):
-            gain = getattr(self, name)
-            if not (math.isfinite(gain) and gain >= 0):
-                raise ValueError(
-                    f"{name} is {gain}: it must be finite and not negative, since a larger "
-                    "threshold never selects fewer experts; use the computed value"
-                )
 
     @property
     def integral_bounds(self) -> tuple[float, float]:

@@ -12,14 +12,3 @@ card.py               the model card
 sources.py            a checkpoint of either kind, opened and checked
 convert.py            from one to the other
 """
-
-from pathlib import Path
-
-
-def convert_folder(
-    model: Path, output: Path, *, format: str = "dynmoe", overwrite: bool = False
-) -> None:
-    """Write a Hugging Face folder in another format; torch is imported only then."""
-    from megatron_dynmoe.conversion.convert import convert_folder as convert
-
-    convert(model, output, format=format, overwrite=overwrite)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
+from megatron_dynmoe.settings.words import is_number
 from megatron_dynmoe.storage.atomic import replace_file
 
 CARD = "README.md"
@@ -91,7 +92,7 @@ def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
     data = getattr(args, "data_path", None) or getattr(args, "train_data_path", None)
     if data:
         # A path tells more about a cluster than about the data; weights may stand between paths.
-        about["data"] = ", ".join(Path(part).name for part in data if not _is_number(part))
+        about["data"] = ", ".join(Path(part).name for part in data if not is_number(part))
     elif getattr(args, "mock_data", False):
         about["data"] = "random tokens (--mock-data)"
     origin = getattr(args, "huggingface_source", None)
@@ -227,11 +228,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join("-" if item is None else f"{item:.4g}" for item in value)
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

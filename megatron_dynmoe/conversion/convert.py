@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,103 +60,61 @@ _SHIPPED = (
 )
 
 
-def to_hf(
-    load: Path,
-    output: Path,
-    *,
-    iteration: int | None = None,
-    format: str = "dynmoe",
-    dtype: str | None = None,
-    max_shard_size: int = 4 * 10**9,
-    tokenizer: Path | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> None:
-    """Write a Megatron checkpoint as a Hugging Face folder.
+class Target(NamedTuple):
+    """A Hugging Face folder to write.
+
+    Attributes:
+        folder: where.
+        format: dynmoe, dynamic-moe or mixtral.
+        dtype: of the weights, float32, bfloat16 or float16; as they are if None.
+        max_shard_size: bytes of a file of weights.
+        tokenizer: to write beside the weights; the source's own if None.
+        overwrite: whether to replace a folder that is there and not empty.
+        progress: whether to show a bar.
+    """
+
+    folder: Path
+    format: str = "dynmoe"
+    dtype: str | None = None
+    max_shard_size: int = 4 * 10**9
+    tokenizer: Path | None = None
+    overwrite: bool = False
+    progress: bool = False
+
+
+def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
+    """Write a Megatron checkpoint, or a Hugging Face folder of any format, as such a folder.
 
     Args:
-        load: what ``--load`` names.
+        load: what ``--load`` names, or a folder with a config.json.
         iteration: which checkpoint; the latest if None.
-        format: dynmoe, dynamic-moe or mixtral.
-        dtype: float32, bfloat16 or float16; as it is if None.
-        max_shard_size: bytes of a file of weights.
-        tokenizer: the tokenizer of the training; what its arguments name if None.
 
     Raises:
-        ValueError: the checkpoint is damaged, or the format cannot express the model.
+        ValueError: the source is damaged, or the format cannot express the model.
     """
-    check_target(output, overwrite, source=load)
-    source = FromMegatron(load, iteration, progress)
+    check_target(target.folder, target.overwrite, source=load)
+    if (load / CONFIG).is_file():
+        if iteration is not None:
+            raise ValueError(f"--iteration: {load} is a Hugging Face folder, which has none")
+        model = FromFolder(load, target.progress)
+        tokenizer = target.tokenizer or (load if has_tokenizer(load) else None)
+        write_folder(model, target._replace(tokenizer=tokenizer), model.inv_freq_dtype)
+        return
+    source = FromMegatron(load, iteration, target.progress)
     args = source.checkpoint.args
-    named = getattr(args, "tokenizer_model", None)
+    named, tokenizer = getattr(args, "tokenizer_model", None), target.tokenizer
     if tokenizer is None and isinstance(named, str) and Path(named).exists():
         tokenizer = Path(named)
-    write_folder(
-        source,
-        output,
-        format=format,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        progress=progress,
-        inv_freq_dtype=_inv_freq_dtype(args),
-    )
+    write_folder(source, target._replace(tokenizer=tokenizer), _inv_freq_dtype(args))
     if tokenizer is None:
         reason = "the checkpoint names none" if named is None else f"{named} is not here"
-        say(f"no tokenizer is in {output}: {reason}; give --tokenizer")
+        say(f"no tokenizer is in {target.folder}: {reason}; give --tokenizer")
 
 
-def convert_folder(
-    model: Path,
-    output: Path,
-    *,
-    format: str = "dynmoe",
-    dtype: str | None = None,
-    max_shard_size: int = 4 * 10**9,
-    tokenizer: Path | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> None:
-    """Write a Hugging Face folder in another format; arguments as of :func:`to_hf`.
-
-    Args:
-        tokenizer: the folder's own if None.
-
-    Raises:
-        ValueError: the folder is damaged, or the format cannot express the model.
-    """
-    check_target(output, overwrite, source=model)
-    source = FromFolder(model, progress)
-    if tokenizer is None and has_tokenizer(model):
-        tokenizer = model
-    write_folder(
-        source,
-        output,
-        format=format,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        progress=progress,
-        inv_freq_dtype=source.inv_freq_dtype,
-    )
-
-
-def write_folder(
-    source: Source,
-    output: Path,
-    *,
-    format: str,
-    dtype: str | None = None,
-    max_shard_size: int = 4 * 10**9,
-    tokenizer: Path | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-    inv_freq_dtype: str | None = "float32",
-) -> None:
+def write_folder(source: Source, target: Target, inv_freq_dtype: str | None = "float32") -> None:
     """Write any source as a Hugging Face folder; see :func:`to_hf`."""
-    dtype = dtype or source.dtype
+    format, tokenizer = target.format, target.tokenizer
+    dtype = target.dtype or source.dtype
     config = source.config | theta_in(source, getattr(torch, dtype))
     theirs = format_settings.to_format(config, format, dtype)
     remarks = [*source.remarks]
@@ -167,7 +125,7 @@ def write_folder(
     entries = list(_entries(source, format, getattr(torch, dtype)))
     if format == "dynamic-moe" and inv_freq_dtype is not None:
         entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
-    with new_folder(output, overwrite) as folder:
+    with new_folder(target.folder, target.overwrite) as folder:
         write_json(folder / CONFIG, theirs)  # transformers reads a tokenizer only beside it
         special = {} if tokenizer is None else _write_tokenizer(tokenizer, folder)
         ids = words.written_ids({n: config.get(n) for n in TOKEN_IDS}, special, stated)
@@ -176,8 +134,9 @@ def write_folder(
             _ship_code(folder)
         known_ids = {name: value for name, value in ids.items() if value is not None}
         write_json(folder / words.GENERATION_CONFIG, known_ids | generation)
-        with progress_bar("writing", sum(entry.num_bytes for entry in entries), progress) as bar:
-            write_shards(folder, entries, max_shard_size, bar.update)
+        num_bytes = sum(entry.num_bytes for entry in entries)
+        with progress_bar("writing", num_bytes, target.progress) as bar:
+            write_shards(folder, entries, target.max_shard_size, bar.update)
         card.write_card(folder, config, source.about, format, dtype)
         write_manifest(folder)
     for remark in remarks:

@@ -22,6 +22,7 @@ from megatron_dynmoe.conversion.settings import (
 )
 from megatron_dynmoe.conversion.words import CARRIED, DEFAULT_IDS, changed, unread
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # What the published layout of Dynamic MoE has no word for; its own code assumes these values.
 NEEDED_BY_DYNAMIC_MOE = (
@@ -271,7 +272,9 @@ def _from_dynamic_moe(theirs: dict[str, Any]) -> dict[str, Any]:
         "num_experts": _required(theirs, "num_experts"),
         "rope_parameters": rope_of(10000.0, 1.0),  # that code never reads the config's
         "mlp_layer_types": kinds_of_layers(
-            theirs.get("expert_frequency", 1), config["num_hidden_layers"], dense=False
+            layers_with_experts(
+                theirs.get("expert_frequency", 1), config["num_hidden_layers"], "expert_frequency"
+            )
         ),
     }
     routed = with_routing(config, DynMoEConfig(routing="top_p", threshold=float(threshold)))

@@ -20,6 +20,7 @@ from megatron_dynmoe.conversion.settings import (
     shown,
 )
 from megatron_dynmoe.conversion.words import carried_in
+from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Config's name, name among Megatron's arguments, flag.
 _SAME = (
@@ -128,6 +129,9 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
             f"{needed.name} is {shown(value)} ({needed.otherwise}), which no format has: "
             f"only models trained with {shown(allowed)} can be converted."
         )
+    sparse = (False,) * args.num_layers
+    if not dense:
+        sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
     config: dict[str, Any] = {name: getattr(args, theirs, None) for name, theirs, _ in _SAME}
     experts_ffn = getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size
     config |= {
@@ -141,7 +145,7 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "num_experts": 0 if dense else args.num_experts,
         "moe_intermediate_size": experts_ffn,
-        "mlp_layer_types": kinds_of_layers(args.moe_layer_freq, args.num_layers, dense),
+        "mlp_layer_types": kinds_of_layers(sparse),
         "router_dtype": "float32",
         **NO_ROUTING,
     }

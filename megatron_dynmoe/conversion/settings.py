@@ -6,6 +6,7 @@ A *config* is a plain dict with the fields of our own format's configuration
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -93,7 +94,7 @@ def check_kinds(values: dict[str, Any]) -> None:
     """
     for names, fits, kind in (
         (_COUNTS, _is_count, "a whole number from 1"),
-        (_NUMBERS, _is_number, "a number from 0"),
+        (_NUMBERS, _is_from_zero, "a number from 0"),
         (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
         (_LISTS, lambda value: isinstance(value, list), "a list"),
         (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
@@ -238,22 +239,9 @@ def rope_of(theta: float, partial: float) -> dict[str, Any]:
     return rope if partial == 1 else rope | {"partial_rotary_factor": partial}
 
 
-def kinds_of_layers(frequency: int | list[int], num_layers: int, dense: bool) -> list[str]:
-    """Sparse or dense for each layer, from Megatron's ``moe_layer_freq``.
-
-    Raises:
-        ValueError: the frequency is of another kind.
-    """
-    if dense:
-        return ["dense"] * num_layers
-    if _is_count(frequency):
-        frequency = [int(layer % frequency == 0) for layer in range(num_layers)]
-    if not isinstance(frequency, list) or len(frequency) != num_layers:
-        raise ValueError(
-            f"experts are in layers {frequency!r}: use N for every N-th, or a list of 0 and 1 with "
-            f"an entry for each of the {num_layers} layers."
-        )
-    return ["sparse" if sparse else "dense" for sparse in frequency]
+def kinds_of_layers(sparse: Sequence[bool]) -> list[str]:
+    """A config's ``mlp_layer_types``, from whether each layer has experts."""
+    return ["sparse" if has_experts else "dense" for has_experts in sparse]
 
 
 def layer_frequency(sparse: list[bool]) -> int | list[int]:
@@ -293,7 +281,7 @@ def _are_token_ids(value: Any) -> bool:
     return all(map(_is_token_id, value if isinstance(value, list) and value else [value]))
 
 
-def _is_number(value: Any) -> bool:
+def _is_from_zero(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 <= value <= 1e300  # and not NaN

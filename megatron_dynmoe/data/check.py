@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 from megatron_dynmoe.data.indexed import MAGIC
+from megatron_dynmoe.settings.words import is_number
 
 # Codes of token types that Megatron reads; ours writes two of them.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -78,7 +79,7 @@ def check_tokenizer(tokenizer_type: str | None, model: str) -> tuple[Check, Voca
 
 def prefixes(data_path: Sequence[str]) -> list[str]:
     """The datasets in ``--data-path``, which may hold a weight before each."""
-    if len(data_path) % 2 == 0 and all(_is_number(word) for word in data_path[::2]):
+    if len(data_path) % 2 == 0 and all(is_number(word) for word in data_path[::2]):
         return list(data_path[1::2])
     return list(data_path)
 
@@ -213,11 +214,3 @@ def prefix_remedy(prefix: str) -> str:
     if near and not is_there:
         return f"did you mean {near[0].with_suffix('')}?"
     return "make it with tools/preprocess_data.py, or copy both files again"
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

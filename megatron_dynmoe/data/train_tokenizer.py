@@ -1,7 +1,6 @@
 """A SentencePiece BPE model trained on the same inputs as `preprocess` reads."""
 
 import io
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from megatron_dynmoe.data.inputs import expand_inputs
 from megatron_dynmoe.data.readers import open_reader
 from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
+from megatron_dynmoe.storage.atomic import replace_file
 
 # <unk>, <s>, </s> and one piece for each byte.
 FIXED_PIECES = 259
@@ -103,12 +103,7 @@ def train_tokenizer(
             f"{PIECE_CHARACTERS:,} characters or with U+2585 or NUL",
             file=sys.stderr,
         )
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(model.getvalue())
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(target, lambda partial: partial.write_bytes(model.getvalue()))
     return target
 
 

@@ -12,7 +12,7 @@ from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.arguments import PREFIX, naming_flags, resolved_from_args
 from megatron_dynmoe.settings.command_line import RaisingParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
-from megatron_dynmoe.settings.words import values_of, whole_number
+from megatron_dynmoe.settings.words import is_number, values_of, whole_number
 
 LENGTH_FLAGS = ("train-iters", "train-samples")
 _DATA_FLAGS = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path")
@@ -101,7 +101,7 @@ def check_files(flags: Sequence[str]) -> None:
         )
     for name in given:
         for path in values[name]:
-            if _is_number(path):  # the weight of the next prefix
+            if is_number(path):  # the weight of the next prefix
                 continue
             endings = ("",) if name.endswith("args-path") else (".bin", ".idx")
             for file in (f"{path}{ending}" for ending in endings):
@@ -130,11 +130,3 @@ def check_files(flags: Sequence[str]) -> None:
 def _place(path: str) -> str:
     """Where a relative path starts, which is not where the file of flags lies."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_dynmoe.planning.layout import Layout
+from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Settings of Megatron that change what is computed here in ways that it does not know, and the
 # values with which they do not.
@@ -113,7 +114,9 @@ class ModelShape:
             shared_ffn=args.moe_shared_expert_intermediate_size or 0,
             vocab=args.padded_vocab_size,
             num_experts=args.num_experts or 0,
-            moe_layers=_moe_layers(args),
+            moe_layers=layers_with_experts(args.moe_layer_freq, args.num_layers)
+            if args.num_experts
+            else (False,) * args.num_layers,
             gate_factor=2 if args.swiglu else 1,
             norm_parameters=1 if args.normalization == "RMSNorm" else 2,
             positions=args.max_position_embeddings
@@ -218,17 +221,3 @@ def _norm(shape: ModelShape) -> int:
 
 def _embedding(shape: ModelShape, split: Split) -> int:
     return shape.hidden * (shape.vocab // split.tensor + shape.positions)
-
-
-def _moe_layers(args: Namespace) -> tuple[bool, ...]:
-    frequency, num_layers = args.moe_layer_freq, args.num_layers
-    if not args.num_experts:
-        return (False,) * num_layers
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(num_layers))
-    if len(frequency) != num_layers:
-        raise ValueError(
-            f"--moe-layer-freq has {len(frequency)} entries for {num_layers} layers: give one for "
-            "each."
-        )
-    return tuple(map(bool, frequency))

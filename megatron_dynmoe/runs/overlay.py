@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmoe.runs.report import LOSS, Series, read_run, save_figure, target_of
+from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SMOOTHED = 0.02  # the share of a run over which its training loss is averaged
@@ -63,11 +64,14 @@ def read(run_dir: Path, label: str) -> Run:
         experts = _at(iterations, scalars["dynmoe/experts_per_token"], np.nan)
     elif megatron["num_experts"]:
         experts = np.full(len(iterations), float(megatron["moe_router_topk"]))
-    flops = np.cumsum(
-        tokens_of_step
-        * _flops_per_expert(megatron)
-        * (experts * _num_moe_layers(megatron) if experts is not None else megatron["num_layers"])
-    )
+    num_layers = megatron["num_layers"]
+    if experts is None:
+        experts_of_all_layers = num_layers
+    else:
+        experts_of_all_layers = experts * sum(
+            layers_with_experts(megatron["moe_layer_freq"], num_layers)
+        )
+    flops = np.cumsum(tokens_of_step * _flops_per_expert(megatron) * experts_of_all_layers)
 
     # 3. The rest, at the steps where it was logged
     evaluations = scalars.get("lm loss validation", Series([], [], []))
@@ -205,10 +209,3 @@ def _flops_per_expert(megatron: dict[str, Any]) -> float:
     if megatron["num_experts"]:
         width = megatron["moe_ffn_hidden_size"] or width
     return 6.0 * megatron["hidden_size"] * width * (3 if megatron["swiglu"] else 2)
-
-
-def _num_moe_layers(megatron: dict[str, Any]) -> int:
-    frequency = megatron["moe_layer_freq"]  # every so many layers, or a 1 for each that is one
-    if isinstance(frequency, list):
-        return sum(frequency)
-    return sum(layer % frequency == 0 for layer in range(megatron["num_layers"]))

@@ -53,3 +53,9 @@ class UnknownSettingError(SettingError):
         known = ", ".join(name_of(name) for name in self.known)
         hint = f"did you mean {name_of(near[0])}?" if near else f"known are {known}."
         return f"{self.source}: there is no setting {self.field!r}; {hint}"
+
+
+def in_few_words(error: Exception, num_lines: int = 3) -> str:
+    """The first lines of another library's message, or the error's type if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:num_lines]) or type(error).__name__

@@ -269,6 +269,28 @@ def check_query_groups(args: Any) -> None:
         )
 
 
+def layers_with_experts(
+    frequency: Any, num_layers: int, name: str = "--moe-layer-freq"
+) -> tuple[bool, ...]:
+    """Whether each layer has experts, from Megatron's ``moe_layer_freq``.
+
+    Args:
+        frequency: N for every N-th layer from the first on, or a list of 0 and 1.
+        name: what the frequency is called where it stands.
+
+    Raises:
+        ValueError: it is neither, or the list is of another length.
+    """
+    if isinstance(frequency, int) and frequency >= 1:
+        return tuple(layer % frequency == 0 for layer in range(num_layers))
+    if not isinstance(frequency, list) or len(frequency) != num_layers:
+        raise ValueError(
+            f"{name} is {frequency!r}: use N for experts in every N-th layer, or a list of 0 and 1 "
+            f"with an entry for each of the {num_layers} layers."
+        )
+    return tuple(map(bool, frequency))
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

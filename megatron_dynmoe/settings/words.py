@@ -60,3 +60,12 @@ def format_flags(flags: Sequence[str]) -> str:
             lines.append([])
         lines[-1].append(word)
     return "\n".join(shlex.join(line) for line in lines)
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is a number: in a blend of data sets, the weight of a file."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -23,6 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 
 from megatron_dynmoe.data.check import read_dataset
+from megatron_dynmoe.settings.words import is_number
 
 SPLITS = ("training", "validation", "test")
 _OWN_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
@@ -177,7 +178,7 @@ def check_weights(flag: str, blend: tuple[list[str], list[float] | None]) -> Non
 
 
 def _check_places(flag: str, words: list[str]) -> None:
-    numbers = [word for word in words if _is_number(word) and not Path(word + ".idx").exists()]
+    numbers = [word for word in words if is_number(word) and not Path(word + ".idx").exists()]
     if not numbers:
         return
     files, weights = words[::2], words[1::2]
@@ -189,14 +190,6 @@ def _check_places(flag: str, words: list[str]) -> None:
         f"{flag} has {numbers[0]} in the place of a file: a weight stands before its file, and all "
         f"have one or none: {remedy}."
     )
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _proportions(args: Namespace) -> list[float]:

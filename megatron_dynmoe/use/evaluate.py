@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from megatron_dynmoe.settings.refusals import in_few_words
+
 if TYPE_CHECKING:
     from megatron_dynmoe.use.counting_lm import CountingLM
 
@@ -131,7 +133,7 @@ def evaluate(
             report["interrupted"] = True
             break
         except Exception as error:  # of whatever kind: what other tasks have shown is kept
-            report["failed"][name] = _one_line(error)
+            report["failed"][name] = in_few_words(error, num_lines=2)
             # The members of a group may do without the one that failed.
             members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else []
             waiting = [(member.task_name, member) for member in members] + waiting
@@ -183,7 +185,7 @@ def _load(manager: Any, name: str, spec: str) -> dict[str, Any]:
         found = manager.load([spec])
     except (DatasetsError, OSError) as error:  # ConnectionError is an OSError too
         raise ValueError(
-            f"task {name}: its data cannot be had: {_one_line(error)}\n"
+            f"task {name}: its data cannot be had: {in_few_words(error, num_lines=2)}\n"
             "Without a network, either\n"
             "- run this command once where there is one, with HF_HOME=FOLDER and --limit 1, which "
             "downloads the data into FOLDER; copy FOLDER here, and set HF_HOME to it and "
@@ -192,7 +194,8 @@ def _load(manager: Any, name: str, spec: str) -> dict[str, Any]:
             "{data_files: {validation: FILE.jsonl}}`, and give --tasks the name of this file"
         ) from error
     except Exception as error:  # a wrong YAML file fails in many ways
-        raise ValueError(f"task {name} cannot be read: {_one_line(error)}") from error
+        why = in_few_words(error, num_lines=2)
+        raise ValueError(f"task {name} cannot be read: {why}") from error
     members = {child for children in found["group_map"].values() for child in children}
     everything = {**found["groups"], **found["tasks"]}
     return {own: item for own, item in everything.items() if own not in members}
@@ -257,8 +260,3 @@ def _stay_offline_without_network() -> None:
         # datasets reads the variable when it is imported, the hub's client has read it.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
+from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
 
 # A model that declares more than this many times the numbers that are stored is none. Quantized
@@ -42,7 +43,7 @@ def load_config(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, OSError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+        raise ValueError(f"{folder / 'config.json'}: {in_few_words(error)}") from error
 
 
 def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
@@ -95,7 +96,7 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
     except KeyboardInterrupt:
         raise
     except Exception as error:  # safetensors and torch raise several kinds of their own
-        raise ValueError(f"model {folder}: {_one_line(error)}") from error
+        raise ValueError(f"model {folder}: {in_few_words(error)}") from error
 
 
 def check_sizes(folder: Path, config: Any) -> None:
@@ -118,7 +119,7 @@ def check_sizes(folder: Path, config: Any) -> None:
         declared = sum(parameter.numel() for parameter in model.parameters())
         _check_declared("the number of parameters", declared, declared, stored)
     except Exception as error:  # whatever a model's code makes of strange settings
-        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+        raise ValueError(f"{folder / 'config.json'}: {in_few_words(error)}") from error
 
 
 def _check_declared(name: str, value: int, needed: int, stored: int) -> None:
@@ -145,7 +146,7 @@ def load_tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the Rust library raises bare Exception
-        raise ValueError(f"tokenizer in {folder}: {_one_line(error)}") from error
+        raise ValueError(f"tokenizer in {folder}: {in_few_words(error)}") from error
 
 
 def check_ids(largest: int, config: Any) -> None:
@@ -169,8 +170,3 @@ def be_quiet() -> None:
     """Keep transformers' hints and bars off the terminal: errors are raised anyway."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

@@ -1,7 +1,9 @@
 """The whole command: what it writes, merges and refuses."""
 
+import base64
 import json
 import math
+import re
 import shutil
 import xml.etree.ElementTree
 from collections.abc import Callable
@@ -63,9 +65,12 @@ def test_all_files_are_there(report: Path) -> None:
 def test_the_page_needs_nothing_else(report: Path) -> None:
     page = (report / "index.html").read_text()
     assert "{{" not in page
-    for outside in ("src=", "@import", '<link rel="stylesheet', "fetch("):
+    for outside in ("@import", '<link rel="stylesheet', "fetch("):
         assert outside not in page
-    assert page.count("<figure ") == page.count('<svg role="img" aria-label=') == 9
+    images = re.findall(r'<img alt="[^"]+" src="data:image/svg\+xml;base64,([^"]+)">', page)
+    assert page.count("src=") == page.count("<figure ") == len(images) == 9
+    saved = {path.read_bytes() for path in (report / "figures").glob("*.svg")}
+    assert {base64.b64decode(image) for image in images} == saved
 
 
 def test_the_numbers_hang_together(report: Path) -> None:

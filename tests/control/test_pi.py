@@ -135,31 +135,3 @@ def test_threshold_falls_as_the_count_rises(
     at_fewer, _ = LAW.step(state(0.375), state(integral), state(fewer), target)
     at_more, _ = LAW.step(state(0.375), state(integral), state(more), target)
     assert at_fewer.item() >= at_more.item()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("num_experts", 0),
-        ("initial_threshold", 0.9),
-        ("initial_threshold", math.nan),
-        ("proportional_gain", -0.1),
-        ("proportional_gain", math.nan),
-        ("integral_gain", math.inf),
-        ("min_threshold", -0.1),
-        ("min_threshold", 0.875),
-        ("max_threshold", 1.1),
-        ("max_threshold", math.nan),
-    ],
-)
-def test_refused_values_are_named(field: str, value: float) -> None:
-    settings = {
-        "num_experts": 16,
-        "initial_threshold": 0.375,
-        "proportional_gain": 0.5,
-        "integral_gain": 0.25,
-        "min_threshold": 0.125,
-        "max_threshold": 0.875,
-    }
-    with pytest.raises(ValueError, match=rf"{field} is {value}"):
-        PIController(**(settings | {field: value}))  # type: ignore[arg-type]

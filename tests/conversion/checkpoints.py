@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.conversion import megatron_settings
-from megatron_dynmoe.conversion.convert import from_hf, to_hf
+from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
 from megatron_dynmoe.conversion.settings import NO_ROUTING
@@ -110,7 +110,7 @@ def export(
     """A checkpoint and its Hugging Face folder, in several shards."""
     config = model_config(**(ROUTING_OF[format] | settings))
     load = write_megatron(folder / "megatron", config, dtype)
-    to_hf(load, folder / "hf", format=format, max_shard_size=3000, progress=False)
+    to_hf(load, Target(folder / "hf", format=format, max_shard_size=3000))
     return load, folder / "hf"
 
 

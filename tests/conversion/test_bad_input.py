@@ -549,7 +549,7 @@ def test_checkpoints_of_another_kind(tmp_path: Path, refused: Refused, old: bool
         ({"num_layers": None}, ("num_layers",)),
         ({"num_experts": 2}, ("router.weight", "[2, 2, 8]")),
         ({"num_experts": "4"}, ("num_experts", "'4'")),
-        ({"moe_layer_freq": 0}, ("layers 0",)),
+        ({"moe_layer_freq": 0}, ("moe_layer_freq is 0",)),
         ({"moe_layer_freq": [1]}, ("[1]", "2 layers")),
         ({"rotary_base": None}, ("arguments",)),
         ({"hidden_size": 2**40}, ("shape",)),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_dynmoe.conversion import format_settings, megatron_settings
-from megatron_dynmoe.conversion.convert import convert_folder, from_hf, to_hf
+from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.format_settings import from_format, to_format
 from megatron_dynmoe.conversion.settings import check_config, router_state
 from tests.conversion.checkpoints import (
@@ -100,10 +100,10 @@ def test_round_trips_are_exact(tmp_path: Path, name: str, dtype: str) -> None:
     make = with_odd_numbers if settings.get("normalization") != "drn" else torch.randn
     config = model_config(**settings)
     load = write_megatron(tmp_path / "load", config, dtype, make=make)
-    shards = {"max_shard_size": 2000, "format": format, "progress": False}
-    to_hf(load, tmp_path / "hf", **shards)
+    shards = {"max_shard_size": 2000, "format": format}
+    to_hf(load, Target(tmp_path / "hf", **shards))
     from_hf(tmp_path / "hf", tmp_path / "back", progress=False)
-    to_hf(tmp_path / "back", tmp_path / "again", **shards)
+    to_hf(tmp_path / "back", Target(tmp_path / "again", **shards))
     assert_same(megatron_tensors(load), megatron_tensors(tmp_path / "back"))
     assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))
     configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("hf", "again")]
@@ -117,13 +117,13 @@ def test_a_folder_becomes_ours_and_back(
 ) -> None:
     format, settings = MODELS[name]
     load = write_megatron(tmp_path / "load", model_config(**settings))
-    to_hf(load, tmp_path / "hf", format=format, progress=False)
-    convert_folder(tmp_path / "hf", tmp_path / "ours")
-    convert_folder(tmp_path / "ours", tmp_path / "again", format=format)
+    to_hf(load, Target(tmp_path / "hf", format=format))
+    to_hf(tmp_path / "hf", Target(tmp_path / "ours"))
+    to_hf(tmp_path / "ours", Target(tmp_path / "again", format=format))
     from_hf(tmp_path / "ours", tmp_path / "back", progress=False)
     told = capsys.readouterr().err.splitlines()
     assert all("no tokenizer is in" in line for line in told)  # nothing is left out
-    to_hf(load, tmp_path / "direct", progress=False)
+    to_hf(load, Target(tmp_path / "direct"))
     assert_same(hf_tensors(tmp_path / "ours"), hf_tensors(tmp_path / "direct"))
     assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))
 
@@ -133,8 +133,8 @@ def test_a_folder_becomes_ours_and_back(
 def test_casts_are_those_of_torch(tmp_path: Path, format: str, dtype: str) -> None:
     config = model_config(**ROUTING_OF[format])
     load = write_megatron(tmp_path / "load", config, "float32")
-    to_hf(load, tmp_path / "as_it_is", format=format, progress=False)
-    to_hf(load, tmp_path / "cast", format=format, dtype=dtype, progress=False)
+    to_hf(load, Target(tmp_path / "as_it_is", format=format))
+    to_hf(load, Target(tmp_path / "cast", format=format, dtype=dtype))
     kept = hf_tensors(tmp_path / "as_it_is")
     expected = {
         key: x if key.endswith("inv_freq") else x.to(getattr(torch, dtype))
@@ -161,16 +161,16 @@ def test_a_value_that_a_cast_makes_infinite_is_refused(
         return tensor
 
     load = write_megatron(tmp_path / "load", model_config(**DTOP_P), "float32", make=make)
-    to_hf(load, tmp_path / "as_it_is", progress=False)
+    to_hf(load, Target(tmp_path / "as_it_is"))
     with pytest.raises(ValueError, match=rf"^{re.escape(key)} holds .*, and {dtype} goes to"):
-        to_hf(load, tmp_path / "cast", dtype=dtype, progress=False)
+        to_hf(load, Target(tmp_path / "cast", dtype=dtype))
     assert not (tmp_path / "cast").exists()
 
 
 def test_an_infinite_value_stays_what_it_is(tmp_path: Path) -> None:
     config = model_config(**TOP_P)
     load = write_megatron(tmp_path / "load", config, "float32", make=with_odd_numbers)
-    to_hf(load, tmp_path / "cast", dtype="float16", progress=False)
+    to_hf(load, Target(tmp_path / "cast", dtype="float16"))
 
 
 # Anything else than the value in the table: one for each of its entries.
@@ -244,7 +244,7 @@ def test_what_no_format_has_is_refused(tmp_path: Path, needed: Any) -> None:
     other = {True: False, False: True}.get(needed.value, "something else")
     load = write_megatron(tmp_path / "load", model_config(), **{needed.name: other})
     with pytest.raises(ValueError, match=rf"{needed.name} is .*which no format has"):
-        to_hf(load, tmp_path / "hf", progress=False)
+        to_hf(load, Target(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_dynmoe.cli import convert as convert_command
-from megatron_dynmoe.conversion.convert import FLAGS, from_hf, to_hf
+from megatron_dynmoe.conversion.convert import FLAGS, Target, from_hf, to_hf
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 from megatron_dynmoe.use.calibrate import Calibration, write_calibration
 from megatron_dynmoe.use.load import load_config
@@ -25,7 +25,7 @@ main = partial(exit_code_of, convert_command.main)
 
 def exported(tmp_path: Path, routing: dict, **options: object) -> Path:
     megatron = write_megatron(tmp_path / "megatron", model_config(**routing))
-    to_hf(megatron, tmp_path / "hf", progress=False, **options)
+    to_hf(megatron, Target(tmp_path / "hf", **options))
     return tmp_path / "hf"
 
 
@@ -114,7 +114,7 @@ def test_the_flags_are_read_from_their_file_whatever_the_folder_is_called(
 def test_the_balance_loss_of_stock_top_k_comes_along(tmp_path: Path) -> None:
     config = model_config(**TOP_K)
     loss = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.02}
-    to_hf(write_megatron(tmp_path / "megatron", config, **loss), tmp_path / "hf", progress=False)
+    to_hf(write_megatron(tmp_path / "megatron", config, **loss), Target(tmp_path / "hf"))
     # Upstream divides by k = 2, ours does not.
     found = load_config(tmp_path / "hf")
     assert (found.balance_loss, found.balance_loss_coeff) == ("seq_aux_loss", 0.01)
@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_found_without_a_manifest_too(tmp_path: Path) -> None:
     content[at] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path.name}: embedding.*checksum"):
-        to_hf(megatron, tmp_path / "hf", progress=False)
+        to_hf(megatron, Target(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 

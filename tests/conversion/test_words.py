@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, MixtralConfig, PreTraine
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megatron_dynmoe.conversion import megatron_settings
-from megatron_dynmoe.conversion.convert import convert_folder, from_hf, to_hf
+from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.format_settings import from_format, to_format
 from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.huggingface import DynMoEModelConfig
@@ -110,7 +110,7 @@ def test_every_word_is_kept_refused_named_or_without_a_meaning(
     (model / "config.json").write_text(json.dumps(words))
     try:
         from_hf(model, tmp_path / "save", progress=False)
-        to_hf(tmp_path / "save", tmp_path / "back", format=format, progress=False)
+        to_hf(tmp_path / "save", Target(tmp_path / "back", format=format))
     except ValueError as error:
         told = str(error)
     else:
@@ -155,7 +155,7 @@ def test_an_unknown_word_is_named(
     from_hf(model, tmp_path / "save", progress=False)
     told = capsys.readouterr().err
     assert "logit_scale 0.5" in told and "nothing" not in told
-    convert_folder(model, tmp_path / "ours")
+    to_hf(model, Target(tmp_path / "ours"))
     told = capsys.readouterr().err
     ours = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert ("logit_scale 0.5" in told) != (ours.get("logit_scale") == 0.5)
@@ -173,8 +173,8 @@ def test_ids_and_generation_come_back_without_a_tokenizer(
     generation = {"eos_token_id": [7, 8, 9], "temperature": 0.6, "do_sample": True, "top_k": 5}
     change(model, "generation_config.json", **generation)
     from_hf(model, tmp_path / "save", progress=False)
-    to_hf(tmp_path / "save", tmp_path / "back", format=format, progress=False)
-    convert_folder(model, tmp_path / "converted", format=format)
+    to_hf(tmp_path / "save", Target(tmp_path / "back", format=format))
+    to_hf(model, Target(tmp_path / "converted", format=format))
     for name in ("back", "converted"):
         back = json.loads((tmp_path / name / "config.json").read_text())
         assert {key: back[key] for key in ids} == ids
@@ -190,7 +190,7 @@ def test_a_folder_that_states_no_ids_has_those_that_transformers_takes(tmp_path:
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     (model / "config.json").write_text(json.dumps({k: config[k] for k in config if k not in ids}))
     write_manifest(model)
-    convert_folder(model, tmp_path / "ours")
+    to_hf(model, Target(tmp_path / "ours"))
     ours = json.loads((tmp_path / "ours" / "config.json").read_text())
     expected = MixtralConfig.from_pretrained(model)
     assert {name: ours[name] for name in ids} == {name: getattr(expected, name) for name in ids}
@@ -201,7 +201,7 @@ def test_words_of_generation_that_name_a_machine_or_a_hub_are_not_kept(
 ) -> None:
     _, model = export(tmp_path, "mixtral")
     change(model, "generation_config.json", compile_config={"backend": "x"}, temperature=0.5)
-    convert_folder(model, tmp_path / "ours")
+    to_hf(model, Target(tmp_path / "ours"))
     kept = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
     assert kept == {"temperature": 0.5}
     assert "generation_config.json has compile_config" in capsys.readouterr().err
@@ -266,7 +266,7 @@ def test_another_scope_of_the_balance_loss_is_named(
 ) -> None:
     config = model_config(balance_loss="seq_aux_loss", balance_loss_coeff=0.005)
     write_megatron(tmp_path / "load", config)
-    to_hf(tmp_path / "load", tmp_path / "hf", format="mixtral", progress=False)
+    to_hf(tmp_path / "load", Target(tmp_path / "hf", format="mixtral"))
     assert "format mixtral has no word for balance_loss seq_aux_loss" in capsys.readouterr().err
     assert json.loads((tmp_path / "hf/config.json").read_text())["router_aux_loss_coef"] == 0.01
 
@@ -277,7 +277,7 @@ def test_several_ends_outlive_a_training_beside_a_tokenizer_that_knows_one(tmp_p
     config = model_config(vocab_size=VOCAB_SIZE)
     write_megatron(tmp_path / "load", config)
     model = tmp_path / "hf"
-    to_hf(tmp_path / "load", model, format="mixtral", tokenizer=tokenizer, progress=False)
+    to_hf(tmp_path / "load", Target(model, format="mixtral", tokenizer=tokenizer))
     end = json.loads((model / "config.json").read_text())["eos_token_id"]
     assert type(end) is int  # what the tokenizer knows
     change(model, eos_token_id=[end, 7])
@@ -287,6 +287,6 @@ def test_several_ends_outlive_a_training_beside_a_tokenizer_that_knows_one(tmp_p
     write_megatron(tmp_path / "trained", config, **trained)  # without what from-hf noted
     for load in ("save", "trained"):
         back = tmp_path / f"{load}_hf"
-        to_hf(tmp_path / load, back, format="mixtral", progress=False)
+        to_hf(tmp_path / load, Target(back, format="mixtral"))
         assert json.loads((back / "config.json").read_text())["eos_token_id"] == [end, 7]
         assert GenerationConfig.from_pretrained(back).eos_token_id == [end, 8]

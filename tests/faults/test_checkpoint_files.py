@@ -19,7 +19,7 @@ from megatron_dynmoe.checkpoints import faults
 from megatron_dynmoe.checkpoints.collective import CheckpointError
 from megatron_dynmoe.checkpoints.load import check_paths, choose
 from megatron_dynmoe.checkpoints.save import TrackerFiles, write_checkpoint_manifest
-from megatron_dynmoe.conversion.convert import to_hf
+from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
@@ -319,7 +319,7 @@ def test_a_run_refuses_a_damaged_checkpoint_and_falls_back(tmp_path: Path, layou
         assert str(damaged) in said_by(refused, rank)
         assert "Traceback" not in said_by(refused, rank)
     with pytest.raises(ValueError, match=str(damaged)):
-        to_hf(save, tmp_path / "model", progress=False)
+        to_hf(save, Target(tmp_path / "model"))
 
     resumed = train(f"{flags} --load {save} --ckpt-fallback", tmp_path / "resumed")
     assert resumed.exit_codes() == [0, 0], resumed.log()
@@ -347,6 +347,6 @@ def test_a_flipped_bit_anywhere_in_a_real_checkpoint_is_found(tmp_path: Path) ->
         bit = generator.randrange(file.stat().st_size * 8)
         flip(file, bit)
         with pytest.raises(ValueError, match=file.name):
-            to_hf(tmp_path / "save", tmp_path / "model", progress=False)
+            to_hf(tmp_path / "save", Target(tmp_path / "model"))
         flip(file, bit)
-    to_hf(tmp_path / "save", tmp_path / "model", progress=False)
+    to_hf(tmp_path / "save", Target(tmp_path / "model"))

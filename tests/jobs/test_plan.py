@@ -118,7 +118,7 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --global-batch-size 30", "--global-batch-size is 30"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --recompute-granularity full", "recompute-method is"),
         ("moe_top2 --gpus 8 --gpu a800-80g --moe-router-topk 17", "--moe-router-topk is 17"),
-        ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-layer-freq [0,1]", "2 entries for 24 layers"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-layer-freq [0,1]", "each of the 24 layers"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --hidden-size 1000", "--hidden-size is 1000"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens -1", "--tokens is -1"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens nan", "--tokens is nan"),

@@ -9,13 +9,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted(path.name for path in LAUNCH.glob("pretrain_*.sh"))
+# What each script trains unless it is told otherwise.
+DEFAULTS = {
+    "pretrain_dtop_p.sh": "dtop_p_16e",
+    "pretrain_dynamic.sh": "moe_dynamic_p04",
+    "pretrain_topk.sh": "moe_top2",
+    "pretrain_dense.sh": "dense_374m",
+}
+SCRIPTS = list(DEFAULTS)
 
 
 # Programs of a cluster, as far as the scripts ask them: an sbatch that says what it got, a scontrol
 # that knows two jobs of which the first counts, a node with two interfaces, one without address.
 PROGRAMS = {
-    "sbatch": 'echo "sbatch $* in ${SBATCH_PARTITION:-none}"',
+    "sbatch": 'echo "sbatch $* in ${SBATCH_PARTITION:-none} as ${SBATCH_JOB_NAME:-written}"',
     "scontrol": 'printf "JobId=%s\\n   Command=%s\\n" 7 "$COMMAND" 8 "/no/b.sh x.sh y"',
     "ip": 'if [[ $* == *" dev "* && $* != *"dev ib0" ]]; then exit 1; fi\n'
     'echo "2: ib0    inet 10.1.2.3/16 brd 10.1.255.255 scope global ib0"',
@@ -166,6 +173,35 @@ def test_the_copy_that_slurm_runs_finds_its_folder(bash, tmp_path, script, folde
     command = f"{folder}/{script}{arguments}"
     answer = bash(str(tmp_path / "slurm_script"), *arguments.split(), COMMAND=command, **place)
     assert "this is a batch job" in answer.stderr, answer.stderr  # out of common.sh
+
+
+@pytest.mark.parametrize("words", [[], ["--seed", "7"], ["smoke"]])
+@pytest.mark.parametrize("runs_copy", [False, True])
+@pytest.mark.parametrize(("script", "recipe"), DEFAULTS.items())
+def test_the_name_chooses_the_recipe_unless_one_is_named(
+    bash, tmp_path, script, recipe, runs_copy, words
+):
+    called, settings = LAUNCH / script, f"PYTHON={tmp_path}/bin/show"
+    (tmp_path / "bin" / "show").write_text('#!/usr/bin/env bash\necho "flags of $*" >&2\n')
+    (tmp_path / "bin" / "show").chmod(0o755)
+    variables = {"CHECK_WORLD_SIZE": "1", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    if runs_copy:
+        called = tmp_path / "slurm_script"
+        shutil.copy(LAUNCH / script, called)
+        variables["COMMAND"] = " ".join([f"launch/{script}", *words])
+    answer = bash(str(called), *words, settings=settings, **variables)
+    assert answer.returncode == 0, answer.stderr
+    assert f" --parse {'smoke' if words == ['smoke'] else recipe} --" in answer.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_submitted_job_is_called_after_its_script(bash, script):
+    name = script.removeprefix("pretrain_").removesuffix(".sh")
+    answer = submit(bash, str(LAUNCH / script), "smoke")
+    # The #SBATCH line of the script that the others link to names it.
+    assert f" as {'written' if name == 'dtop_p' else name}\n" in answer.stdout
+    given = submit(bash, str(LAUNCH / script), "smoke", settings="export SBATCH_JOB_NAME=mine")
+    assert " as mine\n" in given.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megatron_dynmoe.settings.upstream_flags import (
     check_query_groups,
     check_sequence_parallel,
     check_upstream_settings,
+    layers_with_experts,
 )
 from tests.moe import one_rank
 
@@ -108,6 +109,18 @@ def test_a_pattern_without_expert_layers_is_refused():
     assert message.startswith("--moe-layer-freq is [0, 0]")
     for frequency in (1, 2, [0, 1], [1, 0]):
         check_upstream_settings(SimpleNamespace(moe_layer_freq=frequency))
+
+
+def test_the_first_layer_of_every_few_has_experts_or_those_that_a_list_says():
+    assert layers_with_experts(1, 2) == (True, True)
+    assert layers_with_experts(2, 5) == (True, False, True, False, True)
+    assert layers_with_experts([0, 1, 1], 3) == (False, True, True)
+
+
+@pytest.mark.parametrize("frequency", [0, -1, "2", None, [1, 0, 1]])
+def test_a_pattern_that_fits_no_model_is_refused(frequency):
+    with pytest.raises(ValueError, match=rf"^--moe-layer-freq is {re.escape(repr(frequency))}: "):
+        layers_with_experts(frequency, 2)
 
 
 @pytest.mark.megatron
