@@ -30,7 +30,7 @@ def rendezvous_handler() -> Callable[[Any], Any]:
     """
     if _is_torchrun(sys.orig_argv):
         settle_local_address(sys.orig_argv)
-        if any("megatron_dynmoe" in word for word in sys.orig_argv):
+        if _starts_ours(sys.orig_argv):
             sys.excepthook = briefly(sys.excepthook)
 
     def handler(parameters: Any) -> Any:
@@ -91,6 +91,11 @@ def briefly(show: Callable[..., Any]) -> Callable[..., Any]:
         show(kind, error, trace)
 
     return hook
+
+
+def _starts_ours(command: list[str]) -> bool:
+    """Whether the ranks are of this package, by its name or through the launch scripts."""
+    return any("megatron_dynmoe" in word or word.endswith("launch/rank.sh") for word in command)
 
 
 def _is_torchrun(command: list[str]) -> bool:

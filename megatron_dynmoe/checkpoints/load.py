@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_local, on_rank_0
 from megatron_dynmoe.checkpoints.faults import faults
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
+from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import (
@@ -49,8 +50,10 @@ def check_paths(args: Namespace) -> None:
             with tempfile.TemporaryFile(dir=nearest_existing(Path(args.save))) as file:
                 file.write(b"room?")
         except OSError as error:
+            by_run_dir = args.run_dir and Path(args.save) == Path(args.run_dir, CHECKPOINTS)
+            given = f"--run-dir is {args.run_dir}" if by_run_dir else f"--save is {args.save}"
             raise ValueError(
-                f"--save is {args.save}, where nothing can be written ({cause(error)}): name a "
+                f"{given}, where nothing can be written ({cause(error)}): name a "
                 "folder that can be written to, or mend this one."
             ) from None
         tracker = Path(args.save) / TRACKER

@@ -58,14 +58,14 @@ def build_tokenizer(
     path = Path(model)
     if not path.exists():
         raise ValueError(
-            f"tokenizer model {model}: no such file or folder (a model on a hub has to be "
-            "downloaded to a folder first)"
+            f"--tokenizer-model is {model}: there is no such file or folder (a model on a hub has "
+            "to be downloaded to a folder first)"
         )
     tiktoken = _tiktoken_file(path)
     if tiktoken is not None:
         raise ValueError(
-            f"tokenizer model {tiktoken} is a tiktoken file, which is none of the supported kinds: "
-            f"give {KINDS}"
+            f"--tokenizer-model is {tiktoken}, a tiktoken file, which is none of the supported "
+            f"kinds: give {KINDS}"
         )
     if tokenizer_type in SENTENCEPIECE_TYPES:
         return SentencePieceTokenizer(path)
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.Load(str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"tokenizer model {path} is no SentencePiece model: give {KINDS}"
+                f"--tokenizer-model is {path}, which is no SentencePiece model: give {KINDS}"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         eos = self._processor.eos_id()
@@ -126,7 +126,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             loaded = _load_json(path) or _load_with_transformers(path)
         except Exception as error:  # the Rust library raises bare Exception
-            raise ValueError(f"tokenizer model {path} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"--tokenizer-model is {path}, which cannot be loaded ({error}): give {KINDS}"
+            ) from error
         self._tokenizer, self.eod = loaded
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -16,9 +16,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from megatron_dynmoe.settings.words import format_flags, values_of, whole_number
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
 # Exit codes. 75 is EX_TEMPFAIL: try again later.
-DONE, FAILED, GO_ON, ALREADY_FINISHED = 0, 1, 75, 3
+DONE, FAILED, REFUSED, ALREADY_FINISHED, GO_ON = 0, 1, 2, 3, 75
 
 # What says how a run starts is left out where it goes on from its own checkpoint.
 _START = (
@@ -40,6 +42,8 @@ _START = (
 _DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path", "data-args-path")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|^([\w.]+: )?error: ")
+_REFUSAL = "error: "  # so begins what the training says of a command line that cannot work
+_EVENTS_BEFORE = "tensorboard-before"
 _PACKAGES = ("megatron-dynmoe", "torch", "megatron-core", "transformer-engine", "apex", "triton")
 
 
@@ -83,7 +87,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     attempt.mkdir(parents=True)
     if not goes_on and (run_dir / TENSORBOARD).exists():
         # Curves of steps that no checkpoint holds; the run begins anew.
-        (run_dir / TENSORBOARD).rename(attempt / "tensorboard-before")
+        (run_dir / TENSORBOARD).rename(attempt / _EVENTS_BEFORE)
     (attempt / "flags.txt").write_text(format_flags(words) + "\n")
     _record(attempt, job=job, iteration=iteration, world_size=world_size, began=_now())
     _write_origin(attempt)
@@ -105,7 +109,8 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
         was_stopped: it was told to stop, by its time limit or a preemption.
 
     Returns:
-        :data:`DONE`, :data:`FAILED`, or :data:`GO_ON`: another attempt is to follow.
+        :data:`DONE`, :data:`FAILED`, :data:`GO_ON`: another attempt is to follow; or
+        :data:`REFUSED`: the flags cannot work, and nothing is left of this attempt.
     """
     run_dir = attempt.parent.parent
     values = values_of(shlex.split((attempt / "flags.txt").read_text()))
@@ -124,14 +129,31 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     if status == 0 or was_stopped or (attempt / STOPPED).is_file():
         print(f"stopped before its end: {run_dir} ({reached})")
         return GO_ON
+    errors = _errors(attempt)
+    refusal = next((error for error in errors.values() if error.startswith(_REFUSAL)), None)
+    if status == REFUSED and refusal and not has_progress:
+        _undo(attempt)
+        print(refusal, file=sys.stderr)
+        return REFUSED
     print(f"failed with exit status {status}: {run_dir} ({reached}); logs in {attempt}")
-    for line in _errors(attempt):
-        print(f"  {line}")
+    for log, error in errors.items():
+        print(f"  {log}: {error}")
     if has_progress:
         print("it had saved a new checkpoint, so it may go on from there")
         return GO_ON
     print("it had saved no new checkpoint, so trying again would fail again")
     return FAILED
+
+
+def _undo(attempt: Path) -> None:
+    """Take an attempt back that trained nothing and has said why."""
+    run_dir = attempt.parent.parent
+    if (attempt / _EVENTS_BEFORE).exists() and not (run_dir / TENSORBOARD).exists():
+        (attempt / _EVENTS_BEFORE).rename(run_dir / TENSORBOARD)
+    shutil.rmtree(attempt)
+    with suppress(OSError):  # not empty
+        attempt.parent.rmdir()
+        run_dir.rmdir()
 
 
 def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
@@ -266,10 +288,11 @@ def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
             print(f"flags since attempt {int(earlier[-1].name)}: {sign} {line}", file=sys.stderr)
 
 
-def _errors(attempt: Path) -> list[str]:
-    """The first error in each log, once; the rank that died first comes first, torchrun last.
+def _errors(attempt: Path) -> dict[str, str]:
+    """The first error in each log, once, by the log's name.
 
-    That a child failed, which is all that torchrun says then, is left out if the child said why.
+    The rank that died first comes first, torchrun last. That a child failed, which is all that
+    torchrun says then, is left out if the child said why.
     """
     found: dict[str, str] = {}
     # By name where the file system does not tell times apart: its clock may tick every 10 ms.
@@ -279,7 +302,7 @@ def _errors(attempt: Path) -> list[str]:
         message = next((line for line in lines if _ERROR.match(line)), None)
         if message is not None and not (found and "ChildFailedError" in message):
             found.setdefault(re.sub(r"^\[rank\d+\]: ", "", message), log.name)
-    return [f"{log}: {message}" for message, log in found.items()][:5]
+    return {log: message for message, log in list(found.items())[:5]}
 
 
 def _now() -> str:

@@ -140,13 +140,16 @@ def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[s
     """
     kind, _, rest = message.partition(": ")
     if kind == "unrecognized arguments":
-        return _misspelt(rest.split(), _flags(parser, words)) or _left_over(rest, words)
+        return _misspelt(rest.split(), _flags(parser, words)) or _left_over(parser, rest, words)
     if kind == "the following arguments are required":
         missing = set(rest.split(", "))
         return _in_other_letters(parser, words, missing) or f"required and not given: {rest}."
     if one_of := re.fullmatch(r"one of the arguments (.+) is required", message):
         missing = set(one_of[1].split())
         return _in_other_letters(parser, words, missing) or f"give {' or '.join(sorted(missing))}."
+    if unread := re.fullmatch(r"\[Errno \d+\] (.+): '(.+)'", message):  # argparse's, of @FILE
+        place = "" if os.path.isabs(unread[2]) else f" in {os.getcwd()}"
+        return f"@{unread[2]} names a file of flags: {unread[1][0].lower()}{unread[1][1:]}{place}."
     if not message.startswith("argument "):
         return message
     flag, _, said = message.removeprefix("argument ").partition(": ")
@@ -188,9 +191,12 @@ def _misspelt(words: Sequence[str], flags: set[str]) -> str | None:
     return None
 
 
-def _left_over(rest: str, words: Sequence[str]) -> str:
+def _left_over(parser: argparse.ArgumentParser, rest: str, words: Sequence[str]) -> str:
     """Say of words without a flag which flag takes no more of them."""
-    before = list(words)[: list(words).index(first)] if (first := rest.split()[0]) in words else []
+    first = rest.split()[0]
+    if parser.fromfile_prefix_chars == "@" and os.path.isfile(first):
+        return f"{first} belongs to no flag: @{first} gives the flags that stand in this file."
+    before = list(words)[: list(words).index(first)] if first in words else []
     flag = next((word for word in reversed(before) if word.startswith("--")), None)
     where = f": {flag} before it takes no more values" if flag else ""
     return f"{rest} belongs to no flag{where}."

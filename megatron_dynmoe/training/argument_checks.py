@@ -10,6 +10,7 @@ import importlib.util
 from argparse import ArgumentParser, Namespace
 
 from megatron_dynmoe.backends.choice import has_transformer_engine
+from megatron_dynmoe.data.tokenizer import SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.command_line import LARGEST, number
 
@@ -74,6 +75,8 @@ def check_arguments(args: Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {beta}: use a number from 0 and below 1."
             )
+    if args.bf16 and args.fp16:
+        raise ValueError("--bf16 and --fp16 are given: give one of them.")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--wandb-project is {args.wandb_project}, and the package wandb is not installed: "
@@ -88,6 +91,13 @@ def _check_given(args: Namespace) -> None:
             "--tokenizer-type is not given: give that of --tokenizer-model, SentencePieceTokenizer "
             "for a .model file or HuggingFaceTokenizer for a folder."
         )
+    if args.tokenizer_type in SENTENCEPIECE_TYPES and not args.use_checkpoint_args:
+        if args.tokenizer_model is None:
+            raise ValueError(
+                f"--tokenizer-model is not given: --tokenizer-type {args.tokenizer_type} needs a "
+                ".model file."
+            )
+        build_tokenizer(args.tokenizer_type, args.tokenizer_model)  # says what it is if it is none
     if args.skip_train:
         return
     if args.train_iters is None and args.train_samples is None:

@@ -14,7 +14,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_dynmoe.training.splits import SPLITS, splits_read
-from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset, naming_cut_indexes
+from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset, naming_the_cache
 
 
 def train_valid_test_datasets_provider(
@@ -28,7 +28,7 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     print_rank_0("> building training, validation and test datasets ...")
-    with naming_cut_indexes(args):
+    with naming_the_cache(args):
         datasets = BlendedMegatronDatasetBuilder(
             MockGPTDataset if args.mock_data else GPTDataset,
             num_samples,

@@ -94,16 +94,17 @@ def _is_missing(prefix: str) -> bool:
 
 
 @contextmanager
-def naming_cut_indexes(args: Any) -> Iterator[None]:
-    """Name the files of the data cache that a killed run has left half written.
+def naming_the_cache(args: Any) -> Iterator[None]:
+    """Name the data cache if it cannot be written, or the files that a killed run has left in it.
 
-    Upstream writes them in place, and what it reads of them then is NumPy's error without a name.
+    Upstream names an attribute for the first. It wrote the files in place, and what it reads of one
+    that is cut short is NumPy's error without a name.
 
     Args:
         args: Megatron's arguments.
 
     Raises:
-        ValueError: in place of an error of the block, where there is such a file.
+        ValueError: in place of an error of the block, where that is the cause.
     """
     try:
         yield
@@ -116,6 +117,16 @@ def naming_cut_indexes(args: Any) -> Iterator[None]:
             f"{cut[0]}{more} cut short ({error}): a run died while it wrote the data's index. "
             "Remedy: delete what is cut short, and the next start writes it anew."
         ) from error
+    except Exception as error:  # upstream's is of no closer kind
+        if not isinstance(error.__cause__, OSError):
+            raise
+        cache, why = args.data_cache_path, cause(error.__cause__)
+        where = f"--data-cache-path is {cache}" if cache else "--data-cache-path is not given"
+        folder = "there" if cache else "beside the tokens"
+        raise ValueError(
+            f"{where}, and Megatron's list of samples cannot be written {folder} ({why}): give a "
+            "folder that can be written to."
+        ) from None
 
 
 def _cached_indexes(args: Any) -> Iterator[Path]:

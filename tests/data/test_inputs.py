@@ -152,7 +152,7 @@ def test_a_tiktoken_file_is_called_so(
     model = file.parent if is_folder else file
     result = run_preprocess("--input", source, "--tokenizer-type", kind, "--tokenizer-model", model)
     assert result.code == 1
-    assert f"tokenizer model {file} is a tiktoken file, which is none of the supported" in (
+    assert f"--tokenizer-model is {file}, a tiktoken file, which is none of the supported" in (
         result.error
     )
     for supported in ("SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer"):

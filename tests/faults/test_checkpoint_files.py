@@ -237,12 +237,15 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
         **{"save": str(load / "new"), "load": None, "pretrained_checkpoint": None},
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
         **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
-        **{"save_retain_interval": None, "skip_train": False},
+        **{"save_retain_interval": None, "skip_train": False, "run_dir": None},
     )
     check_paths(args)
     assert not (load / "new").exists()  # before there is something to save
     args.save = str(load / TRACKER)
     with pytest.raises(ValueError, match=r"--save is .*nothing can be written \(not a directory"):
+        check_paths(args)
+    args.run_dir, args.save = str(load / TRACKER), str(load / TRACKER / "checkpoints")
+    with pytest.raises(ValueError, match=f"^--run-dir is {args.run_dir}, where nothing can be"):
         check_paths(args)
     args.save, args.save_retain_interval = str(load), 10
     (load / TRACKER).write_text("release")

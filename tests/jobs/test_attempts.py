@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.jobs.attempts import DONE, FAILED, GO_ON, begin, end, is_finished
+from megatron_dynmoe.jobs.attempts import (
+    DONE,
+    FAILED,
+    GO_ON,
+    REFUSED,
+    begin,
+    end,
+    is_finished,
+)
 from megatron_dynmoe.runs.folder import mark_finished, note_stop
 from megatron_dynmoe.settings.words import values_of
 
@@ -228,6 +236,39 @@ def test_a_failure_shows_the_first_error_of_each_kind(start, capsys, monkeypatch
     assert "rank-000.log: RuntimeError: Connection closed" in told
     assert "rank-002" not in told and "unrecognized arguments: --x" in told
     assert "rank-004.log: error: there is no flag --y" in told
+
+
+REFUSAL = "> a note\nerror: --lr is -1: use at least 0.\n"
+
+
+def test_a_refused_attempt_leaves_its_words_and_nothing_else(start, tmp_path, capsys):
+    attempt = start()
+    (attempt / "rank-000.log").write_text(REFUSAL)
+    assert end(attempt, REFUSED, was_stopped=False) == REFUSED
+    said = capsys.readouterr()
+    assert said.err.endswith("\nerror: --lr is -1: use at least 0.\n") and not said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_attempt_gives_back_what_was_there_before(start, tmp_path):
+    earlier, events = start(), tmp_path / "run" / "tensorboard"
+    events.mkdir()
+    attempt = start()
+    (attempt / "rank-000.log").write_text(REFUSAL)
+    assert not events.exists()
+    assert end(attempt, REFUSED, was_stopped=False) == REFUSED
+    assert events.exists() and earlier.exists() and not attempt.exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "log"),
+    [(1, REFUSAL), (REFUSED, "bash: no such file\n"), (REFUSED, "ValueError: lr is -1\n")],
+)
+def test_only_what_was_refused_is_taken_back(start, status, log):
+    attempt = start()
+    (attempt / "rank-000.log").write_text(log)
+    assert end(attempt, status, was_stopped=False) == FAILED
+    assert attempt.exists()
 
 
 def test_torchruns_word_that_a_child_failed_is_told_only_if_the_child_said_nothing(start, capsys):

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_dynmoe.torchrun_plugin import briefly
+from megatron_dynmoe.torchrun_plugin import briefly, rendezvous_handler
 
 RANK = """
 import sys
@@ -77,3 +77,18 @@ def test_an_end_by_a_signal_needs_no_words(capsys) -> None:
     assert capsys.readouterr().err == "" and not shown
     briefly(lambda *what: shown.append(what))(OSError, OSError("a fault"), None)
     assert len(shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "is_brief"),
+    [
+        (["-m", "megatron_dynmoe.pretrain"], True),
+        (["--no-python", "bash", "/a/checkout/launch/rank.sh"], True),
+        (["train.py"], False),
+    ],
+)
+def test_only_the_last_words_of_our_ranks_are_kept_short(monkeypatch, words, is_brief) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["torchrun", "--local-addr", "127.0.0.1", *words])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    rendezvous_handler()
+    assert (sys.excepthook is not sys.__excepthook__) == is_brief

@@ -64,6 +64,7 @@ def test_what_a_run_needs_is_named(flag, monkeypatch):
         ("--lr-warmup-iters 5 --lr-decay-iters 5", 1, ("--lr-decay-iters (5)",)),
         ("--moe-layer-freq 0", 1, ("--moe-layer-freq is 0", "from 1")),
         ("--adam-beta2 1", 1, ("--adam-beta2 is 1.0", "below 1")),
+        ("--bf16 --fp16", 1, ("--bf16 and --fp16",)),
         ("--rampup-batch-size 2 2 8", 1, ("is 2 2 8", "--step-batch-size-schedule")),
     ],
 )
@@ -73,6 +74,18 @@ def test_what_does_not_fit_is_said_with_both_values(flags, world_size, parts):
     assert "\n" not in str(refused.value)
     for part in parts:
         assert part in str(refused.value)
+
+
+def test_a_tokenizer_that_sentencepiece_cannot_read_is_named(tmp_path):
+    (tmp_path / "text.txt").write_text("no model")
+    sentencepiece = "--tokenizer-type SentencePieceTokenizer"
+    with pytest.raises(
+        ValueError, match=r"--tokenizer-model is not given: .* needs a \.model file"
+    ):
+        check(sentencepiece)
+    for name, says in (("text.txt", "which is no SentencePiece model"), ("nope", "no such file")):
+        with pytest.raises(ValueError, match=f"--tokenizer-model is .*{name}.* {says}"):
+            check(f"{sentencepiece} --tokenizer-model {tmp_path / name}")
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,17 @@ pytestmark = pytest.mark.megatron
 
 
 @pytest.fixture
-def parse(tmp_path):
+def parse(tmp_path, monkeypatch):
     parser = ArgumentParser()
     parser.add_argument("--lr", type=float)
     parser.add_argument("--tokenizer-model")
     add_flags(parser)
 
-    def parse(text):
+    def parse(text, word="@my.flags"):
         (tmp_path / "my.flags").write_text(text)
-        return parser.parse_args([f"@{tmp_path / 'my.flags'}"])
+        return parser.parse_args([word])
 
+    monkeypatch.chdir(tmp_path)
     return parse
 
 
@@ -39,3 +40,16 @@ def test_comments_and_quotes_are_read_as_in_a_recipe(parse):
 def test_a_line_that_cannot_be_read_is_a_plain_refusal(parse, text, says):
     with pytest.raises(UsageError, match=says):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("my.flags", "^my.flags belongs to no flag: @my.flags gives the flags that stand in"),
+        ("@mine.flags", "^@mine.flags names a file of flags: no such file or directory in /"),
+        ("@/", "^@/ names a file of flags: is a directory.$"),
+    ],
+)
+def test_a_file_that_is_named_in_another_way_is_a_plain_refusal(parse, word, says):
+    with pytest.raises(UsageError, match=says):
+        parse("--lr 1", word)

@@ -239,7 +239,7 @@ def test_the_cache_is_upstreams(tmp_path):
 
 @pytest.mark.parametrize("has_path", [True, False], ids=["--data-cache-path", "default"])
 def test_an_index_that_a_killed_run_left_half_written_is_named(tmp_path, has_path):
-    from megatron_dynmoe.training.token_files import naming_cut_indexes
+    from megatron_dynmoe.training.token_files import naming_the_cache
 
     prefix = tmp_path / "good"
     folder = tmp_path / "cache" if has_path else prefix / "cache" / "GPTDataset_indices"
@@ -253,11 +253,31 @@ def test_an_index_that_a_killed_run_left_half_written_is_named(tmp_path, has_pat
     )
     for name in ("a.npy", "b.npy", "c.npy"):
         np.save(folder / name, np.arange(100))
-    with pytest.raises(ValueError, match=r"^something else$"), naming_cut_indexes(args):
+    with pytest.raises(ValueError, match=r"^something else$"), naming_the_cache(args):
         raise ValueError("something else")
     cut(folder / "b.npy", 200)
-    with pytest.raises(ValueError, match=r"b\.npy is cut short .*Remedy"), naming_cut_indexes(args):
+    with pytest.raises(ValueError, match=r"b\.npy is cut short .*Remedy"), naming_the_cache(args):
         np.load(folder / "b.npy", mmap_mode="r")
     cut(folder / "c.npy", 0)
-    with pytest.raises(ValueError, match=r"b\.npy and 1 more"), naming_cut_indexes(args):
+    with pytest.raises(ValueError, match=r"b\.npy and 1 more"), naming_the_cache(args):
         np.load(folder / "c.npy", mmap_mode="r")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("a cache", "^--data-cache-path is a cache, .* cannot be written there "),
+        (None, "^--data-cache-path is not given, .* cannot be written beside the tokens "),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, path, says):
+    from megatron_dynmoe.training.token_files import naming_the_cache
+
+    with (
+        pytest.raises(ValueError, match=says + r"\(is a directory: .*: give a folder"),
+        naming_the_cache(Namespace(data_cache_path=path)),
+    ):
+        try:
+            tmp_path.write_text("")
+        except OSError as error:
+            raise Exception("upstream's words") from error
