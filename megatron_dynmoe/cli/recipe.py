@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in names:
                 print(f"{name:<{max(map(len, names))}}  {describe(name)}")
         else:
-            _show(args)
+            _show(args, parser)
 
 
 def _parser() -> CommandParser:
@@ -55,7 +55,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace, parser: CommandParser) -> None:
     try:
         flags = [*recipe_flags(args.recipe), *args.flags]
         if args.world_size is not None:
@@ -66,8 +66,8 @@ def _show(args: argparse.Namespace) -> None:
             from megatron_dynmoe.jobs.preflight import check_flags
 
             check_flags(flags)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    except ValueError as error:  # shown by launch scripts, whose user has not called this command
+        parser.exit(2, f"error: {error}\n")
     if args.output is None:
         print(format_flags(flags))
         return

@@ -216,7 +216,7 @@ def test_tokenizers_that_cannot_be_used(run_preprocess: Run, tmp_path: Path) -> 
 
     source = write_jsonl(tmp_path / "in.jsonl", ["a"])
     for args, message in (
-        (["--tokenizer-model", "missing.model"], "missing.model: no such file or folder"),
+        (["--tokenizer-model", "missing.model"], "missing.model: there is no such file or folder"),
         (["--tokenizer-model", source], "is no SentencePiece model: give a Sent"),
         (["--tokenizer-type", "HuggingFaceTokenizer"], "cannot be loaded"),
     ):

@@ -88,7 +88,7 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     from megatron_dynmoe.model.spec import layer_spec
     from megatron_dynmoe.training.loop import parse_command_line
 
-    flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", "not-read"]
+    flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", __file__]  # not read
     monkeypatch.setattr("sys.argv", ["pretrain", *flags])
     args, resolved = parse_command_line()
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1

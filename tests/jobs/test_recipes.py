@@ -115,4 +115,4 @@ def test_the_command_lists_prints_and_checks_without_torch():
     assert shlex.split(printed.stdout) == [*recipe_flags("smoke"), "--train-iters", "3"]
     refused = run("--world-size", "3", "smoke")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("dynmoe recipe: error: --global-batch-size is 8, which")
+    assert refused.stderr.startswith("error: --global-batch-size is 8, which")

@@ -34,6 +34,7 @@ dynmoe preprocess --input book.jsonl.gz --output-prefix mine/book --append-eod \
 say "a recipe, and training"
 dynmoe recipe >recipes.txt && grep -q '^smoke ' recipes.txt
 dynmoe recipe --output smoke.flags smoke
+sed -i "/--mock-data/d; /--tokenizer-type/d; /--vocab-size/d" smoke.flags # real text instead
 dynmoe recipe --write-launch-scripts launch >/dev/null && test -x launch/local.sh
 dynmoe plan dtop_p_16e --gpus 16 --gpu h100-80g --tokens 1e9 >plan.txt || test $? -eq 1
 dynmoe train @smoke.flags --run-dir runs/mine --train-iters 4 --save-interval 4 \
