@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_dynmoe.cli.data import add_key_flag
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     number,
     thresholds,
@@ -34,6 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         _run(args)
+    except UsageError as error:
+        parser.error(str(error))
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
-from megatron_dynmoe.settings.command_line import CommandParser, number
+from megatron_dynmoe.settings.command_line import CommandParser, UsageError, number
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
 _PADDING = "the size of the model's vocabulary is the training job's matter: leave it out"
@@ -238,6 +238,9 @@ def _exit_with(prog: str, run: Callable[[], str]) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM cleans up too
     try:
         print(run())
+    except UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:

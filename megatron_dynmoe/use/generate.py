@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     has_colors,
     number,
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _run(args)
         sys.stdout.flush()
     except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # the reader, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

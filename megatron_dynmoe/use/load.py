@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.json_files import read_json
 
 # A model that declares more than this many times the numbers that are stored is none. Quantized
@@ -71,8 +72,13 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
         device: such as ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: weights that are missing, damaged or do not fit, or a bad device.
+        UsageError: there is no such device.
+        ValueError: weights that are missing, damaged or do not fit.
     """
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several kinds
+        raise UsageError(f"--device is {device}, which is not here: {_one_line(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"model {folder}: it has no .safetensors file (weights in pickle files are not read)"
