@@ -76,7 +76,7 @@ if [ -n "${stopped:-}" ]; then
 fi
 if [ "$status" -ne 0 ]; then
   echo "training failed (exit code $status); the end of $RUN/errors.txt:" >&2
-  grep -E '^(\[rank[0-9]+\]: )?[A-Za-z]*(Error|Exception)\b' "$RUN/errors.txt" | head -5 >&2 ||
+  grep -E '^(error: |(\[rank[0-9]+\]: )?[A-Za-z]*(Error|Exception)\b)' "$RUN/errors.txt" | head -5 >&2 ||
     tail -20 "$RUN/errors.txt" >&2
   exit "$status"
 fi

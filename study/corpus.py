@@ -63,7 +63,7 @@ def files_of(texts: Sequence[str] | None) -> list[Path]:
     Raises:
         ValueError: a file is missing or is no text, or two have the same name.
     """
-    files = expand_inputs(texts or [str(EXAMPLES / f"*{_SUFFIX}")])
+    files = expand_inputs(texts or [str(EXAMPLES / f"*{_SUFFIX}")], "--text")
     if len({name_without_endings(file) for file in files}) < len(files):
         raise ValueError("--text: two files have the same name, which names them in the results.")
     return files

@@ -99,12 +99,16 @@ def name_groups(
     Raises:
         ValueError: a file is missing, or given twice; a folder holds no text.
     """
-    paths = expand_inputs(data)
+    paths = expand_inputs(data, "--data")
     files = [
         TextFile(path, None if source_key is not None else name)
         for path, name in zip(paths, _own_names(paths), strict=True)
     ]
-    files += [TextFile(path, name) for name, pattern in named for path in expand_inputs([pattern])]
+    files += [
+        TextFile(path, name)
+        for name, pattern in named
+        for path in expand_inputs([pattern], "--group")
+    ]
     seen: dict[Path, Path] = {}
     for path, _ in files:
         first = seen.setdefault(path.resolve(), path)

@@ -7,6 +7,7 @@ not at all.
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
+# The argument of Megatron's in which a hash of the tokenizer lies in its checkpoints.
+_TOKENIZER = "dynmoe_tokenizer"
 
 
 def agree_with_checkpoint(args: Namespace) -> None:
@@ -39,6 +42,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
     Raises:
         ValueError: names the flag, both values and the remedy.
     """
+    setattr(args, _TOKENIZER, _hash_of_tokenizer(args))
     saved = saved_arguments(args)
     if saved is None:
         return
@@ -91,18 +95,27 @@ def tell_other_tokenizer(args: Namespace, saved: Namespace) -> None:
         (run.tokenizer_type, run.tokenizer_model) if getattr(run, "tokenizer_model", None) else None
         for run in (args, saved)
     )
-    if args.rank != 0 or here is None or there is None or here == there:
+    if args.rank != 0 or here is None or there is None:
         return
-    try:
-        if Path(here[1]).read_bytes() == Path(there[1]).read_bytes():
-            return
-    except OSError:
-        pass  # folders, or a file that is gone: nothing is known
+    hashes = [getattr(run, _TOKENIZER, None) for run in (args, saved)]
+    if here == there if None in hashes else hashes[0] == hashes[1]:
+        return
     print(
         f"> note: the tokenizer is {here[0]} {here[1]}, and the run in {args.load} had {there[0]} "
-        f"{there[1]}: if they are not the same, the model takes each piece for another",
+        f"{there[1]}{' of other content' * (here == there)}: if they are not the same, the model "
+        "takes each piece for another",
         flush=True,
     )
+
+
+def _hash_of_tokenizer(args: Namespace) -> str | None:
+    """Of the file that holds a tokenizer's pieces; None if there is none, or elsewhere."""
+    path = Path(args.tokenizer_model or "")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _check_schedule(args: Namespace, saved: Namespace) -> None:

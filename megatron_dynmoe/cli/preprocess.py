@@ -9,7 +9,11 @@ from typing import Any, NoReturn
 from megatron_dynmoe.cli.reading import add_input_flags
 from megatron_dynmoe.data.records import Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
+from megatron_dynmoe.settings.command_line import (
+    CommandParser,
+    ending_plainly,
+    number,
+)
 
 _NO_SPLIT = "sentences are not split here: each document is one sequence"
 _PADDING = "the size of the model's vocabulary is the training job's matter: leave it out"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import current_umask
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import plain_name
@@ -106,10 +107,10 @@ def check_is_model(folder: Path) -> None:
     """Refuse what is no Hugging Face folder, with the remedy if it is a training's.
 
     Raises:
-        ValueError: there is no such folder, or no config.json in it.
+        UsageError: there is no such folder, or no config.json in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"model {folder}: no such folder")
+        raise UsageError(f"--model is {folder}: there is no such folder")
     if (folder / CONFIG).is_file():
         return
     saved = (folder, folder / "checkpoints", folder.parent)
@@ -122,7 +123,9 @@ def check_is_model(folder: Path) -> None:
             f"--load {checkpoints} --output DIR makes one"
         )
     )
-    raise ValueError(f"model {folder}: it has no {CONFIG}, so it is no Hugging Face model{remedy}")
+    raise UsageError(
+        f"--model is {folder}: it has no {CONFIG}, so it is no Hugging Face model{remedy}"
+    )
 
 
 class ModelFolder:

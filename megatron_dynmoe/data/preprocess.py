@@ -20,6 +20,7 @@ from megatron_dynmoe.data.progress import Progress
 from megatron_dynmoe.data.readers import open_reader
 from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
+from megatron_dynmoe.settings.command_line import UsageError
 
 # A batch is closed at this much text (characters) or this many documents. Larger batches leave a
 # thread idle at the end, smaller ones cost more switches; between these memory is bounded.
@@ -89,7 +90,8 @@ def preprocess(
         The counts, over all keys.
 
     Raises:
-        ValueError: input, output or tokenizer cannot be used, or hold no document.
+        UsageError: what is asked for cannot be: files that are not there, an output that exists.
+        ValueError: a file cannot be read, or there is no document.
         Unreadable: a record is no document (names file and line), unless skipped.
         OSError: the output cannot be written.
     """
@@ -97,7 +99,10 @@ def preprocess(
     paths = expand_inputs(inputs)
     prefixes = _output_prefixes(output_prefix, json_keys)
     if append_eod and tokenizer.eod is None:
-        raise ValueError("append_eod: the tokenizer has no end-of-document (eos) token")
+        raise UsageError(
+            "--append-eod is given, and the tokenizer has no end-of-document (eos) token: leave it "
+            "out, or give another --tokenizer-model"
+        )
     _check_targets(prefixes, overwrite)
 
     summary = Summary([str(prefix) for prefix in prefixes], len(paths))
@@ -109,8 +114,10 @@ def preprocess(
             try:
                 writers.append(IndexedDatasetWriter(prefix, dtype))
             except OSError as error:
-                reason = error.strerror
-                raise ValueError(f"output folder {prefix.parent}: {reason}") from error
+                raise ValueError(
+                    f"--output-prefix is {output_prefix}: nothing can be written to "
+                    f"{prefix.parent} ({error.strerror})"
+                ) from error
         with Progress(paths, log_interval) as progress:
             batches = _batches(
                 paths, json_keys, _policy(skip_unreadable, summary), limits, progress
@@ -224,11 +231,13 @@ def _policy(skip_unreadable: bool, summary: Summary) -> OnUnreadable:
 
 def _output_prefixes(output_prefix: str, keys: Sequence[str]) -> list[Path]:
     if len(set(keys)) < len(keys):
-        raise ValueError(f"json_keys {' '.join(keys)}: a field is named twice")
+        raise UsageError(f"--json-keys is {' '.join(keys)}: a field is named twice")
     prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
     folder = prefixes[0].parent
     if not folder.is_dir():
-        raise ValueError(f"output prefix {output_prefix}: there is no folder {folder}: create it")
+        raise UsageError(
+            f"--output-prefix is {output_prefix}: there is no folder {folder}: create it"
+        )
     return prefixes
 
 
@@ -237,4 +246,6 @@ def _check_targets(prefixes: Sequence[Path], overwrite: bool) -> None:
         for suffix in (".bin", ".idx"):
             target = prefix.with_name(prefix.name + suffix)
             if target.exists() and not overwrite:
-                raise ValueError(f"{target} exists: give another prefix, or --overwrite")
+                raise UsageError(
+                    f"--output-prefix: {target} exists: give another prefix, or --overwrite"
+                )

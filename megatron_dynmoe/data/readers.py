@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dynmoe.data.inputs import is_plain_text
+from megatron_dynmoe.data.inputs import COMPRESSED, is_plain_text
 from megatron_dynmoe.data.records import (
     DEFAULT_LIMITS,
     HARMLESS,
@@ -118,8 +118,7 @@ class JsonLinesReader(StreamReader):
                     self._check_expansion(num_bytes, self._raw.tell())
                 line = b"" if line.endswith(b"\n") else stream.readline(most)
 
-    @staticmethod
-    def _parse(number: int, line: bytes) -> Any:
+    def _parse(self, number: int, line: bytes) -> Any:
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         text = line.decode("utf-8")
@@ -130,12 +129,10 @@ class JsonLinesReader(StreamReader):
         except json.JSONDecodeError as error:
             if number > 1:
                 raise
-            is_json = text.lstrip().startswith(("{", "["))
-            hint = (
-                "each line has to be an object"
-                if is_json
-                else "the name of plain text ends in .txt"
-            )
+            hint = "each line has to be an object"
+            if not text.lstrip().startswith(("{", "[")):
+                ending = self.path.suffix if self.path.suffix.lower() in COMPRESSED else ""
+                hint = f"the name of plain text ends in .txt{ending}"
             raise ValueError(f"{reason_of(error)}: {hint}") from error
 
 

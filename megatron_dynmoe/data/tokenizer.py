@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dynmoe.settings.command_line import UsageError
+
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
@@ -48,22 +50,22 @@ def build_tokenizer(
             around a text (Megatron's default), or without.
 
     Raises:
-        ValueError: an unknown type, or a model that cannot be loaded.
+        UsageError: an unknown type, or a model that cannot be loaded.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
-        raise ValueError(
-            f"tokenizer type {tokenizer_type} is not supported: use one of "
+        raise UsageError(
+            f"--tokenizer-type is {tokenizer_type}, which is not supported: use one of "
             f"{', '.join(TOKENIZER_TYPES)}"
         )
     path = Path(model)
     if not path.exists():
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer-model is {model}: there is no such file or folder (a model on a hub has "
             "to be downloaded to a folder first)"
         )
     tiktoken = _tiktoken_file(path)
     if tiktoken is not None:
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer-model is {tiktoken}, a tiktoken file, which is none of the supported "
             f"kinds: give {KINDS}"
         )
@@ -98,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor.Load(str(path))
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"--tokenizer-model is {path}, which is no SentencePiece model: give {KINDS}"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
@@ -126,7 +128,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             loaded = _load_json(path) or _load_with_transformers(path)
         except Exception as error:  # the Rust library raises bare Exception
-            raise ValueError(
+            raise UsageError(
                 f"--tokenizer-model is {path}, which cannot be loaded ({error}): give {KINDS}"
             ) from error
         self._tokenizer, self.eod = loaded

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_dynmoe.data.inputs import expand_inputs
 from megatron_dynmoe.data.readers import open_reader
 from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import replace_file
 
 # <unk>, <s>, </s> and one piece for each byte.
@@ -46,7 +47,9 @@ def train_tokenizer(
         The model's path, PREFIX.model.
 
     Raises:
-        ValueError: the inputs cannot be used, or hold too little text for `vocab_size`.
+        UsageError: what is asked for cannot be: files that are not there, too little text for
+            `vocab_size`, an output that exists.
+        ValueError: a file cannot be read.
         Unreadable: a record is no document, unless skipped.
         OSError: the output cannot be written.
     """
@@ -55,11 +58,16 @@ def train_tokenizer(
     paths = expand_inputs(inputs)
     target = Path(f"{output_prefix}.model")
     if not target.parent.is_dir():
-        raise ValueError(f"output {output_prefix}: there is no folder {target.parent}: create it")
+        raise UsageError(
+            f"--output is {output_prefix}: there is no folder {target.parent}: create it"
+        )
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: give another prefix, or --overwrite")
+        raise UsageError(f"--output: {target} exists: give another prefix, or --overwrite")
     if vocab_size <= FIXED_PIECES:
-        raise ValueError(f"vocab_size {vocab_size}: more than {FIXED_PIECES} is wanted")
+        raise UsageError(
+            f"--vocab-size is {vocab_size}: give more than {FIXED_PIECES}, which are the bytes and "
+            "three marks, and 1000 or more for a text worth training on"
+        )
 
     lines = _Lines(paths, json_keys, skip_unreadable, limits)
     model = io.BytesIO()  # not a file: its name would become part of the model
@@ -93,8 +101,8 @@ def train_tokenizer(
         remedy = "give more text or a smaller size"
         if "smaller than required_chars" in reason:  # each letter of the text is a piece of its own
             remedy = "give a larger size"
-        raise ValueError(
-            f"vocab_size {vocab_size} cannot be reached with this text ({lines.count:,} lines): "
+        raise UsageError(
+            f"--vocab-size is {vocab_size}, which this text ({lines.count:,} lines) cannot give: "
             f"{remedy} ({reason})"
         ) from error
     if lines.num_cut:

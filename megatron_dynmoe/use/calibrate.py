@@ -326,6 +326,6 @@ def _documents(data: Sequence[str], text_key: str) -> Iterator[str]:
     def stop(unreadable: Unreadable) -> None:
         raise unreadable
 
-    for path in expand_inputs(data):
+    for path in expand_inputs(data, "--data"):
         for (text,) in open_reader(path, [text_key], stop):
             yield text

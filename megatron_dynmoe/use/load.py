@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
 
@@ -72,8 +73,15 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
         device: such as ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: weights that are missing, damaged or do not fit, or a bad device.
+        UsageError: there is no such device.
+        ValueError: weights that are missing, damaged or do not fit.
     """
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several kinds
+        raise UsageError(
+            f"--device is {device}, which is not here: {in_few_words(error)}"
+        ) from error
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"model {folder}: it has no .safetensors file (weights in pickle files are not read)"

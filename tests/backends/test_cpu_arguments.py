@@ -1,5 +1,7 @@
 """What only CUDA has."""
 
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -16,3 +18,12 @@ def test_cuda_graphs_are_refused(used):
     cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED))
     with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} is .* Leave it out"):
         cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED | used))
+
+
+def test_nothing_is_said_of_what_is_for_gpus():
+    """Upstream warns nine times while it is imported, which buries the first words of a run."""
+    code = "from megatron_dynmoe.backends import cpu; cpu.install(); import megatron.training"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert done.stderr.startswith("> megatron_dynmoe: running Megatron on the CPU over gloo")
+    assert done.stderr.count("\n") == 1

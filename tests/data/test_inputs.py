@@ -10,6 +10,7 @@ from megatron_dynmoe.data import readers, records
 from megatron_dynmoe.data.inputs import expand_inputs
 from megatron_dynmoe.data.readers import open_reader
 from megatron_dynmoe.data.records import Limits, Unreadable
+from megatron_dynmoe.settings.command_line import UsageError
 
 from .conftest import Run, outputs, write_jsonl
 
@@ -33,7 +34,7 @@ def test_a_folder_stands_for_its_texts_in_their_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in expand_inputs([str(tmp_path)])]
     assert found == ["C.TXT", "a/y.parquet", "a/z.jsonl.gz", "b.txt", "d.txt.zst"]
-    with pytest.raises(ValueError, match=r"b\.txt is named twice"):
+    with pytest.raises(UsageError, match=r"--input: .*b\.txt is named twice"):
         expand_inputs([str(tmp_path), str(tmp_path / "b.txt")])
     with pytest.raises(ValueError, match=r"\.cache2: the folder holds no text.*\.jsonl, .*\.txt"):
         (tmp_path / ".cache2").mkdir()
@@ -104,6 +105,9 @@ def test_a_file_that_is_no_json_lines_is_told_what_it_may_be(
         (tmp_path / "in").write_text(content)
         result = run_preprocess("--input", tmp_path / "in")
         assert result.code == 1 and message in result.error
+    with gzip.open(tmp_path / "howto.gz", "w") as file:
+        file.write(b"Some words.\n")
+    assert "plain text ends in .txt.gz" in run_preprocess("--input", tmp_path / "howto.gz").error
     # Where all is skipped, so is the only hint.
     result = run_preprocess("--input", tmp_path / "in", "--on-error", "skip")
     assert "nothing was written (1 skipped, first " in result.error
@@ -151,7 +155,7 @@ def test_a_tiktoken_file_is_called_so(
     file.write_text("{}" if name == "tekken.json" else "IQ== 0\nIg== 1\n")
     model = file.parent if is_folder else file
     result = run_preprocess("--input", source, "--tokenizer-type", kind, "--tokenizer-model", model)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--tokenizer-model is {file}, a tiktoken file, which is none of the supported" in (
         result.error
     )

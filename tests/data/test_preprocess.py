@@ -170,10 +170,13 @@ def test_inputs_that_cannot_be_used(run_preprocess: Run, tmp_path: Path) -> None
     (tmp_path / "empty.jsonl").write_bytes(b"")
     parquet(tmp_path / "a.parquet", ["a"])
     before = sorted(tmp_path.iterdir())
-    for args, message in (
-        (["missing.jsonl"], "missing.jsonl: no such file"),
-        (["*.nothing"], r"*.nothing: no such file, and no file matches"),
+    misused = (
+        (["missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["*.nothing"], r"*.nothing: there is no such file, and no file matches"),
         (["a.jsonl", "a.*"], "named twice"),
+    )
+    for args, message in (
+        *misused,
         (["cut.jsonl.gz"], "cut.jsonl.gz: cannot be read after line"),
         (["cut.jsonl.zst"], "cut.jsonl.zst: cannot be read after line"),
         (["no.jsonl.gz"], "no.jsonl.gz: cannot be read after line 0"),
@@ -184,7 +187,8 @@ def test_inputs_that_cannot_be_used(run_preprocess: Run, tmp_path: Path) -> None
         result = run_preprocess("--input", str(tmp_path / args[0]), *args[1:])
         if args == ["a.jsonl", "a.*"]:
             result = run_preprocess("--input", *(str(tmp_path / name) for name in args))
-        assert result.code == 1 and message in result.error
+        assert result.code == (2 if (args, message) in misused else 1)
+        assert message in result.error
         # A damaged file is no line to skip.
         assert run_preprocess("--input", tmp_path / args[0], *args[1:], "--on-error", "skip").code
     assert sorted(tmp_path.iterdir()) == before
@@ -193,10 +197,11 @@ def test_inputs_that_cannot_be_used(run_preprocess: Run, tmp_path: Path) -> None
 def test_outputs_that_cannot_be_written(run_preprocess: Run, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a"])
     result = run_preprocess("--input", source, "--output-prefix", tmp_path / "no" / "out")
-    assert result.code == 1 and "there is no folder" in result.error
+    assert result.code == 2
+    assert f"--output-prefix is {tmp_path}/no/out: there is no folder" in result.error
     # Even root cannot write there.
     result = run_preprocess("--input", source, "--output-prefix", "/proc/out")
-    assert result.code == 1 and "output folder /proc: " in result.error
+    assert result.code == 1 and "nothing can be written to /proc (" in result.error
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -205,7 +210,7 @@ def test_overwriting_is_asked_for(suffix: str, run_preprocess: Run, tmp_path: Pa
     old = tmp_path / f"out_text_document{suffix}"
     old.write_text("old")
     result = run_preprocess("--input", source)
-    assert result.code == 1 and f"{old} exists" in result.error
+    assert result.code == 2 and f"--output-prefix: {old} exists" in result.error
     assert old.read_text() == "old"
     assert run_preprocess("--input", source, "--overwrite").code == 0
     assert outputs(tmp_path / "out")[1].startswith(b"MMIDIDX")
@@ -221,11 +226,12 @@ def test_tokenizers_that_cannot_be_used(run_preprocess: Run, tmp_path: Path) -> 
         (["--tokenizer-type", "HuggingFaceTokenizer"], "cannot be loaded"),
     ):
         result = run_preprocess("--input", source, *args)
-        assert result.code == 1 and message in result.error
+        assert result.code == 2 and "--tokenizer-model is " in result.error
+        assert message in result.error
     folder = save_hf(Tokenizer(models.BPE()), tmp_path, bos_token=None, eos_token=None)
     hf = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
     result = run_preprocess("--input", source, *hf, "--append-eod")
-    assert result.code == 1 and "no end-of-document (eos) token" in result.error
+    assert result.code == 2 and "no end-of-document (eos) token" in result.error
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_dynmoe.cli import tokenizer as command
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
+from megatron_dynmoe.settings.command_line import UsageError
 
 from .conftest import CORPUS, ODD_TEXTS, write_jsonl
 
@@ -37,11 +38,11 @@ def test_same_input_same_model(sp_model: Path, tmp_path: Path) -> None:
 
 def test_too_little_text(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a few words"])
-    with pytest.raises(ValueError, match="vocab_size 4096 cannot be reached"):
+    with pytest.raises(UsageError, match=r"--vocab-size is 4096, which this text .* cannot give"):
         train_tokenizer([str(source)], str(tmp_path / "out"), 4096)
     with pytest.raises(ValueError, match="no text in"):
         train_tokenizer([str(write_jsonl(source, [""]))], str(tmp_path / "out"), 4096)
-    with pytest.raises(ValueError, match="vocab_size 259"):
+    with pytest.raises(UsageError, match="--vocab-size is 259: give more than 259"):
         train_tokenizer([str(source)], str(tmp_path / "out"), 259)
 
 
@@ -61,5 +62,6 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     captured = capfd.readouterr()
     assert "m.model (285 pieces)\nto use it: --tokenizer-type Sentence" in captured.out
     assert captured.err == ""  # the trainer's own log
-    with pytest.raises(SystemExit, match=r"m\.model exists"):
+    with pytest.raises(SystemExit) as exit_:
         command.main(argv)
+    assert exit_.value.code == 2 and "m.model exists" in capfd.readouterr().err

@@ -408,7 +408,7 @@ def test_color_where_it_is_wanted(
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens is 0: use at least 1."),
         (["--prompt", "x", "--max-experts-per-token", "9"], 1, "the model has 8 experts"),
         (["--prompt-file", "missing.txt"], 1, "missing.txt: No such file"),
-        (["--prompt", "x", "--device", "abacus"], 1, "abacus"),
+        (["--prompt", "x", "--device", "abacus"], 2, "--device is abacus, which is not here: "),
         ([], 2, "give --prompt or --prompt-file."),
     ],
 )
@@ -482,13 +482,14 @@ def test_bad_folders_are_named(
     damage(tmp_path, kind)
     prompt = "" if kind == "no bos" else "x"
     status, out, err = run(tmp_path, "--prompt", prompt, capsys=capsys)
-    assert (status, out) == (1, "") and message in err
+    assert (status, out) == (2 if kind == "no config" else 1, "") and message in err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
 
 
 def test_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(tmp_path / "nowhere", "--prompt", "x", capsys=capsys)
-    assert status == 1 and err.strip().endswith("nowhere: no such folder")
+    assert status == 2 and err.strip().endswith("/nowhere: there is no such folder")
+    assert "--model is " in err
 
 
 @pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/iter_0000004"])
@@ -499,7 +500,7 @@ def test_a_checkpoint_in_place_of_a_model_is_told_the_way(
     (checkpoints / "iter_0000004").mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
     status, _, err = run(tmp_path / named, "--prompt", "x", capsys=capsys)
-    assert status == 1 and err.strip().endswith(
+    assert status == 2 and err.strip().endswith(
         f"but a checkpoint, of which tools/convert_checkpoint.py to-hf --load {checkpoints} "
         "--output DIR makes one"
     )
