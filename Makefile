@@ -10,7 +10,8 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-distributed test-long test-avx2 test-wheel test-faults soak mutations \
+.PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
+	test-faults soak mutations \
 	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
@@ -23,6 +24,10 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
+
+# Without what takes long: Megatron, several processes, and Triton's interpreter.
+check: setup lint types ## lint, types, and the tests that need no Megatron: 2 to 4 minutes
+	@$(TEST) tests -n 2 --dist loadgroup -m "not (megatron or distributed or long or triton)"
 
 test: setup lint types ## lint, types and every test that this machine can run and is not long
 	@$(TEST) tests -n 2 --dist loadgroup -m "not long"

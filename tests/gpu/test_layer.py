@@ -7,7 +7,7 @@ from megatron_dynmoe.moe.experts import has_grouped_gemm
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.megatron]
 
 E, S, B, D, FFN, CAP = 16, 64, 2, 64, 128, 6
 BF16 = torch.bfloat16

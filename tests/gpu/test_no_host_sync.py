@@ -8,7 +8,7 @@ from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
 from megatron_dynmoe.moe.permute import order_rows, permute, unpermute
 from megatron_dynmoe.routing.route import route
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.megatron]
 
 T, E, D = 512, 64, 256
 either_route = pytest.mark.parametrize("route", [route_fused, route])

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.triton
 def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
     # In a process of its own, because here Triton interprets; with no old results.
     done = subprocess.run(

@@ -9,6 +9,8 @@ from tests.kernels.device import DEVICE
 pytest.importorskip("triton")
 from megatron_dynmoe.kernels.grouped_gemm import multiply_by_rows, multiply_rows
 
+pytestmark = [pytest.mark.megatron, pytest.mark.triton]
+
 # Rows of each expert: none, a part of a tile, whole tiles, more than one tile.
 COUNTS = [[3, 0, 128, 150], [0, 0, 0, 1], [129], [0, 0]]
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

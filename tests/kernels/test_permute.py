@@ -58,6 +58,7 @@ def test_there_and_back_with_weights_is_the_weighted_sum_and_so_are_its_gradient
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 1100])  # 1100: more than one block
+@pytest.mark.triton
 def test_the_kernel_adds_up_every_tokens_rows(routing_map, width, dtype):
     order = plain.order_rows(routing_map, int(routing_map.sum()))
     rows = values(len(order.token_R), width, dtype=dtype).detach()

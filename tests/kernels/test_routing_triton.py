@@ -15,6 +15,8 @@ tl = triton.language
 from megatron_dynmoe.kernels import routing_triton  # noqa: E402
 from megatron_dynmoe.kernels.routing_triton import route_fused  # noqa: E402
 
+pytestmark = pytest.mark.triton
+
 CASES = [
     (num_experts, 5, normalized, renormalize, cap)
     for num_experts in (1, 2, 5, 16)  # 1 and 5 are padded to the next power of two

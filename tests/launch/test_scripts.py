@@ -295,6 +295,7 @@ def test_a_mistake_is_found_before_the_job_is_submitted(bash, arguments, message
     assert "Traceback" not in answer.stderr and "sbatch" not in answer.stdout
 
 
+@pytest.mark.megatron
 def test_a_misspelt_flag_is_found_before_the_job_is_submitted(bash):
     script, settings = str(LAUNCH / "pretrain_dtop_p.sh"), "DEVICE=cpu"
     answer = bash("submit.sh", script, "smoke", "--clip-grads", "1", settings=settings)

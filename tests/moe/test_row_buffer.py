@@ -12,6 +12,8 @@ from megatron_dynmoe.moe.permute import order_rows
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 
+pytestmark = pytest.mark.megatron
+
 E, S, B, D = 6, 10, 3, 8
 CAP = 4
 MEASURED = DynMoEConfig(
