@@ -51,7 +51,7 @@ class Collected:
     samples: dict[str, Sample]
 
 
-class _Read(NamedTuple):
+class _BlockResult(NamedTuple):
     """What the model did with a block of a group's windows, padded to the longest of them."""
 
     windows: list[Window]
@@ -102,26 +102,26 @@ def collect(
                 groups[window.group] = Counts(shape)
             yield window
 
-    for read in _in_workers(model, in_blocks(in_order(), BLOCK_TOKENS)):
-        if read.group not in samples:
-            samples[read.group] = _sample(read, sample_tokens)
-        _count(groups[read.group], read, letters)
-        on_tokens(sum(len(window.tokens) for window in read.windows))
+    for result in _in_workers(model, in_blocks(in_order(), BLOCK_TOKENS)):
+        if result.group not in samples:
+            samples[result.group] = _sample(result, sample_tokens)
+        _count(groups[result.group], result, letters)
+        on_tokens(sum(len(window.tokens) for window in result.windows))
     return Collected(groups, {group: samples[group] for group in groups})
 
 
-def _count(counts: Counts, read: _Read, letters: Letters) -> None:
+def _count(counts: Counts, result: _BlockResult, letters: Letters) -> None:
     """Add a block's windows, all of them at once: workers wait for each call."""
-    shape, tokens_WS, loss_WS = counts.shape, read.tokens_WS, read.loss_WS
-    lengths_W = np.array([len(window.tokens) for window in read.windows])
+    shape, tokens_WS, loss_WS = counts.shape, result.tokens_WS, result.loss_WS
+    lengths_W = np.array([len(window.tokens) for window in result.windows])
     length = tokens_WS.shape[1]
     valid_WS = np.arange(length) < lengths_W[:, None]
     predicted_WS = valid_WS[:, 1:]
-    experts_LWS = read.map_LWSE.sum(axis=3) * valid_WS
+    experts_LWS = result.map_LWSE.sum(axis=3) * valid_WS
     total_WS = experts_LWS.sum(axis=0)
     loss_T = loss_WS[predicted_WS]
 
-    counts.windows += len(read.windows)
+    counts.windows += len(result.windows)
     counts.tokens += int(lengths_W.sum())
     counts.predicted += len(loss_T)
     counts.loss += int(loss_T.sum())
@@ -130,7 +130,7 @@ def _count(counts: Counts, read: _Read, letters: Letters) -> None:
     counts.total_K += np.bincount(total_WS[valid_WS], minlength=len(counts.total_K))
 
     # Sums of zeros and ones, which float32 holds exactly up to 2**24 tokens
-    for layer, map_WSE in enumerate(read.map_LWSE):
+    for layer, map_WSE in enumerate(result.map_LWSE):
         map_TE = map_WSE[valid_WS].astype(np.float32)
         counts.together_LEE[layer] += (map_TE.T @ map_TE).astype(np.int64)
     counts.load_LE[:] = counts.together_LEE.diagonal(axis1=1, axis2=2)
@@ -147,9 +147,9 @@ def _count(counts: Counts, read: _Read, letters: Letters) -> None:
     np.add.at(counts.vocab_word_V, judged_T, whole_words(tokens_WS, letters)[between_WS])
 
     # Documents come in order: their number is that of the last one
-    counts.documents = max(counts.documents, 1 + int(read.documents_WS.max()))
-    places = np.unique(read.documents_WS, return_inverse=True)
-    bags = np.array([bag_of(read.group, document) for document in places[0].tolist()])
+    counts.documents = max(counts.documents, 1 + int(result.documents_WS.max()))
+    places = np.unique(result.documents_WS, return_inverse=True)
+    bags = np.array([bag_of(result.group, document) for document in places[0].tolist()])
     bin_WS = np.stack([bags[places[1]].reshape(total_WS.shape), expert_bins(shape)[total_WS]])
     loss_bin_T = loss_bins(loss_T)
     for table_BKN, bins in (
@@ -159,13 +159,15 @@ def _count(counts: Counts, read: _Read, letters: Letters) -> None:
         np.add.at(table_BKN, (*bins[:, predicted_WS], loss_bin_T), 1)
 
 
-def _sample(read: _Read, num_tokens: int) -> Sample:
-    tokens = read.windows[0].tokens[:num_tokens]
-    losses = [None, *(read.loss_WS[0] * LOSS_UNIT).tolist()]
-    return Sample(tokens, read.map_LWSE[:, 0].sum(axis=2)[:, : len(tokens)], losses[: len(tokens)])
+def _sample(result: _BlockResult, num_tokens: int) -> Sample:
+    tokens = result.windows[0].tokens[:num_tokens]
+    losses = [None, *(result.loss_WS[0] * LOSS_UNIT).tolist()]
+    return Sample(
+        tokens, result.map_LWSE[:, 0].sum(axis=2)[:, : len(tokens)], losses[: len(tokens)]
+    )
 
 
-def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_Read]:
+def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_BlockResult]:
     """What the model does with each block, in order.
 
     On a CPU each core reads a block of its own with one thread: threads that share the many small
@@ -175,15 +177,15 @@ def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_Read]:
     on_cpu = model.device.type == "cpu"
     num_workers = len(os.sched_getaffinity(0)) if on_cpu else 1
     threads = torch.get_num_threads()
-    waiting: deque[Future[_Read]] = deque()
+    waiting: deque[Future[_BlockResult]] = deque()
     pool = ThreadPoolExecutor(num_workers, initializer=_one_thread if on_cpu else None)
     try:
         for block in islice(blocks, 2 * num_workers):
-            waiting.append(pool.submit(_read, model, block))
+            waiting.append(pool.submit(_run_block, model, block))
         while waiting:
             yield waiting.popleft().result()
             for block in islice(blocks, 1):
-                waiting.append(pool.submit(_read, model, block))
+                waiting.append(pool.submit(_run_block, model, block))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -194,7 +196,7 @@ def _one_thread() -> None:
 
 
 @torch.inference_mode()
-def _read(model: Any, block: list[Window]) -> _Read:
+def _run_block(model: Any, block: list[Window]) -> _BlockResult:
     # Nothing is masked: no token sees the padding after it.
     longest = max(len(window.tokens) for window in block)
     rows = [window.tokens + [0] * (longest - len(window.tokens)) for window in block]
@@ -221,7 +223,7 @@ def _read(model: Any, block: list[Window]) -> _Read:
         window.documents + window.documents[-1:] * (longest - len(window.tokens))
         for window in block
     ]
-    return _Read(
+    return _BlockResult(
         block, np.array(rows), np.array(documents), map_LWSE.cpu().numpy(), units_WS.cpu().numpy()
     )
 
