@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from functools import partial
+from importlib import resources
 from typing import NamedTuple
 
 import pytest
@@ -88,7 +89,9 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     from megatron_dynmoe.model.spec import layer_spec
     from megatron_dynmoe.training.loop import parse_command_line
 
-    flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", __file__]  # not read
+    # Its size does not count, because Megatron builds the tokenizer after the arguments.
+    tokenizer = resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", str(tokenizer)]
     monkeypatch.setattr("sys.argv", ["pretrain", *flags])
     args, resolved = parse_command_line()
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
