@@ -26,6 +26,7 @@ if [[ -z $NPROC_GIVEN ]]; then
   NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   if ((NPROC == 0)); then NPROC=1; fi
 fi
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$NPROC': give the number of processes, from 1."
 export NPROC NODES=1 LAUNCHER=torchrun
 if [[ -n $NETWORK_INTERFACE ]]; then address_of_this_node >/dev/null; fi
 begin_attempt "$NPROC"

@@ -324,6 +324,12 @@ def test_the_local_script_names_what_is_missing(bash):
     assert "error: the number of processes is 1, which tensor 1 x pipeline 2" in answer.stderr
     assert "name a recipe" in bash("local.sh").stderr
     assert "'runs/mine' belongs to no flag" in bash("local.sh", "smoke", "runs/mine").stderr
+    for number in ("0", "two"):
+        answer = bash("local.sh", "smoke", NPROC=number)
+        assert (answer.returncode, answer.stderr) == (
+            2,
+            f"error: NPROC is '{number}': give the number of processes, from 1.\n",
+        )
 
 
 def test_a_dry_run_checks_and_shows_what_it_would_submit(bash):
