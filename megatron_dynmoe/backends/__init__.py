@@ -1,4 +1,5 @@
-"""Whose code runs attention, norms and experts, and on what: a GPU, or the CPU in its place.
+"""The choice of the code that runs attention, norms and experts, and of the device: GPU or CPU.
 
-Megatron's arguments enter, a choice leaves; ``cpu.py`` answers for ``torch.cuda`` without CUDA.
+Megatron's arguments enter, and a choice leaves. Without CUDA, ``cpu.py`` stands in for
+``torch.cuda``.
 """

@@ -1,7 +1,7 @@
-"""What a matrix product in bf16 costs on this CPU.
+"""The cost of a matrix product in bf16 on this CPU.
 
-Processors with AVX-512 BF16 or AMX multiply bf16 faster than float32, others a little slower, and
-those without AVX-512 more than a hundred times slower.
+Processors with AVX-512 BF16 or AMX multiply bf16 faster than float32. Other processors with AVX-512
+are a little slower in bf16, and processors without AVX-512 more than a hundred times slower.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import time
 
 import torch
 
-WIDTH = 192  # 14 MFLOP: 0.04 s at the 0.4 GFLOP/s of the slowest seen
-SLOW = 4.0  # a training in bf16 that multiplies so many times slower should not be on purpose
+WIDTH = 192  # 14 MFLOP: 0.04 s at 0.4 GFLOP/s, the slowest processor measured
+SLOW = 4.0  # nobody trains in bf16 on purpose if it is this many times slower than float32
 
 
 def slowdown() -> float:
-    """How many times longer a product takes in bf16 than in float32; takes about 0.1 s at most."""
+    """Measure how many times longer a product takes in bf16 than in float32, in at most 0.1 s."""
     seconds = [_seconds(dtype) for dtype in (torch.bfloat16, torch.float32)]
     return seconds[0] / seconds[1]
 
 
 def warning(factor: float) -> str | None:
-    """What to say to somebody who trains with ``--bf16`` on this CPU, if it is slow."""
+    """Return a warning for a user who trains with ``--bf16``, or None if that is not slow here."""
     if factor < SLOW:
         return None
     return (

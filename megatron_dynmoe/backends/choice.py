@@ -1,8 +1,8 @@
-"""Which back end runs a model's layers, what it cannot do, and the words for it.
+"""Which back end runs a model's layers, what it cannot do, and the messages about it.
 
-Decided before anything is built, from Megatron's arguments or its TransformerConfig. What
-``torch_native`` does not support stays upstream's ``local`` under ``auto`` and is refused where it
-is asked for: see :func:`plan` and ``docs/backends.md``.
+Megatron's arguments or its TransformerConfig decide this before anything is built. If
+``torch_native`` does not support a part, ``auto`` leaves this part to upstream's ``local``. An
+explicit ``torch_native`` is refused instead. See :func:`plan` and ``docs/backends.md``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which back end a model's layers get.
+    """The back end of a model's layers.
 
     Attributes:
         backend: ``torch_native``, ``local``, ``transformer_engine`` or ``inference_optimized``.
         why: the reason for it.
-        kept: with ``torch_native``: the parts that stay ``local``'s, each with the reason.
+        kept: with ``torch_native``, the parts that ``local`` runs, each with the reason.
     """
 
     backend: str
@@ -38,20 +38,20 @@ class Plan:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and may run: not on the CPU."""
+    """Whether Transformer Engine is installed and can run. It cannot on the CPU."""
     return not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str]:
-    """Settle ``--moe-dynamic-backend`` and ``--transformer-impl`` with each other.
+    """Choose a back end that fits both ``--moe-dynamic-backend`` and ``--transformer-impl``.
 
     Args:
-        backend: the setting.
-        transformer_impl: upstream's, None where it was not given. ``local`` is upstream's word for
-            layers without Transformer Engine, so it leaves ``torch_native`` and ``local``.
+        backend: ``--moe-dynamic-backend``.
+        transformer_impl: upstream's setting, None if it was not given. Upstream's ``local`` means
+            layers without Transformer Engine, so it allows ``torch_native`` and ``local``.
 
     Returns:
-        The back end, and why it is that.
+        The back end, and the reason for it.
 
     Raises:
         ValueError: the two contradict each other, or Transformer Engine is not installed.
@@ -79,7 +79,7 @@ def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str
 
 
 def implementation(backend: str) -> str:
-    """Upstream's ``transformer_impl`` on which a back end builds."""
+    """Return the ``transformer_impl`` of upstream on which a back end builds."""
     return "local" if backend == "torch_native" else backend
 
 
@@ -91,11 +91,12 @@ def plan(
     Args:
         backend: ``--moe-dynamic-backend``.
         transformer_impl: see :func:`choose_backend`.
-        config: the model's, or Megatron's arguments.
+        config: the model's config, or Megatron's arguments.
         optimizer: upstream's ``--optimizer``.
 
     Raises:
-        ValueError: what is asked for contradicts itself or cannot do what the model needs.
+        ValueError: the settings contradict each other, or the back end that they ask for cannot do
+            what the model needs.
     """
     chosen, why = choose_backend(backend, transformer_impl)
     check_norms(chosen, config)
@@ -123,10 +124,10 @@ def plan(
 
 
 def check_biases(config: TransformerConfig) -> None:
-    """Refuse biases where upstream's local experts stop at them in the first step.
+    """Refuse biases if upstream's local experts would fail at them in the first step.
 
-    Their output is a view that autograd forbids to add the bias to in place, unless a collective
-    between ranks has made a tensor of its own of it.
+    The output of these experts is a view, and autograd forbids to add a bias to it in place. There
+    is no such problem if a collective between ranks has made the output a tensor of its own.
 
     Raises:
         ValueError: the experts cannot be trained with biases.
@@ -141,23 +142,23 @@ def check_biases(config: TransformerConfig) -> None:
 
 
 def needs_parallel_experts(plan: Plan, settings: Any) -> bool:
-    """Whether a model can only be trained with expert parallelism; see :func:`check_biases`.
+    """Whether a model can be trained only with expert parallelism; see :func:`check_biases`.
 
     Args:
-        plan: of the model.
+        plan: the model's back end.
         settings: Megatron's arguments or a TransformerConfig.
     """
     return (plan.backend == "local" or "experts" in plan.kept) and _have_biases(settings)
 
 
 def _have_biases(settings: Any) -> bool:
-    # The namespace's name, and the config's.
+    # Megatron's arguments and its config have different names for it.
     has_experts = any(getattr(settings, name, None) for name in ("num_experts", "num_moe_experts"))
     return bool(settings.add_bias_linear and has_experts)
 
 
 def check_recompute(settings: Any) -> None:
-    """Refuse to recompute norms where upstream's code for it wants Transformer Engine.
+    """Refuse to recompute norms without Transformer Engine, which upstream needs for it.
 
     Args:
         settings: Megatron's arguments or a TransformerConfig.
@@ -175,10 +176,10 @@ def check_recompute(settings: Any) -> None:
 
 
 def check_norms(backend: str, settings: Any) -> None:
-    """Refuse sequence parallelism where upstream's local norms would stop at it.
+    """Refuse sequence parallelism if upstream's local norms would fail at it.
 
     Args:
-        backend: the one chosen.
+        backend: the chosen back end.
         settings: Megatron's arguments or a TransformerConfig.
 
     Raises:
@@ -197,10 +198,10 @@ def check_norms(backend: str, settings: Any) -> None:
 
 
 def adapt_arguments(args: Any) -> None:
-    """Turn off what upstream has on and what only Apex or Transformer Engine can do.
+    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
 
-    And let the data loader make no attention mask where it would be the causal one, which the
-    attention knows by itself.
+    The data loader also stops making an attention mask if that mask would be the causal one. The
+    attention applies the causal mask by itself.
     """
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
@@ -221,7 +222,7 @@ _ATTENTION: dict[str, tuple[Any, ...]] = {
 _NORM: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "layernorm_zero_centered_gamma": (False,),
-    "apply_layernorm_1p": (False,),  # the name of the same on the command line
+    "apply_layernorm_1p": (False,),  # the same setting in Megatron's arguments
 }
 _EXPERTS: dict[str, tuple[Any, ...]] = {
     "add_bias_linear": (False,),
@@ -250,7 +251,7 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
 
 
 def describe(plan: Plan, config: TransformerConfig) -> str:
-    """One line that says which code runs attention, norms and experts."""
+    """Describe in one line which code runs attention, norms and experts."""
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
     gemm = gemm_of(config)
@@ -269,7 +270,7 @@ def describe(plan: Plan, config: TransformerConfig) -> str:
 
 
 def gemm_of(config: TransformerConfig) -> str:
-    """What runs the stacked experts' GEMMs on this device; "a loop" needs counts on the host."""
+    """Name what runs the stacked experts' GEMMs on this device; a loop needs counts on the host."""
     device, ffn = torch.device(torch.cuda.current_device()), config.moe_ffn_hidden_size or 0
     gemms = device, config.params_dtype, config.hidden_size, ffn
     if uses_grouped_mm(*gemms):

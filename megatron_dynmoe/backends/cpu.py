@@ -1,12 +1,12 @@
 """Runs unmodified Megatron on a machine without CUDA, over gloo.
 
-Megatron addresses its device as ``torch.cuda`` throughout. :func:`install` lets the CPU answer for
-it: tensors asked for on ``"cuda"`` are made on the CPU, streams and events do nothing, memory
-figures are zero, and the settings that only a GPU can honour are replaced when Megatron's arguments
-are validated. Nothing happens on import, and nothing at all where CUDA is used.
+Megatron addresses its device as ``torch.cuda`` throughout. :func:`install` makes the CPU stand in
+for it. Calls that ask for a tensor on ``"cuda"`` get one on the CPU, streams and events do nothing,
+and memory figures are zero. Settings that need a GPU are replaced when Megatron validates its
+arguments. Importing this module changes nothing, and a run on CUDA never installs it.
 
-What it does not imitate: concurrency (a stream runs in order with everything else) and the
-arithmetic of a GPU's reduced precisions.
+It does not imitate concurrency (a stream runs in order with everything else), nor the arithmetic of
+a GPU's reduced precisions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
-# Settings of Megatron that need a GPU or a compiled extension, and what they become here.
+# Settings of Megatron that need a GPU or a compiled extension, and their values here.
 FORCED_SETTINGS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -47,11 +47,11 @@ FORCED_SETTINGS: dict[str, Any] = {
 
 
 def wanted() -> bool:
-    """Whether the CPU layer is to be used: no CUDA device, or ``DYNMOE_DEVICE=cpu``.
+    """Whether to use the CPU layer: there is no CUDA device, or ``DYNMOE_DEVICE`` is ``cpu``.
 
     Raises:
-        ValueError: ``DYNMOE_DEVICE`` is neither ``cpu``, ``cuda`` nor ``auto``, or asks for CUDA
-            where there is none.
+        ValueError: ``DYNMOE_DEVICE`` is not ``cpu``, ``cuda`` or ``auto``, or it asks for CUDA and
+            there is no CUDA device.
     """
     device = os.environ.get("DYNMOE_DEVICE", "auto")
     if device not in ("auto", "cpu", "cuda"):
@@ -66,14 +66,14 @@ def wanted() -> bool:
 
 
 def install() -> None:
-    """Let the CPU answer for ``torch.cuda`` in this process, once, and say so on rank 0."""
+    """Make the CPU stand in for ``torch.cuda`` in this process, once; rank 0 prints a line."""
     if is_installed():
         return
     why = "DYNMOE_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device"
-    # The jit fuser would compile for an accelerator that is not there. Answering here, rather than
-    # disabling dynamo, also spares each process the import of the compiler.
+    # The jit fuser would compile for an accelerator that is not there. Disabling dynamo would help,
+    # too, but each process would still import the compiler. Replacing torch.compile avoids that.
     _replace(torch, compile=lambda model=None, **options: model if model is not None else _identity)
-    # Megatron insists on it for sequence parallelism, whatever the device.
+    # Megatron requires this for sequence parallelism on every device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     # Eighteen lines of what makes a GPU faster, before anything that is said of this run.
@@ -90,17 +90,18 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether the CPU answers for ``torch.cuda`` in this process."""
+    """Whether the CPU stands in for ``torch.cuda`` in this process."""
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
 
 
 class _RedirectToCpu(TorchFunctionMode):
     """Rewrites every torch call that names CUDA so that it happens on the CPU.
 
-    Two generators stay apart, as on a GPU: torch's default one is the model's and answers for
-    CUDA's, ``host_generator`` answers for the CPU's. The host draws at times that differ between a
-    resumed run and one in one go (when data loaders are built); if that disturbed the model's
-    generator, a resume with dropout would not be bitwise equal.
+    Two generators stay separate, as on a GPU: the model draws from torch's default generator, which
+    stands in for CUDA's, and the host draws from ``host_generator``, which stands in for the CPU's.
+    The host draws when it builds data loaders, and a resumed run does this at other times than an
+    uninterrupted one. If those draws changed the model's generator, a resume with dropout would not
+    be bitwise equal.
     """
 
     def __init__(self, host_generator: torch.Generator) -> None:
@@ -119,7 +120,7 @@ class _RedirectToCpu(TorchFunctionMode):
         elif name == "record_stream":
             return None
         elif name == "random_" and kwargs.get("generator") is None:
-            # Data loaders draw the seeds of their workers like this.
+            # Data loaders draw the seeds of their workers this way.
             kwargs["generator"] = self.host_generator
         elif name == "type" and len(args) == 1 and not kwargs:
             # Gradient clipping asserts the name of a CUDA tensor type.
@@ -136,7 +137,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _Stream:
-    """A CUDA stream on a device that runs everything in order: nothing to wait for."""
+    """A CUDA stream on a device that runs everything in order, so there is nothing to wait for."""
 
     device = CPU
     cuda_stream = 0
@@ -203,12 +204,15 @@ def _identity(function):
 
 
 def _returns(value: Any) -> Callable[..., Any]:
-    """A new function each time: the compiler refuses two names for one function in torch."""
+    """Make a function that returns the value.
+
+    Each call makes a new one, because the compiler refuses two names for one function in torch.
+    """
     return lambda *args, **kwargs: value
 
 
 def _replace(owner: Any, **ours: Any) -> None:
-    """Put ours in the place of functions of a module or class."""
+    """Replace functions of a module or class by ours."""
     for name, value in ours.items():
         setattr(owner, name, value)
 
@@ -275,11 +279,11 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
             set_rng_state=lambda state: _discard(host_generator.set_state(state)),
         )
     _replace(torch.cuda.nvtx, range_push=_returns(None), range_pop=_returns(None))
-    # Otherwise the data loader pins memory.
+    # Without this the data loader would pin memory.
     _replace(torch.accelerator, is_available=_returns(False), current_accelerator=_returns(None))
 
 
-# Needs Transformer Engine's attention or kernels; and what to do instead.
+# Settings that need Transformer Engine's attention or kernels, and what to do instead.
 _SPREAD = "spread the model with --expert-model-parallel-size or --pipeline-model-parallel-size"
 _GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
@@ -314,7 +318,7 @@ def _all_gather(
     *,
     original: Callable[..., Any],
 ) -> Any:
-    """``all_gather`` that takes parts of different lengths, as NCCL's does and gloo's does not."""
+    """``all_gather`` for parts of different lengths, which NCCL supports and gloo does not."""
     if len({output.shape for output in outputs}) == 1:
         return original(outputs, tensor, group, async_op)
     for rank, output in enumerate(outputs):
@@ -332,7 +336,7 @@ def _reduce_scatter(
     group: Any = None,
     async_op: bool = False,
 ) -> None:
-    """``reduce_scatter`` that takes parts of different lengths, likewise."""
+    """``reduce_scatter`` for parts of different lengths, which gloo does not support either."""
     for rank, part in enumerate(parts):
         summed = part.clone()
         if part.numel():
@@ -355,10 +359,10 @@ def _redirect_megatron() -> None:
         state
     )
 
-    # Upstream turns splits into numpy arrays only while it copies them from a GPU.
+    # Upstream converts splits to numpy arrays only when it copies them from a GPU.
     megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
 
-    # Under tensor parallelism the ranks of an expert hold different numbers of rows.
+    # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
     _replace(
         torch.distributed,
         all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),

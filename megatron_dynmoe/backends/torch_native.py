@@ -1,15 +1,15 @@
-"""The back end that needs nothing but PyTorch: attention, norms and experts in its fused calls.
+"""The back end that needs only PyTorch: its fused calls run attention, norms and experts.
 
-Upstream's ``local`` back end, which runs without Transformer Engine too, writes the attention
-matrix out, runs one expert after another, and its norms refuse sequence parallelism and so tensor
-parallelism. Here
+Upstream's ``local`` back end also runs without Transformer Engine. But it materializes the
+attention matrix and runs one expert after another. Its norms refuse sequence parallelism, and so
+rule out tensor parallelism. In this back end
 
 - attention is ``scaled_dot_product_attention``,
 - norms are PyTorch's, with the mark that sequence parallelism needs,
-- experts are grouped GEMMs (:mod:`megatron_dynmoe.moe.experts`);
+- experts are grouped GEMMs (:mod:`megatron_dynmoe.moe.experts`).
 
-linear layers, embeddings and everything else stay those of ``local``. Parameters of checkpoints
-have the same names. Where it runs is decided in :mod:`megatron_dynmoe.backends.choice`.
+Linear layers, embeddings and everything else are those of ``local``. Parameters have the same names
+in checkpoints. :mod:`megatron_dynmoe.backends.choice` decides when this back end is used.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
     from megatron_dynmoe.backends.choice import Plan
 
-# Added to a score that is masked; upstream writes the same in its place.
+# This is added to a masked score; upstream replaces the score by the same number.
 MASKED_SCORE = -10000.0
 
 
 class ScaledDotProductAttention(DotProductAttention):
-    """Upstream's local core attention through PyTorch's fused one.
+    """Upstream's local core attention, computed by PyTorch's fused attention.
 
-    Same arguments, masks and dropout (the probabilities of a head, in the generator of upstream's
-    tracker). Grouped queries are not expanded.
+    Arguments, masks and dropout are upstream's. Dropout applies to the attention probabilities and
+    draws from the generator of upstream's tracker. Grouped queries are not expanded.
     """
 
     def forward(
@@ -62,16 +62,17 @@ class ScaledDotProductAttention(DotProductAttention):
 
         Args:
             query: [S, B, N, H].
-            key: [Sk, B, G, H], G the number of query groups.
-            value: as the key.
-            attention_mask: True where a score is masked, broadcast to [B, N, S, Sk]. None: causal,
-                or none at all where the layer is not causal or S is 1.
+            key: [Sk, B, G, H]; G is the number of query groups.
+            value: [Sk, B, G, H].
+            attention_mask: True for masked scores, broadcast to [B, N, S, Sk]. None: the causal
+                mask, or no mask if the layer is not causal or S is 1.
 
         Returns:
             [S, B, N * H].
 
         Raises:
-            ValueError: packed sequences or a bias, which need Transformer Engine, as upstream.
+            ValueError: there are packed sequences or a bias. Both need Transformer Engine in
+                upstream, too.
         """
         if packed_seq_params is not None or attention_bias is not None:
             what = "a bias" if packed_seq_params is None else "packed sequences"
@@ -79,8 +80,8 @@ class ScaledDotProductAttention(DotProductAttention):
         is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
         mask = None
         if attention_mask is not None:
-            # Not minus infinity: a row that is masked whole, of padding, stays finite. It attends
-            # to all by its scores; upstream's does so evenly.
+            # With minus infinity, a fully masked row (padding) would become NaN. Such a row here
+            # attends to all keys by its scores; in upstream it attends to all keys evenly.
             mask = torch.zeros_like(attention_mask, dtype=query.dtype)
             mask.masked_fill_(attention_mask, MASKED_SCORE)
         dropout = self.attention_dropout.p if self.training else 0.0
@@ -104,16 +105,16 @@ class ScaledDotProductAttention(DotProductAttention):
 
     @property
     def _scale(self) -> float:
-        """Upstream divides by the layer's number before the softmax and multiplies within it."""
+        """Undo upstream's division of the scale by the layer number, as its own softmax does."""
         divided = self.config.apply_query_key_layer_scaling
         return self.softmax_scale * (self.layer_number if divided else 1)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's RMSNorm; on the CPU, where PyTorch strings ten calls together, in fewer."""
+    """PyTorch's RMSNorm. On the CPU, PyTorch makes ten calls for it; this class makes fewer."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalize the last dimension, in float32, and scale it."""
+        """Normalize the last dimension in float32, and scale it."""
         if hidden.device.type == "cuda":
             return super().forward(hidden)
         return _RMSNormOnCPU.apply(hidden, self.weight, self.eps)
@@ -132,7 +133,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, scale = ctx.saved_tensors
         wide_weight = weight.float()
-        normed = hidden * scale  # float32, as scale is
+        normed = hidden * scale  # scale is float32, so the product is, too
         by_normed = grad * normed
         mean = (by_normed @ wide_weight).div_(hidden.shape[-1]).unsqueeze(-1)
         grad_hidden = (grad * wide_weight).addcmul_(normed, mean, value=-1).mul_(scale)
@@ -143,7 +144,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 def native_norm(
     config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
 ) -> torch.nn.Module:
-    """PyTorch's RMSNorm or LayerNorm, whose gradients are summed over sequence-parallel ranks."""
+    """Build PyTorch's RMSNorm or LayerNorm, with gradients summed over sequence-parallel ranks."""
     cls = {"RMSNorm": RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
     norm = cls(hidden_size, eps=eps)
     for parameter in norm.parameters():
@@ -152,7 +153,7 @@ def native_norm(
 
 
 class TorchNativeSpecProvider(LocalSpecProvider):
-    """Upstream's local modules, but for attention, norms and experts."""
+    """Upstream's local modules, except for attention, norms and experts."""
 
     def __init__(self, plan: Plan) -> None:
         self.kept = plan.kept
@@ -160,15 +161,15 @@ class TorchNativeSpecProvider(LocalSpecProvider):
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> Any:
-        """Which module to use for norms."""
+        """Return the module for norms."""
         return native_norm
 
     def core_attention(self) -> type:
-        """Which module to use for attention."""
+        """Return the module for attention."""
         return super().core_attention() if "attention" in self.kept else ScaledDotProductAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        """Which module to use for experts."""
+        """Return the module for experts."""
         if "experts" in self.kept:
             return super().grouped_mlp_modules(moe_use_grouped_gemm)
         return GroupedExperts
@@ -177,12 +178,13 @@ class TorchNativeSpecProvider(LocalSpecProvider):
 def with_native_modules(
     spec: TransformerBlockSubmodules, plan: Plan, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
-    """A copy of upstream's local spec with this back end's modules.
+    """Copy upstream's local spec with this back end's modules in it.
 
-    Upstream's functions that build it name their provider themselves, so there is none to hand in.
+    The functions of upstream that build the spec choose their provider themselves, so ours cannot
+    be passed to them.
     """
     provider = TorchNativeSpecProvider(plan)
-    layers: dict[int, Any] = {}  # upstream shares one spec object among all layers
+    layers: dict[int, Any] = {}  # by id, because upstream shares one spec object among layers
     for layer in spec.layer_specs:
         if id(layer) not in layers:
             layers[id(layer)] = _native_layer(layer, provider, config)
@@ -222,5 +224,5 @@ def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: Transfo
 
 
 def _norm_or(provider: TorchNativeSpecProvider, norm: Any) -> Any:
-    """This back end's norm where upstream's spec has one that ``normalization`` names."""
+    """Return our norm in place of one that ``normalization`` names, and any other as it is."""
     return norm if norm in (None, IdentityOp, L2Norm) else provider.layer_norm(rms_norm=True)

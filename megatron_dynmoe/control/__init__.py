@@ -1,9 +1,9 @@
-"""Holding the mean number of experts per token at its target by moving a rule's knob.
+"""The controller holds the mean number of experts per token at its target by moving a rule's knob.
 
-The counts of a global batch enter, the knob of the next one leaves.
+The counts of one global batch enter, and the knob of the next batch leaves.
 
-``pi`` is the law, ``calibrate`` its starting point and gains. Both are pure tensor maths: the
-reduction over ranks and the timing within a training step are kept apart from them.
+``pi`` is the control law. ``calibrate`` computes its starting point and gains. Both are pure tensor
+maths. ``update`` reduces counts over ranks and chooses the moment within a training step.
 """
 
 from megatron_dynmoe.control.calibrate import (

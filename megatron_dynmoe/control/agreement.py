@@ -1,6 +1,7 @@
 """A check for silent errors: do all ranks hold the same state of the routers?
 
-Off by default; ``--moe-dynamic-check-ranks N`` runs it every N steps, for one small collective.
+The check is off by default. ``--moe-dynamic-check-ranks N`` runs it every N steps. It costs one
+small collective.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from megatron_dynmoe.moe.router import DynamicRouter
 
 QUANTITIES = ("threshold", "integral", "next threshold", "next integral", "theta", "gate")
-NUM_CONTROLLED = 4  # the first ones, which all layers share unless each has its own threshold
-ABSENT = torch.iinfo(torch.int64).min  # of a layer on other ranks, or without a controller
+NUM_CONTROLLED = 4  # all layers share the first four, unless each layer has its own threshold
+ABSENT = torch.iinfo(torch.int64).min  # the layer is on other ranks, or there is no controller
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -27,20 +28,21 @@ def check_agreement(
     has_one_threshold: bool,
     iteration: int,
 ) -> None:
-    """Compare the routers' state over the world, bit for bit; every rank takes part.
+    """Compare the routers' state over the world, bit for bit. Every rank must call this.
 
-    Threshold, integral, theta, a sum over the gate's bits, and what the controller has staged for
-    the next step. A layer is compared by its global number, over all ranks that hold it.
+    The check compares threshold, integral, theta, a sum over the gate's bits, and the values that
+    the controller has staged for the next step. All ranks that hold a layer, identified by its
+    global number, must agree on it.
 
     Args:
-        routers: this rank's.
+        routers: this rank's routers.
         staged: next threshold and integral, [1] or [L] float32; None without a controller.
-        num_layers: L, of the whole model.
-        has_one_threshold: threshold and integral have to agree between layers, too.
-        iteration: the one that ends, for the message.
+        num_layers: L, the number of layers of the whole model.
+        has_one_threshold: whether threshold and integral must also agree between layers.
+        iteration: the number of the ending iteration, for the message.
 
     Raises:
-        RuntimeError: on every rank, where two differ; names the first layer and rank.
+        RuntimeError: two ranks differ. Every rank raises it; it names the first layer and rank.
     """
     device = torch.device(torch.cuda.current_device())
     state_LQ = torch.full((num_layers, len(QUANTITIES)), ABSENT, device=device)
@@ -73,10 +75,10 @@ def check_agreement(
 
 
 def first_disagreement(states_WLQ: Tensor, has_one_threshold: bool) -> str | None:
-    """Where a value is not what most ranks hold, in words: the first layer and rank. Or None.
+    """Describe the first value that differs from what most ranks hold; None if all agree.
 
     Args:
-        states_WLQ: [world size, L, quantities] int64, ABSENT where a rank does not hold it.
+        states_WLQ: [world size, L, quantities] int64; ABSENT if the rank does not hold the value.
         has_one_threshold: see :func:`check_agreement`.
     """
     is_absent_WLQ = states_WLQ == ABSENT
@@ -85,7 +87,7 @@ def first_disagreement(states_WLQ: Tensor, has_one_threshold: bool) -> str | Non
     if has_one_threshold:
         least_LQ[:, :NUM_CONTROLLED] = least_LQ[:, :NUM_CONTROLLED].amin(dim=0)
         most_LQ[:, :NUM_CONTROLLED] = most_LQ[:, :NUM_CONTROLLED].amax(dim=0)
-    if bool((least_LQ >= most_LQ).all()):  # above it where no rank holds the layer
+    if bool((least_LQ >= most_LQ).all()):  # greater, if no rank holds the layer
         return None
     states = states_WLQ.tolist()
     for layer, quantity in itertools.product(range(len(least_LQ)), range(len(QUANTITIES))):

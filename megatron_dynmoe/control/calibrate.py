@@ -1,7 +1,7 @@
-"""Where the controller starts and how hard it acts, computed from normal logits before step 1.
+"""The controller's first threshold and its gains, computed from normal logits before step 1.
 
-Counts are those of the selection that trains, :mod:`megatron_dynmoe.routing.select`.
-Letters: T tokens, E experts, K = min(E, max_experts) the most experts a token can use.
+:mod:`megatron_dynmoe.routing.select`, the selection used in training, gives the counts.
+Letters: T tokens, E experts, K = min(E, max_experts) the most experts that a token can use.
 """
 
 import math
@@ -26,7 +26,7 @@ _POPULATION_SEED = 20251213
 def mean_experts_per_token(
     probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
 ) -> Tensor:
-    """Mean number of experts that top-p selects for a token, a 0-d tensor.
+    """Compute the mean number of experts per token that top-p selects, a 0-d tensor.
 
     Args:
         probs_TE: [T, E] float32 or float64, the router's probabilities.
@@ -37,10 +37,11 @@ def mean_experts_per_token(
 
 
 def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | None = None) -> float:
-    """The threshold at which these probabilities give ``target`` mean experts per token.
+    """Find the threshold at which these probabilities give ``target`` mean experts per token.
 
-    Exact up to the resolution 1 / T of a mean over T tokens; where cumulative probabilities tie,
-    the mean jumps over values that no threshold gives, and the threshold at the jump is returned.
+    The result is exact up to the resolution 1 / T of a mean over T tokens. If cumulative
+    probabilities tie, the mean jumps, and no threshold gives the values in between. The result is
+    then the threshold at the jump.
 
     Args:
         probs_TE: [T, E] float32 or float64, the router's probabilities.
@@ -62,16 +63,16 @@ def initial_threshold(
     max_experts: int | None = None,
     theta: float = 1.0,
 ) -> float:
-    """The threshold that gives ``target`` mean experts per token on normal logits, to 4 decimals.
+    """Compute the threshold that gives ``target`` on normal logits, rounded to 4 decimals.
 
     Args:
         num_experts: routed experts of a layer, E.
         target: mean experts per token, from 1 to K.
-        logits_std: standard deviation of the router's logits; without effect when normalized.
+        logits_std: standard deviation of the router's logits; it has no effect if ``normalized``.
         normalized: whether dynamic routing normalization is applied: mean 0 and population
             standard deviation 1 over a token's experts, times theta.
         max_experts: cap on the experts of a token; None for no cap.
-        theta: scale of the normalized logits; without effect when not normalized.
+        theta: scale of the normalized logits; it has no effect unless ``normalized``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -87,9 +88,9 @@ def initial_experts_per_token(
     normalized: bool = True,
     max_experts: int | None = None,
 ) -> float:
-    """The mean experts per token that ``threshold`` gives on normal logits.
+    """Compute the mean experts per token that ``threshold`` gives on normal logits.
 
-    The inverse of :func:`initial_threshold`; arguments and errors as there.
+    This is the inverse of :func:`initial_threshold`, with the same arguments and errors.
     """
     probs_TE = _normal_probs(num_experts, 1.0 if normalized else logits_std, normalized, 1.0)
     return float(mean_experts_per_token(probs_TE, threshold, max_experts))
@@ -103,11 +104,11 @@ def plant_slope(
     max_experts: int | None = None,
     theta: float = 1.0,
 ) -> float:
-    """Mean experts per token gained per unit of threshold, around ``target``, on normal logits.
+    """Compute the gain in mean experts per token per unit of threshold, near ``target``.
 
     It is the slope of the secant over the target +- 10 %, at least +- half an expert, within 1 and
-    K. 0 where a token can only use one expert. Arguments and errors as for
-    :func:`initial_threshold`.
+    K, on normal logits. It is 0 if a token can use only one expert. Arguments and errors are those
+    of :func:`initial_threshold`.
     """
     std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
     return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[1]
@@ -121,9 +122,9 @@ def default_gains(
     max_experts: int | None = None,
     theta: float = 1.0,
 ) -> tuple[float, float]:
-    """``K_p`` and ``K_i`` that give the default loop gains on normal logits.
+    """Compute ``K_p`` and ``K_i`` that give the default loop gains on normal logits.
 
-    Both are 0 where a token can only use one expert. Arguments and errors as for
+    Both are 0 if a token can use only one expert. Arguments and errors are those of
     :func:`initial_threshold`.
     """
     slope = plant_slope(num_experts, target, logits_std, normalized, max_experts, theta)
@@ -138,20 +139,20 @@ def default_gains(
 def gain_margin(
     proportional_gain: float, integral_gain: float, slope: float, num_experts: int
 ) -> float:
-    """The factor by which the slope may grow before the loop becomes unstable.
+    """Compute the factor by which the slope may grow before the loop becomes unstable.
 
-    At 1 or less the loop oscillates without end. Ask for at least 3, since the slope changes as
-    the router learns. ``slope`` is that of :func:`plant_slope`.
+    With a margin of 1 or less the loop oscillates without end. Ask for at least 3, because the
+    slope changes as the router learns. ``slope`` is the result of :func:`plant_slope`.
     """
     loop_gain = (2 * proportional_gain + integral_gain) * slope / num_experts
     return math.inf if loop_gain == 0 else 2 / loop_gain
 
 
 def _crossings(probs_TE: Tensor, max_experts: int | None) -> Tensor:
-    """[T, K - 1] float64: the thresholds from which on a token uses a 2nd, ..., K-th expert."""
+    """Find the thresholds from which a token uses a 2nd, ..., K-th expert; [T, K - 1] float64."""
     _, before_TE = rank(probs_TE)
     most = most_experts(probs_TE.shape[1], max_experts)
-    # Rounding may carry a sum past 1, and a threshold of 1 must still select all.
+    # Rounding may carry a sum past 1, but a threshold of 1 must still select all experts.
     return (before_TE[:, 1:most].double() / 2.0**FIXED_POINT_BITS).clamp(max=1)
 
 
@@ -164,7 +165,7 @@ def _operating_point(
     max_experts: int | None,
     theta: float,
 ) -> tuple[float, float]:
-    """Threshold and slope at the target. Rounded, so that they do not depend on the platform."""
+    """Compute threshold and slope at the target, rounded to be the same on every platform."""
     _check_target(target, num_experts, max_experts)
     probs_TE = _normal_probs(num_experts, logits_std, normalized, theta)
     crossings = _crossings(probs_TE, max_experts).flatten()
@@ -173,7 +174,8 @@ def _operating_point(
     limit = most_experts(num_experts, max_experts)
     if limit == 1:
         return threshold, 0.0
-    # Nearly equal logits make the count a staircase, which a band of one expert averages out.
+    # If logits are nearly equal, the count rises in steps of one expert. A band one expert wide
+    # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(1.0, target - half_width), min(float(limit), target + half_width)
     ranks = [max(1, round((mean - 1) * len(probs_TE))) for mean in (low, high)]
@@ -182,7 +184,7 @@ def _operating_point(
 
 
 def _threshold_at(crossings: Tensor, num_tokens: int, target: float) -> float:
-    """The threshold that has passed as many of the crossings, a flat tensor, as the target asks."""
+    """Find the threshold above exactly as many crossings (a flat tensor) as the target needs."""
     num_passed = round((target - 1) * num_tokens)
     if num_passed == 0:
         return 0.0
@@ -193,10 +195,10 @@ def _threshold_at(crossings: Tensor, num_tokens: int, target: float) -> float:
 
 
 def _normal_probs(num_experts: int, logits_std: float, normalized: bool, theta: float) -> Tensor:
-    """[T, E] float64: the router's probabilities on normal logits, always the same ones.
+    """Draw the router's probabilities on normal logits, [T, E] float64; always the same ones.
 
-    ``RandomState`` is used because NumPy guarantees its stream across versions and platforms; it
-    touches no global generator.
+    NumPy guarantees the stream of ``RandomState`` across versions and platforms. The draw does not
+    touch the global generator.
     """
     for name, scale in (("logits_std", logits_std), ("theta", theta)):
         if not (math.isfinite(scale) and scale > 0):

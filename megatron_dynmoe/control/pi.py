@@ -1,7 +1,8 @@
 """The control law of DTop-p: a positional PI controller on the top-p threshold.
 
-Pure and elementwise. State and measurement have the shape [S]: S = 1 where one threshold serves
-all layers (scope ``global``), S = number of layers where each has its own (scope ``layer``).
+The law is a pure elementwise function. State and measurement have the shape [S]. S is 1 if one
+threshold serves all layers (scope ``global``), or the number of layers if each layer has its own
+threshold (scope ``layer``).
 ``docs/controller.md`` derives the stability limits and the default gains.
 """
 
@@ -15,13 +16,13 @@ from torch import Tensor
 class PIController:
     """``threshold_{t+1} = clamp(threshold_0 + K_p e_t + K_i sum_{i<=t} e_i)``.
 
-    The error ``e = (target - measured) / num_experts`` is the missing share of the experts: it is
-    positive, and raises the threshold, while tokens use fewer experts than they should.
+    The error ``e = (target - measured) / num_experts`` is the missing share of the experts. While
+    tokens use fewer experts than the target, the error is positive and raises the threshold.
 
     The DTop-p paper states neither bounds nor anti-windup. Here the sum is clamped to the range
     in which the integral term alone keeps the threshold within its bounds. A saturated threshold
-    therefore leaves its bound on the first error of the opposite sign, and the sum stays so small
-    that float32 neither drifts nor stalls however long the run is.
+    therefore leaves its bound at the first error of the opposite sign. The sum also stays small, so
+    that float32 neither drifts nor stalls in a run of any length.
 
     Attributes:
         num_experts: routed experts of a layer.
@@ -44,7 +45,7 @@ class PIController:
 
     @property
     def integral_bounds(self) -> tuple[float, float]:
-        """The range of the sum of errors over which the integral term spans the bounds."""
+        """The range of the sum for which the integral term alone stays within the bounds."""
         if self.integral_gain == 0:
             return 0.0, 0.0
         return (
@@ -56,16 +57,16 @@ class PIController:
     def step(
         self, threshold: Tensor, integral: Tensor, measured: Tensor, target: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """One update, after one global batch. Returns new tensors and changes none.
+        """Compute one update, after one global batch. The result is new tensors.
 
-        An element whose error is not finite keeps its state: no token was counted (0 / 0), or the
-        layer has no experts.
+        If an error is not finite, its element keeps its state. This happens if no token was counted
+        (0 / 0) or the layer has no experts.
 
         Args:
-            threshold: [S] float32, the threshold that was in force for the measured batch.
+            threshold: [S] float32, the threshold during the measured batch.
             integral: [S] float32, the sum of the errors before this batch; 0 at the start.
             measured: [S] floating point, mean experts per token over the global batch.
-            target: mean experts per token wanted for that batch; a number, or [S].
+            target: the target for that batch, in mean experts per token; a number, or [S].
 
         Returns:
             The next threshold and integral, [S] float32 each.

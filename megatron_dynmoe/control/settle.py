@@ -1,6 +1,7 @@
 """From the settings that a user gave to those that a model trains with.
 
-Megatron is not imported: the converter settles a checkpoint's first threshold with it, too.
+This module does not import Megatron, because the converter also uses it, to settle a checkpoint's
+first threshold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MIN_GAIN_MARGIN = 3.0
 
 
 class ModelShape(Protocol):
-    """What of a model's configuration the computed values depend on; named as in Megatron's."""
+    """What the computed values need from a model's configuration, under Megatron's names."""
 
     num_moe_experts: int
     hidden_size: int
@@ -26,17 +27,17 @@ class ModelShape(Protocol):
 
 
 def settle(resolved: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIController | None]:
-    """Compute what ``auto`` stands for, from the model's own configuration.
+    """Compute every ``auto`` from the model's configuration.
 
     Args:
-        resolved: of :meth:`DynMoEConfig.resolve`.
-        model: its shape.
+        resolved: the result of :meth:`DynMoEConfig.resolve`.
+        model: the model's shape.
 
     Returns:
-        Settings without ``auto`` and, for ``dtop_p``, the controller.
+        Settings without ``auto`` and, for ``dtop_p``, the controller; else None.
 
     Raises:
-        ValueError: a setting makes no sense with another or with the model.
+        ValueError: a setting contradicts another one or the model.
     """
     if not resolved.is_controlled:
         return resolved, None
@@ -68,7 +69,7 @@ def _unless_auto(given: float | str, computed: float) -> float:
 def settled_gain_margin(
     settled: DynMoEConfig, controller: PIController, model: ModelShape
 ) -> float:
-    """The gain margin of what :func:`settle` gave, at the target that responds most."""
+    """Compute the gain margin of settled settings at the target with the steepest response."""
     gains = controller.proportional_gain, controller.integral_gain
     return _gain_margin(gains, _targets(settled.control), _plant(settled, model))
 
@@ -78,7 +79,7 @@ def _targets(control: Control) -> list[float]:
 
 
 def _plant(resolved: DynMoEConfig, model: ModelShape) -> dict[str, Any]:
-    """What the response of the count to the threshold depends on, but for the target."""
+    """Collect what the count's response to the threshold depends on, except the target."""
     return {
         "num_experts": model.num_moe_experts,
         "normalized": resolved.normalization == "drn",
@@ -94,10 +95,10 @@ def _gain_margin(gains: tuple[float, float], targets: list[float], plant: dict[s
 
 
 def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
-    """The default gains at the last target of a schedule, where the run spends most of its time.
+    """Compute the default gains at the last target of a schedule, which holds for most of the run.
 
-    Reduced where another target responds so much more strongly that the loop would come too close
-    to instability.
+    The gains are reduced if another target responds so much more strongly that the loop would come
+    too close to instability.
     """
     gains = calibrate.default_gains(target=targets[-1], **plant)
     scale = min(1.0, _gain_margin(gains, targets, plant) / MIN_GAIN_MARGIN)

@@ -1,12 +1,12 @@
 """Once per global batch: reduce the counts, compute the next knob, write it after the step.
 
-Two phases, because Megatron finalizes gradients before it knows whether the optimizer will skip
-the step, and may finalize one step twice when it re-runs it:
+The update has two phases. Megatron finalizes gradients before it knows whether the optimizer will
+skip the step, and it may finalize a step twice if it runs the step again.
 
-1. *Stage*, in ``finalize_model_grads_func``: one all-reduce of all counts, the PI law, the counters
-   are cleared. Running it again replaces what was staged.
-2. *Commit*, after the optimizer's inner step: the staged knob (top-p's threshold) is written into
-   the routers. A skipped step has no inner step, so the controller's state stays as it was.
+1. *Stage*, in ``finalize_model_grads_func``: all-reduce all counts at once, apply the PI law, and
+   clear the counters. A second run replaces what was staged.
+2. *Commit*, after the optimizer's inner step: write the staged knob (top-p's threshold) into the
+   routers. A skipped step has no inner step, so the controller's state does not change.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class GlobalBatchUpdate:
-    """A ``finalize_model_grads_func`` that also steers the rule's knob.
+    """A ``finalize_model_grads_func`` that also moves the rule's knob.
 
-    Every rank takes part in the one all-reduce, also a pipeline stage without routers, and computes
-    the same next knob: the reduced counts are integers in float64, exact in any order.
+    Every rank takes part in the one all-reduce, even if its pipeline stage has no routers. All
+    ranks compute the same next knob, because the reduced counts are integers in float64, whose sums
+    are exact in any order.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class GlobalBatchUpdate:
         """Wrap the training loop's hook.
 
         Args:
-            settled: the run's settings, with dynamic routing.
-            finalize: the hook to run first; upstream's ``finalize_model_grads`` if None.
+            settled: the run's settings with dynamic routing.
+            finalize: the hook to run first; None: upstream's ``finalize_model_grads``.
         """
         assert settled.rule is not None
         self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
@@ -85,7 +86,7 @@ class GlobalBatchUpdate:
             check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
 
     def _stage(self, statistics: RoutingStatistics) -> None:
-        # Where logits are not finite the counts mean nothing; NaN keeps the state as it is.
+        # If a logit is not finite, the counts mean nothing. NaN then keeps the state as it is.
         is_valid = statistics.not_finite.sum() == 0
         self._measured = torch.where(is_valid, statistics.mean_experts.nan_to_num(), torch.nan)
         if self.controller is None:
@@ -93,21 +94,23 @@ class GlobalBatchUpdate:
         if self.dynmoe.scope == "global":
             statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
         measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
-        # All routers' state comes with the counts, so that every rank computes the same. The mean
-        # of equal values is exact in float64; they differ after a resume from scope layer.
+        # The state of all routers is reduced with the counts, so that every rank computes the same
+        # step. The mean of equal values is exact in float64. The values differ only after a run
+        # with scope layer is resumed with scope global.
         knob = (statistics.knobs / statistics.routers).float()
         integral = (statistics.integrals / statistics.routers).float()
         target = self.dynmoe.control.target.at(finished_iterations())
-        # Of a count that falls with the knob the negative rises, and is held at the target's.
+        # If the count falls with the knob, the negative count rises with it. The controller then
+        # holds the negative count at the negative target.
         sign = self.direction
         self._staged = self.controller.step(knob, integral, sign * measured, sign * target)
 
     def _commit_after(self, grad_scale_func: Any) -> bool:
-        """Arrange for the commit after the step of Megatron's optimizer.
+        """Register the commit to run after the step of Megatron's optimizer.
 
-        ``megatron.training`` sets ``grad_scale_func`` to a method of its optimizer, which leads to
-        the torch optimizers inside. Returns False where this rank has none: nothing is trained
-        here, and no step can tell that the batch counted.
+        ``megatron.training`` sets ``grad_scale_func`` to a method of its optimizer. The torch
+        optimizers inside can be reached from there. The result is False if this rank has none; then
+        nothing is trained here, and no step shows whether the batch was skipped.
         """
         owner = getattr(grad_scale_func, "__self__", None)
         inner = list(_torch_optimizers(owner))
@@ -143,7 +146,7 @@ class GlobalBatchUpdate:
 
 
 def routers_of(model: list[torch.nn.Module]) -> Iterator[DynamicRouter]:
-    """This rank's routers, over all of its model chunks."""
+    """Yield this rank's routers, from all of its model chunks."""
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, DynamicRouter):
@@ -155,11 +158,12 @@ def reduce_statistics(
 ) -> RoutingStatistics:
     """Sum the counts of all routers over the world, and clear them.
 
-    A fixed shape on every rank, so that stages without routers take part. Where several ranks count
-    the same tokens, numerator and denominator grow alike and means stay right.
+    The tensor has the same shape on every rank, so that stages without routers can take part. If
+    several ranks count the same tokens, numerator and denominator grow by the same factor, and
+    means stay right.
 
     Returns:
-        Statistics with the dimension L (all layers of the model) first, float64, on the device.
+        Statistics with dimension L (all layers of the model) first, float64, on the device.
     """
     device = torch.device(torch.cuda.current_device())
     read = []
@@ -176,14 +180,14 @@ def reduce_statistics(
 
 
 def finished_iterations() -> int:
-    """The number of finished iterations, from Megatron's training loop."""
+    """Read the number of finished iterations from Megatron's training loop."""
     from megatron.training import get_args
 
     return get_args().curr_iteration
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers inside one of Megatron's, whatever wraps them."""
+    """Yield the torch optimizers inside one of Megatron's, at any depth of wrapping."""
     if isinstance(optimizer, torch.optim.Optimizer):
         yield optimizer
         return

@@ -1,12 +1,12 @@
-"""What is fast: implementations of functions of ``routing/`` and ``moe/`` for one kind of device.
+"""Fast implementations of functions of ``routing/`` and ``moe/``, each for one kind of device.
 
-Each gives what the plain PyTorch gives that it stands for, by its tests. ``DYNMOE_KERNELS`` in the
-environment chooses:
+Tests hold each one equal to the plain PyTorch that it replaces. The environment variable
+``DYNMOE_KERNELS`` chooses:
 
     0      plain PyTorch everywhere
-    unset  on a CPU ``routing_cpu``, on CUDA plain PyTorch
-    1      the Triton kernels on CUDA, too, if Triton is installed: they were tried in Triton's
-           interpreter, not on a GPU yet
+    unset  ``routing_cpu`` on a CPU, plain PyTorch on CUDA
+    1      as unset, but the Triton kernels on CUDA if Triton is installed. They have run in
+           Triton's interpreter, but not on a GPU yet
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron_dynmoe.routing.route import Routing, route
 
 
 def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
-    """The fastest implementation of :func:`megatron_dynmoe.routing.route.route` for these logits.
+    """Choose the fastest :func:`megatron_dynmoe.routing.route.route` for these logits.
 
     Raises:
-        ValueError: ``DYNMOE_KERNELS`` is something else than 0 or 1.
+        ValueError: ``DYNMOE_KERNELS`` is set to something other than 0 or 1.
     """
     if _is_plain_cpu(logits_TE) and _setting() != "0":
         from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
 
         return route_in_blocks
-    # The kernel computes in float32, and has no grid for no tokens.
+    # The kernel computes in float32, and its grid would be empty if there were no tokens.
     if logits_TE.dtype != torch.float64 and logits_TE.numel() and available(logits_TE.device):
         from megatron_dynmoe.kernels.routing_triton import route_fused
 
@@ -56,7 +56,7 @@ def _setting() -> str | None:
 
 
 def _is_plain_cpu(values: Tensor) -> bool:
-    """Whether NumPy can read the values: not while a compiler or a fake tensor looks on."""
+    """Whether NumPy can read the values. It cannot in a compiled function or from a fake tensor."""
     return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
 
 

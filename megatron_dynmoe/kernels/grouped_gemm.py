@@ -1,8 +1,9 @@
-"""Triton: one GEMM per expert over rows in the order of the experts, counts on the device.
+"""Triton: one GEMM per expert over rows that are ordered by expert.
 
-For GPUs and dtypes without a kernel behind ``torch.nn.functional.grouped_mm``: Ampere, and float32.
-The host never learns the counts: a grid has a program for as many tiles as there can be, and those
-that find no rows leave at once.
+These kernels are for cases in which ``torch.nn.functional.grouped_mm`` has no kernel of its own:
+Ampere GPUs, and float32. The counts stay on the device, so the host does not know the number of
+tiles. The grid therefore has a program for every tile that there could be, and a program without
+rows returns at once.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 32
 
 
 def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """The rows of each expert times its weight.
+    """Multiply the rows of each expert by the expert's weight.
 
     Args:
         rows_RI: [R, I], floating, the rows of expert 0 first.
         weight_EIO: [E, I, O], dtype of the rows, in any order of strides.
-        ends_E: [E] int32, where each expert's rows end; at most R.
+        ends_E: [E] int32, the index after each expert's last row; at most R.
 
     Returns:
-        [R, O], contiguous; what comes after the last expert's rows is not written.
+        [R, O], contiguous. Rows after those of the last expert are not written.
     """
     num_experts, inner, columns = weight_EIO.shape
     output_RO = rows_RI.new_empty(len(rows_RI), columns)
@@ -46,12 +47,12 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor
 
 
 def multiply_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
-    """For each expert the sum over its rows of ``left[r]^T right[r]``: a weight's gradient.
+    """Sum ``left[r]^T right[r]`` over the rows of each expert; this is a weight's gradient.
 
     Args:
         left_RO: [R, O], floating, the rows of expert 0 first.
         right_RI: [R, I], the same dtype.
-        ends_E: [E] int32, where each expert's rows end; at most R.
+        ends_E: [E] int32, the index after each expert's last row; at most R.
 
     Returns:
         [E, O, I], zero for an expert without rows.
@@ -68,11 +69,11 @@ def multiply_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tenso
 
 
 def _dot_of(values: Tensor) -> dict[str, Any]:
-    """How to multiply: float32 as exactly as PyTorch's own products are asked to be."""
+    """Choose the precision of products; float32 follows PyTorch's own setting for TF32."""
     tf32 = torch.backends.cuda.matmul.allow_tf32 and values.dtype == torch.float32
     return {
         "PRECISION": "tf32" if tf32 else "ieee",
-        # Triton's interpreter, on the CPU, takes the bits of a bf16 for an integer.
+        # Triton's interpreter, which runs on the CPU, reads the bits of a bf16 as an integer.
         "WIDEN": not values.is_cuda,
     }
 
@@ -93,7 +94,7 @@ def _multiply_rows(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip
-    # 1. Whose tile is this? Tiles are numbered expert by expert
+    # 1. Find the expert of this tile; tiles are numbered expert by expert
     tile = tl.program_id(0)
     experts = tl.arange(0, WIDTH)
     exists = experts < num_experts

@@ -15,7 +15,7 @@ def sum_rows(rows_RD: Tensor, row_of_slot: Tensor, ends_T: Tensor) -> Tensor:
     Args:
         rows_RD: [R, D], any floating dtype.
         row_of_slot: int64, the rows of token 0, then those of token 1, and so on.
-        ends_T: [T] int64, where each token's rows end in ``row_of_slot``.
+        ends_T: [T] int64, the index in ``row_of_slot`` after each token's last row.
 
     Returns:
         [T, D], dtype of the rows; zero for a token without rows.

@@ -1,8 +1,8 @@
 """On a CPU: :func:`megatron_dynmoe.routing.route.route` in blocks, its gradient in closed form.
 
-The tokens are taken in blocks whose temporaries stay in the processor's caches: fresh memory for
-every temporary of all tokens costs more time than the arithmetic. Probabilities are sorted by
-NumPy, which is 20 times faster than PyTorch on short rows.
+A block of tokens is so small that its temporaries stay in the processor's caches. With all tokens
+at once, fresh memory for every temporary would cost more time than the arithmetic. NumPy sorts the
+probabilities: on short rows it is 20 times faster than PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def route_in_blocks(
     num_sequences: int = 1,
     valid_T: Tensor | None = None,
 ) -> Routing:
-    """Arguments, result and errors are those of :func:`megatron_dynmoe.routing.route.route`."""
+    """Route; arguments, result and errors as for :func:`megatron_dynmoe.routing.route.route`."""
     check_positions(logits_TE, num_sequences)
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
     most_experts(logits_TE.shape[-1], max_experts)
@@ -63,7 +63,7 @@ class _RouteInBlocks(torch.autograd.Function):
         num_tokens, num_experts = logits_TE.shape
         by_sequence = (-1, num_sequences, num_experts)
         weights_TE, probs_TE = torch.empty_like(logits_TE), torch.empty_like(logits_TE)
-        # Renormalized weights need no more for their gradient than themselves.
+        # The gradient of renormalized weights needs only the weights themselves.
         chosen_TE = weights_TE if renormalize else torch.empty_like(logits_TE)
         map_TE = torch.empty_like(logits_TE, dtype=torch.bool)
         experts_T = torch.empty(num_tokens, dtype=torch.int64)
@@ -75,14 +75,17 @@ class _RouteInBlocks(torch.autograd.Function):
         not_finite = torch.zeros_like(entropy, dtype=torch.int64)
         for rows in _blocks(logits_TE, num_sequences):
             probs, weights = probs_TE[rows], weights_TE[rows]
-            scratch = weights  # until there are weights: fresh memory would cost more than its use
+            # The weights come last; until then their memory is scratch space, because fresh memory
+            # would cost more time than the computation in it.
+            scratch = weights
             scaled = logits_TE[rows]
             not_finite += _tokens_not_finite(scaled)
             if theta is not None:
                 scale_T1[rows] = _standardize(scaled, out=standard_TE[rows])
                 scaled = torch.mul(standard_TE[rows], theta, out=scratch)
             torch.softmax(scaled, dim=-1, out=probs)
-            # A probability that has underflowed to 0 has no logarithm, and no part in the entropy.
+            # A probability that has underflowed to 0 must not give log(0). It adds nothing to the
+            # entropy.
             log_probs = torch.clamp(probs, min=torch.finfo(probs.dtype).tiny, out=scratch).log_()
             counted = probs if valid_T is None else probs * valid_T[rows].unsqueeze(-1)
             entropy -= torch.dot(counted.reshape(-1), log_probs.reshape(-1))
@@ -98,7 +101,8 @@ class _RouteInBlocks(torch.autograd.Function):
 
             if valid_T is not None:
                 selected = selected * valid_T[rows].unsqueeze(-1)
-            # Whole numbers below 2**24, the tokens of a block, are exact in float32.
+            # The sums are whole numbers, at most the tokens of a block, so below 2**24; float32
+            # holds them exactly.
             assignments_BE += selected.view(by_sequence).sum(dim=0).long()
         ctx.save_for_backward(standard_TE, scale_T1, probs_TE, chosen_TE, theta, valid_T)
         ctx.renormalize = renormalize
@@ -123,8 +127,8 @@ class _RouteInBlocks(torch.autograd.Function):
         d_theta = None if theta is None else torch.zeros_like(theta)
         for rows in _blocks(probs_TE, num_sequences):
             standard, probs = standard_TE[rows], probs_TE[rows]
-            # 1. Sums: with respect to the probabilities; the entropy's is -z and a constant, which
-            #    the softmax's own backward takes away
+            # 1. The gradient of the sums with respect to the probabilities. The entropy's gradient
+            #    is -z plus a constant; the softmax's own backward pass removes the constant
             d_logits = d_logits_TE[rows]
             d_entropy_TE = standard * (-d_entropy if theta is None else -d_entropy * theta)
             d_probs = d_entropy_TE.view(-1, num_sequences, num_experts).add_(d_sums_BE)
@@ -137,7 +141,7 @@ class _RouteInBlocks(torch.autograd.Function):
             d_scaled = _softmax_backward(d_probs, probs, out=d_logits)
             if ctx.renormalize:
                 d_scaled += _softmax_backward(d_weights_TE[rows], chosen_TE[rows], out=d_probs)
-            # 3. Normalization; the gradient of a softmax sums to 0, so its mean needs no removing
+            # 3. Normalization. The gradient of a softmax sums to 0, so there is no mean to subtract
             if theta is not None:
                 projection_T1 = torch.linalg.vecdot(d_scaled, standard).unsqueeze(-1)
                 d_theta += projection_T1.sum()
@@ -154,7 +158,7 @@ def _blocks(values_TE: Tensor, num_sequences: int) -> list[slice]:
 
 
 def _standardize(logits_TE: Tensor, out: Tensor) -> Tensor:
-    """Write the normalized logits before theta to ``out``; the reciprocal std, [T, 1]."""
+    """Write the normalized logits, not yet scaled by theta, to ``out``; return 1 / std, [T, 1]."""
     torch.sub(logits_TE, logits_TE.mean(dim=-1, keepdim=True), out=out)
     variance_T1 = torch.linalg.vecdot(out, out).unsqueeze(-1) / logits_TE.shape[-1]
     scale_T1 = torch.rsqrt(variance_T1 + EPSILON)
@@ -163,7 +167,7 @@ def _standardize(logits_TE: Tensor, out: Tensor) -> Tensor:
 
 
 def _tokens_not_finite(logits_TE: Tensor) -> Tensor | int:
-    """The sum of all logits is quick, and spares a look at each token if it is finite."""
+    """Count the tokens with a NaN or infinite logit; quick if the sum of all logits is finite."""
     if math.isfinite(logits_TE.sum().item()):
         return 0
     return (~logits_TE.isfinite().all(dim=-1)).sum()
@@ -174,25 +178,27 @@ def _select_and_count(
 ) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.select`, and the experts of each token.
 
-    Only the values are sorted: sums do not depend on the order of equal values, so they tell how
-    many experts a token uses and the least probability among them. A comparison with that gives
-    the map, except if the next probability is equal. NumPy sorts 16384 rows of 64 in 2 ms with
-    vector instructions, PyTorch's sort takes 40 ms and its topk of 8 takes 17 ms (one core of a
-    Xeon with AVX-512).
+    Only the values are sorted, without their indices. That is enough: sums do not depend on the
+    order of equal values, so the sorted values give the number of experts of a token and the least
+    probability among them. The map then follows from a comparison with this least probability. If
+    the next probability is equal (a tie), the comparison selects too many, and :func:`select`
+    decides. NumPy sorts 16384 rows of 64 in 2 ms with vector instructions, PyTorch's sort takes
+    40 ms and its topk of 8 takes 17 ms (one core of a Xeon with AVX-512).
 
     Returns:
-        1 where an expert is selected and 0 elsewhere, [T, E] in the dtype of ``probs_TE``, because
-        arithmetic with bool is slow on a CPU; and the experts of each token, [T] int64.
+        The map, [T, E], 1 for a selected expert and else 0, in the dtype of ``probs_TE`` because
+        arithmetic with bool is slow on a CPU; and the number of experts of each token, [T] int64.
     """
     num_tokens, num_experts = probs_TE.shape
     values = probs_TE.numpy()
-    # As unsigned integers the bits of floats >= 0 have their order, with NaN last; and unlike
-    # floats they are sorted without a look for NaN in every row.
+    # The bits of floats >= 0, read as unsigned integers, have the same order as the floats, and NaN
+    # comes last. NumPy sorts integers faster, because it searches every row of floats for NaN.
     ascending_TE = np.sort(values.view(f"u{values.itemsize}"), axis=-1).view(values.dtype)
     limit = int(threshold_in_units(threshold, probs_TE))
     experts_T = _count(ascending_TE, limit, most_experts(num_experts, max_experts))
-    # A token's least selected probability and the next after it; of all experts there is no next,
-    # and the neighbor read in its place can at most send the row to be looked at as a tie.
+    # Read each token's least selected probability and the next smaller one. A token that uses all
+    # experts has no next one: the value read instead belongs to a neighboring row. If that value
+    # happens to be equal, the row is treated as a tie, which costs time but changes no result.
     place_T = np.arange(1, num_tokens + 1) * num_experts - experts_T
     least_prob_T, next_T = (ascending_TE.take(places) for places in (place_T, place_T - 1))
     tie_or_nan_T = (next_T == least_prob_T) | np.isnan(least_prob_T)
@@ -206,11 +212,11 @@ def _select_and_count(
 
 
 def _count(ascending_TE: np.ndarray, limit: int, most: int) -> np.ndarray:
-    """Experts of each token, [T] int64, from its sorted probabilities."""
+    """Count the experts of each token, [T] int64, from its sorted probabilities."""
     sums_T = np.zeros(len(ascending_TE), dtype=np.int64)
     experts_T = np.ones_like(sums_T)
     unit = ascending_TE.dtype.type(2.0**FIXED_POINT_BITS)
-    with np.errstate(invalid="ignore"):  # NaN, below
+    with np.errstate(invalid="ignore"):  # rows with NaN are set to 1 below
         for taken in range(1, most):
             sums_T += (ascending_TE[:, -taken] * unit).astype(np.int64)
             wants_more_T = sums_T <= limit

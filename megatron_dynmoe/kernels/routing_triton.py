@@ -1,14 +1,14 @@
-"""Triton: everything a router does after its gate, in one pass over the logits each way.
+"""Triton: everything that a router does after its gate, in one pass forward and one backward.
 
 A program takes ``BLOCK`` tokens of one sequence with all their experts. Its selection is exactly
-:func:`megatron_dynmoe.routing.select.select` of the float32 probabilities it has computed: those
-are sorted as integers (the bits of a float >= 0 have its order), their sums are 64-bit integers in
-the same units, and equal probabilities are told apart by index. The probabilities themselves differ
-from PyTorch's softmax in their last bits, so whole routings agree wherever no cumulative
-probability is within 1e-6 of the threshold.
+:func:`megatron_dynmoe.routing.select.select` of the float32 probabilities that it has computed. It
+sorts their bits as integers, because the bits of a float >= 0 have the same order as the float. It
+sums them as 64-bit integers in the same units, and it breaks ties by expert index. The
+probabilities themselves differ from PyTorch's softmax in their last bits. A token's routing
+therefore agrees if no cumulative probability is within 1e-6 of the threshold.
 
-The backward pass computes the probabilities again, from the logits: the forward pass writes only
-weights and map. Sums over tokens go through one partial sum a program: no atomics, so that runs
+The forward pass writes only weights and map; the backward pass computes the probabilities again
+from the logits. Each program writes one partial sum over its tokens. There are no atomics, so runs
 repeat bitwise.
 """
 
@@ -40,9 +40,9 @@ def route_fused(
     num_sequences: int = 1,
     valid_T: Tensor | None = None,
 ) -> Routing:
-    """Arguments, result and errors are those of :func:`megatron_dynmoe.routing.route.route`.
+    """Route; arguments, result and errors as for :func:`megatron_dynmoe.routing.route.route`.
 
-    For 1 to 512 experts and at least one token.
+    The kernel takes 1 to 512 experts and at least one token.
     """
     check_positions(logits_TE, num_sequences)
     most = most_experts(logits_TE.shape[-1], max_experts)
@@ -92,7 +92,7 @@ class _RouteFused(torch.autograd.Function):
         ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
         ctx.launch = launch
         ctx.mark_non_differentiable(map_TE, experts_T)
-        assignments_BE = assignments.sum(dim=0)  # of int32 PyTorch makes int64
+        assignments_BE = assignments.sum(dim=0)  # PyTorch sums int32 into int64
         counts = assignments_BE, not_finite.sum()
         ctx.mark_non_differentiable(*counts)
         return weights_TE, map_TE, experts_T, prob_sums.sum(dim=0), entropies.sum(), *counts
@@ -122,7 +122,7 @@ class _RouteFused(torch.autograd.Function):
 
 
 class _Launch:
-    """Grid and settings that both kernels share."""
+    """The grid and the settings that both kernels share."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class _Launch:
 
 @triton.jit
 def _tokens(num_positions, num_sequences, BLOCK: tl.constexpr):
-    """Of this program's block: the numbers of its tokens, and which of them exist."""
+    """Return the indices of the tokens in this program's block, and which of them exist."""
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tokens = positions.to(tl.int64) * num_sequences + tl.program_id(1)
     return tokens, positions < num_positions
@@ -163,9 +163,11 @@ def _probabilities(
     logits_ptr, theta_ptr, offsets, inside, columns, num_experts, epsilon,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Standardized logits, scale and sum of the raw ones [BLOCK, 1], theta, and probabilities.
+    """Compute a block's probabilities, and what the gradients need beside them.
 
-    Probabilities are 0 in the padding columns.
+    Returns:
+        The standardized logits, the scale and the sum of the raw logits ([BLOCK, 1] both), theta,
+        and the probabilities. These are 0 in the padding columns.
     """
     standard = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     total = tl.sum(standard, axis=1, keep_dims=True)
@@ -186,7 +188,7 @@ def _probabilities(
 
 @triton.jit
 def _fixed_point(bits):
-    """Units of 2**-60 in a float32 in [0, 1], given its bits; truncated."""
+    """Convert the bits of a float32 in [0, 1] to units of 2**-60, truncated."""
     exponent = bits >> 23
     mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.int64)
     shift = exponent - 90  # the last bit of the mantissa is worth 2**(exponent - 150)
@@ -197,7 +199,7 @@ def _fixed_point(bits):
 
 @triton.jit
 def _select(probs, columns, num_experts, threshold, cap, WIDTH: tl.constexpr, TOP: tl.constexpr):
-    """The map, and the experts of each token [BLOCK, 1]."""
+    """Return the map and the number of experts of each token, [BLOCK, 1]."""
     is_nan = tl.sum((probs != probs).to(tl.int32), axis=1, keep_dims=True) > 0
     bits = probs.to(tl.int32, bitcast=True)
     bits = tl.where(columns < num_experts, bits, -1)
@@ -211,7 +213,7 @@ def _select(probs, columns, num_experts, threshold, cap, WIDTH: tl.constexpr, TO
     limit = tl.where(
         threshold > 0,
         _fixed_point(tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True)),
-        tl.where(threshold == 0, 0, -1).to(tl.int64),  # -1: NaN or below 0
+        tl.where(threshold == 0, 0, -1).to(tl.int64),  # -1: it is NaN or below 0
     )
     limit = tl.where(threshold >= 1, NEVER_EXCEEDED, limit)
     kept = ((before <= limit) & (ordered >= 0)).to(tl.int32)
@@ -256,7 +258,7 @@ def _forward(
     tl.store(experts_ptr + tokens, tl.sum(experts, axis=1).to(tl.int64), mask=exist)
     # 4. Sums over this program's tokens
     program = tl.program_id(0) * num_sequences + tl.program_id(1)
-    # Of NaN and infinity alike the comparison is false.
+    # The comparison is false for NaN and for infinity.
     is_finite = tl.sum((tl.abs(total) < float("inf")).to(tl.int32), axis=1)
     tl.store(not_finite_ptr + program, tl.sum(tl.where(exist, 1 - is_finite, 0), axis=0))
     counted = exist
@@ -292,7 +294,8 @@ def _backward(
     chosen = tl.load(map_ptr + offsets, mask=inside, other=0) != 0
     d_weights = tl.load(d_weights_ptr + offsets, mask=inside, other=0.0)
     d_weights = tl.where(chosen, d_weights, 0.0)
-    # 1. Sums: the entropy's gradient is -z and a constant, which the softmax's backward takes away
+    # 1. Sums. The entropy's gradient is -z plus a constant; the softmax's own backward pass removes
+    #    the constant
     d_sums_at = d_sums_ptr + tl.program_id(1) * num_experts + columns
     d_probs = tl.load(d_sums_at, mask=columns < num_experts, other=0.0)
     d_probs = d_probs - tl.load(d_entropy_ptr) * theta * standard

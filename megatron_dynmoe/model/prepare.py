@@ -1,4 +1,4 @@
-"""What a training needs beside its model: hooks, the reports, and what the log says of them."""
+"""What a training needs beside its model: hooks, reports, and lines in the log."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def prepare_training(
     settled: Settled, transformer: TransformerConfig, args: Namespace | None = None
 ) -> None:
-    """Let upstream's config agree with the settings, and hook in what ends a global batch.
+    """Make upstream's config agree with the settings, and hook in the update of a global batch.
 
     Args:
         settled: the run's settings.
         transformer: upstream's config, which is changed: its implementation, routing in fp32, and
             the hook that ends a global batch.
-        args: Megatron's arguments; the resolved settings go into them, and so into checkpoints.
-            None in a training loop of one's own.
+        args: Megatron's arguments. The resolved settings are added to them, and so get into
+            checkpoints. None in a user's own training loop.
     """
     transformer.transformer_impl = choice.implementation(settled.backend.backend)
     if settled.rule is None:
@@ -38,14 +38,14 @@ def prepare_training(
     )
     install_metrics_tracker(settled.dynmoe)
     if args is not None:
-        # Megatron saves its arguments with the model; settings from YAML would not be among them.
+        # Megatron saves its arguments with the model, but these lack settings from a YAML file.
         args.moe_dynamic_settings = settled.dynmoe.to_dict()
 
 
 def describe(
     settled: Settled, transformer: TransformerConfig, args: Namespace | None = None
 ) -> Iterator[str]:
-    """The lines of the log that say what was settled; arguments as for :func:`prepare_training`."""
+    """Yield log lines that say what was settled; arguments as for :func:`prepare_training`."""
     yield choice.describe(settled.backend, transformer)
     if settled.rule is None:
         return
@@ -60,7 +60,7 @@ def describe(
     if controller is None:
         return
     margin = settled_gain_margin(settled.dynmoe, controller, transformer)
-    if margin < 0.999 * MIN_GAIN_MARGIN:  # computed gains stop at the margin itself
+    if margin < 0.999 * MIN_GAIN_MARGIN:  # computed gains may have exactly this margin
         yield (
             f"WARNING: proportional_gain {controller.proportional_gain:.4g} and integral_gain "
             f"{controller.integral_gain:.4g} become unstable once the count responds {margin:.2g} "

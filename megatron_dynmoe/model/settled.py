@@ -1,4 +1,4 @@
-"""What a run's settings come to, computed in one place and handed to everything."""
+"""The settled settings of a run: computed in one place, and passed to all code that needs them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Settled:
 
     Attributes:
         dynmoe: the settings of dynamic routing.
-        backend: what runs attention, norms and experts.
-        controller: the law that moves the rule's knob; None if nothing is steered.
+        backend: the code that runs attention, norms and experts.
+        controller: the law that moves the rule's knob; None if the knob is fixed.
         rule: how logits become a routing map; None for stock top-k.
     """
 
@@ -38,7 +38,7 @@ class Settled:
 
     @property
     def rows_per_token(self) -> int | None:
-        """The rows of a token for which there is room, None if they are counted."""
+        """The number of rows per token for which there is room; None if rows are counted."""
         if self.dynmoe.row_buffer != "worst_case":
             return None
         caps = self.dynmoe.max_experts_per_token, self.dynmoe.inference_max_experts_per_token
@@ -51,15 +51,15 @@ def settle_run(
     """Settle the settings of a run with its model, before anything is built.
 
     Args:
-        resolved: of :meth:`DynMoEConfig.resolve`.
+        resolved: the result of :meth:`DynMoEConfig.resolve`.
         transformer: upstream's config of the model. It is not changed.
         transformer_impl: ``--transformer-impl``, None if it was not given.
 
     Raises:
-        ValueError: a setting of ours or of upstream makes no sense with the model.
+        ValueError: one of our or of upstream's settings contradicts the model.
     """
     optimizer = "adam"
-    with suppress(AssertionError):  # a training loop of one's own has no arguments
+    with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
     backend = choice.plan(resolved.backend or AUTO, transformer_impl, transformer, optimizer)
     if not resolved.is_dynamic:
@@ -74,7 +74,7 @@ def settle_run(
 
 
 def _check_worst_case_rows(settled: Settled, transformer: TransformerConfig) -> None:
-    """Refuse ``row_buffer`` worst_case if the number of rows is needed on the host."""
+    """Refuse ``row_buffer`` worst_case if the host needs the number of rows."""
     remedy, plan = "leave {row_buffer} out (measured)", settled.backend
     if plan.backend != "torch_native" or "experts" in plan.kept:
         reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def layer_spec(
     config: GPTModelConfig, vp_stage: int | None = None, *, settled: Settled
 ) -> TransformerBlockSubmodules:
-    """The spec of one model chunk, with dynamic routing in the layers that have experts.
+    """Build the spec of one model chunk, with dynamic routing in the layers that have experts.
 
     Args:
         config: upstream's model config.
@@ -49,7 +49,7 @@ def layer_spec(
 
 
 def _with_dynamic_moe(layer: Any, router: Any, settled: Settled) -> Any:
-    """A copy of one layer's spec whose MoE layer, if it has one, is ours."""
+    """Copy one layer's spec, and replace its MoE layer, if it has one, by ours."""
     mlp = layer.submodules.mlp
     if not (isinstance(mlp, partial) and mlp.func is MoELayer):
         return layer

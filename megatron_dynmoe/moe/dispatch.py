@@ -1,7 +1,7 @@
-"""Dispatchers that send as many rows as were routed, whatever the routing map.
+"""A dispatcher that sends as many rows as were routed, for any routing map.
 
-Upstream's all-gather dispatcher derives every count from the map and needs no change. Its
-all-to-all dispatcher takes ``tokens * moe_router_topk`` for the number of rows it sends.
+Upstream's all-gather dispatcher derives every count from the map and needs no change. Upstream's
+all-to-all dispatcher assumes that it sends ``tokens * moe_router_topk`` rows.
 """
 
 import torch
@@ -13,18 +13,19 @@ from megatron_dynmoe.moe.permute import RowOrder, order_rows, permute, unpermute
 class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """Upstream's all-to-all dispatcher with a measured number of rows.
 
-    Right for every map: experts or ranks without a token, all tokens to one expert, every token to
-    every expert. Costs one device-to-host copy before the permutation, as upstream's does with a
-    capacity factor; none where it makes room for ``rows_per_token`` rows instead of counting them,
-    which needs one rank and experts that take their counts on the device. On one rank the rows
-    already are in the order of the experts, so upstream's second permutation is left out.
+    It is correct for every map: experts or ranks without a token, all tokens at one expert, every
+    token at every expert. It costs one device-to-host copy before the permutation, as upstream's
+    does with a capacity factor. It needs no copy if it makes room for ``rows_per_token`` rows per
+    token instead of counting them; that requires a single rank, and experts that take their counts
+    on the device. On a single rank the rows are already in the order of the experts, so it skips
+    upstream's second permutation.
 
     Attributes:
-        rows_per_token: the most experts of any token, to make room for; None: rows are counted.
+        rows_per_token: the most rows of any token, for which there is room; None: rows are counted.
     """
 
     rows_per_token: int | None = None
-    # Upstream's, and the order of the rows between dispatch and combine.
+    # The first two are upstream's; row_order is kept between dispatch and combine.
     num_out_tokens: torch.Tensor | int
     tokens_per_expert: torch.Tensor | None
     row_order: RowOrder | None
@@ -36,7 +37,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             routing_map: [T, E], bool.
 
         Returns:
-            Tokens of each local expert, [number of local experts] int64.
+            The number of tokens of each local expert, [number of local experts] int64.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
         if self.rows_per_token is None:
@@ -49,7 +50,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count, and put the rows that this rank sends in the order of the experts.
+        """Count the rows that this rank sends, and put them in the order of the experts.
 
         Args:
             hidden_states: [..., D].
@@ -78,7 +79,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, tokens of each local expert and weights, as the experts take them."""
+        """Return rows, tokens of each local expert and weights, as the experts take them."""
         if self.ep_size * self.tp_size > 1:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
         tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None
@@ -92,7 +93,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return hidden_states
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """Add up each token's rows, and its shared experts' output."""
+        """Add up each token's rows and the output of its shared experts."""
         if self.config.moe_permute_fusion:
             return super().combine_postprocess(permutated_local_input_tokens)
         row_order, self.row_order = self.row_order, None
@@ -105,7 +106,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Upstream's copies to the host, and its wait for them; neither if no one there counts."""
+        """Copy counts to the host and wait, as upstream does, but only if rows are counted."""
         if self.rows_per_token is not None:
             return tokens_per_expert
         return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)

@@ -1,7 +1,7 @@
 """GroupedExperts: the SwiGLU experts of a rank as two stacked weights and grouped GEMMs.
 
-Needs nothing but PyTorch. Weights, results and checkpoints are those of upstream's SequentialMLP,
-which holds two linear layers for each expert and runs them one after another.
+The module needs nothing but PyTorch. Weights, results and checkpoints equal those of upstream's
+SequentialMLP, which holds two linear layers for each expert and runs one expert after another.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from megatron_dynmoe import kernels
 
-ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
+ALIGNMENT_BYTES = 16  # grouped_mm wants rows whose size is a multiple of this
 _EXTRA_STATE = "_extra_state"
 
 
 class GroupedExperts(MegatronModule):
-    """The experts of one rank; built and called as upstream builds and calls SequentialMLP.
+    """The experts of one rank. Upstream builds and calls this class in place of SequentialMLP.
 
-    With E local experts, hidden size D and F of the experts' FFN size on this rank:
+    E is the number of local experts, D the hidden size, F the experts' FFN size on this rank.
 
     Attributes:
         weight1: [E, 2F, D], gate rows first.
@@ -52,7 +52,8 @@ class GroupedExperts(MegatronModule):
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         self.tp_group = pg_collection.expt_tp
         weights1, weights2 = [], []
-        # Upstream's layers draw the weights, in its order, so that a seed gives those of `local`.
+        # Upstream's layers draw the weights in upstream's order, so that a seed gives the same
+        # weights as with the back end `local`.
         for _ in range(num_local_experts):
             shared: dict[str, Any] = {
                 "config": config,
@@ -92,10 +93,10 @@ class GroupedExperts(MegatronModule):
             probs_R: [R] float32, the rows' weights.
 
         Returns:
-            [R, D] in the input's dtype; and no bias.
+            [R, D] in the input's dtype, and None for a bias.
         """
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
-        # Upstream weights the activations, not the outputs, too.
+        # As in upstream, the weights multiply the activations and not the outputs.
         if self.config.bias_activation_fusion:
             weighted_RF = weighted_bias_swiglu_impl(gate_up, None, probs_R.unsqueeze(-1))
         else:
@@ -108,10 +109,10 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The weights under the names and in the global shapes of upstream's experts.
+        """Return the weights under the names and in the global shapes of upstream's experts.
 
         Raises:
-            ValueError: the checkpoint is to hold one tensor per expert.
+            ValueError: the metadata ask for one tensor per expert.
         """
         if (metadata or {}).get("singleton_local_shards", False):
             raise ValueError(
@@ -127,7 +128,7 @@ class GroupedExperts(MegatronModule):
             sharded[f"{prefix}{name}"] = self._sharded(
                 weight, f"{key}.weight", tp_axis, num_parts, sharded_offsets
             )
-            # Upstream's layers save an empty state beside each weight and expect it back.
+            # Upstream's layers save an empty state beside each weight and expect to load it again.
             first = self.ep_group.rank() * self.num_local_experts
             for expert in range(self.num_local_experts):
                 experts = self.ep_group.size() * self.num_local_experts
@@ -143,7 +144,7 @@ class GroupedExperts(MegatronModule):
         return sharded
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load, without the empty states."""
+        """Load everything except the empty states."""
         for name in [name for name in state_dict if name.endswith(_EXTRA_STATE)]:
             if name.startswith(prefix):
                 del state_dict[name]
@@ -152,12 +153,12 @@ class GroupedExperts(MegatronModule):
     def _sharded(
         self, weight: Tensor, key: str, tp_axis: int, num_parts: int, layers: tuple[Any, ...]
     ) -> ShardedTensorFactory:
-        """A weight [E, ...] as part of [layers, all experts, ...].
+        """Describe a weight [E, ...] as a part of [layers, all experts, ...].
 
         Args:
             tp_axis: the axis that tensor parallelism splits.
-            num_parts: how many parts (gate and up) it splits on its own.
-            layers: the offset in the axis of layers, which the weight itself lacks.
+            num_parts: 2 if gate and up lie in this axis and are split separately, else 1.
+            layers: the offset in the axis of layers, which the weight itself does not have.
         """
         prepended = len(layers)
         ep_rank, ep_size = self.ep_group.rank(), self.ep_group.size()
@@ -207,19 +208,20 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
 
 
 def has_grouped_gemm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether these GEMMs run in one call that takes the counts on the device."""
+    """Whether one call runs these GEMMs and takes the counts on the device."""
     if uses_grouped_mm(device, dtype, *sizes):
         return True
     return dtype != torch.float64 and kernels.available(device)  # kernels add up in float32
 
 
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether these GEMMs run as ``torch.nn.functional.grouped_mm``, or else one by one.
+    """Whether these GEMMs run as ``torch.nn.functional.grouped_mm``.
 
-    On GPUs it has a kernel for bf16 from Hopper on; elsewhere there it copies the counts to the
-    host and loops. So does the loop here, mostly without the copy, which the dispatcher has made;
-    :mod:`megatron_dynmoe.kernels.grouped_gemm` needs neither. On CPU it is as fast as that loop or
-    up to 12 % faster (docs/backends.md).
+    On a GPU ``grouped_mm`` has a kernel only for bf16 on Hopper and later. In all other cases it
+    copies the counts to the host and loops over experts. The loop in this module does the same, but
+    mostly without the copy, because the dispatcher has already made it.
+    :mod:`megatron_dynmoe.kernels.grouped_gemm` needs neither loop nor copy. On a CPU ``grouped_mm``
+    is as fast as the loop or up to 12 % faster (docs/backends.md).
     """
     if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
         return False
@@ -229,7 +231,7 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bo
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """probs * silu(gate) * up, of which only the inputs are kept for the backward pass."""
+    """probs * silu(gate) * up; only the inputs are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
@@ -254,10 +256,9 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """:func:`grouped_linear` in one call for all experts, forward, and two backward.
+    """:func:`grouped_linear` with one call for all experts forward, and two calls backward.
 
-    ``grouped_mm`` has a derivative of its own, which fails where the gradient is an expanded
-    tensor.
+    The derivative that PyTorch has for ``grouped_mm`` fails if the gradient is an expanded tensor.
     """
 
     @staticmethod
@@ -275,7 +276,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class _KernelLinear(torch.autograd.Function):
-    """:func:`grouped_linear` by Triton's kernels."""
+    """:func:`grouped_linear` with the Triton kernels."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -293,7 +294,7 @@ class _KernelLinear(torch.autograd.Function):
 
 
 class _LoopedLinear(torch.autograd.Function):
-    """:func:`grouped_linear`, an expert at a time, without copies of rows or weights."""
+    """:func:`grouped_linear`, one expert at a time, without copies of rows or weights."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -311,7 +312,7 @@ class _LoopedLinear(torch.autograd.Function):
         groups = _groups(ctx.counts, rows, grad, grad_rows)
         for expert, (rows_e, grad_e, grad_rows_e) in enumerate(groups):
             torch.mm(grad_e, weight[expert], out=grad_rows_e)
-            torch.mm(grad_e.t(), rows_e, out=grad_weight[expert])  # zero where there are no rows
+            torch.mm(grad_e.t(), rows_e, out=grad_weight[expert])  # zero if there are no rows
         return grad_rows, grad_weight, None
 
 
@@ -320,9 +321,9 @@ def _groups(counts: list[int], *tensors: Tensor) -> Any:
 
 
 def _stacked(weights: list[torch.nn.Parameter]) -> torch.nn.Parameter:
-    """The weights as one parameter that upstream takes for an expert's; frees them."""
+    """Stack the weights into one parameter that upstream treats as an expert's."""
     stacked = torch.nn.Parameter(torch.stack([weight.detach() for weight in weights]))
-    # Whether data-parallel ranks outside the experts' group share it, and its split over TP.
+    # These say which data-parallel ranks share the parameter, and how TP splits it.
     for name in ("allreduce", "tensor_model_parallel", "partition_stride"):
         if hasattr(weights[0], name):
             setattr(stacked, name, getattr(weights[0], name))

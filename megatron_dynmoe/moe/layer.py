@@ -13,7 +13,7 @@ from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
 class DynMoELayer(MoELayer):
     """Upstream's MoELayer; only its all-to-all dispatcher is replaced.
 
-    The forward steps are upstream's: route, dispatch preprocess (permute), dispatch, experts,
+    The forward pass is upstream's: route, dispatch preprocess (permute), dispatch, experts,
     combine, postprocess (unpermute, add the shared experts).
     """
 
@@ -28,11 +28,11 @@ class DynMoELayer(MoELayer):
         *,
         rows_per_token: int | None = None,
     ) -> None:
-        """Build the layer; arguments are upstream's and the dispatcher's ``rows_per_token``."""
+        """Build the layer; ``rows_per_token`` is the dispatcher's, all else is as upstream."""
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        # Upstream chooses the dispatcher by a string, so there is no place to hand ours in.
+        # Upstream chooses the dispatcher by a string, so ours cannot be passed in.
         if config.moe_token_dispatcher_type == "alltoall":
             self.token_dispatcher = VariableKAlltoAllTokenDispatcher(
                 self.num_local_experts,

@@ -1,8 +1,8 @@
-"""From tokens to rows by expert and back, for any number of experts a token.
+"""From tokens to rows by expert and back, for any number of experts per token.
 
-A row is one token at one expert; rows are ordered by expert, and by token within an expert. Where
-there is room for more rows than were routed, the rest follow: they hold nothing in particular, and
-neither a sum nor a gradient reads them.
+A row is one token at one expert. Rows are ordered by expert, and by token within an expert. If
+there is room for more rows than were routed, the unused rows come last. Their content is arbitrary,
+and neither a sum nor a gradient reads it.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from megatron_dynmoe import kernels
 
 
 class RowOrder(NamedTuple):
-    """Which token and expert each of R rows is for, of a routing map [T, E]."""
+    """The token and the expert of each of the R rows of a routing map [T, E]."""
 
-    token_R: Tensor  # int64; T for a row that is not used
-    weight_R: Tensor  # int64, its place among the weights, token * E + expert; T * E likewise
+    token_R: Tensor  # int64; T for an unused row
+    weight_R: Tensor  # int64, index into the flat weights, token * E + expert; T * E if unused
     num_tokens: int
     all_used: bool
-    # The rows of token 0, then of token 1 ..., and where each token's end; None on a CPU.
+    # The rows of token 0, then those of token 1, and so on; and the index after each token's last
+    # row. Both are None on a CPU.
     row_of_slot: Tensor | None
     end_T: Tensor | None
 
 
 def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder:
-    """The rows of a routing map.
+    """List the rows of a routing map.
 
     Args:
         map_TE: [T, E], bool.
-        num_rows: R, how many are True in it, or at most, then ``all_used`` is False.
+        num_rows: R, the number of True entries, or an upper bound of it.
+        all_used: False if ``num_rows`` is only an upper bound.
     """
     num_tokens, num_experts = map_TE.shape
     by_expert = map_TE.t().reshape(-1)
     if map_TE.is_cpu and all_used:
         flat_R = by_expert.nonzero().squeeze(-1)
-    else:  # its size is known, so the host need not wait for the device
+    else:  # the size is given, so the host does not wait for the device
         flat_R = torch.nonzero_static(by_expert, size=num_rows).squeeze(-1)
     token_R, expert_R = flat_R % num_tokens, flat_R // num_tokens
     weight_R = token_R * num_experts + expert_R
     if not all_used:
-        unused_R = flat_R < 0  # nonzero_static's filling
+        unused_R = flat_R < 0  # nonzero_static fills up with -1
         token_R = token_R.masked_fill(unused_R, num_tokens)
         weight_R = weight_R.masked_fill(unused_R, map_TE.numel())
     slots = (None, None) if map_TE.is_cpu else _by_token(map_TE, token_R)
@@ -56,24 +58,24 @@ def _by_token(map_TE: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def permute(tokens_TD: Tensor, weights_TE: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
-    """The rows and their weights.
+    """Gather the rows and their weights.
 
     Args:
         tokens_TD: [T, D], any floating dtype.
         weights_TE: [T, E], any floating dtype.
 
     Returns:
-        [R, D] and [R], differentiable in both. The gradients of a token's rows add up in a fixed
-        order, without atomics; on CUDA in float32.
+        [R, D] and [R], differentiable in tokens and weights. The gradients of a token's rows are
+        added in a fixed order, without atomics; on CUDA in float32.
     """
     weights = weights_TE.reshape(-1)
-    if not order.all_used:  # what comes back for unused rows ends in one more place
+    if not order.all_used:  # the gradients of unused rows go to one extra element
         weights = torch.nn.functional.pad(weights, (0, 1))
     return _Gather.apply(tokens_TD, order), weights.index_select(0, order.weight_R)
 
 
 def unpermute(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    """Every token's sum of its rows, [T, D], dtype of the rows; the transpose of the above."""
+    """Sum each token's rows, [T, D], dtype of the rows; the transpose of :func:`permute`."""
     return _Sum.apply(rows_RD, order)
 
 
@@ -107,7 +109,7 @@ def _rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
 
 
 def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    if order.row_of_slot is None:  # one thread after another on a CPU: in a fixed order, too
+    if order.row_of_slot is None:  # on a CPU scatter_add_ also adds in a fixed order
         sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
         sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
         return sums_TD[: order.num_tokens]
@@ -119,6 +121,6 @@ def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
     lengths_T = order.end_T.diff(prepend=order.end_T.new_zeros(1))
     by_token_RD = rows_RD.index_select(0, order.row_of_slot)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
-    # unsafe: the lengths are right, and are not to be looked at by the host
+    # unsafe=True skips a check of the lengths on the host; they are right by construction
     sums_TD = torch.segment_reduce(by_token_RD.to(wide), "sum", lengths=lengths_T, unsafe=True)
     return sums_TD.to(rows_RD.dtype)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Under the name of what --moe-router-load-balancing-type asks for, upstream's own tracker shows the
-# balance loss. Our entry point reports it itself and asks upstream for none.
+# Upstream's tracker shows the balance loss under a name that depends on
+# --moe-router-load-balancing-type. Our entry point sets that flag to none and reports the loss
+# itself.
 UPSTREAM_LOSS_NAMES = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "aux_loss": "load_balancing_loss",
@@ -39,23 +40,23 @@ UPSTREAM_LOSS_NAMES = {
 class DynamicRouter(KeepDtype, TopKRouter):
     """Routes each token to as many experts as its rule says.
 
-    Gate, input jitter, z-loss and forced balancing are upstream's; this class replaces what comes
-    after: the rule's routing, the losses, the counts.
+    Gate, input jitter, z-loss and forced balancing are upstream's. This class replaces what comes
+    after them: the rule's routing, the losses and the counts.
 
-    State, replicated over ranks and saved with the model, all [1] float32 and written once per
-    global batch:
-        the rule's own (of top-p: ``threshold``).
+    The state is replicated over ranks and saved with the model. All of it is [1] float32 and is
+    written once per global batch:
+        the rule's own state (for top-p: ``threshold``).
         integral: the PI controller's sum of errors.
-        measured: mean experts per token over the last global batch (0: none counted), for whoever
-            reads the checkpoint; training does not.
-    And theta_offset, a [1] parameter: theta = 1 + theta_offset scales the normalized logits. An
-    offset, because near 1 bf16 would round its updates away; one-dimensional, because upstream
-    exempts such parameters from weight decay.
+        measured: mean experts per token over the last global batch (0: none counted). Training does
+            not read it; it is for readers of the checkpoint.
+    The parameter theta_offset, [1], makes theta = 1 + theta_offset, which scales the normalized
+    logits. It is an offset because bf16 would round small updates of a value near 1 away. It is
+    one-dimensional because upstream exempts such parameters from weight decay.
     """
 
     integral: Tensor
     measured: Tensor
-    # Upstream's, which a type checker cannot see through torch.nn.Module.
+    # Upstream's attributes; a type checker cannot see them through torch.nn.Module.
     config: TransformerConfig
     weight: Tensor
     num_experts: int
@@ -77,8 +78,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """Build the router.
 
         Args:
-            dynmoe: resolved settings, with dynamic routing.
-            rule: shared by the routers of all layers.
+            dynmoe: resolved settings with dynamic routing.
+            rule: the rule that the routers of all layers share.
         """
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe, self.rule = dynmoe, rule
@@ -93,9 +94,11 @@ class DynamicRouter(KeepDtype, TopKRouter):
             self.theta_offset = torch.nn.Parameter(
                 torch.zeros(1, dtype=config.params_dtype, device=device)
             )
-            # Under sequence parallelism each rank sees a part of the tokens, as for the gate.
+            # Under sequence parallelism each rank sees a part of the tokens, so upstream must sum
+            # the gradient over ranks, as it does for the gate.
             self.theta_offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        # Of the last forward pass, which may be the first of recomputation and not counted.
+        # From the last forward pass. With recomputation that may be the first pass, which the
+        # counters leave out.
         self.last_not_finite: Tensor | None = None
         self.counters = RoutingCounters(self.num_experts, device)
         self.evaluation_counters = RoutingCounters(self.num_experts, device)
@@ -109,12 +112,12 @@ class DynamicRouter(KeepDtype, TopKRouter):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What the rule keeps, as it is now."""
+        """The current values of the rule's own state."""
         return {name: self.get_buffer(name) for name in self.rule.first_state}
 
     @property
     def knob(self) -> Tensor:
-        """What a controller may move, [1] float32; of a rule without a knob NaN."""
+        """The number that a controller may move, [1] float32; NaN if the rule has no knob."""
         name = self.rule.knob
         return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
 
@@ -123,7 +126,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
 
         Args:
             logits: [S, B, E] float32.
-            padding_mask: [S, B], True for padding, which enters neither losses nor counts.
+            padding_mask: [S, B], True for padding, which losses and counts leave out.
 
         Returns:
             Weights [T, E] float32 and routing map [T, E] bool, T = S * B.
@@ -133,7 +136,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         logits_TE = logits.reshape(-1, self.num_experts)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
 
-        # 1. z-loss, on the logits as they are
+        # 1. z-loss, on the raw logits
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=None if valid_T is None else ~valid_T)
 
         # 2. Route: normalize, softmax, select, weigh
@@ -147,8 +150,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
         )
         self.last_not_finite = routed.not_finite
 
-        # 3. Losses and counts, once per micro-batch: without gradients it is an evaluation or the
-        #    first of the two forward passes of recomputation
+        # 3. Losses and counts, once per micro-batch. A forward pass without gradients is either an
+        #    evaluation or the first of the two passes of recomputation, which is not counted
         weights_TE = routed.weights_TE
         cap = self.rule.cap(self.training)
         counted = (
@@ -162,7 +165,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         return weights_TE, routed.map_TE
 
     def _attach_losses(self, routed: Routing, valid_T: Tensor | None) -> Tensor:
-        """Send the gradients of both losses into the router with the weights' own."""
+        """Attach both losses to the weights, so that their gradients reach the router."""
         dynmoe, group = self.dynmoe, self.tp_cp_group
         assignments_BE = routed.assignments_BE
         tokens_B = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
@@ -193,13 +196,13 @@ class DynamicRouter(KeepDtype, TopKRouter):
         if dynmoe.balance_loss != "none":
             loss = loss + coefficients.balance * balance
         if self.calculate_per_token_loss:
-            # Upstream then divides all gradients by the tokens of the global batch; see its
-            # attach_and_log_load_balancing_loss.
+            # Upstream divides all gradients by the tokens of the global batch in this case; see
+            # attach_and_log_load_balancing_loss there.
             loss = loss * num_local_tokens * group.size()
         return MoEAuxLossAutoScaler.apply(routed.weights_TE, loss)
 
     def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor) -> Tensor:
-        """f of equation (7), [B, E] float32, at the scope of the balance loss."""
+        """Compute f of equation (7), [B, E] float32, at the scope of the balance loss."""
         if self.dynmoe.balance_loss == "global_aux_loss":
             counted = torch.cat([self.counters.assignments, self.counters.tokens.view(1)])
             torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
@@ -207,7 +210,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load; what the user has fixed is a setting, not state, so it wins over the checkpoint."""
+        """Load. A value that the user has fixed is a setting and replaces the checkpoint's."""
         super()._load_from_state_dict(*args, **kwargs)
         for name, fixed in self.rule.settings.items():
             loaded = self.get_buffer(name)

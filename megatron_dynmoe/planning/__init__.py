@@ -1,6 +1,6 @@
 """What a run will need, computed before it has a GPU: parameters, memory, layout.
 
-Sizes and a layout enter, bytes and numbers of parameters leave; jobs/plan.py makes a plan of them.
+Sizes and a layout enter. Bytes and numbers of parameters leave; jobs/plan.py makes a plan of them.
 
 Reading order: :mod:`.layout` (processes), :mod:`.shape` (parameters), :mod:`.worst_case` (rows of
 an MoE layer and what they need), :mod:`.memory` (a GPU, part by part), :mod:`.counts` (experts per

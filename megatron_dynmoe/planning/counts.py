@@ -19,11 +19,11 @@ class ExpertCounts:
     """Experts per token.
 
     Attributes:
-        mean: over most of the run.
-        first_steps: of the first steps.
-        cap: no token uses more; None for no cap.
-        source: where the mean is from.
-        room: rows of a token that memory is taken for, used or not; None: for those that are used.
+        mean: the mean over most of the run.
+        first_steps: the mean over the first steps.
+        cap: the most experts that a token may use; None for no cap.
+        source: the setting or assumption that gives the mean.
+        room: rows per token for which memory is allocated, used or not; None: only for used rows.
     """
 
     mean: float
@@ -34,19 +34,19 @@ class ExpertCounts:
 
     @property
     def rows_per_token(self) -> tuple[float, float]:
-        """Rows that memory is taken for, with a balanced load: at the mean and at the start."""
+        """Rows per token that take memory, with a balanced load: at the mean and at the start."""
         return (self.mean, self.first_steps) if self.room is None else (self.room, self.room)
 
 
 def expected_counts(args: Namespace, experts_per_token: float | None = None) -> ExpertCounts:
-    """What the routing's settings say.
+    """Derive the expected counts from the routing's settings.
 
     Args:
         args: Megatron's arguments, with ours.
-        experts_per_token: the mean, where the user knows it.
+        experts_per_token: the mean, if the user knows it.
 
     Raises:
-        ValueError: a setting makes no sense, or the given mean is out of range.
+        ValueError: a setting is wrong, or the given mean is out of range.
     """
     num_experts = args.num_experts or 0
     dynmoe = resolved_from_args(args, num_experts)
@@ -76,7 +76,7 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         assert schedule is not None
         mean, source = schedule.points[-1][1], "the target"
         start = dynmoe.initial_threshold
-        # The computed threshold gives the target by construction.
+        # A computed threshold gives the target by construction.
         first = at_threshold(start) if isinstance(start, float) else schedule.at(0)
     else:
         assert dynmoe.threshold is not None

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """One kind.
+    """One model of GPU.
 
     Attributes:
-        flops: per second in bf16 on tensor cores, without sparsity.
-        memory: bytes, taking the data sheet's GB for 10^9 bytes. Cards have some 5 % more, which
-            is left for CUDA's context, NCCL's buffers and fragmentation.
+        flops: FLOP/s in bf16 on tensor cores, without sparsity.
+        memory: bytes; a GB of the data sheet counts as 10^9 bytes. Cards have some 5 % more, which
+            remains for CUDA's context, NCCL's buffers and fragmentation.
     """
 
     label: str

@@ -1,7 +1,7 @@
 """How a run is spread over processes, read from its flags, and whether that can work.
 
-Pure arithmetic, before torch is imported: the launch scripts and the planner ask here, so that a
-layout that cannot work stops before it has a GPU.
+This is pure arithmetic and needs no torch. The launch scripts and the planner use it, so that a run
+with an impossible layout stops before it gets a GPU.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from megatron_dynmoe.settings.words import values_of, whole_number
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a run, as its flags give them; Megatron's defaults where they do not.
+    """Sizes of a run from its flags, with Megatron's defaults for those that are not given.
 
     Attributes:
-        world_size: processes, one per GPU.
+        world_size: number of processes, one per GPU.
         tensor, pipeline, context, expert, expert_tensor: parallel sizes. Expert tensor parallelism
-            follows tensor parallelism unless it is given.
-        stages_per_rank: virtual pipeline stages on each pipeline rank.
-        num_experts: 0 for a dense model.
-        micro_batch, global_batch: sequences.
-        has_own_split: flags place the layers on the pipeline themselves.
+            equals tensor parallelism unless it is given.
+        stages_per_rank: number of virtual pipeline stages on each pipeline rank.
+        num_experts: experts of an MoE layer; 0 for a dense model.
+        micro_batch, global_batch: numbers of sequences.
+        has_own_split: whether flags place the layers on pipeline stages explicitly.
     """
 
     world_size: int
@@ -48,7 +48,8 @@ class Layout:
         """Read Megatron's flags.
 
         Raises:
-            ValueError: a size is missing where Megatron has no default, or is no positive number.
+            ValueError: a size without a default in Megatron is missing, or a size is no positive
+                number.
         """
         values = values_of(flags)
 
@@ -80,7 +81,7 @@ class Layout:
 
     @classmethod
     def from_args(cls, args: Any) -> Layout:
-        """Read Megatron's parsed arguments, not yet validated."""
+        """Read Megatron's arguments, which are parsed but not yet validated."""
         tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         context = args.context_parallel_size
         ranks = max(args.world_size // max(tensor * pipeline * context, 1), 1)
@@ -104,7 +105,7 @@ class Layout:
 
     @property
     def model_size(self) -> int:
-        """Processes that hold one copy of the model, experts apart."""
+        """Number of processes that hold one copy of the model, not counting experts."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -114,16 +115,16 @@ class Layout:
 
     @property
     def expert_data(self) -> int:
-        """Copies of each expert."""
+        """Number of copies of each expert."""
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that each rank takes to a step."""
+        """Number of micro-batches of each rank per step."""
         return max(self.global_batch // (self.micro_batch * self.data), 1)
 
 
-# Flags that place the layers unevenly, which Megatron checks itself.
+# Flags that place the layers unevenly. Megatron itself checks them.
 _OWN_SPLITS = (
     "pipeline-model-parallel-layout",
     "decoder-first-pipeline-num-layers",
@@ -135,10 +136,10 @@ _OWN_SPLITS = (
 
 
 def check_layout(layout: Layout) -> None:
-    """Refuse what cannot work.
+    """Refuse a layout that cannot work.
 
     Raises:
-        ValueError: names the value and the remedy.
+        ValueError: the layout cannot work. The message names the value and the remedy.
     """
     for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         if (size := getattr(layout, name)) < 1:

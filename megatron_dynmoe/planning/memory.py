@@ -1,8 +1,9 @@
 """The memory of one GPU, part by part.
 
-Weights, gradients and optimizer state are exact but for buffers of some kilobytes. Activations are
-an estimate for the ``torch_native`` back end with fused attention: the tensors that its operations
-keep, and the largest step in between. Not in it: CUDA's context, NCCL's buffers and fragmentation.
+Weights, gradients and optimizer state are exact except for buffers of some kilobytes. Activations
+are an estimate for the ``torch_native`` back end with fused attention: the tensors that its
+operations keep, and the largest temporary step. CUDA's context, NCCL's buffers and fragmentation
+are not included.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Memory:
     """Bytes on a GPU.
 
     Attributes:
-        activations: everything that does not depend on the routing, the router included.
-        expert_rows: everything whose size is a number of rows.
+        activations: everything that does not depend on the routing, including the router.
+        expert_rows: everything whose size is proportional to the number of rows.
     """
 
     weights: float
@@ -51,18 +52,18 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What is there before the first step, and exact."""
+        """The parts that exist before the first step; they are exact."""
         return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What the memory of a run's GPUs follows from.
+    """The quantities that determine the memory of a run's GPUs.
 
     Attributes:
-        shards_optimizer: the distributed optimizer is used.
-        gathers_tokens: experts' tokens are gathered instead of sent (the allgather dispatcher).
-        mask_bytes: of each hidden value, for dropout.
+        shards_optimizer: whether the distributed optimizer is used.
+        gathers_tokens: whether tokens are gathered instead of sent (the allgather dispatcher).
+        mask_bytes: bytes of the dropout mask per hidden value.
     """
 
     shape: ModelShape
@@ -78,7 +79,7 @@ class MemoryModel:
         """Read Megatron's arguments; defaults that Megatron derives have to be filled in.
 
         Raises:
-            ValueError: a setting is used whose effect is not known here.
+            ValueError: the planner does not know the effect of a setting that is used.
         """
         return cls(
             shape=ModelShape.from_args(args, has_theta),
@@ -92,7 +93,7 @@ class MemoryModel:
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of a micro-batch that a rank routes."""
+        """The number of tokens of a micro-batch that one rank routes."""
         return self._tokens // (self.layout.tensor if self.layout.sequence_parallel else 1)
 
     @property
@@ -100,12 +101,12 @@ class MemoryModel:
         return self.layout.seq_length * self.layout.micro_batch // self.layout.context
 
     def fullest(self, rows_per_token: float) -> tuple[int, Memory]:
-        """The pipeline rank that needs most where the load is balanced, and what it needs."""
+        """Find the pipeline rank that needs most under a balanced load, and what it needs."""
         rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token)
         return self._fullest(rows, self.local_tokens * rows_per_token)
 
     def worst_case(self, cap: int | None) -> tuple[int, Memory]:
-        """The same with the most rows in every layer at once that the cap allows."""
+        """Find the same if every layer has the most rows that the cap allows."""
         layout, num_experts = self.layout, self.shape.num_experts
         if not num_experts:
             return self.fullest(0)
@@ -115,7 +116,7 @@ class MemoryModel:
         return self._fullest(rows, self.local_tokens * min(cap or num_experts, num_experts))
 
     def cap_that_fits(self, num_bytes: float) -> int | None:
-        """The largest cap whose worst case fits, or None where that of 1 does not."""
+        """Find the largest cap whose worst case fits; None if even a cap of 1 does not fit."""
         fitting = (
             cap
             for cap in range(self.shape.num_experts, 0, -1)
@@ -124,7 +125,7 @@ class MemoryModel:
         return next(fitting, None)
 
     def state(self, stage: int) -> tuple[float, float, float]:
-        """Bytes of weights, gradients and optimizer state on a pipeline rank's GPUs."""
+        """Bytes of weights, gradients and optimizer state on each GPU of a pipeline rank."""
         parameters = parameters_on_gpu(self.shape, self.layout, stage)
         sharing = Parameters(1, 1)
         if self.shards_optimizer:
@@ -140,10 +141,10 @@ class MemoryModel:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: weights, main parameters and moments."""
+        """Bytes of one checkpoint: weights, main parameters and moments."""
         each = self.precision.weight + self.precision.optimizer - self.precision.gradient_copies
         if self.shards_optimizer and self.precision.weight == 4:
-            each += 4  # the distributed optimizer saves float32 weights a second time, as its own
+            each += 4  # the distributed optimizer saves float32 weights a second time
         return each * total_parameters(self.shape)
 
     def _fullest(self, rows: float, sent_rows: float) -> tuple[int, Memory]:
@@ -153,7 +154,7 @@ class MemoryModel:
         return stage, each[stage]
 
     def _activations(self, stage: int, rows: float, sent_rows: float) -> tuple[float, float]:
-        """Of a pipeline rank: what does not depend on the rows, and what does."""
+        """Activation bytes of a pipeline rank: those that do not depend on rows, and the others."""
         layers = [
             self.shape.moe_layers[index] for index in layers_of(self.shape, self.layout, stage)
         ]
@@ -163,7 +164,7 @@ class MemoryModel:
         kept_bytes = kept_row_bytes(self._experts, rows)
         keeps_rows = not self.recompute.modules & {"moe"}
         kept_layers = in_flight * sum(stored) * keeps_rows
-        # Layers that are recomputed together are all there at once, for one micro-batch.
+        # The activations of layers that are recomputed together exist at once, for one micro-batch.
         at_once = sum(again) if self.recompute.method else any(layers) * (not keeps_rows)
         expert_rows = kept_bytes * (kept_layers + at_once)
         if any(layers):
@@ -181,10 +182,10 @@ class MemoryModel:
         return activations, expert_rows
 
     def _stored_and_recomputed(self, layers: list[bool]) -> tuple[list[bool], list[bool]]:
-        """Layers whose activations are kept, and the largest group recomputed at once."""
+        """Find the layers whose activations are kept, and the largest group recomputed at once."""
         recompute = self.recompute
         if recompute.method == "block":
-            # Only the first ones; each is a group of its own.
+            # Only the first layers are recomputed, and each is a group of its own.
             return layers[recompute.num_layers :], sorted(layers)[-1:]
         if recompute.method == "uniform":
             size = recompute.num_layers
@@ -198,7 +199,7 @@ class MemoryModel:
         return -(-num_layers // self.recompute.num_layers)
 
     def _micro_batches_in_flight(self, stage: int) -> float:
-        """How many micro-batches' activations a pipeline rank holds at most; 1F1B."""
+        """The most micro-batches whose activations a pipeline rank holds under 1F1B."""
         layout = self.layout
         ahead = layout.pipeline - stage
         if layout.stages_per_rank == 1:
@@ -220,18 +221,18 @@ class MemoryModel:
 
     @property
     def _hidden_bytes(self) -> int:
-        """Of the hidden states of a micro-batch, as they lie between layers."""
+        """Bytes of a micro-batch's hidden states between layers."""
         return self.local_tokens * self.shape.hidden * self.precision.activation
 
     def _kept_bytes(self, is_moe: bool) -> float:
-        """What a layer keeps from forward to backward, rows apart."""
+        """Bytes that a layer keeps from forward to backward, not counting rows."""
         shape, size, modules = self.shape, self.precision.activation, self.recompute.modules
-        tokens = self._tokens / self.layout.tensor  # of what tensor parallelism splits
-        # The input of each norm, and its output.
+        tokens = self._tokens / self.layout.tensor  # for parts that tensor parallelism splits
+        # The input and the output of each norm.
         kept: float = self._hidden_bytes * (2 if "layernorm" in modules else 4)
         kept += 2 * self.local_tokens * (4 + self.mask_bytes * shape.hidden)
-        # Queries, keys and values before and after rotation, the attention's output twice (as it
-        # comes and as the projection takes it), and its normalizer in float32.
+        # Queries, keys and values before and after rotation; the attention's output twice (one copy
+        # is in the layout that the projection takes); and its normalizer in float32.
         projected = shape.query_size + shape.key_value_size
         rotated = 0 if shape.positions else shape.query_size + shape.key_value_size / 2
         outputs = shape.query_size * (1 if "core_attn" in modules else 2)
@@ -246,7 +247,7 @@ class MemoryModel:
 
     @property
     def _passing_bytes(self) -> float:
-        """The most that a layer needs for a moment, rows apart: gradients at its largest GEMM."""
+        """The most temporary bytes of a layer, without rows: gradients at its largest GEMM."""
         shape, tokens = self.shape, self._tokens / self.layout.tensor
         dense_ffn = 0 if all(shape.moe_layers) else shape.ffn
         widest = max(
@@ -257,7 +258,7 @@ class MemoryModel:
 
     @property
     def _gathered_tokens_bytes(self) -> float:
-        """The tokens of all ranks that share experts, with their maps and weights."""
+        """Bytes of the tokens of all ranks that share experts, with their maps and weights."""
         ranks = self.layout.expert * self.layout.expert_tensor
         if not self.gathers_tokens or ranks == 1:
             return 0
@@ -266,6 +267,6 @@ class MemoryModel:
 
     @property
     def _output_bytes(self) -> float:
-        """The last norm, and logits with their float32 copy for the loss; for one micro-batch."""
+        """Bytes of the last norm, logits and their float32 copy for the loss, per micro-batch."""
         logits = self._tokens * self.shape.vocab / self.layout.tensor
         return 2 * self._hidden_bytes + logits * (4 + self.precision.activation)

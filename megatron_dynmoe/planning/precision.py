@@ -1,4 +1,4 @@
-"""What of a run's settings decides how many bytes a parameter and an activation take."""
+"""How many bytes a parameter and an activation take, from a run's settings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Precision:
     """Bytes of each parameter's state, and of an activation.
 
     Attributes:
-        optimizer: main parameters and moments; spread by the distributed optimizer.
-        gradient_copies: of the optimizer's bytes, those of gradients in float32.
+        optimizer: bytes of main parameters and moments, which the distributed optimizer shards.
+        gradient_copies: the part of ``optimizer`` that holds gradients in float32.
     """
 
     weight: int
@@ -49,12 +49,12 @@ class Precision:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What is computed again in the backward pass instead of kept.
+    """What the backward pass computes again instead of keeping it.
 
     Attributes:
-        modules: with the selective kind.
-        method: ``uniform`` or ``block`` with the full kind, else None.
-        num_layers: of a chunk (uniform), or that are recomputed (block).
+        modules: the recomputed modules, if the kind is selective.
+        method: ``uniform`` or ``block`` if the kind is full, else None.
+        num_layers: the layers of a chunk (uniform), or the number of recomputed layers (block).
     """
 
     modules: frozenset[str] = frozenset()
@@ -66,7 +66,8 @@ class Recompute:
         """Read Megatron's flags.
 
         Raises:
-            ValueError: the full kind lacks its method or size, which Megatron has no default for.
+            ValueError: the kind is full, and its method or its number of layers is missing.
+                Megatron has no default for them.
         """
         if args.recompute_granularity == "full":
             for name in ("recompute_method", "recompute_num_layers"):

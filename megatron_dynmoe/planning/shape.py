@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
-# Settings of Megatron that change what is computed here in ways that it does not know, and the
-# values with which they do not.
+# Settings of Megatron that change the model in ways that this module does not know, and the values
+# with which they change nothing.
 _UNKNOWN: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
@@ -37,11 +37,11 @@ _UNKNOWN: dict[str, tuple[Any, ...]] = {
 
 
 class Parameters(NamedTuple):
-    """Parameters, told apart by what shares their optimizer state.
+    """Numbers of parameters, split by the ranks that share their optimizer state.
 
     Attributes:
-        dense: shared by the data-parallel ranks.
-        expert: shared by the data-parallel ranks of an expert.
+        dense: parameters that all data-parallel ranks share.
+        expert: parameters that only the data-parallel ranks of an expert share.
     """
 
     dense: int
@@ -49,24 +49,26 @@ class Parameters(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """The sum of both."""
         return self.dense + self.expert
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a GPT that its parameters and activations follow from.
+    """The sizes of a GPT that determine its parameters and activations.
 
     Attributes:
-        query_size, key_value_size: of the projections' outputs; keys and values together.
-        ffn: of a dense layer. expert_ffn: of an expert. shared_ffn: of shared experts, or 0.
-        vocab: padded.
-        num_experts: 0 for a dense model.
-        moe_layers: whether each layer has experts.
+        query_size, key_value_size: sizes of the projections' outputs; the latter is for keys and
+            values together.
+        ffn, expert_ffn, shared_ffn: FFN sizes of a dense layer, of an expert, and of the shared
+            experts (0 if there are none).
+        vocab: vocabulary size, padded.
+        num_experts: experts of an MoE layer; 0 for a dense model.
+        moe_layers: for each layer, whether it has experts.
         gate_factor: 2 with a gated activation such as SwiGLU, 1 without.
-        norm_parameters: 1 (weight) or 2 (and bias) times the normalized size.
-        positions: learned position embeddings, or 0.
-        has_theta: each router has a learnable scale (dynamic routing normalization).
+        norm_parameters: parameters of a norm per normalized value: 1 (weight) or 2 (and bias).
+        positions: number of learned position embeddings, or 0.
+        has_theta: whether each router has a learnable scale (dynamic routing normalization).
     """
 
     hidden: int
@@ -94,7 +96,7 @@ class ModelShape:
         """Read Megatron's arguments; defaults that Megatron derives have to be filled in.
 
         Raises:
-            ValueError: a setting is used whose effect is not known here.
+            ValueError: the planner does not know the effect of a setting that is used.
         """
         for name, known in _UNKNOWN.items():
             value = getattr(args, name, known[0])
@@ -132,17 +134,17 @@ class ModelShape:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts."""
+        """Number of layers with experts."""
         return sum(self.moe_layers)
 
     @property
     def parameters_per_expert(self) -> int:
-        """Of one expert of one layer."""
+        """Parameters of one expert of one layer."""
         return _mlp(self, self.expert_ffn, 1)
 
 
 def total_parameters(shape: ModelShape) -> int:
-    """All parameters of the model."""
+    """Count all parameters of the model."""
     whole = Split(1, 1, 1)
     layers = sum(_layer(shape, is_moe, whole).total for is_moe in shape.moe_layers)
     output = 0 if shape.tied_embeddings else shape.vocab * shape.hidden
@@ -150,13 +152,13 @@ def total_parameters(shape: ModelShape) -> int:
 
 
 def active_parameters(shape: ModelShape, experts_per_token: float) -> float:
-    """Parameters that a token uses, embeddings included, as the papers count them."""
+    """Count the parameters that a token uses, including embeddings, as the papers count them."""
     unused = (shape.num_experts - experts_per_token) * shape.parameters_per_expert
     return total_parameters(shape) - shape.num_moe_layers * unused
 
 
 def parameters_on_gpu(shape: ModelShape, layout: Layout, stage: int) -> Parameters:
-    """Parameters on each GPU of a pipeline rank.
+    """Count the parameters on each GPU of a pipeline rank.
 
     Args:
         stage: the pipeline rank, from 0.
@@ -169,14 +171,14 @@ def parameters_on_gpu(shape: ModelShape, layout: Layout, stage: int) -> Paramete
         dense += _embedding(shape, split)
     if is_last:
         dense += _norm(shape)
-        # A last stage of its own holds a copy of tied weights.
+        # The last stage holds a copy of tied weights, unless it is also the first.
         if not (shape.tied_embeddings and is_first):
             dense += shape.vocab * shape.hidden // split.tensor
     return Parameters(dense, expert)
 
 
 def layers_of(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
-    """The layers of a pipeline rank; with virtual stages, of all its chunks."""
+    """List the layers of a pipeline rank; with virtual stages, those of all its chunks."""
     chunks = layout.pipeline * layout.stages_per_rank
     size = len(shape.moe_layers) // chunks
     firsts = range(stage * size, len(shape.moe_layers), layout.pipeline * size)
@@ -184,7 +186,7 @@ def layers_of(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
 
 
 class Split(NamedTuple):
-    """Into how many parts weights are split."""
+    """The number of parts into which weights are split."""
 
     tensor: int
     expert: int

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: Plan) -> str:
-    """What a run can need at most on its fullest device, against what this one has.
+    """Compare the most memory that a run can need on its fullest device with this device's memory.
 
-    It warns and does not stop: the bound takes every token of all ranks for the same device and
-    all layers at once, which no trained router comes near.
+    The report warns and does not stop the run. Its bound assumes that all tokens of all ranks go to
+    the same device, in all layers at once. No trained router comes near that.
 
     Args:
-        args: Megatron's arguments, validated.
+        args: Megatron's validated arguments.
         dynmoe: resolved settings of dynamic routing.
-        plan: the back end.
+        plan: the model's back end.
 
     Returns:
         A line for the log.
@@ -47,7 +47,7 @@ def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: Plan) -> str:
 
 
 def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> str:
-    """The line of :func:`memory_report`."""
+    """Write the line of :func:`memory_report`."""
     most = model.worst_case(cap)[1].total
     sizes = f"{most / 1e9:.2f} GB of {device_bytes / 1e9:.2f} GB"
     if most <= device_bytes:
@@ -65,7 +65,7 @@ def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> st
 
 
 def layout_from_args(args: Namespace) -> Layout:
-    """The layout that Megatron's validated arguments say."""
+    """Read the layout from Megatron's validated arguments."""
     return Layout(
         world_size=args.world_size,
         num_layers=args.num_layers,

@@ -1,24 +1,25 @@
 """The most rows that an MoE layer can get, and the memory that rows need.
 
-A row is one token at one expert. How many there are is only known when the step runs; how many
-there can be follows from the cap. Sizes are those of the ``torch_native`` back end, whose autograd
-functions say what they keep; ``docs/planning.md`` lists the terms.
+A row is one token at one expert. The number of rows is known only when the step runs; the cap gives
+its upper bound. Sizes are those of the ``torch_native`` back end, because its autograd functions
+state what they keep. ``docs/planning.md`` lists the terms.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Of each row: its weight in float32, its token, its place among the weights and, for the kernels,
-# among the rows of its token.
+# Bytes per row: its weight in float32; and in int64 its token, its index among the weights and, for
+# the kernels, its index among the rows of its token.
 BYTES_PER_ROW = 4 + 3 * 8
-# Of each token and expert, what plain PyTorch keeps for the gradients of the routing, in float32:
-# logits less their mean, normalized logits, probabilities, these bounded and their logarithm, and
-# weights before and after renormalization; and the routing map. The kernels keep less.
+# Bytes per token and expert that plain PyTorch keeps for the gradients of the routing. In float32:
+# logits less their mean, normalized logits, probabilities, clamped probabilities and their
+# logarithm, and weights before and after renormalization. Then the routing map. The kernels keep
+# less.
 ROUTER_BYTES = 7 * 4 + 1
-# For a moment: sorted probabilities, and order, units and sums in int64.
+# Temporary bytes per token and expert: sorted probabilities, and order, units and sums in int64.
 SELECTION_BYTES = 4 + 4 * 8
-# Counts, splits, indices of experts and their like, which do not grow with rows.
+# Counts, splits, indices of experts and other things that do not grow with rows.
 SMALL_BYTES = 1 << 16
 
 
@@ -28,8 +29,8 @@ class ExpertSizes(NamedTuple):
     Attributes:
         ffn: the experts' FFN size on this GPU, that is, divided by expert tensor parallelism.
         gate_factor: 2 with SwiGLU, 1 without a gate.
-        num_local: experts on this GPU.
-        num_bytes: of an activation: 2 in bf16, 4 in fp32.
+        num_local: number of experts on this GPU.
+        num_bytes: bytes of an activation: 2 in bf16, 4 in fp32.
     """
 
     hidden: int
@@ -42,17 +43,18 @@ class ExpertSizes(NamedTuple):
 def worst_case_rows(
     tokens: int, num_experts: int, expert_parallel: int, expert_tensor: int, cap: int | None
 ) -> int:
-    """The most rows that the experts of one GPU can get in one layer and micro-batch.
+    """Compute the most rows that the experts of one GPU can get in one layer and micro-batch.
 
     Every token of every rank that shares experts with this one may choose as many of this GPU's
     experts as the cap allows.
 
     Args:
-        tokens: of one rank, after the sequence is split.
+        tokens: number of tokens of one rank, after the sequence is split.
         num_experts: routed experts of the layer.
-        expert_parallel: ranks over which they are spread.
-        expert_tensor: ranks over which each is split; each sees the rows of all of them.
-        cap: most experts of a token; None for no cap.
+        expert_parallel: number of ranks over which the experts are spread.
+        expert_tensor: number of ranks over which each expert is split. Each of them sees the rows
+            of all.
+        cap: the most experts that a token may use; None for no cap.
     """
     num_local = num_experts // expert_parallel
     experts = num_local if cap is None else min(cap, num_local)
@@ -60,35 +62,36 @@ def worst_case_rows(
 
 
 def mean_rows(tokens: int, expert_tensor: int, rows_per_token: float) -> float:
-    """The rows that each GPU gets in one layer and micro-batch where the load is balanced."""
+    """Compute the rows of each GPU in one layer and micro-batch under a balanced load."""
     return tokens * expert_tensor * rows_per_token
 
 
 def kept_row_bytes(sizes: ExpertSizes, rows: float) -> float:
-    """What a layer keeps of its rows from the forward to the backward pass.
+    """Compute the bytes that a layer keeps of its rows from the forward to the backward pass.
 
-    The experts' inputs, the first GEMM's outputs and the second's inputs.
+    It keeps the experts' inputs, the first GEMM's outputs and the second GEMM's inputs.
     """
     width = sizes.hidden + (sizes.gate_factor + 1) * sizes.ffn
     return rows * (width * sizes.num_bytes + BYTES_PER_ROW)
 
 
 def passing_row_bytes(sizes: ExpertSizes, rows: float, sent_rows: float, is_spread: bool) -> float:
-    """The most that a layer needs for a moment on top of what it keeps.
+    """Compute the most temporary bytes of a layer, on top of what it keeps.
 
-    The largest of its steps, forward and backward.
+    This is the need of the largest of its steps, forward and backward.
 
     Args:
-        rows: that the experts get.
-        sent_rows: that this GPU sends, its own tokens times their experts.
-        is_spread: rows travel between GPUs.
+        rows: number of rows that the experts get.
+        sent_rows: number of rows that this GPU sends, that is, its own tokens times their experts.
+        is_spread: whether rows travel between GPUs.
     """
     hidden, ffn, size = sizes.hidden, sizes.ffn, sizes.num_bytes
     gate_up, weight = sizes.gate_factor * ffn, sizes.num_local * hidden * ffn * size
-    # Products with the weights in float32: those of half precision are converted.
+    # The weights of the rows are float32, so products with half-precision values are computed in
+    # float32.
     wide = 2 * 4 * ffn if size < 4 else ffn * size
-    # Copies before and after; communication lets go of them late. Of all sizes, up to seven were
-    # seen at once over gloo (EP 2 on CPU), in numbers that differ from step to step.
+    # Communication needs copies of rows before and after it, and frees them late. Over gloo (EP 2
+    # on CPU) up to seven copies were seen at once; their number differs from step to step.
     travel = (4 * rows + 3 * sent_rows) * hidden * size if is_spread else 0.0
     steps = (
         2 * rows * hidden * size,  # dispatch and combine, either way
@@ -107,17 +110,17 @@ def layer_bound(
     expert_tensor: int,
     cap: int | None,
 ) -> float:
-    """Bytes that one MoE layer, router included, can need in a step besides its weights.
+    """Compute the most bytes that one MoE layer needs in a step, with its router, without weights.
 
-    For one micro-batch, forward and backward, with any routing that the cap allows; arguments as
-    for :func:`worst_case_rows`.
+    The bound is for one micro-batch, forward and backward, and any routing that the cap allows.
+    Arguments are those of :func:`worst_case_rows`.
     """
     rows = worst_case_rows(tokens, num_experts, expert_parallel, expert_tensor, cap)
     sent_rows = tokens * (num_experts if cap is None else min(cap, num_experts))
     is_spread = expert_parallel * expert_tensor > 1
     # The tokens, the sums of their rows, and the gradients of both.
     around = 4 * tokens * sizes.hidden * sizes.num_bytes
-    # Selecting is over before there are rows.
+    # The selection has freed its memory before there are rows.
     rows_bytes = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, sent_rows, is_spread)
     router = tokens * num_experts * ROUTER_BYTES
     selecting = tokens * num_experts * SELECTION_BYTES

@@ -1,8 +1,8 @@
 """What a router counts in one global batch, and how the counts become one tensor.
 
-Everything that the controller and the logs need rides in one all-reduce of a fixed
-``[num_layers, NUM_STATISTICS + E]`` float64 tensor: integers stay exact in it up to 2**53, and a
-pipeline stage without routers contributes zeros.
+One all-reduce carries everything that the controller and the logs need. Its tensor is float64 and
+has the same shape on every rank, ``[num_layers, NUM_STATISTICS + E]``. Integers up to 2**53 stay
+exact in it, and a pipeline stage without routers contributes zeros.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 class RoutingStatistics(NamedTuple):
     """Sums over tokens or micro-batches, of one router or of all layers.
 
-    Of one router each is a scalar tensor (``assignments``: [E]); of all layers there is a leading
-    dimension L. Any sum over ranks, layers or steps is again such statistics.
+    The statistics of one router are scalar tensors (``assignments``: [E]); those of all layers have
+    a leading dimension L. A sum of statistics over ranks, layers or steps is statistics again.
     """
 
     tokens: Tensor
@@ -28,15 +28,15 @@ class RoutingStatistics(NamedTuple):
     dynamic_loss: Tensor
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
     not_finite: Tensor  # tokens with a logit that is NaN or infinite
-    thetas: Tensor  # sum over contributing routers, as are the next two
-    knobs: Tensor  # what the controller moves: of top-p, thresholds
+    thetas: Tensor  # this and the next two are sums over the routers that contribute
+    knobs: Tensor  # the numbers that the controller moves; for top-p they are thresholds
     integrals: Tensor
     routers: Tensor
     assignments: Tensor
 
     @property
     def mean_experts(self) -> Tensor:
-        """Experts per token; NaN where no token was counted."""
+        """Experts per token; NaN if no token was counted."""
         return self.assignments.sum(dim=-1) / self.tokens
 
     def pooled(self) -> RoutingStatistics:
@@ -47,7 +47,7 @@ class RoutingStatistics(NamedTuple):
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # all but the assignments are one column
+NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # each takes one column, except assignments
 
 
 def pack(
@@ -59,7 +59,7 @@ def pack(
     """Put the statistics of this rank's routers into the tensor that is all-reduced.
 
     Args:
-        routers: (global layer number, 1-based; statistics of that router).
+        routers: pairs of a global layer number (1-based) and the statistics of its router.
 
     Returns:
         [num_layers, NUM_STATISTICS + E] float64; rows without a router are zero.
@@ -76,7 +76,7 @@ def pack(
 
 
 def unpack(packed: Tensor) -> RoutingStatistics:
-    """Statistics with the dimension L first, from a tensor of :func:`pack`."""
+    """Read statistics, with dimension L first, from a tensor made by :func:`pack`."""
     columns = packed[..., :NUM_STATISTICS].unbind(dim=-1)
     return RoutingStatistics._make([*columns, packed[..., NUM_STATISTICS:]])
 
@@ -84,8 +84,8 @@ def unpack(packed: Tensor) -> RoutingStatistics:
 class KeepDtype(torch.nn.Module):
     """A module whose own buffers move between devices but are never cast.
 
-    Float16Module casts every floating-point buffer. Casting back afterwards is too late: a
-    threshold of 0.2374 has become 0.23730469 by then.
+    Megatron's Float16Module casts every floating-point buffer. Casting back afterwards is too
+    late: by then bf16 has rounded a threshold of 0.2374 to 0.23730469.
     """
 
     def _apply(self, fn, recurse=True):
@@ -130,12 +130,13 @@ class RoutingCounters(KeepDtype):
         valid_T: Tensor | None,
         not_finite: Tensor,
     ) -> None:
-        """Count one micro-batch, without padding (``valid_T`` False).
+        """Count one micro-batch. Padding tokens (``valid_T`` is False) are left out.
 
         Args:
-            assignments_E: [E] int64, the valid tokens that chose each expert.
-            experts_T: [T] int64, the experts of each token, padding or not.
-            not_finite: scalar int64, tokens with a logit that is NaN or infinite, padding or not.
+            assignments_E: [E] int64, the number of valid tokens that chose each expert.
+            experts_T: [T] int64, the number of experts of each token, including padding.
+            not_finite: scalar int64, tokens with a logit that is NaN or infinite, including
+                padding.
         """
         if valid_T is not None:
             experts_T = experts_T * valid_T
@@ -148,13 +149,13 @@ class RoutingCounters(KeepDtype):
 
     @torch.no_grad()
     def add_losses(self, balance_loss: Tensor, dynamic_loss: Tensor, group_size: int) -> None:
-        """Add one micro-batch's losses, of which each of ``group_size`` ranks holds a share."""
+        """Add this rank's share of one micro-batch's losses; ``group_size`` ranks share them."""
         self.balance_loss += balance_loss
         self.dynamic_loss += dynamic_loss
         self.micro_batches += 1 / group_size
 
     def read(self, theta: Tensor, knob: Tensor, integral: Tensor) -> RoutingStatistics:
-        """The statistics so far, with the router's present theta, knob and integral."""
+        """Return the statistics so far, with the router's current theta, knob and integral."""
         return RoutingStatistics(
             tokens=self.tokens,
             tokens_at_cap=self.tokens_at_cap,

@@ -1,7 +1,7 @@
 """The two losses of a router whose tokens use a varying number of experts.
 
-Both are functions of sums over tokens. Given the counts of the whole, the losses of parts of the
-tokens, such as those of a rank, add up to the loss of the whole.
+Both are functions of sums over tokens. A rank that holds a part of the tokens computes its share
+of the loss from its own sums and the counts of all tokens. The shares add up to the whole loss.
 """
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor) -> Tensor:
     """``N * sum_i f_i Q_i``, averaged over sequences (equations 6 to 8 of Dynamic MoE).
 
-    ``f_i``, the fraction of a sequence's tokens that chose expert i, is not divided by the number
-    of experts a token uses: a balanced router that uses k experts has a loss of k.
+    ``f_i`` is the fraction of a sequence's tokens that chose expert i. It is not divided by the
+    number of experts that a token uses: a balanced router that uses k experts has a loss of k.
 
     Args:
-        prob_sums_BE: the probabilities, summed over valid tokens; [B, E].
-        fractions_BE: f, [B, E]; over all tokens of a sequence, also those on other ranks.
-        tokens_B: [B], the valid tokens of each sequence, also those on other ranks. Sequences
-            without tokens do not count.
+        prob_sums_BE: [B, E], the probabilities, summed over this part's valid tokens.
+        fractions_BE: [B, E], f over all tokens of a sequence, including those on other ranks.
+        tokens_B: [B], the number of valid tokens of each sequence, including those on other ranks.
+            Sequences without tokens do not count.
 
     Returns:
         A scalar: this part's share of the loss. Gradients flow through Q only.
@@ -32,7 +32,7 @@ def dynamic_loss(entropy: Tensor, tokens_B: Tensor) -> Tensor:
     """Mean entropy of the router's distribution, in nats (equation 5 of Dynamic MoE).
 
     Args:
-        entropy: summed over this part's valid tokens, a scalar.
+        entropy: a scalar, the sum over this part's valid tokens.
         tokens_B: as for :func:`load_balance_loss`.
 
     Returns:
@@ -42,7 +42,7 @@ def dynamic_loss(entropy: Tensor, tokens_B: Tensor) -> Tensor:
 
 
 def sum_by_sequence(values_TE: Tensor, num_sequences: int, valid_T: Tensor | None) -> Tensor:
-    """Sum over the valid tokens of each sequence: of a routing map, its assignments.
+    """Sum over the valid tokens of each sequence. A routing map gives its assignments.
 
     Args:
         values_TE: [T, E], tokens ordered as ``position * num_sequences + sequence``.
@@ -50,7 +50,7 @@ def sum_by_sequence(values_TE: Tensor, num_sequences: int, valid_T: Tensor | Non
         valid_T: [T], bool, False for padding; None: no padding.
 
     Returns:
-        [B, E], dtype of the values; int64 of bool.
+        [B, E], dtype of the values; int64 if they are bool.
     """
     if valid_T is not None:
         values_TE = values_TE * valid_T.unsqueeze(-1)

@@ -10,12 +10,14 @@ def normalize(logits_TE: Tensor, theta: Tensor | float) -> Tensor:
     """Bring each token's logits to mean 0 and standard deviation 1, then scale by theta.
 
     ``theta * (logits - mean) / sqrt(variance + 1e-6)`` over the experts of one token, with the
-    population variance. Per token, so that it is causal and the same in training and inference.
-    Constant logits, and a single expert, give zeros: uniform probabilities, never NaN.
+    population variance. Each token is normalized by itself, so the result is causal and the same
+    in training and inference. Constant logits, or a single expert, give zeros, that is, uniform
+    probabilities and never NaN.
 
     Args:
         logits_TE: [T, E], any floating dtype.
-        theta: the layer's learnable scale, [1] or a number. Larger is sharper: fewer experts.
+        theta: the layer's learnable scale, [1] or a number. A larger theta makes the distribution
+            sharper, so that a token uses fewer experts.
 
     Returns:
         [T, E], dtype of ``logits_TE`` (or of a theta tensor if that is wider).

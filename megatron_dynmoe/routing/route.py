@@ -1,4 +1,4 @@
-"""From a gate's logits to weights and a routing map, as the papers say it."""
+"""From a gate's logits to weights and a routing map, step by step as in the papers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_dynmoe.routing.select import select, weigh
 
 
 class Routing(NamedTuple):
-    """What becomes of the logits of one micro-batch; B sequences, or 1 for all tokens as one."""
+    """The routing of one micro-batch of B sequences; B is 1 if all tokens count as one sequence."""
 
     weights_TE: Tensor  # [T, E], zero where not selected; differentiable
     map_TE: Tensor  # [T, E] bool
-    experts_T: Tensor  # [T] int64, the experts of each token
+    experts_T: Tensor  # [T] int64, the number of experts of each token
     prob_sums_BE: Tensor  # [B, E], probabilities summed over valid tokens; differentiable
-    entropy: Tensor  # scalar, in nats, of the probabilities, summed over valid tokens; likewise
-    assignments_BE: Tensor  # [B, E] int64, valid tokens that chose each expert
-    not_finite: Tensor  # scalar int64, tokens with a logit that is NaN or infinite, padding too
+    entropy: Tensor  # scalar, in nats, summed over valid tokens; differentiable
+    assignments_BE: Tensor  # [B, E] int64, the number of valid tokens that chose each expert
+    not_finite: Tensor  # scalar int64, tokens with a NaN or infinite logit, including padding
 
 
 def route(
@@ -36,24 +36,26 @@ def route(
 ) -> Routing:
     """Normalize, softmax, select, weigh, and sum up what losses and counters need.
 
-    These lines are the method. :func:`megatron_dynmoe.kernels.choose_route` knows faster
-    implementations of them, which take the same arguments and are tested to give the same.
+    These lines are the method. :func:`megatron_dynmoe.kernels.choose_route` chooses between them
+    and faster implementations. Those take the same arguments, and tests hold their results equal.
 
     Args:
-        logits_TE: [T, E], any floating dtype; computed in float32 (float64 stays float64). Tokens
-            are ordered as ``position * num_sequences + sequence``.
+        logits_TE: [T, E], any floating dtype. The computation is in float32, or in float64 if the
+            logits are float64. Tokens are ordered as ``position * num_sequences + sequence``.
         threshold: a number or a tensor of one element.
         theta: [1], the scale of the normalized logits; None: they are not normalized.
         max_experts: the cap, or None.
-        renormalize: whether a token's weights sum to 1 or are the probabilities.
+        renormalize: True: a token's weights sum to 1. False: they are its probabilities.
         num_sequences: B.
-        valid_T: [T], bool, False for padding, which is routed but enters no sum; None: no padding.
+        valid_T: [T], bool, False for padding. Padding is routed, but no sum includes it. None: no
+            padding.
 
     Returns:
         See :class:`Routing`; float32 (or float64).
 
     Raises:
-        ValueError: the tokens are no whole number of positions, or the cap is below 1.
+        ValueError: the number of tokens is not a multiple of ``num_sequences``, or the cap is
+            below 1.
     """
     check_positions(logits_TE, num_sequences)
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
@@ -77,7 +79,7 @@ def route(
 
 
 def check_positions(logits_TE: Tensor, num_sequences: int) -> None:
-    """Refuse tokens that are no whole number of positions, each of one token a sequence."""
+    """Refuse tokens that do not fill whole positions; a position has one token per sequence."""
     if len(logits_TE) % num_sequences:
         raise ValueError(
             f"there are {len(logits_TE)} tokens, which are no whole number of positions of "

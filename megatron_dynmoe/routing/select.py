@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 # Cumulative probabilities are sums of 64-bit integers in units of 2**-60. Such a sum is exact in
-# any order, so every implementation of this rule, whatever its order of summation, agrees on every
-# token; a float32 probability above 2**-37 is represented without loss.
+# any order. All implementations of this rule therefore agree on every token, even if they sum in
+# different orders. A float32 probability above 2**-37 is represented without loss.
 FIXED_POINT_BITS = 60
 NEVER_EXCEEDED = torch.iinfo(torch.int64).max
 
@@ -15,9 +15,10 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
     """Choose each token's experts (Algorithm 1 of Dynamic MoE).
 
     Sort the probabilities in descending order, ties by expert index, and keep the shortest prefix
-    whose sum exceeds the threshold (strictly). At least one expert; all if the sum never exceeds
-    it, as for a threshold of 1 or more; at most ``max_experts``. A row of NaN gets the first
-    expert, so that a run that has gone wrong ends in Megatron's check and not out of memory.
+    whose sum exceeds the threshold (strictly). If the sum never exceeds it, as for a threshold of 1
+    or more, keep all experts. A token uses at least one expert and at most ``max_experts``. A token
+    with NaN gets the first expert: a run that has gone wrong then ends in Megatron's own check for
+    NaN and does not run out of memory before.
 
     Args:
         probs_TE: [T, E], float32 or float64, rows summing to 1.
@@ -28,14 +29,15 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
         The routing map [T, E], bool. Not differentiable: gradients flow through the weights.
 
     Raises:
-        ValueError: the probabilities are of another dtype, or the cap is below 1.
+        ValueError: the probabilities have another dtype, or the cap is below 1.
     """
     if probs_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
     most = most_experts(probs_TE.shape[-1], max_experts)
     is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
 
-    # An expert is used if the sum before it does not exceed the threshold yet; the first always is.
+    # An expert is used if the sum of those before it does not exceed the threshold yet. The first
+    # expert is always used.
     order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))
     place_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
     wanted_TE = (before_TE <= threshold_in_units(threshold, probs_TE)) & (place_E < most)
@@ -47,8 +49,8 @@ def rank(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Order each token's experts by descending probability, ties by expert index.
 
     Returns:
-        The expert in each place, and the sum of the probabilities in the places before it, exact
-        in units of 2**-60; [T, E] int64 each.
+        The expert in each place of the order, and the sum of the probabilities in the places before
+        it, exact in units of 2**-60; both [T, E] int64.
     """
     probs_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     units_TE = _in_units(probs_TE)
@@ -56,15 +58,15 @@ def rank(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor:
-    """Weights of the selected experts, zero elsewhere.
+    """Compute the weights of the selected experts; all others get zero.
 
-    Raw probabilities (equation 4 of Dynamic MoE), or renormalized over the selected set so that
-    they sum to 1 (DTop-p).
+    The weights are the raw probabilities (equation 4 of Dynamic MoE), or these renormalized over
+    the selected set so that they sum to 1 (DTop-p).
 
     Args:
         probs_TE: [T, E].
-        routing_map_TE: [T, E], bool, at least one True a row.
-        renormalize: which of the two.
+        routing_map_TE: [T, E], bool, at least one True per token.
+        renormalize: whether the weights are renormalized.
 
     Returns:
         [T, E], dtype of ``probs_TE``, differentiable in it.
@@ -76,7 +78,7 @@ def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor
 
 
 def most_experts(num_experts: int, max_experts: int | None) -> int:
-    """K, the most experts that a token can use under a cap, None for no cap.
+    """Return K, the most experts that a token can use under a cap (None: no cap).
 
     Raises:
         ValueError: the cap is below 1.
@@ -89,7 +91,7 @@ def most_experts(num_experts: int, max_experts: int | None) -> int:
 
 
 def threshold_in_units(threshold: Tensor | float, probs_TE: Tensor) -> Tensor:
-    """The threshold in units of 2**-60, int64; below 0 for NaN, which no sum stays within."""
+    """Return the threshold in units of 2**-60, int64; negative for NaN, so every sum exceeds it."""
     threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype, device=probs_TE.device)
     units = _in_units(threshold.nan_to_num(nan=-1).clamp(min=-1, max=1))
     return torch.where(threshold >= 1, NEVER_EXCEEDED, units)

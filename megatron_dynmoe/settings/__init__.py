@@ -1,5 +1,5 @@
-"""What a user may say: the settings, their flags, and the words in which one is refused.
+"""The settings of dynamic routing, their flags, and the messages that refuse a bad setting.
 
-A command line or a YAML file enters; a :class:`~.config.DynMoEConfig` or a plain refusal leaves.
-Nothing here imports torch.
+A command line or a YAML file enters. A :class:`~.config.DynMoEConfig` or an error message leaves.
+Nothing in this room imports torch.
 """

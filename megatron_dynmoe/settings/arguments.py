@@ -1,4 +1,4 @@
-"""The ``--moe-dynamic-*`` flags and ``DYNMOE_CONFIG``: from the user's words to a DynMoEConfig."""
+"""From the ``--moe-dynamic-*`` flags and the ``DYNMOE_CONFIG`` file to a DynMoEConfig."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PREFIX = "moe_dynamic_"
 
 
 def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add one flag per field of DynMoEConfig; Megatron's ``extra_args_provider``.
+    """Add one flag per field of DynMoEConfig; this is Megatron's ``extra_args_provider``.
 
-    All default to None, so that a flag that was given can be told from one that was not.
+    Every flag defaults to None, which shows that it was not given.
     """
     group = parser.add_argument_group("dynamic routing (megatron_dynmoe)")
     for name, setting in SETTINGS.items():
         group.add_argument(
             flag_of(name),
-            # Not argparse's choices: like every bad value, a bad choice is a ValueError.
+            # A bad choice is a ValueError like every bad value, so argparse does not check it.
             metavar="|".join(setting.choices) or setting.kind.upper(),
             help=setting.help.replace("%", "%%"),
         )
-    # Upstream's defaults for these cannot be told from a user's choice; None can.
+    # Upstream's defaults for these look the same as a user's choice, so None replaces them.
     parser.set_defaults(
         moe_router_load_balancing_type=None, moe_aux_loss_coeff=None, transformer_impl=None
     )
@@ -36,16 +36,16 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a field."""
     return f"--{PREFIX}{name}".replace("_", "-")
 
 
 @contextmanager
 def naming_flags(args: Namespace) -> Iterator[None]:
-    """Have refusals name settings by their flags, but those that come from ``DYNMOE_CONFIG``.
+    """Make error messages name settings by their flags, unless ``DYNMOE_CONFIG`` sets them.
 
     Raises:
-        ValueError: in place of a :class:`SettingError` of the block.
+        ValueError: the block raised a :class:`SettingError`, which this error replaces.
     """
     try:
         yield
@@ -61,20 +61,20 @@ def naming_flags(args: Namespace) -> Iterator[None]:
 
 
 def config_from_environment() -> DynMoEConfig | None:
-    """The settings in the YAML file that ``DYNMOE_CONFIG`` names, or None where it is not set."""
+    """Read the settings in the YAML file that ``DYNMOE_CONFIG`` names; None if it is not set."""
     path = os.environ.get("DYNMOE_CONFIG")
     return DynMoEConfig.from_yaml(path) if path else None
 
 
 def config_from_args(args: Namespace) -> DynMoEConfig:
-    """The settings of the YAML file, overridden by the flags that were given.
+    """Read the settings of the YAML file, overridden by the given flags.
 
     Raises:
-        ValueError: a flag's value is not of its kind.
+        ValueError: a flag's value is of the wrong kind.
     """
     base = config_from_environment() or DynMoEConfig()
     if getattr(args, PREFIX + "routing", None) == "top_k":
-        # The baseline is one flag away from any file of settings, on the same back end.
+        # One flag turns any file of settings into the baseline, with the same back end.
         base = DynMoEConfig(backend=base.backend)
     flags = {name: getattr(args, PREFIX + name, None) for name in SETTINGS}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -83,10 +83,11 @@ def config_from_args(args: Namespace) -> DynMoEConfig:
 
 
 def resolved_from_args(args: Namespace, num_experts: int | None) -> DynMoEConfig:
-    """As :func:`config_from_args`, with the defaults filled in and all settings checked.
+    """Read settings as :func:`config_from_args` does, fill in the defaults and check them all.
 
     Raises:
-        ValueError: a setting makes no sense, alone, with another, or for ``num_experts``.
+        ValueError: a setting is wrong by itself, contradicts another, or does not fit
+            ``num_experts``.
     """
     config = config_from_args(args)
     with naming_flags(args):
@@ -96,11 +97,11 @@ def resolved_from_args(args: Namespace, num_experts: int | None) -> DynMoEConfig
 def settle_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
     """Give upstream's balance-loss flags their meaning for the chosen routing.
 
-    With stock top-k, upstream's own defaults return. With dynamic routing the loss is ours, so the
-    flags move into the config and upstream computes and reports none.
+    With stock top-k, upstream's own defaults apply again. With dynamic routing our router computes
+    the loss. The flags then move into the config, and upstream computes and reports no such loss.
 
     Raises:
-        ValueError: upstream's flag and ours say different things.
+        ValueError: upstream's flag and ours contradict each other.
     """
     kinds, coefficients = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if not config.is_dynamic:
@@ -117,10 +118,10 @@ def settle_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
 def adopt_upstream_balance_loss(
     config: DynMoEConfig, kinds: str | list[str] | None, coefficients: float | list[float] | None
 ) -> DynMoEConfig:
-    """Take over ``--moe-router-load-balancing-type`` and ``--moe-aux-loss-coeff`` where given.
+    """Take over ``--moe-router-load-balancing-type`` and ``--moe-aux-loss-coeff`` if given.
 
     Raises:
-        ValueError: several losses or an unknown one are asked for, or upstream's flag and ours
+        ValueError: the flags ask for several losses or an unknown one, or upstream's flag and ours
             differ.
     """
     given: dict[str, Any] = {}

@@ -15,17 +15,17 @@ LARGEST = sys.float_info.max
 
 
 def has_colors(file: TextIO) -> bool:
-    """Whether to color what is written there: a terminal that can, and no wish for plain text."""
+    """Whether to write colors: the file is a terminal, and no setting asks for plain text."""
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return file.isatty() and not is_plain
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = LARGEST) -> Callable[[str], Any]:
-    """An argparse type: a number of ``kind`` (int or float) from ``low`` to ``high``."""
+    """Make an argparse type: a number of ``kind`` (int or float) from ``low`` to ``high``."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high:  # nor is NaN
+        if not low <= value <= high:  # this is also true for NaN
             limits = f"{low} to {high}" if high < LARGEST else f"at least {low}"
             raise argparse.ArgumentTypeError(f"is {text}: use {limits}.")
         return value
@@ -35,7 +35,7 @@ def number(kind: Callable[[str], Any], low: float, high: float = LARGEST) -> Cal
 
 
 def thresholds(text: str) -> list[float]:
-    """An argparse type: thresholds to try, ``0.1,0.2``, in order; or ``none``."""
+    """Parse an argparse value: thresholds to try, ``0.1,0.2``, in order; or ``none``."""
     if text == "none":
         return []
     values = sorted({float(part) for part in text.split(",")})
@@ -49,20 +49,20 @@ thresholds.__name__ = "list of numbers"
 
 @contextmanager
 def ending_plainly(prog: str, interrupted: str = "nothing was written") -> Iterator[None]:
-    """End the process at an error or a signal with one line, as every command does.
+    """End the process with one line after an error or a signal, as every command does.
 
-    Exit code 1 for an error, 2 for a UsageError, 128 + signal for Ctrl-C and SIGTERM, which let
-    the block clean up.
+    The exit code is 1 for an error, 2 for a UsageError, and 128 + signal for Ctrl-C and SIGTERM. A
+    signal lets the block clean up first.
 
     Args:
         prog: the command's name.
-        interrupted: what to say of a command that a signal ended.
+        interrupted: the message if a signal ends the command.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as head, has had enough
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         said = f"{prog}: error: {' '.join(str(error).split())}"
@@ -82,14 +82,14 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
 
 
 class UsageError(ValueError):
-    """A command line that cannot work: said in one line, with exit code 2."""
+    """A command line that cannot work. It is reported in one line, with exit code 2."""
 
 
 EXAMPLE = "example: "
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's, which keeps an example in a line of its own, to be copied."""
+    """argparse's formatter, but an example stays on a line of its own, so that it can be copied."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         said, example, command = text.partition(EXAMPLE)
@@ -98,9 +98,9 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose refusals are one line on the screen, with exit code 2.
+    """A parser that reports a misuse in one line on the screen, with exit code 2.
 
-    argparse prints the usage first, which is longer than what it has to say.
+    argparse itself would print the whole usage before that line.
     """
 
     def __init__(self, *args: Any, example: str | None = None, **kwargs: Any) -> None:
@@ -113,7 +113,7 @@ class CommandParser(argparse.ArgumentParser):
             self.epilog = f"{self.epilog or ''}\n{EXAMPLE}{example}".lstrip()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; keeps the words for :meth:`error`."""
+        """Parse as argparse does, and keep the words for :meth:`error`."""
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -123,20 +123,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class RaisingParser(argparse.ArgumentParser):
-    """A parser whose refusals are a UsageError, for whoever called to show."""
+    """A parser that reports a misuse as a UsageError, which the caller shows."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
+        """Raise the UsageError."""
         raise UsageError(in_one_line(self, message, sys.argv[1:])) from None
 
 
 def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[str] = ()) -> str:
-    """What argparse finds wrong, said of the flag, with the remedy.
+    """Turn argparse's error into one line that names the flag and the remedy.
 
     Args:
-        parser: whose flags there are.
-        message: argparse's.
-        words: the command line. A flag that is missing may be there in another spelling.
+        parser: the parser, which knows the flags.
+        message: argparse's message.
+        words: the command line. It may hold a missing flag in another spelling.
     """
     kind, _, rest = message.partition(": ")
     if kind == "unrecognized arguments":
@@ -153,7 +153,7 @@ def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[s
     if not message.startswith("argument "):
         return message
     flag, _, said = message.removeprefix("argument ").partition(": ")
-    flag = flag.rpartition("/")[2]  # of several spellings
+    flag = flag.rpartition("/")[2]  # the last of several spellings
     if wrong := re.fullmatch(r"invalid (.+) value: (.*)", said, re.DOTALL):
         return f"{flag} is {wrong[2]}: give a {_KINDS.get(wrong[1], wrong[1])}."
     if wrong := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", said, re.DOTALL):
@@ -171,7 +171,7 @@ _KINDS = {"int": "whole number", "float": "number"}
 
 
 def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
-    """All flags of a parser, and those of the subcommand among words."""
+    """Collect the flags of a parser and of the subcommand among the words."""
     flags = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -181,7 +181,7 @@ def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
 
 
 def _misspelt(words: Sequence[str], flags: set[str]) -> str | None:
-    """The first flag among words that is none of ``flags``, and what was probably meant."""
+    """Name the first flag among the words that is not in ``flags``, and the closest one that is."""
     for word in words:
         name = word.partition("=")[0]
         if re.match("--?[A-Za-z]", name) and name not in flags:
@@ -192,7 +192,7 @@ def _misspelt(words: Sequence[str], flags: set[str]) -> str | None:
 
 
 def _left_over(parser: argparse.ArgumentParser, rest: str, words: Sequence[str]) -> str:
-    """Say of words without a flag which flag takes no more of them."""
+    """Say that these words belong to no flag, and name the flag before them."""
     first = rest.split()[0]
     if parser.fromfile_prefix_chars == "@" and os.path.isfile(first):
         return f"{first} belongs to no flag: @{first} gives the flags that stand in this file."
@@ -212,6 +212,6 @@ def _in_other_letters(
 
 
 def add_runtime_flags(parser: Any) -> None:
-    """Add what every command that runs an exported model has, to a parser or a group of one."""
+    """Add the flags of every command that runs an exported model, to a parser or its group."""
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")

@@ -1,4 +1,4 @@
-"""The settings of dynamic routing: one dataclass, from which the flags, the YAML and the docs come.
+"""The settings of dynamic routing: one dataclass defines the flags, the YAML keys and the docs.
 
 Every field is ``--moe-dynamic-<name>`` on the command line (:mod:`.arguments`) and ``<name>`` in
 the YAML file that ``DYNMOE_CONFIG`` names. Nothing here imports torch.
@@ -23,7 +23,7 @@ AUTO = "auto"
 
 
 class Setting(NamedTuple):
-    """What a field's value may be, and what it means; see :data:`SETTINGS`."""
+    """The kind of a field's value, its help text and its choices; see :data:`SETTINGS`."""
 
     kind: str
     help: str
@@ -31,17 +31,17 @@ class Setting(NamedTuple):
 
 
 class LossCoefficients(NamedTuple):
-    """On the scale of the language-model loss; see :attr:`DynMoEConfig.loss_coefficients`."""
+    """Coefficients on the scale of the main loss; see :attr:`DynMoEConfig.loss_coefficients`."""
 
     dynamic: float
     balance: float
 
 
 class Control(NamedTuple):
-    """The controller's settings, none of them missing; see :attr:`DynMoEConfig.control`."""
+    """The controller's settings, all of them set; see :attr:`DynMoEConfig.control`."""
 
     target: TargetSchedule
-    proportional_gain: float | str  # a number, or auto until it is computed; so the next two
+    proportional_gain: float | str  # this and the next two: a number, or auto until computed
     integral_gain: float | str
     initial_threshold: float | str
     min_threshold: float
@@ -50,10 +50,10 @@ class Control(NamedTuple):
 
 @dataclass(frozen=True)
 class DynMoEConfig:
-    """Settings of dynamic routing. ``None`` means: the default of the routing, see :meth:`resolve`.
+    """Settings of dynamic routing. ``None`` means the default of the routing; see :meth:`resolve`.
 
-    Units: thresholds are cumulative probabilities, targets and caps are experts per token, losses
-    are coefficients on the scale of the language-model loss.
+    Units: thresholds are cumulative probabilities, targets and caps are experts per token, and loss
+    coefficients are on the scale of the language-model loss.
     """
 
     routing: Annotated[
@@ -77,8 +77,8 @@ class DynMoEConfig:
         TargetSchedule | None,
         Setting(
             "schedule",
-            "dtop_p: mean experts per token to hold, over all tokens and MoE layers: a number, or "
-            "a schedule ITERATION:TARGET,... (linear in between), such as 0:8,1000:2.",
+            "dtop_p: the mean number of experts per token to hold, over all tokens and MoE layers. "
+            "A number, or a schedule ITERATION:TARGET,... (linear in between), such as 0:8,1000:2.",
         ),
     ] = None
     max_experts_per_token: Annotated[
@@ -110,7 +110,7 @@ class DynMoEConfig:
         Setting(
             "float_or_auto",
             "dtop_p: the threshold of the first step, or auto (the default): computed from the "
-            "number of experts, the target and the logits' distribution at initialisation.",
+            "number of experts, the target and the logits' distribution at initialization.",
         ),
     ] = None
     min_threshold: Annotated[
@@ -151,9 +151,9 @@ class DynMoEConfig:
         str | None,
         Setting(
             "choice",
-            "Scope of the load-balance loss, named as by upstream's "
-            "--moe-router-load-balancing-type, which may be given instead: seq_aux_loss (each "
-            "sequence, the default), aux_loss (micro-batch), global_aux_loss (global batch), none.",
+            "Scope of the load-balance loss: seq_aux_loss (each sequence, the default), aux_loss "
+            "(micro-batch), global_aux_loss (global batch) or none. The names are those of "
+            "upstream's --moe-router-load-balancing-type, which may be given instead.",
             BALANCE_LOSSES,
         ),
     ] = None
@@ -169,10 +169,10 @@ class DynMoEConfig:
         str | None,
         Setting(
             "choice",
-            "Room for the rows (a token at an expert) that a layer dispatches: measured (the "
-            "default: as many as were routed, for which the host waits) or worst_case (as many as "
-            "max_experts_per_token allows: more memory, and the host never waits; for one "
-            "expert-parallel rank and torch_native's grouped GEMMs).",
+            "Room for the rows that a layer dispatches (a row is one token at one expert). "
+            "measured (the default): as many as were routed; the host waits for their number. "
+            "worst_case: as many as max_experts_per_token allows; this takes more memory, but the "
+            "host never waits. It needs one expert-parallel rank and torch_native's grouped GEMMs.",
             ROW_BUFFERS,
         ),
     ] = None
@@ -180,9 +180,10 @@ class DynMoEConfig:
         str | None,
         Setting(
             "choice",
-            "Code of attention, norms and experts, with top_k too: torch_native (PyTorch's fused "
-            "calls), local (Megatron's own, without Transformer Engine), transformer_engine, or "
-            "auto (the default): transformer_engine where it is installed, else torch_native.",
+            "The code that runs attention, norms and experts, also with top_k: torch_native "
+            "(PyTorch's fused calls), local (Megatron's own, without Transformer Engine), "
+            "transformer_engine, or auto (the default): transformer_engine if it is installed, "
+            "else torch_native.",
             BACKENDS,
         ),
     ] = None
@@ -198,8 +199,8 @@ class DynMoEConfig:
         int | None,
         Setting(
             "int",
-            "For debugging: after every so many steps compare threshold, integral, theta and gate "
-            "of all routers between ranks, bit for bit, and stop where two differ. Default: never.",
+            "For debugging: after every so many steps, compare threshold, integral, theta and gate "
+            "of all routers between ranks, bit for bit, and stop if two differ. Default: never.",
         ),
     ] = None
 
@@ -221,14 +222,14 @@ class DynMoEConfig:
 
     @property
     def loss_coefficients(self) -> LossCoefficients:
-        """Those of the losses, of resolved settings with dynamic routing."""
+        """The coefficients of both losses; the settings must be resolved, with dynamic routing."""
         dynamic, balance = self.dynamic_loss_coeff, self.balance_loss_coeff
         assert dynamic is not None and balance is not None
         return LossCoefficients(dynamic, balance)
 
     @property
     def control(self) -> Control:
-        """What the controller goes by, of resolved ``dtop_p`` settings."""
+        """The controller's settings; these settings must be resolved, with ``dtop_p``."""
         target, low, high = self.target_experts_per_token, self.min_threshold, self.max_threshold
         proportional, integral = self.proportional_gain, self.integral_gain
         first = self.initial_threshold
@@ -241,7 +242,7 @@ class DynMoEConfig:
         """Build from names and values; ``source`` names their origin in errors.
 
         Raises:
-            ValueError: a name is unknown or a value is not of its kind.
+            ValueError: a name is unknown, or a value is of the wrong kind.
         """
         for name in settings:
             if name not in SETTINGS:
@@ -253,7 +254,7 @@ class DynMoEConfig:
         """Read a YAML file of ``name: value`` lines.
 
         Raises:
-            ValueError: the file is missing, is not such a mapping, or holds a bad setting.
+            ValueError: the file is missing, is not such a mapping, or has a bad setting in it.
         """
         import yaml
 
@@ -269,7 +270,7 @@ class DynMoEConfig:
         return cls.from_dict(settings, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values that :meth:`from_dict` reads back; unset ones are left out."""
+        """Return names and values that :meth:`from_dict` reads back, without unset ones."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         if self.target_experts_per_token is not None:
             settings["target_experts_per_token"] = str(self.target_experts_per_token)
@@ -278,10 +279,12 @@ class DynMoEConfig:
     def resolve(self, num_experts: int | None) -> DynMoEConfig:
         """Fill every default of the chosen routing and check all settings against each other.
 
-        ``auto`` values stay: :mod:`megatron_dynmoe.control.calibrate` computes them.
+        ``auto`` values stay as they are; :func:`megatron_dynmoe.control.settle.settle` computes
+        them later.
 
         Raises:
-            SettingError: a setting makes no sense, alone, with another, or for ``num_experts``.
+            SettingError: a setting is wrong by itself, contradicts another, or does not fit
+                ``num_experts``.
         """
         if not self.is_dynamic:
             given = [name for name in self.to_dict() if name not in ("routing", "backend")]
@@ -293,7 +296,7 @@ class DynMoEConfig:
                     f"set {{routing}} to 'top_p' or 'dtop_p', or leave {{{given[0]}}} out",
                 )
             return self
-        if not num_experts:  # Megatron takes --num-experts 0 for none
+        if not num_experts:  # Megatron reads --num-experts 0 as a model without experts
             raise SettingError(
                 "routing", self.routing, ", but the model has no experts", "set --num-experts"
             )
@@ -424,7 +427,7 @@ class DynMoEConfig:
             )
 
 
-# Name, kind, help and choices of every field, in order.
+# Kind, help and choices of every field by its name, in order.
 SETTINGS: dict[str, Setting] = {
     name: hint.__metadata__[0]
     for name, hint in get_type_hints(DynMoEConfig, include_extras=True).items()
@@ -445,7 +448,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "balance_loss_coeff": 1e-2,
         "dynamic_loss_coeff": 1e-4,
     },
-    # DTop-p: renormalised weights, balance 1e-4, dynamic 1e-3.
+    # DTop-p: renormalized weights, balance 1e-4, dynamic 1e-3.
     "dtop_p": _SHARED_DEFAULTS
     | {
         "scope": "global",
@@ -472,7 +475,7 @@ _ONLY_DTOP_P = (
 
 
 def _coerce(name: str, setting: Setting, value: Any) -> Any:
-    """Bring one value of the command line, YAML or Python to its kind."""
+    """Convert one value from the command line, YAML or Python to its kind."""
     kind, choices = setting.kind, setting.choices
     if kind == "choice":
         if value not in choices:

@@ -1,4 +1,4 @@
-"""How a process ends that was asked for what cannot be."""
+"""How a process ends if its command line or a setting cannot work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dynmoe.settings.command_line import UsageError
 
 @contextmanager
 def refusing_plainly() -> Iterator[None]:
-    """Let a refusal be the last thing seen: it says what to do, and a stack would bury it."""
+    """Print a ValueError without its traceback, so that the message with the remedy is seen."""
     try:
         yield
     except ValueError:
@@ -24,7 +24,7 @@ def refusing_plainly() -> Iterator[None]:
 def ending_at_misuse() -> Iterator[None]:
     """End the process with exit code 2 and one line if the command line cannot work.
 
-    One rank of each machine says it. torchrun speaks last, and says that line, too.
+    One rank of each machine prints the line. torchrun repeats it in its own last message.
     """
     try:
         yield
@@ -36,9 +36,9 @@ def ending_at_misuse() -> Iterator[None]:
 
 
 def tell_torchrun(error: Exception) -> None:
-    """Have torchrun, which speaks last, say this of the rank in one line.
+    """Make torchrun report this error of the rank in one line, in its last message.
 
-    See :mod:`megatron_dynmoe.torchrun_plugin` for how.
+    :mod:`megatron_dynmoe.torchrun_plugin` does the printing.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -1,4 +1,4 @@
-"""What is said of a setting that cannot be, in the words of whoever wrote it."""
+"""Errors about settings, which name a setting in the way in which the user gave it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class SettingError(ValueError):
-    """A setting that cannot be, alone or beside another.
+    """A setting that is wrong by itself or beside another one.
 
-    As text it names settings as Python and YAML do; :meth:`worded` names them otherwise. In
-    ``problem`` and ``remedy`` the setting called ``name`` is written ``{name}``.
+    ``str`` of the error names settings as Python and YAML do; :meth:`worded` can use other names.
+    In ``problem`` and ``remedy`` the setting called ``name`` is written ``{name}``.
 
     Attributes:
         field: the setting's name.
-        value: what it is, None for not set.
-        problem: what is wrong with that, as the sentence goes on after the value.
+        value: its value, None if it is not set.
+        problem: what is wrong. It continues the sentence "field is value".
         remedy: what to do, or what is allowed.
     """
 
@@ -26,7 +26,7 @@ class SettingError(ValueError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
 
     def worded(self, name_of: Callable[[str], str]) -> str:
-        """The whole sentence, each setting under the name that ``name_of`` gives it."""
+        """Return the whole sentence; ``name_of`` gives the name of each setting in it."""
         value = repr(self.value) if isinstance(self.value, str) else self.value
         said = "not set" if self.value is None else value
         rest = re.sub(r"\{(\w+)\}", lambda m: name_of(m[1]), f"{self.problem}: {self.remedy}.")
@@ -37,11 +37,11 @@ class SettingError(ValueError):
 
 
 class UnknownSettingError(SettingError):
-    """A name that is no setting's.
+    """A name that no setting has.
 
     Attributes:
-        source: where it was found.
-        known: the names that there are.
+        source: the place that the name comes from, such as a file.
+        known: the names of all settings.
     """
 
     def __init__(self, field: Any, source: str, known: Collection[str]) -> None:

@@ -14,8 +14,8 @@ from megatron_dynmoe.settings.refusals import SettingError
 class TargetSchedule:
     """The target number of experts per token as a piecewise linear function of the iteration.
 
-    ``points`` are (iteration, target), iterations strictly increasing; before the first and after
-    the last the target is constant. A plain number is a schedule of one point.
+    ``points`` are (iteration, target), with strictly increasing iterations. The target is constant
+    before the first point and after the last. A plain number is a schedule of one point.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -25,7 +25,7 @@ class TargetSchedule:
         """Read ``2``, or ``0:8,1000:2`` (iteration:target, linear in between).
 
         Raises:
-            SettingError: not of that form, or the iterations do not increase.
+            SettingError: the text has another form, or the iterations do not increase.
         """
         refusal = SettingError(
             "target_experts_per_token",
@@ -35,7 +35,7 @@ class TargetSchedule:
             "increasing iterations",
         )
         try:
-            if isinstance(text, bool):  # a YAML file's yes, which Python would take for 1
+            if isinstance(text, bool):  # YAML reads yes as True, and float(True) is 1
                 raise ValueError
             if ":" not in str(text):
                 points: tuple[tuple[int, float], ...] = ((0, float(text)),)
@@ -52,7 +52,7 @@ class TargetSchedule:
         return cls(points)
 
     def at(self, iteration: int) -> float:
-        """The target for the step that follows ``iteration`` finished ones."""
+        """Return the target for the step that follows ``iteration`` finished iterations."""
         index = bisect_right([start for start, _ in self.points], iteration)
         if index == 0:
             return self.points[0][1]
@@ -62,7 +62,7 @@ class TargetSchedule:
         return t0 + (t1 - t0) * (iteration - i0) / (i1 - i0)
 
     def at_step(self, step: int) -> float:
-        """The target for a step by its own number, from 1: one fewer had finished before it."""
+        """Return the target for step ``step``, counted from 1: ``step - 1`` had finished before."""
         return self.at(step - 1)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """Every MoE setting of upstream, and whether dynamic routing works with it.
 
-The one table behind the checks at start-up, ``docs/upstream_flags.md`` and a test that fails when
-upstream adds a setting that is not here. A setting is refused only where it is used: where its
+This one table serves the checks at start-up, ``docs/upstream_flags.md``, and a test that fails when
+upstream adds a setting that is not here. A setting is refused only if it is used, that is, if its
 value differs from ``unused``.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Works:
-    """The setting has its usual effect; ``note`` says what is particular."""
+    """The setting has its usual effect; ``note`` tells what is special about it here."""
 
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The setting stops the run at start-up where its value is not one of ``unused``.
+    """The setting stops the run at start-up if its value is not one of ``unused``.
 
-    ``flag`` is upstream's, where it is not the setting's name.
+    ``flag`` is upstream's flag, if it differs from the setting's name.
     """
 
     unused: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Ignored:
-    """The setting is read by nothing that dynamic routing uses."""
+    """Dynamic routing uses no code that reads the setting."""
 
     note: str
 
@@ -54,10 +54,10 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     ),
     "moe_upcycling_granularity": Ignored("only used by upcycling, which is refused"),
     "moe_ffn_hidden_size": Works(),
-    "moe_grouped_gemm": Works("needs Transformer Engine, as upstream"),
-    "moe_single_grouped_weight": Works("needs Transformer Engine, as upstream"),
-    "moe_single_grouped_bias": Works("needs Transformer Engine, as upstream"),
-    "moe_mlp_glu_interleave_size": Works("needs Transformer Engine, as upstream"),
+    "moe_grouped_gemm": Works("needs Transformer Engine in upstream, too"),
+    "moe_single_grouped_weight": Works("needs Transformer Engine in upstream, too"),
+    "moe_single_grouped_bias": Works("needs Transformer Engine in upstream, too"),
+    "moe_mlp_glu_interleave_size": Works("needs Transformer Engine in upstream, too"),
     "moe_layer_recompute": Works("counts are taken once"),
     "moe_per_layer_logging": Works("per-layer metrics are always logged"),
     "moe_grad_scale_func": Works("set by the training loop"),
@@ -73,11 +73,11 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     # shared experts
     "moe_shared_expert_intermediate_size": Works("shared experts are not counted"),
     "moe_shared_expert_gate": Works(),
-    "moe_shared_expert_overlap": Works("with the alltoall dispatcher, as upstream"),
-    "moe_shared_expert_glu_interleave_size": Works("needs Transformer Engine, as upstream"),
-    "use_grouped_gemm_for_shared_expert": Works("needs Transformer Engine, as upstream"),
+    "moe_shared_expert_overlap": Works("with the alltoall dispatcher only, as in upstream"),
+    "moe_shared_expert_glu_interleave_size": Works("needs Transformer Engine in upstream, too"),
+    "use_grouped_gemm_for_shared_expert": Works("needs Transformer Engine in upstream, too"),
     # routing
-    "moe_router_topk": Ignored("has no meaning where tokens choose how many experts they use"),
+    "moe_router_topk": Ignored("has no meaning, because tokens choose how many experts they use"),
     "moe_router_load_balancing_type": Works(
         "seq_aux_loss (the default here), aux_loss, global_aux_loss, none; sinkhorn and "
         "quantile_balancing are refused, they are top-k methods"
@@ -117,7 +117,7 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_router_padding_for_fp8": Refused(
         (False, None), "low-precision experts are untested with it", _LEAVE_OUT
     ),
-    "moe_latent_size": Works("needs Transformer Engine, as upstream"),
+    "moe_latent_size": Works("needs Transformer Engine in upstream, too"),
     # dropping
     "moe_expert_capacity_factor": Refused((None,), _FIXED_K, _CAP),
     "moe_expert_rank_capacity_factor": Refused((None,), _FIXED_K, _CAP),
@@ -131,7 +131,7 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_paged_stash_buffer_size_factor_cpu": Ignored("as above"),
     # dispatch
     "moe_token_dispatcher_type": Works("alltoall (recommended) and allgather; flex is refused"),
-    "moe_permute_fusion": Works("needs Transformer Engine, as upstream"),
+    "moe_permute_fusion": Works("needs Transformer Engine in upstream, too"),
     "moe_enable_deepep": Refused((False,), "its dispatcher is sized by a fixed k", _LEAVE_OUT),
     "moe_flex_dispatcher_backend": Ignored(_FLEX),
     "moe_flex_dispatcher_num_sms": Ignored(_FLEX),
@@ -150,7 +150,7 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "overlap_dispatch_backward_with_experts_wgrad": Refused(
         (False,), "its schedule is untested with a varying number of rows", _LEAVE_OUT
     ),
-    # multi-token prediction: its layers come from upstream's own spec and would stay top-k
+    # multi-token prediction: upstream's own spec builds its layers, so they would stay top-k
     "mtp_num_layers": Refused(
         (None, 0), "upstream builds these layers with its own top-k router", _LEAVE_OUT
     ),
@@ -215,7 +215,7 @@ _REFUSED_VALUES = {
 
 
 def check_upstream_settings(settings: Any) -> None:
-    """Refuse upstream settings that dynamic routing cannot honour.
+    """Refuse upstream settings that dynamic routing cannot honor.
 
     Args:
         settings: upstream's argument namespace or TransformerConfig.
@@ -237,7 +237,7 @@ def check_upstream_settings(settings: Any) -> None:
 
 
 def check_sequence_parallel(settings: Any) -> None:
-    """Refuse experts under tensor parallelism alone, at which upstream stops in the first step.
+    """Refuse experts with tensor parallelism only; without sequence parallelism upstream stops.
 
     Args:
         settings: upstream's argument namespace or TransformerConfig.
@@ -246,7 +246,7 @@ def check_sequence_parallel(settings: Any) -> None:
         ValueError: ``--sequence-parallel`` is missing.
     """
     size = getattr(settings, "tensor_model_parallel_size", 1)
-    # The namespace's name, and the config's.
+    # Megatron's arguments and its config have different names for it.
     has_experts = any(getattr(settings, name, None) for name in ("num_experts", "num_moe_experts"))
     if has_experts and size > 1 and not settings.sequence_parallel:
         raise ValueError(
@@ -256,7 +256,7 @@ def check_sequence_parallel(settings: Any) -> None:
 
 
 def check_query_groups(args: Any) -> None:
-    """Refuse groups of heads that Megatron does not look at before the first step fails.
+    """Refuse query groups that do not divide the heads; Megatron would fail in the first step.
 
     Raises:
         ValueError: the groups do not divide the heads.

@@ -1,4 +1,4 @@
-"""The words of a command line, before anything parses them."""
+"""Reading the words of a command line without a parser."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each flag, by its name without dashes in front; the last of a name counts.
+    """Collect the values of each flag by its name without leading dashes; the last one counts.
 
     ``["--lr", "1", "--bf16", "--lr=2"]`` gives ``{"lr": ["2"], "bf16": []}``.
 
     Raises:
-        ValueError: a value stands before the first flag.
+        ValueError: there is a value before the first flag.
     """
     values: dict[str, list[str]] = {}
     current: list[str] | None = None
@@ -32,16 +32,16 @@ def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
 def whole_number(
     values: dict[str, list[str]], name: str, default: int | None = None, least: int = 1
 ) -> int:
-    """The value of a flag that takes a whole number.
+    """Read the value of a flag that takes a whole number.
 
     Args:
-        values: of all flags, as :func:`values_of` gives them.
-        name: the flag's, without dashes in front.
-        default: where the flag is not there; None where it must be.
-        least: the smallest that is allowed.
+        values: the values of all flags, from :func:`values_of`.
+        name: the flag's name without leading dashes.
+        default: the value if the flag is missing; None: the flag must be given.
+        least: the smallest allowed value.
 
     Raises:
-        ValueError: it is missing, has no value or several, or is no such number.
+        ValueError: the flag is missing, has no value or several, or its value is no such number.
     """
     given = values.get(name)
     if given is None and default is not None:
@@ -53,7 +53,7 @@ def whole_number(
 
 
 def format_flags(flags: Sequence[str]) -> str:
-    """Flags as text, one with its values on each line, quoted for a shell."""
+    """Write flags as text, each on its own line with its values, quoted for a shell."""
     lines: list[list[str]] = []
     for word in flags:
         if word.startswith("--") or not lines:

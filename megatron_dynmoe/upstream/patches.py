@@ -1,6 +1,6 @@
-"""The only place that touches upstream by version or patch.
+"""The only place that patches upstream or depends on its version.
 
-Each patch states what upstream does, in which file, and why it does not do here. A test fails when
+Each patch says what upstream does, in which file, and why that does not work here. A test fails if
 upstream changes so that a patch is no longer needed.
 """
 
@@ -32,9 +32,9 @@ def install() -> None:
 
 
 def _use_the_packaged_dataset_helpers() -> None:
-    """``megatron/core/datasets/utils.py`` runs ``make`` where the package ships no Makefile.
+    """``megatron/core/datasets/utils.py`` runs ``make``, but the wheel ships no Makefile.
 
-    The wheel brings the compiled helper, so there is nothing to compile, yet
+    The wheel contains the compiled helper, so there is nothing to compile. Nevertheless
     ``megatron.training.initialize`` ends the process when ``make`` fails.
     """
     import megatron.core.datasets.utils as dataset_utils
@@ -46,10 +46,11 @@ def _use_the_packaged_dataset_helpers() -> None:
 def _save_without_a_helper_process() -> None:
     """``megatron/core/dist_checkpointing/strategies/torch.py`` starts a process to save.
 
-    It hands the result of writing from one function to the next through the queue of a
-    ``multiprocessing`` manager, also where both run in this process. The manager is a process of
-    its own, which imports torch again: some seconds and some hundred MB for each rank, and it
-    outlives a rank that is killed. A save that is not asynchronous gets a plain queue.
+    It passes the result of writing from one function to the next through the queue of a
+    ``multiprocessing`` manager, even if both functions run in this process. The manager is a
+    separate process that imports torch again. This costs each rank some seconds and some hundred
+    MB, and the manager outlives a rank that is killed. Here a save that is not asynchronous gets a
+    plain queue.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -70,21 +71,22 @@ def _save_without_a_helper_process() -> None:
 def _resume_the_distributed_optimizer() -> None:
     """``megatron/core/optimizer/distrib_optimizer.py`` loads no checkpoint with torch's AdamW.
 
-    That is the optimizer where neither Apex nor Transformer Engine is installed. It keeps the
-    number of steps as one tensor per parameter, theirs as one number per group, and
+    Megatron uses AdamW if neither Apex nor Transformer Engine is installed. AdamW keeps the number
+    of steps as one tensor per parameter; Apex and Transformer Engine keep one number per group.
     ``DistributedOptimizer`` expects the former in some places and the latter in others:
 
-    - ``state_dict``, also called to prepare loading, reads the step from a state that is still
-      empty then. We fill the state first, with zeros, which loading overwrites.
+    - ``state_dict`` is also called to prepare loading. It reads the step from a state that is still
+      empty at that time. We fill the state with zeros first; loading overwrites them.
     - ``load_state_dict`` puts the step of the checkpoint into one tensor that all parameters share,
-      so the next step would add one to it for each of them. We give each its own copy.
-    - ``_set_main_param_and_optimizer_states``, which comes after, wants a step among the loaded
-      tensors of each parameter and finds none, or the zero from the preparation. We hand it a step
-      that is not a tensor, which it passes over. It also writes into parameters with gradients
-      enabled, which autograd forbids where they are float32 and so the model's own.
-    - A pipeline stage without experts has an optimizer for experts without parameters, so without a
-      step. ``ChainedOptimizer._synchronize_steps``, which is there to give it one and runs before
-      each save and after each load, knows only the step of a group. We do the same for a state.
+      so the next step would add one to it for each parameter. We give each parameter its own copy.
+    - ``_set_main_param_and_optimizer_states`` runs after that. It wants a step among the loaded
+      tensors of each parameter, and finds none, or the zero from the preparation. We give it a step
+      that is not a tensor, which it skips. It also writes into parameters with gradients enabled.
+      Autograd forbids this if they are float32, because they are then the model's own.
+    - A pipeline stage without experts has an optimizer for experts without any parameter, and so
+      without a step. ``ChainedOptimizer._synchronize_steps`` is meant to give it one and runs
+      before each save and after each load, but it knows only the step of a group. We do the same
+      for the step in a state.
     """
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -142,13 +144,13 @@ def _is_torch_adam(optimizer: object) -> bool:
 def _resume_under_another_layout() -> None:
     """``megatron/core/optimizer/optimizer.py`` loads no optimizer state from EP > 1 under EP = 1.
 
-    Nor under another learning rate: see :func:`_with_schedule_of`.
+    It also loads none under another learning rate: see :func:`_with_schedule_of`.
 
-    With expert parallelism ``ChainedOptimizer`` holds two optimizers, dense and experts, without it
-    one. The tensors of a checkpoint are named after the parameters and find their place in either;
-    what is stored beside them (step, hyperparameters of each parameter group, loss scale) keeps the
-    structure of the run that saved it, and ``load_state_dict`` refuses any other. We bring that
-    part into the structure of the running optimizer first.
+    With expert parallelism ``ChainedOptimizer`` holds two optimizers (dense and experts), without
+    it one. The tensors of a checkpoint are named after the parameters and fit both cases. The other
+    values (step, hyperparameters of each parameter group, loss scale) keep the structure of the run
+    that saved them, and ``load_state_dict`` refuses any other structure. We first bring these
+    values into the structure of the running optimizer.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -163,7 +165,7 @@ def _resume_under_another_layout() -> None:
     ChainedOptimizer.load_state_dict = load_restructured
 
 
-# Of what tells parameter groups apart, these are the schedule's and not the model's.
+# Among the keys that distinguish parameter groups, these belong to the schedule, not to the model.
 _SCHEDULE_OF_GROUPS = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
@@ -172,15 +174,15 @@ def _overrides_schedule() -> bool:
 
     try:
         return get_args().override_opt_param_scheduler
-    except AssertionError:  # a training loop of one's own has no arguments
+    except AssertionError:  # a user's own training loop has no Megatron arguments
         return False
 
 
 def _with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
-    """A saved state whose parameter groups have this run's learning rates and weight decay.
+    """Give the parameter groups of a saved state this run's learning rates and weight decay.
 
-    Upstream tells groups apart by these as well, so that under another ``--lr`` it finds none, with
-    ``--override-opt-param-scheduler`` too, which asks for just that.
+    Upstream also uses these values to distinguish groups. Under another ``--lr`` it therefore finds
+    no group, even with ``--override-opt-param-scheduler``, which allows another learning rate.
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
@@ -200,19 +202,20 @@ def _with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
         return {
             key: [rescheduled(group) for group in value] if key == "param_groups" else walk(value)
             for key, value in part.items()
-            # The tensors of the state are left as they are.
+            # The tensors of the state are not changed.
         }
 
     return walk(loaded)
 
 
 def _restructured(loaded: Any, optimizers: list[Any]) -> Any:
-    """The state dict of a chained optimizer in the structure of the one that loads it.
+    """Bring the state dict of a chained optimizer into the structure of the one that loads it.
 
     Args:
-        loaded: what the checkpoint held of the optimizer's state, merged by upstream with what this
-            run asked for. One optimizer's state is a dict, that of several is a dict of these with
-            the keys 0, 1, ...; where the two runs differ in that, both forms lie in one dict.
+        loaded: the optimizer's state from the checkpoint, which upstream has merged with the state
+            that this run asked for. The state of one optimizer is a dict; the state of several is a
+            dict of these with the keys 0, 1, ... If the two runs differ in this, both forms are in
+            one dict.
         optimizers: the optimizers of this run, each with its parameter groups.
 
     Raises:
@@ -232,7 +235,7 @@ def _restructured(loaded: Any, optimizers: list[Any]) -> Any:
     groups = [group for part in saved for group in _saved_groups(part)]
     result = {}
     for index, optimizer in enumerate(optimizers):
-        # Step and loss scale are common to all, so any part of the checkpoint has them.
+        # All optimizers have the same step and loss scale, so any part of the checkpoint will do.
         own = copy.deepcopy(saved[0])
         own.get("optimizer", own)["param_groups"] = [
             {**_counterpart(group, groups), "is_expert_parallel": group["is_expert_parallel"]}
@@ -243,16 +246,16 @@ def _restructured(loaded: Any, optimizers: list[Any]) -> Any:
 
 
 def _saved_groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
-    """The parameter groups of a checkpoint, without those that only list this run's parameters."""
+    """Return the parameter groups of a checkpoint, without those that only list parameters."""
     groups = part.get("optimizer", part).get("param_groups", [])
     return [group for group in groups if set(group) != {"params"}]
 
 
 def _counterpart(group: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The hyperparameters that the checkpoint holds for one of this run's parameter groups.
+    """Find the hyperparameters in the checkpoint for one of this run's parameter groups.
 
-    Groups are told apart as upstream does, except that being an expert's or not does not count
-    where the checkpoint has only one of the two.
+    Groups are matched as upstream matches them. If there is no match, the match ignores whether a
+    group belongs to experts.
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
@@ -274,17 +277,17 @@ def _counterpart(group: dict[str, Any], saved_groups: list[dict[str, Any]]) -> d
 def _guard_checkpoints() -> None:
     """``megatron/training/checkpointing.py`` trusts files and folders.
 
-    - What it loads it does not check, except with ``--verify-integrity``: then one rank reads
-      everything, after all of them have unpickled some of it, and a checkpoint without checksums is
-      refused. An unreadable tracker ends the process with exit code 0.
-    - It opens the tracker for writing in place: a full disk, or the end of the process at that
-      moment, leave it empty, and with it no way to the checkpoint before.
-    - The folder, ``.metadata`` and ``metadata.json`` are made by rank 0 alone, while the others
-      wait for it; if it fails they wait until something else ends them. The cause of a failed write
-      is replaced by the name of its type.
+    - It does not check what it loads, except with ``--verify-integrity``. With this flag, one rank
+      reads everything, but only after all ranks have unpickled some of it, and a checkpoint without
+      checksums is refused. An unreadable tracker ends the process with exit code 0.
+    - It overwrites the tracker in place. If the disk is full or the process ends at that moment,
+      the tracker is empty, and the way to the previous checkpoint is lost.
+    - Rank 0 alone makes the folder, ``.metadata`` and ``metadata.json`` while the others wait for
+      it. If it fails, they wait until something else ends them. The cause of a failed write is
+      replaced by the name of its type.
 
-    There is no hook between the last file and the tracker, so we stand around ``save``, around
-    ``_load_base_checkpoint``, which every load goes through, and around what opens the tracker.
+    There is no hook between the last file and the tracker. We therefore wrap ``save``, the function
+    that opens the tracker, and ``_load_base_checkpoint``, through which every load goes.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import serialization
@@ -306,11 +309,11 @@ def _guard_checkpoints() -> None:
 
 
 def _hear_every_signal() -> None:
-    """``megatron/training/dist_signal_handler.py`` hears one signal, and forgets which it was.
+    """``megatron/training/dist_signal_handler.py`` handles one signal, and forgets which it was.
 
-    With ``--exit-signal-handler`` the run saves and ends in good order on SIGTERM, with exit code 0
-    as if it had finished; Ctrl-C and the end of a terminal still end it without a checkpoint, since
-    no flag names other signals. Ours hears all three.
+    With ``--exit-signal-handler`` the run saves and ends in an orderly way on SIGTERM, but with
+    exit code 0 as if it had finished. Ctrl-C and the end of a terminal still end it without a
+    checkpoint, because no flag adds other signals. Our handler takes all three.
     """
     from megatron.training import global_vars
     from megatron.training.datasets import data_samplers
@@ -318,14 +321,15 @@ def _hear_every_signal() -> None:
     from megatron_dynmoe.training.signals import StopSignals
 
     global_vars.DistributedSignalHandler = StopSignals
-    data_samplers.DistributedSignalHandler = StopSignals  # in the processes that load data
+    data_samplers.DistributedSignalHandler = StopSignals  # this one is for data workers
 
 
 def _tell_data_workers_whose_they_are() -> None:
-    """``torch/utils/data/_utils/worker.py``: a worker ends when its parent changes.
+    """``torch/utils/data/_utils/worker.py``: a worker ends when its parent process changes.
 
-    It looks for the first time some moments after it was started. Where its rank has been killed in
-    between, it takes whoever has adopted it for its parent, and stays for ever.
+    The worker reads its parent for the first time some moments after it was started. If its rank
+    has been killed before that, the worker takes the process that adopted it for its parent, and
+    never ends.
     """
     from torch.utils.data._utils import worker
 
@@ -336,15 +340,15 @@ def _tell_data_workers_whose_they_are() -> None:
             if parent is not None and parent.pid is not None:
                 self.manager_pid = parent.pid
 
-    patched: Any = worker  # to replace a class is beyond types
+    patched: Any = worker  # Any, because a type checker does not allow to replace a class
     patched.ManagerWatchdog = Watchdog
 
 
 def _name_data_indexes_by_content() -> None:
     """``megatron/core/datasets/{gpt,blended}_dataset.py`` name cached indexes by path alone.
 
-    Tokens that are written again under the same path are then read by the index of the old ones.
-    See :mod:`megatron_dynmoe.training.index_cache`.
+    If new tokens are written under the same path, they are read with the index of the old ones. See
+    :mod:`megatron_dynmoe.training.index_cache`.
     """
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -362,8 +366,9 @@ def _name_data_indexes_by_content() -> None:
 def _end_where_a_split_is_empty() -> None:
     """``megatron/core/datasets/gpt_dataset.py`` adds epochs until there are enough tokens.
 
-    Where an epoch has none, it does so for ever: a split that gets no document of few, for example,
-    with Megatron's own default of ``--split``, also where the run reads nothing of that split.
+    If an epoch has no tokens, it never stops. This happens, for example, if there are few documents
+    and a split gets none of them under Megatron's default ``--split``, even if the run reads
+    nothing from that split.
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
@@ -375,9 +380,9 @@ def _end_where_a_split_is_empty() -> None:
 def _log_each_step_as_itself() -> None:
     """``megatron/training/training.py`` counts the first step twice if each step is logged.
 
-    It logs the first step of a process in any case and lets it count for the interval that it
-    begins. With ``--log-interval 1`` that interval is the step, so the second line shows the mean
-    of the first two losses and times.
+    It always logs the first step of a process, and also counts it in the interval that the step
+    begins. With ``--log-interval 1`` the step is the whole interval, so the second line shows the
+    mean of the first two losses and times.
     """
     from megatron.training import get_args, training
 

@@ -1,7 +1,7 @@
-"""Rules of routing, one a file: how logits become weights and a routing map.
+"""Rules of routing, one per file: how logits become weights and a routing map.
 
-A router holds one rule. It brings the logits and whatever the rule keeps, and takes the result to
-the losses, the counters and the experts; the controller moves the rule's knob.
+A router holds one rule. It gives the rule the logits and the rule's state, and passes the result on
+to the losses, the counters and the experts. The controller moves the rule's knob.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 
 
 class Rule(Protocol):
-    """What a router, the controller and a checkpoint have to know of a rule.
+    """What a router, the controller and a checkpoint have to know about a rule.
 
     Attributes:
         knob: the name in ``first_state`` of the one number that a controller may move, or None.
         direction: 1 if the count rises with the knob, -1 if it falls.
-        first_state: what the rule keeps, by name, at the start of training. The router holds each
-            as a float32 buffer [1] that is saved with the model; the controller's sum of errors
-            and the measured count join them. A controller's step commits all of these at once.
-        settings: the part of ``first_state`` that the user has fixed, which is taken from there
-            and not from a checkpoint.
+        first_state: the rule's state at the start of training, by name. The router holds each value
+            as a float32 buffer [1] that is saved with the model, beside the controller's sum of
+            errors and the measured count. A controller's step commits all of these at once.
+        settings: the part of ``first_state`` that the user has fixed. These values replace those of
+            a checkpoint.
     """
 
     knob: str | None
@@ -35,7 +35,7 @@ class Rule(Protocol):
     settings: Mapping[str, float]
 
     def cap(self, training: bool) -> int | None:
-        """The most experts of a token, or None."""
+        """The most experts that a token may use, or None."""
 
     def route(
         self,
@@ -47,11 +47,11 @@ class Rule(Protocol):
         valid_T: Tensor | None,
         training: bool,
     ) -> Routing:
-        """Weights and map of one micro-batch, and the sums over tokens that losses and counts need.
+        """Route one micro-batch, and sum over its tokens what losses and counts need.
 
         Args:
-            logits_TE: [T, E] float32, as the gate has made them.
-            state: of ``first_state``, as it is now.
+            logits_TE: [T, E] float32, the gate's output after z-loss.
+            state: the current values under the names of ``first_state``.
             theta: [1], the scale of normalized logits; None: they are not normalized.
             num_sequences: B; tokens are ordered as ``position * B + sequence``.
             valid_T: [T], bool, False for padding; None: no padding.
@@ -59,5 +59,5 @@ class Rule(Protocol):
         """
 
 
-# By --moe-dynamic-routing: from resolved settings and the knob's first value to a rule.
+# The rule of each --moe-dynamic-routing, built from resolved settings and the knob's first value.
 RULES: dict[str, Callable[[DynMoEConfig, Any], Rule]] = {"top_p": TopP, "dtop_p": TopP}

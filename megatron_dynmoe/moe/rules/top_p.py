@@ -1,6 +1,6 @@
-"""Top-p: the smallest set of experts whose probability exceeds the threshold.
+"""Top-p: a token uses the smallest set of experts whose probability exceeds the threshold.
 
-*Harder Task Needs More Experts* with a fixed threshold, DTop-p with one that a controller moves.
+The threshold is fixed in *Harder Task Needs More Experts*; in DTop-p a controller moves it.
 """
 
 from __future__ import annotations
