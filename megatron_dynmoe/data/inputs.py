@@ -1,4 +1,4 @@
-"""The files of text that a command line names: paths, folders and globs."""
+"""Finds the text files that a command line names: by paths, folders and globs."""
 
 import glob
 import os
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 COMPRESSED = (".gz", ".zst", ".zstd")
-# How names of text end. Of a folder only these are read; a file that is named may end otherwise.
+# Text files end like this. A folder gives only such files; a file that is named may end otherwise.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet", *COMPRESSED)
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The input files named by `patterns`, each a path, a folder or a glob, in the order given.
+    """The input files of `patterns`, each a path, a folder or a glob, in the order given.
 
-    The files of a folder and of those below it, and those of one glob, come sorted by name, so that
-    the output does not depend on the file system.
+    The files of a folder and of its subfolders, or of one glob, come sorted by name, so that the
+    output does not depend on the file system.
 
     Raises:
-        ValueError: a pattern names no file of text, or one that was named before.
+        ValueError: a pattern names no text file, or one that was named before.
     """
-    paths: dict[Path, None] = {}  # in order, and quick to look up in
+    paths: dict[Path, None] = {}  # ordered, and quick to look up in
     for pattern in patterns:
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not names:
@@ -33,7 +33,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether a file is text as it stands, perhaps compressed, and not records with fields."""
+    """Whether a file is plain text, perhaps compressed, and not records with fields."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -41,14 +41,14 @@ def is_plain_text(path: Path) -> bool:
 
 
 def name_without_endings(path: Path) -> str:
-    """A file's own name, without what says how it is written."""
+    """A file's name without the endings for format and compression."""
     while path.suffix.lower() in ENDINGS and path.stem:
         path = path.with_suffix("")
     return path.name
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The file itself, or what a folder holds of text."""
+    """The file itself, or the text files in a folder."""
     if not path.is_dir():
         _refuse_arrow(path)
         return [path]
@@ -71,7 +71,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_arrow(path: Path) -> None:
-    """Say how an Arrow file, or the folder of `datasets` that it is part of, becomes Parquet."""
+    """Say how to turn an Arrow file, or its folder of `datasets`, into Parquet."""
     if path.suffix.lower() != ".arrow":
         return
     folder, part, what = path.parent, "", "an Arrow file"

@@ -1,7 +1,7 @@
-"""Model and tokenizer from a folder, for the command lines: plain errors, no code from the folder.
+"""Loads model and tokenizer from a folder for the command lines, and runs no code from the folder.
 
-Only safetensors are read, nothing is fetched from a hub, and a tensor that is missing or unknown is
-an error instead of random weights. A folder may be hostile: see SECURITY.md.
+It reads only safetensors and fetches nothing from a hub. A tensor that is missing or unknown is an
+error and not a random weight. Errors are plain. A folder may be hostile: see SECURITY.md.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import transformers
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
 from megatron_dynmoe.storage.json_files import read_json
 
-# A model that declares more than this many times the numbers that are stored is none. Quantized
-# ones store eight in one.
+# If a model declares more than this many times the numbers that are stored, it is not a real one.
+# Quantized models store eight numbers in one.
 MAX_DECLARED = 16
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration in ``folder``.
+    """Load the configuration in ``folder``.
 
     Raises:
-        ValueError: no folder, no config.json, or one that is wrong.
+        ValueError: there is no folder or no config.json, or config.json is wrong.
     """
     import megatron_dynmoe.huggingface  # noqa: F401  (so that the folder's own code is not needed)
 
@@ -46,10 +46,12 @@ def load_config(folder: Path) -> Any:
 
 
 def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
-    """An implementation such as OWNER/NAME is fetched and run, whatever ``trust_remote_code`` is.
+    """Refuse an implementation from a hub (OWNER/NAME).
+
+    Transformers would fetch and run it, whatever ``trust_remote_code`` is.
 
     Raises:
-        ValueError: config.json names one, at whatever depth.
+        ValueError: config.json names one, at any depth.
     """
     if not isinstance(settings, dict):
         return
@@ -63,15 +65,15 @@ def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
 
 
 def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The causal language model in ``folder``, in evaluation mode.
+    """Load the causal language model in ``folder``, in evaluation mode.
 
     Args:
-        config: that of :func:`load_config`, changed where wanted; the model keeps it.
-        dtype: one of ``--dtype``; ``auto``: as stored.
-        device: such as ``cpu`` or ``cuda``.
+        config: from :func:`load_config`, with changes if wanted; the model keeps it.
+        dtype: one of the choices of ``--dtype``; ``auto`` keeps the stored dtype.
+        device: a device such as ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: weights that are missing, damaged or do not fit, or a bad device.
+        ValueError: weights are missing, damaged or do not fit, or the device cannot be used.
     """
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
@@ -99,15 +101,15 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
 
 
 def check_sizes(folder: Path, config: Any) -> None:
-    """Compare what config.json declares with what is stored, before room is made for it.
+    """Compare what config.json declares with what is stored, before memory is allocated for it.
 
     Raises:
-        ValueError: weights that cannot be read, lie elsewhere, or are much too few.
+        ValueError: the weights cannot be read, lie elsewhere, or are far too few.
     """
     weights, text = ModelFolder(folder), config.get_text_config()
     stored = sum(math.prod(weights.shape(key)) for key in weights.keys)
     try:
-        # The first three only so that the model can be made at all, without room for its numbers.
+        # The first three checks only make sure that the model can be built, on the meta device.
         layers = text.num_hidden_layers
         _check_declared("num_hidden_layers", layers, layers, len(weights.keys))
         for name in ("vocab_size", "num_experts", "num_local_experts"):
@@ -117,7 +119,7 @@ def check_sizes(folder: Path, config: Any) -> None:
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         declared = sum(parameter.numel() for parameter in model.parameters())
         _check_declared("the number of parameters", declared, declared, stored)
-    except Exception as error:  # whatever a model's code makes of strange settings
+    except Exception as error:  # a model's code may raise anything for strange settings
         raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from error
 
 
@@ -130,10 +132,10 @@ def _check_declared(name: str, value: int, needed: int, stored: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``.
+    """Load the tokenizer in ``folder``.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no tokenizer, or it cannot be read.
     """
     if not any(folder.glob("tokenizer*")):
         raise ValueError(
@@ -152,7 +154,7 @@ def check_ids(largest: int, config: Any) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Raises:
-        ValueError: the folder's tokenizer is not that of the model.
+        ValueError: the folder's tokenizer is not the model's.
     """
     if largest >= config.vocab_size:
         raise ValueError(
@@ -166,7 +168,7 @@ def default_device() -> str:
 
 
 def be_quiet() -> None:
-    """Keep transformers' hints and bars off the terminal: errors are raised anyway."""
+    """Keep transformers' hints and progress bars off the terminal; errors are raised anyway."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
