@@ -51,7 +51,7 @@ def _parser() -> CommandParser:
         help="write the scripts for one machine and for Slurm, and all recipes, to a new folder",
     )
     parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="more flags; they override")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="more flags, which override it")
     return parser
 
 
