@@ -1,5 +1,5 @@
-"""Megatron's checkpoints, guarded: a manifest for each, comparison on load, the newest good one.
+"""Guards Megatron's checkpoints with a manifest, which every load compares with the files.
 
-Megatron's save and load enter through ``upstream``; a whole checkpoint, or an error that names the
-file, leaves on all ranks alike.
+Megatron's save and load enter through ``upstream``. A whole checkpoint leaves, the newest good one
+if somebody asks for a fallback; or else the same error on all ranks, which names the file.
 """

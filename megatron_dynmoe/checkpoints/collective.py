@@ -1,9 +1,8 @@
-"""What saving and loading checkpoints have in common: flags, and failing together.
+"""What saving and loading checkpoints share: their flags, and ranks that fail together.
 
-Every save ends with ``manifest.json``, the size and SHA-256 of all files
-(:mod:`.checkpoint_save`); every load compares with it before anything is read
-(:mod:`.checkpoint_load`).
-:mod:`megatron_dynmoe.upstream.patches` puts both around Megatron's own functions.
+Every save ends with ``manifest.json``, the size and SHA-256 of all files (:mod:`.save`). Every load
+compares the files with it before it reads anything (:mod:`.load`).
+:mod:`megatron_dynmoe.upstream.patches` wraps Megatron's own functions in both.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--ckpt-fallback",
         action="store_true",
-        help="Where the checkpoint that --load leads to is damaged or missing, go on from the "
-        "newest good one before it, and say so. Without a good one the run stops.",
+        help="If the checkpoint that --load leads to is damaged or missing, go on from the "
+        "newest good one before it, and say so. If none is good, the run stops.",
     )
     parser.add_argument(
         "--no-ckpt-manifest",
@@ -38,17 +37,17 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
 
 
 def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> list[T]:
-    """Do something on every rank; what fails on one is raised on all, so that none waits for it.
+    """Run an action on every rank; a failure on one is raised on all, so that none waits for it.
 
     Args:
         action: what this rank does.
-        explain: makes the message out of what failed.
+        explain: makes the message out of the text of the failure.
 
     Returns:
-        What it gave, by rank.
+        The results of all ranks, in their order.
 
     Raises:
-        CheckpointError: it failed on some rank.
+        CheckpointError: the action failed on some rank.
     """
     try:
         mine: tuple[Any, str | None] = action(), None
@@ -67,18 +66,18 @@ def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) ->
 
 
 def on_rank_0[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> T:
-    """What an action on rank 0 gives, on all ranks; see :func:`together`."""
+    """Run an action on rank 0 and return its result on all ranks; see :func:`together`."""
     result: Any = together(lambda: action() if rank() == 0 else None, explain)[0]
     return result
 
 
 def rank() -> int:
-    """The number of this process; 0 as long as it is alone."""
+    """The rank of this process; 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def cause(error: BaseException) -> str:
-    """An error in words, with the file where the system names one."""
+    """An error in words, with the file if the system names one."""
     if isinstance(error, OSError) and error.strerror:
         words = error.strerror.lower()
         if error.errno == errno.ENOSPC:
@@ -86,11 +85,11 @@ def cause(error: BaseException) -> str:
         return f"{words}: {error.filename}" if error.filename else words
     text = str(error) or type(error).__name__
     if "inline_container" in text and "unexpected pos" in text:
-        # What PyTorch's writer says of a file that it could only write a part of
+        # PyTorch's writer says this of a file that it could only write a part of.
         return f"no space is left on the device, or a quota is used up ({text})"
     return text
 
 
 def is_local(path: Any) -> bool:
-    """Whether a path leads to a file system, not to an object store."""
+    """Whether a path leads to a file system, and not to an object store."""
     return "://" not in str(path)

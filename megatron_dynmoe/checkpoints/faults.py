@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are good: compared with its manifest, by all ranks together."""
+"""Compares the files of a checkpoint with its manifest; all ranks share the work."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COMPLETE = "metadata.json"  # Megatron writes it when all ranks have written the
 
 
 def faults(folder: Path, looks_closer: bool) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks, which share the reading.
+    """List what is wrong with a checkpoint. The ranks share the reading; all get the same list.
 
     Args:
-        folder: of one iteration.
-        looks_closer: whether every file is looked for where there is no manifest, too.
+        folder: the folder of one iteration.
+        looks_closer: whether to look for every file even if there is no manifest.
     """
 
     def manifest() -> dict[str, Any] | str | None:
@@ -48,8 +48,8 @@ def _fault(folder: Path, name: str, expected: dict[str, Any]) -> list[str]:
 def _share(files: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """This rank's part of the files.
 
-    Before the ranks can talk to each other (``--use-checkpoint-args``) each looks at what is read
-    then; the rest follows when the model is loaded.
+    Before the ranks can talk to each other (``--use-checkpoint-args``), each one checks the files
+    that are read at that time. The others are checked when the model is loaded.
     """
     if not dist.is_initialized():
         return [item for item in files.items() if rank_that_reads(item[0]) == 0]
@@ -65,7 +65,7 @@ def _faults_without_manifest(folder: Path, looks_closer: bool) -> list[str]:
         from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 
         try:
-            MegatronCheckpoint(folder)  # looks for every file, and whether it is long enough
+            MegatronCheckpoint(folder)  # looks for every file and checks that it is long enough
         except ValueError as error:
             return [str(error)]
     print(f"> {folder} has no {MANIFEST}: whether its files are good is not known", flush=True)

@@ -1,7 +1,7 @@
-"""Loading: every file is compared with the manifest before Megatron reads any of them.
+"""Loading: compares every file with the manifest before Megatron reads any of them.
 
-A damaged checkpoint is refused on all ranks, or with ``--ckpt-fallback`` replaced by the newest
-good one before it. A checkpoint without a manifest is loaded, with a line that says so.
+All ranks refuse a damaged checkpoint. With ``--ckpt-fallback`` they take the newest good one before
+it instead. A checkpoint without a manifest is loaded, and a printed line says so.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from megatron_dynmoe.storage.megatron_names import (
 _FOLDER = re.compile(r"iter_(\d{7,18})")
 _RULE = "*" * 100
 
-Name = int | str  # of a checkpoint: its iteration, or "release"
+Name = int | str  # the name of a checkpoint: its iteration, or "release"
 
 
 def check_paths(args: Namespace) -> None:
-    """Find out before anything is built whether ``--save`` and ``--load`` can work.
+    """Find out whether ``--save`` and ``--load`` can work, before anything is built.
 
     Raises:
-        ValueError: nothing can be written to ``--save``, or what ``--load`` leads to is not there.
+        ValueError: nothing can be written to ``--save``, or ``--load`` leads to nothing.
     """
     if args.save and is_local(args.save) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
-            # Not made before it is needed: a start that is refused leaves nothing behind.
+            # The folder is not made yet, so that a start that is refused leaves nothing behind.
             with tempfile.TemporaryFile(dir=nearest_existing(Path(args.save))) as file:
                 file.write(b"room?")
         except OSError as error:
@@ -66,7 +66,7 @@ def check_paths(args: Namespace) -> None:
                 )
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
-        load = args.pretrained_checkpoint  # as Megatron chooses
+        load = args.pretrained_checkpoint  # Megatron chooses it, too
     for name in ("ckpt_fallback", "ckpt_step", "exit_on_missing_checkpoint", "skip_train"):
         if getattr(args, name) and not load:
             what = "would evaluate random weights" if name == "skip_train" else "would start anew"
@@ -86,7 +86,7 @@ def check_paths(args: Namespace) -> None:
 def _check_first_start(args: Namespace, load: Path) -> None:
     """Allow ``--load`` of a folder without a checkpoint only if the run will save into it.
 
-    Megatron would train from random weights, whatever the folder is.
+    Megatron would train from random weights, whatever the folder holds.
     """
     flag = "--load" if load == Path(args.load or "") else "--pretrained-checkpoint"
     if (load / "config.json").is_file() or any(load.glob("*.safetensors")):
@@ -117,7 +117,7 @@ def _check_first_start(args: Namespace, load: Path) -> None:
 
 
 def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``_load_base_checkpoint``, which every load goes through, twice."""
+    """Wrap ``_load_base_checkpoint``, through which every load goes, twice."""
     chosen: dict[str, Name | None] = {}
 
     @functools.wraps(load_base)
@@ -130,7 +130,7 @@ def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
                 args.ckpt_step,
                 fallback=getattr(args, "ckpt_fallback", False),
                 is_required=args.exit_on_missing_checkpoint,
-                # One rank is to do it, which is known once they can talk to each other.
+                # One rank is to write it, and which one is known once the ranks can talk.
                 corrects_tracker=dist.is_initialized() and _is_same(load_dir, args.save),
             )
         name, state_dict = chosen[load_dir], kwargs.get("sharded_state_dict")
@@ -151,22 +151,22 @@ def choose(
     is_required: bool = False,
     corrects_tracker: bool = False,
 ) -> Name | None:
-    """The checkpoint to load, all of whose files are good; all ranks take part.
+    """Choose the checkpoint to load, all of whose files are good; all ranks take part.
 
     Args:
         load: the folder of a run's checkpoints.
-        step: an iteration in place of the tracker's.
-        fallback: take the newest good one before, where that one is damaged or missing.
-        is_required: refuse a folder without any.
-        corrects_tracker: let the tracker name what a fallback has led to.
+        step: an iteration that replaces the tracker's, or None.
+        fallback: whether to take the newest good one before it if it is damaged or missing.
+        is_required: whether to refuse a folder without any checkpoint.
+        corrects_tracker: whether to write the checkpoint found by a fallback into the tracker.
 
     Returns:
-        Its name, or None where there is none, and training starts anew.
+        Its name, or None if there is none and training starts anew.
 
     Raises:
         CheckpointError: on all ranks: it is damaged or missing, or the tracker names none.
     """
-    # What rank 0 sees counts: from another machine the folder may look older for a while.
+    # Rank 0 looks for all: from another machine the folder may look older for a while.
     names, problem = on_rank_0(lambda: candidates(load, step, fallback, is_required))
     if not names and problem is None:
         return None
@@ -196,10 +196,10 @@ def choose(
 def candidates(
     load: Path, step: int | None, fallback: bool, is_required: bool
 ) -> tuple[list[Name], str | None]:
-    """The checkpoints to try, first choice first, and what is wrong before any is looked into.
+    """List the checkpoints to try, first choice first, and a problem seen before reading them.
 
     Raises:
-        CheckpointError: something is wrong, and there is no ``fallback``; or there is nothing, and
+        CheckpointError: there is a problem and ``fallback`` is off; or there is no checkpoint and
             it ``is_required``.
     """
     there = _iterations(load)
@@ -238,13 +238,13 @@ def candidates(
 
 
 def _iterations(load: Path) -> list[int]:
-    """What there are folders of, newest first."""
+    """The iterations that have a folder, newest first."""
     matches = (_FOLDER.fullmatch(path.name) for path in load.glob("iter_*"))
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def _mention_newer(load: Path, name: Name) -> None:
-    """Say where the tracker leads to an older checkpoint than the newest that is complete."""
+    """Say so if the tracker names an older checkpoint than the newest complete one."""
     complete = (n for n in _iterations(load) if (load / checkpoint_name(n) / MANIFEST).is_file())
     newest = next(complete, 0)
     if isinstance(name, int) and newest > name:
@@ -264,13 +264,13 @@ def _fall_back(load: Path, problems: list[str], name: Name, corrects_tracker: bo
         f"{_RULE}",
         flush=True,
     )
-    if corrects_tracker:  # or the next save would take the damaged one for its predecessor
+    if corrects_tracker:  # else the next save would take the damaged one for its predecessor
         replace_file(load / TRACKER, lambda partial: partial.write_text(str(name)))
 
 
 @contextmanager
 def _pinned(args: Namespace, name: Name | None, load: Path) -> Iterator[None]:
-    """Let Megatron load this one, whatever the tracker says."""
+    """Let Megatron load this checkpoint, whatever the tracker names."""
     from megatron.training import checkpointing
 
     if name is None:

@@ -1,6 +1,6 @@
-"""Whether a checkpoint holds what the routers of this run keep, before Megatron looks for it.
+"""Checks that a checkpoint holds the entries of this run's routers, before Megatron needs them.
 
-Megatron's own answer is a ``KeyError`` that names one entry, on every rank, below a traceback.
+Megatron's own answer is a ``KeyError`` on every rank that names one entry, below a traceback.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.storage.unpickle import load_metadata
 
 _ROUTER, _WEIGHT, _THETA = ".mlp.router.", "weight", "theta_offset"
-# These load what there is, and leave the rest as it was initialised.
+# With these, Megatron loads the entries that exist and leaves the others as initialized.
 _LENIENT = ("log_", "return_", "ignore_")
 _AFRESH = "--dist-ckpt-strictness log_all --no-load-optim"
 
 
 def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: str) -> None:
-    """Refuse a checkpoint whose routers kept less than these; all ranks take part.
+    """Refuse a checkpoint that lacks entries of this run's routers; all ranks take part.
 
     Args:
-        folder: the checkpoint.
-        state_dict: what Megatron is going to fill: nested, with sharded tensors.
-        strictness: ``--dist-ckpt-strictness``.
+        folder: the folder of the checkpoint.
+        state_dict: the nested dictionary with sharded tensors that Megatron is going to fill.
+        strictness: the value of ``--dist-ckpt-strictness``.
 
     Raises:
-        CheckpointError: on all ranks: other routing trained it; with the flags that load it.
+        CheckpointError: on all ranks: other routing trained it; names the flags that load it.
     """
     if strictness.startswith(_LENIENT):
         return
     wanted = set().union(*together(lambda: _of_routers(_keys(state_dict))))
     there = on_rank_0(lambda: _of_routers(_stored_keys(folder))) if wanted else set()
     missing = sorted(wanted - there)
-    # Without weights for its routers it has no experts either: nothing for these flags.
+    # If the checkpoint has no router weights, it has no experts either: these flags cannot help.
     if not missing or _WEIGHT not in there:
         return
     if missing != [_THETA]:
@@ -52,7 +52,7 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
 
 
 def _of_routers(keys: Iterable[str]) -> set[str]:
-    """What of a router's weight, state and theta is among the keys."""
+    """The keys that belong to a router's weight, state or theta."""
     found = {key.rpartition(_ROUTER)[2] for key in keys if _ROUTER in key}
     return found & {_WEIGHT, _THETA, *ROUTER_STATE}
 

@@ -1,6 +1,6 @@
-"""Saving: a manifest in every checkpoint, and a save that fails ends the run with its cause.
+"""Saving: writes a manifest into every checkpoint; a failed save ends the run with its cause.
 
-The order of a save is: the files of all ranks, ``metadata.json``, ``manifest.json``, and then
+A save writes, in this order, the files of all ranks, ``metadata.json``, ``manifest.json``, and then
 Megatron's tracker (``latest_checkpointed_iteration.txt``), which names the checkpoint to load.
 """
 
@@ -20,22 +20,22 @@ from megatron_dynmoe.storage.json_files import write_json
 from megatron_dynmoe.storage.manifest import MANIFEST, fingerprint
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
 
-# What a rank writes by itself has its number in the name.
+# A file that one rank writes alone has the rank's number in its name.
 _OF_A_RANK = re.compile(r".*__(\d+)_\d+\.distcp")
 
 
 class SaveGuard:
-    """Stands around the steps of Megatron's save.
+    """Wraps the steps of Megatron's save.
 
-    Some of them happen on one rank while the others wait for it. An error there is kept until all
-    ranks can hear of it.
+    Some steps run on one rank while the others wait for it. An error in such a step is kept until
+    all ranks can learn of it.
     """
 
     def __init__(self) -> None:
         self._kept: list[Exception] = []
 
     def preparing(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Around ``save_checkpoint``, which makes the folder on rank 0."""
+        """Wrap ``save_checkpoint``: make the folder on rank 0 first, or fail on all ranks."""
 
         @functools.wraps(save_checkpoint)
         def prepared(iteration: int, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +43,8 @@ class SaveGuard:
 
             save = get_args().save
             if not save:
-                # Where a step gives other results when it is run again, upstream ends the run with
-                # an exit code, and a checkpoint whether or not there is a place for it.
+                # If a step gives other results when it is run again, upstream ends the run with
+                # an exit code, and saves a checkpoint even if there is no place for it.
                 print_rank_0("no checkpoint is saved: --save is not given")
                 return None
             if is_local(save) and not kwargs.get("non_persistent_ckpt"):
@@ -57,7 +57,7 @@ class SaveGuard:
         return prepared
 
     def sealing(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Around ``dist_checkpointing.save``, which writes all but the tracker."""
+        """Wrap ``dist_checkpointing.save``, which writes everything except the tracker."""
 
         @functools.wraps(save)
         def sealed(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,21 +69,21 @@ class SaveGuard:
             request, failure = None, None
             try:
                 request = save(state, folder, *args, **kwargs)
-            except CheckpointException as error:  # on all ranks
+            except CheckpointException as error:  # raised on all ranks
                 failure = error
             if failure is not None:
                 self._raise_kept(Path(folder))
                 raise failure
             if request is None:
                 self._finish(Path(folder))
-            else:  # asynchronous: called when all ranks have written
+            else:  # asynchronous: the function runs when all ranks have written
                 request.finalize_fns.append(functools.partial(self._finish, Path(folder)))
             return request
 
         return sealed
 
     def noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        """Around the writing of one file, whose error Megatron replaces by the name of its type."""
+        """Wrap the writing of one file, whose error Megatron replaces by its type's name."""
 
         @functools.wraps(write)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class SaveGuard:
         return noted
 
     def keeping(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Around a step of rank 0, for which the others wait."""
+        """Wrap a step of rank 0 that the other ranks wait for: keep its error until later."""
 
         @functools.wraps(step)
         def kept(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ class SaveGuard:
         from megatron.training import global_vars
 
         self._raise_kept(folder)
-        args = global_vars._GLOBAL_ARGS  # None where a script saves without Megatron's arguments
+        args = global_vars._GLOBAL_ARGS  # None if a script saves without Megatron's arguments
         write_checkpoint_manifest(folder, getattr(args, "ckpt_manifest", True))
 
     def _raise_kept(self, folder: Path) -> None:
@@ -124,15 +124,15 @@ class SaveGuard:
 def write_checkpoint_manifest(folder: Path, wanted: bool = True) -> None:
     """Write size and SHA-256 of every file of a checkpoint; all ranks take part.
 
-    Each rank reads what it has written itself, which its own machine still has in memory, and rank
-    0 the rest. Files of ranks that are no longer there, left by another save, are not listed.
+    Each rank reads the files that it wrote, which its own machine still has in memory; rank 0 reads
+    the rest. Files that another save left, of ranks that no longer exist, are not listed.
 
     Args:
         folder: the checkpoint, ``iter_...`` or ``release``.
-        wanted: without it, only the manifest of an earlier save is taken away.
+        wanted: if False, only the manifest of an earlier save is removed.
 
     Raises:
-        CheckpointError: on all ranks, if one cannot read, or rank 0 cannot write.
+        CheckpointError: on all ranks, if one cannot read or rank 0 cannot write.
     """
     explain = functools.partial(_not_saved, folder)
     files: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def write_checkpoint_manifest(folder: Path, wanted: bool = True) -> None:
 
 
 def rank_that_reads(name: str) -> int | None:
-    """Whose part it is to hash the file of this name; None for what is no part of a checkpoint."""
+    """The rank that hashes the file of this name; None if it is no part of a checkpoint."""
     if name == MANIFEST or name.endswith((".partial", ".tmp")):
         return None
     match = _OF_A_RANK.fullmatch(name)
@@ -161,7 +161,7 @@ def _write(folder: Path, files: dict[str, Any]) -> None:
         replace_file(path, lambda partial: write_json(partial, {"files": files}))
     else:
         path.unlink(missing_ok=True)
-    # Room for the tracker, so that it can be written when the other ranks no longer listen.
+    # This reserves room for the tracker: when it is written, other ranks no longer hear of errors.
     number = folder.name.removeprefix("iter_").lstrip("0") or "0"
     partial_name(folder.parent / TRACKER).write_text(number)
 
@@ -179,7 +179,8 @@ def _not_saved(folder: Path, why: str) -> str:
 class TrackerFiles:
     """Megatron's way to open files, except that the tracker is replaced whole or not at all.
 
-    Opened for writing it would be empty for a moment, or for good where the disk is full.
+    If the tracker were opened for writing, it would be empty for a moment, or for good if the disk
+    is full.
     """
 
     def __init__(self, opener: Any) -> None:
@@ -189,7 +190,7 @@ class TrackerFiles:
         return getattr(self._opener, name)
 
     def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """Open a file; see the class."""
+        """Open a file; the tracker goes into a new file that replaces it."""
         if mode == "w" and os.path.basename(path) == TRACKER and is_local(path):
             return _new_tracker(Path(path))
         return self._opener.open(path, mode, *args, **kwargs)

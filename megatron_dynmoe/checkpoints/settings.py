@@ -1,8 +1,8 @@
-"""A run that goes on from a checkpoint: settings that have to be those of the run that saved it.
+"""Checks that a resumed run has the settings of the run that saved its checkpoint.
 
-Asked before anything is built, of the arguments that Megatron saves in every checkpoint. Upstream
-finds out later, in an assertion (``class input value 360``), in a ``Global shape mismatch``, or
-not at all.
+It compares the arguments that Megatron saves in every checkpoint, before anything is built.
+Upstream finds a difference later, in an assertion (``class input value 360``) or a
+``Global shape mismatch``, or not at all.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_dynmoe.checkpoints.load import candidates
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 from megatron_dynmoe.storage.megatron_names import checkpoint_name
 
-# Sizes of parameters. Not given means what Megatron derives from the others.
+# These are sizes of parameters. If one is not given, Megatron derives it from the others.
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("num_query_groups", "num_experts", "moe_ffn_hidden_size"),
     "moe_shared_expert_intermediate_size",
 )
-# Of the schedules of learning rate and weight decay.
+# These belong to the schedules of learning rate and weight decay.
 _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
@@ -31,16 +31,16 @@ _TOKENIZER = "dynmoe_tokenizer"
 
 
 def agree_with_checkpoint(args: Namespace) -> None:
-    """Refuse other sizes and schedules than the checkpoint's, and keep its padded vocabulary.
+    """Refuse sizes and schedules that differ from the checkpoint's; keep its padded vocabulary.
 
-    The rows that pad the vocabulary take part in the softmax, so another number of them, as another
-    tensor-parallel size gives it, would change the loss of every token.
+    The rows that pad the vocabulary take part in the softmax. Another tensor-parallel size would
+    pad with another number of rows, and so change the loss of every token.
 
     Args:
         args: Megatron's arguments, not yet validated; ``padded_vocab_size`` is set.
 
     Raises:
-        ValueError: names the flag, both values and the remedy.
+        ValueError: the message names the flag, both values and the remedy.
     """
     setattr(args, _TOKENIZER, _hash_of_tokenizer(args))
     saved = saved_arguments(args)
@@ -49,7 +49,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
     for name in _SIZES:
         here, there = getattr(args, name), getattr(saved, name, None)
         if name == "num_query_groups" and not args.group_query_attention:
-            here = None  # upstream's default says nothing then
+            here = None  # here upstream's default says nothing
         if here is not None and there is not None and here != there:
             raise ValueError(
                 f"{_flag(name)} is {here}, and the model in {args.load} has {there}: give "
@@ -63,7 +63,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
 
 
 def saved_arguments(args: Namespace) -> Namespace | None:
-    """What the checkpoint to load was trained with; None if that is not to be had here."""
+    """The arguments that the checkpoint to load was trained with; None if they cannot be read."""
     if not args.load or args.ckpt_format != "torch_dist" or "://" in str(args.load):
         return None
     load = Path(args.load)
@@ -71,7 +71,7 @@ def saved_arguments(args: Namespace) -> Namespace | None:
     try:
         return MegatronCheckpoint(load / checkpoint_name(names[0])).args if names else None
     except (ValueError, OSError):
-        return None  # damaged, or with objects that are not read: loading says so
+        return None  # it is damaged or holds unreadable objects: loading will say so
 
 
 def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:
@@ -87,9 +87,9 @@ def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:
 
 
 def tell_other_tokenizer(args: Namespace, saved: Namespace) -> None:
-    """Say that the tokenizer is another: the rows of its pieces were trained for other pieces.
+    """Say that the tokenizer has changed: rows were trained for pieces of the old one.
 
-    A note and no refusal, because the file may have been moved, or its pieces added to.
+    This is a note and no refusal, because somebody may have moved the file, or added pieces to it.
     """
     here, there = (
         (run.tokenizer_type, run.tokenizer_model) if getattr(run, "tokenizer_model", None) else None

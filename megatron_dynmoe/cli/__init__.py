@@ -1,4 +1,4 @@
-"""The commands of ``dynmoe``, one a file: their flags, and what they print.
+"""The commands of ``dynmoe``, one per file: their flags, and what they print.
 
-Words of a command line enter; the work is done by other rooms.
+The words of a command line enter. Other rooms do the work.
 """

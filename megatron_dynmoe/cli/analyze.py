@@ -1,4 +1,4 @@
-"""The command line of tools/analyze_routing.py."""
+"""``dynmoe analyze``: shows how a model uses its experts on text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Analyze as the command line says; returns the exit code."""
+    """Analyze as the command line says; return the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     with ending_plainly(parser.prog):
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """What needs no model to be refused."""
+    """Refuse what can be refused without a model."""
     from megatron_dynmoe.storage.atomic import check_target
 
     if args.merge is not None and (args.model or args.data or args.group):
@@ -79,7 +79,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     check_text(files, reading)
     num_skipped = 0
     with measure.in_our_format(args.model, args.tokenizer) as folder:
-        # 1. Everything that can be wrong, before the weights are read
+        # 1. Check everything that can be wrong before the weights are read.
         config = load.load_config(folder)
         if "sparse" not in config.mlp_layer_types:
             raise ValueError(
@@ -107,7 +107,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         device = args.device or load.default_device()
         model = load.load_model(folder, config, dtype=args.dtype, device=device)
 
-        # 2. One pass over all text; memory does not grow with it
+        # 2. Read all text in one pass, in memory that does not grow with it.
         started = time.monotonic()
         kept = measure.SweepWindows(args.sweep_tokens)
         size = sum(file.path.stat().st_size for file in files)
@@ -140,10 +140,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens/s\n")
         _check_enough(args, num_tokens, length)
 
-        # 3. The same windows again for every threshold
+        # 3. Read the same windows again for every threshold.
         swept = None
         if args.sweep != []:
-            chosen, total = kept.chosen(), None  # by default it depends on what is found
+            chosen, total = kept.chosen(), None  # the default depends on what is found
             if args.sweep is not None:
                 total = (1 + len(args.sweep)) * sum(len(window.tokens) for window in chosen)
             with tqdm(total=total, unit=" tokens", desc="sweep", disable=None) as bar:
@@ -169,7 +169,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_output(output: Path, read: Sequence[Path | None]) -> None:
-    """Refuse a folder that --overwrite would replace together with what is read."""
+    """Refuse a folder if --overwrite would replace an input together with it."""
     for path in read:
         if path is not None and path.resolve().is_relative_to(output.resolve()):
             raise ValueError(
@@ -178,7 +178,7 @@ def _check_output(output: Path, read: Sequence[Path | None]) -> None:
 
 
 def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> None:
-    """Refuse text, or a limit, of less than a window."""
+    """Refuse text, or a limit, of less than one window."""
     if num_tokens >= length or args.separate_documents:
         return
     limited = args.tokens is not None and args.tokens < length
@@ -193,7 +193,7 @@ def _print(content: dict[str, Any], output: Path) -> None:
     from megatron_dynmoe.analysis.report import shorten
 
     statistics = content["statistics"]
-    # A field may hold anything, of any length.
+    # A name comes from a field that may hold anything, of any length.
     names = {name: shorten(name) for name in statistics["groups"]}
     width = max(len("group"), *map(len, names.values()))
     print(f"{'group':<{width}}{'tokens':>12}{'experts/token':>15}{'std':>7}{'loss, nats':>12}")
@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="the training's, where the model brings none",
+        help="the tokenizer of the training, if the model's folder has none",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("report"), metavar="DIR", help="default: %(default)s"
@@ -274,17 +274,17 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--separate-documents",
         action="store_true",
-        help="no window holds two documents: for questions; else packed as in training",
+        help="no window holds two documents, as questions need it; else packed as in training",
     )
     add_reading_flags(group)
     group.add_argument(
-        "--tokens", type=number(int, 2), metavar="N", help="of each group at most (default: all)"
+        "--tokens", type=number(int, 2), metavar="N", help="most tokens per group (default: all)"
     )
     group.add_argument(
         "--sequence-length",
-        type=number(int, 2),  # one to read, one to predict
+        type=number(int, 2),  # one token to read, one to predict
         metavar="S",
-        help="of a window (default: the model's positions, at most 2048)",
+        help="tokens per window (default: the model's positions, at most 2048)",
     )
 
     group = parser.add_argument_group("what to look at")
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         type=thresholds,
         metavar="T,...",
         help="thresholds to try instead of the trained one, such as 0.1,0.2, or none (default: "
-        "0.05 to 0.5, and beyond until the model's own routing lies inside)",
+        "0.05 to 0.5, and further if the model's own routing lies outside)",
     )
     group.add_argument(
         "--sweep-tokens",
@@ -317,6 +317,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="draw these routing.json of one model together, or one again, without the model",
+        help="without a model: draw again one routing.json, or several of one model together",
     )
     return parser

@@ -1,4 +1,4 @@
-"""``dynmoe attempt``: what launch scripts call around a job."""
+"""``dynmoe attempt``: the command that launch scripts call before and after a job."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from megatron_dynmoe.settings.command_line import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Begin or end an attempt; the exit codes are those of :mod:`megatron_dynmoe.jobs.attempts`."""
+    """Begin or end an attempt, with exit codes of :mod:`megatron_dynmoe.jobs.attempts`."""
     parser = CommandParser(prog="dynmoe attempt")
     commands = parser.add_subparsers(required=True, dest="command")
     start = commands.add_parser("begin")

@@ -1,8 +1,8 @@
 """Find the threshold that gives an exported model a target mean of experts per token on real text.
 
-Works on models trained with a threshold and, after the fact, on models trained with top-k (also
-Mixtral folders). Prints threshold, mean experts, loss and perplexity over a sweep, and writes the
-result into config.json with --in-place or --output; without them nothing is written.
+It works on models trained with a threshold and on models trained with top-k, Mixtral folders among
+them. It prints threshold, mean experts, loss and perplexity over a sweep, and writes the result
+into config.json with --in-place or --output; without one of them, it writes nothing.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from megatron_dynmoe.settings.command_line import (
     thresholds,
 )
 
-DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # where Dynamic MoE looks: its Table 7 and Figure 4
+DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # the values of Dynamic MoE's Table 7 and Figure 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
     _check_target_folder(args)
     with _in_our_format(args, config.model_type) as folder:
-        # 1. Model and text
+        # 1. Load model and text.
         config = load_config(folder)
         own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
         if args.max_experts_per_token is not None:
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
             f"{' '.join(args.data)}: {tokens_NS.numel():,} tokens in {len(tokens_NS):,} sequences\n"
         )
 
-        # 2. The model's own setting, the sweep, the target
+        # 2. Measure the model's own setting, the sweep, then the target.
         table = _Table()
         new_cap = config.inference_max_experts_per_token
         config.inference_max_experts_per_token = own_cap
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> None:
                 if value is not None:
                     print(f"  layer {layer}: threshold {value:g}")
 
-        # 3. Write
+        # 3. Write the result.
         print()
         if args.in_place or args.output is not None:
             written = _write(args, folder, found)
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
-    """Into the model's own folder, or into a full copy that appears when it is complete."""
+    """Write into the model's own folder, or into a full copy that appears once it is complete."""
     from megatron_dynmoe.storage.atomic import new_folder
     from megatron_dynmoe.use.calibrate import write_calibration
 
@@ -130,20 +130,20 @@ def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
         if folder == args.model:
             shutil.copytree(folder, partial, dirs_exist_ok=True)  # links become files
         else:
-            for file in folder.iterdir():  # what conversion made
+            for file in folder.iterdir():  # the conversion made these
                 file.rename(partial / file.name)
         write_calibration(partial, *record)
     return args.output
 
 
 def _data_name(data: list[str]) -> str:
-    """What the record calls the text."""
+    """The name of the text in the record."""
     more = f" and {len(data) - 1} more" if len(data) > 1 else ""
     return Path(data[0]).name + more
 
 
 def _check_target_folder(args: argparse.Namespace) -> None:
-    """What would otherwise fail only after the last pass."""
+    """Refuse what would otherwise fail only after the last pass."""
     output = args.output
     if output is not None:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -156,7 +156,7 @@ def _check_target_folder(args: argparse.Namespace) -> None:
 
 
 class _Table:
-    """Printed row by row, because a row may take minutes."""
+    """A table that is printed row by row, because a row may take minutes."""
 
     def __init__(self) -> None:
         self._own_loss: float | None = None
@@ -190,7 +190,7 @@ def _describe(config: Any) -> str:
 
 @contextmanager
 def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
-    """The model's folder, or what conversion makes of a Mixtral folder, which goes away again."""
+    """Yield the model's folder; for Mixtral, a temporary folder with the converted model."""
     if model_type == "dynmoe":
         yield args.model
         return
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=number(int, 1), default=4, help="default: %(default)s")
     parser.add_argument(
         "--sequence-length",
-        type=number(int, 2),  # one to read, one to predict
+        type=number(int, 2),  # one token to read, one to predict
         metavar="S",
         help="default: the model's positions, at most 2048",
     )

@@ -1,4 +1,4 @@
-"""``dynmoe convert``: checkpoints to Hugging Face and back."""
+"""``dynmoe convert``: converts checkpoints to Hugging Face and back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the command line says; returns the exit code."""
+    """Convert as the command line says; return the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     _return_freed_memory()
@@ -135,9 +135,10 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Have large tensors mapped one by one: from the heap, holes between them stay this process'.
+    """Let malloc map large tensors one by one, so that freed memory goes back to the system.
 
-    Without it a shard of 4 GB in small tensors took 5.6 GB. Only glibc has this setting.
+    On the heap, holes between tensors would stay with this process: a shard of 4 GB in small
+    tensors took 5.6 GB. Only glibc has this setting.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,9 +1,9 @@
 """Evaluate an exported model with EleutherAI's lm-eval and count its experts per token by task.
 
 Presets are the tasks of Dynamic MoE, with its numbers of examples (BBH 3, the others 0): paper for
-all of them, or piqa, hellaswag, arc-e, commonsenseqa, bbh, winogrande. Any other task of lm-eval
-goes by its name, a task of your own by its YAML file. Works with any causal language model in
-safetensors; runs no code from the model's folder.
+all of them, or piqa, hellaswag, arc-e, commonsenseqa, bbh, winogrande. For any other lm-eval task,
+give its name; for a task of your own, its YAML file. It works with any causal language model in
+safetensors, and runs no code from the model's folder.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def _print_tasks(report: dict[str, Any]) -> None:
 
 
 def _print_layers(report: dict[str, Any]) -> None:
-    """Experts per token, a row for each layer and a column for each task that was asked for."""
+    """Print experts per token: a row per layer, and a column for each task that was asked for."""
     entries = {**report["tasks"], **report["groups"]}
     columns = {
         name: entries[name].get("experts_per_token_by_layer")
@@ -104,7 +104,7 @@ def _print_layers(report: dict[str, Any]) -> None:
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    # Text to the left, numbers to the right.
+    # Text is aligned left, numbers right.
     left = [not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
     for row in [head, ["-" * width for width in widths], *rows]:
         cells = zip(row, widths, left, strict=True)

@@ -1,4 +1,4 @@
-"""``dynmoe plan``: what a run takes."""
+"""``dynmoe plan``: says what a run takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Plan and print; exits with 0, 1 (cannot work or does not fit) or 2 (usage)."""
+    """Plan and print; exit with 0, 1 (it cannot work or does not fit) or 2 (usage)."""
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     from megatron_dynmoe.jobs.display import describe
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def to_json(plan: Any) -> dict[str, Any]:
-    """The plan's fields and what follows from them."""
+    """The plan's fields and the values that follow from them."""
     derived = {"fits": plan.fits, "tokens": plan.tokens, "hours": plan.hours}
     totals = {
         f"{name}_total": getattr(plan, name).total for name in ("mean", "first_steps", "worst_case")
@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         example="dynmoe plan dtop_p_16e --gpus 16 --gpu a800-80g",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name, or the path of a .flags file")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
     parser.add_argument("--gpu", choices=GPUS, required=True, metavar="KIND", help=", ".join(GPUS))
-    parser.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 100e9")
+    parser.add_argument("--tokens", type=float, metavar="N", help="length of the run, e.g. 100e9")
     parser.add_argument(
         "--utilisation",
         type=float,
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experts-per-token",
         type=float,
         metavar="MEAN",
-        help="where the routing does not set it (a fixed threshold), from a trial",
+        help="measured in a trial, if the routing does not set it (a fixed threshold)",
     )
     parser.add_argument("--json", action="store_true", help="for scripts; bytes, not GB")
     return parser

@@ -1,6 +1,6 @@
 """Draw several runs in one picture: loss, experts per token and threshold; see docs/monitoring.md.
 
-Loss is drawn against tokens and against the floating-point operations that the experts took, as
+It draws loss against tokens and against the floating-point operations that the experts took, as
 measured: a model that uses more experts per token moves to the right.
 """
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="folder that training was given as --run-dir; also of a run under way",
+        help="folder given to training as --run-dir; the run may still be under way",
     )
     parser.add_argument(
         "--output",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a .png, .svg or .pdf (default: %(default)s)",
     )
     parser.add_argument(
-        "--labels", nargs="+", metavar="TEXT", help="one a run (default: the folders' names)"
+        "--labels", nargs="+", metavar="TEXT", help="one per run (default: the folders' names)"
     )
     args = parser.parse_args(argv)
     with ending_plainly(parser.prog):

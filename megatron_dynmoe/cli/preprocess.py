@@ -1,4 +1,4 @@
-"""``dynmoe preprocess``: text to Megatron's token files."""
+"""``dynmoe preprocess``: encodes text into Megatron's token files."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ _FOLDER = "give the tokenizer's folder or model file with --tokenizer-model"
 _SPACES = "use a SentencePiece model that was trained to keep spaces"
 _THREADS = "one run reads all inputs and --workers threads encode: leave it out"
 
-# Flags of Megatron-LM's tools/preprocess_data.py that have no meaning here, and why.
+# These flags of Megatron-LM's tools/preprocess_data.py have no meaning here; the text says why.
 REFUSED_FLAGS = {
     "--split-sentences": _NO_SPLIT,
     "--keep-newlines": _NO_SPLIT,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _usage(args: argparse.Namespace, prefixes: Sequence[str]) -> str:
-    """What was written, and the flags by which training reads it."""
+    """Say what was written, and by which flags training reads it."""
     data = prefixes if len(prefixes) == 1 else [word for name in prefixes for word in ("1", name)]
     words = ["--data-path", *data, "--tokenizer-type", args.tokenizer_type]
     words += ["--tokenizer-model", args.tokenizer_model]
@@ -128,9 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         "--log-interval",
         type=number(int, 1),
         metavar="DOCUMENTS",
-        help="documents between progress lines where stderr is no terminal (default: 30 seconds)",
+        help="documents between progress lines if stderr is no terminal (default: 30 seconds)",
     )
-    # One partition in the order of the input is what this tool does anyway.
+    # This tool always writes one partition in the order of the input.
     group.add_argument("--partitions", type=int, default=1, help=argparse.SUPPRESS)
     group.add_argument("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     for flag, reason in REFUSED_FLAGS.items():

@@ -1,4 +1,4 @@
-"""Flags of every command that reads text."""
+"""Flags that all commands that read text have."""
 
 import argparse
 from typing import Any
@@ -8,7 +8,7 @@ from megatron_dynmoe.settings.command_line import number
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Add which files are read, how, and whether the output may be replaced."""
+    """Add the flags for which files are read, how, and whether the output may be replaced."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -23,10 +23,11 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_key_flag(parser: Any, *, several: bool = False) -> None:
-    """Add the name of the text's field, Megatron's and the one it had here, to a parser or group.
+    """Add the flag for the name of the text field; it has Megatron's name, and its old one here.
 
     Args:
-        several: it takes any number of names, one data set each, and is a list of them.
+        parser: a parser, or a group of one.
+        several: whether the flag takes a list of names, one per dataset.
     """
     form: dict[str, Any] = {"metavar": "KEY", "dest": "json_keys"}
     form |= {"nargs": "+", "default": ["text"]} if several else {"default": "text"}
@@ -38,7 +39,7 @@ def add_key_flag(parser: Any, *, several: bool = False) -> None:
 
 
 def add_reading_flags(parser: Any) -> None:
-    """Add what every command that reads text has, to a parser or a group of one."""
+    """Add the flags that every command that reads text has, to a parser or an argument group."""
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),

@@ -1,4 +1,4 @@
-"""``dynmoe recipe``: which recipes there are, what one says, and the scripts that launch them."""
+"""``dynmoe recipe``: lists recipes, prints one, and writes the scripts that launch them."""
 
 import argparse
 import shutil
@@ -51,7 +51,7 @@ def _parser() -> CommandParser:
         help="write the scripts for one machine and for Slurm, and all recipes, to a new folder",
     )
     parser.add_argument("recipe", nargs="?", help="a name, or the path of a .flags file")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags, which win")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="more flags, which override it")
     return parser
 
 

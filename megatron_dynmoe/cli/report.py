@@ -1,4 +1,4 @@
-"""Write summary.json and curves.png of a run, also one that is under way or was cut off."""
+"""Write summary.json and curves.png of a run, even if it is under way or was cut off."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 def main(argv: Sequence[str] | None = None) -> None:
     """Report on the run that the command line names."""
     parser = CommandParser(description=__doc__, example="dynmoe report runs/quickstart")
-    parser.add_argument("run", type=Path, help="the folder that training was given as --run-dir")
+    parser.add_argument("run", type=Path, help="the folder given to training as --run-dir")
     run = parser.parse_args(argv).run
     with ending_plainly(parser.prog):
         summary = write_report(run)

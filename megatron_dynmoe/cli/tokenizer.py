@@ -1,4 +1,4 @@
-"""``dynmoe tokenizer``: a SentencePiece tokenizer from text."""
+"""``dynmoe tokenizer``: trains a SentencePiece tokenizer on text."""
 
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--vocab-size",
         type=number(int, 1),
         required=True,
-        help="pieces, the 259 fixed ones included",
+        help="number of pieces, including the 259 fixed ones",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     args = parser.parse_args(argv)

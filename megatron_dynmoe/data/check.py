@@ -1,4 +1,4 @@
-"""Token files: whole, and in agreement with the tokenizer."""
+"""Checks that token files are whole and agree with the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 from megatron_dynmoe.data.indexed import MAGIC
 from megatron_dynmoe.settings.words import is_number
 
-# Codes of token types that Megatron reads; ours writes two of them.
+# Megatron reads these codes of token types. We write two of them.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 HEADER = struct.Struct("<9sQBQQ")
-# Of a larger file, this many bytes are looked at, in pieces spread evenly over it.
+# If a file is larger, only this many bytes are checked, in pieces spread evenly over it.
 MAX_BYTES_READ = 1 << 30
 PIECE_BYTES = 1 << 24
 MIN_PIECES = 64
@@ -25,7 +25,7 @@ DOCUMENTS_LOOKED_AT = 1000
 
 
 class Vocabulary(NamedTuple):
-    """What the data has to agree with; ``eod`` is None where it is not known."""
+    """The vocabulary that the data has to agree with; ``eod`` is None if it is unknown."""
 
     size: int
     eod: int | None
@@ -42,11 +42,11 @@ class Index(NamedTuple):
 
     @property
     def num_documents(self) -> int:
-        """How many documents there are, empty ones too."""
+        """The number of documents, including empty ones."""
         return len(self.bounds) - 1
 
     def place(self, token: int) -> str:
-        """The document of a token, counted from 0 as the lines of the text, and its place there."""
+        """The document of a token, counted from 0 like the text's lines, and its place in it."""
         sequence = int(np.searchsorted(self.offsets, token * self.dtype.itemsize, "right")) - 1
         document = int(np.searchsorted(self.bounds, sequence, "right")) - 1
         first = int(self.offsets[self.bounds[document]]) // self.dtype.itemsize
@@ -54,7 +54,7 @@ class Index(NamedTuple):
 
 
 def check_tokenizer(tokenizer_type: str | None, model: str) -> tuple[Check, Vocabulary | None]:
-    """Load a tokenizer; its type is guessed from the path where it is not given."""
+    """Load a tokenizer; if its type is not given, guess it from the path."""
     from megatron_dynmoe.data.tokenizer import build_tokenizer
 
     guess = "SentencePieceTokenizer" if model.endswith(".model") else "HuggingFaceTokenizer"
@@ -87,10 +87,10 @@ def prefixes(data_path: Sequence[str]) -> list[str]:
 def check_dataset(
     prefix: str, vocabulary: Vocabulary | None, max_bytes: int = MAX_BYTES_READ
 ) -> Check:
-    """Whether PREFIX.bin and PREFIX.idx are whole, belong together and fit the vocabulary.
+    """Check that PREFIX.bin and PREFIX.idx are whole, belong together and fit the vocabulary.
 
     Args:
-        max_bytes: of a larger .bin file, about this much is looked at, spread evenly over it.
+        max_bytes: if the .bin file is larger, about this much of it is checked, spread evenly.
     """
     name = "data"
     try:
@@ -119,11 +119,11 @@ def check_dataset(
 
 
 def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
-    """The index, and the tokens as they lie on the disk.
+    """Read the index, and the tokens as they lie on the disk.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is not what it should be, or the two do not belong together.
+        ValueError: a file is not what it should be, or the two files do not belong together.
     """
     idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
     if Path(prefix).suffix in (".bin", ".idx") and Path(prefix).exists():
@@ -163,7 +163,7 @@ def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
 
 
 def _lie_in_a_row(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
-    """Whether each sequence starts in the file where the one before it ends."""
+    """Whether each sequence starts at the end of the one before it in the file."""
     if len(offsets) and offsets[0] != 0:
         return False
     for start in range(0, len(offsets) - 1, SEQUENCES_AT_ONCE):
@@ -175,14 +175,14 @@ def _lie_in_a_row(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bo
 
 
 def _range(tokens: np.ndarray, max_bytes: int) -> tuple[int, int, int]:
-    """Lowest and highest id and how many tokens were looked at."""
+    """The lowest id, the highest id and how many tokens were checked."""
     pieces = [(int(p.min()), int(p.max()), len(p)) for _, p in _pieces(tokens, max_bytes)]
     lows, highs, counts = zip(*pieces, strict=True)
     return min(lows), max(highs), sum(counts)
 
 
 def _first_outside(tokens: np.ndarray, size: int, max_bytes: int) -> int:
-    """Where the first id lies, among those looked at, that is not one of ``size``."""
+    """The position of the first id among those checked that is not below ``size``."""
     for start, piece in _pieces(tokens, max_bytes):
         outside = (piece < 0) | (piece >= size)
         if outside.any():
@@ -205,7 +205,7 @@ def _ends_with(eod: int, index: Index, tokens: np.ndarray) -> bool:
 
 
 def prefix_remedy(prefix: str) -> str:
-    """What to do about the prefix of a data set one of whose files is not there."""
+    """What to do if a file of the dataset with this prefix is missing."""
     path = Path(prefix)
     if path.suffix in (".bin", ".idx"):
         return f"give {path.with_suffix('')}"

@@ -1,4 +1,4 @@
-"""What a look at data, software or a machine has found."""
+"""The result of a check of data, software or a machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Check(NamedTuple):
     """One line of the table.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         state: ``passed``, ``warning`` (a run may work or be slow) or ``failed`` (it will not).
-        found: what is there.
-        remedy: what to do about it; empty where nothing is to do.
+        found: what the check found.
+        remedy: what to do about it; empty if there is nothing to do.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Check(NamedTuple):
 
 
 def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """The check's result; an error in it is a result, too."""
+    """Run a check; if it raises an error, that is its result, too."""
     try:
         return check()
     except ValueError as error:  # its message is for users

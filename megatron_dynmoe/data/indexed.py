@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset on disk: tokens in PREFIX.bin, where documents lie in PREFIX.idx.
+"""Megatron's indexed dataset on disk: tokens in PREFIX.bin, an index of documents in PREFIX.idx.
 
 The .idx file, little-endian: 9 bytes of magic, the version (uint64, 1), the token type's code
 (uint8), the number of sequences S and of document bounds D + 1 (uint64 each), then S sequence
@@ -17,17 +17,17 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
-# Lengths handled at a time when the index is written.
+# The index is written this many lengths at a time.
 CHUNK = 1 << 18
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type in which Megatron stores tokens of a vocabulary of `vocab_size`."""
+    """The dtype in which Megatron stores the tokens of a vocabulary of `vocab_size`."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
 class IndexedDatasetWriter:
-    """Writes one dataset beside its target, under names that no reader takes for finished.
+    """Writes one dataset beside its target, under names that no reader takes for a finished one.
 
     `close` writes the index and `publish` renames both files; `discard` removes what is left.
     Memory does not grow with the dataset: document lengths are spooled to an unnamed file.
@@ -42,7 +42,7 @@ class IndexedDatasetWriter:
         self.targets = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
         self._partial = [t.with_name(f".{t.name}.{os.getpid()}.partial") for t in self.targets]
         self.num_documents = self.num_sequences = self.num_tokens = 0
-        # Open until `close` or `discard`.
+        # The file stays open until `close` or `discard`.
         self._bin = open(self._partial[0], "wb")  # noqa: SIM115
         self._lengths = tempfile.TemporaryFile(dir=prefix.parent)  # noqa: SIM115
 
@@ -60,7 +60,7 @@ class IndexedDatasetWriter:
         self.num_tokens += len(tokens)
 
     def close(self) -> None:
-        """Write the index and bring both files to the disk."""
+        """Write the index and flush both files to disk."""
         with open(self._partial[1], "wb") as idx:
             idx.write(MAGIC + struct.pack("<QB", 1, DTYPE_CODES[self.dtype]))
             idx.write(struct.pack("<QQ", self.num_sequences, self.num_documents + 1))
@@ -84,14 +84,14 @@ class IndexedDatasetWriter:
         self._bin.close()
 
     def publish(self) -> None:
-        """Give both files their names, the index last: without it, nothing is a dataset."""
+        """Give both files their names, the index last: without an index, it is not a dataset."""
         bin_target, idx_target = self.targets
         idx_target.unlink(missing_ok=True)  # an old index must never stand beside new tokens
         self._partial[0].rename(bin_target)
         self._partial[1].rename(idx_target)
 
     def discard(self) -> None:
-        """Close and remove what was written and not published."""
+        """Close and remove all that was written but not published."""
         self._bin.close()
         self._lengths.close()
         for path in self._partial:

@@ -1,4 +1,4 @@
-"""The files of text that a command line names: paths, folders and globs."""
+"""Finds the text files that a command line names: by paths, folders and globs."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_dynmoe.settings.command_line import UsageError
 
 COMPRESSED = (".gz", ".zst", ".zstd")
-# How names of text end. Of a folder only these are read; a file that is named may end otherwise.
+# Text files end like this. A folder gives only such files; a file that is named may end otherwise.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet", *COMPRESSED)
 
 
@@ -24,7 +24,7 @@ def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
     Raises:
         UsageError: a pattern names no file of text, or one that was named before.
     """
-    paths: dict[Path, None] = {}  # in order, and quick to look up in
+    paths: dict[Path, None] = {}  # ordered, and quick to look up in
     for pattern in patterns:
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not names:
@@ -40,7 +40,7 @@ def expand_inputs(patterns: Sequence[str], flag: str = "--input") -> list[Path]:
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether a file is text as it stands, perhaps compressed, and not records with fields."""
+    """Whether a file is plain text, perhaps compressed, and not records with fields."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -48,7 +48,7 @@ def is_plain_text(path: Path) -> bool:
 
 
 def name_without_endings(path: Path) -> str:
-    """A file's own name, without what says how it is written."""
+    """A file's name without the endings for format and compression."""
     while path.suffix.lower() in ENDINGS and path.stem:
         path = path.with_suffix("")
     return path.name

@@ -1,4 +1,4 @@
-"""The pipeline: documents are read and batched, encoded by threads, and written in order.
+"""The pipeline: it reads and batches documents, encodes them in threads, and writes in order.
 
 One thread (the caller's) reads, parses and writes, which takes a few percent of the time;
 `workers` threads encode whole batches. The encoders are native code that frees the interpreter
@@ -22,12 +22,12 @@ from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, U
 from megatron_dynmoe.data.tokenizer import Tokenizer
 from megatron_dynmoe.settings.command_line import UsageError
 
-# A batch is closed at this much text (characters) or this many documents. Larger batches leave a
-# thread idle at the end, smaller ones cost more switches; between these memory is bounded.
+# A batch ends at this much text (characters) or this many documents. Larger batches leave a thread
+# idle at the end, smaller ones cost more switches. Both numbers also bound the memory.
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 4096
 
-# The tokens of a batch and the number of tokens of each document.
+# The tokens of a batch, and the number of tokens of each document.
 Encoded = tuple[np.ndarray, np.ndarray]
 
 
@@ -35,7 +35,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Summary:
     """What a run did: counts, the size of the text in bytes of UTF-8, and the time in seconds.
 
-    `prefixes` are the data sets that were written, as training names them.
+    `prefixes` are the datasets that it wrote, as training names them.
     """
 
     prefixes: list[str] = field(default_factory=list)
@@ -71,20 +71,20 @@ def preprocess(
     overwrite: bool = False,
     log_interval: int | None = None,
 ) -> Summary:
-    """Encode the documents of `inputs` to PREFIX_KEY_document.bin and .idx, one pair a key.
+    """Encode the documents of `inputs` into PREFIX_KEY_document.bin and .idx, one pair per key.
 
-    The output depends on documents and tokenizer only, not on `workers`. It appears under its
-    name when it is complete; an exception of any kind leaves none.
+    The output depends only on documents and tokenizer, not on `workers`. It appears under its
+    name once it is complete; an exception of any kind leaves no output.
 
     Args:
         inputs: files, folders or globs; see `inputs` and `readers`.
         append_eod: end every document that has a token with `tokenizer.eod`.
-        workers: threads that encode.
-        skip_unreadable: leave out and count records that are no documents, instead of raising.
-        limits: what is taken for text.
+        workers: the number of threads that encode.
+        skip_unreadable: leave out and count records that are not documents, instead of raising.
+        limits: bounds on what counts as text.
         overwrite: replace an output that exists.
-        log_interval: documents between progress lines where stderr is no terminal; every 30 s
-            if None.
+        log_interval: documents between progress lines if stderr is no terminal; if None, a line
+            comes every 30 s.
 
     Returns:
         The counts, over all keys.
@@ -149,7 +149,7 @@ def preprocess(
 
 @dataclass
 class _Batch:
-    """Texts of some documents: `columns[key][document]`, and their size in bytes of UTF-8."""
+    """The texts of some documents: `columns[key][document]`, and their size in UTF-8 bytes."""
 
     columns: list[list[str]]
     num_characters: int = 0
@@ -183,7 +183,7 @@ def _batches(
 def _encode(
     batches: Iterator[_Batch], tokenizer: Tokenizer, eod: np.ndarray, workers: int
 ) -> Iterator[tuple[int, list[Encoded]]]:
-    """Encode batches by `workers` threads and yield them in order: text bytes, then each key."""
+    """Encode batches in `workers` threads and yield them in order: text bytes, then each key."""
 
     def encode(batch: _Batch) -> tuple[int, list[Encoded]]:
         num_bytes = sum(len(text.encode()) for column in batch.columns for text in column)
@@ -194,8 +194,8 @@ def _encode(
     try:
         for batch in batches:
             pending.append(pool.submit(encode, batch))
-            # One batch a thread is waiting while each encodes one: enough that none runs dry
-            # while this thread writes, and the bound on memory.
+            # One batch per thread waits while each thread encodes one. That is enough to keep all
+            # threads busy while this one writes, and it bounds the memory.
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -205,7 +205,7 @@ def _encode(
 
 
 def _join(documents: Sequence[np.ndarray], eod: np.ndarray) -> Encoded:
-    """All tokens in one array of `eod`'s dtype, with `eod` after each document that has tokens."""
+    """Join all tokens in one array of `eod`'s dtype, with `eod` after each non-empty document."""
     parts: list[np.ndarray] = []
     for tokens in documents:
         if len(tokens):

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress on stderr: as a bar on a terminal, else as a line now and then."""
 
 import sys
 import time
@@ -16,11 +16,11 @@ BAR = "{percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left, {postfix}"
 
 
 class Progress:
-    """Counts in bytes of the input files, as they lie on disk, so that the time left is known.
+    """Counts bytes of the input files as they lie on disk, so that the remaining time is known.
 
     Args:
         paths: all input files.
-        log_interval: documents between lines where stderr is no terminal; None for one every
+        log_interval: documents between lines if stderr is no terminal; if None, a line comes every
             30 seconds.
     """
 
@@ -46,7 +46,7 @@ class Progress:
 
     @contextmanager
     def reading(self, reader: Reader) -> Iterator[None]:
-        """Around the reading of one file."""
+        """Wrap the reading of one file."""
         self._reader = reader
         yield
         self._reader = None

@@ -1,4 +1,4 @@
-"""Documents from files: JSON lines and plain text (gzip, zstd, or neither), and Parquet."""
+"""Reads documents from JSON lines and plain text (gzip, zstd, or neither), and from Parquet."""
 
 import codecs
 import gzip
@@ -21,11 +21,12 @@ from megatron_dynmoe.data.records import (
     reason_of,
 )
 
-# Rows decoded at a time from Parquet: small, because a row may be a whole book.
+# So many rows are decoded from Parquet at a time: few, because a row may be a whole book.
 PARQUET_ROWS = 64
-# A plain text is one document; of a longer one, each piece of about this many characters is.
+# A plain text is one document. A longer one is split, and each piece of about so many characters
+# is a document.
 TXT_PIECE = 1 << 22
-# How files begin that are no text, whatever their name says; and what helps.
+# Files that begin like this are no text, whatever their name says; the text names the remedy.
 FOREIGN = {
     b"\x1f\x8b\x08": "gzip: let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "zstd: let its name end in .zst",
@@ -43,17 +44,17 @@ def open_reader(
     on_unreadable: OnUnreadable,
     limits: Limits = DEFAULT_LIMITS,
 ) -> "Reader":
-    """The reader for `path`, chosen by how its name ends.
+    """Open the reader for `path`, chosen by the ending of its name.
 
-    That is .parquet; .txt for plain text; anything else for JSON lines. Plain text and JSON lines
-    may be compressed: then .gz, .zst or .zstd comes last.
+    The ending .parquet means Parquet, .txt plain text, any other one JSON lines. Plain text and
+    JSON lines may be compressed; then .gz, .zst or .zstd comes last.
 
     Args:
-        keys: the fields whose text is read, in this order. Plain text has none: it takes the place
-            of the only one.
-        on_unreadable: called with every record that is no document; if it returns, the record is
+        keys: the fields whose text is read, in this order. Plain text has no fields: it stands for
+            the only key.
+        on_unreadable: called with every record that is not a document; if it returns, the record is
             left out and reading goes on.
-        limits: what is taken for text.
+        limits: bounds on what counts as text.
     """
     if path.suffix.lower() == ".parquet":
         return ParquetReader(path, keys, on_unreadable, limits)
@@ -87,7 +88,7 @@ class StreamReader(Reader):
 
 
 class JsonLinesReader(StreamReader):
-    """One JSON object a line, UTF-8."""
+    """One JSON object per line, in UTF-8."""
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         number = 0
@@ -107,7 +108,7 @@ class JsonLinesReader(StreamReader):
             raise ValueError(f"{self.path}: cannot be read after line {number}: {error}") from error
 
     def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
-        """The lines, of one that is too long only so much that it can be told to be."""
+        """Yield the lines; of one that is too long, only enough to recognize that it is."""
         most = self.limits.line_bytes + 1
         num_bytes = 0
         while line := stream.readline(most):
@@ -137,7 +138,7 @@ class JsonLinesReader(StreamReader):
 
 
 class PlainTextReader(StreamReader):
-    """UTF-8 as it stands, line ends made `\\n`: one document, or a long one in several.
+    """Plain UTF-8 with line ends turned into `\\n`: one document, or several if it is long.
 
     Each piece of about `TXT_PIECE` characters ends with a line, or else with a word.
     """
@@ -151,7 +152,7 @@ class PlainTextReader(StreamReader):
             with open(self.path, "rb") as self._raw, self._decompressed() as stream:
                 yield from ((piece,) for piece in self._pieces(stream))
         except UnicodeDecodeError as error:
-            # A damaged file stops the run, but this one may be whole, and not meant as UTF-8.
+            # A damaged file stops the run. But this file may be whole, and not meant as UTF-8.
             message = (
                 f"{self.path}: not valid UTF-8 ({error.reason}): if it is in another encoding, "
             )
@@ -178,7 +179,7 @@ class PlainTextReader(StreamReader):
             yield text
 
     def _refuse_json_lines(self, start: str) -> None:
-        """Raise ValueError where the text would be read with all its braces and field names."""
+        """Raise ValueError if the text would be read with all its braces and field names."""
         if not start.startswith("{"):
             return
         try:
@@ -192,7 +193,7 @@ class PlainTextReader(StreamReader):
 
 
 class ParquetReader(Reader):
-    """One document a row, from columns of strings."""
+    """One document per row, from columns of strings."""
 
     _rows = 0
     _rows_total = 1
@@ -202,14 +203,14 @@ class ParquetReader(Reader):
         import pyarrow.parquet
 
         try:
-            # Without a pre-buffer and with a stream's buffer, a row group is not held whole.
+            # Without a pre-buffer and with a stream's buffer, Arrow holds no whole row group.
             file = pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
             with file:
                 self._check_columns(file.schema_arrow)
                 self._check_sizes(file.metadata)
                 self._rows_total = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=self.keys):
-                    # As bytes, so that a row that is not UTF-8 is that row's error only.
+                    # Bytes are read, so that a row that is not UTF-8 is an error of that row only.
                     columns = {
                         key: batch.column(key).cast(pyarrow.large_binary()).to_pylist()
                         for key in self.keys
@@ -227,7 +228,7 @@ class ParquetReader(Reader):
                             continue
                         yield document
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            # Arrow decodes the columns' names only where they are asked for.
+            # Arrow decodes the names of the columns only when somebody asks for them.
             raise ValueError(
                 f"{self.path}: cannot be read after row {self._rows}: {error}"
             ) from error
@@ -263,6 +264,6 @@ class ParquetReader(Reader):
 
 
 class _Gzip(gzip.GzipFile):
-    """Hands on all it has before it raises: else the lines before a cut would be lost, too."""
+    """Passes on all it has before it raises; else the lines before a cut would be lost, too."""
 
     readinto = gzip.GzipFile.readinto1

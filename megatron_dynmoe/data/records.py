@@ -1,26 +1,26 @@
-"""What is read of a file: records with fields of text, and what is said of one that is none."""
+"""Records with fields of text, as read from a file, and the error for one that is none."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Text may be compressed well by chance where there is little of it; below this (bytes) none is a
-# bomb.
+# A short text may compress very well by chance. A file that decompresses to less than this many
+# bytes is therefore no bomb.
 HARMLESS = 1 << 26
-# In a message, how much is shown of what a file brought.
+# A message shows at most this many names from a file.
 SHOWN_FIELDS = 10
-# What helps where a file has no field of that name.
+# This helps if a file has no field of that name.
 NAME_IT = "name the one with the text by --json-keys"
 
 
 class Limits(NamedTuple):
-    """What a reader takes for text, and beyond which for a mistake or an attack.
+    """The bounds beyond which a reader takes a text for a mistake or an attack.
 
     Attributes:
-        line_bytes: of a line with its end, or of a text in Parquet.
-        expansion: how many times larger a file may become when it is decompressed. Text is
-            seldom compressed to less than a tenth.
+        line_bytes: bytes of a line with its end, or of a text in Parquet.
+        expansion: how many times larger a file may become when it is decompressed. Text seldom
+            compresses to less than a tenth.
     """
 
     line_bytes: int = 1 << 24
@@ -31,19 +31,19 @@ DEFAULT_LIMITS = Limits()
 
 
 class Unreadable(ValueError):
-    """One record that is no document; the message names file, line (or row) and reason."""
+    """A record that is not a document; the message names file, line (or row) and reason."""
 
 
 OnUnreadable = Callable[[Unreadable], None]
 
 
 class Reader:
-    """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one a key.
+    """Iterates over a file's documents: a tuple of texts (str, valid Unicode), one per key.
 
     Raises:
-        ValueError: the file cannot be opened or decompressed, or becomes too large when it is;
-            the message names the file.
-        Unreadable: from `on_unreadable`, where that raises.
+        ValueError: the file cannot be opened or decompressed, or it becomes too large then; the
+            message names the file.
+        Unreadable: raised by `on_unreadable`, if it raises.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Reader:
 
     @property
     def position(self) -> int:
-        """Bytes of the file (compressed, where it is) consumed so far."""
+        """Bytes of the file consumed so far; for a compressed file, compressed bytes."""
         raise NotImplementedError
 
     def _check_length(self, num_bytes: int, what: str) -> None:
-        """Raise ValueError for what is too long to be a document."""
+        """Raise ValueError for a text that is too long to be a document."""
         if num_bytes > self.limits.line_bytes:
             raise ValueError(
                 f"{what} is longer than {self.limits.line_bytes:,} bytes: if it is meant to be one "
@@ -72,7 +72,7 @@ class Reader:
             )
 
     def _check_expansion(self, num_bytes: int, compressed: int) -> None:
-        """Raise ValueError for a file that is a bomb."""
+        """Raise ValueError for a decompression bomb."""
         if num_bytes > max(HARMLESS, self.limits.expansion * compressed):
             raise ValueError(
                 f"{self.path}: {compressed:,} bytes of it become more than "
@@ -81,7 +81,7 @@ class Reader:
             )
 
     def _texts(self, record: Any) -> tuple[str, ...]:
-        """The texts of one record; raises ValueError with the reason if it is no document."""
+        """The texts of one record; raise ValueError with the reason if it is not a document."""
         if not isinstance(record, dict):
             raise ValueError(f"no JSON object but {json.dumps(record)[:40]}")
         texts = []
@@ -94,13 +94,13 @@ class Reader:
             elif not isinstance(text, str):
                 raise ValueError(f"field '{key}' is no string but {json.dumps(text)[:40]}")
             elif not text.isascii():
-                text.encode("utf-8")  # an escaped half of a surrogate pair is no Unicode text
+                text.encode("utf-8")  # half of an escaped surrogate pair is not Unicode text
             texts.append(text)
         return tuple(texts)
 
 
 def _names(record: dict[str, Any]) -> str:
-    """The names of some fields, in printable characters: they may be anything."""
+    """The names of some fields in printable characters, since they may be anything."""
     names = [name if name.isprintable() else ascii(name) for name in record]
     more = f" and {len(names) - SHOWN_FIELDS:,} more" if len(names) > SHOWN_FIELDS else ""
     return ", ".join(name[:40] for name in names[:SHOWN_FIELDS]) + more or "none"

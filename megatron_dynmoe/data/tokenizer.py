@@ -1,7 +1,7 @@
-"""Tokenizers that encode a batch of texts to NumPy, with the ids that Megatron's own give.
+"""Tokenizers that encode a batch of texts to NumPy, with the same ids as Megatron's tokenizers.
 
-The names are Megatron-LM's `--tokenizer-type`. Neither torch nor Megatron is imported;
-transformers only for a Hugging Face folder that cannot be read faithfully without it.
+The names are Megatron-LM's `--tokenizer-type`. The module imports neither torch nor Megatron. It
+imports transformers only for a Hugging Face folder that cannot be read faithfully without it.
 """
 
 import json
@@ -19,17 +19,17 @@ from megatron_dynmoe.settings.command_line import UsageError
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
-# What can be given, for those who gave something else.
+# This lists what can be given, for messages about anything else.
 KINDS = (
     f"a SentencePiece model, which ends in .model ({', '.join(SENTENCEPIECE_TYPES)}), or a Hugging "
     "Face folder or tokenizer.json (HuggingFaceTokenizer)"
 )
-# How the tiktoken files of some models are called: OpenAI's and Qwen's, and Mistral's.
+# The tiktoken files of some models have these names: OpenAI's and Qwen's, and Mistral's.
 _TIKTOKEN_NAMES = ("*.tiktoken", "tekken.json")
-# A line of the first: a token in base64, and its rank. Llama 3 calls such a file tokenizer.model.
+# A line of the first kind: a token in base64, and its rank. Llama 3 has such a tokenizer.model.
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-# Settings of tokenizer_config.json that leave the ids as tokenizer.json alone gives them.
+# With these settings of tokenizer_config.json, the ids are those of tokenizer.json alone.
 _NEUTRAL_SETTINGS = {
     *("backend", "chat_template", "clean_up_tokenization_spaces", "is_local", "model_input_names"),
     *("model_max_length", "model_specific_special_tokens", "padding_side", "tokenizer_class"),
@@ -42,12 +42,12 @@ _EXTRA_SPECIAL_TOKENS = {"additional_special_tokens", "extra_special_tokens"}
 def build_tokenizer(
     tokenizer_type: str, model: str | Path, *, include_special_tokens: bool = True
 ) -> "Tokenizer":
-    """The tokenizer of Megatron's name `tokenizer_type`.
+    """Build the tokenizer that Megatron calls `tokenizer_type`.
 
     Args:
         model: the SentencePiece model file; or a Hugging Face folder or tokenizer.json.
-        include_special_tokens: Hugging Face only: with the tokens that the tokenizer itself puts
-            around a text (Megatron's default), or without.
+        include_special_tokens: for Hugging Face only: whether to add the tokens that the tokenizer
+            itself puts around a text (Megatron's default).
 
     Raises:
         UsageError: an unknown type, or a model that cannot be loaded.
@@ -75,11 +75,11 @@ def build_tokenizer(
 
 
 class Tokenizer(ABC):
-    """What the pipeline needs of a tokenizer; safe to use from several threads at once.
+    """What the pipeline needs from a tokenizer; several threads may use it at once.
 
     Attributes:
-        vocab_size: as Megatron counts it; it decides the type of the stored tokens.
-        eod: the id of the end-of-document token, None where the tokenizer has none.
+        vocab_size: its size as Megatron counts it, which decides the dtype of the stored tokens.
+        eod: the id of the end-of-document token, None if the tokenizer has none.
     """
 
     vocab_size: int
@@ -91,7 +91,7 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; no begin or end token is added, `eod` is the model's `</s>`."""
+    """A SentencePiece model; it adds no begin or end token, and `eod` is the model's `</s>`."""
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -115,10 +115,10 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer with its own begin and end tokens; `eod` is its `eos_token`.
 
-    tokenizer.json is loaded directly where that is known to give the same ids as transformers'
-    AutoTokenizer, which is what Megatron uses. A folder that asks for more (a class that rebuilds
-    the tokenizer, add_bos_token, special tokens outside tokenizer.json) goes through AutoTokenizer
-    and pays its import.
+    It loads tokenizer.json directly if that is known to give the same ids as transformers'
+    AutoTokenizer, which Megatron uses. A folder that needs more (a class that rebuilds the
+    tokenizer, add_bos_token, special tokens outside tokenizer.json) goes through AutoTokenizer,
+    and pays for its import.
     """
 
     def __init__(self, path: Path, include_special_tokens: bool) -> None:
@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _tiktoken_file(path: Path) -> Path | None:
-    """The tiktoken file that is meant by `path`, if one is."""
+    """The tiktoken file that `path` means, if there is one."""
     candidates = [path]
     if path.is_dir():
         if (path / "tokenizer.json").exists():
@@ -162,7 +162,7 @@ def _tiktoken_file(path: Path) -> Path | None:
 
 
 def _load_json(path: Path) -> tuple[Any, int | None] | None:
-    """The Rust tokenizer and its eod id, or None where AutoTokenizer would make another of it."""
+    """The Rust tokenizer and its eod id, or None if AutoTokenizer would change the tokenizer."""
     from tokenizers import Tokenizer as RustTokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -179,7 +179,7 @@ def _load_json(path: Path) -> tuple[Any, int | None] | None:
 
 
 def _is_plain(folder: Path, config: dict[str, Any], tokenizer: Any) -> bool:
-    """Whether AutoTokenizer would use the folder's tokenizer.json as it stands."""
+    """Whether AutoTokenizer would use the folder's tokenizer.json unchanged."""
     if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
     if (folder / "special_tokens_map.json").exists() or (folder / "added_tokens.json").exists():
@@ -205,14 +205,14 @@ def _is_plain(folder: Path, config: dict[str, Any], tokenizer: Any) -> bool:
 def _load_with_transformers(path: Path) -> tuple[Any, int | None]:
     from transformers import AutoTokenizer
 
-    # Said, because otherwise a folder with code of its own has transformers ask on the terminal.
+    # If this were not set, transformers would ask on the terminal about a folder with its own code.
     tokenizer = AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, trust_remote_code=False
     )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("it has no fast (Rust) form: save it with a tokenizer.json")
-    # Megatron lets the end and the begin token each stand in for a missing sep and cls token and
-    # the other way round, which may make a special token of an ordinary one.
+    # If the sep or the cls token is missing, Megatron uses the end or the begin token for it, and
+    # the other way round. That may make a special token of an ordinary one.
     special = {}
     for one, other in (("eos_token", "sep_token"), ("bos_token", "cls_token")):
         values = {name: getattr(tokenizer, name) for name in (one, other)}

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model trained on the same inputs as `preprocess` reads."""
+"""Trains a SentencePiece BPE model on the inputs that `preprocess` reads."""
 
 import io
 import re
@@ -12,13 +12,14 @@ from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, U
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import replace_file
 
-# <unk>, <s>, </s> and one piece for each byte.
+# These are <unk>, <s>, </s> and one piece for each byte.
 FIXED_PIECES = 259
 
 
-# Of a line at once: at most 4 bytes each make the 1 MiB above which the trainer passes over a line.
+# A line is passed in pieces of this many characters. At 4 bytes each at most, they stay within
+# 1 MiB: the trainer passes over longer lines.
 PIECE_CHARACTERS = 1 << 18
-# The trainer passes over lines with these: it uses the first as a mark of its own.
+# The trainer passes over lines with these characters: it uses the first one as its own mark.
 _UNUSABLE = re.compile("[\u2585\0]")
 
 
@@ -32,16 +33,15 @@ def train_tokenizer(
     limits: Limits = DEFAULT_LIMITS,
     overwrite: bool = False,
 ) -> Path:
-    """Train a byte-fallback BPE model as Llama's: `<unk>`, `<s>`, `</s>` are ids 0, 1, 2.
+    """Train a byte-fallback BPE model like Llama's: `<unk>`, `<s>`, `</s>` are ids 0, 1, 2.
 
-    Digits are single pieces, runs of spaces are kept and may be pieces, characters outside the
-    vocabulary (line breaks among them) become their bytes, and no space is put before a text, so
-    that decoding gives back exactly the text that was encoded. The same inputs give the same
-    model.
+    Digits are single pieces. Runs of spaces are kept and may be pieces. Characters outside the
+    vocabulary, including line breaks, become their bytes. No space is put before a text, so that
+    decoding gives back exactly the text that was encoded. The same inputs give the same model.
 
     Args:
         inputs, json_keys, skip_unreadable, limits: as in `preprocess`.
-        vocab_size: pieces in all, above `FIXED_PIECES`.
+        vocab_size: number of pieces in all, above `FIXED_PIECES`.
 
     Returns:
         The model's path, PREFIX.model.
@@ -70,7 +70,7 @@ def train_tokenizer(
         )
 
     lines = _Lines(paths, json_keys, skip_unreadable, limits)
-    model = io.BytesIO()  # not a file: its name would become part of the model
+    model = io.BytesIO()  # not a file, because its name would become part of the model
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -97,9 +97,9 @@ def train_tokenizer(
             raise lines.error from None
         if not lines.count:
             raise ValueError(f"no text in {', '.join(map(str, paths))}") from error
-        reason = str(error).rpartition("] ")[2]  # without the trainer's own place and condition
+        reason = str(error).rpartition("] ")[2]  # without the trainer's source line and condition
         remedy = "give more text or a smaller size"
-        if "smaller than required_chars" in reason:  # each letter of the text is a piece of its own
+        if "smaller than required_chars" in reason:  # every letter of the text needs a piece
             remedy = "give a larger size"
         raise UsageError(
             f"--vocab-size is {vocab_size}, which this text ({lines.count:,} lines) cannot give: "
@@ -140,7 +140,7 @@ class _Lines:
             raise
 
     def _pieces(self, line: str) -> Iterator[str]:
-        """What the trainer takes of a line: it passes over long lines and those with some marks."""
+        """Split a line into parts that the trainer reads: short and without its own marks."""
         if len(line) <= PIECE_CHARACTERS and not _UNUSABLE.search(line):
             yield from [line] * bool(line)
             return

@@ -1,7 +1,7 @@
-"""Looks at a machine, its software and its data before a run does: ``-m megatron_dynmoe.doctor``.
+"""Checks a machine, its software and its data before a run: ``-m megatron_dynmoe.doctor``.
 
-What imports torch runs in a child process (:mod:`.software`), so that a library that hangs or
-crashes costs a line of the table and not the doctor.
+A child process (:mod:`.software`) runs every check that imports torch. If a library hangs or
+crashes, that costs one line of the table, and the doctor goes on.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Look and report; exits with 0 (nothing failed), 1 (something failed) or 2 (usage)."""
+    """Check and report; exit with 0 (nothing failed), 1 (something failed) or 2 (usage)."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.recipe is not None:
@@ -64,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         help="token files without .bin and .idx, as for training; weights between them are skipped",
     )
     vocabulary = parser.add_mutually_exclusive_group()
-    vocabulary.add_argument("--tokenizer-model", metavar="PATH", help="compared with the data")
+    vocabulary.add_argument("--tokenizer-model", metavar="PATH", help="to compare with the data")
     vocabulary.add_argument(
         "--vocab-size", type=int, metavar="N", help="instead of a tokenizer: all ids are below N"
     )
     parser.add_argument("--tokenizer-type", metavar="TYPE", help="guessed from the path")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="where checkpoints will go")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="folder for checkpoints")
     parser.add_argument("--data-cache-path", type=Path, metavar="DIR")
     parser.add_argument(
         "--recipe", metavar="NAME", help="compare the disk with the checkpoints of this run"

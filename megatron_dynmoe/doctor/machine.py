@@ -1,4 +1,4 @@
-"""Paths, disk space, Slurm and the launcher's variables."""
+"""Checks of paths, disk space, Slurm and the launcher's variables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_dynmoe.jobs import host_names
 from megatron_dynmoe.jobs.display import show_bytes
 from megatron_dynmoe.storage.atomic import nearest_existing
 
-# Data-loader workers hand batches over in shared memory.
+# Data-loader workers pass batches in shared memory.
 MIN_SHARED_MEMORY = 1 << 30
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def check_writable(name: str, folder: Path) -> Check:
-    """Whether files can be made in a folder, or the folder itself where it does not exist."""
+    """Whether files can be made in a folder; if it does not exist, whether it can be made."""
     existing = nearest_existing(folder)
     missing = "" if existing == folder.absolute() else ", will be made"
     try:
@@ -36,8 +36,8 @@ def check_space(folder: Path, checkpoint_bytes: int | None, num_checkpoints: int
     """Whether the checkpoints of a run fit.
 
     Args:
-        checkpoint_bytes: size of one, or None where no run is named.
-        num_checkpoints: how many the run will keep; None where that is unknown.
+        checkpoint_bytes: size of one checkpoint, or None if no run is named.
+        num_checkpoints: how many the run will keep; None if that is unknown.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
     found = f"{show_bytes(free)} free"
@@ -58,7 +58,7 @@ def check_space(folder: Path, checkpoint_bytes: int | None, num_checkpoints: int
 
 
 def check_shared_memory() -> Check:
-    """Whether the data loader's workers have room."""
+    """Whether the data loader's workers have enough shared memory."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Check("shared memory", WARNING, "there is no /dev/shm", "give --num-workers 0")
@@ -70,7 +70,7 @@ def check_shared_memory() -> Check:
 
 
 def check_slurm() -> Check:
-    """Slurm's view of this process."""
+    """What Slurm says of this process."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         there = "not in a job" if shutil.which("sbatch") else "not here; torchrun starts runs"
@@ -85,7 +85,7 @@ def check_slurm() -> Check:
 
 
 def check_launcher() -> Check:
-    """Whether the variables that torchrun sets are all there, or none."""
+    """Whether all of the variables that torchrun sets are there, or none."""
     name = "launcher"
     there = [variable for variable in LAUNCHER_VARIABLES if variable in os.environ]
     missing = [variable for variable in LAUNCHER_VARIABLES if variable not in there]
@@ -102,7 +102,7 @@ def check_launcher() -> Check:
 
 
 def check_host_name() -> Check:
-    """Whether this machine's own name leads to it: torchrun's ranks meet under it."""
+    """Whether this machine's own name leads to it: torchrun's ranks meet at that name."""
     name = host_names.own_name()
     if host_names.leads_here(name):
         return Check("host name", PASSED, f"{name} leads to this machine")

@@ -1,8 +1,8 @@
-"""What is installed and whether it works: one child process that says each result as it comes.
+"""Checks what is installed and whether it works, in one child that prints each result at once.
 
 The child is ``python -m megatron_dynmoe.doctor.software``. Each line that starts with
-:data:`MARK` holds a check in JSON, in the order of :data:`CHECKS`, so that after a hang or a crash
-it is known which one it was.
+:data:`MARK` holds a check in JSON, in the order of :data:`CHECKS`. After a hang or a crash, the
+parent therefore knows which check caused it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dynmoe import __version__
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 
 MARK = "dynmoe-doctor: "
-# What the tests run with; a test holds them to pyproject.toml.
+# The tests run with these versions; a test compares them with pyproject.toml.
 TESTED_PYTHON = ((3, 12), (3, 13))
 TESTED_TORCH = "2.11"
 TESTED_MEGATRON = "0.19.2"
@@ -31,10 +31,10 @@ _INSTALL = "make setup, or pip install the package again"
 
 
 def look(timeout: float) -> list[Check]:
-    """Run all checks of this file in a child.
+    """Run all checks of this file in a child process.
 
     Args:
-        timeout: seconds for all of them.
+        timeout: seconds for all checks together.
     """
     command = [sys.executable, "-m", "megatron_dynmoe.doctor.software"]
     try:
@@ -177,7 +177,7 @@ def _megatron() -> Check:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
         return Check("Megatron-Core", FAILED, "not installed", _INSTALL)
-    if cpu.wanted():  # as a run would
+    if cpu.wanted():  # a run would ask this, too
         cpu.install()
     import megatron.training.arguments  # noqa: F401
 
@@ -195,7 +195,7 @@ def _transformer_engine() -> Check:
         return Check(name, PASSED, "not installed; context parallelism and fp8 would need it")
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a build for another torch or CUDA
+    except Exception as error:  # such as a build for another torch or CUDA
         remedy = "build it for this torch, or uninstall it: torch_native does without"
         return Check(name, FAILED, f"installed, does not import: {error}", remedy)
     return Check(name, PASSED, importlib.metadata.version("transformer_engine"))
@@ -279,7 +279,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
 
 
 def main() -> None:
-    """Say every check's result."""
+    """Print the result of every check."""
     for name, check in CHECKS.items():
         print(MARK + json.dumps(guarded(name, check)), flush=True)
 

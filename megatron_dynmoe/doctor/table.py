@@ -1,4 +1,4 @@
-"""The table on the terminal."""
+"""Prints the checks as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_WIDTH = 60
 
 
 def write_table(checks: Sequence[Check], file: TextIO) -> None:
-    """Write a line a check, longer ones wrapped, and remedies under theirs."""
+    """Write a line per check, with long ones wrapped, and each remedy below its check."""
     colored = has_colors(file)
     signs, arrow = (SIGNS, "→ ") if _can_write("✓✗→", file) else (PLAIN_SIGNS, "-> ")
     name_width = max(len(check.name) for check in checks)

@@ -1,7 +1,7 @@
-"""The model for Transformers, as it is shipped with every export.
+"""The model for Transformers, which every export ships with.
 
-Importing this registers it with AutoConfig and AutoModel. Token ids and a folder's weights enter,
-logits and the experts of each token leave.
+An import of this package registers the model with AutoConfig and AutoModel. Token ids and a
+folder's weights enter; logits and the experts of each token leave.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,6 +1,6 @@
 """The model's configuration for Transformers: its shape, and every setting of its routing.
 
-This file is shipped with exported models, so it imports nothing of the package.
+Exported models ship with this file, so it imports nothing from the package.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 ROUTINGS = ("top_k", "top_p", "dtop_p")
 
-# What a setting that is left out is, for each routing: the papers' values, as in training.
+# For each routing, the values of settings that are left out: the papers' values, as in training.
 ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
     "top_k": {
         "normalization": "none",
@@ -61,25 +61,26 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class DynMoEModelConfig(PreTrainedConfig):
     """Shape and routing of a model; every field is written to ``config.json``.
 
-    The names of the routing settings, their units and defaults are those of training
-    (``--moe-dynamic-*``). Here also:
+    The routing settings have the same names, units and defaults as in training
+    (``--moe-dynamic-*``). The others are:
 
         mlp_layer_types: ``sparse`` (experts) or ``dense``, one entry per layer; None: all sparse.
-        num_experts_per_tok: routing ``top_k`` only: experts per token.
+        num_experts_per_tok: experts per token; only with routing ``top_k``.
         threshold: cumulative probability in [0, 1] that a token's experts must exceed; one number,
-            or a list with one entry per layer (None for dense layers). Read at every forward, as
-            all routing settings are, so that setting it on ``model.config`` takes effect.
-        theta: scale of the normalized logits, one entry per layer (None for dense layers), with
-            ``normalization`` ``drn`` only. It initialises a new model; of a loaded one it is a
-            readable copy of the weights, which win.
-        router_dtype: dtype of gate, softmax and weights. ``float32``, as in training here; the
-            authors of Dynamic MoE route in the model's dtype. Selection sums exactly in any.
+            or a list with one entry per layer (None for dense layers). Like all routing settings,
+            it is read at every forward, so a new value on ``model.config`` takes effect.
+        theta: scale of the normalized logits, one entry per layer (None for dense layers); only
+            with ``normalization`` ``drn``. It initializes a new model. In a loaded model it is a
+            readable copy of the weights, which take precedence.
+        router_dtype: dtype of gate, softmax and weights. The default is ``float32``, as in our
+            training; the authors of Dynamic MoE route in the model's dtype. Selection sums exactly
+            in any dtype.
         shared_expert_intermediate_size: ffn size of an expert that every token uses; None: none.
         shared_expert_gate: whether a sigmoid gate scales that expert's output.
         measured_experts_per_token: means over the last global batch of training, one entry per
-            layer (None for dense layers). Information only.
-        controller: state and settings of the PI controller, for training on in Megatron; here the
-            threshold stays as it is, also while training.
+            layer (None for dense layers). It is for information only.
+        controller: state and settings of the PI controller, for further training in Megatron. In
+            Transformers the threshold stays as it is, even in training.
 
     Raises:
         ValueError: a setting makes no sense, alone or with another.
@@ -194,15 +195,15 @@ class DynMoEModelConfig(PreTrainedConfig):
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer has experts; num_experts may be 0 where none has."""
+        """Whether any layer has experts; if none has, num_experts may be 0."""
         return "sparse" in self.mlp_layer_types
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer (from 0) has experts."""
+        """Whether a layer (counted from 0) has experts."""
         return self.mlp_layer_types[layer] == "sparse"
 
     def threshold_and_cap(self, layer: int, training: bool) -> tuple[float, int | None]:
-        """The threshold and the most experts per token in force in a layer (from 0).
+        """The threshold and the most experts per token that apply to a layer (counted from 0).
 
         Raises:
             ValueError: the threshold is missing or not in [0, 1].
@@ -218,7 +219,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         return threshold, self.max_experts_per_token
 
     def validate_dynmoe(self) -> None:
-        """Check all settings; also worth calling after changing some.
+        """Check all settings; call it again after you change some.
 
         Raises:
             ValueError: a setting makes no sense, alone or with another.
@@ -338,9 +339,9 @@ class DynMoEModelConfig(PreTrainedConfig):
 
 
 def _warn_of_misspelt(names: Iterable[str]) -> None:
-    """Warn of names that look like a setting's; all others are left to transformers.
+    """Warn of names that look like a setting's; leave all others to transformers.
 
-    What it writes itself, in later versions too, must not be refused.
+    The names that transformers itself writes, in later versions too, must not be refused.
     """
     known = inspect.signature(DynMoEModelConfig.__init__).parameters
     for name in names:

@@ -1,17 +1,17 @@
-"""Text as a model met it in training: with what its tokenizer puts around a document, once.
+"""Encodes text as a model met it in training, with one begin and one end token per document.
 
-Preprocessing encodes every document as the tokenizer does by itself. Many begin a text with a token
-of their own, some end it with one. A prompt is the beginning of a document: it has the first and
-never the second, which would say that the document is over.
+Preprocessing encodes every document as the tokenizer does by itself. Many tokenizers begin a text
+with a token of their own, and some end it with one. A prompt is the beginning of a document: it has
+the begin token, but never the end token, which would say that the document is over.
 
-Everything that encodes text for a trained model does so through this module.
+All code that encodes text for a trained model uses this module.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Any text of which it can be told where it begins and ends among the ids.
+# Any text works whose begin and end can be found among the ids.
 _PROBE = "a b"
 
 
@@ -21,32 +21,32 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The ids of the beginning of a document, which the model is to continue.
+    """The ids of the beginning of a document that the model is to continue.
 
-    Empty for an empty text if the tokenizer begins a text with no token of its own.
+    They are empty for an empty text, if the tokenizer has no begin token of its own.
     """
     begin, _ = added_ids(tokenizer)
     ids = encode_text(tokenizer, text)
-    # A text may spell the begin token out, as chat templates do.
+    # The text itself may spell the begin token out, as chat templates do.
     return ids if begin and ids[: len(begin)] == begin else begin + ids
 
 
 def encode_document(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a whole document: the prompt's, and one end token if there is any."""
+    """The ids of a whole document: those of the prompt, and one end token if there is any."""
     ids, (_, end) = encode_prompt(tokenizer, text), around_document(tokenizer)
     return ids if end and ids[-len(end) :] == end else ids + end
 
 
 def around_document(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What stands before and after the text of a document: the begin token and the end token."""
+    """The ids before and after the text of a document: begin token and end token, if any."""
     begin, end = added_ids(tokenizer)
     if not end and tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]  # what preprocessing adds with --append-eod
+        end = [tokenizer.eos_token_id]  # preprocessing adds it with --append-eod
     return begin, end
 
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer adds by itself before and after a text."""
+    """The ids that a tokenizer itself adds before and after a text."""
     bare = encode_text(tokenizer, _PROBE)
     ids = tokenizer(_PROBE, verbose=False)["input_ids"]
     for start in range(len(ids) - len(bare) + 1):

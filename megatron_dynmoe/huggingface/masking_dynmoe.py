@@ -1,8 +1,8 @@
-"""Which tokens see which: padding, packed documents, a cache; and which keywords have an effect.
+"""Decides which tokens see which (padding, packed documents, cache), and checks keywords.
 
-Several documents may lie in one row, one after the other: ``position_ids`` that do not go on by one
-start the next document, as for every model of Transformers. This file is shipped with exported
-models, so it imports nothing of the package. Dimension letters are those of ``modeling_dynmoe``.
+Several documents may lie in one row, one after another. As in every model of Transformers, a new
+document starts if ``position_ids`` do not increase by one. Exported models ship with this file, so
+it imports nothing from the package. Dimension letters are those of ``modeling_dynmoe``.
 """
 
 import difflib
@@ -14,19 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How a collator may tell documents apart besides position_ids, for kernels that are not here.
+# Besides position_ids, a collator may mark documents by these, for kernels that are not here.
 _OF_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def refuse_unknown(keywords: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Whether ``forward`` may ignore the keywords that it has no parameter for.
+    """Refuse keywords that ``forward`` has no parameter for, unless it may ignore them.
 
-    None says nothing. Transformers may pass on ``cache_position``, which the cache says too, and
-    ``is_causal``; a tokenizer may give ``token_type_ids``, which are 0 for a text.
+    It may ignore a keyword with the value None. Transformers may pass ``cache_position``, which the
+    cache contains too, and ``is_causal``; a tokenizer may give ``token_type_ids``, which are 0 for
+    a text.
 
     Raises:
-        ValueError: a keyword of packing, which would have to take effect.
-        TypeError: any other keyword.
+        ValueError: a keyword describes packed documents, and ignoring it would be wrong.
+        TypeError: any other keyword is unknown.
     """
     for name, value in keywords.items():
         if value is None or name == "cache_position" or (name == "is_causal" and value is True):
@@ -44,10 +45,10 @@ def refuse_unknown(keywords: dict[str, Any], forward: Callable[..., Any]) -> Non
 
 
 def valid_positions(attention_mask: Tensor | None, num_positions: int) -> Tensor | None:
-    """The attention mask as [B, K] bool, or None where there is no padding.
+    """The attention mask as [B, K] bool, or None if there is no padding.
 
     Raises:
-        ValueError: it has another shape, or values other than 0 and 1.
+        ValueError: the mask has another shape, or values other than 0 and 1.
     """
     if attention_mask is None:
         return None
@@ -79,13 +80,13 @@ def count_positions(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor
 def check_positions(
     position_ids: Tensor, valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor
 ) -> None:
-    """Whether given positions have the shape of the input and go on from what is cached.
+    """Check that given positions have the shape of the input and continue after the cache.
 
-    A row with n tokens in the cache goes on at position n or later. An earlier one begins another
-    document, from which nothing could keep the cached tokens away.
+    If a row has n tokens in the cache, it continues at position n or later. An earlier position
+    would begin another document, and the cached tokens could not be hidden from it.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the shape is another, or a position is too early.
     """
     batch, num_positions = hidden_BSD.shape[:2]
     if tuple(position_ids.shape) not in ((batch, num_positions), (1, num_positions)):
@@ -109,14 +110,14 @@ def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | No
     """Number the documents that are packed in each row, from their positions.
 
     A token that is not padding begins a document unless its position is that of the valid token
-    before it plus one, or plus the padding between the two.
+    before it plus one, or plus one and the padding between the two.
 
     Args:
         position_ids: [B or 1, S] int64.
         valid_BS: [B, S] bool, False for padding; None: no padding.
 
     Returns:
-        The document of each token, [B or 1, S] int64 from 0; None where no row has two.
+        The document of each token, [B or 1, S] int64 from 0; None if no row has two documents.
     """
     columns_S = torch.arange(position_ids.shape[1], device=position_ids.device)
     if valid_BS is None:
@@ -136,12 +137,12 @@ def causal_mask(
     num_cached: int,
     hidden_BSD: Tensor,
 ) -> Tensor | None:
-    """Who sees whom, [B or 1, S, K] bool; None where attention's own causal mask does.
+    """Which token sees which, [B or 1, S, K] bool; None if attention's own causal mask is right.
 
-    Padding sees itself, so that no softmax is over nothing.
+    Padding sees itself, so that no softmax runs over an empty set.
 
     Args:
-        documents_BS: of :func:`find_documents`, without a cache only.
+        documents_BS: from :func:`find_documents`; only without a cache.
     """
     num_positions = hidden_BSD.shape[1]
     if valid_BK is None and documents_BS is None and (num_cached == 0 or num_positions == 1):

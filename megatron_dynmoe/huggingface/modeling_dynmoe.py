@@ -1,8 +1,7 @@
 """The model for Transformers: attention and a mixture of experts that routes as in training.
 
-This file is shipped with exported models, together with the files of ``huggingface`` and
-``routing`` that it imports: selection, normalization and losses are the ones that Megatron trains
-with.
+Exported models ship with this file and the files of ``huggingface`` and ``routing`` that it
+imports: selection, normalization and losses are the ones that Megatron trains with.
 
 Dimension letters, in names as a suffix (``probs_TE``):
     T  tokens, ``sequence * S + position``
@@ -66,8 +65,8 @@ class DynMoEModelOutput(ModelOutput):
         router_logits: per MoE layer, [B, S, E] in the router's dtype, with
             ``output_router_logits``: the input of the softmax, so after normalization.
         experts_per_token: [MoE layers, B, S] int64, 0 for padding.
-        aux_loss: a scalar, with ``output_router_logits`` or labels: both losses of the routing
-            times their coefficients, summed over layers as in training; float32.
+        aux_loss: a float32 scalar, with ``output_router_logits`` or labels: both losses of the
+            routing times their coefficients, summed over layers as in training.
     """
 
     last_hidden_state: Tensor | None = None
@@ -108,7 +107,7 @@ class Routing(NamedTuple):
 
 
 class DynMoERouter(nn.Module):
-    """Gate, normalize, softmax, select, weigh: as Megatron's router in training."""
+    """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router."""
 
     def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ class DynMoERouter(nn.Module):
             logits_TE = normalize(logits_TE, self.theta).to(dtype)
         probs_TE = torch.softmax(logits_TE, dim=-1)
 
-        # 2. Select; the threshold is compared in float32 whatever the router's dtype
+        # 2. Select; the threshold is compared in float32, whatever the router's dtype is
         if config.routing == "top_k":
             map_TE = select_top_k(probs_TE, config.num_experts_per_tok)
         else:
@@ -146,7 +145,7 @@ class DynMoERouter(nn.Module):
 
 
 class DynMoEExperts(nn.Module):
-    """The experts of a layer, SwiGLU; each multiplies the rows of its tokens at once."""
+    """The SwiGLU experts of a layer; each multiplies the rows of its tokens at once."""
 
     def __init__(self, config: DynMoEModelConfig) -> None:
         super().__init__()
@@ -157,16 +156,16 @@ class DynMoEExperts(nn.Module):
     def forward(self, hidden_TD: Tensor, map_TE: Tensor, weights_TE: Tensor) -> Tensor:
         """Sum each token's experts with their weights, in the order of the experts.
 
-        One expert after another, so that each adds to a token at most once: the order of the sum
-        is fixed on every device, and a token's result does not depend on the rest of the batch.
+        The experts run one after another, so each adds to a token at most once: the order of the
+        sum is fixed on every device, and a token's result does not depend on the rest of the batch.
         """
-        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)  # of the sum, rounded once
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)  # sum's dtype, rounded once
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
         map_ET = map_TE.t()
         rows_per_expert = map_ET.sum(dim=-1).tolist()
         tokens = map_ET.nonzero()[:, 1].split(rows_per_expert)
         weights = weights_TE.t()[map_ET].unsqueeze(-1).split(rows_per_expert)
-        # unbind: the gradient of experts[i] alone would be a tensor of zeros for all experts
+        # With unbind, the gradient of experts[i] is not a tensor of zeros for all experts.
         projections = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
         for expert, (gate_up, down) in enumerate(projections):
             if rows_per_expert[expert]:
@@ -178,7 +177,7 @@ class DynMoEExperts(nn.Module):
 
 
 class DynMoEMLP(nn.Module):
-    """A dense SwiGLU layer; also the shared expert."""
+    """A dense SwiGLU layer, which also serves as the shared expert."""
 
     def __init__(self, hidden_size: int, ffn: int) -> None:
         super().__init__()
@@ -187,12 +186,12 @@ class DynMoEMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Map [..., D] to [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
 
 
 class DynMoESparseMLP(nn.Module):
-    """Mixture of experts: router, experts, and the shared expert where there is one."""
+    """Mixture of experts: router, experts, and, if the model has one, the shared expert."""
 
     def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
         super().__init__()
@@ -273,7 +272,7 @@ class DynMoEAttention(nn.Module):
         mask_BSK: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; returns [B, S, D] and, with eager attention, the probabilities [B, N, S, K]."""
+        """Attend; return [B, S, D] and, with eager attention, the probabilities [B, N, S, K]."""
         # 1. Project to [B, N, S, H]
         shape = (*hidden_BSD.shape[:2], -1, self.config.head_dim)
         query = self.q_norm(self.q_proj(hidden_BSD).view(shape)).transpose(1, 2)
@@ -304,7 +303,7 @@ class DynMoEAttention(nn.Module):
 
 
 class DynMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts or a dense MLP, each after a norm and around a residual."""
+    """Attention, then experts or a dense MLP, each after a norm and inside a residual."""
 
     def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
         super().__init__()
@@ -327,9 +326,9 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         with_loss: bool,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Output, attention probabilities, router logits, experts per token, loss of the routing.
+        """Return output, attention probabilities, router logits, experts per token, routing loss.
 
-        A flat tuple: recomputation would lose the gradients of tensors inside other containers.
+        The tuple is flat: recomputation would lose the gradients of tensors in other containers.
         """
         attended_BSD, attention = self.self_attn(
             self.input_layernorm(hidden_BSD), rotary, mask_BSK, past_key_values
@@ -348,7 +347,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class DynMoEPreTrainedModel(PreTrainedModel):
-    """What both models share: initialisation, loading and saving."""
+    """What both models share: initialization, loading and saving."""
 
     config_class = DynMoEModelConfig
     config: DynMoEModelConfig
@@ -374,7 +373,7 @@ class DynMoEPreTrainedModel(PreTrainedModel):
     def theta(self) -> list[float | None] | None:
         """Theta of every layer, None for dense layers; None without normalization.
 
-        Of a model without numbers, on the meta device, it is the config's.
+        If the model is on the meta device and has no numbers, theta is the config's.
         """
         if self.config.normalization != "drn":
             return None
@@ -389,13 +388,13 @@ class DynMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as every model; warns where the config's theta is not that of the weights."""
+        """Load like every model; warn if the config's theta is not that of the weights."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         stated = model.config.theta or [None] * model.config.num_hidden_layers
         model.config.theta = model.theta
         for layer, (said, theta) in enumerate(zip(stated, model.theta or [], strict=False)):
-            # further apart than rounding the offset to bfloat16 can bring them
+            # Rounding the offset to bfloat16 cannot bring them this far apart.
             if said is not None and abs(said - theta) > 2**-8 * abs(theta - 1) + 1e-6:
                 logger.warning(
                     f"theta[{layer}] is {said:g} in the config and {theta:g} in the weights: the "
@@ -404,7 +403,7 @@ class DynMoEPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as every model; the config's theta is brought up to date first."""
+        """Save like every model, after the config's theta has been updated."""
         self.config.theta = self.theta
         super().save_pretrained(*args, **kwargs)
 
@@ -442,14 +441,15 @@ class DynMoEModel(DynMoEPreTrainedModel):
             input_ids: [B, S] int64.
             attention_mask: [B, K], 0 for padding, with one entry for each position in the cache
                 and of this forward; None: no padding.
-            position_ids: [B or 1, S]; counted from the first token that is not padding if None.
-                Where they do not go on by one the next of several packed documents begins, which
-                sees nothing of those before it.
-            past_key_values: the cache of the positions before; none with packed documents.
+            position_ids: [B or 1, S]; if None, counted from the first token that is not padding.
+                If they do not increase by one, the next of several packed documents begins, which
+                sees nothing of the earlier ones.
+            past_key_values: the cache of earlier positions; not with packed documents.
             inputs_embeds: [B, S, D], instead of ``input_ids``.
-            use_cache: whether to return a cache; if None the config's, unless training or with
-                packed documents.
-            output_hidden_states, output_attentions, output_router_logits: see the outputs; the
+            use_cache: whether to return a cache; if None, the config decides, except in training
+                or with packed documents, which return none.
+            output_hidden_states, output_attentions, output_router_logits: see the outputs; if
+                None, the config decides.
                 config's if None.
             output_aux_loss: whether to compute the losses of the routing.
 
@@ -558,14 +558,14 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> DynMoECausalLMOutput:
-        """Run the model, and compute the training losses where labels are given.
+        """Run the model and, if labels are given, compute the training losses.
 
         Args:
-            labels: [B, S] int64, the input's own tokens: they are shifted here; -100: no loss. No
+            labels: [B, S] int64, the input's own tokens, which are shifted here; -100: no loss. No
                 token predicts the first one of the next packed document, whatever its label.
             logits_to_keep: how many of the last positions get logits, or which; 0: all.
-            num_items_in_batch: predicted tokens of all batches whose losses will be added up; the
-                loss is this batch's share then, not its mean.
+            num_items_in_batch: predicted tokens of all batches whose losses will be added up; then
+                the loss is this batch's share and not its mean.
             The others: see :meth:`DynMoEModel.forward`.
 
         Raises:
@@ -609,15 +609,15 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
 
 
 def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:
-    """Within it, a module that ``device_map`` offloads has its weights."""
+    """Give a module that ``device_map`` offloads its weights for the duration of the block."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
-    # Not a plain import, which would make every user of a shipped copy install accelerate.
+    # A plain import would make every user of a shipped copy install accelerate.
     return importlib.import_module("accelerate.utils").align_module_device(module)
 
 
 def select_top_k(probs_TE: Tensor, num_experts: int) -> Tensor:
-    """The map [T, E] of each token's ``num_experts`` most probable experts, ties by index."""
+    """The map [T, E] of each token's ``num_experts`` most probable experts; ties go by index."""
     with torch.no_grad():
         order_TE = probs_TE.sort(dim=-1, descending=True, stable=True).indices
         map_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
@@ -627,9 +627,9 @@ def select_top_k(probs_TE: Tensor, num_experts: int) -> Tensor:
 def routing_loss(
     config: DynMoEModelConfig, probs_BSE: Tensor, map_BSE: Tensor, valid_BS: Tensor | None
 ) -> Tensor:
-    """Balance and dynamic loss of one layer times their coefficients: a scalar, float32.
+    """Balance and dynamic loss of one layer times their coefficients: a float32 scalar.
 
-    The scope ``global_aux_loss`` is that of ``aux_loss``: all tokens of this batch.
+    The scope ``global_aux_loss`` works like ``aux_loss``: over all tokens of this batch.
     """
     # The losses order tokens as Megatron does: position * B + sequence.
     num_experts = probs_BSE.shape[-1]
@@ -654,7 +654,7 @@ def routing_loss(
 def next_tokens(
     labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
-    """What each token but a row's last has to predict, [B, S - 1]; -100: nothing."""
+    """The token that each one but a row's last has to predict, [B, S - 1]; -100: none."""
     targets = labels[:, 1:]
     if position_ids is None:
         return targets
@@ -679,7 +679,7 @@ def rotary_tables(
 
 
 def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first part of each head of [B, N, S, H]; the rest passes."""
+    """Rotate the first part of each head of [B, N, S, H] and pass the rest."""
     cosine, sine = rotary
     size = cosine.shape[-1]
     rotated, passed = values[..., :size], values[..., size:]
@@ -696,7 +696,7 @@ def eager_attention(
     is_causal: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, softmax in float32; output [B, N, S, H] and probs [B, N, S, K]."""
+    """Eager attention with a float32 softmax; output [B, N, S, H] and probs [B, N, S, K]."""
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     if is_causal:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()

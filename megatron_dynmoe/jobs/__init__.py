@@ -1,4 +1,4 @@
-"""From a recipe and a machine to a job: checks before it, attempts at it, what it will cost.
+"""From a recipe and a machine to a job: checks before it, its attempts, and what it will cost.
 
-Flags enter and never need a GPU; a checked command line, a plan or a next attempt leaves.
+Flags enter, and none of this needs a GPU. A checked command line, a plan or a next attempt leaves.
 """

@@ -1,12 +1,12 @@
-"""A run that is stopped and goes on: what the launch scripts do before and after each attempt.
+"""What the launch scripts do before and after each attempt at a run that stops and resumes.
 
     dynmoe attempt begin --world-size 16 RECIPE FLAGS ... --run-dir DIR
     dynmoe attempt end DIR/attempts/0001 --status 0
 
-``begin`` checks the flags, adds what resuming needs, records flags, commit and environment in the
-attempt's folder, and prints its path. ``end`` says how the attempt ended, and whether the job is to
-be queued again: exactly when the work is not done and going on can help. Imports no torch, because
-it runs before the training.
+``begin`` checks the flags, adds those that resuming needs, records flags, commit and environment in
+the attempt's folder, and prints the folder's path. ``end`` says how the attempt ended and whether
+to queue the job again: exactly if the work is not done and another attempt can help. The module
+does not import torch, because it runs before the training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_dynmoe.storage.megatron_names import TRACKER
 # Exit codes. 75 is EX_TEMPFAIL: try again later.
 DONE, FAILED, REFUSED, ALREADY_FINISHED, GO_ON = 0, 1, 2, 3, 75
 
-# What says how a run starts is left out where it goes on from its own checkpoint.
+# These flags say how a run starts. A run that resumes from its own checkpoint gets none of them.
 _START = (
     *("load", "pretrained-checkpoint", "finetune", "ckpt-step", "no-load-optim", "no-load-rng"),
     *("exit-on-missing-checkpoint", "ckpt-fallback"),
@@ -51,13 +51,13 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     """Open the next attempt of a run.
 
     Args:
-        recipe: its name or path.
-        flags: what comes after the recipe's own; ``--run-dir`` among them.
+        recipe: the recipe's name or path.
+        flags: the flags after the recipe's own; ``--run-dir`` is among them.
         world_size: number of processes.
-        max_restarts: how often one job may start again from the same iteration.
+        max_restarts: how often one job may restart from the same iteration.
 
     Returns:
-        The attempt's folder, or None where the run is finished.
+        The attempt's folder, or None if the run is finished.
 
     Raises:
         ValueError: the flags cannot work, or the job has started too often without progress.
@@ -65,7 +65,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     words = [*recipe_flags(recipe), *flags]
     values = values_of(words)
     if "mock-data" in values:
-        words = _without(words, _DATA)  # the cluster's, which this run does not read
+        words = _without(words, _DATA)  # drops the cluster's data, which this run does not read
     if not values.get("run-dir"):
         raise ValueError("--run-dir is missing: name the folder in which to keep the run.")
     run_dir = Path(values["run-dir"][0])
@@ -76,7 +76,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     if goes_on:
         words = _without(words, _START)
         words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
-        words += ["--ckpt-fallback"]  # nobody is there to choose another
+        words += ["--ckpt-fallback"]  # nobody is there to choose another checkpoint
     check_run(words, world_size)
 
     earlier = _attempts(run_dir)
@@ -104,9 +104,9 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     """Say how an attempt ended.
 
     Args:
-        attempt: its folder.
+        attempt: the attempt's folder.
         status: the exit status of its processes.
-        was_stopped: it was told to stop, by its time limit or a preemption.
+        was_stopped: whether a time limit or a preemption told it to stop.
 
     Returns:
         :data:`DONE`, :data:`FAILED`, :data:`GO_ON`: another attempt is to follow; or
@@ -116,7 +116,7 @@ def end(attempt: Path, status: int, was_stopped: bool) -> int:
     values = values_of(shlex.split((attempt / "flags.txt").read_text()))
     began = _facts(attempt).get("iteration")
     iteration = latest_iteration(run_dir, values)
-    # An earlier one than it began with: that one was damaged, and left behind.
+    # If it is an earlier one than at the beginning, that one was damaged, and was left behind.
     has_progress = iteration is not None and iteration != (began or 0)
     reached = "no checkpoint" if iteration is None else f"checkpoint {iteration}"
     _record(attempt, status=status, ended=_now(), reached=iteration)
@@ -157,17 +157,17 @@ def _undo(attempt: Path) -> None:
 
 
 def latest_iteration(run_dir: Path, values: dict[str, list[str]]) -> int | None:
-    """The iteration of the last complete checkpoint, which Megatron notes when all is saved."""
+    """The iteration of the last complete checkpoint, which Megatron notes after each save."""
     tracker = _tracker(run_dir, values)
     text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     return int(text) if text.isdigit() else None
 
 
 def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
-    """Whether the run has come to its end, and the flags ask for no more than that.
+    """Whether the run has reached its end, and the flags ask for no more than that.
 
     Raises:
-        ValueError: a flag of the run's length is no whole number.
+        ValueError: a flag for the run's length is no whole number.
     """
     marker = run_dir / FINISHED
     if not marker.is_file():
@@ -189,7 +189,7 @@ def _tracker(run_dir: Path, values: dict[str, list[str]]) -> Path:
 
 
 def _names_nothing(tracker: Path) -> bool:
-    """Whether there is a tracker, but of no use: the checkpoints beside it may be good."""
+    """Whether there is a tracker but it is of no use: the checkpoints beside it may be good."""
     if not tracker.is_file():
         return False
     text = tracker.read_text(errors="replace").strip()
@@ -199,12 +199,12 @@ def _names_nothing(tracker: Path) -> bool:
 def _check_progress(
     earlier: Sequence[Path], job: str | None, iteration: int | None, max_restarts: int
 ) -> None:
-    """Count the attempts of this job that began where this one would."""
+    """Refuse another attempt if too many of this job's began at the same iteration."""
     restarts = 0
     for attempt in reversed(earlier):
         facts = _facts(attempt)
         if "job" not in facts:
-            continue  # it says neither that this job began it nor that it did not
+            continue  # the record does not say whether this job began it
         if job is None or (facts["job"], facts["iteration"]) != (job, iteration):
             break
         restarts += 1
@@ -218,7 +218,7 @@ def _check_progress(
 
 
 def _without(words: Sequence[str], names: Iterable[str]) -> list[str]:
-    """The words without some flags and their values."""
+    """The words of a command line without some flags and their values."""
     kept, dropping = [], False
     for word in words:
         if word.startswith("--"):
@@ -229,13 +229,13 @@ def _without(words: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _attempts(run_dir: Path) -> list[Path]:
-    """The folders of all attempts that are still there, in order."""
+    """The folders of all attempts that still exist, in order."""
     folders = [path for path in (run_dir / ATTEMPTS).glob("*") if path.name.isdecimal()]
     return sorted(folders, key=lambda path: int(path.name))
 
 
 def _facts(attempt: Path) -> dict[str, Any]:
-    """What is on record of an attempt; nothing where its start was cut short, or files are gone."""
+    """The record of an attempt; empty if its start was cut short or files are gone."""
     try:
         facts: dict[str, Any] = json.loads((attempt / "attempt.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -249,7 +249,7 @@ def _record(attempt: Path, **facts: Any) -> None:
 
 
 def _write_origin(attempt: Path) -> None:
-    """Keep the commit, what differs from it, the versions and the environment, without secrets."""
+    """Record the commit, local changes, versions and the environment without secrets."""
     checkout = Path(__file__).resolve().parents[2]
     commit = _git(checkout, "rev-parse", "HEAD") or "unknown: not a git checkout\n"
     (attempt / "commit.txt").write_text(commit + _git(checkout, "status", "--short"))
@@ -295,7 +295,7 @@ def _errors(attempt: Path) -> dict[str, str]:
     torchrun says then, is left out if the child said why.
     """
     found: dict[str, str] = {}
-    # By name where the file system does not tell times apart: its clock may tick every 10 ms.
+    # The clock of a file system may tick only every 10 ms. At equal times, the name decides.
     ranks = sorted(attempt.glob("rank-*.log"), key=lambda log: (log.stat().st_mtime_ns, log.name))
     for log in [*ranks, *sorted(attempt.glob("torchrun-*.log"))]:
         lines = log.read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Shows a plan to people as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_dynmoe.planning.memory import Memory
 
 
-# In the order of the table, and whether the part is exact.
+# The parts in the order of the table, and whether the figure for each is exact.
 PARTS = {
     "weights": True,
     "gradients": True,
@@ -22,12 +22,12 @@ PARTS = {
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text."""
+    """Write the plan as text."""
     return "\n".join([*_summary(plan), "", *_memory_table(plan), "", *_verdict(plan)])
 
 
 def show_bytes(size: float) -> str:
-    """A size in bytes for people, in powers of 1000 as disks and data sheets are sold."""
+    """A size in bytes for people, in powers of 1000, like the sizes of disks and data sheets."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"

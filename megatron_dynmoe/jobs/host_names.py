@@ -1,9 +1,9 @@
-"""Machines whose own name leads nowhere: containers, and nodes that no name server knows.
+"""Host names that lead nowhere: those of containers, and of nodes that no name server knows.
 
-PyTorch's processes find one another by the name of the machine that rank 0 is on. If the name
-cannot be resolved, they wait for minutes, and each in another place: torchrun before it starts any
-rank, a rank in its first connection. On a single machine nobody has to look for it; on several
-ones this module never guesses an address. Imports no torch.
+PyTorch's processes find one another by the name of rank 0's machine. If the name cannot be
+resolved, they wait for minutes, and each at another point: torchrun before it starts any rank, a
+rank in its first connection. On a single machine nobody has to look for it. For several machines,
+this module never guesses an address. It does not import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import time
 from contextlib import suppress
 
-# A name server may not know the first of several machines yet when the others have started.
+# When the other machines start, a name server may not know the first one yet. Seconds.
 PATIENCE = 60.0
 
 
@@ -21,7 +21,7 @@ def addresses(name: str) -> list[str]:
     """The addresses that a name leads to, as text; empty if it leads nowhere."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):  # the latter for what can be no name
+    except (OSError, UnicodeError):  # UnicodeError means that the text cannot be a name
         return []
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
@@ -41,12 +41,12 @@ def leads_here(name: str) -> bool:
 
 
 def own_name() -> str:
-    """The name by which torchrun would have its ranks look for this machine."""
+    """The name by which torchrun would tell its ranks to look for this machine."""
     return socket.getfqdn()
 
 
 def loopback() -> str:
-    """What leads to this machine from itself, whatever its name is."""
+    """A name or address that leads from this machine to itself, whatever its own name is."""
     return "localhost" if leads_here("localhost") else "127.0.0.1"
 
 
@@ -54,7 +54,7 @@ def settle_master_address(patience: float = PATIENCE) -> None:
     """Replace a ``MASTER_ADDR`` that cannot be resolved, if all ranks are on this machine.
 
     Args:
-        patience: seconds for which ranks on several machines wait for the name.
+        patience: how many seconds ranks on several machines wait for the name.
 
     Raises:
         ValueError: there are several machines, and their ranks could not find each other.
@@ -67,7 +67,7 @@ def settle_master_address(patience: float = PATIENCE) -> None:
         os.environ["MASTER_ADDR"] = loopback()
         interface = _loopback_interface()
         if interface and not addresses(socket.gethostname()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # it looks its own name up, too
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # Gloo resolves its name, too
         if is_first:
             print(
                 f"> MASTER_ADDR is {name}, which cannot be resolved: the ranks of this one machine "
@@ -92,7 +92,7 @@ def settle_master_address(patience: float = PATIENCE) -> None:
 def is_one_machine() -> bool:
     """Whether the variables of the launcher say that all ranks are on this machine."""
     world = os.environ.get("WORLD_SIZE", "1")
-    machines = os.environ.get("GROUP_WORLD_SIZE")  # of torchrun
+    machines = os.environ.get("GROUP_WORLD_SIZE")  # torchrun sets it
     return world in ("1", os.environ.get("LOCAL_WORLD_SIZE")) and machines in (None, "1")
 
 

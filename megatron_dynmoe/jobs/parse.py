@@ -1,4 +1,4 @@
-"""A recipe and flags as Megatron reads them, without starting it."""
+"""Parses a recipe and flags as Megatron does, without starting it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def read_args(flags: Sequence[str]) -> Namespace:
         flags: a whole command line of ``megatron_dynmoe.pretrain``.
 
     Raises:
-        ValueError: a flag is unknown, has a bad value, or is missing.
+        ValueError: a flag is unknown or missing, or has a bad value.
     """
     args = _parser().parse_args(list(flags))
-    # As upstream's validate_args, which cannot run without processes.
+    # This repeats upstream's validate_args, which cannot run without processes.
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not getattr(args, name):
             flag = name.replace("_", "-")
@@ -58,7 +58,7 @@ def read_args(flags: Sequence[str]) -> Namespace:
 @functools.cache
 def _parser() -> ArgumentParser:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():  # of what upstream would like to find installed
+    with warnings.catch_warnings():  # upstream warns of packages that it would like installed
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
 

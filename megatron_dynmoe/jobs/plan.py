@@ -1,4 +1,4 @@
-"""A run, put together: what it takes, and whether it fits."""
+"""Plans a run: what it takes, and whether it fits."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from megatron_dynmoe.planning.shape import active_parameters, total_parameters
 from megatron_dynmoe.settings.arguments import resolved_from_args
 
 MAX_REMEDIES = 3
-MAX_TOKENS = 1e18  # far beyond any run, and where whole numbers still are exact
+MAX_TOKENS = 1e18  # far beyond any run; up to here, whole numbers are exact
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Sizes in bytes; memory is that of the fullest GPU.
+    """What a run takes. Sizes are in bytes; memory is that of the fullest GPU.
 
     Attributes:
-        stage: the pipeline rank of the fullest GPU at the mean.
+        stage: the pipeline rank of the GPU that is fullest at the mean count.
         mean, first_steps, worst_case: its memory at these counts of experts per token.
-        cap_that_fits: the largest cap whose worst case fits, None where there is none.
-        hours: arithmetic: FLOPs over the GPUs' peak at the given utilisation.
-        remedies: changes with which a run that does not fit would.
-        worst_case_remedies: changes that rule the worst case out where no cap above the mean does.
+        cap_that_fits: the largest cap whose worst case fits, None if there is none.
+        hours: computed, not measured: FLOPs over the GPUs' peak at the given utilization.
+        remedies: if the run does not fit, changes with which it would.
+        worst_case_remedies: if no cap above the mean rules the worst case out, changes that do.
     """
 
     recipe: str
@@ -55,17 +55,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run has room with a balanced load, from the first step on."""
+        """Whether the run fits with a balanced load, from the first step on."""
         return max(self.mean.total, self.first_steps.total) <= self.gpu.memory
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """The number of tokens in the whole run."""
         return self.steps * self.tokens_per_step
 
     @property
     def hours(self) -> float:
-        """See above."""
+        """The run's duration: its FLOPs over the GPUs' peak at the given utilization."""
         rate = self.layout.world_size * self.gpu.flops * self.utilisation
         return self.flops / rate / 3600
 
@@ -83,11 +83,11 @@ def make_plan(
     """Plan a run.
 
     Args:
-        recipe: its name or path.
+        recipe: the recipe's name or path.
         flags: Megatron's and ours, which override the recipe's.
-        tokens: of the whole run, in place of --train-iters.
+        tokens: the number of tokens in the whole run, instead of --train-iters.
         utilisation: model FLOPs per second over the GPUs' peak.
-        experts_per_token: the mean, in place of what the routing's settings say.
+        experts_per_token: the mean, instead of the one that the routing's settings imply.
 
     Raises:
         ValueError: a value makes no sense, or the layout cannot work.
@@ -138,7 +138,7 @@ def make_plan(
 
 
 def checkpoints(recipe: str, flags: Sequence[str]) -> tuple[int, int | None]:
-    """The bytes of one checkpoint, and how many the run keeps where --save-interval is given.
+    """The bytes of one checkpoint, and, if --save-interval is given, how many the run keeps.
 
     Raises:
         ValueError: a value makes no sense.
@@ -189,7 +189,7 @@ def _flops(args: Namespace, num_samples: int, experts_per_token: float) -> float
 def _remedies(
     words: Sequence[str], num_gpus: int, fits: Callable[[MemoryModel], bool]
 ) -> Iterator[str]:
-    """Flags with which the run would fit, the least change first."""
+    """Flags with which the run would fit, the smallest change first."""
     found = 0
     for change in _changes(Layout.from_flags(words, num_gpus)):
         changed = [*words, *change.split()]

@@ -1,4 +1,4 @@
-"""What is checked before a run gets a GPU: its layout, its routing, its files, its flags."""
+"""Checks a run before it gets a GPU: its layout, its routing, its files and its flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_run(flags: Sequence[str], world_size: int) -> None:
         world_size: the number of processes.
 
     Raises:
-        ValueError: names what is wrong, its value and the remedy.
+        ValueError: the message names what is wrong, its value and the remedy.
     """
     layout = Layout.from_flags(flags, world_size)
     check_layout(layout)
@@ -39,7 +39,7 @@ def check_length(flags: Sequence[str]) -> None:
     """Check that the length of the run is a whole number of steps or sequences.
 
     Raises:
-        ValueError: names the flag and its value.
+        ValueError: the message names the flag and its value.
     """
     values = values_of(flags)
     for name in LENGTH_FLAGS:
@@ -47,10 +47,10 @@ def check_length(flags: Sequence[str]) -> None:
 
 
 def check_routing(flags: Sequence[str], num_experts: int) -> None:
-    """Check the ``--moe-dynamic-*`` flags, and ``DYNMOE_CONFIG`` under them, against each other.
+    """Check that the ``--moe-dynamic-*`` flags, over ``DYNMOE_CONFIG``, go together.
 
     Raises:
-        ValueError: see :class:`~megatron_dynmoe.settings.config.DynMoEConfig`.
+        ValueError: as :class:`~megatron_dynmoe.settings.config.DynMoEConfig` raises it.
     """
     settings = {}
     for name, values in values_of(flags).items():
@@ -64,17 +64,17 @@ def check_routing(flags: Sequence[str], num_experts: int) -> None:
         settings[field] = "".join(values)
     args = Namespace(**{PREFIX + field: value for field, value in settings.items()})
     with naming_flags(args):
-        DynMoEConfig.from_dict(settings, "the command line")  # knows the names
+        DynMoEConfig.from_dict(settings, "the command line")  # it knows the names
     resolved_from_args(args, num_experts)
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Parse all flags as the training will; takes seconds, because it imports Megatron.
+    """Parse all flags as the training will. This takes seconds, because it imports Megatron.
 
     Raises:
-        ValueError: a flag is unknown, or a value is not of its kind.
+        ValueError: a flag is unknown, or a value has the wrong type.
     """
-    # It warns that a login node has no GPU.
+    # Without this, PyTorch warns that a login node has no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.training.arguments import add_megatron_arguments
 
@@ -85,10 +85,10 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def check_files(flags: Sequence[str]) -> None:
-    """Check that data and tokenizer are where the flags say.
+    """Check that data and tokenizer are at the paths that the flags give.
 
     Raises:
-        ValueError: names the file that is missing.
+        ValueError: the message names the file that is missing.
     """
     values = values_of(flags)
     if "mock-data" in values:
@@ -128,5 +128,5 @@ def check_files(flags: Sequence[str]) -> None:
 
 
 def _place(path: str) -> str:
-    """Where a relative path starts, which is not where the file of flags lies."""
+    """Say which folder a relative path starts from: not the one that the file of flags is in."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"

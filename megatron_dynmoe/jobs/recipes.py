@@ -1,11 +1,11 @@
-"""Recipes: files of flags in ``launch/recipes``, and what they say.
+"""Recipes: files of flags in ``launch/recipes``.
 
-    dynmoe recipe                          # which recipes there are
+    dynmoe recipe                          # lists the recipes
     dynmoe recipe dtop_p_16e [FLAGS ...]   # its flags, and yours after them
     dynmoe recipe --world-size 16 dtop_p_16e [FLAGS ...]    # checked first
 
-A recipe holds flags as typed on the command line. ``#`` starts a comment; a line ``include FILE``
-takes in another file of the same folder. A later flag overrides an earlier one. Nothing here
+A recipe holds flags as typed on the command line. ``#`` starts a comment. A line ``include FILE``
+includes another file of the same folder. A later flag overrides an earlier one. Nothing here
 imports torch.
 """
 
@@ -22,19 +22,19 @@ SUFFIX = ".flags"
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the project; files that start with ``_`` are parts of others."""
+    """The names of the project's recipes; files that start with ``_`` are parts of others."""
     return sorted(path.stem for path in FOLDER.glob(f"[!_]*{SUFFIX}"))
 
 
 def recipe_flags(name_or_path: str | Path) -> list[str]:
-    """The words of a recipe, includes resolved.
+    """The words of a recipe after its includes are resolved.
 
     Args:
-        name_or_path: a name out of :func:`recipe_names`, or the path of a ``.flags`` file.
+        name_or_path: a name from :func:`recipe_names`, or the path of a ``.flags`` file.
 
     Raises:
-        ValueError: there is no such recipe, an include is missing or goes round in a circle, or a
-            line cannot be read.
+        ValueError: there is no such recipe, an include is missing or includes itself, or a line
+            cannot be read.
     """
     return list(_words(_find(name_or_path), ()))
 

@@ -1,4 +1,4 @@
-"""A run's folder and what is reported in it: names of files, metrics, the summary, the figures.
+"""A run's folder and the reports in it: file names, metrics, the summary and the figures.
 
 Counts and event files enter; console lines, ``summary.json`` and ``curves.png`` leave.
 """

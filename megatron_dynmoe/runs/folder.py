@@ -1,4 +1,4 @@
-"""What lies in a run's folder, by name, and what marks its state."""
+"""The names of the files in a run's folder, and the marks of its state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def has_events(folder: Path) -> bool:
 
 
 def has_scalars(event_file: Path) -> bool:
-    """Whether a step or an evaluation has been logged into a file."""
+    """Whether a file holds the values of at least one step or evaluation."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     file = EventAccumulator(str(event_file), size_guidance={"scalars": 1})
@@ -39,12 +39,12 @@ ATTEMPTS, FINISHED, STOPPED = "attempts", "finished.json", "stopped.txt"
 
 
 def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | None) -> None:
-    """Note that a run has come to its end."""
+    """Note that a run has reached its end."""
     done = {"train-iters": train_iters, "train-samples": train_samples}
     replace_file(run_dir / FINISHED, lambda partial: partial.write_text(json.dumps(done) + "\n"))
 
 
 def note_stop(signal_name: str) -> None:
-    """Note, where this process is part of an attempt, that it ends because a signal told it to."""
+    """If this process belongs to an attempt, note that a signal told it to end."""
     if "ATTEMPT" in os.environ:
         (Path(os.environ["ATTEMPT"]) / STOPPED).write_text(signal_name + "\n")

@@ -1,8 +1,8 @@
-"""``--live-plot``: the curves of a run that is under way, redrawn by a process of its own.
+"""``--live-plot``: a separate process redraws the curves of a run that is under way.
 
     python -m megatron_dynmoe.runs.live_plot RUN     # once
 
-The training only waits for its events to reach the disk. Nothing here imports torch.
+The training waits only until its events are on disk. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 from megatron_dynmoe.runs.folder import CURVES
 from megatron_dynmoe.runs.report import NothingLogged, plot_curves, read_run
 
-PAUSE = 30.0  # seconds between two pictures, at least
-MAX_SHARE = 0.05  # of one core: a long run's events take longer to read, and are read less often
+PAUSE = 30.0  # least number of seconds between two pictures
+MAX_SHARE = 0.05  # of one core: a long run's events take longer to read, so it draws less often
 
 
 @contextmanager
 def redrawing(
     run_dir: Path, get_writer: Callable[[], Any | None], pause: float = PAUSE
 ) -> Iterator[None]:
-    """Redraw ``curves.png`` again and again until the block ends; a failure is said once.
+    """Redraw ``curves.png`` again and again until the block ends; report only the first failure.
 
     Args:
         run_dir: the folder given as ``--run-dir``.
-        get_writer: gives the run's SummaryWriter, or None while there is none.
-        pause: seconds.
+        get_writer: returns the run's SummaryWriter, or None if there is none yet.
+        pause: seconds between two pictures, at least.
     """
     stop = threading.Event()
     thread = threading.Thread(target=_redraw, args=(run_dir, get_writer, pause, stop), daemon=True)
@@ -55,7 +55,7 @@ def _redraw(
             if (writer := get_writer()) is not None:
                 writer.flush()
             error = _draw_in_a_process(run_dir, stop)
-        except Exception as failure:  # a picture is not worth a training
+        except Exception as failure:  # a failed picture must not end a training
             error = str(failure)
         if error and not has_complained:
             print(f"warning: --live-plot: {error}; the training goes on", flush=True)
@@ -64,14 +64,18 @@ def _redraw(
 
 
 def _draw_in_a_process(run_dir: Path, stop: threading.Event) -> str:
-    """The last line of what it says where it fails; it is ended where the run ends."""
+    """Draw in a child process, and kill it if the run ends.
+
+    Returns:
+        The last line of the child's stderr if it failed, else an empty string.
+    """
     child = subprocess.Popen(
         [sys.executable, "-m", "megatron_dynmoe.runs.live_plot", str(run_dir)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a Ctrl-C is for the training, which draws once more at its end
+        start_new_session=True,  # a Ctrl-C reaches only the training, which draws at its end
     )
     with child:
         while True:
@@ -86,7 +90,7 @@ def _draw_in_a_process(run_dir: Path, stop: threading.Event) -> str:
 
 
 def main() -> None:
-    """Draw once; nothing where no step has been logged yet."""
+    """Draw once; draw nothing if no step has been logged yet."""
     run_dir = Path(sys.argv[1])
     os.nice(10)
     with suppress(NothingLogged):

@@ -1,7 +1,7 @@
-"""What a run reports: names, reductions, and where they are written.
+"""What a run reports: names, reductions, and the places they are written to.
 
-The statistics come reduced from :mod:`megatron_dynmoe.control.update`; upstream's metrics tracker
-is the place from which they reach the console, TensorBoard and W&B, once per iteration.
+The statistics come reduced from :mod:`megatron_dynmoe.control.update`. Once per iteration,
+upstream's metrics tracker takes them to the console, TensorBoard and W&B.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ PREFIX = "dynmoe"
 
 
 class RoutingSummary(NamedTuple):
-    """Means over what the statistics cover; lists have one entry per layer, NaN without experts."""
+    """Means over the tokens that the statistics cover.
+
+    Lists have one entry per layer, which is NaN for layers without experts.
+    """
 
     experts_per_token: float
     std_experts_per_token: float  # over tokens and layers
@@ -42,13 +45,13 @@ class RoutingSummary(NamedTuple):
         float  # the busiest expert of a layer against that layer's mean, worst layer
     )
     share_at_cap: float
-    share_not_finite: float  # of tokens with a logit that is NaN or infinite
-    first_not_finite: int  # the first layer with one, 0: none
+    share_not_finite: float  # share of tokens with a logit that is NaN or infinite
+    first_not_finite: int  # number of the first layer with such a token, 0 if there is none
     tokens: float  # token-layer pairs / MoE layers: tokens that entered the model
 
 
 def summarize(statistics: RoutingStatistics) -> RoutingSummary:
-    """Turn reduced statistics [L, ...] into numbers on the host: one device-to-host copy."""
+    """Turn reduced statistics [L, ...] into numbers on the host in one device-to-host copy."""
     statistics = RoutingStatistics(
         *torch.cat([value.reshape(len(statistics.tokens), -1) for value in statistics], dim=1)
         .cpu()
@@ -84,7 +87,7 @@ def scalars(
 ) -> Iterator[tuple[str, float]]:
     """Names and values for TensorBoard and W&B, of the step that ends as ``iteration``."""
     yield f"{PREFIX}/experts_per_token", summary.experts_per_token
-    if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may have another
+    if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may change it
         yield TARGET, dynmoe.target_experts_per_token.at_step(iteration)
     yield f"{PREFIX}/std_experts_per_token", summary.std_experts_per_token
     yield f"{PREFIX}/threshold", summary.threshold
@@ -102,7 +105,7 @@ def scalars(
         by_layer["threshold"] = summary.threshold_by_layer
     for name, values in by_layer.items():
         for index, value in enumerate(values):
-            if value == value:  # layers without experts are NaN
+            if value == value:  # the values of layers without experts are NaN
                 yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
 
 
@@ -159,7 +162,7 @@ class LayerHistory:
         self._columns: list[tuple[int, list[float]]] = []
 
     def add(self, iteration: int, experts_by_layer: list[float]) -> None:
-        """Take one log interval; when the columns are too many, neighbours become one."""
+        """Add one log interval; if there are too many columns, merge each with its neighbor."""
         self._columns.append((iteration, experts_by_layer))
         if len(self._columns) >= 2 * MAX_COLUMNS:
             pairs = zip(self._columns[::2], self._columns[1::2], strict=True)
@@ -169,7 +172,7 @@ class LayerHistory:
             ]
 
     def draw(self) -> Any | None:
-        """The heat map, a matplotlib figure; None where there is nothing to draw."""
+        """The heat map, a matplotlib figure; None if there is nothing to draw."""
         if not self._columns:
             return None
         from matplotlib.figure import Figure
@@ -187,10 +190,10 @@ class LayerHistory:
 
 
 class DynMoEMetricsTracker(MoEMetricsTracker):
-    """Upstream's tracker, which also reports the routing.
+    """Upstream's tracker, which here also reports the routing.
 
-    ``report`` is called by the training loop on every rank after every iteration; only the last
-    rank holds writers and prints, and only there the statistics are read.
+    The training loop calls ``report`` on every rank after every iteration. Only the last rank holds
+    writers and prints, so only that rank reads the statistics.
     """
 
     def __init__(self, dynmoe: DynMoEConfig) -> None:
@@ -203,7 +206,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._history = LayerHistory()
 
     def add(self, statistics: RoutingStatistics) -> None:
-        """Take the statistics of one global batch; a re-run of the same batch replaces them.
+        """Keep the statistics of one global batch; a re-run of the same batch replaces them.
 
         Steps that the optimizer skips are reported too: their tokens were routed and computed.
         """
@@ -217,7 +220,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         wandb_writer: Any = None,
         **kwargs: Any,
     ) -> str:
-        """Report upstream's metrics and the routing; returns the addition to the console line."""
+        """Report upstream's metrics and the routing; return the addition to the console line."""
         line = super().report(
             *args, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **kwargs
         )
@@ -225,7 +228,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         if self._step is not None:
             step, self._step = self._step, None
             self._interval = step if self._interval is None else self._interval + step
-            self._num_samples += get_current_global_batch_size()  # it may ramp up
+            self._num_samples += get_current_global_batch_size()  # the batch size may ramp up
             if iteration % args_of_run.tensorboard_log_interval == 0:
                 self._write_step(step, iteration, writer, wandb_writer)
         if iteration % args_of_run.log_interval == 0 and self._interval is not None:
@@ -242,7 +245,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         summary = summarize(self._interval)
         # Upstream stops this timer during evaluation and checkpoints, and resets it after us.
         seconds = get_timers()("interval-time").elapsed(reset=False)
-        # Duplicates over tensor-parallel ranks cancel in means, not in this sum, so count samples.
+        # Duplicates over tensor-parallel ranks cancel in a mean, but not in this sum. So it counts
+        # samples.
         tokens = self._num_samples * args.seq_length
         flops = floating_point_operations(args, self._num_samples, summary.experts_per_token)
         rates = {
@@ -275,7 +279,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
     def _write_step(
         self, step: RoutingStatistics, iteration: int, writer: Any, wandb_writer: Any
     ) -> None:
-        if writer is not None or wandb_writer is not None:  # only there the host reads
+        if writer is not None or wandb_writer is not None:  # on no other rank does the host read
             values = dict(scalars(summarize(step), self.dynmoe, iteration))
             self._write(values, iteration, writer, wandb_writer)
         if writer is not None and not self._has_layout:
@@ -287,7 +291,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             figure = self._history.draw()
             if figure is not None:
                 writer.add_figure(f"{PREFIX}/experts_per_token_by_layer", figure, iteration)
-        except Exception as error:  # a picture is not worth a training
+        except Exception as error:  # a failed picture must not end a training
             print(f"warning: no heat map at iteration {iteration}: {error}", flush=True)
 
     @staticmethod
@@ -320,8 +324,8 @@ def install_metrics_tracker(dynmoe: DynMoEConfig) -> None:
 def floating_point_operations(args: Any, num_samples: int, experts_per_token: float) -> float:
     """Floating-point operations of training on some samples, forward and backward.
 
-    Upstream's own formula with the measured number of experts in the place of
-    ``--moe-router-topk``, in which it is linear.
+    This is upstream's own formula with the measured number of experts instead of
+    ``--moe-router-topk``, in which the formula is linear.
     """
     measured = copy.copy(args)
     measured.moe_router_topk = experts_per_token

@@ -1,7 +1,7 @@
-"""Curves of several runs in one picture: loss against tokens and against measured compute.
+"""Draws several runs in one picture: loss against tokens and against measured compute.
 
-Reads the folders that ``--run-dir`` made, also of runs under way, of stock top-k and dense models.
-Nothing here imports torch.
+It reads the folders that ``--run-dir`` made, including those of runs under way, of stock top-k and
+of dense models. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Values = NDArray[np.float64]
 
 
 class Run(NamedTuple):
-    """What is drawn of one run; arrays have an entry per logged step unless they say otherwise."""
+    """The curves of one run; unless they say otherwise, arrays have an entry per logged step."""
 
     label: str
-    tokens: Values  # trained on so far
-    expert_flops: Values  # spent so far in experts, or in a dense model's MLPs
+    tokens: Values  # tokens trained on so far
+    expert_flops: Values  # FLOPs spent so far in experts, or in a dense model's MLPs
     loss: Values
     validation: tuple[Values, Values, Values]  # tokens, expert FLOPs and loss of each evaluation
     experts: Values | None  # per token; None for a dense model
     target: Values | None
-    threshold: Values | None  # mean over layers; None without one
+    threshold: Values | None  # mean over layers; None if the run has no threshold
 
 
 def read(run_dir: Path, label: str) -> Run:
     """Read a run's folder.
 
     Raises:
-        ValueError: it is not the folder of a run, has logged nothing, or its routing is missing.
+        ValueError: the folder is not a run's, it has logged nothing, or its routing is missing.
     """
     resolved, scalars = read_run(run_dir)
     megatron, routing = resolved["megatron"], resolved["dynamic_routing"]
@@ -52,7 +52,7 @@ def read(run_dir: Path, label: str) -> Run:
             "token: they were not written by this package, or were cut off."
         )
 
-    # 1. Tokens: between two logged steps the batch is that of the later one.
+    # 1. Tokens: between two logged steps, the batch size is that of the later one.
     batch = _at(iterations, scalars.get("batch-size"), megatron["global_batch_size"])
     steps = np.diff(iterations, prepend=0)
     tokens_of_step = steps * batch * megatron["seq_length"]
@@ -73,11 +73,11 @@ def read(run_dir: Path, label: str) -> Run:
         )
     flops = np.cumsum(tokens_of_step * _flops_per_expert(megatron) * experts_of_all_layers)
 
-    # 3. The rest, at the steps where it was logged
+    # 3. All other curves, at the steps at which they were logged
     evaluations = scalars.get("lm loss validation", Series([], [], []))
     at = np.array(evaluations.iterations)
     target, aimed_at = target_of(routing, scalars), None
-    if target is not None:  # not where it is unknown, as before a run was resumed with this package
+    if target is not None:  # unknown (NaN) for the steps before this package resumed the run
         aimed_at = np.interp(iterations, target.iterations, target.values, left=np.nan)
     return Run(
         label,
@@ -113,10 +113,10 @@ def labels_of(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Draw the runs into a PNG, SVG or PDF, which appears whole.
+    """Draw the runs into a PNG, SVG or PDF file, which appears only once it is complete.
 
     Raises:
-        ValueError: another suffix, or a folder that does not exist.
+        ValueError: the suffix is another, or the folder does not exist.
     """
     check_output(path)
     import matplotlib
@@ -169,10 +169,10 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is read.
+    """Refuse a path that cannot be written, before anything is read.
 
     Raises:
-        ValueError: another suffix than :data:`SUFFIXES`, or a folder that does not exist.
+        ValueError: the suffix is not in :data:`SUFFIXES`, or the folder does not exist.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--output is {path}: end its name in one of {', '.join(SUFFIXES)}.")
@@ -189,7 +189,7 @@ def _draw_loss(axis: Any, run: Run, x: Values, validation_x: Values, color: Any)
 
 
 def _smooth(values: Values, width: int) -> Values:
-    """Means over neighbours, as many on either side, so that nothing moves to the right."""
+    """Means over as many neighbors on either side, so that nothing moves to the right."""
     steps = np.arange(len(values))
     side = np.minimum(width // 2, np.minimum(steps, steps[::-1]))  # fewer at both ends
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -197,14 +197,14 @@ def _smooth(values: Values, width: int) -> Values:
 
 
 def _at(iterations: NDArray[np.int64], series: Series | None, default: float) -> Values:
-    """A series at other iterations, linear in between; the default where there is none."""
+    """Interpolate a series linearly at other iterations; use the default if there is none."""
     if series is None:
         return np.full(len(iterations), float(default))
     return np.interp(iterations, series.iterations, series.values)
 
 
 def _flops_per_expert(megatron: dict[str, Any]) -> float:
-    """Of one token: two a weight forward, four backward."""
+    """FLOPs of one token in one expert: two per weight forward, four backward."""
     width = megatron["ffn_hidden_size"]
     if megatron["num_experts"]:
         width = megatron["moe_ffn_hidden_size"] or width

@@ -1,6 +1,6 @@
-"""Shortens Megatron's log to what a person watches: a line per log interval and evaluation.
+"""Shortens Megatron's log to what a person watches: one line per log interval and evaluation.
 
-What the run says of itself, at its start and at its end, stays as it is.
+The lines that our package prints at the start and at the end of a run stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VALIDATION = re.compile(
 
 
 def shorten(line: str) -> str | None:
-    """The short form of a line of Megatron's log, or None for one that is left out."""
+    """The short form of a line of Megatron's log, or None if the line is left out."""
     if _SAID.match(line):
         return line.rstrip()
     if match := _VALIDATION.search(line):
@@ -44,13 +44,13 @@ def shorten(line: str) -> str | None:
 
 
 def progress_of(line: str) -> int | None:
-    """The step that a line of Megatron's log reports as done, or None for another line."""
+    """The step that a line of Megatron's log reports as done, or None for any other line."""
     match = _ITERATION.search(line)
     return int(match[1]) if match else None
 
 
 def main() -> None:
-    """Read stdin, print short lines as they come."""
+    """Read stdin and print short lines as they come."""
     for line in sys.stdin:
         if short := shorten(line):
             print(short, flush=True)

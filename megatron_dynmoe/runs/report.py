@@ -1,7 +1,7 @@
-"""What a run leaves for its reader: ``summary.json`` and ``curves.png``, from its event files.
+"""Writes ``summary.json`` and ``curves.png`` of a run from its event files.
 
-Reads what :mod:`megatron_dynmoe.runs.metrics` and Megatron wrote to TensorBoard, so that it also
-serves runs that were cut off or resumed.
+It reads the values that :mod:`megatron_dynmoe.runs.metrics` and Megatron wrote to TensorBoard, so
+it also serves runs that were cut off or resumed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from megatron_dynmoe.storage.atomic import replace_file
 LOSS = "lm loss"
 TARGET = "dynmoe/target_experts_per_token"
 
-# The share of steps at the end of a run over which the summary averages the routing.
+# The summary averages the routing over this share of the steps, at the end of the run.
 TAIL = 0.2
-# Columns of a heat map: as many as can be told apart.
+# A heat map has at most this many columns: an eye cannot tell more apart.
 MAX_COLUMNS = 240
 
 
@@ -53,12 +53,12 @@ class Series(NamedTuple):
 def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Series]:
     """Read all scalars of a run, as the last of its starts left them.
 
-    A run that goes on from a checkpoint before its last step makes void what was logged after that
-    checkpoint.
+    If a run resumes from a checkpoint before its last step, it makes void whatever was logged
+    after that checkpoint.
 
     Args:
         run_dir: the folder given as ``--run-dir``.
-        elsewhere: where the events are, if they are not there (``--tensorboard-dir``).
+        elsewhere: the folder of the events (``--tensorboard-dir``), if it is another.
 
     Raises:
         NothingLogged: there are no event files.
@@ -79,9 +79,10 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
     ]
     for file in files:
         file.Reload()
-    # A start that was killed at once leaves a file without a scalar, or an empty one.
+    # A start that is killed at once leaves an empty file, or one without a scalar.
     files = [file for file in files if file.Tags()["scalars"]]
-    # In order of the starts. By name, as TensorBoard does, those of one second are in none.
+    # This is the order of the starts. TensorBoard sorts by name, which cannot order the files of
+    # one second.
     files.sort(key=EventAccumulator.FirstEventTimestamp)
     by_tag: dict[str, list[Any]] = {}
     for file in files:
@@ -100,13 +101,14 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
 
 
 def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
-    """The events of one scalar without those that a later start went back over.
+    """The events of one scalar without those that a later start trained again.
 
     Args:
         events: in the order in which they were written.
-        trained: of a scalar of evaluation: the times at which training logged a step. An
-            evaluation that goes back without a step of training since the one before is that of
-            the test set, which Megatron logs under the same name, or of ``--skip-train``.
+        trained: only for a scalar of evaluation: the times at which training logged a step. If an
+            evaluation goes back, but training logged no step since the one before it, it comes
+            from the test set, which Megatron logs under the same name, or from ``--skip-train``;
+            it is left out.
     """
     kept: list[Any] = []
     for event in events:
@@ -125,13 +127,13 @@ def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, 
 
     Args:
         run_dir: the folder given as ``--run-dir``.
-        wall_seconds: duration of the whole run; from the first to the last event if None.
+        wall_seconds: duration of the whole run; if None, the time from first to last event.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run's.
     """
     resolved, scalars = read_run(run_dir)
     summary = summarize_run(resolved, scalars, wall_seconds)
@@ -142,10 +144,10 @@ def write_report(run_dir: Path, wall_seconds: float | None = None) -> dict[str, 
 
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
-    """The resolved settings and the scalars of a run, also of one under way.
+    """The resolved settings and the scalars of a run, which may still be under way.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run's.
         NothingLogged: the run has not logged a step yet.
     """
     resolved_file = run_dir / RESOLVED
@@ -166,8 +168,8 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
 def target_of(routing: dict[str, Any], scalars: dict[str, Series]) -> Series | None:
     """The target experts per token as it was at each logged step; None without a target.
 
-    The settings know only the target of the last start, so they are asked only for runs that logged
-    none, as those of version 0.1.0 did.
+    The settings know only the target of the last start. They are used only for runs that logged
+    no target, such as those of version 0.1.0.
     """
     if "target_experts_per_token" not in routing:
         return None
@@ -178,7 +180,7 @@ def target_of(routing: dict[str, Any], scalars: dict[str, Series]) -> Series | N
 
 
 def layers(scalars: dict[str, Series], name: str) -> dict[int, Series]:
-    """The series of a quantity by layer number, those with experts only, bottom layer first."""
+    """The series of a quantity by layer number, bottom first; only layers with experts."""
     pattern = re.compile(rf"dynmoe_layers/{name}_layer_(\d+)")
     found = {int(match[1]): scalars[tag] for tag in scalars if (match := pattern.fullmatch(tag))}
     return dict(sorted(found.items()))
@@ -187,7 +189,7 @@ def layers(scalars: dict[str, Series], name: str) -> dict[int, Series]:
 def summarize_run(
     resolved: dict[str, Any], scalars: dict[str, Series], wall_seconds: float | None = None
 ) -> dict[str, Any]:
-    """Condense a run into the figures people compare runs by."""
+    """Condense a run into the figures that people compare runs by."""
     routing, megatron = resolved["dynamic_routing"], resolved["megatron"]
     loss = scalars[LOSS]
     if wall_seconds is None:
@@ -200,8 +202,8 @@ def summarize_run(
         std = _mean(_tail(scalars["dynmoe/std_experts_per_token"]))
     validation = scalars.get("lm loss validation")
     threshold = scalars.get("dynmoe/threshold")
-    # The median, since some steps are followed by an evaluation or a checkpoint; of tokens, since
-    # the batch may grow.
+    # This is a median, since an evaluation or a checkpoint follows some steps. It is in tokens,
+    # since the batch may grow.
     batches = scalars.get("batch-size")
     batch_at = dict(zip(batches.iterations, batches.values, strict=True)) if batches else {}
     rates = [
@@ -227,7 +229,7 @@ def summarize_run(
 def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]) -> None:
     """Draw loss, experts per token against the target, threshold, and experts by layer.
 
-    The picture appears at once and whole, so that one of a run under way can be watched.
+    The picture appears at once and whole, so one can watch a run that is under way.
     """
     import matplotlib
 
@@ -280,12 +282,12 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
 def draw_layers(
     axis: Any, iterations: Sequence[int], values: Mapping[int, Sequence[float]]
 ) -> None:
-    """A heat map of experts per token: iterations to the right, layers upwards.
+    """Draw a heat map of experts per token: iterations to the right, layers upwards.
 
     Args:
-        axis: matplotlib's.
-        iterations: of the columns.
-        values: layer number -> experts per token at each of them.
+        axis: a matplotlib axis.
+        iterations: the iteration of each column.
+        values: layer number -> experts per token at each of these iterations.
     """
     import numpy as np
 
@@ -304,7 +306,7 @@ def draw_layers(
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
-    """Save beside the path, then rename: who looks in between sees the old picture."""
+    """Save to a file beside the path and rename it: until then, readers see the old picture."""
     import matplotlib.pyplot as plt
 
     try:

@@ -1,5 +1,6 @@
 """From the command line into Megatron's own training loop.
 
-Flags enter; they are parsed, checked and settled before anything is built. Datasets, batches, the
-loss and the run's folder are what the loop is given; signals and endings are what it leaves.
+The command line enters. Its flags are parsed, checked and settled before anything is built. This
+room gives the loop its datasets, batches, loss and run folder, and ends the process when the loop
+ends or a signal stops it.
 """

@@ -1,7 +1,7 @@
-"""What Megatron's flags cannot be together: said with both numbers before Megatron asserts it.
+"""Refuses flags that Megatron cannot combine, and names both values before Megatron asserts it.
 
-Sizes and the number of processes are checked by :mod:`megatron_dynmoe.planning.layout`, as before
-a job.
+:mod:`megatron_dynmoe.planning.layout` checks sizes and the number of processes, as it also does
+before a job.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_dynmoe.data.tokenizer import SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.command_line import LARGEST, number
 
-# Numbers below these make no sense anywhere, and upstream looks at few of them: it divides by them,
-# or trains with them. All others are from 0, but those that mean something below it.
+# These numbers have to be at least 1. Upstream checks few of them: it divides by them, or trains
+# with them. All other numbers have to be at least 0, except those that mean something below 0.
 _FROM_1 = (
     *("ffn_hidden_size", "moe_ffn_hidden_size", "kv_channels", "num_query_groups", "rotary_base"),
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "moe_router_topk"),
@@ -39,7 +39,7 @@ _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "mi
 
 
 def bound_numbers(parser: ArgumentParser) -> None:
-    """Have a parser of Megatron's refuse numbers that make no sense, NaN and infinities."""
+    """Let one of Megatron's parsers refuse NaN, infinities and numbers that make no sense."""
     for action in parser._actions:
         is_signed = isinstance(action.default, int | float) and action.default < 0
         if action.type not in (int, float) or is_signed or action.dest in _BELOW_0:
@@ -49,19 +49,19 @@ def bound_numbers(parser: ArgumentParser) -> None:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Refuse what Megatron would stop at in an assertion, or pass over without a word.
+    """Refuse what Megatron would stop at in an assertion, or accept without a word.
 
     Args:
         args: Megatron's arguments, parsed and not yet validated.
 
     Raises:
-        ValueError: names the flag that was typed, its value and the remedy.
+        ValueError: the message names the flag that was typed, its value and the remedy.
     """
     _check_given(args)
-    # Other sources of a model's sizes are upstream's affair.
+    # If the sizes of the model come from elsewhere, upstream checks them.
     if not (args.use_checkpoint_args or args.hybrid_layer_pattern):
         _check_sizes(args)
-        # What context parallelism needs is said first, if it is not there: by backends/choice.py.
+        # If Transformer Engine is missing, backends/choice.py says so first.
         if args.context_parallel_size == 1 or has_transformer_engine():
             check_layout(Layout.from_args(args))
     _check_schedule(args)
@@ -85,7 +85,10 @@ def check_arguments(args: Namespace) -> None:
 
 
 def _check_given(args: Namespace) -> None:
-    """What a run cannot do without, and upstream names late or not by its flag."""
+    """Refuse a command line without the flags that every run needs.
+
+    Upstream notices late that they are missing, or does not name the flag.
+    """
     if args.tokenizer_type is None and not args.use_checkpoint_args:
         raise ValueError(
             "--tokenizer-type is not given: give that of --tokenizer-model, SentencePieceTokenizer "
@@ -137,7 +140,10 @@ def _check_sizes(args: Namespace) -> None:
 
 
 def _check_rotary(args: Namespace) -> None:
-    """A head of another size fails in the first step, where upstream cuts it into pairs."""
+    """Refuse a head size that rotary embeddings cannot cut into pairs.
+
+    Upstream would fail in the first step.
+    """
     if args.multi_latent_attention or args.position_embedding_type not in ("rope", "yarn"):
         return
     head = args.kv_channels or args.hidden_size // args.num_attention_heads
@@ -153,10 +159,10 @@ def _check_rotary(args: Namespace) -> None:
 
 
 def check_top_k(args: Namespace) -> None:
-    """Refuse more experts for each token than there are; of stock top-k alone.
+    """Refuse more experts per token than there are. This concerns only stock top-k.
 
     Raises:
-        ValueError: names both flags and their values.
+        ValueError: the message names both flags and their values.
     """
     k, experts = args.moe_router_topk, args.num_experts
     if experts and k > experts:

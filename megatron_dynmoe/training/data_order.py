@@ -1,8 +1,8 @@
-"""A run that goes on: does it still read its training text in the order in which it began?
+"""Checks that a resumed run still reads its training text in the order in which it began.
 
-Upstream keeps no more than a position. With other text, weights, seed or sequence length a run goes
-on from that position in another order, in which some text comes again and some never, and says
-nothing.
+Upstream stores only a position. If the text, the weights, the seed or the sequence length change, a
+run resumes at that position in another order: it reads some text again and some never, and gets no
+message.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from megatron_dynmoe.checkpoints.settings import saved_arguments
 from megatron_dynmoe.training.splits import Part
 
-# The argument of Megatron's in which the description of a run's data lies in its checkpoints.
+# The description of a run's data lies in its checkpoints, as this one of Megatron's arguments.
 NAME = "dynmoe_data_order"
 
 
 def describe(args: Namespace, parts: list[Part], num_samples: int) -> dict[str, Any]:
-    """What the order of the training samples depends on, as plain values.
+    """Describe, in plain values, everything that the order of the training samples depends on.
 
     Args:
         args: Megatron's arguments.
         parts: the files of the training data.
-        num_samples: sequences of the whole training.
+        num_samples: the number of sequences in the whole training.
     """
     total = sum(part.weight or 0 for part in parts) or 1.0
     once = len(parts) > 1 and parts[0].weight is None
@@ -41,14 +41,14 @@ def describe(args: Namespace, parts: list[Part], num_samples: int) -> dict[str, 
 
 
 def note_of_change(args: Namespace, order: dict[str, Any]) -> str | None:
-    """A line that says what has changed, if the run goes on from a checkpoint with another order.
+    """Return a line that says what changed if the run resumes with another order, else None.
 
     Args:
         args: Megatron's arguments, validated.
-        order: what :func:`describe` says of this run.
+        order: this run's description by :func:`describe`.
     """
     if args.finetune or args.skip_train:
-        return None  # begins at the first sample, or reads none
+        return None  # the run begins at the first sample, or reads no samples
     saved = saved_arguments(args)
     before = getattr(saved, NAME, None)
     if not isinstance(before, dict):

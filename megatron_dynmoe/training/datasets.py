@@ -23,7 +23,7 @@ def train_valid_test_datasets_provider(
     """Build the training, validation and test datasets of one model chunk.
 
     Args:
-        num_samples: samples wanted of each of the three.
+        num_samples: the number of samples wanted of each of the three.
         vp_stage: the chunk's virtual pipeline stage.
     """
     args = get_args()
@@ -47,14 +47,15 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 def check_lengths(datasets: Sequence[Any], num_samples: Sequence[int | None]) -> None:
     """Refuse data that would run out in the middle of a run.
 
-    Upstream reads several files without weights once, and says nothing when they are short.
+    If several files have no weights, upstream reads each once, and gives no message if they are
+    too short.
 
     Args:
-        datasets: of training, validation and test; of each one, a list of several, or None.
-        num_samples: how many of each the run needs; None for all there are.
+        datasets: those of training, validation and test; each is a dataset, a list or None.
+        num_samples: how many samples of each the run needs; None means all there are.
 
     Raises:
-        ValueError: a dataset has fewer.
+        ValueError: a dataset has fewer samples than the run needs.
     """
     for name, dataset, needed in zip(SPLITS, datasets, num_samples, strict=True):
         for part in dataset if isinstance(dataset, list) else [dataset]:
@@ -94,8 +95,8 @@ def dataset_config(args: Any) -> DatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    # Of a split that is not read upstream would count the epochs all the same: without a token in
-    # it, for ever.
+    # Upstream also counts the epochs of a split that no one reads; if that split has no token, it
+    # counts for ever.
     for number, is_read in enumerate(splits_read(args)):
         if not is_read and not args.mock_data:
             if config.split_matrix is not None:

@@ -21,7 +21,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     # One of upstream's help texts holds a bare "%", on which argparse's --help fails.
     for action in parser._actions:
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
-    # In place of argparse's, which prints 1,500 lines of usage before the error.
+    # Our method replaces argparse's, which prints 1,500 lines of usage before the error.
     parser.error = partial(RaisingParser.error, parser)  # type: ignore[method-assign, arg-type]
     bound_numbers(parser)
     parser.fromfile_prefix_chars = "@"
@@ -33,7 +33,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _words_of_line(arg_line: str) -> list[str]:
-    """The flags in a line of an ``@FILE``, read as in a recipe."""
+    """The flags in one line of an ``@FILE``, read as in a recipe."""
     try:
         words = shlex.split(arg_line, comments=True)
     except ValueError as error:

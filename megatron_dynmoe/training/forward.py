@@ -1,4 +1,4 @@
-"""One micro-batch: fetch it, run the model, compute the language-model loss."""
+"""One micro-batch: fetch it, run the model and compute the language-model loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_dynmoe.training.logits import check_logits
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-# A loss this many times larger than any before is worth a re-run.
+# If a loss is this many times larger than any before, upstream runs the step again.
 SPIKY_LOSS_FACTOR = 10
 
 straggler_detector = StragglerDetector()
@@ -68,7 +68,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro-batch; nothing on stages in the middle of the pipeline."""
+    """This rank's part of the next micro-batch; empty on stages in the middle of the pipeline."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     args = get_args()
@@ -102,7 +102,7 @@ def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
 
 
 def _validate(loss: Tensor) -> None:
-    """Hand the loss to upstream's rerun machine, as its own scripts do."""
+    """Pass the loss to upstream's rerun machine, as its own scripts do."""
     args, machine = get_args(), get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
         for name, rejection in (("NaN", torch.isnan), ("Inf", torch.isinf)):

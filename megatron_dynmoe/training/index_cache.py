@@ -1,11 +1,11 @@
-"""Megatron's cache of data indexes, named by what the token files hold and written whole.
+"""Names the files of Megatron's index cache by the content of the data, and writes them whole.
 
-Upstream names the files of the cache by the *path* of the token files. If the text is preprocessed
-again under the same path, the next run reads the new tokens by the old index: some documents never,
-others cut at the wrong place. It also writes the files in place, so that a run that starts in the
-middle reads one that is cut short.
+Upstream names the files of the cache by the *path* of the token files. If somebody preprocesses the
+text again under the same path, the next run reads the new tokens by the old index: it skips some
+documents and cuts others at the wrong place. Upstream also writes the files in place, so a run that
+starts in the meantime reads a file that is cut short.
 
-:mod:`megatron_dynmoe.upstream.patches` puts both functions around upstream's own.
+:mod:`megatron_dynmoe.upstream.patches` wraps upstream's functions in both of these.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 
 
 def named_by_content(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``GPTDataset._build_document_sample_shuffle_indices``: add the content to its names.
+    """Wrap ``GPTDataset._build_document_sample_shuffle_indices``: add the content to file names.
 
-    A blend's index follows, since its name is made of those of its datasets. Every rank computes
-    the same name. An edit that keeps the length of every document keeps the name, rightly: the
-    index says where samples begin, and not what they hold.
+    The name of a blend's index follows, since upstream makes it of the names of its datasets. Every
+    rank computes the same name. An edit that keeps the length of every document keeps the name too.
+    That is right, because the index says at which token a sample begins, and not what it holds.
     """
 
     @functools.wraps(build)
@@ -43,11 +43,11 @@ def named_by_content(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def written_whole(build: Callable[..., Any], folder_of: Callable[[Any], str | None]) -> Any:
-    """Around a function that builds or loads an index: let others see whole files only.
+    """Wrap a function that builds or loads an index, so that others only ever see whole files.
 
     Args:
         build: upstream's method, which reads ``self.config.path_to_cache``.
-        folder_of: where upstream keeps the files of an object of that class.
+        folder_of: returns the folder in which upstream keeps the files of such an object.
     """
 
     @functools.wraps(build)
@@ -57,14 +57,14 @@ def written_whole(build: Callable[..., Any], folder_of: Callable[[Any], str | No
             return build(dataset, *args)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as aside:
-            # A copy, because several threads build data sets with one config.
+            # This is a copy, because several threads build datasets with one config.
             dataset.config = copy.copy(config)
             dataset.config.path_to_cache = aside
             try:
                 index = build(dataset, *args)
             finally:
                 dataset.config = config
-            # The description comes last: for _builds it is the sign that all is there.
+            # The description comes last: _builds takes it as the sign that all files are there.
             for path in sorted(Path(aside).iterdir(), key=lambda path: path.suffix == ".txt"):
                 os.replace(path, Path(folder) / path.name)
             return index
@@ -73,7 +73,7 @@ def written_whole(build: Callable[..., Any], folder_of: Callable[[Any], str | No
 
 
 def _builds(dataset: Any, folder: Path) -> bool:
-    """Whether this process is the one that will build the index, because there is none yet."""
+    """Whether this process will build the index, because there is none yet."""
     config = dataset.config
     if config.fast_cache_load or config.defer_npy_index_mmap:
         return False
@@ -83,7 +83,7 @@ def _builds(dataset: Any, folder: Path) -> bool:
 
 
 def folder_of_gpt(dataset: Any) -> str | None:
-    """Where upstream keeps the index of a ``GPTDataset``."""
+    """The folder in which upstream keeps the index of a ``GPTDataset``."""
     if dataset.config.path_to_cache or dataset.config.mock:
         return dataset.config.path_to_cache
     return os.path.join(dataset.dataset.path_prefix, "cache", f"{type(dataset).__name__}_indices")
@@ -91,9 +91,10 @@ def folder_of_gpt(dataset: Any) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def fingerprint(tokens: Any) -> str:
-    """Of an ``IndexedDataset``: the lengths of its sequences, and how documents are made of them.
+    """Hash the sequence lengths of an ``IndexedDataset``, and how they form documents.
 
-    Hashed at about 1 GB/s, 8 bytes a document or a little more, once for all three splits.
+    The hash runs at about 1 GB/s over 8 bytes per document or a little more, once for all three
+    splits.
     """
     digest = hashlib.blake2b(digest_size=16)
     for values in (tokens.sequence_lengths, tokens.document_indices):
@@ -102,7 +103,7 @@ def fingerprint(tokens: Any) -> str:
 
 
 def describe_again(dataset: Any) -> None:
-    """Make the description of a data set, and its hash, of its present identifiers."""
+    """Build the description of a dataset, and its hash, anew from its present identifiers."""
     dataset.unique_description = json.dumps(
         dataset.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
     )

@@ -1,4 +1,7 @@
-"""When to log, evaluate and save: refused where Megatron would crash, some of it hours later."""
+"""Checks the intervals for logging, evaluating and saving before Megatron crashes over them.
+
+Some of these crashes would come hours later.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ _DIVIDES = "since Megatron divides by it"
 
 
 def check_intervals(args: Namespace) -> None:
-    """Refuse an interval that is missing or below 1; before Megatron validates its arguments.
+    """Refuse an interval that is missing or below 1, before Megatron validates its arguments.
 
-    Also the evaluations on all validation text that Megatron cannot do.
+    The check also refuses evaluations on all validation text that Megatron cannot do.
 
-    Where only an evaluation is asked for, a missing ``--eval-interval`` is filled in: it means
-    nothing then, but Megatron divides by it after a load all the same.
+    If the run only evaluates, a missing ``--eval-interval`` is filled in: it then means nothing,
+    but Megatron still divides by it after a load.
 
     Raises:
-        ValueError: names the flag, its value and the remedy.
+        ValueError: the message names the flag, its value and the remedy.
     """
     if args.skip_train:
         args.eval_interval = args.eval_interval or 1

@@ -18,17 +18,18 @@ REMEDIES = (
 
 
 def check_logits(model: torch.nn.Module) -> None:
-    """After the forward pass of a micro-batch: stop if a router saw a logit that is not finite.
+    """Stop the run if a router saw NaN or infinite logits; called after each micro-batch's forward.
 
-    Where upstream checks the loss (``--check-for-nan-in-loss-and-grad``, on by default), for which
-    the host waits anyway. It waits here once for all layers of the chunk. Upstream would find such
-    a batch by its loss on the last stage, not say where it began, and not look in the first step.
+    The check runs if upstream checks the loss (``--check-for-nan-in-loss-and-grad``, on by
+    default), for which the host waits anyway. Here it waits once for all layers of the chunk.
+    Upstream's check would find such a batch by its loss on the last stage. It would not say in
+    which layer it began, and does not look in the first step.
 
     Args:
         model: the model chunk that has just run.
 
     Raises:
-        RuntimeError: names iteration, rank, the first such layer and its number of tokens.
+        RuntimeError: the message names iteration, rank, the first such layer and its token count.
     """
     args = get_args()
     if not args.check_for_nan_in_loss_and_grad:
@@ -43,7 +44,7 @@ def check_logits(model: torch.nn.Module) -> None:
     bad = {router.layer_number: n for router, n in zip(routers, counts, strict=True) if n}
     if not bad:
         return
-    # Upstream counts the iteration after the step; without training it sets none.
+    # Upstream counts the iteration after the step; without training it sets no such argument.
     finished = args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration
     when = f"iteration {finished + 1}"
     if not model.training:

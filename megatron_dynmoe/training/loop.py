@@ -47,7 +47,7 @@ from megatron_dynmoe.training.upstream_refusals import in_flags
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
-# Modes of upstream's script that need its own batches and losses.
+# These modes of upstream's script need batches and losses of their own.
 _OTHER_BATCHES = {
     "sft": "fine-tuning on packed sequences",
     "fim_data": "fill-in-the-middle data",
@@ -55,7 +55,7 @@ _OTHER_BATCHES = {
     "hybrid_context_parallel": "hybrid context parallelism",
     "logits_load_dir": "distillation from cached logits",
 }
-# Settings that build another model than the one into which dynamic routing is put.
+# These settings build a model that dynamic routing cannot be put into.
 _OTHER_MODELS = (
     "spec",
     "hybrid_layer_pattern",
@@ -69,7 +69,7 @@ def train(program_start: float) -> None:
     """Train as the command line says.
 
     Raises:
-        UsageError: a setting makes no sense; before the first step.
+        UsageError: a setting makes no sense; raised before the first step.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.leaving_nothing_before_a_step():
@@ -108,7 +108,7 @@ def _build_and_train(
         raise
     except SystemExit as exit:
         if exit.code or not hasattr(args, "curr_iteration"):
-            raise  # not agreed on by all ranks, or before the first step
+            raise  # not every rank has agreed to stop, or no step has run yet
         reason = notices.say_how_to_go_on(args, signals.that_stopped(), ends=False)
         signals.exit_as_told(reason)
     if not args.skip_train:
@@ -117,7 +117,7 @@ def _build_and_train(
 
 @contextmanager
 def _refusing_in_flags() -> Iterator[None]:
-    """Say in one line, of the flags, why a run is refused; ends with the first step."""
+    """State in one line, in terms of flags, why a run is refused; active until the first step."""
     try:
         yield
     except Exception as error:
@@ -129,7 +129,7 @@ def _refusing_in_flags() -> Iterator[None]:
 
 
 def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
-    """Parse and check all flags; registers them as Megatron's global arguments.
+    """Parse and check all flags, and register them as Megatron's global arguments.
 
     Returns:
         Megatron's arguments, and our settings with their defaults filled in.
@@ -195,7 +195,7 @@ def report_evaluation(model: list[torch.nn.Module]) -> None:
     """
     config = get_model_config(model[0])
     if not isinstance(config.finalize_model_grads_func, GlobalBatchUpdate):
-        return  # stock top-k
+        return  # stock top-k has no such count
     statistics = reduce_statistics(
         list(routers_of(model)), config.num_layers, config.num_moe_experts, evaluation=True
     )
@@ -208,7 +208,7 @@ def report_evaluation(model: list[torch.nn.Module]) -> None:
         + " ".join(f"{value:.3f}" for value in summary.experts_per_token_by_layer)
     )
     args = get_args()
-    # Upstream counts the iteration after the step; without training it sets none.
+    # Upstream counts the iteration after the step; without training it sets no such argument.
     iteration = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
     values = {
         f"{PREFIX}/validation_experts_per_token": summary.experts_per_token,

@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start what it rules out for later, at its end how to go on."""
+"""What a run prints at its start (what it rules out for later) and at its end (how to go on)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def say_what_to_know_first(args: Namespace, plan: choice.Plan) -> None:
 
 
 def what_is_ruled_out(args: Namespace, plan: choice.Plan) -> list[str]:
-    """What cannot be done later with a run that begins; nothing for one that goes on.
+    """Lines about what cannot be done later with a new run; empty if the run resumes.
 
     Args:
         args: Megatron's arguments, validated.
@@ -39,7 +39,7 @@ def what_is_ruled_out(args: Namespace, plan: choice.Plan) -> list[str]:
     if not args.save:
         return ["neither --run-dir nor --save is given, so nothing of this run will be kept"]
     if args.load and (Path(args.load) / TRACKER).is_file():
-        return []  # it was said at the first start, and is settled
+        return []  # the first start has already printed it, and it can no longer be changed
     notes = []
     if found := obstacles(args):
         causes = "; ".join(f"{one.otherwise} ({one.remedy})" for one, _ in found)
@@ -58,17 +58,17 @@ def what_is_ruled_out(args: Namespace, plan: choice.Plan) -> list[str]:
 
 
 def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool = True) -> str:
-    """Print, on the first rank, where the run is and how to go on, when all ranks have written.
+    """Print, on the first rank, the state of the run and how to go on, once all ranks have written.
 
-    A launch script, which has its own commands, says it by itself: there nothing is printed.
+    A launch script has commands of its own and prints them itself; then this prints nothing.
 
     Args:
         args: Megatron's arguments.
-        stopped_by: the name of a signal.
-        ends: whether all steps were taken.
+        stopped_by: the name of the signal that stopped the run, or None.
+        ends: whether the run has taken all its steps.
 
     Returns:
-        What is printed, on every rank.
+        The text for every rank, printed or not.
     """
     words = how_to_go_on(args, stopped_by, ends)
     if dist.is_initialized():
@@ -79,8 +79,8 @@ def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool 
 
 
 def how_to_go_on(args: Namespace, stopped_by: str | None, ends: bool) -> str:
-    """Where a run is, and the command that goes on with it."""
-    # Upstream counts an iteration after its step; without one it has what was loaded.
+    """The state of a run, and the command that resumes it."""
+    # Upstream counts an iteration after its step; without a step it has the iteration it loaded.
     last = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
     cause = f" by {stopped_by}" if stopped_by else ""
     begin = f"{'finished' if ends else f'stopped{cause}'}: iteration {last} of {args.train_iters}"
@@ -100,7 +100,7 @@ def how_to_go_on(args: Namespace, stopped_by: str | None, ends: bool) -> str:
         go_on = (
             f"to train further: {command} {'with' if is_same else 'and'} a larger --train-{unit}"
         )
-        # Megatron has put in the length of the run where none was given for the learning rate's.
+        # If the flag for the learning rate's decay is missing, Megatron uses the run's length.
         has_own_decay = getattr(args, f"lr_decay_{unit}") != getattr(args, f"train_{unit}")
         if not (has_own_decay or args.override_opt_param_scheduler):
             go_on += " and --override-opt-param-scheduler"
@@ -108,7 +108,7 @@ def how_to_go_on(args: Namespace, stopped_by: str | None, ends: bool) -> str:
 
 
 def _last_saved(save: str | None) -> str | None:
-    """What the tracker names: an iteration."""
+    """The iteration that the tracker names."""
     if not save or not is_local(save):
         return None
     tracker = Path(save) / TRACKER

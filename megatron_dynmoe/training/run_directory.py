@@ -1,4 +1,4 @@
-"""``--run-dir``: one folder that holds all a run leaves, and what it was asked to do."""
+"""``--run-dir``: one folder for everything that a run writes and for the command that began it."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
-        help="Keep everything of this run here: checkpoints (--save), TensorBoard events "
+        help="Keep everything of this run in this folder: checkpoints (--save), TensorBoard events "
         "(--tensorboard-dir), the command, the resolved settings and, at the end, summary.json "
-        "and curves.png. Paths given by their own flags stay.",
+        "and curves.png. Paths that have flags of their own stay as given.",
     )
     parser.add_argument(
         "--live-plot",
         action="store_true",
-        help="Redraw the curves.png of --run-dir while the run is under way, in a process of its "
-        "own with low priority.",
+        help="Redraw the curves.png of --run-dir while the run is under way, in a separate "
+        "process with low priority.",
     )
     return parser
 
 
 def set_paths(args: Namespace) -> None:
-    """Derive Megatron's paths from ``--run-dir``; before its arguments are validated.
+    """Derive Megatron's paths from ``--run-dir``, before its arguments are validated.
 
     Raises:
         ValueError: the folder holds another run, which this one would mix with or overwrite; or
-            another flag needs the folder that is not given.
+            another flag needs a run folder and none is given.
     """
     if args.run_dir is None:
         if args.live_plot:
             raise ValueError("--live-plot draws into the folder of a run: give --run-dir, too.")
         return
     run_dir = Path(args.run_dir)
-    # Asked on the one rank that writes events, and before it does: others could see its own.
+    # Only the rank that writes events asks, before it writes: other ranks could see its new file.
     if args.rank == args.world_size - 1 and args.load is None:
         has_checkpoint = (run_dir / names.CHECKPOINTS / TRACKER).is_file()
         if has_checkpoint or _has_logged(run_dir):
@@ -70,13 +70,13 @@ def set_paths(args: Namespace) -> None:
             )
     args.save = args.save or str(run_dir / names.CHECKPOINTS)
     if args.save_interval is None:
-        # Megatron wants an interval with --save; it always saves at the end.
+        # Megatron wants an interval with --save, although it always saves at the end.
         args.save_interval = args.train_iters or 1000
     args.tensorboard_dir = args.tensorboard_dir or str(run_dir / names.TENSORBOARD)
 
 
 def _has_logged(run_dir: Path) -> bool:
-    """Whether a run has logged a step there; one that was refused has not."""
+    """Whether a run has logged a step there; a run that was refused has logged none."""
     try:
         return bool(report.read_scalars(run_dir))
     except report.NothingLogged:
@@ -85,10 +85,10 @@ def _has_logged(run_dir: Path) -> bool:
 
 @contextmanager
 def leaving_nothing_before_a_step() -> Iterator[None]:
-    """Remove the event file that Megatron opens first if nothing was trained, and empty folders.
+    """If no step ran, remove the event file that Megatron opens first, and empty folders.
 
-    So a start that is refused, or fails while the model is built, data are indexed or a checkpoint
-    is loaded, does not stand in the way of the corrected command.
+    A start may be refused, or fail while it builds the model, indexes data or loads a checkpoint.
+    What it leaves must not stand in the way of the corrected command.
     """
     try:
         yield
@@ -112,7 +112,7 @@ def _remove_empty(*folders: Path) -> None:
 
 @contextmanager
 def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> Iterator[None]:
-    """Write into ``--run-dir``, where one is given, what a run is and, at its end, what it did.
+    """Write into ``--run-dir``, if given, what the run is and, at its end, what it did.
 
     Args:
         args: Megatron's arguments.
@@ -128,7 +128,7 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
     try:
         with redrawing(run_dir, get_tensorboard_writer) if plotting else nullcontext():
             yield
-    except SystemExit:  # --exit-interval and its like end the process from within the loop
+    except SystemExit:  # --exit-interval and similar flags end the process from within the loop
         _write_report(run_dir, args, program_start)
         raise
     except Exception:
@@ -136,14 +136,14 @@ def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> It
             _put_back(run_dir, before)
         raise
     _write_report(run_dir, args, program_start)
-    if args.rank == 0 and not args.skip_train:  # an evaluation brings no run to its end
+    if args.rank == 0 and not args.skip_train:  # an evaluation does not finish a run
         mark_finished(run_dir, args.train_iters, args.train_samples)
 
 
 def _write_settings(
     run_dir: Path, args: Namespace, resolved: DynMoEConfig
 ) -> dict[str, bytes | None]:
-    """Write the command and the settings; returns what the two files held, None if not there."""
+    """Write the command and the settings; return what the two files held before, None if new."""
     written = (COMMAND, names.RESOLVED)
     before = {
         name: (run_dir / name).read_bytes() if (run_dir / name).is_file() else None
@@ -154,7 +154,7 @@ def _write_settings(
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     command = shlex.join([*launcher, "-m", "megatron_dynmoe.pretrain", *sys.argv[1:]])
-    with open(run_dir / COMMAND, "a") as file:  # a resumed run adds its own
+    with open(run_dir / COMMAND, "a") as file:  # a resumed run appends its own command
         file.write(command + "\n")
     settings = {
         "dynamic_routing": resolved.to_dict(),
@@ -165,7 +165,7 @@ def _write_settings(
 
 
 def _put_back(run_dir: Path, before: dict[str, bytes | None]) -> None:
-    """Let the files be those of the last start that trained, if there was one."""
+    """Restore the files of the last start that trained, if there was one."""
     for name, content in before.items():
         path = run_dir / name
         if content is None:
@@ -176,20 +176,20 @@ def _put_back(run_dir: Path, before: dict[str, bytes | None]) -> None:
 
 
 def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
-    writer = get_tensorboard_writer()  # the last rank's
+    writer = get_tensorboard_writer()  # only the last rank has one
     if args.rank == args.world_size - 1 and writer is not None:
         writer.flush()
         try:
             report.write_report(run_dir, wall_seconds=time.time() - program_start)
-        except report.NothingLogged as error:  # --tensorboard-log-interval may be that long
+        except report.NothingLogged as error:  # --tensorboard-log-interval may exceed the run
             print(f"> no {names.SUMMARY} and {names.CURVES}: {error}", flush=True)
 
 
 def _plain(value: Any) -> Any:
-    """A value that YAML can hold; others by their name."""
+    """Return the value if YAML can hold it, else its name as text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    # Exact types: an IntEnum is an int that YAML cannot hold.
+    # The check is for exact types: an IntEnum is an int, and YAML cannot hold it.
     return value if type(value) in (bool, int, float, str, type(None)) else str(value)

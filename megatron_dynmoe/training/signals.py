@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: finish the step, save one checkpoint, end with 128 + the signal."""
+"""SIGTERM, SIGINT and SIGHUP finish the step, save one checkpoint and exit with 128 + signal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.training import global_vars
 from megatron_dynmoe.runs.folder import note_stop
 from megatron_dynmoe.settings.exits import tell_torchrun
 
-# Where one of these is ignored, under nohup or in the background of a script, it stays so.
+# If the parent ignores one of these (nohup, a script's background job), the run ignores it too.
 _OPTIONAL = (signal.SIGINT, signal.SIGHUP)
 
 
@@ -34,23 +34,23 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
 
 
 def settle(args: Namespace) -> None:
-    """Leave signals to the system where nothing is trained: only training asks what was heard."""
+    """If nothing is trained, leave signals to the system: only training asks for them."""
     args.exit_signal_handler = args.exit_signal_handler and not args.skip_train
 
 
 class Stopped(Exception):
-    """A signal has ended the run, in good order."""
+    """A signal has ended the run in good order."""
 
 
 class StopSignals:
-    """Hears the signals that ask a run to end; takes the place of upstream's handler.
+    """Records the signals that ask a run to end; replaces upstream's handler.
 
     Attributes:
         agreed: the signal that the ranks have agreed on, or 0.
     """
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
-        """Hear a signal, and SIGTERM, SIGINT and SIGHUP in any case."""
+        """Listen for the given signal, and in any case for SIGTERM, SIGINT and SIGHUP."""
         self._always = {int(signum), int(signal.SIGTERM)}
         self._heard = 0
         self.agreed = 0
@@ -64,37 +64,40 @@ class StopSignals:
         return self
 
     def signals_received(self) -> list[int]:
-        """What any rank has heard, in one small reduction; Megatron asks after every step."""
+        """The signals that any rank has received. Megatron asks after every step.
+
+        All ranks take part in one small reduction.
+        """
         heard = torch.tensor([self._heard], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
         self.agreed = int(heard.item())
         return [self.agreed]
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        # A second one changes nothing: torchrun sends its own after a Ctrl-C in the terminal.
+        # A second signal changes nothing: torchrun sends its own after a Ctrl-C in the terminal.
         if not self._heard and torch.utils.data.get_worker_info() is None:
             name = signal.Signals(number).name
             saves = getattr(global_vars._GLOBAL_ARGS, "save", None)
             what = "with a checkpoint" if saves else "without a checkpoint, as --save is not given"
             text = f"\n{name}: ending after this step, {what} (Ctrl-\\ ends at once)\n"
-            os.write(2, text.encode())  # printing could be what the signal has interrupted
+            os.write(2, text.encode())  # the signal may have interrupted a print
         self._heard = self._heard or number
 
 
 def _end_data_workers() -> None:
-    """Kill what loads data, at the end of this process.
+    """Kill the data loader's processes at the end of this process.
 
-    Such a process hears SIGTERM too, so as not to end before its rank has saved; but SIGTERM is how
-    ``multiprocessing`` ends what is left at the exit, and then it waits: for good.
+    Such a process handles SIGTERM too, so that it does not end before its rank has saved. But
+    ``multiprocessing`` sends SIGTERM to its children at exit and then waits for them, for ever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where one is killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises if a worker is killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
 def that_stopped() -> str | None:
-    """The name of the signal that the ranks have agreed to end by; None without one."""
+    """The name of the signal that the ranks have agreed to end by; None if there is none."""
     handler = global_vars._GLOBAL_SIGNAL_HANDLER
     if not isinstance(handler, StopSignals) or not handler.agreed:
         return None
@@ -102,12 +105,12 @@ def that_stopped() -> str | None:
 
 
 def exit_as_told(reason: str) -> NoReturn:
-    """End with 128 + the signal where that is why the training loop ends, else with 0.
+    """Exit with 128 + the signal if a signal ended the training loop, else with 0.
 
-    A run that was told to stop has not finished, and what waits for its success must not start.
+    A run that was told to stop has not finished: jobs that wait for its success must not start.
 
     Args:
-        reason: what torchrun is to say of this rank.
+        reason: the text that torchrun prints about this rank.
     """
     name = that_stopped()
     if name is None:
@@ -115,5 +118,5 @@ def exit_as_told(reason: str) -> NoReturn:
     if torch.distributed.get_rank() == 0:
         note_stop(name)
     tell_torchrun(Stopped(reason))
-    torch.distributed.barrier()  # launchers end all ranks once one has failed; some still write
+    torch.distributed.barrier()  # once one rank fails, launchers end all; some may still write
     sys.exit(128 + signal.Signals[name])

@@ -1,8 +1,8 @@
-"""Training, validation and test data: is there something in each split that the run reads?
+"""Checks that each split (training, validation, test) that a run reads has data.
 
-Upstream counts the epochs of a split without tokens in a loop that never ends, meets missing
-validation data at the first evaluation, hours later, and test data beside several validation sets
-at the end of the training.
+Upstream counts the epochs of a split without tokens in a loop that never ends. It notices missing
+validation data only at the first evaluation, hours later, and refuses test data beside several
+validation sets only at the end of the training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     weight: float | None
     num_documents: int
     num_tokens: int
-    fingerprint: str  # of the lengths of its documents, on which the order of the samples depends
+    fingerprint: str  # hash of the document lengths, on which the order of the samples depends
 
 
 def splits_read(args: Namespace) -> tuple[bool, bool, bool]:
@@ -53,18 +53,18 @@ def check_splits(
     together: tuple[list[str], list[float] | None] | None,
     per_split: list[tuple[list[str], list[float] | None] | None] | None,
 ) -> list[list[Part]]:
-    """Refuse a split that the run reads and that gets no data.
+    """Refuse a split that the run reads and that has no data.
 
     Args:
         args: Megatron's arguments, validated.
         together: prefixes and weights of ``--data-path``, which ``--split`` divides.
-        per_split: those of each split, or None where each has none of its own.
+        per_split: prefixes and weights of each split, or None if no split has its own.
 
     Returns:
-        For training, validation and test, what each file contributes.
+        What each file contributes to training, validation and test.
 
     Raises:
-        ValueError: names the flag, its value, the number of documents and the remedy.
+        ValueError: the message names the flag, its value, the number of documents and the remedy.
     """
     shares: list[tuple[float, float] | None] = [(0.0, 1.0)] * len(Split)
     if together is not None:
@@ -91,7 +91,7 @@ def check_splits(
 
 
 def _check_full_validation(args: Namespace, number: int, flag: str, blend: Any) -> None:
-    """Refuse what Megatron's evaluation on all validation text does not do."""
+    """Refuse what Megatron's evaluation on all validation text cannot do."""
     if not args.full_validation:
         return
     if number == Split.valid.value and blend[1] is not None:
@@ -111,7 +111,7 @@ def _check_full_validation(args: Namespace, number: int, flag: str, blend: Any) 
 
 
 def _check_read_once(args: Namespace, number: int, parts: list[Part]) -> None:
-    """Refuse a file that is read once and holds less than one sequence, and a token to predict."""
+    """Refuse a file that is read once and is shorter than one sequence plus a token to predict."""
     is_whole = args.full_validation and number == Split.valid.value
     is_once = is_whole or (len(parts) > 1 and parts[0].weight is None)
     for part in parts if is_once else []:
@@ -126,9 +126,9 @@ def _check_read_once(args: Namespace, number: int, parts: list[Part]) -> None:
 
 
 def refusing_no_token(count_epochs: Callable[..., int]) -> Callable[..., int]:
-    """Around ``GPTDataset._get_num_epochs``, which never returns where an epoch has no token.
+    """Wrap ``GPTDataset._get_num_epochs``, which never returns if an epoch has no token.
 
-    For scripts that do not come by :func:`check_splits`.
+    This protects scripts that do not call :func:`check_splits`.
     """
 
     @functools.wraps(count_epochs)
@@ -147,13 +147,13 @@ def refusing_no_token(count_epochs: Callable[..., int]) -> Callable[..., int]:
 
 
 def epochs_note(parts: list[Part], num_samples: int, sequence_length: int) -> str | None:
-    """A line that says how often the training text is read, if that is often."""
+    """Return a line that says how often the training text is read, if that is often."""
     total_weight = sum(part.weight or 0 for part in parts)
     notes = []
     for part in parts:
         share = part.weight / total_weight if part.weight is not None else 1 / len(parts)
         if len(parts) > 1 and part.weight is None:
-            return None  # read once
+            return None  # the text is read once
         epochs = share * num_samples * sequence_length / part.num_tokens
         if epochs > EPOCHS_WORTH_A_NOTE:
             notes.append(f"{part.prefix} ({part.num_tokens:,} tokens) {epochs:,.0f} times")
@@ -163,9 +163,9 @@ def epochs_note(parts: list[Part], num_samples: int, sequence_length: int) -> st
 
 
 def check_weights(flag: str, blend: tuple[list[str], list[float] | None]) -> None:
-    """Refuse weights of a blend that are not above 0, on which upstream's assertions are silent.
+    """Refuse weights of a blend that are not above 0; upstream's assertions have no message.
 
-    Also weights that stand after their files, which upstream takes for files.
+    This also refuses weights that stand after their files, which upstream takes for files.
     """
     if blend[1] is None:
         _check_places(flag, blend[0])
@@ -214,9 +214,9 @@ def _parts(blend: tuple[list[str], list[float] | None], share: tuple[float, floa
     weights: Sequence[float | None] = blend[1] or [None] * len(blend[0])
     for prefix, weight in zip(blend[0], weights, strict=True):
         if "://" in prefix:
-            continue  # an object store's: upstream's own affair
+            continue  # upstream itself checks the files of an object store
         lengths = read_dataset(prefix)[0].lengths
-        first, last = (round(bound * float(len(lengths))) for bound in share)  # as upstream
+        first, last = (round(bound * float(len(lengths))) for bound in share)  # as upstream does
         read = lengths[first:last]
         fingerprint = hashlib.blake2b(read.tobytes(), digest_size=8).hexdigest()
         num_tokens = int(read.sum(dtype="int64"))

@@ -1,7 +1,7 @@
-"""Token files that are damaged, or made for another vocabulary: found before they do harm.
+"""Finds token files that are damaged or made for another vocabulary before they do harm.
 
-Upstream maps an index as it stands, and an id without an embedding ends a run in an index error,
-on a GPU in an assert of the device that names nothing.
+Upstream maps an index without checking it. An id without an embedding ends a run in an index error,
+or, on a GPU, in a device assert that names nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dynmoe.data.check import Vocabulary, check_dataset
 from megatron_dynmoe.data.finding import FAILED
 from megatron_dynmoe.training import data_order, splits
 
-# Of each .bin file, about this much is read at start-up.
+# The check at start-up reads about this many bytes of each .bin file.
 BYTES_LOOKED_AT = 1 << 26
 _DATA_FLAGS = (
     *("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"),
@@ -32,18 +32,18 @@ _OTHER_TOKENIZER = "preprocess the text with the tokenizer of the run"
 
 
 def check_token_files(args: Any) -> None:
-    """Look at the files of ``--data-path`` and its like.
+    """Check the files of ``--data-path`` and the flags like it.
 
-    That they are there is asked on every rank, so that none waits for one that has stopped. Once a
-    node every index is compared with its tokens, and some 64 MB of the ids with the vocabulary.
-    Addresses of object stores are left to upstream.
+    Every rank checks that they are there, so that none waits for one that has stopped. Once per
+    node, every index is compared with its tokens, and some 64 MB of the ids with the vocabulary.
+    Upstream itself checks the addresses of object stores.
 
     Args:
         args: Megatron's arguments.
 
     Raises:
         ValueError: a file is missing or damaged, or holds an id that the model has no embedding
-            for; with its name, the place and the remedy.
+            for; the message gives the file's name, the position and the remedy.
     """
     if args.mock_data:
         return
@@ -70,7 +70,10 @@ def check_token_files(args: Any) -> None:
 
 
 def _say_of_order(args: Any, training: list[splits.Part]) -> None:
-    """Keep how the training text is read for the checkpoints; say if it is often, or otherwise."""
+    """Note the order of the training text for the checkpoints.
+
+    Say so if the run reads the text often, or in another order than it began with.
+    """
     if not training or os.environ.get("RANK", "0") != "0":
         return
     order = data_order.describe(args, training, _num_samples(args))
@@ -85,7 +88,7 @@ def _say_of_order(args: Any, training: list[splits.Part]) -> None:
 
 
 def _num_samples(args: Any) -> int:
-    """The sequences that a whole training takes, those of earlier starts included."""
+    """The number of sequences that a whole training takes, including those of earlier starts."""
     return args.train_samples or (args.train_iters or 0) * args.global_batch_size
 
 
@@ -132,7 +135,7 @@ def naming_the_cache(args: Any) -> Iterator[None]:
 def _cached_indexes(args: Any) -> Iterator[Path]:
     if args.data_cache_path:
         folders = [Path(args.data_cache_path)]
-    else:  # upstream's default
+    else:  # this is upstream's default
         folders = [Path(p) / "cache" / f"{GPTDataset.__name__}_indices" for p in _named_files(args)]
     for folder in folders:
         yield from sorted(folder.glob("*.npy"))
@@ -147,12 +150,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def _named_files(args: Any) -> dict[str, str]:
-    """The token files that the flags name, each once, with its flag."""
+    """The token files that the flags name, each once, together with its flag."""
     return {prefix: flag for flag, blend in _flags_of(args, *_blends(args)) for prefix in blend[0]}
 
 
 def _flags_of(args: Any, together: Any, per_split: Any) -> Iterator[tuple[str, Any]]:
-    """Each list of files that is given, as prefixes and weights, after its flag."""
+    """Each flag that is given, with its list of files as prefixes and weights."""
     if together:
         yield "--data-args-path" if args.data_args_path else "--data-path", together
     for split, blend in zip(("train", "valid", "test"), per_split or [None] * 3, strict=True):
@@ -162,7 +165,7 @@ def _flags_of(args: Any, together: Any, per_split: Any) -> Iterator[tuple[str, A
 
 
 def _blends(args: Any) -> tuple[Any, Any]:
-    """Prefixes and weights of ``--data-path``, and those of each split, as upstream reads them."""
+    """Prefixes and weights of ``--data-path`` and of each split, as upstream reads them."""
     try:
         return get_blend_and_blend_per_split(args)
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
@@ -179,24 +182,24 @@ def _blends(args: Any) -> tuple[Any, Any]:
 
 @dataclass
 class DatasetConfig(gpt_dataset.GPTDatasetConfig):
-    """Megatron's, and ``num_embeddings``: the ids that the model knows are those below it."""
+    """Megatron's, with ``num_embeddings``: the model knows the ids below this number."""
 
     num_embeddings: int = 0
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
-    """Megatron's, which compares every sample with the vocabulary where it is read.
+    """Megatron's, except that it compares every sample it reads with the vocabulary.
 
-    That is in the data loader, on the host. The name is upstream's, which names the files of its
-    cache by it.
+    It does so on the host, in the data loader. The class keeps upstream's name, because upstream
+    names the files of its cache by it.
     """
 
     def _query_document_sample_shuffle_indices(
         self, idx: int
     ) -> tuple[np.ndarray, np.ndarray, list]:
         text, sequences, lengths = super()._query_document_sample_shuffle_indices(idx)
-        read = text[: sum(lengths)]  # without padding
-        # Unsigned, a negative id is a large one.
+        read = text[: sum(lengths)]  # the tokens without padding
+        # As an unsigned number, a negative id is a large one.
         if (read.view(np.uint64) >= self.config.num_embeddings).any():
             self._refuse(read, sequences, lengths)
         return text, sequences, lengths

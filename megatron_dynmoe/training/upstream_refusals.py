@@ -1,9 +1,9 @@
-"""What Megatron refuses at start-up, said of the flags that were typed.
+"""Words Megatron's refusals at start-up in terms of the flags that were typed.
 
-Upstream has some three hundred assertions that a command line can reach. Many have no words, others
-name an attribute, or none of the values. The ones that people meet often have a check of their own
-in :mod:`~megatron_dynmoe.training.argument_checks`, which says what to do; for all the others the
-condition is read out of upstream's source, where the flags carry the names of attributes.
+A command line can reach some three hundred of upstream's assertions. Many have no message; others
+name an attribute, or omit the values. Those that people meet often have a check of their own in
+:mod:`~megatron_dynmoe.training.argument_checks`, which names the remedy. For all others this module
+reads the condition out of upstream's source and replaces names of attributes by flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError
 
-# Where upstream's name is not that of the flag.
+# Upstream calls these by another name than their flag.
 _OTHER_NAMES = {
     "num_moe_experts": "num_experts",
     "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
@@ -38,18 +38,18 @@ _OTHER_NAMES = {
     "tokenizer_path": "tokenizer_model",
     "seed_": "seed",
 }
-# What runs once a run has started, and files, whose faults have words of their own.
+# These run after the start. They also read files, whose faults have messages of their own.
 _NOT_START_UP = {"train_step", "evaluate", "save_checkpoint"}
 _FILES = "megatron.core.dist_checkpointing"
 
 
 def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> str | None:
-    """What a command line is refused for, in a line; None if something broke by itself.
+    """Say in one line why a command line is refused; None if the cause is another failure.
 
     Args:
-        error: as caught.
-        parser: of the whole command line.
-        words: the command line, which the parser takes.
+        error: the exception as it was caught.
+        parser: the parser of the whole command line.
+        words: the command line, which the parser accepts.
     """
     if isinstance(error, CheckpointError):
         return None  # the command line may be right
@@ -93,7 +93,7 @@ def _statements_around(tree: ast.AST, line: int) -> list[ast.stmt]:
 
 
 class _Flags:
-    """The flags there are, by upstream's names, and their values here."""
+    """All flags by upstream's names, with their values on this command line."""
 
     def __init__(self, parser: ArgumentParser, words: Sequence[str]) -> None:
         self._flag_of = {
@@ -112,7 +112,7 @@ class _Flags:
         return name if name in self._flag_of else None
 
     def in_code(self, condition: ast.expr) -> str:
-        """A condition of upstream's in terms of flags."""
+        """Write a condition of upstream's in terms of flags."""
         text = re.sub(
             r"\b(?:\w+\.)*(\w+)(?!\w|\()",
             lambda match: self._flag_of.get(self._dest(match[1]) or "", match[0]),
@@ -121,7 +121,7 @@ class _Flags:
         return text.replace(" is not None", " is given").replace(" is None", " is not given")
 
     def in_text(self, message: str) -> str:
-        """A message with the flags in place of attributes; of one word they could be English."""
+        """Replace attributes in a message by flags, except single words, which may be English."""
         return re.sub(
             r"(?<![\w./-])(?:args\.|self\.|config\.)?([a-z0-9]+(?:_[a-z0-9]+)+)(?![\w/-])",
             lambda match: self._flag_of.get(self._dest(match[1]) or "", match[0]),
@@ -129,7 +129,7 @@ class _Flags:
         )
 
     def values_in(self, statements: Sequence[ast.stmt], reason: str) -> list[str]:
-        """The flags that the statements or the reason name: those typed, or else the defaults."""
+        """The flags that the statements or the reason name: the typed ones, else the defaults."""
         named = [
             dest for dest, flag in self._flag_of.items() if re.search(rf"{flag}(?![\w-])", reason)
         ]

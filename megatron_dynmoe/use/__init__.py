@@ -1,4 +1,4 @@
-"""A trained model at work: text, thresholds after the fact, evaluation.
+"""Uses a trained model: continues text, finds thresholds after the training, evaluates.
 
 An exported folder and text enter; continuations, scores and experts per token leave.
 """

@@ -1,9 +1,9 @@
-"""The threshold that gives an exported model a target mean of experts per token on real text.
+"""Finds the threshold that gives an exported model a target mean of experts per token on real text.
 
-For models trained with a threshold and, after the fact, for models trained with top-k. A layer's
-routing depends on the experts that earlier layers chose, so the threshold is found by measuring
-again and again: a sample of the router's probabilities says how far to go, the mean over all tokens
-says how far off it is.
+This works for models trained with a threshold and for models trained with top-k. The routing of a
+layer depends on the experts that earlier layers chose, so the threshold is found by repeated
+measurement: a sample of the router's probabilities says how far to move, and the mean over all
+tokens says how far off the threshold still is.
 
 Letters: N sequences, S positions of a sequence, T tokens, E experts, L MoE layers.
 """
@@ -29,9 +29,9 @@ from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import update_manifest
 
-# Probabilities kept of one pass, over all layers: 16 MiB.
+# So many probabilities are kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
-# Usually three to six are enough; bisection, the last resort, takes about twenty for one threshold.
+# Three to six are usually enough; bisection, the last resort, takes about twenty per threshold.
 EXTRA_PASSES = 20
 
 Threshold = float | list[float | None]
@@ -44,7 +44,7 @@ class Measurement:
     loss: float  # nats per predicted token
     experts_by_layer: list[float]  # one entry per MoE layer
     tokens: int
-    probs_LTE: Tensor  # the router's probabilities of a sample of the tokens
+    probs_LTE: Tensor  # the router's probabilities for a sample of the tokens
 
     @property
     def experts(self) -> float:
@@ -57,7 +57,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold that gives the target, and what was measured with it."""
+    """A threshold that gives the target, and the measurement made with it."""
 
     target: float
     scope: str
@@ -78,21 +78,21 @@ def read_tokens(
     sequence_length: int,
     text_key: str = "text",
 ) -> Tensor:
-    """The first tokens of some files, packed into sequences as for training.
+    """Read the first tokens of some files, packed into sequences as for training.
 
-    Documents follow each other, each as in training: see :mod:`.huggingface.encoding`.
+    Each document is encoded as in training, one after another: see :mod:`.huggingface.encoding`.
 
     Args:
         data: files of text, folders or globs; see :mod:`megatron_dynmoe.data.readers`.
-        num_tokens: as many as this, rounded down to whole sequences (one at least).
-        sequence_length: S; shorter where all of the text is.
+        num_tokens: the number of tokens, rounded down to whole sequences (one at least).
+        sequence_length: S; it is shorter if the whole text is shorter.
         text_key: the field or column that holds the text; not for ``.txt``.
 
     Returns:
         [N, S], int64.
 
     Raises:
-        ValueError: a file cannot be read, or all of them hold fewer than two tokens.
+        ValueError: a file cannot be read, or all files together hold fewer than two tokens.
     """
     wanted = max(num_tokens, sequence_length)
     tokens: list[int] = []
@@ -109,7 +109,7 @@ def read_tokens(
 
 @torch.no_grad()
 def measure(model: Any, tokens_NS: Tensor, batch_size: int, label: str = "") -> Measurement:
-    """One pass over the tokens with the routing that the model's config asks for."""
+    """Run one pass over the tokens with the routing that the model's config asks for."""
     num_tokens = tokens_NS.numel()
     num_layers, num_experts = model.config.mlp_layer_types.count("sparse"), model.config.num_experts
     stride = math.ceil(num_tokens * num_layers * num_experts / MAX_SAMPLED_PROBS)
@@ -121,13 +121,13 @@ def measure(model: Any, tokens_NS: Tensor, batch_size: int, label: str = "") -> 
             batch_BS = batch_BS.to(model.device)
             output = model(batch_BS, use_cache=False, output_router_logits=True)
             for logits_SV, labels_S in zip(output.logits, batch_BS, strict=True):
-                # One sequence at a time: in float32 the logits are the largest tensor of all.
+                # One sequence at a time: in float32, the logits are the largest tensor of all.
                 loss_sum += torch.nn.functional.cross_entropy(
                     logits_SV[:-1].float(), labels_S[1:], reduction="sum"
                 ).item()
             num_predicted += batch_BS[:, 1:].numel()
             experts_L += output.experts_per_token.sum(dim=(1, 2)).cpu()
-            # Normalized, where the model does: what goes into the softmax.
+            # These are the inputs of the softmax: normalized, if the model normalizes.
             probs_LTE = [
                 logits_BSE.flatten(0, 1)[::stride].softmax(dim=-1).float()
                 for logits_BSE in output.router_logits
@@ -151,17 +151,17 @@ def calibrate(
     cap: int | None = None,
     sparse: list[bool],
 ) -> Calibration:
-    """Find the threshold with which the measured mean is the target, within :func:`tolerance`.
+    """Find the threshold whose measured mean is the target, within :func:`tolerance`.
 
     Args:
-        measure_at: a pass with a threshold; the text labels it.
+        measure_at: runs a pass with a threshold; the text labels the pass.
         start: a pass with any routing, for a first guess.
         target: mean experts per token.
-        scope: ``global``, one threshold for the mean over layers, or ``layer``, one per layer, each
-            with the target as its mean.
-        cap: the most experts of a token, or None.
-        sparse: for each transformer layer whether it is an MoE layer; thresholds of others are
-            None.
+        scope: ``global`` for one threshold and the mean over layers, or ``layer`` for one per
+            layer, each with the target as its mean.
+        cap: the most experts that a token may use, or None.
+        sparse: for each transformer layer, whether it is an MoE layer; other layers get the
+            threshold None.
 
     Raises:
         ValueError: the target is out of range, or no threshold gives it.
@@ -175,7 +175,7 @@ def calibrate(
         parts = _parts(result, scope)
         if all(abs(mean - target) <= tolerance(target) for _, mean in parts):
             return Calibration(target, scope, threshold, result)
-        # A layer that is right stays, so that later ones can settle on it.
+        # The threshold of a layer that is right stays, so that later layers can settle on it.
         moved = False
         for search, (probs_TE, mean) in zip(searches, parts, strict=True):
             if moved or abs(mean - target) > tolerance(target):
@@ -193,7 +193,7 @@ def check_target(config: Any, target: float) -> None:
     """Refuse a target that no routing of this model can give, before anything is measured.
 
     Raises:
-        ValueError: it lies outside 1 to the cap, or the number of experts.
+        ValueError: the target is below 1, or above the cap or the number of experts.
     """
     if "sparse" not in config.mlp_layer_types:
         raise ValueError("the model has no layer with experts")
@@ -206,14 +206,15 @@ def check_target(config: Any, target: float) -> None:
 
 
 def max_experts(config: Any) -> int | None:
-    """The cap in inference."""
+    """The cap in inference, or None."""
     return config.inference_max_experts_per_token or config.max_experts_per_token
 
 
 def set_threshold(config: Any, threshold: Threshold) -> None:
-    """Make a model, also one of top-k, route by this threshold in inference.
+    """Let a model route by this threshold in inference, even if it was trained with top-k.
 
-    Normalization and weights, raw or renormalized, stay: the experts were trained with them.
+    The normalization and the weights, raw or renormalized, stay as they are, because the experts
+    were trained with them.
     """
     if config.routing == "top_k":
         config.routing, config.num_experts_per_tok = "top_p", None
@@ -224,10 +225,10 @@ def set_threshold(config: Any, threshold: Threshold) -> None:
 def write_calibration(folder: Path, calibration: Calibration, cap: int | None, data: str) -> None:
     """Put the threshold, and how it was found, into a folder's config.json and model card.
 
-    The file is written beside and renamed, and the folder's manifest, where it has one, follows.
+    The file is written beside the old one and renamed. If the folder has a manifest, it is updated.
 
     Args:
-        cap: a new cap in inference; None leaves the folder's own.
+        cap: a new cap in inference; None keeps the folder's own.
         data: the name of the text file, for the record.
     """
     path = folder / CONFIG
@@ -236,7 +237,7 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
     if config["routing"] == "top_k":
         before = {name: config[name] for name in ("routing", "num_experts_per_tok")}
         config |= {"routing": "top_p", "num_experts_per_tok": None}
-        # Else the losses of top-p training would come with its name.
+        # Without this, the routing "top_p" would bring the losses of top-p training with it.
         config |= {"balance_loss": "none", "balance_loss_coeff": 0.0, "dynamic_loss_coeff": 0.0}
     config["threshold"] = calibration.threshold
     config["inference_threshold"] = None
@@ -259,7 +260,7 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
 
 
 class _Search:
-    """One threshold; a bracket of measured ones keeps a bad guess from leading astray."""
+    """The search for one threshold; a bracket of measured ones limits a bad guess."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = _float32(threshold)
@@ -273,15 +274,15 @@ class _Search:
         cap: int | None,
         in_new_surroundings: bool,
     ) -> bool:
-        """Move the threshold towards the target; False where nothing is left to try.
+        """Move the threshold towards the target; return False if nothing is left to try.
 
         Args:
-            probs_TE: the sample.
-            mean: measured over all tokens.
+            probs_TE: the probabilities of the sample.
+            mean: the mean measured over all tokens.
             in_new_surroundings: whether a threshold of an earlier layer has just moved, so that
-                what was measured here says nothing certain about the next pass.
+                this measurement says nothing certain about the next pass.
         """
-        # The sample's threshold for a target that is off by as much as the sample itself is.
+        # The sample's mean differs from that of all tokens; its target is shifted by as much.
         on_sample = mean_experts_per_token(probs_TE, self.threshold, cap).item()
         most = min(probs_TE.shape[1], cap or probs_TE.shape[1])
         aim = min(max(target + on_sample - mean, 1.0), float(most))
@@ -300,7 +301,7 @@ class _Search:
 
 
 def _parts(measured: Measurement, scope: str) -> list[tuple[Tensor, float]]:
-    """Sampled probabilities and mean of what shares a threshold."""
+    """The sampled probabilities and the mean of the layers that share a threshold."""
     if scope == "global":
         return [(measured.probs_LTE.flatten(0, 1), measured.experts)]
     return list(zip(measured.probs_LTE, measured.experts_by_layer, strict=True))
@@ -314,7 +315,7 @@ def _as_setting(searches: list[_Search], scope: str, sparse: list[bool]) -> Thre
 
 
 def _float32(value: float) -> float:
-    """The shortest decimal that routes the same: thresholds are float32 where they are used."""
+    """The shortest decimal that routes the same, since routing uses thresholds in float32."""
     return float(str(np.float32(value)))
 
 

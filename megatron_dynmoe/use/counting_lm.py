@@ -1,6 +1,6 @@
-"""A model for lm-eval that counts, task by task, the experts of every token it reads.
+"""A model for lm-eval that counts the experts of every token it reads, by task.
 
-Imports lm-eval: import this module only when an evaluation begins.
+This module imports lm-eval, so it is imported only when an evaluation begins.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from megatron_dynmoe.huggingface.encoding import added_ids, encode_prompt, encod
 
 
 class CountingLM(HFLM):
-    """HFLM for one loaded model, with the sums of its outputs' ``experts_per_token``.
+    """An HFLM for one loaded model that sums its outputs' ``experts_per_token``.
 
-    Counted is what the requests themselves make the model read, whatever the batches: no padding,
-    and of a generated answer nothing after its end, while longer answers of the batch go on. A
-    text that several requests share up to their last token is read, and counted, once.
+    It counts only what the requests themselves make the model read, whatever the batches are: no
+    padding, and nothing after the end of a generated answer while longer answers of the batch go
+    on. If several requests share a text up to their last token, the model reads and counts it once.
 
     Attributes:
         tokens: for each task, how many tokens were counted.
-        experts_L: for each task, int64 of shape [MoE layers]: the experts of all those tokens.
-            Empty, as ``tokens``, for a model whose outputs have no ``experts_per_token``.
+        experts_L: for each task, int64 of shape [MoE layers]: the experts of all those tokens. Like
+            ``tokens``, it is empty for a model whose outputs have no ``experts_per_token``.
         shortened: for each task whose answers may be longer than the model's positions allow, the
-            most tokens that it asks for, and that it gets.
+            most tokens that the task asks for, and the most that it gets.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         begin, _ = added_ids(tokenizer)
         logger = logging.getLogger("lm_eval")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory
+        logger.setLevel(logging.ERROR)  # it warns of a model in memory, which is meant here
         super().__init__(
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
             batch_size=batch_size,
-            # What comes before a text without a context: in training, the end of another document.
+            # This precedes a text without context, as the end of a document does in training.
             prefix_token_id=begin[-1] if begin else tokenizer.eos_token_id,
         )
         logger.setLevel(level)
@@ -59,7 +59,7 @@ class CountingLM(HFLM):
         model.register_forward_hook(self._keep)
 
     def start_counting(self) -> None:
-        """Forget what was counted before."""
+        """Forget all earlier counts."""
         self.tokens.clear()
         self.experts_L.clear()
         self.shortened.clear()
@@ -68,8 +68,8 @@ class CountingLM(HFLM):
         return self._by_task(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        # Sharing would depend on which windows meet in a batch. lm-eval puts the begin token before
-        # the first window itself, and does not score it.
+        # How much texts share would depend on the windows that meet in a batch. lm-eval itself puts
+        # the begin token before the first window, and does not score it.
         self.logits_cache = self._begins_texts = False
         try:
             return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
@@ -83,13 +83,13 @@ class CountingLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """The ids of a prompt, without what the tokenizer would put after it."""
+        """The ids of a prompt, without the tokens that the tokenizer would put after it."""
         if add_special_tokens is None:
             add_special_tokens = self._begins_texts
         encode = encode_prompt if add_special_tokens else encode_text
         ids = encode(self.tokenizer, string)
         if not self._begins_texts and ids[:1] == [self.prefix_token_id]:
-            ids = ids[1:]  # the text spells the begin token out
+            ids = ids[1:]  # the text itself spells the begin token out
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
@@ -99,7 +99,7 @@ class CountingLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts as :meth:`tok_encode` has them, padded: ids and attention mask, [B, S] int64."""
+        """Encode prompts as :meth:`tok_encode` does, padded: ids and mask, [B, S] int64."""
         rows = [
             self.tok_encode(string, left_truncate_len=left_truncate_len) or [self.prefix_token_id]
             for string in strings
@@ -114,10 +114,10 @@ class CountingLM(HFLM):
         return self._by_task(super().generate_until, requests, disable_tqdm)
 
     def _fitting(self, request: Any) -> Any:
-        """The request, its answer at most half of the model's positions if it would fill them all.
+        """If the answer would fill all the model's positions, limit it to half of them.
 
-        lm-eval asks for 256 tokens unless a task says otherwise, and takes what is left for the
-        prompt, whose beginning it cuts off: here nothing would be left.
+        lm-eval asks for 256 tokens unless a task says otherwise, and cuts off the beginning of a
+        prompt that does not fit into the positions left. Here none would be left.
         """
         context, settings = request.args
         most = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
@@ -130,7 +130,7 @@ class CountingLM(HFLM):
     def _by_task(
         self, run: Callable[..., list[Any]], requests: Sequence[Any], disable_tqdm: bool
     ) -> list[Any]:
-        """lm-eval hands over the requests of all tasks at once: no batch may mix them."""
+        """Split the requests by task, since lm-eval passes them all and no batch may mix tasks."""
         places: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             places[request.task_name].append(place)
@@ -154,7 +154,7 @@ class CountingLM(HFLM):
     def _select_cont_toks(
         self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
     ) -> Tensor:
-        """Called for the rows of a batch in turn, with the length of each without its padding."""
+        """lm-eval calls this for each row of a batch, with its length without padding."""
         if self._passes:
             self._add(self._passes[-1][:, self._row, :inplen])
             self._row += 1
@@ -178,11 +178,11 @@ class CountingLM(HFLM):
             for row, tokens_S in enumerate(output_BS):
                 answer = self._answer_length(tokens_S, prompt, stop)
                 self._add(experts_LBS[:, row, :prompt][:, mask_BS[row]])
-                self._add(experts_LBS[:, row, prompt : prompt + answer - 1])  # the last is not read
+                self._add(experts_LBS[:, row, prompt : prompt + answer - 1])  # last one is unread
         return output_BS
 
     def _answer_length(self, tokens_S: Tensor, prompt: int, stop: list[str]) -> int:
-        """How many tokens are generated when this row is alone in its batch."""
+        """How many tokens this row would generate if it were alone in its batch."""
         ends = self.model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         criteria = stop_sequences_criteria(self.tokenizer, stop, prompt, 1)

@@ -1,9 +1,9 @@
 """Benchmarks by EleutherAI's lm-eval, with the mean experts per token of each task and layer.
 
-lm-eval makes the prompts, the scores and their errors. Added is what it cannot know, as Table 3 of
-Dynamic MoE shows it: experts per token by task. The paper counts each question with its right
-answer; here every text counts that the task makes the model read, the wrong answers of a multiple
-choice and generated answers too (see `counting_lm.CountingLM`).
+lm-eval makes the prompts, the scores and their errors. This module adds the experts per token by
+task, as in Table 3 of Dynamic MoE. The paper counts each question with its right answer. Here every
+text counts that the task makes the model read, including the wrong answers of a multiple choice and
+generated answers (see `counting_lm.CountingLM`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_dynmoe.use.counting_lm import CountingLM
 
 # Names for the tasks of Dynamic MoE: the folder and the name in lm-eval. Their numbers of examples
-# are the paper's: 3 for BBH, none for the others. It used OpenCompass, whose prompts differ.
+# are the paper's: 3 for BBH, none for the others. The paper used OpenCompass, whose prompts differ.
 PRESETS = {
     "piqa": ("piqa", "piqa"),
     "hellaswag": ("hellaswag", "hellaswag"),
@@ -32,26 +32,26 @@ PRESETS = {
     "bbh": ("bbh/cot_fewshot", "bbh_cot_fewshot"),
     "winogrande": ("winogrande", "winogrande"),
 }
-PAPER = "paper"  # all of them
+PAPER = "paper"  # all presets together
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """lm-eval's tasks with their data, by the names they are known by there; and its index."""
+    """lm-eval's tasks with their data, by their names in lm-eval, and its index."""
 
     by_name: dict[str, Any]
     manager: Any
 
 
 def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> LoadedTasks:
-    """Read tasks and their data, before a model is loaded.
+    """Read tasks and their data before a model is loaded.
 
     Args:
-        tasks: names of `PRESETS`, PAPER, YAML files, or names that lm-eval or `include_path` has.
+        tasks: names of `PRESETS`, PAPER, YAML files, or names in lm-eval or `include_path`.
         include_path: a folder of further tasks.
 
     Raises:
-        ValueError: lm-eval is missing, a task is unknown or wrong, or its data cannot be had.
+        ValueError: lm-eval is missing, a task is unknown or wrong, or its data is unavailable.
     """
     if find_spec("lm_eval") is None:
         raise ValueError(
@@ -84,19 +84,19 @@ def evaluate(
     """Run `tasks` on `model`.
 
     Args:
-        model, tokenizer: as `huggingface.load` gives them; any causal language model.
-        num_fewshot: examples in each prompt, instead of each task's own number.
-        limit: documents of each task, all if None.
+        model, tokenizer: as from `huggingface.load`, for any causal language model.
+        num_fewshot: examples in each prompt; if None, each task's own number.
+        limit: documents of each task; if None, all.
         batch_size: requests read at once; the counts do not depend on it.
 
     Returns:
-        What goes into a JSON file. "tasks" and "groups" (of tasks) have, by name, their metrics
+        A dictionary for a JSON file. "tasks" and "groups" (of tasks) have, by name, their metrics
         (value, standard error), num_fewshot, num_samples, tokens, mean_experts_per_token, and
-        experts_are_counted: if not, the mean is the configuration's fixed number, or null for a
-        dense model; if so, experts_per_token_by_layer has the number of the layer, from 1, as key.
-        "requested" names what was asked for, in order. "failed" has, by name, why a task has no
-        results; the other tasks have theirs. "interrupted" says that Ctrl-C ended the evaluation
-        before all tasks were done.
+        experts_are_counted: if it is false, the mean is the configuration's fixed number, or null
+        for a dense model; if it is true, experts_per_token_by_layer has layer numbers, from 1, as
+        keys. "requested" names the tasks in the order requested. "failed" gives, by name, the
+        reason why a task has no results; the other tasks have theirs. "interrupted" says that
+        Ctrl-C ended the evaluation before all tasks were done.
     """
     import lm_eval
 
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def _add(report: dict[str, Any], results: dict[str, Any], lm: CountingLM, config: Any) -> None:
-    """Put what lm-eval found of a task, or of a group and its members, into the report."""
+    """Add lm-eval's results for a task, or for a group and its members, to the report."""
     subtasks = results.get("group_subtasks", {})
     for name, entry in results["results"].items():
         leaves = _leaves(name, subtasks)
@@ -162,7 +162,7 @@ def _add(report: dict[str, Any], results: dict[str, Any], lm: CountingLM, config
 
 
 def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | None) -> Any:
-    """An index that has all tasks that exist, made of as few files as possible."""
+    """Build an index with all tasks that exist, from as few files as possible."""
     from lm_eval import tasks as lm_eval_tasks
 
     own = Path(lm_eval_tasks.__file__).parent
@@ -174,7 +174,7 @@ def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | N
     manager = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
     if all(_is_file(spec) or spec in manager.all_tasks for spec in specs):
         return manager
-    # To read the thousands that lm-eval has takes many seconds.
+    # lm-eval has thousands of tasks; it takes many seconds to read all of them.
     return lm_eval_tasks.TaskManager(include_path=include_path)
 
 
@@ -213,7 +213,7 @@ def _leaves(name: str, subtasks: dict[str, list[str]]) -> list[str]:
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's `acc,none` and `acc_stderr,none` as one."""
+    """Merge lm-eval's `acc,none` and `acc_stderr,none` into one entry."""
     metrics = {}
     for key, value in entry.items():
         name, _, filter_ = key.partition(",")
@@ -246,7 +246,7 @@ def _experts(lm: CountingLM, tasks: Sequence[str], config: Any) -> dict[str, Any
 
 
 def _stay_offline_without_network() -> None:
-    """Spare the user half a minute of the hub's retries where it cannot be reached anyway."""
+    """If the hub cannot be reached, spare the user half a minute of its retries."""
     from huggingface_hub import constants
 
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -257,6 +257,6 @@ def _stay_offline_without_network() -> None:
     try:
         socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError:
-        # datasets reads the variable when it is imported, the hub's client has read it.
+        # The package datasets reads the variable at its import; the hub's client has read it.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True

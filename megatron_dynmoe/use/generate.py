@@ -2,7 +2,7 @@
 
     python -m megatron_dynmoe.generate --model DIR --prompt "Once upon a time"
 
-Needs neither Megatron nor a GPU, and runs no code from the model's folder.
+It needs neither Megatron nor a GPU, and runs no code from the model's folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODES = ("none", "color", "digits")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line; exits with 0, 1 (error), 2 (usage) or 130 (interrupted)."""
+    """Run the command line; exit with 0, 1 (error), 2 (usage) or 130 (interrupted)."""
     parser = _parser()
     args = parser.parse_args(argv)
     with ending_plainly(parser.prog, "the text ends here"):
@@ -48,13 +48,13 @@ def generate(
     max_new_tokens: int,
     **sampling: Any,
 ) -> None:
-    """Continue the prompt and hand every token, and if wanted its experts, to the display.
+    """Continue the prompt; pass every token and, if wanted, its experts, to the display.
 
     Args:
         prompt_ids: at least one token.
-        display: shows tokens as they come, with beams at the end.
-        count_experts: whether to hand over counts; needs a model of ours.
-        max_new_tokens: at most; an end-of-text token ends it earlier.
+        display: shows tokens as they come; with beams it shows them at the end.
+        count_experts: whether to pass counts to the display; this needs one of our models.
+        max_new_tokens: the most new tokens; an end-of-text token ends the text earlier.
         sampling: ``do_sample``, ``num_beams`` and further fields of transformers'
             ``GenerationConfig``.
     """
@@ -94,7 +94,7 @@ def generate(
     if has_beams:
         display.add_tokens(sequences[0].tolist())
     if count_experts and num_counted < len(display.tokens):
-        # The model has not read the last token; of beams, which were reordered, none is counted.
+        # The model has not read the last token. Beams were reordered, so none of theirs counts.
         with torch.no_grad():
             counts_LT = model(sequences).experts_per_token[:, 0]
         display.add_counts(counts_LT[:, num_counted:])
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     from megatron_dynmoe.use.token_display import TokenDisplay, printable
 
-    # 1. Everything that can be wrong with the input, before the weights are read
+    # 1. Check everything that can be wrong with the input before the weights are read.
     be_quiet()
     config = load_config(args.model)
     _override_routing(config, args)
@@ -128,10 +128,10 @@ def _run(args: argparse.Namespace) -> None:
         _note(f"{reason}, so there is nothing to show")
         mode = "none"
 
-    # 2. Load
+    # 2. Load.
     model = load_model(args.model, config, dtype=args.dtype, device=args.device or default_device())
 
-    # 3. Generate
+    # 3. Generate.
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -153,7 +153,7 @@ def _run(args: argparse.Namespace) -> None:
             num_beams=args.num_beams,
             **_sampling(args),
         )
-    finally:  # also where it was interrupted
+    finally:  # this also runs after an interrupt
         write("\n")
         if mode != "none":
             write("\n" + _summary(display.counts_LT, len(prompt_ids), config))
@@ -177,7 +177,7 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
 
 
 def _fixed_experts(config: Any) -> str | None:
-    """Why a model's tokens do not choose how many experts they use; None where they do."""
+    """Why a model's tokens do not choose how many experts they use; None if they do."""
     is_ours = config.model_type == "dynmoe" and "sparse" in config.mlp_layer_types
     if is_ours and config.routing != "top_k":
         return None
@@ -202,7 +202,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _fit(config: Any, prompt_length: int, max_new_tokens: int) -> int:
-    """As many new tokens as fit in the positions that the model was trained for."""
+    """How many new tokens fit into the positions that the model was trained for."""
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if prompt_length >= positions:
         raise ValueError(
@@ -222,7 +222,7 @@ def _mode(asked_for: str | None) -> str:
 
 
 def _painter(mode: str, config: Any) -> tuple[Callable[[str, float], str] | None, str]:
-    """How a piece is painted, and the legend."""
+    """The function that paints a piece, and the legend."""
     from megatron_dynmoe.use.token_display import ColorScale, paint_digits, printable
 
     if mode == "none":
@@ -262,7 +262,7 @@ def _summary(counts_LT: Tensor, prompt_length: int, config: Any) -> str:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Greedy, unless a flag asks for sampling; a temperature of 0 is greedy, too."""
+    """Greedy unless a flag asks for sampling; a temperature of 0 is greedy, too."""
     given = (args.temperature, args.top_p, args.top_k)
     if args.temperature == 0 or given == (None, None, None):
         return {"do_sample": False}
@@ -270,12 +270,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         "do_sample": True,
         "temperature": 1.0 if args.temperature is None else args.temperature,
         "top_p": 1.0 if args.top_p is None else args.top_p,
-        "top_k": args.top_k or 0,  # 0: off; transformers' own default is 50
+        "top_k": args.top_k or 0,  # 0 turns it off; transformers' own default is 50
     }
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    """The prompt; of a file or a pipe without the line break at its end."""
+    """The prompt; from a file or a pipe, without the final line break."""
     if args.prompt is not None and args.prompt != "-":
         return args.prompt
     try:
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads stdin")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the prompt")
     parser.add_argument(
         "--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="default: 128"
     )
@@ -326,13 +326,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--top-k", type=number(int, 0), metavar="K", help="sample from the K most probable tokens"
     )
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of sampling (default: 0)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="for sampling (default: 0)")
     group.add_argument(
         "--num-beams",
         type=number(int, 1),
         default=1,
         metavar="N",
-        help="with more than one, the text appears at the end",
+        help="number of beams; with more than one, the text appears at the end",
     )
 
     group = parser.add_argument_group("routing, instead of the model's own")

@@ -1,7 +1,7 @@
-"""Model and tokenizer from a folder, for the command lines: plain errors, no code from the folder.
+"""Loads model and tokenizer from a folder for the command lines, and runs no code from the folder.
 
-Only safetensors are read, nothing is fetched from a hub, and a tensor that is missing or unknown is
-an error instead of random weights. A folder may be hostile: see SECURITY.md.
+It reads only safetensors and fetches nothing from a hub. A tensor that is missing or unknown is an
+error and not a random weight. Errors are plain. A folder may be hostile: see SECURITY.md.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
 
-# A model that declares more than this many times the numbers that are stored is none. Quantized
-# ones store eight in one.
+# If a model declares more than this many times the numbers that are stored, it is not a real one.
+# Quantized models store eight numbers in one.
 MAX_DECLARED = 16
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration in ``folder``.
+    """Load the configuration in ``folder``.
 
     Raises:
-        ValueError: no folder, no config.json, or one that is wrong.
+        ValueError: there is no folder or no config.json, or config.json is wrong.
     """
     import megatron_dynmoe.huggingface  # noqa: F401  (so that the folder's own code is not needed)
 
@@ -48,10 +48,12 @@ def load_config(folder: Path) -> Any:
 
 
 def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
-    """An implementation such as OWNER/NAME is fetched and run, whatever ``trust_remote_code`` is.
+    """Refuse an implementation from a hub (OWNER/NAME).
+
+    Transformers would fetch and run it, whatever ``trust_remote_code`` is.
 
     Raises:
-        ValueError: config.json names one, at whatever depth.
+        ValueError: config.json names one, at any depth.
     """
     if not isinstance(settings, dict):
         return
@@ -65,12 +67,12 @@ def _refuse_code_from_a_hub(folder: Path, settings: Any) -> None:
 
 
 def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The causal language model in ``folder``, in evaluation mode.
+    """Load the causal language model in ``folder``, in evaluation mode.
 
     Args:
-        config: that of :func:`load_config`, changed where wanted; the model keeps it.
-        dtype: one of ``--dtype``; ``auto``: as stored.
-        device: such as ``cpu`` or ``cuda``.
+        config: from :func:`load_config`, with changes if wanted; the model keeps it.
+        dtype: one of the choices of ``--dtype``; ``auto`` keeps the stored dtype.
+        device: a device such as ``cpu`` or ``cuda``.
 
     Raises:
         UsageError: there is no such device.
@@ -108,15 +110,15 @@ def load_model(folder: Path, config: Any, *, dtype: str = "auto", device: str = 
 
 
 def check_sizes(folder: Path, config: Any) -> None:
-    """Compare what config.json declares with what is stored, before room is made for it.
+    """Compare what config.json declares with what is stored, before memory is allocated for it.
 
     Raises:
-        ValueError: weights that cannot be read, lie elsewhere, or are much too few.
+        ValueError: the weights cannot be read, lie elsewhere, or are far too few.
     """
     weights, text = ModelFolder(folder), config.get_text_config()
     stored = sum(math.prod(weights.shape(key)) for key in weights.keys)
     try:
-        # The first three only so that the model can be made at all, without room for its numbers.
+        # The first three checks only make sure that the model can be built, on the meta device.
         layers = text.num_hidden_layers
         _check_declared("num_hidden_layers", layers, layers, len(weights.keys))
         for name in ("vocab_size", "num_experts", "num_local_experts"):
@@ -139,10 +141,10 @@ def _check_declared(name: str, value: int, needed: int, stored: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``.
+    """Load the tokenizer in ``folder``.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no tokenizer, or it cannot be read.
     """
     if not any(folder.glob("tokenizer*")):
         raise ValueError(
@@ -161,7 +163,7 @@ def check_ids(largest: int, config: Any) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Raises:
-        ValueError: the folder's tokenizer is not that of the model.
+        ValueError: the folder's tokenizer is not the model's.
     """
     if largest >= config.vocab_size:
         raise ValueError(
@@ -175,6 +177,6 @@ def default_device() -> str:
 
 
 def be_quiet() -> None:
-    """Keep transformers' hints and bars off the terminal: errors are raised anyway."""
+    """Keep transformers' hints and progress bars off the terminal; errors are raised anyway."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

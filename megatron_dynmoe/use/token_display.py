@@ -1,4 +1,4 @@
-"""Text that appears token by token, with the number of experts that each token used."""
+"""Shows text token by token, with the number of experts that each token used."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ RESET = "\x1b[0m"
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
-# Context from which decoding starts anew: short, because every token decodes all of it.
+# Decoding starts anew from a context of this length: short, because every token decodes all of it.
 WINDOW_TOKENS = 32
-# What a model writes must not steer the terminal.
+# The text that a model writes must not control the terminal.
 CONTROL_CHARACTERS = {code: REPLACEMENT for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Detokenizer:
     """Turns tokens into pieces of text that, put together, are the decoded whole.
 
-    A piece is held back until no later token can change it: while a character's bytes are not
-    complete, and while byte pieces (``<0xE2>``) last, since one invalid byte makes the tokenizers
-    library give up the whole run of them. Special tokens have no text.
+    A piece is held back until no later token can change it: while the bytes of a character are
+    incomplete, and while byte pieces (``<0xE2>``) continue, since one invalid byte makes the
+    tokenizers library discard the whole run of them. Special tokens have no text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,10 +36,10 @@ class Detokenizer:
         self._special = set(tokenizer.all_special_ids)
         self._special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._window: list[int] = []
-        self._shown = ""  # of the window's text
+        self._shown = ""  # the shown part of the window's text
 
     def add(self, token: int) -> str:
-        """The text that has become certain with this token; often empty."""
+        """The text that this token makes certain; often empty."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if self.is_special(token) or not name:  # a padded vocabulary has ids without a token
             return ""
@@ -55,7 +55,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text held back so far."""
         return self._advance(self._decode(self._window))
 
     def is_special(self, token: int) -> bool:
@@ -73,16 +73,16 @@ class Detokenizer:
 
 
 class TokenDisplay:
-    """Writes pieces as soon as their tokens, and if wanted their counts, are known.
+    """Writes each piece as soon as its tokens and, if wanted, their counts are known.
 
     Tokens and counts come in any order and in any portions: a token's count is known only after the
-    model has read it, one step after it was chosen. Pieces that need several tokens show the mean
-    over them.
+    model has read it, one step after it was chosen. A piece of several tokens shows the mean over
+    them.
 
     Args:
         write: takes text, such as ``sys.stdout.write``.
-        paint: from the text of a piece and its mean experts to what is written; None: the text
-            itself, without waiting for counts.
+        paint: turns a piece and its mean experts into the text to write; if None, the piece itself
+            is written, without waiting for counts.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TokenDisplay:
     ) -> None:
         self.tokens: list[int] = []
         self._counts: list[Tensor] = []
-        self._means: list[float] = []  # over layers, of each token
+        self._means: list[float] = []  # the mean over layers, for each token
         self._detokenizer = Detokenizer(tokenizer)
         self._write, self._paint = write, paint
         self._num_shown = 0
@@ -109,13 +109,13 @@ class TokenDisplay:
         self._show()
 
     def add_counts(self, counts_LT: Tensor) -> None:
-        """Take the counts, [MoE layers, tokens], of the next tokens."""
+        """Add the counts, [MoE layers, tokens], of the next tokens."""
         self._counts.append(counts_LT.cpu())
         self._means.extend(self._counts[-1].double().mean(dim=0).tolist())
         self._show()
 
     def finish(self) -> None:
-        """Write what was held back, tokens of unknown count as they are."""
+        """Write the pieces held back; tokens without a count are written as they are."""
         if self._num_shown < len(self.tokens):
             self._paint = None
             self._show()
@@ -140,7 +140,7 @@ class TokenDisplay:
 
 
 def paint_digits(piece: str, mean: float) -> str:
-    """``word[1.8]``; the figure stands before the line break of a piece that ends with one."""
+    """Write ``word[1.8]``; if a piece ends with a line break, the figure stands before it."""
     text = piece.rstrip("\n")
     return f"{text}[{mean:.1f}]{piece[len(text) :]}"
 
@@ -148,7 +148,7 @@ def paint_digits(piece: str, mean: float) -> str:
 class ColorScale:
     """Backgrounds by the mean experts of a token, in equal ratios from 1 to ``most``.
 
-    Ratios, because from 1 to 2 experts is as much as from 8 to 16.
+    The scale is of ratios, because from 1 to 2 experts is as much as from 8 to 16.
     """
 
     def __init__(self, most: int) -> None:
@@ -157,17 +157,17 @@ class ColorScale:
     def paint(self, piece: str, mean: float) -> str:
         level = int(math.log(max(mean, 1.0)) / self._log_most * len(PALETTE))
         start = BLACK_ON.format(PALETTE[min(level, len(PALETTE) - 1)])
-        # A background that is on at a line break colors the rest of the line.
+        # If a background is on at a line break, it colors the rest of the line.
         return "\n".join(f"{start}{line}{RESET}" if line else "" for line in piece.split("\n"))
 
     def legend(self) -> str:
-        """One sample of each background with the number of experts from which it begins."""
+        """One sample of each background, with the lowest number of experts that it stands for."""
         starts = [math.exp(i / len(PALETTE) * self._log_most) for i in range(len(PALETTE))]
-        # Half-way into the level, so that rounding cannot paint a sample in its neighbour's color.
+        # Half-way into the level, so that rounding cannot give a sample its neighbor's color.
         step = math.exp(0.5 / len(PALETTE) * self._log_most)
         return " ".join(self.paint(f" {start:.1f} ", start * step) for start in starts)
 
 
 def printable(text: str) -> str:
-    """``text`` with every control character but line breaks and tabs replaced."""
+    """``text`` with every control character except line breaks and tabs replaced."""
     return text.translate(CONTROL_CHARACTERS)
