@@ -35,7 +35,7 @@ def prepare() -> None:
     with refusing_plainly():
         is_on_cpu = cpu.wanted()
         if "RANK" not in os.environ:
-            _be_a_world_of_one()
+            _set_up_a_single_process()
         else:
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 _end_with_torchrun()
@@ -47,7 +47,7 @@ def prepare() -> None:
     patches.install()
 
 
-def _be_a_world_of_one() -> None:
+def _set_up_a_single_process() -> None:
     """Set what torchrun would, so that one process can be started by hand.
 
     Raises:

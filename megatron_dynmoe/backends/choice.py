@@ -2,7 +2,7 @@
 
 Megatron's arguments or its TransformerConfig decide this before anything is built. If
 ``torch_native`` does not support a part, ``auto`` leaves this part to upstream's ``local``. An
-explicit ``torch_native`` is refused instead. See :func:`plan` and ``docs/backends.md``.
+explicit ``torch_native`` is refused instead. See :func:`choose_back_end` and ``docs/backends.md``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BackEnd:
     """The back end of a model's layers.
 
     Attributes:
@@ -83,9 +83,9 @@ def implementation(backend: str) -> str:
     return "local" if backend == "torch_native" else backend
 
 
-def plan(
+def choose_back_end(
     backend: str, transformer_impl: str | None, config: TransformerConfig, optimizer: str = "adam"
-) -> Plan:
+) -> BackEnd:
     """Choose the back end of a model, part by part.
 
     Args:
@@ -104,7 +104,7 @@ def plan(
     if chosen == "local":
         check_biases(config)
     if chosen != "torch_native":
-        return Plan(chosen, why)
+        return BackEnd(chosen, why)
     reasons = {
         "attention": _unsupported(config, _ATTENTION),
         "norm": _unsupported(config, _NORM),
@@ -120,7 +120,7 @@ def plan(
         )
     if "experts" in kept:
         check_biases(config)
-    return Plan(chosen, why, kept)
+    return BackEnd(chosen, why, kept)
 
 
 def check_biases(config: TransformerConfig) -> None:
@@ -141,7 +141,7 @@ def check_biases(config: TransformerConfig) -> None:
         )
 
 
-def needs_parallel_experts(plan: Plan, settings: Any) -> bool:
+def needs_parallel_experts(plan: BackEnd, settings: Any) -> bool:
     """Whether a model can be trained only with expert parallelism; see :func:`check_biases`.
 
     Args:
@@ -250,7 +250,7 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
     return None
 
 
-def describe(plan: Plan, config: TransformerConfig) -> str:
+def describe(plan: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dynmoe.backends.choice import Plan
+    from megatron_dynmoe.backends.choice import BackEnd
 
 # This is added to a masked score; upstream replaces the score by the same number.
 MASKED_SCORE = -10000.0
@@ -155,7 +155,7 @@ def native_norm(
 class TorchNativeSpecProvider(LocalSpecProvider):
     """Upstream's local modules, except for attention, norms and experts."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BackEnd) -> None:
         self.kept = plan.kept
 
     def layer_norm(
@@ -176,7 +176,7 @@ class TorchNativeSpecProvider(LocalSpecProvider):
 
 
 def with_native_modules(
-    spec: TransformerBlockSubmodules, plan: Plan, config: TransformerConfig
+    spec: TransformerBlockSubmodules, plan: BackEnd, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
     """Copy upstream's local spec with this back end's modules in it.
 

@@ -36,7 +36,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> list[T]:
+def on_all_ranks[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> list[T]:
     """Run an action on every rank; a failure on one is raised on all, so that none waits for it.
 
     Args:
@@ -66,8 +66,8 @@ def together[T](action: Callable[[], T], explain: Callable[[str], str] = str) ->
 
 
 def on_rank_0[T](action: Callable[[], T], explain: Callable[[str], str] = str) -> T:
-    """Run an action on rank 0 and return its result on all ranks; see :func:`together`."""
-    result: Any = together(lambda: action() if rank() == 0 else None, explain)[0]
+    """Run an action on rank 0 and return its result on all ranks; see :func:`on_all_ranks`."""
+    result: Any = on_all_ranks(lambda: action() if rank() == 0 else None, explain)[0]
     return result
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dynmoe.checkpoints.collective import cause, on_rank_0, rank, together
+from megatron_dynmoe.checkpoints.collective import cause, on_all_ranks, on_rank_0, rank
 from megatron_dynmoe.checkpoints.save import rank_that_reads
 from megatron_dynmoe.storage.manifest import MANIFEST, check_file, read_manifest
 
@@ -33,7 +33,9 @@ def faults(folder: Path, looks_closer: bool) -> list[str]:
         return [files]
     if files is None:
         return on_rank_0(lambda: _faults_without_manifest(folder, looks_closer))
-    parts = together(lambda: [fault for item in _share(files) for fault in _fault(folder, *item)])
+    parts = on_all_ranks(
+        lambda: [fault for item in _share(files) for fault in _fault(folder, *item)]
+    )
     return sorted(fault for part in parts for fault in part)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.checkpoints.collective import CheckpointError, on_rank_0, together
+from megatron_dynmoe.checkpoints.collective import CheckpointError, on_all_ranks, on_rank_0
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.storage.unpickle import load_metadata
 
@@ -32,7 +32,7 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
     """
     if strictness.startswith(_LENIENT):
         return
-    wanted = set().union(*together(lambda: _of_routers(_keys(state_dict))))
+    wanted = set().union(*on_all_ranks(lambda: _of_routers(_keys(state_dict))))
     there = on_rank_0(lambda: _of_routers(_stored_keys(folder))) if wanted else set()
     missing = sorted(wanted - there)
     # If the checkpoint has no router weights, it has no experts either: these flags cannot help.

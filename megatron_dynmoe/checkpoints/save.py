@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.checkpoints.collective import is_local, on_rank_0, rank, together
+from megatron_dynmoe.checkpoints.collective import is_local, on_all_ranks, on_rank_0, rank
 from megatron_dynmoe.storage.atomic import partial_name, replace_file
 from megatron_dynmoe.storage.json_files import write_json
 from megatron_dynmoe.storage.manifest import MANIFEST, fingerprint
@@ -34,7 +34,7 @@ class SaveGuard:
     def __init__(self) -> None:
         self._kept: list[Exception] = []
 
-    def preparing(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def with_folder(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``save_checkpoint``: make the folder on rank 0 first, or fail on all ranks."""
 
         @functools.wraps(save_checkpoint)
@@ -56,7 +56,7 @@ class SaveGuard:
 
         return prepared
 
-    def sealing(self, save: Callable[..., Any]) -> Callable[..., Any]:
+    def with_manifest(self, save: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``dist_checkpointing.save``, which writes everything except the tracker."""
 
         @functools.wraps(save)
@@ -82,7 +82,7 @@ class SaveGuard:
 
         return sealed
 
-    def noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
+    def with_error_named(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the writing of one file, whose error Megatron replaces by its type's name."""
 
         @functools.wraps(write)
@@ -94,7 +94,7 @@ class SaveGuard:
 
         return noted
 
-    def keeping(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def with_error_kept(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a step of rank 0 that the other ranks wait for: keep its error until later."""
 
         @functools.wraps(step)
@@ -118,7 +118,7 @@ class SaveGuard:
             if self._kept:
                 raise self._kept[0]
 
-        together(raise_first, functools.partial(_not_saved, folder))
+        on_all_ranks(raise_first, functools.partial(_not_saved, folder))
 
 
 def write_checkpoint_manifest(folder: Path, wanted: bool = True) -> None:
@@ -137,7 +137,7 @@ def write_checkpoint_manifest(folder: Path, wanted: bool = True) -> None:
     explain = functools.partial(_not_saved, folder)
     files: dict[str, Any] = {}
     if wanted:
-        for part in together(lambda: _fingerprints(folder), explain):
+        for part in on_all_ranks(lambda: _fingerprints(folder), explain):
             files |= part
     on_rank_0(lambda: _write(folder, files), explain)
 
@@ -176,7 +176,7 @@ def _not_saved(folder: Path, why: str) -> str:
     )
 
 
-class TrackerFiles:
+class TrackerFileWriter:
     """Megatron's way to open files, except that the tracker is replaced whole or not at all.
 
     If the tracker were opened for writing, it would be empty for a moment, or for good if the disk

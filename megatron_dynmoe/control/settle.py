@@ -18,7 +18,7 @@ from megatron_dynmoe.settings.config import Control, DynMoEConfig
 MIN_GAIN_MARGIN = 3.0
 
 
-class ModelShape(Protocol):
+class ModelSizes(Protocol):
     """What the computed values need from a model's configuration, under Megatron's names."""
 
     num_moe_experts: int
@@ -26,7 +26,7 @@ class ModelShape(Protocol):
     init_method_std: float
 
 
-def settle(resolved: DynMoEConfig, model: ModelShape) -> tuple[DynMoEConfig, PIController | None]:
+def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, PIController | None]:
     """Compute every ``auto`` from the model's configuration.
 
     Args:
@@ -67,7 +67,7 @@ def _unless_auto(given: float | str, computed: float) -> float:
 
 
 def settled_gain_margin(
-    settled: DynMoEConfig, controller: PIController, model: ModelShape
+    settled: DynMoEConfig, controller: PIController, model: ModelSizes
 ) -> float:
     """Compute the gain margin of settled settings at the target with the steepest response."""
     gains = controller.proportional_gain, controller.integral_gain
@@ -78,7 +78,7 @@ def _targets(control: Control) -> list[float]:
     return [target for _, target in control.target.points]
 
 
-def _plant(resolved: DynMoEConfig, model: ModelShape) -> dict[str, Any]:
+def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
     """Collect what the count's response to the threshold depends on, except the target."""
     return {
         "num_experts": model.num_moe_experts,

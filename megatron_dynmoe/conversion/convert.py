@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, words
+from megatron_dynmoe.conversion import model_settings as settings
 from megatron_dynmoe.conversion.folder import CONFIG, WEIGHT_DTYPES, Entry, write_shards
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
+from megatron_dynmoe.conversion.model_settings import TOKEN_IDS
 from megatron_dynmoe.conversion.names import (
     FORMATS,
     MEGATRON,
@@ -29,7 +31,6 @@ from megatron_dynmoe.conversion.names import (
     Row,
     Shapes,
 )
-from megatron_dynmoe.conversion.settings import TOKEN_IDS
 from megatron_dynmoe.conversion.sources import (
     INV_FREQ,
     FromFolder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from megatron_dynmoe.conversion.settings import (
+from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     TOKEN_IDS,
     Needed,

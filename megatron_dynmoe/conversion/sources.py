@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, settings, words
+from megatron_dynmoe.conversion import card, format_settings, megatron_settings, words
+from megatron_dynmoe.conversion import model_settings as settings
 from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.names import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.conversion.folder import CONFIG
-from megatron_dynmoe.conversion.settings import TOKEN_IDS, check_kinds
+from megatron_dynmoe.conversion.model_settings import TOKEN_IDS, check_kinds
 from megatron_dynmoe.storage.json_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"

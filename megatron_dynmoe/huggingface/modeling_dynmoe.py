@@ -97,7 +97,7 @@ class DynMoECausalLMOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-class Routing(NamedTuple):
+class RouterOutput(NamedTuple):
     """A router's decision: logits and probs [T, E] and weights [T, E] in its dtype, map bool."""
 
     logits_TE: Tensor
@@ -121,7 +121,7 @@ class DynMoERouter(nn.Module):
         """The scale of the normalized logits, [1] float32."""
         return 1 + self.theta_offset.float()
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor) -> RouterOutput:
         """Choose the experts of each token."""
         config, dtype = self.config, getattr(torch, self.config.router_dtype)
 
@@ -141,7 +141,7 @@ class DynMoERouter(nn.Module):
 
         # 3. Weigh
         weights_TE = weigh(probs_TE, map_TE, renormalize=config.weights == "renormalized")
-        return Routing(logits_TE, probs_TE, map_TE, weights_TE)
+        return RouterOutput(logits_TE, probs_TE, map_TE, weights_TE)
 
 
 class DynMoEExperts(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.planning.counts import ExpertCounts, expected_counts
+from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
 from megatron_dynmoe.planning.gpus import GPU
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.planning.memory import Memory, MemoryModel

@@ -32,7 +32,7 @@ class Settled:
     """
 
     dynmoe: DynMoEConfig
-    backend: choice.Plan
+    backend: choice.BackEnd
     controller: PIController | None = None
     rule: Rule | None = None
 
@@ -61,7 +61,9 @@ def settle_run(
     optimizer = "adam"
     with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
-    backend = choice.plan(resolved.backend or AUTO, transformer_impl, transformer, optimizer)
+    backend = choice.choose_back_end(
+        resolved.backend or AUTO, transformer_impl, transformer, optimizer
+    )
     if not resolved.is_dynamic:
         return Settled(resolved, backend)
     check_upstream_settings(transformer)

@@ -11,10 +11,10 @@ from megatron_dynmoe.planning.memory import MemoryModel
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.backends.choice import Plan
+    from megatron_dynmoe.backends.choice import BackEnd
 
 
-def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: Plan) -> str:
+def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
     """Compare the most memory that a run can need on its fullest device with this device's memory.
 
     The report warns and does not stop the run. Its bound assumes that all tokens of all ranks go to

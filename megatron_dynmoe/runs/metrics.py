@@ -109,7 +109,7 @@ def scalars(
                 yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
 
 
-def layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
+def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's page "custom scalars": groups of charts, each of tags (regular expressions)."""
 
     def chart(*tags: str) -> list[Any]:
@@ -283,7 +283,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             values = dict(scalars(summarize(step), self.dynmoe, iteration))
             self._write(values, iteration, writer, wandb_writer)
         if writer is not None and not self._has_layout:
-            writer.add_custom_scalars(layout(self.dynmoe))
+            writer.add_custom_scalars(tensorboard_layout(self.dynmoe))
             self._has_layout = True
 
     def _write_heat_map(self, iteration: int, writer: Any) -> None:

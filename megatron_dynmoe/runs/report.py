@@ -91,7 +91,7 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
     trained = [event.wall_time for event in by_tag.get(LOSS, [])]
     scalars = {}
     for tag, events in by_tag.items():
-        kept = _without_void(events, trained if "validation" in tag else None)
+        kept = _drop_undone_steps(events, trained if "validation" in tag else None)
         scalars[tag] = Series(
             [event.step for event in kept],
             [event.value for event in kept],
@@ -100,7 +100,7 @@ def read_scalars(run_dir: Path, elsewhere: Path | None = None) -> dict[str, Seri
     return scalars
 
 
-def _without_void(events: list[Any], trained: list[float] | None) -> list[Any]:
+def _drop_undone_steps(events: list[Any], trained: list[float] | None) -> list[Any]:
     """The events of one scalar without those that a later start trained again.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from megatron_dynmoe.checkpoints.settings import saved_arguments
+from megatron_dynmoe.checkpoints.saved_arguments import saved_arguments
 from megatron_dynmoe.training.splits import Part
 
 # The description of a run's data lies in its checkpoints, as this one of Megatron's arguments.

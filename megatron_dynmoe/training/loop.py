@@ -21,7 +21,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
-from megatron_dynmoe.checkpoints.settings import agree_with_checkpoint
+from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
@@ -72,7 +72,7 @@ def train(program_start: float) -> None:
         UsageError: a setting makes no sense; raised before the first step.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    with run_directory.leaving_nothing_before_a_step():
+    with run_directory.cleaning_up_failed_starts():
         with _refusing_in_flags():
             args, resolved = parse_command_line()
             model_config = gpt_config_from_args(args)
@@ -95,7 +95,7 @@ def _build_and_train(
             for line in describe(settled, model_config.transformer, args):
                 print(line, flush=True)
     try:
-        with run_directory.keeping(args, settled.dynmoe, program_start), _refusing_in_flags():
+        with run_directory.recording(args, settled.dynmoe, program_start), _refusing_in_flags():
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
@@ -110,7 +110,7 @@ def _build_and_train(
         if exit.code or not hasattr(args, "curr_iteration"):
             raise  # not every rank has agreed to stop, or no step has run yet
         reason = notices.say_how_to_go_on(args, signals.that_stopped(), ends=False)
-        signals.exit_as_told(reason)
+        signals.exit_with_signal_code(reason)
     if not args.skip_train:
         notices.say_how_to_go_on(args)
 

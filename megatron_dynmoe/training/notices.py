@@ -16,7 +16,7 @@ from megatron_dynmoe.storage.megatron_names import TRACKER
 NOTE = "> note: "
 
 
-def say_what_to_know_first(args: Namespace, plan: choice.Plan) -> None:
+def say_what_to_know_first(args: Namespace, plan: choice.BackEnd) -> None:
     """Print, on the first rank, what a person would want to know before hours have passed."""
     if args.rank != 0:
         return
@@ -29,7 +29,7 @@ def say_what_to_know_first(args: Namespace, plan: choice.Plan) -> None:
             print(NOTE + note, flush=True)
 
 
-def what_is_ruled_out(args: Namespace, plan: choice.Plan) -> list[str]:
+def what_is_ruled_out(args: Namespace, plan: choice.BackEnd) -> list[str]:
     """Lines about what cannot be done later with a new run; empty if the run resumes.
 
     Args:

@@ -84,7 +84,7 @@ def _has_logged(run_dir: Path) -> bool:
 
 
 @contextmanager
-def leaving_nothing_before_a_step() -> Iterator[None]:
+def cleaning_up_failed_starts() -> Iterator[None]:
     """If no step ran, remove the event file that Megatron opens first, and empty folders.
 
     A start may be refused, or fail while it builds the model, indexes data or loads a checkpoint.
@@ -111,7 +111,7 @@ def _remove_empty(*folders: Path) -> None:
 
 
 @contextmanager
-def keeping(args: Namespace, resolved: DynMoEConfig, program_start: float) -> Iterator[None]:
+def recording(args: Namespace, resolved: DynMoEConfig, program_start: float) -> Iterator[None]:
     """Write into ``--run-dir``, if given, what the run is and, at its end, what it did.
 
     Args:

@@ -104,7 +104,7 @@ def that_stopped() -> str | None:
     return signal.Signals(handler.agreed).name
 
 
-def exit_as_told(reason: str) -> NoReturn:
+def exit_with_signal_code(reason: str) -> NoReturn:
     """Exit with 128 + the signal if a signal ended the training loop, else with 0.
 
     A run that was told to stop has not finished: jobs that wait for its success must not start.

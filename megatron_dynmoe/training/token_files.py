@@ -49,8 +49,8 @@ def check_token_files(args: Any) -> None:
         return
     reads = os.environ.get("LOCAL_RANK", "0") == "0"
     vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
-    together, per_split = _blends(args)
-    for flag, blend in _flags_of(args, together, per_split):
+    on_all_ranks, per_split = _blends(args)
+    for flag, blend in _flags_of(args, on_all_ranks, per_split):
         splits.check_weights(flag, blend)
     named = _named_files(args)
     if not named:
@@ -65,7 +65,7 @@ def check_token_files(args: Any) -> None:
         if check.state == FAILED:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
     if reads:
-        training = splits.check_splits(args, together, per_split)[0]
+        training = splits.check_splits(args, on_all_ranks, per_split)[0]
         _say_of_order(args, training)
 
 

@@ -24,7 +24,7 @@ def install() -> None:
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
     _guard_checkpoints()
-    _hear_every_signal()
+    _handle_every_signal()
     _tell_data_workers_whose_they_are()
     _name_data_indexes_by_content()
     _end_where_a_split_is_empty()
@@ -297,18 +297,18 @@ def _guard_checkpoints() -> None:
     from megatron_dynmoe.checkpoints import load, save
 
     guard = save.SaveGuard()
-    dist_checkpointing.save = guard.sealing(dist_checkpointing.save)
-    serialization.save_config = guard.keeping(serialization.save_config)
+    dist_checkpointing.save = guard.with_manifest(dist_checkpointing.save)
+    serialization.save_config = guard.with_error_kept(serialization.save_config)
     writer = FileSystemWriterAsync
-    writer.finish = guard.keeping(writer.finish)
-    writer.write_preloaded_data = staticmethod(guard.noting(writer.write_preloaded_data))
-    checkpointing.save_checkpoint = guard.preparing(checkpointing.save_checkpoint)
+    writer.finish = guard.with_error_kept(writer.finish)
+    writer.write_preloaded_data = staticmethod(guard.with_error_named(writer.write_preloaded_data))
+    checkpointing.save_checkpoint = guard.with_folder(checkpointing.save_checkpoint)
     training.save_checkpoint = checkpointing.save_checkpoint
-    checkpointing.maybe_msc = save.TrackerFiles(checkpointing.maybe_msc)
+    checkpointing.maybe_msc = save.TrackerFileWriter(checkpointing.maybe_msc)
     checkpointing._load_base_checkpoint = load.checking(checkpointing._load_base_checkpoint)
 
 
-def _hear_every_signal() -> None:
+def _handle_every_signal() -> None:
     """``megatron/training/dist_signal_handler.py`` handles one signal, and forgets which it was.
 
     With ``--exit-signal-handler`` the run saves and ends in an orderly way on SIGTERM, but with

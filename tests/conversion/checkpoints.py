@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
+from megatron_dynmoe.conversion.model_settings import NO_ROUTING
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
-from megatron_dynmoe.conversion.settings import NO_ROUTING
 
 TOP_P = {
     "routing": "top_p",

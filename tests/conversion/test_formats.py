@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_dynmoe.conversion import format_settings, megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.format_settings import from_format, to_format
-from megatron_dynmoe.conversion.settings import check_config, router_state
+from megatron_dynmoe.conversion.model_settings import check_config, router_state
 from tests.conversion.checkpoints import (
     DTOP_P,
     ROUTING_OF,

@@ -16,7 +16,7 @@ from megatron_dynmoe.conversion.megatron_settings import (
     config_from_megatron,
     training_flags,
 )
-from megatron_dynmoe.conversion.settings import check_config, router_state
+from megatron_dynmoe.conversion.model_settings import check_config, router_state
 from megatron_dynmoe.settings.arguments import add_dynmoe_args, config_from_args
 from tests.conversion.checkpoints import DTOP_P, TOP_P, model_config
 from tests.moe import one_rank

@@ -18,7 +18,7 @@ import pytest
 from megatron_dynmoe.checkpoints import faults
 from megatron_dynmoe.checkpoints.collective import CheckpointError
 from megatron_dynmoe.checkpoints.load import check_paths, choose
-from megatron_dynmoe.checkpoints.save import TrackerFiles, write_checkpoint_manifest
+from megatron_dynmoe.checkpoints.save import TrackerFileWriter, write_checkpoint_manifest
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import TRACKER
@@ -220,7 +220,7 @@ def test_ranks_share_the_files(load: Path, monkeypatch) -> None:
 
 
 def test_a_tracker_is_replaced_whole_or_not_at_all(load: Path) -> None:
-    opener = TrackerFiles(SimpleNamespace(open=open, os=1))
+    opener = TrackerFileWriter(SimpleNamespace(open=open, os=1))
     with pytest.raises(OSError, match="full"), opener.open(load / TRACKER, "w") as file:
         file.write("8")
         raise OSError("full")

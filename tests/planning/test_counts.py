@@ -5,7 +5,7 @@ import pytest
 from megatron_dynmoe.control.calibrate import initial_experts_per_token, initial_threshold
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.planning.counts import expected_counts
+from megatron_dynmoe.planning.experts_per_token import expected_counts
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 pytestmark = pytest.mark.megatron

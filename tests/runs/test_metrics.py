@@ -262,10 +262,10 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_dynmoe.runs.metrics import layout, scalars, summarize
+    from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
 
     with SummaryWriter(str(tmp_path)) as events:
-        events.add_custom_scalars(layout(dynmoe))
+        events.add_custom_scalars(tensorboard_layout(dynmoe))
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (tag,) = accumulator.Tags()["tensors"]

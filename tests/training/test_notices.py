@@ -16,11 +16,13 @@ EXPORTABLE = {
 
 
 def ruled_out(backend: str = "torch_native", kept: dict[str, str] | None = None, **changes) -> str:
-    from megatron_dynmoe.backends.choice import Plan
+    from megatron_dynmoe.backends.choice import BackEnd
     from megatron_dynmoe.training.notices import what_is_ruled_out
 
     args = EXPORTABLE | {"save": "checkpoints", "load": None} | changes
-    return "\n".join(what_is_ruled_out(Namespace(**args), Plan(backend, "asked for", kept or {})))
+    return "\n".join(
+        what_is_ruled_out(Namespace(**args), BackEnd(backend, "asked for", kept or {}))
+    )
 
 
 def test_a_model_that_can_be_exported_gets_no_note() -> None:

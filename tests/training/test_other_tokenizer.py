@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_dynmoe.checkpoints import settings
-from megatron_dynmoe.checkpoints.settings import agree_with_checkpoint
+from megatron_dynmoe.checkpoints import saved_arguments as settings
+from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 
 pytestmark = pytest.mark.megatron
 SENTENCEPIECE = "SentencePieceTokenizer"

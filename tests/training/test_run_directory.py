@@ -29,9 +29,9 @@ def arguments(run_dir: Path, skip_train: bool = False) -> Namespace:
 @pytest.mark.parametrize("skip_train", [False, True])
 def test_only_training_brings_a_run_to_its_end(tmp_path: Path, skip_train: bool) -> None:
     """After an evaluation of what there is so far, the launch scripts have to go on with it."""
-    from megatron_dynmoe.training.run_directory import keeping
+    from megatron_dynmoe.training.run_directory import recording
 
-    with keeping(arguments(tmp_path, skip_train), TOP_K, program_start=0.0):
+    with recording(arguments(tmp_path, skip_train), TOP_K, program_start=0.0):
         pass
     assert is_finished(tmp_path, {}) is not skip_train
 
@@ -43,7 +43,7 @@ def test_a_run_that_has_logged_nothing_ends_well_without_a_report(
 
     writer = SimpleNamespace(flush=lambda: None)
     monkeypatch.setattr(run_directory, "get_tensorboard_writer", lambda: writer)
-    with run_directory.keeping(arguments(tmp_path), TOP_K, program_start=0.0):
+    with run_directory.recording(arguments(tmp_path), TOP_K, program_start=0.0):
         pass
     assert "no summary.json and curves.png: " in capsys.readouterr().out
     assert is_finished(tmp_path, {}) and not (tmp_path / SUMMARY).exists()
@@ -81,13 +81,13 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SummaryWr
 
 def fail(run_dir: Path, error: type[BaseException], **taken: int) -> None:
     """Start a run that fails."""
-    from megatron_dynmoe.training.run_directory import keeping, leaving_nothing_before_a_step
+    from megatron_dynmoe.training.run_directory import cleaning_up_failed_starts, recording
 
     args = Namespace(**vars(arguments(run_dir)) | taken)
     with (
         pytest.raises(error),
-        leaving_nothing_before_a_step(),
-        keeping(args, TOP_K, program_start=0.0),
+        cleaning_up_failed_starts(),
+        recording(args, TOP_K, program_start=0.0),
     ):
         raise error
 
