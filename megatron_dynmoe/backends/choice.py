@@ -2,7 +2,7 @@
 
 Megatron's arguments or its TransformerConfig decide this before anything is built. If
 ``torch_native`` does not support a part, ``auto`` leaves this part to upstream's ``local``. An
-explicit ``torch_native`` is refused instead. See :func:`choose_back_end` and ``docs/backends.md``.
+explicit ``torch_native`` is refused instead. See :func:`choose_parts` and ``docs/backends.md``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def implementation(backend: str) -> str:
     return "local" if backend == "torch_native" else backend
 
 
-def choose_back_end(
+def choose_parts(
     backend: str, transformer_impl: str | None, config: TransformerConfig, optimizer: str = "adam"
 ) -> BackEnd:
     """Choose the back end of a model, part by part.

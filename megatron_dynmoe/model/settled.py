@@ -61,7 +61,7 @@ def settle_run(
     optimizer = "adam"
     with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
-    backend = choice.choose_back_end(
+    backend = choice.choose_parts(
         resolved.backend or AUTO, transformer_impl, transformer, optimizer
     )
     if not resolved.is_dynamic:

@@ -55,11 +55,11 @@ def test_a_part_stays_locals_where_it_must(settings, part):
     from megatron_dynmoe.backends import choice
 
     model = config(**settings)
-    plan = choice.choose_back_end("auto", None, model)
+    plan = choice.choose_parts("auto", None, model)
     assert list(plan.kept) == [part]
     assert f"{part}: upstream's local" in choice.describe(plan, model)
     with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
-        choice.choose_back_end("torch_native", None, model)
+        choice.choose_parts("torch_native", None, model)
 
 
 @pytest.mark.parametrize("backend", ("auto", "local"))
@@ -68,10 +68,10 @@ def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
 
     for settings in ({}, {"expert_tensor_parallel_size": 1}):
         with pytest.raises(ValueError, match="give --disable-bias-linear"):
-            choice.choose_back_end(backend, None, config(add_bias_linear=True, **settings))
+            choice.choose_parts(backend, None, config(add_bias_linear=True, **settings))
     dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
     for settings in (dense, {"expert_model_parallel_size": 2}):
-        choice.choose_back_end(backend, None, config(add_bias_linear=True, **settings))
+        choice.choose_parts(backend, None, config(add_bias_linear=True, **settings))
 
 
 @pytest.mark.parametrize("backend", ("torch_native", "local"))
@@ -81,12 +81,12 @@ def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
     selective = {"recompute_granularity": "selective"}
     refused = config(**selective, recompute_modules=["core_attn", "layernorm"])
     with pytest.raises(ValueError, match=r"--recompute-modules is core_attn layernorm.*leave"):
-        choice.choose_back_end(backend, None, refused)
-    choice.choose_back_end(backend, None, config(**selective, recompute_modules=["core_attn"]))
+        choice.choose_parts(backend, None, refused)
+    choice.choose_parts(backend, None, config(**selective, recompute_modules=["core_attn"]))
 
 
 def test_an_optimizer_of_matrices_keeps_upstreams_experts():
     from megatron_dynmoe.backends import choice
 
-    plan = choice.choose_back_end("auto", None, config(), optimizer="muon")
+    plan = choice.choose_parts("auto", None, config(), optimizer="muon")
     assert plan.kept == {"experts": "--optimizer muon"}

@@ -113,8 +113,8 @@ def test_settings_are_settled_once_however_many_chunks_there_are(tmp_path, monke
 
     counting(DynMoEConfig, "resolve")
     counting(settled, "settle")
-    counting(choice, "choose_back_end")
+    counting(choice, "choose_parts")
     config = one_rank.transformer_config()
     for stage in range(2):
         specs.dynmoe_layer_spec(SimpleNamespace(transformer=config), stage)
-    assert sorted(calls) == ["choose_back_end", "resolve", "settle"]
+    assert sorted(calls) == ["choose_parts", "resolve", "settle"]
