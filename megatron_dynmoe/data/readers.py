@@ -34,6 +34,7 @@ FOREIGN = {
     b"\xfd7zXZ": "xz, which is not read: decompress it",
     b"BZh": "bzip2, which is not read: decompress it",
     b"PK\x03\x04": "zip, which is not read: unpack it",
+    b"%PDF": "PDF, which is not read: make text of it, as pdftotext does",
     b"ARROW1": "Arrow, which is not read: make Parquet of it",
 }
 

@@ -71,6 +71,7 @@ def test_plain_text_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("latin.txt", "café".encode("latin-1"), r"latin\.txt: not valid UTF-8 .*iconv"),
         ("packed.txt", gzip.compress(b"a"), r"packed\.txt: its content is gzip: .*\.gz"),
         ("cut.txt.gz", gzip.compress(TEXT.encode() * 9)[:-9], r"cut\.txt\.gz: cannot be read"),
+        ("a.pdf", b"%PDF-1.4\n", r"a\.pdf: its content is PDF, which is not read: make text"),
         ("lines.txt", b'{"body": "a"}\n', r"lines\.txt: its content is JSON lines: .*\.jsonl"),
     ):
         (tmp_path / name).write_bytes(content)
