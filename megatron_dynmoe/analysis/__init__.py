@@ -8,5 +8,5 @@ statistics.py  counts -> the numbers of the report
 tokens.py      what a token looks like, and whether it is a word
 figures.py     numbers -> PNG and SVG
 page.py        numbers and figures -> one HTML file, from page.html
-report.py      all of it -> a folder
+write_report.py  all of it -> a folder
 """
