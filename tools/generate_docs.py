@@ -28,15 +28,15 @@ routing: dtop_p
 target_experts_per_token: 2
 ```
 
-A setting that is left out has the default of the routing. One that the routing does not have, a
-value out of range and a combination that makes no sense stop the run at start-up.
+A setting that is left out has the default of the routing. The run stops at start-up if the routing
+does not have a given setting, if a value is out of range, or if two settings contradict each other.
 
 A schedule is a number, or `ITERATION:TARGET,...` with increasing iterations, linear in between and
 constant outside: `0:8,1000:2` goes from 8 experts to 2 in the first thousand steps.
 
-The load-balance loss may also be set by Megatron's `--moe-router-load-balancing-type` and
-`--moe-aux-loss-coeff`. Which of Megatron's other flags work is listed in
-[upstream_flags.md](upstream_flags.md).
+Megatron's `--moe-router-load-balancing-type` and `--moe-aux-loss-coeff` can also set the
+load-balance loss. [upstream_flags.md](upstream_flags.md) lists which other flags of Megatron work
+here.
 
 | setting and flag | value | `top_p` | `dtop_p` | meaning |
 | --- | --- | --- | --- | --- |
@@ -49,8 +49,8 @@ Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/upstream_flag
 there. A test fails when Megatron has a setting that is not in the table. With
 `--moe-dynamic-routing top_k` nothing is refused: that is stock Megatron.
 
-A flag that is refused stops the run at start-up where it is used, that is, where its value is not
-the one given here.
+A refused flag stops the run at start-up if it is used, that is, if its value differs from the one
+given here.
 
 | setting | with dynamic routing | remark |
 | --- | --- | --- |
