@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_dynmoe.settings.command_line import UsageError
+
 CPU = torch.device("cpu")
 
 # Settings of Megatron that need a GPU or a compiled extension, and what they become here.
@@ -49,15 +51,15 @@ def wanted() -> bool:
     """Whether the CPU layer is to be used: no CUDA device, or ``DYNMOE_DEVICE=cpu``.
 
     Raises:
-        ValueError: ``DYNMOE_DEVICE`` is neither ``cpu``, ``cuda`` nor ``auto``, or asks for CUDA
+        UsageError: ``DYNMOE_DEVICE`` is neither ``cpu``, ``cuda`` nor ``auto``, or asks for CUDA
             where there is none.
     """
     device = os.environ.get("DYNMOE_DEVICE", "auto")
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
+        raise UsageError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
     has_cuda = not is_installed() and torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError(
+        raise UsageError(
             "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device. "
             "Unset it to run on the CPU, or install a driver and a torch build for your GPU."
         )
