@@ -18,7 +18,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from megatron_dynmoe.jobs.host_names import settle_master_address
-from megatron_dynmoe.settings.command_line import RaisingParser
+from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
 from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -27,12 +27,14 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 def prepare() -> None:
     """Install the CPU layer where it is wanted, and the patches. Call before using Megatron.
 
+    Ends the process if a variable of the environment asks for what there is not.
+
     Raises:
-        ValueError: a variable of the environment asks for what there is not.
+        ValueError: the first machine is not to be found.
     """
     from megatron_dynmoe.backends import cpu
 
-    with refusing_plainly():
+    with refusing_plainly(), ending_at_misuse():
         is_on_cpu = cpu.wanted()
         if "RANK" not in os.environ:
             _set_up_a_single_process()
@@ -51,11 +53,11 @@ def _set_up_a_single_process() -> None:
     """Set what torchrun would, so that one process can be started by hand.
 
     Raises:
-        ValueError: this is one of several Slurm tasks, which would all be worlds of their own.
+        UsageError: this is one of several Slurm tasks, which would all be worlds of their own.
     """
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1":
-        raise ValueError(
+        raise UsageError(
             f"SLURM_NTASKS is {tasks}, but RANK is not set: let every task start torchrun, or set "
             "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         )

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_dynmoe.settings.command_line import UsageError
+
 CPU = torch.device("cpu")
 
 # Settings of Megatron that need a GPU or a compiled extension, and their values here.
@@ -50,15 +52,15 @@ def wanted() -> bool:
     """Whether to use the CPU layer: there is no CUDA device, or ``DYNMOE_DEVICE`` is ``cpu``.
 
     Raises:
-        ValueError: ``DYNMOE_DEVICE`` is not ``cpu``, ``cuda`` or ``auto``, or it asks for CUDA and
+        UsageError: ``DYNMOE_DEVICE`` is not ``cpu``, ``cuda`` or ``auto``, or it asks for CUDA and
             there is no CUDA device.
     """
     device = os.environ.get("DYNMOE_DEVICE", "auto")
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
+        raise UsageError(f"DYNMOE_DEVICE is {device!r}; use 'cpu', 'cuda' or 'auto' (the default).")
     has_cuda = not is_installed() and torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError(
+        raise UsageError(
             "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device. "
             "Unset it to run on the CPU, or install a driver and a torch build for your GPU."
         )

@@ -28,7 +28,7 @@ def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
     Raises:
         ValueError: ``DYNMOE_KERNELS`` is set to something other than 0 or 1.
     """
-    if _is_plain_cpu(logits_TE) and _setting() != "0":
+    if _is_plain_cpu(logits_TE) and asked_for() != "0":
         from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
 
         return route_in_blocks
@@ -42,10 +42,15 @@ def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
 
 def available(device: torch.device) -> bool:
     """Whether Triton's kernels are used for tensors on ``device``."""
-    return device.type == "cuda" and _setting() == "1" and _has_triton()
+    return device.type == "cuda" and asked_for() == "1" and _has_triton()
 
 
-def _setting() -> str | None:
+def asked_for() -> str | None:
+    """What ``DYNMOE_KERNELS`` says.
+
+    Raises:
+        ValueError: it is something else than 0 or 1.
+    """
     setting = os.environ.get("DYNMOE_KERNELS") or None
     if setting not in ("0", "1", None):
         raise ValueError(

@@ -261,7 +261,8 @@ class DynMoEConfig:
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"DYNMOE_CONFIG is {str(path)!r}: cannot read it ({error}).") from None
+            why = " ".join(str(error).split())  # YAML's has many lines
+            raise ValueError(f"DYNMOE_CONFIG is {str(path)!r}: cannot read it ({why}).") from None
         if not isinstance(settings, dict):
             raise ValueError(
                 f"DYNMOE_CONFIG is {str(path)!r}: it must hold 'name: value' lines, such as "

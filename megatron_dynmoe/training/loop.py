@@ -19,6 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
+from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
@@ -75,6 +76,7 @@ def train(program_start: float) -> None:
     with run_directory.cleaning_up_failed_starts():
         with _refusing_in_flags():
             args, resolved = parse_command_line()
+            kernels.asked_for()
             model_config = gpt_config_from_args(args)
             with naming_flags(args):
                 settled = settle_run(resolved, model_config.transformer, args.transformer_impl)

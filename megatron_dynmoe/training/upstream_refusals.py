@@ -41,6 +41,7 @@ _OTHER_NAMES = {
 # These run after the start. They also read files, whose faults have messages of their own.
 _NOT_START_UP = {"train_step", "evaluate", "save_checkpoint"}
 _FILES = "megatron.core.dist_checkpointing"
+_TOKENIZERS = "megatron.core.tokenizers"  # where a path is a path, and no flag is in sight
 
 
 def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> str | None:
@@ -76,6 +77,8 @@ def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> 
     else:
         return None
     values = flags.values_in(statements, reason)
+    if not values and module.startswith(_TOKENIZERS):
+        values = flags.values_of("tokenizer_type", "tokenizer_model")
     if not values:
         return None
     return f"Megatron refuses these flags: {reason}. Here {', and '.join(values)}."
@@ -143,6 +146,10 @@ class _Flags:
                 break
         typed = [dest for dest in dict.fromkeys(named) if dest in self._typed]
         return [self._value(dest) for dest in typed or dict.fromkeys(named)]
+
+    def values_of(self, *names: str) -> list[str]:
+        """These flags and their values."""
+        return [self._value(name) for name in names]
 
     def _value(self, dest: str) -> str:
         value: Any = self._values.get(dest)

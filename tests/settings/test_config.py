@@ -118,8 +118,11 @@ def test_yaml_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 def test_yaml_that_does_not_parse_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"DYNMOE_CONFIG is .*: cannot read it"):
+    with pytest.raises(
+        ValueError, match=r"DYNMOE_CONFIG is .*: cannot read it \(.+\)\.$"
+    ) as refused:
         DynMoEConfig.from_yaml(write(tmp_path, "routing: [top_p"))
+    assert "\n" not in str(refused.value)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00r")
     with pytest.raises(ValueError, match=r"DYNMOE_CONFIG is .*: cannot read it"):
         DynMoEConfig.from_yaml(tmp_path / "binary.yaml")

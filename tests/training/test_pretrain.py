@@ -24,10 +24,10 @@ def test_a_device_that_is_not_there_is_what_is_seen_last(launcher: tuple[str, ..
         text=True,
         timeout=300,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     lines = [line.strip("= ") for line in done.stderr.splitlines()]
     last = [line for line in lines if line][-1]
-    seen = "torchrun: rank 0 ended with exit code 1: " if launcher else "ValueError: "
+    seen = "torchrun: rank 0 ended with exit code 2: " if launcher else "error: "
     assert last.startswith(seen + "DYNMOE_DEVICE is 'cuda', but torch finds no CUDA device")
     assert "cpu.py" not in done.stderr, "a stack of ours buries the message"
 

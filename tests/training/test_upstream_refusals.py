@@ -66,6 +66,17 @@ def test_a_message_gets_flags_for_its_attributes_and_the_values_that_were_typed(
     )
 
 
+def test_what_a_tokenizer_cannot_read_is_said_of_its_flags() -> None:
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import reload_mergeable_ranks
+
+    said = said_of(
+        "--tokenizer-type TikTokenizer --tokenizer-model a.model",
+        reload_mergeable_ranks, path="a.model",
+    )  # fmt: skip
+    assert said is not None and said.startswith("Megatron refuses these flags: it requires: ")
+    assert said.endswith("--tokenizer-type is TikTokenizer, and --tokenizer-model is a.model.")
+
+
 def test_nothing_typed_has_to_do_with_it() -> None:
     said = said_of("", schedule, min_lr=-1.0)
     assert said == (
