@@ -218,7 +218,7 @@ class DynMoEConfig:
     @property
     def is_controlled(self) -> bool:
         """Whether the PI controller steers the threshold."""
-        return self.routing == "dtop_p"
+        return "integral_gain" in _DEFAULTS.get(self.routing, {})
 
     @property
     def loss_coefficients(self) -> LossCoefficients:
@@ -379,7 +379,7 @@ class DynMoEConfig:
             raise SettingError(
                 "target_experts_per_token",
                 None,
-                ", which {routing} 'dtop_p' needs",
+                f", which {{routing}} {self.routing!r} needs",
                 "give the mean number of experts per token to hold, such as 2",
             )
         most = self.max_experts_per_token or num_experts
