@@ -20,6 +20,7 @@ from megatron_dynmoe.conversion import format_settings, megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.format_settings import from_format, to_format
 from megatron_dynmoe.conversion.model_settings import check_config, router_state
+from megatron_dynmoe.conversion.names import FORMATS
 from tests.conversion.checkpoints import (
     DTOP_P,
     ROUTING_OF,
@@ -330,3 +331,9 @@ def test_settings_come_back_from_megatron(data: st.DataObject, format: str) -> N
         assert back[name] == config[name], name
     for name in ("max_experts_per_token", "inference_threshold", "target_experts_per_token"):
         assert back[name] == config[name], name
+
+
+def test_every_format_is_tried() -> None:
+    """A new one that is missing from a list would pass by its tests."""
+    assert set(FORMATS) == set(ROUTING_OF) == {format for format, _ in MODELS.values()}
+    assert {*TABLES, "dynmoe"} == set(FORMATS)  # ours expresses everything
