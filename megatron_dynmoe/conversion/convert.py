@@ -42,6 +42,7 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.storage.atomic import check_target, new_folder
 from megatron_dynmoe.storage.json_files import write_json
@@ -286,6 +287,8 @@ def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
 
     try:
         differing = export_tokenizer(tokenizer, folder)
+    except UsageError as error:  # in the words of training, which has another flag for it
+        raise UsageError(str(error).replace("--tokenizer-model", "--tokenizer", 1)) from error
     except (ValueError, OSError):
         raise
     except Exception as error:  # of whatever kind, from the libraries that read one

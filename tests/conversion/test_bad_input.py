@@ -69,8 +69,9 @@ class Refused:
         assert listing(self.output.parent) == before
         return message
 
-    def to_hf(self, load: Path, *says: str, flags: tuple[str, ...] = ()) -> str:
-        return self("to-hf", "--load", load, "--output", self.output, *flags, says=says)
+    def to_hf(self, load: Path, *says: str, flags: tuple[str, ...] = (), code: int = 1) -> str:
+        command = ("to-hf", "--load", load, "--output", self.output, *flags)
+        return self(*command, says=says, code=code)
 
     def from_hf(self, model: Path, *says: str, flags: tuple[str, ...] = ()) -> str:
         return self("from-hf", "--model", model, "--save", self.output, *flags, says=says)
@@ -705,12 +706,16 @@ def test_what_is_no_tokenizer(load: Path, refused: Refused, name: str, content: 
         (tokenizer / "tokenizer.json").write_bytes(content)
     else:
         tokenizer.write_bytes(content)
-    refused.to_hf(load, str(tokenizer), flags=("--tokenizer", str(tokenizer)))
+    refused.to_hf(
+        load, f"--tokenizer is {tokenizer}", flags=("--tokenizer", str(tokenizer)), code=2
+    )
 
 
 def test_a_tokenizer_that_is_not_there(load: Path, refused: Refused) -> None:
     tokenizer = load.parent / "missing.model"
-    refused.to_hf(load, str(tokenizer), flags=("--tokenizer", str(tokenizer)))
+    refused.to_hf(
+        load, f"--tokenizer is {tokenizer}", flags=("--tokenizer", str(tokenizer)), code=2
+    )
 
 
 def test_a_tokenizer_with_code_of_its_own(load: Path, refused: Refused) -> None:
@@ -721,7 +726,7 @@ def test_a_tokenizer_with_code_of_its_own(load: Path, refused: Refused) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}})
     )
-    refused.to_hf(load, str(folder), flags=("--tokenizer", str(folder)))
+    refused.to_hf(load, str(folder), flags=("--tokenizer", str(folder)), code=2)
     assert not evidence.exists()
 
 
