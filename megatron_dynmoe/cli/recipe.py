@@ -63,9 +63,9 @@ def _show(args: argparse.Namespace, parser: CommandParser) -> None:
 
             check_run(flags, args.world_size)
         if args.parse:
-            from megatron_dynmoe.jobs.preflight import check_flags
+            from megatron_dynmoe.jobs.parse import parse
 
-            check_flags(flags)
+            parse(flags)
     except ValueError as error:  # shown by launch scripts, whose user has not called this command
         parser.exit(2, f"error: {error}\n")
     if args.output is None:

@@ -9,7 +9,24 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from megatron_dynmoe.settings.command_line import RaisingParser
+
+def parse(flags: Sequence[str]) -> Namespace:
+    """Parse flags by the parser of the training. The first call imports Megatron, for seconds.
+
+    Raises:
+        ValueError: a flag is unknown, or a value has the wrong type.
+    """
+    return _parser().parse_args(list(flags))
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    # PyTorch would warn that a login node has no GPU, upstream of packages that it would like.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron_dynmoe.training.flags import training_parser
+    return training_parser()
 
 
 def read_args(flags: Sequence[str]) -> Namespace:
@@ -21,7 +38,7 @@ def read_args(flags: Sequence[str]) -> Namespace:
     Raises:
         ValueError: a flag is unknown or missing, or has a bad value.
     """
-    args = _parser().parse_args(list(flags))
+    args = parse(flags)
     # This repeats upstream's validate_args, which cannot run without processes.
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not getattr(args, name):
@@ -53,16 +70,3 @@ def read_args(flags: Sequence[str]) -> Namespace:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
     return args
-
-
-@functools.cache
-def _parser() -> ArgumentParser:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():  # upstream warns of packages that it would like installed
-        warnings.simplefilter("ignore")
-        from megatron.training.arguments import add_megatron_arguments
-
-        from megatron_dynmoe.settings.arguments import add_dynmoe_args
-        from megatron_dynmoe.training import run_directory
-    parser = RaisingParser(allow_abbrev=False, add_help=False)
-    return run_directory.add_flag(add_dynmoe_args(add_megatron_arguments(parser)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 from megatron_dynmoe.data.check import prefix_remedy
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.arguments import PREFIX, naming_flags, resolved_from_args
-from megatron_dynmoe.settings.command_line import RaisingParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.words import is_number, values_of, whole_number
 
@@ -66,22 +64,6 @@ def check_routing(flags: Sequence[str], num_experts: int) -> None:
     with naming_flags(args):
         DynMoEConfig.from_dict(settings, "the command line")  # it knows the names
     resolved_from_args(args, num_experts)
-
-
-def check_flags(flags: Sequence[str]) -> None:
-    """Parse all flags as the training will. This takes seconds, because it imports Megatron.
-
-    Raises:
-        ValueError: a flag is unknown, or a value has the wrong type.
-    """
-    # Without this, PyTorch warns that a login node has no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_dynmoe.training.flags import add_flags
-
-    parser = add_flags(add_megatron_arguments(RaisingParser(allow_abbrev=False)))
-    parser.parse_args(list(flags))
 
 
 def check_files(flags: Sequence[str]) -> None:

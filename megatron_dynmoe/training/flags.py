@@ -7,6 +7,8 @@ import shlex
 from argparse import ArgumentParser
 from functools import partial
 
+from megatron.training.arguments import add_megatron_arguments
+
 from megatron_dynmoe.checkpoints import collective as checkpoints
 from megatron_dynmoe.settings.arguments import (
     add_dynmoe_args,
@@ -14,6 +16,11 @@ from megatron_dynmoe.settings.arguments import (
 from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
 from megatron_dynmoe.training import run_directory, signals
 from megatron_dynmoe.training.argument_checks import bound_numbers
+
+
+def training_parser() -> ArgumentParser:
+    """The parser of every command that reads a training's flags; a refusal is a UsageError."""
+    return add_flags(add_megatron_arguments(RaisingParser(allow_abbrev=False)))
 
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:

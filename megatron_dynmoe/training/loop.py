@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +16,6 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import add_megatron_arguments
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
@@ -39,7 +38,7 @@ from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_up
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
-from megatron_dynmoe.training.flags import add_flags
+from megatron_dynmoe.training.flags import add_flags, training_parser
 from megatron_dynmoe.training.forward import forward_step
 from megatron_dynmoe.training.intervals import check_intervals
 from megatron_dynmoe.training.token_files import check_token_files
@@ -123,8 +122,7 @@ def _refusing_in_flags() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-        refusal = in_flags(error, parser, sys.argv[1:])
+        refusal = in_flags(error, training_parser(), sys.argv[1:])
         if refusal is None:
             raise
         raise UsageError(refusal) from None

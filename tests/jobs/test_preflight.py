@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_dynmoe.jobs.preflight import check_files, check_flags, check_routing, check_run
+from megatron_dynmoe.jobs.parse import parse
+from megatron_dynmoe.jobs.preflight import check_files, check_routing, check_run
 from megatron_dynmoe.jobs.recipes import recipe_flags, recipe_names
 
 
@@ -81,7 +82,7 @@ def test_a_missing_tokenizer_is_named(tmp_path, data):
 )
 def test_flags_are_those_of_the_training(change, message):
     flags = recipe_flags("dtop_p_64e8a")
-    check_flags(flags)
+    parse(flags)
     with pytest.raises(ValueError) as error:
-        check_flags([*flags, *change.split()])
+        parse([*flags, *change.split()])
     assert message in str(error.value)
