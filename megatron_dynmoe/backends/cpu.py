@@ -310,6 +310,10 @@ def _refuse_what_needs_a_gpu(args: Namespace) -> None:
         value = getattr(args, name, possible)
         if value != possible:
             raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
+    if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
+        raise ValueError(
+            "--profile is given on the CPU: it marks steps for a profiler of CUDA. Leave it out."
+        )
 
 
 def _all_gather(

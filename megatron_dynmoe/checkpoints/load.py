@@ -22,7 +22,6 @@ import torch.distributed as dist
 from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_local, on_rank_0
 from megatron_dynmoe.checkpoints.faults import faults
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
-from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import (
@@ -38,24 +37,31 @@ _RULE = "*" * 100
 Name = int | str  # the name of a checkpoint: its iteration, or "release"
 
 
+def _check_can_be_written(folder: str, flag: str, run_dir: str | None) -> None:
+    try:
+        # The folder is not made yet, so that a start that is refused leaves nothing behind.
+        with tempfile.TemporaryFile(dir=nearest_existing(Path(folder))) as file:
+            file.write(b"room?")
+    except OSError as error:
+        by_run_dir = run_dir and Path(folder).parent == Path(run_dir)
+        given = f"--run-dir is {run_dir}" if by_run_dir else f"{flag} is {folder}"
+        raise ValueError(
+            f"{given}, where nothing can be written ({cause(error)}): name a "
+            "folder that can be written to, or mend this one."
+        ) from None
+
+
 def check_paths(args: Namespace) -> None:
-    """Find out whether ``--save`` and ``--load`` can work, before anything is built.
+    """Find out whether ``--save``, ``--tensorboard-dir`` and ``--load`` can work, at the start.
 
     Raises:
-        ValueError: nothing can be written to ``--save``, or ``--load`` leads to nothing.
+        ValueError: nothing can be written to a folder, or ``--load`` leads to nothing.
     """
-    if args.save and is_local(args.save) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        try:
-            # The folder is not made yet, so that a start that is refused leaves nothing behind.
-            with tempfile.TemporaryFile(dir=nearest_existing(Path(args.save))) as file:
-                file.write(b"room?")
-        except OSError as error:
-            by_run_dir = args.run_dir and Path(args.save) == Path(args.run_dir, CHECKPOINTS)
-            given = f"--run-dir is {args.run_dir}" if by_run_dir else f"--save is {args.save}"
-            raise ValueError(
-                f"{given}, where nothing can be written ({cause(error)}): name a "
-                "folder that can be written to, or mend this one."
-            ) from None
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of the ranks of this machine
+    if args.tensorboard_dir and is_first:
+        _check_can_be_written(args.tensorboard_dir, "--tensorboard-dir", args.run_dir)
+    if args.save and is_local(args.save) and is_first:
+        _check_can_be_written(args.save, "--save", args.run_dir)
         tracker = Path(args.save) / TRACKER
         if args.save_retain_interval and tracker.is_file():
             text = tracker.read_text(errors="replace").strip()

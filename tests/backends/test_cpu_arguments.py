@@ -20,6 +20,12 @@ def test_cuda_graphs_are_refused(used):
         cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED | used))
 
 
+def test_a_profiler_of_cuda_is_refused():
+    with pytest.raises(ValueError, match=r"^--profile is given on the CPU.*Leave it out"):
+        cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True))
+    cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True, use_pytorch_profiler=True))
+
+
 def test_nothing_is_said_of_what_is_for_gpus():
     """Upstream warns nine times while it is imported, which buries the first words of a run."""
     code = "from megatron_dynmoe.backends import cpu; cpu.install(); import megatron.training"

@@ -17,7 +17,8 @@ def check(load: Path | None, save: Path | None, **changes) -> None:
         **{"save": save and str(save), "load": load and str(load), "pretrained_checkpoint": None},
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
         **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
-        **{"save_retain_interval": None, "skip_train": False, "run_dir": None},
+        **{"save_retain_interval": None, "skip_train": False},
+        **{"run_dir": None, "tensorboard_dir": None},
     }
     check_paths(Namespace(**args | changes))
 

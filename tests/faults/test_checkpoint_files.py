@@ -238,6 +238,7 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
         **{"ckpt_step": None, "ckpt_fallback": False, "exit_on_missing_checkpoint": False},
         **{"non_persistent_ckpt_type": None, "ckpt_format": "torch_dist"},
         **{"save_retain_interval": None, "skip_train": False, "run_dir": None},
+        tensorboard_dir=str(load / "events"),
     )
     check_paths(args)
     assert not (load / "new").exists()  # before there is something to save
@@ -247,6 +248,10 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
     args.run_dir, args.save = str(load / TRACKER), str(load / TRACKER / "checkpoints")
     with pytest.raises(ValueError, match=f"^--run-dir is {args.run_dir}, where nothing can be"):
         check_paths(args)
+    args.run_dir, args.save, args.tensorboard_dir = None, None, str(load / TRACKER / "events")
+    with pytest.raises(ValueError, match=r"^--tensorboard-dir is .*nothing can be written"):
+        check_paths(args)
+    args.tensorboard_dir = None
     args.save, args.save_retain_interval = str(load), 10
     (load / TRACKER).write_text("release")
     with pytest.raises(ValueError, match=r"--save-retain-interval is 10.*'release'"):
