@@ -201,7 +201,7 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
     if len(rows_RI) and has_grouped_gemm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
         ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0).int()
         if uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
-            return _GroupedLinear.apply(rows_RI, weight_EOI, ends)
+            return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert == 0)
         return _KernelLinear.apply(rows_RI, weight_EOI, ends)
     counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
     return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
@@ -262,17 +262,31 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, unused_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends, unused_E)
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight, ends = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, ends, unused_E = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
         grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
-        return grad_rows, grad_weight, None
+        return grad_rows, _zero_unused(grad_weight, unused_E), None, None
+
+
+def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
+    """Zero the gradients of experts without a row, in place.
+
+    On Blackwell ``grouped_mm`` returns something else for them (pytorch issue 172439, open). This
+    is one more pass over the gradient, and the host does not wait for the device. If the dispatcher
+    has brought the counts to the host, there is a pass only if an expert has no row.
+    """
+    device = grad_weight_EOI.device
+    if unused_E.device != device and not unused_E.any():
+        return grad_weight_EOI
+    unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
+    return grad_weight_EOI.masked_fill_(unused, 0)
 
 
 class _KernelLinear(torch.autograd.Function):

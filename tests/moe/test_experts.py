@@ -77,6 +77,46 @@ def test_both_kinds_of_gemm_agree(dtype):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 5], [2, 4, 2], [0, 8, 0], [0, 0, 0]], ids=str)
+def test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns(
+    monkeypatch, counts
+):
+    from megatron_dynmoe.moe.experts import grouped_linear
+
+    grouped_mm, left_unwritten = torch.nn.functional.grouped_mm, []
+
+    def as_on_blackwell(left, right, *, offs):
+        result = grouped_mm(left, right, offs=offs)
+        if result.dim() == 3:  # a weight's gradient
+            for expert in (offs.diff(prepend=offs.new_zeros(1)) == 0).nonzero().flatten():
+                left_unwritten.append(int(expert))
+                result[expert] = torch.nan if expert == 0 else 1e3
+        return result
+
+    rows = torch.randn(sum(counts), 16).requires_grad_()
+    weight = torch.randn(3, 24, 16).requires_grad_()
+    want = torch.autograd.grad(
+        grouped_linear(rows, weight, torch.tensor(counts)).square().sum(), (rows, weight)
+    )
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", as_on_blackwell)
+    output = grouped_linear(rows, weight, torch.tensor(counts))
+    got = torch.autograd.grad(output.square().sum(), (rows, weight))
+    if sum(counts):  # without any row the loop has nothing to do
+        assert left_unwritten == [expert for expert in range(3) if not counts[expert]]
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("counts", "passes"), [([1, 2], 0), ([3, 0], 1)], ids=str)
+def test_counts_on_the_host_save_the_pass_over_a_devices_gradient(monkeypatch, counts, passes):
+    from megatron_dynmoe.moe.experts import _zero_unused
+
+    gradient, called = torch.empty(2, 4, 4, device="meta"), []
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda *_: called.append(1))
+    _zero_unused(gradient, torch.tensor(counts) == 0)
+    assert len(called) == passes
+
+
 def test_upstreams_fused_activation_agrees():
     native = experts("torch_native", moe_ffn_hidden_size=16)
     rows, probs = torch.randn(6, D), torch.rand(6)

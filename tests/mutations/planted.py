@@ -293,6 +293,17 @@ DISPATCHING = [
         (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep1]",),
         ("dispatch_alltoall_routed_ep1",),
     ),
+    Mutation(
+        "gradient_of_no_rows_left_to_grouped_mm",
+        "experts without rows keep the weight gradient that grouped_mm returns",
+        "moe/experts.py",
+        "return grad_rows, _zero_unused(grad_weight, unused_E), None, None",
+        "return grad_rows, grad_weight, None, None",
+        (
+            "tests/moe/test_experts.py::"
+            "test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns",
+        ),
+    ),
 ]
 
 WATCHING = [
