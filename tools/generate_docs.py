@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
-"""Writes the documents that are tables of the code: configuration and upstream's flags.
+"""Writes the tables of the docs that follow from code: settings, upstream's flags, planted mistakes.
 
     python tools/generate_docs.py
 
 A test compares the files with what this would write.
 """
 
+import re
+import sys
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 
 CONFIGURATION = """\
 # Configuration
@@ -55,6 +58,10 @@ given here.
 | setting | with dynamic routing | remark |
 | --- | --- | --- |
 """
+
+PLANTED = re.compile(
+    r"(<!-- planted mistakes: .*? -->).*?(<!-- end of planted mistakes -->)", re.DOTALL
+)
 
 
 def configuration() -> str:
@@ -103,9 +110,30 @@ def upstream_flags() -> str:
     return UPSTREAM + "\n".join(rows) + "\n"
 
 
-DOCUMENTS = {"configuration.md": configuration, "upstream_flags.md": upstream_flags}
+def testing() -> str:
+    """The text of docs/testing.md: what it says now, with the table of planted mistakes."""
+    from tests.mutations.planted import MUTATIONS
+
+    rows = ["| mistake | file | test |", "| --- | --- | --- |"]
+    for mutation in MUTATIONS:
+        test = mutation.tests[0].removeprefix("tests/")
+        rows.append(f"| {mutation.mistake} | `{mutation.file}` | `{test}` |")
+    table = "\n\n" + "\n".join(rows) + "\n\n"
+    text = (DOCS / "testing.md").read_text(encoding="utf-8")
+    text, found = PLANTED.subn(lambda marks: marks[1] + table + marks[2], text)
+    if found != 1:
+        raise ValueError(f"docs/testing.md has {found} places for planted mistakes instead of one")
+    return text
+
+
+DOCUMENTS = {
+    "configuration.md": configuration,
+    "upstream_flags.md": upstream_flags,
+    "testing.md": testing,
+}
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for tests, which are not installed
     CommandParser(description=__doc__).parse_args()
     for name, text in DOCUMENTS.items():
         (DOCS / name).write_text(text(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The documents that are tables of the code say what the code says."""
+"""The tables of the docs that follow from code say what the code says."""
 
 import runpy
 from pathlib import Path

@@ -3,7 +3,6 @@
     python -m tests.mutations                     # all, each against the tests that should catch it
     python -m tests.mutations error_sign ...      # some
     python -m tests.mutations --whole             # each against the whole suite (hours)
-    python -m tests.mutations --markdown          # a table for docs/testing.md
 
 The checkout is not touched: a copy of it is, whose package is the one that its tests import. The
 tests must pass there first, or their failure would say nothing. Exits with 1 if a mistake survives
@@ -38,7 +37,6 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; default: all")
     parser.add_argument("--whole", action="store_true", help="the whole suite against each")
-    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     options = parser.parse_args()
     unknown = set(options.names) - {mutation.name for mutation in MUTATIONS}
     if unknown:
@@ -61,8 +59,6 @@ def main() -> None:
         survivors = [
             mutation for mutation in chosen if not is_caught(copy, mutation, options.whole)
         ]
-    if options.markdown:
-        print_table(chosen, survivors)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mistakes are caught")
     sys.exit(1 if survivors or misfits else 0)
 
@@ -124,14 +120,6 @@ def environment(copy: Path) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"
     }  # fmt: skip
-
-
-def print_table(mutations: Iterable[Mutation], survivors: list[Mutation]) -> None:
-    print("| Mistake | Where | Result | Test |\n| --- | --- | --- | --- |")
-    for mutation in mutations:
-        result = "survived" if mutation in survivors else "caught"
-        test = mutation.tests[0].removeprefix("tests/")
-        print(f"| {mutation.mistake} | `{mutation.file}` | {result} | `{test}` |")
 
 
 if __name__ == "__main__":
