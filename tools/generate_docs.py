@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of the docs that follow from code: settings, upstream's flags, planted mistakes.
+"""Writes those tables of the docs that are made from code.
 
     python tools/generate_docs.py
 
