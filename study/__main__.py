@@ -94,7 +94,7 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _content(finished: Sequence[runs.Run], text: corpus.Corpus) -> dict[str, Any]:
-    from study import afterwards  # imports PyTorch, for which --list need not wait
+    from study import afterwards  # imports PyTorch, which --list does not need
 
     rows, post_hoc, analyses = [], [], []
     for run in finished:
@@ -143,7 +143,7 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             holder = json.loads(lock.read() or "{}").get("process", "unknown")
-            raise ValueError(f"a study is under way in {folder} (process {holder}).") from None
+            raise ValueError(f"another study runs in {folder} (process {holder}).") from None
         lock.truncate(0)
         json.dump({"process": os.getpid()}, lock)
         lock.flush()
@@ -182,13 +182,15 @@ def _parser() -> argparse.ArgumentParser:
         "--size", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and a few steps: does everything work?"
+        "--quick",
+        action="store_true",
+        help="a tiny model and a few steps, to see whether everything works",
     )
     parser.add_argument(
         "--tokens-scale",
         type=number(float, 0.01, 100),
         metavar="FACTOR",
-        help="so many times the tokens of a run; its results are not recorded",
+        help="multiply the tokens of every run by this; results are not recorded",
     )
     parser.add_argument(
         "--text",
@@ -201,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--any-code",
         action="store_true",
-        help="take finished runs also where the code that trains has changed since",
+        help="take finished runs even if the code that trains has changed since",
     )
     parser.add_argument(
         "--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/study)"

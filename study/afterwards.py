@@ -1,6 +1,6 @@
-"""What is measured on trained models: the held-out text, other thresholds, layers, sources, tokens.
+"""Measures trained models: on held-out text, with other thresholds, by layer, source and token.
 
-Each result is kept in the run's folder and taken from there the next time.
+Each result is kept in the run's folder and read from there the next time.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ HELD_OUT, POST_HOC, ANALYSIS = "held_out.json", "post_hoc.json", "analysis"
 def held_out(run: Run, corpus: Corpus) -> dict[str, float]:
     """Loss and experts of a model on all held-out text, the same sequences for every run.
 
-    Megatron's own evaluations draw as many sequences at random, by the seed: two of them differ by
-    more than routings do.
+    Megatron's own evaluations draw as many sequences at random, by the seed. Two of them differ by
+    more than two routings do.
 
     Returns:
-        ``validation_loss``, in nats per predicted token; of a model with experts also
+        ``validation_loss``, in nats per predicted token. If the model has experts, also
         ``validation_experts_per_token`` and ``validation_std_experts_per_token``, over tokens and
         layers.
     """
@@ -49,7 +49,7 @@ def held_out(run: Run, corpus: Corpus) -> dict[str, float]:
 def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
     """A top-2 model with its own routing, with thresholds, and with the one that gives 2 experts.
 
-    On the held-out text of all kinds, tokens packed as in training.
+    The text is the held-out text of all kinds, with tokens packed as in training.
     """
     points = _kept(run.folder / POST_HOC, lambda: _sweep(*_load(run, corpus)))
     return [point | {"seed": run.seed} for point in points]
@@ -95,7 +95,7 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
 
 
 def _is_analysis(path: Path) -> bool:
-    """Whether a file is there and means what it does today."""
+    """Whether a file exists and was written by code like today's."""
     return path.is_file() and json.loads(path.read_text())["format"] == FORMAT
 
 

@@ -1,8 +1,9 @@
-"""The papers' claims: what they saw, and what the results of this study say to each.
+"""The papers' claims: what the papers saw, and what the results of this study say about each.
 
-A difference counts when it is larger than two standard errors: between variants from the spread
-over seeds, pooled over all variants that have several; within a variant from the spread of the
-difference over its seeds. What was looked at in one model only has a margin of its own.
+A difference counts if it is larger than two standard errors. Between variants the error comes from
+the spread over seeds, pooled over all variants that have several; within a variant it comes from
+the spread of the difference over its seeds. A claim that is tested on a single model has a margin
+of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from megatron_dynmoe.analysis.statistics import EXTREMES
 from study.results import TOLERANCE, Comparison, Results, paired, percent
 from study.variants import TARGET, VARIANTS
 
-APART = 0.02  # sources that differ by more do differ
-EARLY = 1 / 5  # of the training, within which a target is reached early
-DRIFT = 0.05  # the share by which a count has to move to drift
-SENSITIVE = 1.2  # how many times the count a higher threshold has to give
+APART = 0.02  # if sources differ by more, they count as different
+EARLY = 1 / 5  # a target that is reached within this share of the training is reached early
+DRIFT = 0.05  # if a count moves by a larger share, it drifts
+SENSITIVE = 1.2  # a higher threshold has to give this many times the count
 
 HOLDS, FAILS, UNCLEAR = "holds here", "does not hold here", "not clear here"
 _DYNAMIC = "Dynamic MoE"
@@ -26,14 +27,14 @@ _DTOP_P = "DTop-p"
 
 
 class Verdict(NamedTuple):
-    """One of the three words, and the numbers behind it."""
+    """One of the three verdicts, and the numbers behind it."""
 
     word: str
     numbers: str
 
 
 class Claim(NamedTuple):
-    """What a paper says, what it saw, and how this study looks at it."""
+    """What a paper says, what it saw, and how this study tests it."""
 
     paper: str
     text: str
@@ -52,12 +53,12 @@ def _title(variant: str) -> str:
 
 
 def _all(words: Sequence[bool | None]) -> bool | None:
-    """Whether every part of a claim is so."""
+    """Whether every part of a claim holds; None if that is not clear."""
     return False if False in words else None if None in words else True
 
 
 def _same(words: Sequence[bool]) -> bool | None:
-    """What all seeds agree on."""
+    """The answer on which all seeds agree, or None."""
     return words[0] if len(set(words)) == 1 else None
 
 
@@ -71,7 +72,7 @@ def _losses(results: Results, first: str, second: str, compared: Comparison) -> 
 
 
 def _cost(results: Results, variant: str) -> str:
-    """What a variant's loss was paid with."""
+    """What a variant's loss cost: experts per token, and operations in experts."""
     flops = f"{results.mean(variant, 'expert_flops') / 1e12:,.1f} TFLOP"
     experts = results.experts(variant)
     return f"{statistics.fmean(experts):.2f} experts, {flops}" if experts else flops
@@ -165,7 +166,7 @@ def _words(results: Results) -> Verdict:
     most, fewest = found["words_among_most"], found["words_among_fewest"]
     if most is None or fewest is None or found["frequent_tokens"] < 2 * EXTREMES:
         return Verdict(UNCLEAR, f"only {found['frequent_tokens']} tokens are frequent enough")
-    # Two standard errors of a difference of shares among so many tokens each
+    # Two standard errors of the difference of two shares, each among this many tokens
     error = 2 * ((most * (1 - most) + fewest * (1 - fewest)) / EXTREMES) ** 0.5
     compared = Comparison(most, fewest, error)
     return Verdict(
@@ -315,7 +316,7 @@ CLAIMS = (
 
 
 def judge(claim: Claim, results: Results) -> Verdict | None:
-    """What the results say, or None while a variant that it needs is missing."""
+    """What the results say, or None if a variant that the claim needs is missing."""
     if not all(len(results.rows.get(name, ())) == VARIANTS[name].num_seeds for name in claim.needs):
         return None
     analyzed = {item["variant"] for item in results.content["analysis"]}

@@ -1,4 +1,4 @@
-"""Text to a tokenizer, token files and a held-out part, once for all runs."""
+"""Makes a tokenizer, token files and a held-out part of the text, once for all runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_dynmoe.storage.atomic import new_folder
 from study.fingerprint import ROOT, of_files
 
 EXAMPLES = ROOT / "examples" / "data"
-HELD_OUT = 0.05  # of each file's documents, from its end, where the next text begins
+HELD_OUT = 0.05  # share of each file's documents, taken from its end
 _SUFFIX = ".jsonl.gz"
 
 
@@ -36,14 +36,14 @@ class Corpus(NamedTuple):
         return self.folder / "tokenizer.model"
 
     def held_out(self, kind: str) -> Path:
-        """The documents of a kind that are not trained on."""
+        """The documents of a kind on which no run trains."""
         return self.folder / f"{kind}-held-out{_SUFFIX}"
 
     def flags(self) -> list[str]:
         """Megatron's flags for this data."""
 
         def blend(part: str) -> list[str]:
-            """Each file with its size as its weight: without one it is read once and then ends."""
+            """Each file with its size as its weight. Megatron reads one without a weight once."""
             prefixes = [self.folder / f"{kind}-{part}_text_document" for kind in self.kinds]
             sizes = [prefix.with_name(prefix.name + ".bin").stat().st_size for prefix in prefixes]
             return [str(item) for pair in zip(sizes, prefixes, strict=True) for item in pair]
@@ -58,10 +58,10 @@ class Corpus(NamedTuple):
 
 
 def files_of(texts: Sequence[str] | None) -> list[Path]:
-    """The text files: those given, or the examples that come with the project.
+    """The text files: the given ones, or the examples that come with the project.
 
     Raises:
-        ValueError: a file is missing or is no text, or two have the same name.
+        ValueError: a file is missing or is not text, or two have the same name.
     """
     files = expand_inputs(texts or [str(EXAMPLES / f"*{_SUFFIX}")], "--text")
     if len({name_without_endings(file) for file in files}) < len(files):
@@ -70,17 +70,17 @@ def files_of(texts: Sequence[str] | None) -> list[Path]:
 
 
 def corpus_of(files: Sequence[Path], vocab_size: int, runs: Path) -> Corpus:
-    """Where the corpus of these files is, or will be."""
+    """The folder of the corpus of these files, which may not exist yet."""
     fingerprint = f"{of_files(files)}-{vocab_size}"
     kinds = [name_without_endings(file) for file in files]
     return Corpus(fingerprint, kinds, runs / f"corpus-{fingerprint}")
 
 
 def prepare(corpus: Corpus, files: Sequence[Path], vocab_size: int, sequence_length: int) -> None:
-    """Make the corpus where it is not there yet; it appears when it is complete.
+    """Make the corpus if it does not exist yet; its folder appears when it is complete.
 
     Raises:
-        ValueError: a file is too short to hold some of it out.
+        ValueError: a file is too short to hold out a part of it.
         subprocess.CalledProcessError: a tool failed, and said why.
     """
     if corpus.folder.is_dir():

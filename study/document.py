@@ -1,4 +1,4 @@
-"""docs/study.md and its pictures from the results, so that no figure is typed by hand."""
+"""Writes docs/study.md and its pictures from the results, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ RESULTS = ROOT / "study" / "results"
 SIZE = "cpu"  # the size that the document is about
 
 _INTRODUCTION = """\
-# The papers' claims, in small
+# The papers' claims on a small model
 
 Written by `python -m study document` from `study/results/{size}.json`; a test compares the two.
 
 `make study` trains the routings of both papers on the same text with the same model, steps and
-seeds, and looks at what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
-of 256, {steps} steps of {tokens_per_step:,} tokens, a text of a few megabytes. What holds here may
-not hold at the papers' sizes, and the other way round.
+seeds, and tests what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
+of 256, {steps} steps of {tokens_per_step:,} tokens, a text of a few megabytes. A claim that holds
+here may not hold at the papers' sizes, and the other way round.
 
-    make study                             # at most 4 hours on 2 cores; again: goes on where it was
-    nohup make study > study.log &         # in the background; kill %1 has it save and end
+    make study                             # at most 4 hours on 2 cores; again: resumes
+    nohup make study > study.log &         # in the background; after kill %1 it saves and ends
     make study STUDY="--list"              # what is trained, and how far it is
-    make study STUDY="--quick"             # does everything work? A few minutes, no results
+    make study STUDY="--quick"             # a few minutes, to see whether everything works
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
 
-Trainings run {jobs} at a time, one thread each. Ctrl-C or SIGTERM has them save and end; the same
-command goes on from there, and after a crash from the last checkpoint. A run is not trained again
-while its flags, its text and the code that trains are the same (comments and docstrings do not
-count); `--any-code` takes finished runs of other code, too. Folders are in `runs/study`;
-`python tools/plot_run.py runs/study/dtop_p-seed1-* runs/study/top2-seed1-*` lays runs over each
-other.
+Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
+same command continues from there, or after a crash from the last checkpoint. A run is not trained
+again if its flags, its text and the code that trains are the same (comments and docstrings do not
+count); `--any-code` also takes finished runs of other code. The runs are in `runs/study`;
+`python tools/plot_run.py runs/study/dtop_p-seed1-* runs/study/top2-seed1-*` draws two of them into
+one picture.
 
 The size for a GPU ({gpu}) has not been run yet.
 
@@ -45,10 +45,10 @@ The size for a GPU ({gpu}) has not been run yet.
 
 {variants}
 
-Text: the files of `examples/data`; the last 5 % of each file's documents are held out, and are what
-is evaluated. Balance loss per sequence with 1e-2 in all variants (top-2: 2e-2, since Megatron
-divides by k), also in DTop-p, whose authors take 1e-4 for a larger model. The seed sets the
-initialisation and the order of the text. The dense model's MLP is as wide as two experts.
+The text is the files of `examples/data`. The last 5 % of each file's documents are held out for
+evaluation. All variants have a balance loss per sequence with a coefficient of 1e-2 (top-2: 2e-2,
+since Megatron divides by k), also DTop-p, whose authors take 1e-4 for a larger model. The seed sets
+the initialization and the order of the text. The dense model's MLP is as wide as two experts.
 """
 
 _NOT_RUN = """
@@ -60,7 +60,7 @@ writes them into this page.
 
 
 def write(results: Results | None) -> list[Path]:
-    """Write the page, and with results the pictures; returns what was written."""
+    """Write the page and, if there are results, the pictures; returns the files."""
     written = [DOCUMENT]
     if results is not None:
         from study.figures import draw_all
@@ -122,21 +122,21 @@ def _results(results: Results) -> str:
         *tables.routings(results),
         "",
         fill(
-            "Losses in nats per token, over seeds as mean (and standard deviation). Loss, experts "
-            "and their deviation over tokens and layers are those of the trained model on all "
-            "held-out text, in the same whole sequences for every run. The work in experts is that "
-            "of the whole training, forward and backward, by the measured counts. The time of a "
-            "step is the processor's, with the share of a run's start and evaluations: the clock's "
-            "would say what else the machine did meanwhile (both are in the results; "
-            "[benchmarks](benchmarks.md) has steps timed in turn).",
+            "Losses are in nats per token: the mean over seeds (and the standard deviation). Loss, "
+            "experts and their deviation over tokens and layers are those of the trained model on "
+            "all held-out text, in the same whole sequences for every run. The work in experts is "
+            "that of the whole training, forward and backward, by the measured counts. The time of "
+            "a step is processor time, and includes its share of a run's start and evaluations. "
+            "The time on the clock would also depend on what else the machine did (the results "
+            "have both; [benchmarks](benchmarks.md) has steps that were timed in turn).",
             100,
         ),
         *(
             [
                 "",
                 fill(
-                    f"Seeds alone make a standard deviation of {spread:.4f} in the validation "
-                    "loss, pooled over the variants with several.",
+                    f"Seeds alone cause a standard deviation of {spread:.4f} in the validation "
+                    "loss, pooled over the variants with several seeds.",
                     100,
                 ),
             ]
@@ -147,9 +147,9 @@ def _results(results: Results) -> str:
         "![Experts per token over training](images/study_experts.png)",
         "",
         fill(
-            "A line a seed; the band is the standard deviation over tokens and layers in the first "
-            "one, and a bar at a dot. The dots are evaluations on held-out sequences drawn at "
-            "random. Dashed: "
+            "There is one line per seed. For the first seed the band, and the bar at a dot, show "
+            "the standard deviation over tokens and layers. The dots are evaluations on held-out "
+            "sequences that were drawn at random. The dashed line is at "
             f"{TARGET:g} experts.",
             100,
         ),
@@ -168,23 +168,24 @@ def _claims(results: Results | None) -> str:
         "## The claims",
         "",
         fill(
-            "Their figures are scores of tasks, which a model this small cannot do; here it is the "
-            "validation loss. A difference counts if it is larger than two standard errors (the "
-            "figure behind \u00b1): between routings from the spread over seeds, pooled over "
-            "all routings with several; within a routing from the spread of the difference over "
-            "its seeds. Other margins stand in the table. The rules stood before all runs were "
-            "done; while they trained, those for counts were made stricter, after a look at the "
-            "counts of DTop-p's first run. The losses were then first read from Megatron's own "
-            "evaluations, which draw sequences at random by the seed: two of the same model were "
-            "0.02 to 0.05 apart, more than seeds make. They were measured again, on all held-out "
-            "text, and the rules left as they were.",
+            "The papers' figures are scores of tasks, which a model this small cannot do; this "
+            "study compares the validation loss. A difference counts if it is larger than two "
+            "standard errors (the figure behind \u00b1). Between routings the error comes from the "
+            "spread over seeds, pooled over all routings with several; within a routing it comes "
+            "from the spread of the difference over its seeds. The table gives other margins. We "
+            "set the rules before the runs were done; while they trained, we looked at the counts "
+            "of DTop-p's first run and made the rules for counts stricter. We first read the "
+            "losses from Megatron's own evaluations, which draw sequences at random by the seed: "
+            "two evaluations of the same model were 0.02 to 0.05 apart, more than the seeds "
+            "cause. So we measured the losses again, on all held-out text, and left the rules as "
+            "they were.",
             100,
         ),
         "",
         fill(
-            "Losses are compared as the runs came out, which is not at equal numbers of experts: "
-            "beside each loss stand the experts per token and the work in experts that it was paid "
-            "with. Where the worse one had less of both, a routing lost to more compute; only "
+            "The losses that are compared were not reached with equal numbers of experts. So "
+            "each loss comes with the experts per token and the work in experts that it took. "
+            "If the worse routing had less of both, it lost to more compute; only "
             "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count.",
             100,
         ),

@@ -21,7 +21,7 @@ LAYERS = ("dtop_p", "no_drn", "by_layer", "fixed_020", "top_p_04", "top_p_04_no_
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Draw what there are results for; returns the files."""
+    """Draw all figures for which there are results; returns the files."""
     pictures = {"loss": _draw_loss, "experts": _draw_experts, "layers": _draw_layers}
     if results.content["post_hoc"]:
         pictures["post_hoc"] = _draw_post_hoc
@@ -36,7 +36,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 
 def _draw_loss(results: Results) -> Any:
-    """A dot a seed, best variant at the top; beside it, in the same colours, what experts cost."""
+    """One dot per seed, best variant at the top; beside it, in the same colors, the cost."""
     colors = [*plt.get_cmap("tab10").colors, "black"]
     names = sorted(results.rows, key=lambda name: -results.mean(name, "validation_loss"))
     figure, (by_variant, by_compute) = plt.subplots(
@@ -48,7 +48,7 @@ def _draw_loss(results: Results) -> Any:
         by_variant.plot(losses, [place] * len(losses), "o", color=color)
         by_compute.plot(results.values(name, "expert_flops"), losses, "o", color=color)
     by_variant.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
-    by_variant.set(title="validation loss, a dot a seed", xlabel="nats per token")
+    by_variant.set(title="validation loss, one dot per seed", xlabel="nats per token")
     by_compute.set(
         title="against measured expert compute",
         xlabel="floating-point operations in experts",

@@ -1,4 +1,4 @@
-"""What a result depends on besides its flags: the code that trains, and the text."""
+"""Hashes of what a result depends on besides its flags: the code that trains, and the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Parts of megatron_dynmoe that a training runs through. Others only read what it leaves.
+# The parts of megatron_dynmoe that run in a training. The others only read what it has written.
 TRAINING_CODE = (
     "backends", "control", "data", "kernels", "model", "moe", "routing", "run.py",
     "settings/arguments.py", "settings/config.py", "settings/schedule.py", "training/datasets.py",
@@ -35,7 +35,7 @@ def of_code(root: Path = ROOT / "megatron_dynmoe") -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out; with a plus where files differ from it."""
+    """The commit that is checked out, with a plus if files differ from it."""
     answer = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Trains the runs that are not finished, some side by side, and stops in good order."""
+"""Trains the runs that are not finished, several at a time, and saves them if it is stopped."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SAME_SIGNAL = 1.0  # seconds
 
 
 class Queue:
-    """Runs that are trained in order; a failed one does not keep the others from being tried.
+    """Runs that are trained in order; if one fails, the others are still trained.
 
     Args:
-        runs: all of the study's.
-        jobs: how many at a time.
+        runs: all runs of the study.
+        jobs: how many runs train at a time.
     """
 
     def __init__(self, runs: Sequence[Run], corpus: Corpus, size: Size, jobs: int) -> None:
@@ -46,7 +46,7 @@ class Queue:
         self.failures: list[str] = []
 
     def train(self) -> None:
-        """Train all; returns early, with the running ones saved, after SIGINT or SIGTERM."""
+        """Train all runs. After SIGINT or SIGTERM, save the running ones and return early."""
         if not self._waiting:
             return
         with self._stopping(), ThreadPoolExecutor(self._jobs) as pool:
@@ -71,7 +71,7 @@ class Queue:
             for line in process.stdout:
                 log.write(line)
                 self._show(run, line)
-            # Popen.wait would throw the times away.
+            # Popen.wait would discard the times.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode in (0, 128 + signal.SIGTERM):  # at its end, or stopped and saved
@@ -102,7 +102,7 @@ class Queue:
         sys.stdout.flush()
 
     def _summary(self) -> str:
-        """How far the study is, from the mean time of a step so far."""
+        """How far the study is, and how long it will take by the mean time of a step so far."""
         with self._lock:
             steps, left = self._trained_steps, sum(self._left.values())
             text = f"Study: {self._num_finished} of {self._num_runs} runs"
@@ -113,7 +113,7 @@ class Queue:
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
-        """SIGINT and SIGTERM have the trainings save and end; a second one ends them at once."""
+        """At SIGINT or SIGTERM the trainings save and end; at a second one they end at once."""
 
         stopped_at = 0.0
 
@@ -126,7 +126,7 @@ class Queue:
             for process in tuple(self._processes):
                 process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
             if not again:
-                # Not print, which may have been interrupted in the middle of its own work.
+                # Not print: the signal may have interrupted a print.
                 os.write(1, b"stopping: the running trainings save a checkpoint (once more: now)\n")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -138,7 +138,7 @@ class Queue:
 
 
 def _reason(run: Run, code: int) -> str:
-    """The last line of what the training said, and where the rest is."""
+    """The last line of the training's output, and the file that has the rest."""
     path: Path = run.folder / ERRORS
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return f"exit code {code}: {lines[-1] if lines else 'no message'} ({path})"

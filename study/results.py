@@ -1,4 +1,4 @@
-"""From the folders of finished runs to the numbers that are kept and compared."""
+"""Reads the numbers of finished runs from their folders, keeps them and compares them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_dynmoe.runs import overlay, report
 from megatron_dynmoe.storage.atomic import replace_file
 from study.runs import Run
 
-# Shares of the target, the two bands that control engineering settles in: a count is held from a
-# step within the first on, if it never leaves the second again.
+# Shares of the target, the two bands by which control engineering defines settling: a count is held
+# from a step within the first band on if it never leaves the second band again.
 TOLERANCE, WORST = 0.02, 0.05
 MEAN_STEPS = 10
 CURVE_POINTS = 100
@@ -25,10 +25,10 @@ _NO_CURVES = ("curve", "validation_curve", "experts_by_layer")
 
 
 def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
-    """The numbers of a finished run; quantities over the end of a run are its last fifth's.
+    """The numbers of a finished run; "the end" of a run is its last fifth.
 
     Args:
-        held_out: what :func:`study.afterwards.held_out` measured.
+        held_out: the result of :func:`study.afterwards.held_out`.
     """
     resolved, scalars = report.read_run(run.folder)
     summary = report.summarize_run(resolved, scalars)
@@ -77,17 +77,17 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
 
 
 def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, Any]:
-    """From when on a count is held, and how far it strays: shares of the target.
+    """From which step on a count is held, and how far it strays, in shares of the target.
 
-    Looked at are means over ten steps, since the count of a single small batch is off by more than
-    2 % by chance. The count is held from the first step with such a mean behind it that is within
-    2 % and none after it beyond 5 %: one that begins at its target and leaves it, or passes it on
-    its way, is not held yet.
+    The function looks at means over ten steps, because the count of a single small batch is off by
+    more than 2 % by chance. The count is held from the first step at which this mean is within 2 %
+    and after which no mean is beyond 5 %. A count that begins at its target and leaves it, or only
+    passes it, is not held yet.
 
     Returns:
-        ``peak_excursion`` and ``peak_step``, the mean farthest off in the whole run;
-        ``held_from_step``, None where it never is; from there on ``worst_excursion`` of any mean
-        and ``worst_step`` of any later single step.
+        ``peak_excursion`` and ``peak_step``, of the mean that is farthest off in the whole run;
+        ``held_from_step``, None if the count is never held; from there on ``worst_excursion`` of
+        any mean and ``worst_step`` of any later single step.
     """
     counts = np.asarray(experts, dtype=float)
     names = ("peak_excursion", "peak_step", "held_from_step", "worst_excursion", "worst_step")
@@ -95,7 +95,7 @@ def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, 
     if len(counts) < MEAN_STEPS:
         return found
     means = np.convolve(counts, np.full(MEAN_STEPS, 1 / MEAN_STEPS), mode="valid")
-    errors = np.abs(means / target - 1).round(9)  # what adding leaves is no difference
+    errors = np.abs(means / target - 1).round(9)  # smaller ones are rounding errors
     peak = int(errors.argmax())
     found |= {"peak_excursion": float(errors[peak]), "peak_step": peak + MEAN_STEPS}
     worst_from_here = np.maximum.accumulate(errors[::-1])[::-1]
@@ -112,10 +112,10 @@ def settling(experts: Sequence[float] | np.ndarray, target: float) -> dict[str, 
 
 
 def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
-    """Write the results as JSON and, the single numbers of each run, as CSV."""
+    """Write the results as JSON, and the single numbers of each run as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{size_name}.json"
-    # A line a run keeps the file small and its history readable.
+    # One line per run keeps the file small and its history readable.
     parts = [f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items()]
     text = "{\n" + ",\n".join(parts) + "\n}\n"
     replace_file(path, lambda partial: partial.write_text(text))
@@ -149,12 +149,12 @@ class Comparison(NamedTuple):
 
     @property
     def is_lower(self) -> bool | None:
-        """Whether the first is lower; None where the difference is within its error."""
+        """Whether the first is lower; None if the difference is within its error."""
         return None if abs(self.difference) <= self.error else self.difference < 0
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Two numbers of each seed, against what seeds alone make of their difference."""
+    """Compare two numbers of each seed; the error is from the spread of their difference."""
     differences = [one - other for one, other in zip(first, second, strict=True)]
     several = len(differences) > 1
     error = 2 * statistics.stdev(differences) / math.sqrt(len(differences)) if several else math.inf
@@ -162,7 +162,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as the page writes it."""
+    """A share as a percentage, as the page writes it."""
     return f"{100 * share:.{digits}f} %"
 
 
@@ -177,7 +177,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results | None:
-        """What :func:`write` wrote, or None where there is nothing."""
+        """The results that :func:`write` wrote, or None if there are none."""
         return cls(json.loads(path.read_text())) if path.is_file() else None
 
     def values(self, variant: str, name: str) -> list[float]:
@@ -202,7 +202,7 @@ class Results:
         return math.sqrt(sum(v * n for v, n in squares) / sum(n for _, n in squares))
 
     def compare(self, first: str, second: str, name: str = "validation_loss") -> Comparison:
-        """Two variants' means against what seeds alone make of a difference."""
+        """Compare two variants' means; the error is from the spread over seeds."""
         spread = self.spread(name)
         counts = [len(self.values(variant, name)) for variant in (first, second)]
         seeds = math.sqrt(sum(1 / count for count in counts))
@@ -211,7 +211,7 @@ class Results:
 
 
 def _thin(values: np.ndarray) -> list[float]:
-    """Means of neighbours, so many that a curve can be drawn."""
+    """Means of neighboring values, as many as a curve needs."""
     parts = np.array_split(values, min(len(values), CURVE_POINTS))
     return [float(part.mean()) for part in parts]
 

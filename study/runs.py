@@ -1,4 +1,4 @@
-"""One training: its folder, what it depends on, how far it is, and the process that goes on."""
+"""One training: its folder, what it depends on, how far it is, and the process that trains it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def iteration(self) -> int:
-        """Of the last checkpoint; 0 without one."""
+        """The iteration of the last checkpoint; 0 if there is none."""
         try:
             latest = self.folder / CHECKPOINTS / TRACKER
             return int(latest.read_text())
@@ -59,18 +59,18 @@ class Run:
 
     @property
     def commit(self) -> str:
-        """What was checked out when the run began."""
+        """The commit that was checked out when the run began."""
         return (self.folder / COMMIT).read_text().strip()
 
     def add_times(self, steps: int, seconds: float) -> None:
-        """Note what a process took of the processor, for how many steps."""
+        """Note the processor time of a process, and the steps that it took."""
         with open(self.folder / TIMES, "a") as file:
             file.write(f"{steps},{seconds:.3f}\n")
 
     def processor_seconds_per_step(self) -> float | None:
-        """Over all processes that ended in good order; their start and evaluations are in it.
+        """Mean over all processes that did not fail, including their start and evaluations.
 
-        None where none was noted.
+        None if no time was noted.
         """
         try:
             times = np.loadtxt(self.folder / TIMES, delimiter=",", ndmin=2)
@@ -97,7 +97,7 @@ def plan(
         runs: the folder that holds the runs' folders.
         only: names of variants; all if empty.
         num_seeds: of each variant at most.
-        any_code: take a finished run with the same flags and data also where the code was another.
+        any_code: take a finished run with the same flags and data even if other code trained it.
 
     Raises:
         ValueError: there is no variant of that name.
@@ -121,14 +121,15 @@ def plan(
 
 
 def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
-    """Begin a run, or go on from its last checkpoint.
+    """Begin a run, or resume it from its last checkpoint.
 
-    It has a session of its own, so that a Ctrl-C does not reach it: a SIGTERM has it save and end.
+    The process has a session of its own, so that Ctrl-C does not reach it. At SIGTERM it saves and
+    ends.
     """
     where = ["--run-dir", str(run.folder)]
     if run.iteration:
         load = ["--load", str(run.folder / CHECKPOINTS), "--exit-on-missing-checkpoint"]
-    else:  # what was logged without a checkpoint will be logged again
+    else:  # without a checkpoint all steps are logged again
         load = []
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)

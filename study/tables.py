@@ -15,7 +15,7 @@ from study.variants import VARIANTS
 
 
 def routings(results: Results) -> list[str]:
-    """A row a routing: loss, experts, work and time."""
+    """One row per routing: loss, experts, work and time."""
     rows = [
         "| routing | seeds | validation loss | experts per token, validation | std over tokens "
         "| TFLOP in experts | processor s a step |",
@@ -48,12 +48,11 @@ def holding(results: Results) -> list[str]:
         *rows,
         "",
         fill(
-            "Distances from the target, of means over ten steps: a single small batch is off by "
-            "chance. A count is held from the first step whose mean is within "
-            f"{percent(TOLERANCE, 0)} and after which none is beyond {percent(WORST, 0)}: one that "
-            "begins at its target and leaves it, "
-            "or passes it on its way, does not count. The last column is the worst single step "
-            "from there on.",
+            "The figures are distances from the target, of means over ten steps, because a single "
+            "small batch is off by chance. A count is held from the first step whose mean is "
+            f"within {percent(TOLERANCE, 0)} and after which no mean is beyond "
+            f"{percent(WORST, 0)}. A count that begins at its target and leaves it, or only "
+            "passes it, is not held. The last column is the worst single step from there on.",
             100,
         ),
         "",
@@ -61,7 +60,7 @@ def holding(results: Results) -> list[str]:
 
 
 def patterns(results: Results) -> list[str]:
-    """Layers of all, sources and tokens of the models that were analyzed."""
+    """Layers of all models; sources and tokens of the models that were analyzed."""
     found = results.content["analysis"]
     lines = [
         "### Layers, sources and tokens",
@@ -80,8 +79,9 @@ def patterns(results: Results) -> list[str]:
         *(f"| {name} | {' | '.join(escaped(c[name]) for c in columns)} |" for name in columns[0]),
         "",
         fill(
-            "Tokens that appear at least 20 times, by their mean experts; a space shows as "
-            "\u2423. [What is a word](analysis.md), and how else to look at a model.",
+            "The tokens are those that appear at least 20 times, by their mean number of experts; "
+            "a space shows as \u2423. [This page](analysis.md) says what counts as a word, and how "
+            "else to look at a model.",
             100,
         ),
         "",
@@ -115,7 +115,7 @@ def _row(results: Results, name: str, title: str) -> str:
 
 
 def _pattern(found: dict[str, Any]) -> dict[str, str]:
-    """What is looked at in an analyzed model, by the name of its row."""
+    """The figures of an analyzed model, by the name of their row."""
     by_layer = " ".join(f"{value:.2f}" for value in found["experts_by_layer"])
     words = {name: found[f"words_among_{name}"] for name in ("most", "fewest")}
     enough = found["frequent_tokens"] >= 2 * EXTREMES
@@ -144,7 +144,7 @@ def _percent(share: float | None) -> str:
 
 
 def _tokens(texts: Sequence[str]) -> str:
-    """As code; what Markdown would take for its own is kept from it."""
+    """Tokens as code, with Markdown's special characters escaped."""
     return " ".join(
         f"<code>{re.sub(r'([\\`*_~[])', r'\\\1', html.escape(text))}</code>" for text in texts
     )

@@ -1,4 +1,4 @@
-"""What is trained: the variants of the routing, and the model, data and steps around them."""
+"""What the study trains: the variants of the routing, and the model, data and steps they share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEEDS = 3  # of the main variants; the others have one
 _TOP_K = "--moe-router-dtype fp32 --moe-router-load-balancing-type seq_aux_loss "
 _DTOP_P = f"--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token {TARGET:g} "
 _TOP_P_04 = "--moe-dynamic-routing top_p --moe-dynamic-threshold 0.4 "
-# DTop-p's baseline: its losses and weights, with a threshold that stays where it is.
+# DTop-p's baseline: its losses and weights, with a fixed threshold.
 _FIXED = (
     "--moe-dynamic-routing top_p --moe-dynamic-weights renormalized "
     "--moe-dynamic-dynamic-loss-coeff 1e-3 "
@@ -27,10 +27,10 @@ class Variant:
     """One routing.
 
     Attributes:
-        name: of folders and in results.
-        title: in tables and plots.
-        flags: what sets it apart.
-        num_seeds: trainings, with the seeds 1, 2, ...
+        name: its name in folders and results.
+        title: its name in tables and plots.
+        flags: what distinguishes it from the others.
+        num_seeds: number of trainings, with the seeds 1, 2, ...
     """
 
     name: str
@@ -94,14 +94,14 @@ class Size:
     """The model and the steps that all variants share.
 
     Attributes:
-        name: of the file of results.
+        name: the name of the file of results.
         ffn: hidden size of an expert.
         flags: the model, the batch and the optimizer.
-        vocab_size: of the tokenizer that is trained on the study's text.
+        vocab_size: size of the tokenizer that is trained on the study's text.
         steps: training steps of a run.
         num_evaluations: how often a run is evaluated while it trains.
         eval_iters: batches of such an evaluation.
-        jobs: runs side by side.
+        jobs: how many runs train at a time.
         recorded: whether results of this size are kept in study/results.
     """
 
@@ -162,7 +162,7 @@ SIZES = {
             eval_iters=16,
             jobs=1,
         ),
-        # Does everything work? No result of it means anything.
+        # To see whether everything works; its results mean nothing.
         Size(
             name="quick",
             ffn=64,
