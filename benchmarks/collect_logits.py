@@ -4,8 +4,8 @@
     python benchmarks/collect_logits.py --model MODEL --output logits.pt
     python benchmarks/select_experts.py --logits logits.pt
 
-The file holds a tensor [T, E] in float16, what a layer's softmax gets: after the routing
-normalization, where the model has one.
+The file holds a tensor [T, E] in float16: the input of a layer's softmax, that is, the logits after
+the routing normalization if the model has one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The figures of docs/controller.md: prints its tables and draws its step responses.
+"""Prints the tables of docs/controller.md and draws its step responses.
 
     python benchmarks/controller_step_response.py [--figure PATH]
 
 The plant is the real selection rule on simulated normal logits, with fresh tokens at every step.
-Runs on CPU in under a minute; seeds are fixed.
+The script runs on a CPU in under a minute; seeds are fixed.
 """
 
 import math
@@ -140,7 +140,7 @@ def print_loop_gains() -> None:
 
 
 def print_lag() -> None:
-    """Overshoot where part of the count follows the threshold late, which the law cannot know."""
+    """Overshoot if part of the count responds late to the threshold, which the law cannot know."""
     rows = []
     for kappa_p in (0.0, PROPORTIONAL_LOOP_GAIN, 0.15, 0.3):
         row = [f"{kappa_p:g}, {INTEGRAL_LOOP_GAIN:g}"]
@@ -226,7 +226,7 @@ def close_loop(
     first_threshold: float,
     steps: int,
 ) -> tuple[list[float], list[float]]:
-    """Counts and thresholds of ``steps`` batches, the sum of errors set to match the start."""
+    """Counts and thresholds of ``steps`` batches; the sum of errors is set to match the start."""
     threshold = torch.tensor([first_threshold])
     integral = (threshold - controller.initial_threshold) / controller.integral_gain
     counts, thresholds = [], []
@@ -241,7 +241,7 @@ def close_loop(
 def linear_response(
     kappa_p: float, kappa_i: float, steps: int = 2000, pole: float = 0.0
 ) -> list[float]:
-    """Deviation of the count after a unit disturbance; ``pole`` is the plant's first-order lag."""
+    """Deviation of the count after a unit disturbance, for a plant with a lag of pole ``pole``."""
     integral = control = response = 0.0
     deviations = []
     for _ in range(steps):
@@ -262,7 +262,7 @@ def settling_steps(kappa_p: float, kappa_i: float) -> int | str:
 
 
 def noise_gain(kappa_p: float, kappa_i: float) -> float:
-    """Variance of the count over the variance of white noise in its measurement."""
+    """Variance of the count, divided by the variance of white noise in its measurement."""
     return (kappa_i * (1 + kappa_p) + 2 * kappa_p**2) / (
         (1 + kappa_p) * (2 - 2 * kappa_p - kappa_i)
     )

@@ -1,11 +1,11 @@
-"""Time, peak memory and disk of a conversion, on random weights of the paper's full shape.
+"""Measures time, peak memory and disk of a conversion, on random weights of the paper's full shape.
 
     python benchmarks/convert_checkpoint.py [--folder DIR] [--layers 24] [--max-shard-size 4GB]
 
-Writes a Megatron checkpoint of Dynamic MoE's 3.5 B parameters in bf16 (7 GB), converts it to every
-format that can hold it and back, each conversion in a process of its own, and appends a row for
-each to results/convert_checkpoint.csv. Peak memory is the process' largest resident set, with the
-pages of files that it has mapped.
+The script writes a Megatron checkpoint of Dynamic MoE's 3.5 B parameters in bf16 (7 GB). It
+converts it to every format that can hold it, and back, each time in a process of its own, and
+appends a row for each conversion to results/convert_checkpoint.csv. Peak memory is the largest
+resident set of the process, including the pages of files that it has mapped.
 """
 
 from __future__ import annotations

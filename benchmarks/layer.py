@@ -1,17 +1,18 @@
-"""Time, memory and utilisation of one MoE layer, forward and backward.
+"""Measures time, memory and utilization of one MoE layer, forward and backward.
 
     python benchmarks/layer.py [--workloads a b] [--threads 2]
 
-Workload a is a layer of Dynamic MoE (hidden 1024, FFN 2816, 16 experts, mean 2, 16384 tokens), b is
-SonicMoE's (hidden 1536, FFN 256, 128 experts, mean 8, 24576 tokens): as they are and in bf16 on a
-GPU, and with a quarter of each size in float32 on a CPU. Routing is real, never balanced by force:
-the first of the hidden states are the router's logits, which the gate passes on, so that every
-provider routes by the same ones: a trained router's for 16 experts, normal ones for 128, or those
-of --logits. DTop-p's threshold is calibrated on them; the mean is measured. Providers:
+Workload a is a layer of Dynamic MoE (hidden 1024, FFN 2816, 16 experts, mean 2, 16384 tokens),
+workload b is SonicMoE's (hidden 1536, FFN 256, 128 experts, mean 8, 24576 tokens). A GPU runs them
+at this size in bf16, a CPU at a quarter of each size in float32. The routing is real, never
+balanced by force. The first of the hidden states are the router's logits, and the gate passes them
+on, so every provider routes by the same logits: those of a trained router for 16 experts, normal
+ones for 128, or those of --logits. DTop-p's threshold is calibrated on them, and the mean is
+measured. The providers are:
 
     ours                   DTop-p on torch_native, with kernels on a GPU
     ours, no kernels       the same in PyTorch alone
-    ours, worst-case rows  room for twice the mean, so that the host need not wait for the count
+    ours, worst-case rows  memory for twice the mean, so that the host need not wait for the count
     plain reference        DTop-p on Megatron's local experts, without kernels
     stock top-k, BACKEND   Megatron's own
     dense                  an MLP as wide as the experts that a token uses
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def logits_for(workload: Workload, path: Path | None) -> tuple[str, torch.Tensor]:
-    """Their kind, and [T, E]."""
+    """The kind of the logits, and the logits [T, E]."""
     if path is not None:
         try:
             logits_TE = read_logits(path)
@@ -101,7 +102,7 @@ def compare(
     rounds: int,
     seconds: float,
 ) -> tuple[list[dict[str, str]], str]:
-    """Rows of all providers of a workload, and the profiles."""
+    """The rows of all providers of a workload, and their profiles."""
     dtype = torch.bfloat16 if measure.on_gpu() else torch.float32
     ceilings = measure.ceilings(dtype)
     providers = make_providers(workload, logits_TE, dtype)

@@ -37,13 +37,13 @@ class Workload(NamedTuple):
         return self._replace(**smaller)
 
     def flops(self, experts_per_token: float, dense: bool = False) -> float:
-        """Of the matrix products, forward and (twice as many) backward."""
+        """FLOPs of the matrix products, forward and (twice as many) backward."""
         per_token = 6 * experts_per_token * self.hidden * self.ffn
         per_token += 0 if dense else 2 * self.hidden * self.experts
         return 3 * self.tokens * per_token
 
     def least_bytes(self, itemsize: int, dense: bool = False) -> float:
-        """Weights read twice and their gradients written; input, output and both gradients."""
+        """Bytes: weights, read twice, and their gradients; input, output and both gradients."""
         experts = self.mean if dense else self.experts
         weights = 3 * experts * self.hidden * self.ffn
         return itemsize * (3 * weights + 5 * self.tokens * self.hidden)
@@ -60,7 +60,7 @@ class Provider:
     """A layer and its input.
 
     Attributes:
-        experts_per_token: of this input, measured where it varies.
+        experts_per_token: mean on this input; measured if it varies.
     """
 
     layer: Any
@@ -83,7 +83,7 @@ class Provider:
         self.output.backward(self.gradient_SBD)
 
     def timed(self) -> tuple[float, ...]:
-        """Seconds of both passes."""
+        """Seconds of the forward and of the backward pass."""
         self.clear()
         return measure.timed(self.forward, self.backward)
 
@@ -97,7 +97,7 @@ class Provider:
 
 
 def start_megatron() -> None:
-    """Process groups of this process alone."""
+    """Make process groups of this process alone."""
     from megatron_dynmoe.run import prepare
 
     prepare()  # before anything of Megatron's is imported
@@ -118,7 +118,7 @@ def start_megatron() -> None:
 def make_providers(
     workload: Workload, logits_TE: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, Provider]:
-    """All that run here, by name, on the same input: its first hidden states are the logits."""
+    """All providers that run here, by name; the first hidden states of their input are logits."""
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends.choice import has_transformer_engine
 
@@ -154,11 +154,11 @@ def _provider(
     use_kernels: bool,
     room: int | None = None,
 ) -> Provider:
-    """One of them.
+    """One provider.
 
     Args:
-        room: with DTop-p, rows for so many times the mean are kept instead of counted: the host
-            does not wait, and a token uses no more experts.
+        room: with DTop-p, allocate rows for this many times the mean instead of counting them. The
+            host then does not wait, and a token uses no more experts than that.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -232,7 +232,7 @@ def _provider(
 
 @torch.no_grad()
 def _calibrate(router: Any, hidden_SBD: torch.Tensor, workload: Workload) -> float:
-    """Give the router the threshold for the mean on its input; returns the mean it then has."""
+    """Set the router's threshold for the mean on its input; returns the mean that this gives."""
     from megatron_dynmoe.control.calibrate import threshold_for_target
     from megatron_dynmoe.routing.normalize import normalize
 

@@ -19,16 +19,16 @@ def normal_logits(num_tokens: int, num_experts: int) -> torch.Tensor:
 
 
 def trained_logits(num_tokens: int) -> torch.Tensor:
-    """[T, 16] float32, of real text in a trained router; repeated where T is more than there is."""
+    """[T, 16] float32, of real text in a trained router; repeated if the file has fewer than T."""
     logits_TE = read_logits(TRAINED)
     return logits_TE.repeat(-(-num_tokens // len(logits_TE)), 1)[:num_tokens]
 
 
 def read_logits(path: Path) -> torch.Tensor:
-    """A file of benchmarks/collect_logits.py, [T, E] float32.
+    """The logits in a file of benchmarks/collect_logits.py, [T, E] float32.
 
     Raises:
-        ValueError: there is none, or it holds something else.
+        ValueError: the file does not exist, or holds something else.
     """
     try:
         logits_TE = torch.load(path, weights_only=True)

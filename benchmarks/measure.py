@@ -1,8 +1,8 @@
 """What the benchmarks share: turns, statistics, the machine's ceilings, and rows of CSV.
 
-A row begins with who measured: date, commit, hardware, versions. Providers take turns, because
-machines drift: every round runs each of them once, in an order that rotates, and a ratio is taken
-within a round.
+A row begins with what was measured on: date, commit, hardware, versions. Providers take turns,
+because the speed of a machine drifts: every round runs each of them once, in an order that rotates,
+and a ratio is taken within a round.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PRODUCT_SECONDS, PROBE_WIDTH = 0.5, 256  # of the product that tells a machine's
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Of the code that is about to be imported; "+" where files differ from the commit. A copy of the
-# tree without its history can name it in the environment.
+# The commit of the code that is about to be imported, with "+" if files differ from it. For a copy
+# of the tree without its history the environment can name the commit.
 _GIT = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
 COMMIT = (
     os.environ.get("BENCHMARK_COMMIT")
@@ -52,7 +52,7 @@ MIN_ROUNDS = 5  # however short the time
 
 
 def on_gpu() -> bool:
-    """Whether there is a CUDA device and the CPU does not answer for it."""
+    """Whether there is a CUDA device and the CPU layer does not stand in for it."""
     from megatron_dynmoe.backends import cpu
 
     return not cpu.is_installed() and torch.cuda.is_available()
@@ -71,9 +71,9 @@ def take_turns[Result](
 
     Args:
         providers: name to function.
-        rounds: how many count.
-        warm_up: rounds before those.
-        seconds: after this time no round begins, once there are ``MIN_ROUNDS``.
+        rounds: how many rounds count.
+        warm_up: how many rounds run before those.
+        seconds: after this time no further round begins, if ``MIN_ROUNDS`` are done.
 
     Returns:
         The functions' results, in the order of the rounds.
@@ -95,7 +95,7 @@ def take_turns[Result](
 def without_failing(
     providers: Mapping[str, Callable[[], Any]],
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The providers that run, and why the others do not (out of memory, say)."""
+    """The providers that run, and the reasons why the others do not (out of memory, say)."""
     running, failures = {}, {}
     for name, function in providers.items():
         try:
@@ -108,9 +108,9 @@ def without_failing(
 
 
 def timed(*functions: Callable[[], Any], repeats: int = 1) -> tuple[float, ...]:
-    """Seconds of each function, called one after another, all of them ``repeats`` times.
+    """Seconds of each function; they are called one after another, ``repeats`` times in all.
 
-    On a GPU its own clock is read, between the functions, without waiting for it.
+    On a GPU, its own clock measures the time between the functions, and the host does not wait.
     """
     if not on_gpu():
         marks = [time.perf_counter()]
@@ -135,7 +135,7 @@ def timed(*functions: Callable[[], Any], repeats: int = 1) -> tuple[float, ...]:
 
 
 class Spread(NamedTuple):
-    """Of some measurements."""
+    """The spread of several measurements."""
 
     median: float
     p20: float
@@ -162,11 +162,11 @@ class Ratio(NamedTuple):
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], paired: bool = True) -> Ratio:
-    """How many times as large the first are as the second.
+    """How many times as large the first measurements are as the second.
 
     Args:
-        paired: whether both were measured in the same rounds: the median is of the rounds' ratios
-            then, and otherwise the ratio of the medians. The interval is a bootstrap's.
+        paired: whether both were measured in the same rounds. If so, the result is the median of
+            the rounds' ratios, else the ratio of the medians. The interval is from a bootstrap.
     """
     generator = random.Random(0)
     if paired:
@@ -191,22 +191,22 @@ def _resampled_median(values: Sequence[float], generator: random.Random) -> floa
 
 
 class Ceilings(NamedTuple):
-    """The best that this machine does, in this run, with this number of threads."""
+    """The best speeds of this machine, in this run, with this number of threads."""
 
     bytes_per_s: float  # of a copy, read and written
     flops_per_s: float  # of a square matrix product
 
     def seconds(self, flops: float = 0, num_bytes: float = 0) -> float:
-        """The roofline: no less time can so much work take."""
+        """The roofline: the least seconds that this much work can take."""
         return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
 
 
 def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
-    """Measure both, the best of several: products of random matrices, copies larger than caches.
+    """Measure products of random matrices, and copies larger than caches; take the best of several.
 
     Args:
-        dtype: of the matrices.
-        scale: of sizes, for a test.
+        dtype: dtype of the matrices.
+        scale: factor of all sizes, for tests.
     """
     width, num_bytes = (8192, 2**32) if on_gpu() else (2048, 2**28)
     width, num_bytes = max(8, int(width * scale)), max(1024, int(num_bytes * scale))
@@ -218,9 +218,9 @@ def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
 
 
 def _width_within(seconds: float, dtype: torch.dtype) -> int:
-    """The width of a product that takes about so long, judged by a small one.
+    """The width of a matrix product that takes about this long, estimated from a small one.
 
-    A CPU without instructions for bf16 multiplies it more than a hundred times slower than float32.
+    A CPU without instructions for bf16 is more than a hundred times slower in it than in float32.
     """
     small = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device="cuda" if on_gpu() else "cpu").to(dtype)
     taken = min(timed(lambda: small @ small)[0] for _ in range(2))
@@ -228,7 +228,7 @@ def _width_within(seconds: float, dtype: torch.dtype) -> int:
 
 
 def _copy_and_product(dtype: torch.dtype, width: int, num_bytes: int) -> tuple[float, float]:
-    """The least seconds that each has taken."""
+    """The least seconds that each function has taken."""
     device = torch.device("cuda" if on_gpu() else "cpu")
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
@@ -243,7 +243,7 @@ def _copy_and_product(dtype: torch.dtype, width: int, num_bytes: int) -> tuple[f
 
 
 def data_sheet_flops() -> float | None:
-    """The vendor's figure for bf16 without sparsity, None where it is not known."""
+    """The vendor's figure for bf16 without sparsity, or None if it is not known."""
     from megatron_dynmoe.planning.gpus import GPUS
 
     if not on_gpu():
@@ -267,7 +267,7 @@ def identity(*packages: str) -> dict[str, str]:
 
 
 def hardware() -> str:
-    """What measures: the GPU, or the machine and its processor."""
+    """The hardware: the GPU, or the machine and its processor."""
     if on_gpu():
         return torch.cuda.get_device_name()
     models = [
@@ -284,7 +284,7 @@ def load() -> str:
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file; columns that it lacks are added to it."""
+    """Append rows to a CSV file, and add the columns that it lacks."""
     old: list[dict[str, Any]] = []
     columns: list[str] = []
     if path.exists():

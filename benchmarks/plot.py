@@ -20,13 +20,13 @@ from megatron_dynmoe.settings.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 INK, MUTED = "#1f2328", "#6e7781"
-OURS_COLOURS, OTHER_COLOURS = ("#0b6e6e", "#6bb5b0"), ("#8c959f", "#ced4da")
+OURS_COLORS, OTHER_COLORS = ("#0b6e6e", "#6bb5b0"), ("#8c959f", "#ced4da")
 
 Row = dict[str, str]
 
 
 class Figure(NamedTuple):
-    """Where a picture's numbers are."""
+    """Which columns of the rows a picture shows."""
 
     title: str
     file: str
@@ -97,7 +97,7 @@ def device(row: Row) -> str:
 
 
 def newest(rows: list[Row], figure: Figure) -> dict[str, list[Row]]:
-    """Each workload's rows of its last run, by workload; only those with a roofline."""
+    """The rows of each workload's last run, by workload; only those with a roofline."""
     complete = [row for row in rows if row.get(figure.roofline)]
     last = {row["workload"]: (row["date"], row["commit"], row["hardware"]) for row in complete}
     chosen: dict[str, dict[str, Row]] = {}
@@ -108,7 +108,7 @@ def newest(rows: list[Row], figure: Figure) -> dict[str, list[Row]]:
 
 
 def draw(figure: Figure, workloads: dict[str, list[Row]], image: Path) -> None:
-    """One panel a workload: bars of the providers, and the roofline as a line."""
+    """One panel per workload: bars of the providers, and the roofline as a line."""
     columns = min(2, len(workloads))
     lines = -(-len(workloads) // columns)
     tallest = max(len(rows) for rows in workloads.values())
@@ -140,10 +140,10 @@ def draw_panel(panel: Axes, figure: Figure, workload: str, rows: list[Row]) -> N
     column, meaning = figure.remark
     longest = 0.0
     for place, row in enumerate(rows):
-        colours = OURS_COLOURS if is_ours(row["provider"]) else OTHER_COLOURS
+        part_colors = OURS_COLORS if is_ours(row["provider"]) else OTHER_COLORS
         end = 0.0
-        for (part, _), colour in zip(figure.parts.items(), colours, strict=False):
-            panel.barh(place, float(row[part]), left=end, height=0.62, color=colour)
+        for (part, _), color in zip(figure.parts.items(), part_colors, strict=False):
+            panel.barh(place, float(row[part]), left=end, height=0.62, color=color)
             end += float(row[part])
         if figure.low and figure.high:
             spread = [[end - float(row[figure.low])], [float(row[figure.high]) - end]]
@@ -159,9 +159,9 @@ def draw_panel(panel: Axes, figure: Figure, workload: str, rows: list[Row]) -> N
         longest = max(longest, end)
     roofline = max(float(row[figure.roofline]) for row in rows)
     panel.axvline(roofline, color="#b35900", linestyle="--", linewidth=1, label="roofline")
-    for (_, legend), colour in zip(figure.parts.items(), OTHER_COLOURS, strict=False):
+    for (_, legend), color in zip(figure.parts.items(), OTHER_COLORS, strict=False):
         if legend:
-            panel.barh(0, 0, color=colour, label=legend)
+            panel.barh(0, 0, color=color, label=legend)
     panel.legend(fontsize=7.5, frameon=False, loc="lower right")
     panel.set_yticks(range(len(rows)), labels=names, fontsize=8.5)
     panel.invert_yaxis()

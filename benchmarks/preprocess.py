@@ -1,13 +1,13 @@
-"""Rate of tools/preprocess_data.py against raw encoding of the same documents.
+"""Compares the rate of tools/preprocess_data.py with raw encoding of the same documents.
 
     python benchmarks/preprocess.py --tokenizer-model MODEL [--megatron-lm FOLDER]
 
 Raw encoding is SentencePiece's own batch call on two threads with the documents in memory, to
-Python lists and to NumPy arrays; ours is the whole pipeline on two threads: reading, parsing,
-encoding, writing, syncing. With a checkout of Megatron-LM its tool is run too, with two workers;
-its start-up (a run on one document) is subtracted from its time. All take turns in one run, since
-machines drift; a round's ratio is against the faster raw call of that round. Rows are appended to
-benchmarks/results/preprocess.csv.
+Python lists and to NumPy arrays. Ours is the whole pipeline on two threads: reading, parsing,
+encoding, writing, syncing. If you name a checkout of Megatron-LM, its tool runs, too, with two
+workers; its start-up time (of a run on one document) is subtracted. All take turns in one run,
+because the speed of a machine drifts; the ratio of a round compares with the faster raw call of
+that round. Rows are appended to benchmarks/results/preprocess.csv.
 """
 
 import json
@@ -69,14 +69,14 @@ def main() -> None:
 
 
 def rate_and_cost(run: Callable[[], float], megabytes: float) -> tuple[float, float]:
-    """Megabytes a second of one call, and processor seconds a megabyte."""
+    """Megabytes per second of one call, and processor seconds per megabyte."""
     before = time.process_time()
     rate = megabytes / run()
     return rate, (time.process_time() - before) / megabytes
 
 
 def repeat_to(texts: list[str], num_bytes: float) -> list[str]:
-    """`texts` again and again up to `num_bytes`; SentencePiece keeps nothing between documents."""
+    """`texts` repeated up to `num_bytes`; SentencePiece keeps nothing between documents."""
     repeated: list[str] = []
     size = 0
     while size < num_bytes:
@@ -89,7 +89,7 @@ def repeat_to(texts: list[str], num_bytes: float) -> list[str]:
 def make_providers(
     documents: list[str], model: str, megatron_lm: Path | None, folder: Path
 ) -> dict[str, Callable[[], float]]:
-    """Name to a function that encodes all documents once and returns the seconds it took."""
+    """By name, functions that encode all documents once and return the seconds that it took."""
     processor = SentencePieceProcessor(model_file=model)
     tokenizer = build_tokenizer("Llama2Tokenizer", model)
     source, one = folder / "documents.jsonl", folder / "one.jsonl"

@@ -1,4 +1,4 @@
-"""Memory and operations of a few calls, by PyTorch's profiler."""
+"""Measures memory and operations of a few calls with PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TABLE_ROWS = 30
 
 
 class Memory(NamedTuple):
-    """Bytes above those that were there before."""
+    """Bytes beyond those that were allocated before."""
 
     held: int  # between forward and backward pass
     peak: int  # at any time in either
 
 
 def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
-    """What PyTorch's allocator gives out in the two passes.
+    """The memory that PyTorch's allocator hands out in the two passes.
 
-    On the CPU, where the allocator keeps no account, by the profiler's record of it.
+    On the CPU the allocator keeps no account, so this uses the profiler's record.
     """
     if measure.on_gpu():
         torch.cuda.synchronize()
@@ -40,7 +40,7 @@ def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
 
 
 def _profiled(function: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes held at the end of a call and at the most, from the allocations within it."""
+    """Bytes held at the end of a call, and at most, from the allocations within it."""
     with profile(profile_memory=True, activities=activities(), acc_events=True) as profiler:
         function()
     records = profiler.profiler.kineto_results.events()
@@ -62,7 +62,7 @@ def operations(function: Callable[[], Any]) -> str:
 
 
 def table(profiler: profile) -> str:
-    """What a profiler saw, the costliest operations first."""
+    """What a profiler recorded, with the costliest operations first."""
     key = "self_device_time_total" if measure.on_gpu() else "self_cpu_time_total"
     return profiler.key_averages().table(
         sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=70
@@ -70,5 +70,5 @@ def table(profiler: profile) -> str:
 
 
 def activities() -> list[ProfilerActivity]:
-    """The processor, and the GPU where there is one."""
+    """What to profile: the processor, and the GPU if there is one."""
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if measure.on_gpu() else [])]

@@ -1,15 +1,16 @@
-"""Time of top-p selection, forward and backward, against Megatron's top-k.
+"""Compares the time of top-p selection, forward and backward, with Megatron's top-k.
 
     python benchmarks/select_experts.py [--experts 16,64,128,256] [--tokens 16384] [--logits FILE]
 
-From float32 logits to weights and map and back to the logits' gradient. Ours is the whole of DTop-p
-(normalize, softmax, select, weigh, counts, entropy and the sums of the balance loss, all their
-gradients); stock is ``topk_routing_with_score_function`` with a softmax after it, at the same mean
-number of experts. On CUDA: the kernel, plain PyTorch and stock, all also in a CUDA graph, and a
-copy of the bytes that the kernel must move. The providers take turns in one process; a round's
-ratio is against stock in that round. Logits are normal, and at 16 experts also those of a trained
-router (benchmarks/data/README.md). --logits takes another's: a .pt file with a tensor [T, E], which
-benchmarks/collect_logits.py writes. Rows are appended to OUTPUT/select.csv.
+Each provider goes from float32 logits to weights and map, and back to the gradient of the logits.
+Ours is the whole of DTop-p (normalize, softmax, select, weigh, counts, entropy and the sums of the
+balance loss, with all their gradients). Stock is ``topk_routing_with_score_function`` with a
+softmax after it, at the same mean number of experts. On CUDA the providers are the kernel, plain
+PyTorch and stock, each also in a CUDA graph, and a copy of the bytes that the kernel must move.
+They take turns in one process; the ratio of a round compares with stock in that round. Logits are
+normal, and at 16 experts also those of a trained router (benchmarks/data/README.md). --logits takes
+those of another router: a .pt file with a tensor [T, E], which benchmarks/collect_logits.py writes.
+Rows are appended to OUTPUT/select.csv.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from megatron_dynmoe.settings.command_line import CommandParser
 TARGETS = {16: 2, 64: 8, 128: 16, 256: 16}  # mean experts per token; stock's k
 STOCK, OURS = "stock top-k", "ours"
 PACKAGES = ("torch", "numpy", "megatron-core")
-# Of an element, the kernel reads logits twice, map and the weights' gradient, and writes weights,
-# map and the logits' gradient: a copy of half the sum reads and writes as much.
+# For each element the kernel reads the logits twice, the map and the weights' gradient, and writes
+# weights, map and the logits' gradient. A copy of half that sum reads and writes as much.
 KERNEL_BYTES = (4 + 4 + 1) + (4 + 1 + 4 + 4)
 GPU_TURN_SECONDS = 2e-3  # calls are repeated to fill it: a clock cannot see a few microseconds
 
@@ -76,7 +77,7 @@ def main() -> None:
 def compare(
     kind: str, logits_TE: torch.Tensor, rounds: int, seconds: float, ceilings: measure.Ceilings
 ) -> list[dict[str, str]]:
-    """Rows of all providers on these logits, a leaf that requires a gradient."""
+    """The rows of all providers on these logits, which are a leaf that requires a gradient."""
     num_tokens, num_experts = logits_TE.shape
     target = TARGETS.get(num_experts, max(1, num_experts // 8))
     probs_TE = normalize(logits_TE.detach(), 1.0).softmax(-1)
@@ -109,7 +110,7 @@ def compare(
 def make_providers(
     logits_TE: torch.Tensor, threshold: torch.Tensor, k: int
 ) -> dict[str, Callable[[], object]]:
-    """Name to a function that does one forward and backward pass."""
+    """By name, functions that do one forward and backward pass."""
     theta = torch.ones(1, device=logits_TE.device, requires_grad=True)
     d_weights_TE = torch.randn_like(logits_TE)
     d_sums_BE, one = torch.randn_like(logits_TE[:1]), torch.ones((), device=logits_TE.device)
@@ -169,7 +170,7 @@ class Graphed:
 
 
 def repeats(function: Callable[[], object]) -> int:
-    """How many calls make a turn."""
+    """How many calls a turn consists of."""
     if not measure.on_gpu():
         return 1
     one = min(measure.timed(function)[0] for _ in range(3))

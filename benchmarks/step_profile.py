@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and how much of it routing and controller take."""
+"""Profiles a training step: its costliest operations, and the shares of routing and controller."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BACKWARD = "autograd::engine::evaluate_function"
 
 
 class StepProfile(NamedTuple):
-    """One step: processor time on a CPU, the time of kernels on a GPU.
+    """Shares of one step's time: processor time on a CPU, the time of kernels on a GPU.
 
     Attributes:
-        routing: the share of all that routers do after their gate, forward and backward:
-            normalize, select, weigh, losses, counts.
-        control: the share of counting the batch together and moving the threshold.
+        routing: the share that routers take after their gate, forward and backward: normalize,
+            select, weigh, losses, counts.
+        control: the share for adding up the counts of the batch and moving the threshold.
         table: the costliest operations.
     """
 
@@ -60,7 +60,7 @@ def profiled_step(provider: Provider, batch: list[dict[str, Any]]) -> StepProfil
 
 @contextmanager
 def _marked(provider: Provider, made_while_routing: set[int]) -> Iterator[None]:
-    """Let the profiler see routing and control under names of their own.
+    """Give routing and control names of their own in the profile.
 
     Args:
         made_while_routing: receives the numbers of the autograd nodes that routing creates.

@@ -25,13 +25,13 @@ def corpus() -> list[str]:
 
 
 def words_as_tokens(vocab_size: int) -> Path:
-    """Those documents as Megatron's token files, a token a word, written once under runs/.
+    """These documents as Megatron's token files, one token per word, written once under runs/.
 
-    The most frequent words have an id each and take seven eighths of the vocabulary; the others
-    share what is left, by a hash. The last id ends a document.
+    The most frequent words have an id each, and take seven eighths of the vocabulary; the others
+    share the remaining ids, by a hash. The last id ends a document.
 
     Returns:
-        The files' path without .bin and .idx.
+        The path of the files, without .bin and .idx.
     """
     prefix = measure.ROOT / "runs" / f"words-{vocab_size}" / "text_document"
     if prefix.with_suffix(".idx").exists():

@@ -1,4 +1,4 @@
-"""Time of a whole training step: back ends and routings, taking turns.
+"""Measures the time of a whole training step, for back ends and routings that take turns.
 
     python benchmarks/train_step.py                      # a small model, one process
     torchrun --standalone --nproc-per-node 2 benchmarks/train_step.py   # expert parallel
@@ -7,14 +7,15 @@
 
 Every provider is a model of its own in Megatron's train_step, with the same seed, batches of real
 text (the words of examples/data, or a quickstart's tokens with --run) and optimizer. They first
-train until DTop-p's controller holds its target; then each round runs one step of each, in an order
-that rotates, and a ratio is taken within a round, because machines drift. Where the models do not
-fit beside each other, --apart gives each of them a process of its own, several times, in turns:
-ratios are between medians then. Confidence intervals (95 %) are of medians, by bootstrap. At the
-end one step of each runs under the profiler. Rows are appended to OUTPUT/train_step.csv, profiles
-to OUTPUT/train_step_profile.txt. A routing's number of experts is 2 or follows an @; dense is an
-MLP as wide as that many experts; dtop_p/4 makes room for 4 experts of every token, so that the host
-need not wait for the number of rows. Further flags are Megatron's and override the model's.
+train until DTop-p's controller holds its target. Then each round runs one step of each, in an order
+that rotates, and a ratio is taken within a round, because the speed of a machine drifts. If the
+models do not fit into memory together, --apart runs each of them in a process of its own, several
+times, in turns; ratios are then between medians. Confidence intervals (95 %) are of medians, by
+bootstrap. At the end one step of each runs under the profiler. Rows are appended to
+OUTPUT/train_step.csv, profiles to OUTPUT/train_step_profile.txt. A routing's number of experts is
+2, or follows an @. dense is an MLP as wide as that many experts. dtop_p/4 allocates rows for 4
+experts of every token, so that the host need not wait for their number. Further flags are
+Megatron's, and override the model's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ PACKAGES = ("torch", "megatron-core")
 
 @dataclass
 class Measured:
-    """One provider's steps, and what else a row says of it."""
+    """The steps of one provider, and what else its row says."""
 
     workload: str
     tokens: int  # of a step
@@ -114,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 def in_turns(
     names: list[str], options: argparse.Namespace, extra: list[str]
 ) -> dict[str, Measured]:
-    """All providers in this process, one step of each a round; empty but on the first rank."""
+    """Run all providers in this process, one step of each per round; {} on ranks other than 0."""
     from megatron_dynmoe.run import prepare
 
     if options.run and not (options.run / "data").is_dir():
@@ -187,7 +188,7 @@ def in_turns(
 def visit_apart(
     names: list[str], options: argparse.Namespace, extra: list[str]
 ) -> dict[str, Measured]:
-    """Each provider in a process of its own, ``--visits`` times, in turns."""
+    """Run each provider in a process of its own, ``--visits`` times, in turns."""
     if "RANK" in os.environ:
         raise SystemExit("--apart starts its processes itself: leave torchrun out")
     measured: dict[str, Measured] = {}
@@ -209,7 +210,7 @@ def visit_apart(
 def one_visit(
     name: str, options: argparse.Namespace, extra: list[str], seconds: float, no_profile: bool
 ) -> Measured | None:
-    """What this script measures of one provider in another process; None where that fails."""
+    """Measure one provider in another process that runs this script; None if that fails."""
     backend, routing = name.split()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "measured.json"
@@ -239,7 +240,7 @@ def one_visit(
 
 
 def peak_memory_gb() -> float:
-    """The most that this process has held: of the GPU's memory, or resident."""
+    """The most bytes that this process has held, of the GPU's memory or resident."""
     if measure.on_gpu():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -250,7 +251,7 @@ def report(measured: dict[str, Measured], options: argparse.Namespace) -> None:
     rows = [row(name, provider) for name, provider in measured.items()]
     for line in rows:
         print(" | ".join(f"{name} {value}" for name, value in list(line.items())[5:]))
-    # What the project promises: the speed of the second against the first.
+    # What the project promises: the speed of the second, compared with the first.
     pairs = [(n, n.replace("local", "torch_native")) for n in measured if n.startswith("local")]
     pairs += [(n, o) for n in measured if n.endswith("top_k") for o in measured if o != n]
     for base, other in dict.fromkeys(pairs):

@@ -34,14 +34,14 @@ MODELS = {
     "--num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 "
     "--micro-batch-size 8 --global-batch-size 16 --lr 3e-4 --init-method-std 0.006 --bf16",
 }
-VOCAB_SIZES = {"small": 4096, "paper": 32000}  # of words, where no run lends its tokenizer
+VOCAB_SIZES = {"small": 4096, "paper": 32000}  # of words, unless --run gives a tokenizer
 KINDS = ("book", "code", "reference", "dictionary")
-MEAN_EXPERTS = 2.0  # where a routing does not say another
+MEAN_EXPERTS = 2.0  # unless a routing gives another number
 BALANCE_LOSS = ("seq_aux_loss", 1e-2)
 
 
 class Routing(NamedTuple):
-    """What stands in the place of the MLP: ``top_k``, ``dense``, ``dtop_p@1.82``, ``dtop_p/4``."""
+    """What replaces the MLP: ``top_k``, ``dense``, ``dtop_p@1.82``, ``dtop_p/4``."""
 
     kind: str
     experts: float  # top_k's k, dtop_p's target, and how many experts dense is as wide as
@@ -49,10 +49,10 @@ class Routing(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Routing:
-        """From the command line.
+        """Parse a routing of the command line.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: the text is none of these.
         """
         match = re.fullmatch(r"(top_k|dtop_p|dense)(?:@([\d.]+))?(?:/(\d+))?", text)
         kind, experts, cap = match.groups() if match else ("", "", None)
@@ -183,7 +183,7 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
 
 
 def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
-    """Micro-batches of real text, those of a step together."""
+    """Lists of micro-batches of real text, one list for each step."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training.training import build_train_valid_test_data_iterators
 
