@@ -1,12 +1,12 @@
-"""Where the experts go: from an exported model and text to a report that people can look at.
+"""Shows which text uses which experts: makes a report from an exported model and text.
 
-windows.py     text files -> named groups -> windows of tokens
-vocabulary.py  whether a tokenizer is the model's
-collect.py     windows -> the model -> counts.py, exact integers that add up
-measure.py     the whole measurement of a model, with a sweep over thresholds
-statistics.py  counts -> the numbers of the report
-tokens.py      what a token looks like, and whether it is a word
-figures.py     numbers -> PNG and SVG
-page.py        numbers and figures -> one HTML file, from page.html
-write_report.py  all of it -> a folder
+windows.py     cuts text files into windows of tokens, by named groups
+vocabulary.py  checks that a tokenizer is the model's
+collect.py     runs the model on windows and counts its routing (counts.py: exact integers)
+measure.py     measures a whole model, with a sweep over thresholds
+statistics.py  computes the numbers of the report from the counts
+tokens.py      says what a token looks like, and whether it is a word
+figures.py     draws the numbers as PNG and SVG
+page.py        puts numbers and figures into one HTML file, from page.html
+write_report.py  writes all of this into a folder
 """

@@ -1,6 +1,6 @@
-"""Windows -> the model -> counts. The model reads each token once, whatever is counted.
+"""Runs the model on windows of text and counts its routing. The model reads each token once.
 
-Letters as in counts.py, and W windows of a block, T tokens.
+Letters of dimensions are those of counts.py, and W windows of a block, T tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_dynmoe.huggingface.modeling_dynmoe import select_top_k
 from megatron_dynmoe.routing.select import select
 
 BLOCK_TOKENS = 4096
-# Logits that exist at a time, by far the largest tensor: 16 MiB in float32.
+# How many logits exist at a time. They are by far the largest tensor: 16 MiB in float32.
 LOGITS_AT_ONCE = 2**22
 
 
@@ -52,7 +52,7 @@ class Collected:
 
 
 class _BlockResult(NamedTuple):
-    """What the model did with a block of a group's windows, padded to the longest of them."""
+    """What the model did with a block of windows of a group, padded to the longest of them."""
 
     windows: list[Window]
     tokens_WS: np.ndarray
@@ -84,19 +84,19 @@ def collect(
 
     Args:
         model: a causal language model of ours, with routers, in evaluation mode.
-        windows: none of more than ``shape.positions`` tokens.
-        letters: of the tokenizer, see :mod:`megatron_dynmoe.analysis.tokens`.
+        windows: windows of at most ``shape.positions`` tokens.
+        letters: those of the tokenizer, see :mod:`megatron_dynmoe.analysis.tokens`.
         sample_tokens: how many tokens of each group's first window to keep.
         on_tokens: called with the number of tokens that were counted since the last call.
 
     Raises:
-        ValueError: routers or output give what is no finite number.
+        ValueError: routers or output give NaN or infinity.
     """
     groups: dict[str, Counts] = {}
     samples: dict[str, Sample] = {}
 
     def in_order() -> Iterator[Window]:
-        """Groups in the order of the text: a small one's only block comes last."""
+        """Order the groups as in the text, because the only block of a small group comes last."""
         for window in windows:
             if window.group not in groups:
                 groups[window.group] = Counts(shape)
@@ -129,7 +129,7 @@ def _count(counts: Counts, result: _BlockResult, letters: Letters) -> None:
         counts.experts_LK[layer] += np.bincount(experts_T, minlength=shape.experts + 1)
     counts.total_K += np.bincount(total_WS[valid_WS], minlength=len(counts.total_K))
 
-    # Sums of zeros and ones, which float32 holds exactly up to 2**24 tokens
+    # Sums of zeros and ones are exact in float32 up to 2**24 tokens.
     for layer, map_WSE in enumerate(result.map_LWSE):
         map_TE = map_WSE[valid_WS].astype(np.float32)
         counts.together_LEE[layer] += (map_TE.T @ map_TE).astype(np.int64)
@@ -170,9 +170,9 @@ def _sample(result: _BlockResult, num_tokens: int) -> Sample:
 def _in_workers(model: Any, blocks: Iterator[list[Window]]) -> Iterator[_BlockResult]:
     """What the model does with each block, in order.
 
-    On a CPU each core reads a block of its own with one thread: threads that share the many small
-    products of a block wait for each other more than they work, and what is rounded then depends
-    on their number. Blocks are taken as they are needed.
+    On a CPU each core reads a block of its own with one thread. Threads that shared the many small
+    products of one block would wait for each other more than they work, and rounding would depend
+    on their number. Blocks are read only when they are needed.
     """
     on_cpu = model.device.type == "cpu"
     num_workers = len(os.sched_getaffinity(0)) if on_cpu else 1
@@ -211,9 +211,9 @@ def _run_block(model: Any, block: list[Window]) -> _BlockResult:
     map_LWSE = torch.stack(maps)
     if not torch.equal(map_LWSE.sum(dim=-1), output.experts_per_token):
         raise ValueError(
-            "the experts that follow from the routers' logits are not those that the model used: "
-            "the folder's code and this package differ, or the device computes differently each "
-            "time: try --dtype float32 or --device cpu"
+            "the experts that follow from the routers' logits are not those that the model used. "
+            "Either the folder's code and this package differ, or the device computes differently "
+            "each time: try --dtype float32 or --device cpu"
         )
     loss_WS = _losses(model, output.last_hidden_state[:, :-1], tokens_WS[:, 1:])
     if not loss_WS.isfinite().all():
@@ -229,7 +229,7 @@ def _run_block(model: Any, block: list[Window]) -> _BlockResult:
 
 
 def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:
-    """Which experts the layer chose, [W, S, E] bool, by the functions that it chose them with."""
+    """Which experts the layer chose, [W, S, E] bool, by the same functions that chose them."""
     probs_TE = logits_WSE.softmax(dim=-1).flatten(0, 1)
     if config.routing == "top_k":
         map_TE = select_top_k(probs_TE, config.num_experts_per_tok)

@@ -1,4 +1,4 @@
-"""What a model's routing is counted as: integers, so that any two counts can be added.
+"""The counts of a model's routing: integers, so that any two counts can be added.
 
 Letters: L MoE layers, E experts, S positions of a window, V vocabulary, B bags of documents, K bins
 of experts, N bins of loss.
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-# Losses are integers, too, in this unit of a nat: their sums are exact in any order.
+# Losses are integers, too, in units of this many nats, so their sums are exact in any order.
 LOSS_UNIT = 2.0**-20
 # Documents are dealt to bags, and the bootstrap draws bags: their number bounds the memory.
 NUM_BAGS = 64
-# Ranks are those of bins: steps of about 6 % in the loss, and the exact number of experts of a
-# token over all layers as long as that has no more values than this.
+# Ranks are those of bins: steps of about 6 % in the loss, and the number of experts of a token over
+# all layers, exactly if it has no more values than this.
 NUM_LOSS_BINS = 128
 MAX_EXPERT_BINS = 256
 
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Counts:
-    """What is known of a group's tokens. Every entry is a sum over tokens, int64."""
+    """The counts of a group's tokens. Every entry is a sum over tokens, int64."""
 
     shape: Shape
     documents: int = 0
@@ -52,16 +52,15 @@ class Counts:
     # By position in the window: tokens, and their experts
     position_S: np.ndarray = field(init=False)
     position_LS: np.ndarray = field(init=False)
-    # By token: how often, its experts in all layers, how often with a loss, and that loss
+    # By token: how often it appears, its experts in all layers, how often with a loss, that loss
     vocab_V: np.ndarray = field(init=False)
     vocab_experts_V: np.ndarray = field(init=False)
     vocab_predicted_V: np.ndarray = field(init=False)
     vocab_loss_V: np.ndarray = field(init=False)
-    # How often it could be told whether the token was a whole word, and how often it was one
+    # How often one could tell whether the token was a whole word, and how often it was one
     vocab_judged_V: np.ndarray = field(init=False)
     vocab_word_V: np.ndarray = field(init=False)
-    # Tokens by experts and by the loss with which they were predicted, or by that of the prediction
-    # made after reading them
+    # Tokens by experts, and by the loss of the token itself or of the token after it
     own_loss_BKN: np.ndarray = field(init=False)
     next_loss_BKN: np.ndarray = field(init=False)
 
@@ -85,7 +84,7 @@ class Counts:
         """Add the counts of other tokens.
 
         Raises:
-            ValueError: they are of another model or another length of windows.
+            ValueError: they come from another model, or from windows of another length.
         """
         if self.shape != other.shape:
             raise ValueError(
@@ -99,7 +98,7 @@ class Counts:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Every number; an array that is mostly zeros as places and values."""
+        """Every number; an array that is mostly zeros is given as places and values."""
         content: dict[str, Any] = {name: getattr(self, name) for name in NUMBERS}
         for name in array_names():
             array = getattr(self, name)
@@ -117,8 +116,8 @@ class Counts:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: an entry is missing, of another size or no count, or they contradict each
-                other.
+            ValueError: an entry is missing, has another size or is not a count, or entries
+                contradict each other.
         """
         counts = cls(shape)
         try:
@@ -132,7 +131,9 @@ class Counts:
                     raise ValueError(f"{name} has the shape {entry['shape']}, not {array.shape}")
                 values = np.array(entry["values"])
                 if values.size and (values.dtype.kind != "i" or values.min() < 0):
-                    raise ValueError(f"{name} holds what is no count: counts are whole numbers")
+                    raise ValueError(
+                        f"{name} holds something that is not a count: counts are whole numbers"
+                    )
                 array.ravel()[entry.get("places", slice(None))] = values
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"its counts are incomplete or damaged: {error!r}") from error
@@ -175,10 +176,10 @@ def loss_bins(loss: np.ndarray) -> np.ndarray:
 
 
 def loss_of_bin(number: int | np.ndarray) -> Any:
-    """Where a bin begins, in nats."""
+    """The smallest loss of a bin, in nats."""
     return (2.0 ** (np.asarray(number) / 12) - 1) / 32
 
 
 def bag_of(group: str, document: int) -> int:
-    """The bag of a document, as if drawn by lot, but always the same."""
+    """The bag of a document: as if drawn at random, but always the same."""
     return zlib.crc32(f"{group}\n{document}".encode()) % NUM_BAGS

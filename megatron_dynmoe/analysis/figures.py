@@ -1,6 +1,6 @@
-"""The report's figures, each as PNG and as SVG.
+"""Draws the report's figures, each as PNG and as SVG.
 
-Letters as in counts.py.
+Letters of dimensions are those of counts.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-dynmoe",
 }
-# Small pictures of layers beyond this number would be unreadable: some layers stand for all.
+# More small pictures of layers than this would be unreadable, so some layers stand for all.
 MAX_PANELS = 12
 # Letters beside a figure, and over one of two panels
 LONGEST_NAME, LONGEST_TITLE = 24, 16
@@ -59,12 +59,12 @@ class Drawn(NamedTuple):
     """A figure in the page."""
 
     title: str
-    alt: str  # what it shows, with its main numbers, for who cannot see it
+    alt: str  # what it shows, with its main numbers, for people who cannot see it
     svg: bytes
 
 
 def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -> dict[str, Drawn]:
-    """Draw every figure for which there is something to see, and save it under its name."""
+    """Draw every figure that has something to show, and save it under its name."""
     total = add_up(groups)
     statistics = content["statistics"]
     figures: dict[str, Callable[[], tuple[Figure, str, str]] | None] = {
@@ -76,8 +76,8 @@ def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -
         "sweep": (lambda: _sweep(content["sweep"])) if content["sweep"] else None,
         "load": lambda: _load(total, content["model"]["moe_layers"]),
         "together": lambda: _together(total, content["model"]["moe_layers"]),
-        "specialisation": (
-            (lambda: _specialisation(groups, content["model"]["moe_layers"]))
+        "specialization": (
+            (lambda: _specialization(groups, content["model"]["moe_layers"]))
             if len(groups) > 1
             else None
         ),
@@ -289,7 +289,7 @@ def _together(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     return figure, "Experts that are used together", alt
 
 
-def _specialisation(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[Figure, str, str]:
+def _specialization(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[Figure, str, str]:
     total = add_up(groups)
     largest = sorted(groups, key=lambda name: -groups[name].tokens)[:MAX_PANELS]
     shown = [name for name in groups if name in largest]
@@ -325,7 +325,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _draw_ratios(axes: Axes, ratio_LE: np.ndarray) -> Any:
-    """Colors from a quarter to four times; a cross where there is no ratio."""
+    """Colors from a quarter to four times; a cross if there is no ratio."""
     with np.errstate(divide="ignore"):
         log_LE = np.log2(ratio_LE)
     axes.grid(visible=False)
@@ -350,7 +350,7 @@ def _whole_numbers(axes: Axes, values: list[int]) -> None:
 
 
 def _short(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name that fits beside a figure, without what matplotlib takes for mathematics."""
+    """A name that fits beside a figure, without signs that matplotlib reads as mathematics."""
     # Chinese, Japanese and Korean letters are two wide.
     widths = np.cumsum([1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name])
     if (widths > longest).any():

@@ -1,4 +1,4 @@
-"""The whole measurement of a model: counts of all text, and a sweep over thresholds."""
+"""Measures a whole model: counts its routing on all text, and sweeps over thresholds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_dynmoe.analysis.windows import Window
 from megatron_dynmoe.storage.json_files import read_json
 from megatron_dynmoe.use.calibrate import set_threshold
 
-# Tried unless thresholds are given: the first always, the others until the model's own routing
-# lies between the fewest and the most experts. At 0 a token uses one expert, at 1 all.
+# The thresholds to try if none are given. The first are always tried, the others until the model's
+# own number of experts lies between the fewest and the most. At 0 a token uses one, at 1 all.
 _ALWAYS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 _BELOW = (0.02, 0.01, 0.0)
 _ABOVE = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -28,15 +28,15 @@ _ROUTING = ("routing", "num_experts_per_tok", "threshold", "inference_threshold"
 
 @contextmanager
 def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
-    """An exported folder of ours, or what conversion makes of others, which goes away again.
+    """A folder in our format: the given one, or a conversion of it that is removed at the end.
 
     Args:
-        model: a folder of ours, of Mixtral's or the published Dynamic MoE's format, or what
-            ``--save`` named in training.
-        tokenizer: of the training, for a Megatron checkpoint that names none.
+        model: a folder in our, Mixtral's or the published Dynamic MoE's format, or the checkpoints
+            that ``--save`` named in training.
+        tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of these.
     """
     if not model.is_dir():
         raise ValueError(f"--model {model}: no such folder")
@@ -73,8 +73,8 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
 class SweepWindows:
     """Passes windows on, and keeps those that the sweep reads again.
 
-    Of each group as many as fit into an equal part would be known only at the end, so each group's
-    first windows are kept up to the limit and cut down then.
+    Every group gets an equal part of the limit, but the number of groups is known only at the end.
+    So this keeps the first windows of each group up to the whole limit, and cuts them down later.
     """
 
     def __init__(self, num_tokens: int) -> None:
@@ -89,7 +89,7 @@ class SweepWindows:
             yield window
 
     def chosen(self) -> list[Window]:
-        """Of all groups in turn, until the limit is reached; one window at least."""
+        """Windows of all groups in turn, until the limit is reached; at least one window."""
         windows: list[Window] = []
         tokens = 0
         for number in range(max(map(len, self._kept.values()), default=0)):
@@ -114,13 +114,13 @@ def sweep(
 
     Args:
         model, windows, shape, letters, on_tokens: as for :func:`collect`.
-        thresholds: in increasing order. By default 0.05 to 0.5, and what it takes beyond so that
-            the model's own number of experts per token lies between those of the others.
+        thresholds: in increasing order. The default is 0.05 to 0.5, and as many more as it takes
+            until the model's own number of experts per token lies between the fewest and the most.
 
     Returns:
         ``tokens``, ``own``, ``as_trained`` (whether own is the routing of the training, not one set
-        for inference) and ``points``; a point has threshold (None: by layer, or top-k),
-        experts, by_layer and loss (nats per predicted token, None where no token was predicted).
+        for inference) and ``points``. A point has threshold (None: by layer, or top-k), experts,
+        by_layer and loss (nats per predicted token, None if no token was predicted).
     """
     config = model.config
     own = {name: getattr(config, name) for name in _ROUTING}
@@ -165,7 +165,7 @@ def sweep(
 
 
 def own_threshold(config: Any) -> float | None:
-    """The one threshold of all layers in inference; None for several, and for top-k."""
+    """The threshold of all layers in inference; None if layers differ, and for top-k."""
     if config.routing == "top_k":
         return None
     layers = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
@@ -174,7 +174,7 @@ def own_threshold(config: Any) -> float | None:
 
 
 def is_set_afterwards(config: Any) -> bool:
-    """Whether a model routes in inference by what was set or calibrated after the training."""
+    """Whether a threshold or a cap for inference was set or calibrated after the training."""
     settings = ("inference_threshold", "inference_max_experts_per_token", "calibration")
     return any(getattr(config, name, None) is not None for name in settings)
 

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no server, no framework."""
+"""Makes one HTML file that needs nothing else: no network, no server, no framework."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ TEMPLATE = Path(__file__).with_name("page.html")
 # What the page shows; the counts stay in routing.json.
 _SHOWN = ("model", "windows", "samples", "sweep", "statistics", "notes")
 CAPTIONS = {
-    "layers": "The line is the mean, the bands hold 50 and 90 % of the tokens. Counted exactly "
-    "over all text.",
+    "layers": "The line is the mean, the bands hold 50 and 90 % of the tokens. All text is "
+    "counted exactly.",
     "distribution": "Left: a token in one layer. Right: each token's mean over all layers.",
     "groups": "The diamond is the mean over all tokens and layers, the bands hold 50 and 90 % of "
     "the tokens.",
-    "loss": "A token's own loss is the surprise at reading it; the other is that of the next "
-    "token, which it helps to predict. Spearman's rank correlation over all tokens; in brackets "
-    "the 95 % interval of a bootstrap over documents. A correlation says nothing of cause.",
+    "loss": "A token's own loss says how much it surprised the model; the other line is over the "
+    "loss of the next token, which it helps to predict. The numbers are Spearman's rank "
+    "correlations over all tokens, with the 95 % interval of a bootstrap over documents in "
+    "brackets. A correlation says nothing about causes.",
     "positions": "At the start of a window there is no context yet.",
     "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
     "star is the model's own routing.",
-    "load": "Orange: busier than the mean of its layer, blue: idler. Colours end at 4 and 1/4.",
-    "together": "Of the tokens that use one expert (row), how many also use another (column).",
-    "specialisation": "Orange: the group's tokens use the expert more often than all text does, "
-    "blue: less often. A cross: nobody uses it.",
+    "load": "Orange: busier than the mean of its layer, blue: idler. Colors end at 4 and 1/4.",
+    "together": "How many of the tokens that use one expert (row) also use another (column).",
+    "specialization": "Orange: the group's tokens use the expert more often than all text does, "
+    "blue: less often. A cross: no token uses it.",
 }
 
 

@@ -1,6 +1,6 @@
-"""From counts to the numbers of the report; pure arithmetic.
+"""Computes the numbers of the report from the counts; pure arithmetic.
 
-Letters as in counts.py, and G groups.
+Letters of dimensions are those of counts.py, and G groups.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from megatron_dynmoe.analysis.counts import (
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 RESAMPLES = 500
 SEED = 20240312
-# Fewer documents say too little about how much they differ.
+# With fewer documents one cannot tell how much documents differ.
 MIN_DOCUMENTS = 20
-# How many tokens stand at either end of the list: Dynamic MoE's Table 6
+# How many tokens are listed at either end, as in Dynamic MoE's Table 6
 EXTREMES = 100
 
 
 def summarize(
     groups: dict[str, Counts], moe_layers: list[int], token_texts: dict[int, str], min_count: int
 ) -> dict[str, Any]:
-    """All numbers that follow from the counts; None where something is not defined.
+    """All numbers that follow from the counts; a number that is not defined is None.
 
     Args:
-        groups: at least one.
+        groups: at least one group.
         moe_layers: the number of each MoE layer in the model, from 1.
-        token_texts: of every id that was counted.
+        token_texts: the text of every id that was counted.
         min_count: how often a token has to appear to be among the extremes.
     """
     total = add_up(groups)
@@ -75,11 +75,12 @@ def _of_tokens(counts: Counts) -> dict[str, Any]:
 
 
 def guessing_loss(vocab_V: np.ndarray) -> float:
-    """Nats per token of guessing each by how often it came before in the same text.
+    """Nats per token of a guess of each token by how often it has appeared so far in the text.
 
-    Half a count in advance for every token of the vocabulary (Krichevsky and Trofimov's estimate).
-    It does not depend on the order, falls from ln V to the entropy of the counts as a text gets
-    longer, and needs no model: one that does worse has learned nothing about these tokens.
+    Every token of the vocabulary starts with half a count (Krichevsky and Trofimov's estimate). The
+    result does not depend on the order of the tokens, falls from ln V to the entropy of the counts
+    as a text gets longer, and needs no model. A model with a larger loss has learned nothing about
+    these tokens.
     """
     tokens, size = int(vocab_V.sum()), len(vocab_V)
     counts, times = np.unique(vocab_V[vocab_V > 0], return_counts=True)
@@ -91,7 +92,7 @@ def guessing_loss(vocab_V: np.ndarray) -> float:
 
 
 def distribution(histogram_K: np.ndarray) -> dict[str, float]:
-    """Mean, population standard deviation, percentiles and extremes of 0 .. K-1 so often each."""
+    """Mean, population standard deviation, percentiles and extremes of a histogram of 0 .. K-1."""
     values = np.arange(len(histogram_K))
     number = histogram_K.sum()
     mean = float(values @ histogram_K) / number
@@ -101,7 +102,7 @@ def distribution(histogram_K: np.ndarray) -> dict[str, float]:
     return {
         "mean": mean,
         "std": max(variance, 0.0) ** 0.5,
-        # The least value that as many tokens do not exceed
+        # The smallest value that this share of the tokens does not exceed
         **{f"p{p}": float(np.searchsorted(upto_K, p / 100 * number)) for p in PERCENTILES},
         "min": float(present[0]),
         "max": float(present[-1]),
@@ -111,12 +112,12 @@ def distribution(histogram_K: np.ndarray) -> dict[str, float]:
 def correlation(table_BKN: np.ndarray, num_documents: int) -> dict[str, Any]:
     """Spearman's rank correlation of experts with loss, and a 95 % bootstrap interval.
 
-    Documents are drawn, not tokens, because those of one text are alike: bags of documents, with
-    replacement.
+    The bootstrap draws bags of documents, with replacement, and not tokens, because the tokens of
+    one document are alike.
 
     Returns:
-        ``value``, ``low``, ``high``; the value is None where one of both is the same for every
-        token, the interval where there are fewer than MIN_DOCUMENTS documents.
+        ``value``, ``low``, ``high``. The value is None if experts or losses are the same for every
+        token, the interval is None if there are fewer than MIN_DOCUMENTS documents.
     """
     value = spearman(table_BKN.sum(axis=0))
     result = {"value": value, "low": None, "high": None}
@@ -133,7 +134,7 @@ def correlation(table_BKN: np.ndarray, num_documents: int) -> dict[str, Any]:
 
 
 def describe_correlation(found: dict[str, Any]) -> str:
-    """A correlation with its interval, or why there is none."""
+    """A correlation with its interval, or the reason why there is none."""
     if found["value"] is None:
         return "not defined"
     if found["low"] is None:
@@ -158,7 +159,7 @@ def _mean_ranks(counts: np.ndarray) -> np.ndarray:
 def experts_by_loss(counts: Counts, table_BKN: np.ndarray) -> list[dict[str, float]]:
     """Mean experts per token by loss, over bins of loss with the same number of tokens each.
 
-    Tokens of one fine bin stay together, so that the numbers differ a little.
+    Tokens of one fine bin stay together, so the numbers of tokens differ a little.
     """
     table_KN = table_BKN.sum(axis=0)
     tokens_N = table_KN.sum(axis=0)
@@ -248,7 +249,7 @@ def _of_experts(
             partners[expert] = 0
             partner = int(partners.argmax())
             used = bool(load_E[expert])
-            favourite = max(groups, key=lambda name: lifts[name][index, expert])
+            favorite = max(groups, key=lambda name: lifts[name][index, expert])
             rows.append(
                 {
                     "layer": layer,
@@ -257,8 +258,8 @@ def _of_experts(
                     "load_over_mean": float(load_E[expert] / load_E.mean()),
                     "partner": partner if used and partners[partner] > 0 else None,
                     "with_partner": float(partners[partner] / load_E[expert]) if used else None,
-                    "group": favourite if used and len(groups) > 1 else None,
-                    "lift": float(lifts[favourite][index, expert]) if used else None,
+                    "group": favorite if used and len(groups) > 1 else None,
+                    "lift": float(lifts[favorite][index, expert]) if used else None,
                 }
             )
     return rows
@@ -287,11 +288,11 @@ def _of_positions(total: Counts) -> list[dict[str, Any]]:
 def extreme_tokens(total: Counts, texts: dict[int, str], min_count: int) -> dict[str, Any]:
     """The tokens that use most and fewest experts on average, and how many are whole words.
 
-    A token counts as a word where most of its appearances are whole words.
+    A token counts as a word if most of its appearances are whole words.
     """
     frequent = np.flatnonzero(total.vocab_V >= min_count)
     mean_V = total.vocab_experts_V / np.maximum(total.vocab_V, 1) / total.shape.layers
-    # Ties by id, so that the order is always the same
+    # Ties are ordered by id, so that the order is always the same.
     order = frequent[np.argsort(-mean_V[frequent], kind="stable")]
     number = min(EXTREMES, len(order) // 2)
     result: dict[str, Any] = {"min_count": min_count, "frequent": len(frequent)}

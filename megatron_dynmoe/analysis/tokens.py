@@ -1,4 +1,4 @@
-"""What a token looks like, and whether it stands as a whole word."""
+"""Says what a token looks like, and whether it is a whole word of the text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_dynmoe.use.token_display import BYTE_PIECE, REPLACEMENT, Detokenizer, printable
 
-# How SentencePiece and byte-level BPE write a space at the beginning of a token
+# The signs of SentencePiece and of byte-level BPE for a space at the beginning of a token
 SPACE_MARKS = ("\u2581", "\u0120")
 VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u23ce", "\t": "\u21e5", "\r": "\u240d"})
 
@@ -23,7 +23,7 @@ class Letters(NamedTuple):
 
 
 def letters_of(tokenizer: Any, vocab_size: int) -> Letters:
-    """Where letters are in each token; ids without a token, and special tokens, have none."""
+    """Which tokens begin with, end with and consist of letters; special tokens have none."""
     letters = Letters(*(np.zeros(vocab_size, dtype=bool) for _ in Letters._fields))
     special = set(tokenizer.all_special_ids)
     for token in range(min(len(tokenizer), vocab_size)):
@@ -41,8 +41,8 @@ def letters_of(tokenizer: Any, vocab_size: int) -> Letters:
 def whole_words(tokens_WS: np.ndarray, letters: Letters) -> np.ndarray:
     """Which tokens between a window's first and last are whole words, [W, S - 2] bool.
 
-    Letters only, and no letter joined to them on either side: "tr" of "tree" is none, nor is
-    "the" of "the" + "y".
+    A whole word consists of letters only, and no letter is joined to it on either side: "tr" of
+    "tree" is none, nor is "the" of "the" + "y".
     """
     before, here, after = tokens_WS[:, :-2], tokens_WS[:, 1:-1], tokens_WS[:, 2:]
     begins = letters.after_space[here] | ~letters.end[before]
@@ -51,7 +51,7 @@ def whole_words(tokens_WS: np.ndarray, letters: Letters) -> np.ndarray:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as people can read it: spaces and line breaks as signs, bytes as ``<0xE2>``."""
+    """A token in readable form: spaces and line breaks as signs, bytes as ``<0xE2>``."""
     piece = tokenizer.convert_ids_to_tokens(token)
     if not piece:
         return f"(id {token})"
@@ -65,11 +65,11 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 class Piece(NamedTuple):
-    """A piece of the text sample; of several tokens where only they together are text."""
+    """A piece of the text sample: one token, or several if only together they are text."""
 
     text: str
     experts_L: list[float]
-    loss: float | None  # nats, of all its tokens; None where it has none
+    loss: float | None  # nats, of all its tokens; None if it has none
 
 
 def pieces_of(

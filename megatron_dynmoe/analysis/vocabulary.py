@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one that a model was trained with."""
+"""Checks whether a tokenizer is the one with which a model was trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_dynmoe.use import load
 
 
 def describe(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """How many tokens it has, a hash of which token has which id, and what was changed.
+    """The number of tokens, a hash of which token has which id, and which files have changed.
 
     Args:
-        folder: of the tokenizer; ``changed`` are files of it that its manifest says were others
-            when the model was exported.
+        folder: the tokenizer's folder; ``changed`` lists its files that, by the folder's manifest,
+            were different when the model was exported.
     """
     pieces = sorted(tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
@@ -33,11 +33,11 @@ def describe(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_given(given: Path, tokenizer: Any, model: Path) -> None:
-    """Refuse a tokenizer that has not the tokens of the model's own, where that is at hand.
+    """Refuse a tokenizer without the tokens of the model's own one, if that can be found.
 
     Args:
-        given: what ``--tokenizer`` named.
-        tokenizer: what was made of it.
+        given: the value of ``--tokenizer``.
+        tokenizer: the tokenizer that was loaded from it.
         model: a Hugging Face folder, or the checkpoints of a Megatron run.
 
     Raises:
@@ -59,7 +59,7 @@ def check_given(given: Path, tokenizer: Any, model: Path) -> None:
 
 
 def _own(model: Path, given: Path) -> tuple[Path, Any] | None:
-    """The tokenizer that the model names or brings, unless it is the given one."""
+    """The tokenizer that the model names or contains, unless it is the given one."""
     if (model / "config.json").is_file():
         differs = has_tokenizer(model) and not model.samefile(given)
         return (model, load.load_tokenizer(model)) if differs else None

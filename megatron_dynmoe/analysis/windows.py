@@ -1,7 +1,7 @@
-"""Text files as windows of tokens: what the model reads at once, and the group it belongs to.
+"""Cuts text files into windows: the tokens that the model reads at once, each with its group.
 
-Windows depend on the text alone: each group's documents follow each other as in training and are
-cut at every full length, whatever is read together later.
+Windows depend only on the text: the documents of a group follow each other as in training, and are
+cut at every full length. Which windows are read together later makes no difference.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ OTHER = "(other)"
 # What a source field without a letter is called.
 EMPTY = "(empty)"
 
-# Tokens beyond a limit that are looked at, so that where the text is cut changes none before it.
+# How many tokens beyond a limit are encoded, so that the cut in the text changes none before it.
 MARGIN = 64
 
 OnRead = Callable[[int], Any]
 
 
 def stop(unreadable: Unreadable) -> None:
-    """The end at the first record that is no document."""
+    """Stop at the first record that is not a document."""
     raise unreadable
 
 
 class TextFile(NamedTuple):
-    """A file and the group of its documents; None: a field of each record says it."""
+    """A file and the group of its documents; if None, a field of each record names the group."""
 
     path: Path
     group: str | None
@@ -45,9 +45,9 @@ class Reading(NamedTuple):
     Attributes:
         text_key: the field or column of the text; not for ``.txt``.
         source_key: the field that names a document's group, instead of the file.
-        on_unreadable: called with every record that is no document; if it returns, the record is
-            left out.
-        limits: what is taken for text.
+        on_unreadable: called with every record that is not a document; if it returns, the record
+            is left out.
+        limits: how large records and files may be.
     """
 
     text_key: str = "text"
@@ -60,7 +60,7 @@ _EVERYTHING = Reading()
 
 
 class Window(NamedTuple):
-    """Tokens that are read at once."""
+    """Tokens that the model reads at once."""
 
     group: str
     number: int  # in its group
@@ -69,7 +69,7 @@ class Window(NamedTuple):
 
 
 def _own_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its own without the endings, after as many folders as tell it apart."""
+    """A name for each file: its own without endings, and as many folders as make it unique."""
 
     def name(path: Path, num_folders: int) -> str:
         folders = path.absolute().parts[1:-1]
@@ -81,7 +81,7 @@ def _own_names(paths: Sequence[Path]) -> list[str]:
         depths = range(len(path.absolute().parts))
         unique = (d for d in depths if name(path, d) not in {name(other, d) for other in others})
         depth = next(unique, None)
-        # Files of one folder that differ in their endings alone keep them.
+        # Files of one folder that differ only in their endings keep them.
         names.append(path.name if depth is None else name(path, depth))
     return names
 
@@ -89,11 +89,11 @@ def _own_names(paths: Sequence[Path]) -> list[str]:
 def name_groups(
     data: Sequence[str], named: Sequence[tuple[str, str]], source_key: str | None = None
 ) -> list[TextFile]:
-    """Files with a name, and files that are called by their own.
+    """Files of named groups, and files that are groups under their own names.
 
     Args:
         data: paths, folders or globs; each file is a group.
-        named: a name and a path, folder or glob; its files are one group.
+        named: pairs of a name and a path, folder or glob; the files of a pair are one group.
         source_key: the field that names the groups instead.
 
     Raises:
@@ -118,7 +118,7 @@ def name_groups(
 
 
 def check_text(files: Sequence[TextFile], reading: Reading) -> None:
-    """Read each file up to its first text, which is worth doing before a model is loaded.
+    """Read each file up to its first text, to find mistakes before a model is loaded.
 
     Raises:
         ValueError: a file cannot be read, or holds no text.
@@ -138,14 +138,14 @@ def read_windows(
     limit: int | None = None,
     on_read: OnRead = lambda _: None,
 ) -> Iterator[Window]:
-    """Windows of all files; what is left of a group at the end is a shorter one.
+    """Windows of all files; the last window of a group may be shorter.
 
     Args:
         length: tokens of a window, S.
-        reading: of the files.
-        separate: no window holds two documents; else they follow each other, each ended by the
-            tokenizer's end-of-text token, if it has one.
-        limit: tokens of a group at most; None: all.
+        reading: how documents are found in the files.
+        separate: whether no window may hold two documents. Otherwise documents follow each other,
+            each with the tokenizer's end-of-text token, if it has one, at its end.
+        limit: the most tokens of a group; None: all.
         on_read: called with the bytes that were read since the last call.
 
     Raises:
@@ -199,8 +199,8 @@ def read_windows(
 def in_blocks(windows: Iterable[Window], num_tokens: int) -> Iterator[list[Window]]:
     """Windows of one group that are read together: as many as hold ``num_tokens``, all padded.
 
-    The size is not for the user to choose, and no group depends on another: rounding in matrix
-    products depends on how many rows they have, and a token close to the threshold on rounding.
+    The user cannot choose the size, and no block holds two groups. Rounding in matrix products
+    depends on their number of rows, and the choice of a token close to the threshold on rounding.
     """
     blocks: dict[str, list[Window]] = {}
     for window in windows:
@@ -214,7 +214,7 @@ def in_blocks(windows: Iterable[Window], num_tokens: int) -> Iterator[list[Windo
 
 
 def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
-    """The tokens of a text, or at least its first ``most`` without encoding much more of it."""
+    """The tokens of a text, or at least its first ``most``, without encoding much more text."""
     num_chars = len(text) if most is None else 8 * (most + MARGIN)
     while True:
         tokens = encode_text(tokenizer, text[:num_chars])

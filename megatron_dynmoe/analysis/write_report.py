@@ -1,4 +1,4 @@
-"""The report's folder: ``routing.json``, the figures, and the page that shows both."""
+"""Writes the report's folder: ``routing.json``, the figures, and the page that shows both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMAT = "megatron-dynmoe routing, 2"
 
 
 def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of the model; measurements merge where all of this is the same."""
+    """What the report says about the model; measurements merge only if all of this is the same."""
     config = model.config
     layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     top_k = config.routing == "top_k"
@@ -54,7 +54,7 @@ def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any])
 
 
 def _hash_of_routers(model: Any) -> str:
-    """Tells one state of a training from another, whose name and settings may be the same."""
+    """A hash that differs between states of a training, even if name and settings are the same."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if ".router." in name:
@@ -71,7 +71,7 @@ def measurement(
     separate: bool,
     num_skipped: int,
 ) -> dict[str, Any]:
-    """What was measured, as JSON holds it; :func:`write_report` adds what follows from it."""
+    """A measurement as JSON; :func:`write_report` adds the numbers that follow from it."""
     shape = next(iter(collected.groups.values())).shape
     return {
         "format": FORMAT,
@@ -90,12 +90,12 @@ def measurement(
 
 
 def merge(paths: Sequence[Path]) -> dict[str, Any]:
-    """One measurement out of several of the same model; groups of one name are added up.
+    """Merge several measurements of the same model; groups of the same name are added up.
 
-    Text samples and the sweep are those of the first file that has them.
+    Text samples and the sweep come from the first file that has them.
 
     Raises:
-        ValueError: a file is no ``routing.json``, or they are not of one model.
+        ValueError: a file is not a ``routing.json``, or the files are not of the same model.
     """
     merged: dict[str, Any] = {}
     groups: dict[str, Counts] = {}
@@ -104,9 +104,9 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
         content = read_json(path)
         twice = seen.setdefault(json.dumps(content.get("groups"), sort_keys=True), path)
         if twice is not path:
-            raise ValueError(f"{path} holds the same counts as {twice}: they would count twice")
+            raise ValueError(f"{path} holds the same counts as {twice}, which would count twice")
         if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: it is no {ROUTING} of this version of the tool")
+            raise ValueError(f"{path}: it is not a {ROUTING} of this version of the tool")
         try:
             shape = Shape(**content["shape"])
             for key in ("model", "windows", "shape"):
@@ -140,7 +140,7 @@ def write_report(
     """Write a measurement, its statistics, figures and page; whole or not at all.
 
     Returns:
-        What is in ``routing.json``.
+        The content of ``routing.json``.
 
     Raises:
         ValueError: the folder exists and is not empty, and ``overwrite`` is not given.
@@ -162,7 +162,7 @@ def write_report(
 
 
 def remarks(content: dict[str, Any]) -> list[str]:
-    """What limits the numbers, said on the page and at the terminal."""
+    """What limits the numbers; the page and the terminal say it."""
     statistics, model = content["statistics"], content["model"]
     length, overall = content["windows"]["length"], statistics["all"]
     notes = []

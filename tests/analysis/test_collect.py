@@ -196,7 +196,10 @@ def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Windo
         ({"tokens": -5}, "tokens is -5: a count is a whole number"),
         ({"tokens": 1.5}, r"tokens is 1\.5"),
         ({"tokens": counts.tokens + 1}, "not what total_K adds up to"),
-        ({"load_LE": content["load_LE"] | {"values": [-1] * 16}}, "load_LE holds what is no count"),
+        (
+            {"load_LE": content["load_LE"] | {"values": [-1] * 16}},
+            "load_LE holds something that is not a count",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Counts.from_json(counts.shape, content | changed)

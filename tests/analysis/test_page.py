@@ -88,25 +88,25 @@ def test_errors_would_be_seen(browse: Try) -> None:
         browse("console.error('a mistake'); return 1;")
 
 
-def test_the_slider_changes_the_colours(browse: Try) -> None:
+def test_the_slider_changes_the_colors(browse: Try) -> None:
     seen = browse("""
-      const colours = () => [...document.querySelectorAll("#sample span")]
+      const colors = () => [...document.querySelectorAll("#sample span")]
         .map(span => getComputedStyle(span).backgroundColor).join();
       const slider = document.getElementById("layer"), seen = [];
       for (const layer of [0, 1, 2, 0]) {
         slider.value = layer;
         slider.dispatchEvent(new Event("input"));
-        seen.push([document.getElementById("layer-name").textContent, colours()]);
+        seen.push([document.getElementById("layer-name").textContent, colors()]);
       }
       return { seen, most: slider.max };""")
     assert seen["most"] == "2"
-    names, colours = zip(*seen["seen"], strict=True)
+    names, colors = zip(*seen["seen"], strict=True)
     assert names == ("all layers", "layer 1", "layer 3", "all layers")
-    assert len(set(colours)) == 3
-    assert colours[0] == colours[3]
+    assert len(set(colors)) == 3
+    assert colors[0] == colors[3]
 
 
-def test_colours_are_those_of_the_counts(browse: Try, page: Path) -> None:
+def test_colors_are_those_of_the_counts(browse: Try, page: Path) -> None:
     seen = browse("""
       const slider = document.getElementById("layer");
       slider.value = 1;
@@ -169,12 +169,12 @@ def test_tables_sort(browse: Try, page: Path) -> None:
         assert found["first"][0] != found["then"][0]
 
 
-def test_every_colour_can_be_read_on_light_and_dark_systems(browse: Try) -> None:
+def test_every_color_can_be_read_on_light_and_dark_systems(browse: Try) -> None:
     seen = browse("""
       const parts = ["body", ...Array.from({ length: 7 }, (_, n) => `#legend .e${n}`)];
       const styles = parts.map(of => getComputedStyle(document.querySelector(of)));
       return [styles[0].colorScheme, styles.map(style => [style.backgroundColor, style.color])];""")
-    assert seen[0] == "light"  # so that no dark system colours fields for itself
+    assert seen[0] == "light"  # so that no dark system colors fields for itself
     for background, ink in seen[1]:
         assert contrast(background, ink) > 4.5, (background, ink)
 

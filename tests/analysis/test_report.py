@@ -203,7 +203,7 @@ def test_groups_that_are_not_drawn_are_said(report: Path) -> None:
     counts = Counts.from_json(Shape(**content(report)["shape"]), content(report)["groups"]["prose"])
     for number, title in ((2, "kind of text"), (13, "(the 12 largest groups of 13)")):
         groups = {f"g{i}": counts for i in range(number)}
-        assert figures._specialisation(groups, [1, 3])[1].endswith(title)
+        assert figures._specialization(groups, [1, 3])[1].endswith(title)
 
 
 def test_top_k_has_nothing_to_compare(
