@@ -166,7 +166,7 @@ requeue() {
   local state
   state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
   if [[ $state != JobState=RUNNING ]]; then
-    echo "not queued again by this script: the job is cancelled, or Slurm queues it itself"
+    echo "not queued again by this script: the job is canceled, or Slurm queues it itself"
   elif scontrol requeue "$SLURM_JOB_ID"; then
     echo "queued again; the next attempt goes on from the last checkpoint"
     sleep 60 # Slurm ends this script

@@ -24,7 +24,7 @@ Document = tuple[str, str]  # text, source
 # Shorter ones are title pages, lists of links and empty modules.
 MIN_CHARACTERS = 500
 
-# The standard library's modules and packages that are under the PSF licence alone.
+# The standard library's modules and packages that are under the PSF license alone.
 PYTHON_MODULES = (
     *("asyncio", "concurrent", "importlib", "json", "argparse", "ast", "bisect", "calendar"),
     *("contextlib", "copy", "csv", "dataclasses", "enum", "fractions", "functools", "heapq"),

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             args.gpus,
             GPUS[args.gpu],
             tokens=args.tokens,
-            utilisation=args.utilisation,
+            utilization=args.utilization,
             experts_per_token=args.experts_per_token,
         )
         print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
@@ -58,12 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", choices=GPUS, required=True, metavar="KIND", help=", ".join(GPUS))
     parser.add_argument("--tokens", type=float, metavar="N", help="length of the run, e.g. 100e9")
     parser.add_argument(
-        "--utilisation",
+        "--utilization",
         type=float,
         default=0.4,
         metavar="SHARE",
         help="model FLOPs over the GPUs' peak (0.4, an assumption)",
     )
+    parser.add_argument(  # its name in version 0.1
+        "--utilisation", dest="utilization", type=float, default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
     parser.add_argument(
         "--experts-per-token",
         type=float,

@@ -3,7 +3,7 @@
 The counts of one global batch enter, and the knob of the next batch leaves.
 
 ``pi`` is the control law. ``calibrate`` computes its starting point and gains. Both are pure tensor
-maths. ``update`` reduces counts over ranks and chooses the moment within a training step.
+math. ``update`` reduces counts over ranks and chooses the moment within a training step.
 """
 
 from megatron_dynmoe.control.calibrate import (

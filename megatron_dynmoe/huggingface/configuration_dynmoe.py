@@ -190,7 +190,7 @@ class DynMoEModelConfig(PreTrainedConfig):
                 setattr(self, name, default)
 
         self.validate_dynmoe()
-        _warn_of_misspelt(kwargs)
+        _warn_of_misspelled(kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -338,7 +338,7 @@ class DynMoEModelConfig(PreTrainedConfig):
                 )
 
 
-def _warn_of_misspelt(names: Iterable[str]) -> None:
+def _warn_of_misspelled(names: Iterable[str]) -> None:
     """Warn of names that look like a setting's; leave all others to transformers.
 
     The names that transformers itself writes, in later versions too, must not be refused.

@@ -62,7 +62,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     )
     yield _line(
         "time",
-        f"{_hours(plan.hours)} at {plan.utilisation:.0%} of {plan.gpu.flops / 1e12:g} TFLOP/s a "
+        f"{_hours(plan.hours)} at {plan.utilization:.0%} of {plan.gpu.flops / 1e12:g} TFLOP/s a "
         "GPU: arithmetic, no measurement",
     )
     kept = ""

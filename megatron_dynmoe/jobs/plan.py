@@ -47,7 +47,7 @@ class Plan:
     tokens_per_step: int
     steps: int
     flops: float
-    utilisation: float
+    utilization: float
     checkpoint_bytes: int
     num_checkpoints: int | None
     remedies: tuple[str, ...]
@@ -66,7 +66,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """The run's duration: its FLOPs over the GPUs' peak at the given utilization."""
-        rate = self.layout.world_size * self.gpu.flops * self.utilisation
+        rate = self.layout.world_size * self.gpu.flops * self.utilization
         return self.flops / rate / 3600
 
 
@@ -77,7 +77,7 @@ def make_plan(
     gpu: GPU,
     *,
     tokens: float | None = None,
-    utilisation: float = 0.4,
+    utilization: float = 0.4,
     experts_per_token: float | None = None,
 ) -> Plan:
     """Plan a run.
@@ -86,7 +86,7 @@ def make_plan(
         recipe: the recipe's name or path.
         flags: Megatron's and ours, which override the recipe's.
         tokens: the number of tokens in the whole run, instead of --train-iters.
-        utilisation: model FLOPs per second over the GPUs' peak.
+        utilization: model FLOPs per second over the GPUs' peak.
         experts_per_token: the mean, instead of the one that the routing's settings imply.
 
     Raises:
@@ -95,8 +95,8 @@ def make_plan(
     words = [*recipe_flags(recipe), *flags]
     layout = Layout.from_flags(words, num_gpus)
     check_layout(layout)
-    if not 0 < utilisation <= 1:
-        raise ValueError(f"--utilisation is {utilisation:g}: use more than 0, at most 1.")
+    if not 0 < utilization <= 1:
+        raise ValueError(f"--utilization is {utilization:g}: use more than 0, at most 1.")
     args = read_args(words)
     counts = expected_counts(args, experts_per_token)
     model = _memory_model(args, layout)
@@ -125,7 +125,7 @@ def make_plan(
         tokens_per_step=layout.global_batch * layout.seq_length,
         steps=steps,
         flops=_flops(args, steps * layout.global_batch, counts.mean),
-        utilisation=utilisation,
+        utilization=utilization,
         checkpoint_bytes=model.checkpoint_bytes,
         num_checkpoints=math.ceil(steps / args.save_interval) if args.save_interval else None,
         remedies=()

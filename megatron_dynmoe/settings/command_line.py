@@ -140,7 +140,7 @@ def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[s
     """
     kind, _, rest = message.partition(": ")
     if kind == "unrecognized arguments":
-        return _misspelt(rest.split(), _flags(parser, words)) or _left_over(parser, rest, words)
+        return _misspelled(rest.split(), _flags(parser, words)) or _left_over(parser, rest, words)
     if kind == "the following arguments are required":
         missing = set(rest.split(", "))
         return _in_other_letters(parser, words, missing) or f"required and not given: {rest}."
@@ -180,7 +180,7 @@ def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
     return flags
 
 
-def _misspelt(words: Sequence[str], flags: set[str]) -> str | None:
+def _misspelled(words: Sequence[str], flags: set[str]) -> str | None:
     """Name the first flag among the words that is not in ``flags``, and the closest one that is."""
     for word in words:
         name = word.partition("=")[0]
@@ -208,7 +208,7 @@ def _in_other_letters(
     known = _flags(parser, words)
     strange = [word for word in words if word.partition("=")[0] not in known]
     near = [word for word in strange if difflib.get_close_matches(word.partition("=")[0], missing)]
-    return _misspelt(near, missing)
+    return _misspelled(near, missing)
 
 
 def add_runtime_flags(parser: Any) -> None:

@@ -20,14 +20,14 @@ def nearby_checkpoints(path: Path) -> Path | None:
     """The folder of a run's checkpoints that a path was probably meant to name; None without one.
 
     Above it, if the path names a single checkpoint; below it, if it names a run; beside it, if a
-    part of it is misspelt.
+    part of it is misspelled.
     """
     candidates = [path.parent, path / "checkpoints"]
     there = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
     if there is not None and not path.exists():
-        misspelt, *rest = path.absolute().relative_to(there).parts
+        misspelled, *rest = path.absolute().relative_to(there).parts
         names = [folder.name for folder in there.iterdir() if folder.is_dir()]
-        for name in difflib.get_close_matches(misspelt, names):
+        for name in difflib.get_close_matches(misspelled, names):
             meant = there.joinpath(name, *rest)
             if not path.is_absolute() and meant.is_relative_to(Path.cwd()):
                 meant = meant.relative_to(Path.cwd())

@@ -49,7 +49,7 @@ def test_help_lists_every_command_and_imports_no_framework() -> None:
 
 
 @pytest.mark.parametrize("words", [("converd",), ("recipes",)])
-def test_a_misspelt_command_is_answered_in_one_line(capsys, words) -> None:
+def test_a_misspelled_command_is_answered_in_one_line(capsys, words) -> None:
     code, out, error = run_here(capsys, *words)
     assert (code, out) == (2, "")
     assert re.fullmatch(r"dynmoe: error: there is no command \w+: did you mean \w+\?\n", error)

@@ -56,7 +56,7 @@ def test_a_dispatch_waits_once_for_all_counts_together(results: Results, name: s
 
 
 def test_stock_megatron_cannot_do_it(results: Results) -> None:
-    """When this fails, upstream has learnt it: VariableKAlltoAllTokenDispatcher can go."""
+    """When this fails, upstream has learned it: VariableKAlltoAllTokenDispatcher can go."""
     found = differences(results[STOCK], 0)
     for routing_map in ("random", "every token to every expert", "all to one expert"):
         assert any(found[routing_map].values()), routing_map

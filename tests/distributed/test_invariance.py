@@ -1,4 +1,4 @@
-"""Settings that must not change what is learnt: how a batch is cut, stored, sent and computed.
+"""Settings that must not change what is learned: how a batch is cut, stored, sent and computed.
 
 All runs start with the same weights and, apart from what is named, have the same flags.
 """

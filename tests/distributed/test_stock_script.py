@@ -28,7 +28,7 @@ WITH_SETTINGS = {
 DYNAMIC = stock("dynamic", 2, f"{EP2} {SPEC}", **WITH_SETTINGS)
 TOP_K = stock("top_k", 2, EP2)
 NO_SETTINGS = stock("no_settings", 1, SPEC)
-MISSPELT = stock("misspelt", 1, "--hiden-size 32")
+MISSPELLED = stock("misspelled", 1, "--hiden-size 32")
 MISTAKE = stock("mistake", 1, f"{SPEC} --moe-expert-capacity-factor 1.0", **WITH_SETTINGS)
 
 
@@ -46,10 +46,10 @@ def test_a_script_without_the_spec_stays_stock(results: Results) -> None:
     assert result.finalized == []
 
 
-def test_a_misspelt_flag_is_one_line(results: Results) -> None:
-    message = results.any(MISSPELT).error
+def test_a_misspelled_flag_is_one_line(results: Results) -> None:
+    message = results.any(MISSPELLED).error
     assert message == "UsageError: there is no flag --hiden-size: did you mean --hidden-size?"
-    assert "usage:" not in results.any(MISSPELT).log()
+    assert "usage:" not in results.any(MISSPELLED).log()
 
 
 def test_the_spec_needs_settings(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""The judgement of the soak, on samples of a run that was never made."""
+"""The judgment of the soak, on samples of a run that was never made."""
 
 import dataclasses
 import random

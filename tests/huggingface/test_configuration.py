@@ -63,7 +63,7 @@ def test_what_makes_no_sense_is_refused_by_name(settings, said):
         assert words in str(error.value)
 
 
-def test_a_misspelt_setting_is_mentioned():
+def test_a_misspelled_setting_is_mentioned():
     with pytest.warns(UserWarning, match="'threshhold', which .* did you mean 'threshold'"):
         config = tiny_config(threshhold=0.9)  # codespell:ignore
     assert config.threshold == 0.4

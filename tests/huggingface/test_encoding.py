@@ -67,7 +67,7 @@ def test_an_empty_prompt_is_the_begin_token_alone(case) -> None:
 @pytest.mark.parametrize("encode", [encode_prompt, encode_document])
 def test_tokens_that_the_text_spells_out_are_not_added_again(case, encode: Callable) -> None:
     tokenizer, begin, end = case
-    spelt = tokenizer.decode(begin) + "the river"
+    spelled = tokenizer.decode(begin) + "the river"
     if encode is encode_document:
-        spelt += tokenizer.decode(end)
-    assert encode(tokenizer, spelt) == encode(tokenizer, "the river")
+        spelled += tokenizer.decode(end)
+    assert encode(tokenizer, spelled) == encode(tokenizer, "the river")

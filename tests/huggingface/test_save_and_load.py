@@ -187,7 +187,7 @@ def test_a_bad_threshold_in_the_file_stops_the_loading(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_missing_weights_are_initialised_and_named(tmp_path):
+def test_missing_weights_are_initialized_and_named(tmp_path):
     model = tiny_model(**DTOP_P)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -44,7 +44,7 @@ def test_a_small_model_is_shown_in_small_units(capsys):
 
 
 def test_figures_follow_from_each_other(capsys):
-    found = plan(capsys, "dtop_p_16e --gpus 128 --gpu a800-80g --tokens 10e9 --utilisation 0.5")
+    found = plan(capsys, "dtop_p_16e --gpus 128 --gpu a800-80g --tokens 10e9 --utilization 0.5")
     assert found["steps"] == 2385 and found["tokens"] == 2385 * 2048 * 2048
     # 6 FLOPs a parameter and token but for the embedding, and attention.
     linear = 6 * (found["active_parameters"] - 32000 * 1024) * found["tokens"]
@@ -128,7 +128,8 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-iters 1{'0' * 18}", "more than 1e+18"),
         (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-samples 1{'0' * 18}", "more than 1e+18"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --step-batch-size-schedule 0:32", "schedule is 0:32"),
-        ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilisation is 40"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --utilization 40", "--utilization is 40"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilization is 40"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-dynamic-threshold 0.4", "threshold is 0.4"),
     ],
 )  # fmt: skip

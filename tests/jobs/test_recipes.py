@@ -69,7 +69,7 @@ def test_an_unknown_recipe_names_those_that_there_are(name, message):
         recipe_flags(name)
 
 
-def test_a_misspelt_path_names_the_file_that_is_there(tmp_path):
+def test_a_misspelled_path_names_the_file_that_is_there(tmp_path):
     (tmp_path / "my.flags").touch()
     with pytest.raises(ValueError, match=f"Did you mean {tmp_path / 'my.flags'}"):
         recipe_flags(tmp_path / "mi.flag")

@@ -296,7 +296,7 @@ def test_a_mistake_is_found_before_the_job_is_submitted(bash, arguments, message
 
 
 @pytest.mark.megatron
-def test_a_misspelt_flag_is_found_before_the_job_is_submitted(bash):
+def test_a_misspelled_flag_is_found_before_the_job_is_submitted(bash):
     script, settings = str(LAUNCH / "pretrain_dtop_p.sh"), "DEVICE=cpu"
     answer = bash("submit.sh", script, "smoke", "--clip-grads", "1", settings=settings)
     assert answer.returncode == 2 and "sbatch" not in answer.stdout

@@ -40,7 +40,7 @@ def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 def weights(probs: Sequence, selected: set[int], renormalize: bool) -> list:
-    """One token's weights: equation 4, or renormalised over the selected experts."""
+    """One token's weights: equation 4, or renormalized over the selected experts."""
     total = sum(probs[expert] for expert in sorted(selected)) if renormalize else 1
     return [probs[e] / total if e in selected else probs[e] * 0 for e in range(len(probs))]
 
@@ -95,7 +95,7 @@ def map_of(choices: Sequence[set[int]], num_experts: int) -> Tensor:
 
 
 def select_by_sort(probs_TE: Tensor, threshold, max_experts: int | None = None) -> Tensor:
-    """Algorithm 1 in its plainest vectorised form: a stable sort and exact cumulative sums.
+    """Algorithm 1 in its plainest vectorized form: a stable sort and exact cumulative sums.
 
     Sums are of whole numbers of 2**-60, as the rule defines them. For whole tensors, where
     :func:`algorithm_1` would take too long.

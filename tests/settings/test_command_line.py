@@ -12,8 +12,8 @@ from megatron_dynmoe.settings.command_line import CommandParser, in_one_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Each command with a misspelt flag of its own, and the flag that was meant.
-MISSPELT = {
+# Each command with a misspelled flag of its own, and the flag that was meant.
+MISSPELLED = {
     "tools/analyze_routing.py": ("--modle x", "--model"),
     "tools/calibrate_threshold.py": ("--modle x", "--model"),
     "tools/convert_checkpoint.py": ("to-hf --laod x --output y", "--load"),
@@ -74,9 +74,9 @@ def commands() -> set[str]:
 
 @pytest.mark.megatron
 @pytest.mark.slow
-def test_every_command_answers_a_misspelt_flag_in_one_line() -> None:
-    assert commands() == {name for name in MISSPELT if not name.startswith("-m ")}
-    words = {command: words for command, (words, _) in MISSPELT.items()}
+def test_every_command_answers_a_misspelled_flag_in_one_line() -> None:
+    assert commands() == {name for name in MISSPELLED if not name.startswith("-m ")}
+    words = {command: words for command, (words, _) in MISSPELLED.items()}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WALK, json.dumps(words)],
         cwd=REPOSITORY,
@@ -90,7 +90,7 @@ def test_every_command_answers_a_misspelt_flag_in_one_line() -> None:
         command: (code, said)
         for command, (code, said) in found.items()
         if code != 2
-        or not said.endswith(f"did you mean {MISSPELT[command][1]}?\n")
+        or not said.endswith(f"did you mean {MISSPELLED[command][1]}?\n")
         or "usage:" in said
     }
     assert not wrong

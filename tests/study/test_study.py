@@ -82,7 +82,7 @@ def test_comments_and_docstrings_are_no_other_code(tmp_path):
 
 
 def test_flags_of_all_variants_are_accepted_settings():
-    """A misspelt flag would be found hours into the study."""
+    """A misspelled flag would be found hours into the study."""
     from argparse import ArgumentParser
 
     from megatron_dynmoe.settings.arguments import add_dynmoe_args, config_from_args
