@@ -1,12 +1,12 @@
-"""Plants known mistakes in a copy of the package, one at a time, and sees whether tests fail.
+"""Plants known mistakes in a copy of the package, one at a time, and checks whether tests fail.
 
     python -m tests.mutations                     # all, each against the tests that should catch it
     python -m tests.mutations error_sign ...      # some
     python -m tests.mutations --whole             # each against the whole suite (hours)
 
-The checkout is not touched: a copy of it is, whose package is the one that its tests import. The
-tests must pass there first, or their failure would say nothing. Exits with 1 if a mistake survives
-or no longer fits the source.
+It changes a copy of the checkout, never the checkout itself, and the copy's tests import the copy's
+package. The tests must first pass there, or their failure would say nothing. The exit code is 1 if
+a mistake survives, or no longer fits the source.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tests.mutations.planted import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_dynmoe"
-LEFT_OUT = shutil.ignore_patterns(
-    ".venv", ".*_cache", ".hypothesis", "__pycache__", "runs", "*.egg-info"
+NEVER_COPIED = shutil.ignore_patterns(
+    ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info"
 )
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test has run
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder) / "checkout"
-        shutil.copytree(REPOSITORY, copy, ignore=LEFT_OUT, symlinks=True)
+        shutil.copytree(REPOSITORY, copy, ignore=left_out, symlinks=True)
         if (REPOSITORY / ".venv").exists():
             (copy / ".venv").symlink_to(REPOSITORY / ".venv")
         check_what_is_imported(copy)
@@ -61,6 +61,15 @@ def main() -> None:
         ]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mistakes are caught")
     sys.exit(1 if survivors or misfits else 0)
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What is not copied of a folder: caches and, of the repository itself, its runs.
+
+    Without a room of the package, Python would take the room of the installed package instead.
+    """
+    runs = {"runs"} if Path(folder) == REPOSITORY else set()
+    return NEVER_COPIED(folder, names) | runs
 
 
 def check_what_is_imported(copy: Path) -> None:

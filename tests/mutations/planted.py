@@ -10,13 +10,13 @@ class Mutation:
     """One mistake.
 
     Attributes:
-        name: to choose it by.
+        name: its name on the command line.
         mistake: what is wrong, for people.
-        file: under megatron_dynmoe/.
+        file: the file under megatron_dynmoe/ that gets the mistake.
         right: text that is in the file exactly once.
-        wrong: what takes its place.
-        tests: pytest's arguments.
-        cases: of the distributed tests among them, the cases to run; the others would only wait.
+        wrong: the text that replaces it.
+        tests: arguments of pytest.
+        cases: the cases of distributed tests that these tests need; no others are run.
     """
 
     name: str
