@@ -74,6 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder.exists():
         raise SystemExit(f"{args.folder} exists: remove it, or name another by --folder")
+    rows = measure.Rows(RESULTS, "torch")
     num_parameters = random_checkpoint(args.folder / "megatron", args.layers)
     print(f"{num_parameters / 1e9:.2f} B parameters in {size(args.folder / 'megatron')} GB")
     for format in ("dynmoe", "dynamic-moe"):
@@ -86,7 +87,7 @@ def main() -> None:
             ("from-hf", from_hf, back),
         ):
             seconds, peak = measured(command)
-            row = measure.identity("torch") | {
+            row = {
                 "parameters": num_parameters,
                 "step": step,
                 "format": format,
@@ -95,8 +96,7 @@ def main() -> None:
                 "peak_gb": round(peak / 1e9, 2),
                 "disk_gb": size(written),
             }
-            print(row)
-            measure.append(RESULTS, [row])
+            print(rows.put(row))
         shutil.rmtree(there)
         shutil.rmtree(back)
     shutil.rmtree(args.folder)

@@ -17,21 +17,25 @@ measured. The providers are:
     stock top-k, BACKEND   Megatron's own
     dense                  an MLP as wide as the experts that a token uses
 
-They take turns in one process. Rows are appended to OUTPUT/layer.csv, the costliest operations of
-ours and of stock to OUTPUT/layer_profile.txt.
+They take turns, on a GPU each in a process of its own. Rows are appended to OUTPUT/layer.csv, the
+costliest operations of ours and of stock to OUTPUT/layer_profile.txt, each as soon as it is
+measured. A provider that fails has a row that says why.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+from contextlib import closing
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure
+from benchmarks import ceilings, measure
 from benchmarks.layer_providers import (
     DENSE,
     OURS,
@@ -39,10 +43,10 @@ from benchmarks.layer_providers import (
     WORKLOADS,
     Provider,
     Workload,
-    make_providers,
-    start_megatron,
+    factories,
+    logits_for,
 )
-from benchmarks.logits import normal_logits, read_logits, trained_logits
+from benchmarks.places import Failed, Turns, new_place
 from megatron_dynmoe.settings.command_line import CommandParser
 
 PACKAGES = ("torch", "megatron-core")
@@ -60,96 +64,89 @@ def main() -> None:
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    start_megatron()
-    for name in args.workloads:
-        workload = WORKLOADS[name] if measure.on_gpu() else WORKLOADS[name].scaled_down()
-        if args.sequence:
-            workload = workload._replace(sequence=args.sequence)
-        kind, logits_TE = logits_for(workload, args.logits)
-        rows, profiles = compare(
-            f"layer {name}", workload, kind, logits_TE, args.rounds,
-            args.seconds_budget / len(args.workloads),
-        )  # fmt: skip
-        measure.append(args.output / "layer.csv", rows)
-        with (args.output / "layer_profile.txt").open("a") as file:
-            file.write(profiles)
+    rows = measure.Rows(args.output / "layer.csv", *PACKAGES)
+    dtype = torch.bfloat16 if measure.on_gpu() else torch.float32
+    cases = [case(name, dtype, args) for name in args.workloads]
+    with closing(new_place()) as place:
+        limits = place.run(ceilings.of_this_machine, dtype)
+    args.seconds_budget /= len(cases)
+    with Turns() as turns:
+        for label, workload in cases:
+            compare(turns, label, workload, dtype, limits, rows, args)
 
 
-def logits_for(workload: Workload, path: Path | None) -> tuple[str, torch.Tensor]:
-    """The kind of the logits, and the logits [T, E]."""
-    if path is not None:
-        try:
-            logits_TE = read_logits(path)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-        if logits_TE.shape[1] != workload.experts:
-            raise SystemExit(
-                f"--logits {path} is for {logits_TE.shape[1]} experts, the workload has "
-                f"{workload.experts}: name one that fits by --workloads"
-            )
-        repeated = logits_TE.repeat(-(-workload.tokens // len(logits_TE)), 1)
-        return "trained", repeated[: workload.tokens]
-    if workload.experts == 16:
-        return "trained", trained_logits(workload.tokens)
-    return "normal", normal_logits(workload.tokens, workload.experts)
+def case(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[str, Workload]:
+    """A workload in the size for this machine, and what its rows call it."""
+    workload = WORKLOADS[name] if measure.on_gpu() else WORKLOADS[name].scaled_down()
+    if args.sequence:
+        workload = workload._replace(sequence=args.sequence)
+    try:
+        kind, _ = logits_for(workload, args.logits)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    label = (
+        f"layer {name}: hidden {workload.hidden}, ffn {workload.ffn}, {workload.experts} experts, "
+        f"{workload.tokens} tokens, {str(dtype).removeprefix('torch.')}, {kind} logits"
+    )
+    return label + ("" if measure.on_gpu() else f", {torch.get_num_threads()} threads"), workload
 
 
 def compare(
-    name: str,
+    turns: Turns,
+    label: str,
     workload: Workload,
-    kind: str,
-    logits_TE: torch.Tensor,
-    rounds: int,
-    seconds: float,
-) -> tuple[list[dict[str, str]], str]:
-    """The rows of all providers of a workload, and their profiles."""
-    dtype = torch.bfloat16 if measure.on_gpu() else torch.float32
-    ceilings = measure.ceilings(dtype)
-    providers = make_providers(workload, logits_TE, dtype)
-    running, failures = measure.without_failing({n: p.timed for n, p in providers.items()})
-    taken = measure.take_turns(running, rounds, seconds=seconds)
-    label = (
-        f"{name}: hidden {workload.hidden}, ffn {workload.ffn}, {workload.experts} experts, "
-        f"{workload.tokens} tokens, {str(dtype).removeprefix('torch.')}, {kind} logits"
-    )
-    label += "" if measure.on_gpu() else f", {torch.get_num_threads()} threads"
+    dtype: torch.dtype,
+    limits: ceilings.Ceilings,
+    rows: measure.Rows,
+    args: argparse.Namespace,
+) -> None:
+    """Measure and write down all providers of a workload."""
+
+    def failed(name: str, failure: Failed) -> None:
+        rows.put({"workload": label, "provider": name, "failed": str(failure)})
+
+    turns.make(factories(workload, args.logits, dtype), failed)
+    experts = turns.ask_all(attrgetter("experts_per_token"))
+    taken = turns.take(Provider.timed, args.rounds, seconds=args.seconds_budget)
     stock = [sum(both) for both in taken.get(STOCK, [])]
-    rows, profiles = [], ""
-    for provider_name, times in taken.items():
-        provider = providers[provider_name]
+    for name, times in taken.items():
         speed = str(measure.ratio(stock, [sum(both) for both in times])) if stock else ""
-        rows.append(row(label, provider_name, workload, provider, times, ceilings, speed))
+        found = row(label, name, workload, dtype, experts[name], times, limits, speed)
+        rows.put(found, name=(label, name))  # what comes may fail
+        if memory := turns.ask(name, Provider.memory):
+            found["held_mb"] = f"{memory.held / 1e6:.4g}"
+            found["peak_mb"] = f"{memory.peak / 1e6:.4g}"
+            rows.put(found, name=(label, name))
         print(
-            f"{label}: {provider_name}: {rows[-1]['forward_ms']} + {rows[-1]['backward_ms']} ms, "
-            f"{speed} times as fast as stock, {rows[-1]['of_ceiling']} of the ceiling, "
-            f"{rows[-1]['peak_mb']} MB, load {rows[-1]['load_1min']}",
+            f"{label}: {name}: {found['forward_ms']} + {found['backward_ms']} ms, "
+            f"{speed} times as fast as stock, {found['of_ceiling']} of the ceiling, "
+            f"{found['peak_mb']} MB, load {found['load_1min']}",
             flush=True,
         )
-        if provider_name in (OURS, STOCK):
-            profiles += f"{measure.COMMIT}, {label}, {provider_name}\n{provider.operations()}\n"
-        provider.clear()
-    failed = measure.identity(*PACKAGES) | {"workload": label}
-    rows += [failed | {"provider": n, "failed": why} for n, why in failures.items()]
-    return rows, profiles
+        if memory and name in (OURS, STOCK):
+            operations = turns.ask(name, Provider.operations)
+            with (args.output / "layer_profile.txt").open("a") as file:
+                file.write(f"{measure.COMMIT}, {label}, {name}\n{operations}\n")
 
 
 def row(
     label: str,
     name: str,
     workload: Workload,
-    provider: Provider,
+    dtype: torch.dtype,
+    experts: float,
     times: list[tuple[float, ...]],
-    ceilings: measure.Ceilings,
+    limits: ceilings.Ceilings,
     speed: str,
 ) -> dict[str, str]:
+    """The columns, without memory."""
     forward, backward, both = (
         measure.spread(seconds) for seconds in (*zip(*times, strict=True), [sum(t) for t in times])
     )
-    flops = workload.flops(provider.experts_per_token, dense=name == DENSE)
-    itemsize = provider.hidden_SBD.element_size()
-    roofline = ceilings.seconds(flops, workload.least_bytes(itemsize, dense=name == DENSE))
-    data_sheet, memory = measure.data_sheet_flops(), provider.memory()
-    return measure.identity(*PACKAGES) | {
+    flops = workload.flops(experts, dense=name == DENSE)
+    roofline = limits.seconds(flops, workload.least_bytes(dtype.itemsize, dense=name == DENSE))
+    data_sheet = ceilings.data_sheet_flops()
+    return {
         "workload": label,
         "provider": name,
         "rounds": str(len(times)),
@@ -161,14 +158,14 @@ def row(
         "backward_p80_ms": f"{1e3 * backward.p80:.4g}",
         "both_ms": f"{1e3 * both.median:.4g}",
         "tokens_per_s": f"{workload.tokens / both.median:.0f}",
-        "experts_per_token": f"{provider.experts_per_token:.3f}",
+        "experts_per_token": f"{experts:.3f}",
         "speed_ratio": speed,
-        "held_mb": f"{memory.held / 1e6:.4g}",
-        "peak_mb": f"{memory.peak / 1e6:.4g}",
+        "held_mb": "",
+        "peak_mb": "",
         "tflops_per_s": f"{flops / both.median / 1e12:.4g}",
-        "ceiling_tflops_per_s": f"{ceilings.flops_per_s / 1e12:.4g}",
-        "ceiling_gb_per_s": f"{ceilings.bytes_per_s / 1e9:.4g}",
-        "of_ceiling": f"{flops / both.median / ceilings.flops_per_s:.3f}",
+        "ceiling_tflops_per_s": f"{limits.flops_per_s / 1e12:.4g}",
+        "ceiling_gb_per_s": f"{limits.bytes_per_s / 1e9:.4g}",
+        "of_ceiling": f"{flops / both.median / limits.flops_per_s:.3f}",
         "of_data_sheet": f"{flops / both.median / data_sheet:.3f}" if data_sheet else "",
         "roofline_ms": f"{1e3 * roofline:.4g}",
         "times_roofline": f"{both.median / roofline:.2f}",

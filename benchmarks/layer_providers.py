@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import measure, profiling
+from benchmarks.logits import normal_logits, read_logits, trained_logits
 
 OURS, STOCK, DENSE = "ours", "stock top-k, local", "dense"
 CPU_SCALE = 4
@@ -96,6 +98,30 @@ class Provider:
         return profiling.operations(lambda: (self.forward(), self.backward()))
 
 
+def logits_for(workload: Workload, path: Path | None) -> tuple[str, torch.Tensor]:
+    """Their kind, and [T, E].
+
+    Args:
+        path: of a trained router's; None: those of this project for 16 experts, normal ones else.
+
+    Raises:
+        ValueError: there are none in the file, or of another number of experts.
+    """
+    if path is not None:
+        logits_TE = read_logits(path)
+        if logits_TE.shape[1] != workload.experts:
+            raise ValueError(
+                f"--logits {path} is for {logits_TE.shape[1]} experts, the workload has "
+                f"{workload.experts}: name one that fits by --workloads"
+            )
+        repeated = logits_TE.repeat(-(-workload.tokens // len(logits_TE)), 1)
+        return "trained", repeated[: workload.tokens]
+    if workload.experts == 16:
+        return "trained", trained_logits(workload.tokens)
+    return "normal", normal_logits(workload.tokens, workload.experts)
+
+
+@functools.cache
 def start_megatron() -> None:
     """Make process groups of this process alone."""
     from megatron_dynmoe.run import prepare
@@ -115,51 +141,48 @@ def start_megatron() -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def make_providers(
-    workload: Workload, logits_TE: torch.Tensor, dtype: torch.dtype
-) -> dict[str, Provider]:
-    """All providers that run here, by name; the first hidden states of their input are logits."""
+def factories(
+    workload: Workload, logits: Path | None, dtype: torch.dtype
+) -> dict[str, tuple[Any, ...]]:
+    """All that run here: name to the function that makes it and its arguments.
+
+    They have the same input, whose first hidden states are the logits (:func:`logits_for`).
+    """
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends.choice import has_transformer_engine
 
-    device = torch.device("cuda" if measure.on_gpu() else "cpu")
-    generator = torch.Generator().manual_seed(0)
-    shape = (workload.sequence, workload.sequences, workload.hidden)
-    hidden_SBD, gradient_SBD = (torch.randn(shape, generator=generator) for _ in range(2))
-    hidden_SBD[..., : workload.experts] = logits_TE.view(*shape[:2], -1)
-    hidden_SBD, gradient_SBD = (t.to(device, dtype) for t in (hidden_SBD, gradient_SBD))
-    make = partial(_provider, workload, hidden_SBD, gradient_SBD)
-
+    make = (make_provider, workload, logits, dtype)
     os.environ["DYNMOE_KERNELS"] = "1"
-    has_kernels = kernels.available(device)
-    providers = {OURS: make("dtop_p", "torch_native", has_kernels)}
+    has_kernels = kernels.available(torch.device("cuda" if measure.on_gpu() else "cpu"))
+    found: dict[str, tuple[Any, ...]] = {OURS: (*make, "dtop_p", "torch_native", has_kernels)}
     if has_kernels:
-        providers["ours, no kernels"] = make("dtop_p", "torch_native", False)
-    providers["ours, worst-case rows"] = make("dtop_p", "torch_native", has_kernels, 2)
-    providers["plain reference"] = make("dtop_p", "local", False)
+        found["ours, no kernels"] = (*make, "dtop_p", "torch_native", False)
+    found["ours, worst-case rows"] = (*make, "dtop_p", "torch_native", has_kernels, 2)
+    found["plain reference"] = (*make, "dtop_p", "local", False)
     backends = ["local", "torch_native"]
     backends += ["transformer_engine"] if has_transformer_engine() else []
     for backend in backends:
-        providers[f"stock top-k, {backend}"] = make("top_k", backend, False)
-    providers[DENSE] = make("dense", "torch_native", False)
-    return providers
+        found[f"stock top-k, {backend}"] = (*make, "top_k", backend, False)
+    found[DENSE] = (*make, "dense", "torch_native", False)
+    return found
 
 
-def _provider(
+def make_provider(
     workload: Workload,
-    hidden_SBD: torch.Tensor,
-    gradient_SBD: torch.Tensor,
+    logits: Path | None,
+    dtype: torch.dtype,
     routing: str,
     backend: str,
     use_kernels: bool,
     room: int | None = None,
 ) -> Provider:
-    """One provider.
+    """One of them, in this process.
 
     Args:
         room: with DTop-p, allocate rows for this many times the mean instead of counting them. The
             host then does not wait, and a token uses no more experts than that.
     """
+    start_megatron()
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -203,8 +226,8 @@ def _provider(
         bias_activation_fusion=measure.on_gpu(),  # as in training
         add_bias_linear=False,
         use_cpu_initialization=not measure.on_gpu(),
-        params_dtype=hidden_SBD.dtype,
-        bf16=hidden_SBD.dtype == torch.bfloat16,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         transformer_impl="transformer_engine" if backend == "transformer_engine" else "local",
         **settings,
     )
@@ -218,8 +241,8 @@ def _provider(
         is_mtp_layer=False,
     )
     if not measure.on_gpu():
-        layer = layer.to(hidden_SBD.dtype)
-    hidden_SBD = hidden_SBD.detach().clone().requires_grad_()
+        layer = layer.to(dtype)
+    hidden_SBD, gradient_SBD = _input(workload, logits_for(workload, logits)[1], dtype)
     experts = float(workload.mean)
     if routing != "dense":
         layer.set_layer_number(1)
@@ -228,6 +251,19 @@ def _provider(
         if routing == "dtop_p":
             experts = _calibrate(layer.router, hidden_SBD, workload)
     return Provider(layer, hidden_SBD, gradient_SBD, experts, use_kernels)
+
+
+def _input(
+    workload: Workload, logits_TE: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states, a leaf, and the gradient of what becomes of them; both [S, B, D]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (workload.sequence, workload.sequences, workload.hidden)
+    hidden_SBD, gradient_SBD = (torch.randn(shape, generator=generator) for _ in range(2))
+    hidden_SBD[..., : workload.experts] = logits_TE.view(*shape[:2], -1)
+    device = torch.device("cuda" if measure.on_gpu() else "cpu")
+    hidden_SBD, gradient_SBD = (t.to(device, dtype) for t in (hidden_SBD, gradient_SBD))
+    return hidden_SBD.requires_grad_(), gradient_SBD
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
-"""What the benchmarks share: turns, statistics, the machine's ceilings, and rows of CSV.
+"""What the benchmarks share: a clock, statistics, and rows of CSV.
 
-A row begins with what was measured on: date, commit, hardware, versions. Providers take turns,
-because the speed of a machine drifts: every round runs each of them once, in an order that rotates,
-and a ratio is taken within a round.
+A row begins with who measured: date, commit, hardware, versions. This is asked first, and a row is
+on the disk as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import csv
 import datetime
 import importlib.metadata
 import itertools
-import math
 import os
 import platform
 import random
@@ -20,15 +18,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_dynmoe.storage.atomic import replace_file
-
-Result = TypeVar("Result")
-
-PRODUCT_SECONDS, PROBE_WIDTH = 0.5, 256  # of the product that tells a machine's FLOP/s
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,15 +34,6 @@ COMMIT = (
     or subprocess.run(_GIT, capture_output=True, text=True).stdout.strip()
     or "unknown"
 )
-# Data sheets, by a part of the name that the driver gives a device.
-DATA_SHEETS = {
-    "H200": "h200-141g",
-    "H100 80GB HBM3": "h100-80g",
-    "H100 PCIe": "h100-pcie-80g",
-    "A100": "a100-80g",
-    "A800": "a800-80g",
-}
-MIN_ROUNDS = 5  # however short the time
 
 
 def on_gpu() -> bool:
@@ -56,55 +41,6 @@ def on_gpu() -> bool:
     from megatron_dynmoe.backends import cpu
 
     return not cpu.is_installed() and torch.cuda.is_available()
-
-
-# --- turns ---------------------------------------------------------------------------------------
-
-
-def take_turns[Result](
-    providers: Mapping[str, Callable[[], Result]],
-    rounds: int,
-    warm_up: int = 3,
-    seconds: float = math.inf,
-) -> dict[str, list[Result]]:
-    """Call every provider once a round.
-
-    Args:
-        providers: name to function.
-        rounds: how many rounds count.
-        warm_up: how many rounds run before those.
-        seconds: after this time no further round begins, if ``MIN_ROUNDS`` are done.
-
-    Returns:
-        The functions' results, in the order of the rounds.
-    """
-    results: dict[str, list[Result]] = {name: [] for name in providers}
-    names = list(providers)
-    stop = time.monotonic() + seconds
-    for number in range(-warm_up, rounds):
-        if number >= MIN_ROUNDS and time.monotonic() > stop:
-            break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            result = providers[name]()
-            if number >= 0:
-                results[name].append(result)
-    return results
-
-
-def without_failing(
-    providers: Mapping[str, Callable[[], Any]],
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The providers that run, and the reasons why the others do not (out of memory, say)."""
-    running, failures = {}, {}
-    for name, function in providers.items():
-        try:
-            function()
-            running[name] = function
-        except RuntimeError as error:
-            failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{name} is left out: {failures[name]}")
-    return running, failures
 
 
 def timed(*functions: Callable[[], Any], repeats: int = 1) -> tuple[float, ...]:
@@ -187,71 +123,6 @@ def _resampled_median(values: Sequence[float], generator: random.Random) -> floa
     return statistics.median(generator.choices(values, k=len(values)))
 
 
-# --- the machine's ceilings ----------------------------------------------------------------------
-
-
-class Ceilings(NamedTuple):
-    """The best speeds of this machine, in this run, with this number of threads."""
-
-    bytes_per_s: float  # of a copy, read and written
-    flops_per_s: float  # of a square matrix product
-
-    def seconds(self, flops: float = 0, num_bytes: float = 0) -> float:
-        """The roofline: the least seconds that this much work can take."""
-        return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
-
-
-def ceilings(dtype: torch.dtype, scale: float = 1.0) -> Ceilings:
-    """Measure products of random matrices, and copies larger than caches; take the best of several.
-
-    Args:
-        dtype: dtype of the matrices.
-        scale: factor of all sizes, for tests.
-    """
-    width, num_bytes = (8192, 2**32) if on_gpu() else (2048, 2**28)
-    width, num_bytes = max(8, int(width * scale)), max(1024, int(num_bytes * scale))
-    width = min(width, _width_within(PRODUCT_SECONDS, dtype))
-    copy, product = _copy_and_product(dtype, width, num_bytes)
-    if on_gpu():
-        torch.cuda.empty_cache()  # the memory is the benchmark's again
-    return Ceilings(2 * num_bytes / copy, 2 * width**3 / product)
-
-
-def _width_within(seconds: float, dtype: torch.dtype) -> int:
-    """The width of a matrix product that takes about this long, estimated from a small one.
-
-    A CPU without instructions for bf16 is more than a hundred times slower in it than in float32.
-    """
-    small = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device="cuda" if on_gpu() else "cpu").to(dtype)
-    taken = min(timed(lambda: small @ small)[0] for _ in range(2))
-    return max(PROBE_WIDTH, int(PROBE_WIDTH * (seconds / taken) ** (1 / 3)))
-
-
-def _copy_and_product(dtype: torch.dtype, width: int, num_bytes: int) -> tuple[float, float]:
-    """The least seconds that each function has taken."""
-    device = torch.device("cuda" if on_gpu() else "cpu")
-    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    providers = {
-        "copy": lambda: timed(lambda: target.copy_(source))[0],
-        "product": lambda: timed(lambda: torch.mm(left, right, out=product))[0],
-    }
-    seconds = take_turns(providers, rounds=7)
-    return min(seconds["copy"]), min(seconds["product"])
-
-
-def data_sheet_flops() -> float | None:
-    """The vendor's figure for bf16 without sparsity, or None if it is not known."""
-    from megatron_dynmoe.planning.gpus import GPUS
-
-    if not on_gpu():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((GPUS[gpu].flops for part, gpu in DATA_SHEETS.items() if part in name), None)
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -283,23 +154,48 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a CSV file, and add the columns that it lacks."""
-    old: list[dict[str, Any]] = []
-    columns: list[str] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            old, columns = list(reader), list(reader.fieldnames or [])
-    columns += [
-        name for name in dict.fromkeys(n for row in rows for n in row) if name not in columns
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
+class Rows:
+    """Rows for a CSV file, which are on the disk as soon as they are put.
 
-    def write(partial: Path) -> None:
+    Who measures is asked when the object is made, before any work.
+    """
+
+    def __init__(self, path: Path | None, *packages: str) -> None:
+        """``packages`` are those whose versions a row tells. Without a path nothing is written."""
+        self._identity, self._path = identity(*packages), path
+        self._old: list[dict[str, Any]] = []
+        self._columns: list[str] = []
+        self._new: dict[object, dict[str, Any]] = {}
+        if path and path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._old, self._columns = list(reader), list(reader.fieldnames or [])
+        elif path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def new(self) -> list[dict[str, Any]]:
+        """Those that this object has put, with their identity."""
+        return [*self._new.values()]
+
+    def put(self, row: Mapping[str, Any], name: object = None) -> dict[str, Any]:
+        """Write a row and its identity. Columns that the file lacks are added to it.
+
+        Args:
+            name: if there is one, the row takes the place of the last one put under this name.
+
+        Returns:
+            The whole row.
+        """
+        whole = {**self._identity, **row}
+        self._new[len(self._new) if name is None else name] = whole
+        self._columns += [column for column in whole if column not in self._columns]
+        if self._path:
+            replace_file(self._path, self._write)
+        return whole
+
+    def _write(self, partial: Path) -> None:
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*old, *rows])
-
-    replace_file(path, write)
+            writer.writerows([*self._old, *self._new.values()])

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sentencepiece import SentencePieceProcessor
 
 from benchmarks import measure
+from benchmarks.places import take_turns
 from benchmarks.text import corpus
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
@@ -42,11 +43,12 @@ def main() -> None:
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM to compare")
     args = parser.parse_args()
 
+    rows = measure.Rows(RESULTS, "sentencepiece", "numpy")
     documents = repeat_to(corpus(), args.megabytes * 1e6)
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         providers = make_providers(documents, args.tokenizer_model, args.megatron_lm, Path(folder))
-        taken = measure.take_turns(
+        taken = take_turns(
             {name: partial(rate_and_cost, run, megabytes) for name, run in providers.items()},
             args.rounds,
             warm_up=0,
@@ -54,18 +56,16 @@ def main() -> None:
     rates = {name: [rate for rate, _ in values] for name, values in taken.items()}
     raw = [max(pair) for pair in zip(rates["raw to lists"], rates["raw to numpy"], strict=True)]
     workload = f"{len(documents)} documents, {megabytes:.1f} MB, {Path(args.tokenizer_model).name}"
-    rows = []
     for name, values in rates.items():
         ratios = [value / best for value, best in zip(values, raw, strict=True)]
         cost = statistics.median(cost for _, cost in taken[name])
-        rows.append(row(workload, name, values, ratios, cost))
+        rows.put(row(workload, name, values, ratios, cost))
         print(
             f"{name}: {statistics.median(values):.2f} MB/s, "
             f"{100 * statistics.median(ratios):.0f} % of raw "
             f"({', '.join(f'{100 * ratio:.0f}' for ratio in ratios)}), best "
             f"{max(values):.2f} MB/s, {cost:.3f} processor seconds/MB"
         )
-    measure.append(RESULTS, rows)
 
 
 def rate_and_cost(run: Callable[[], float], megabytes: float) -> tuple[float, float]:
@@ -134,7 +134,7 @@ def row(
     workload: str, name: str, rates: list[float], ratios: list[float], cost: float
 ) -> dict[str, str]:
     spread = measure.spread(rates)
-    return measure.identity("sentencepiece", "numpy") | {
+    return {
         "workload": workload,
         "provider": name,
         "rounds": str(len(rates)),

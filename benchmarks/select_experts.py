@@ -2,15 +2,15 @@
 
     python benchmarks/select_experts.py [--experts 16,64,128,256] [--tokens 16384] [--logits FILE]
 
-Each provider goes from float32 logits to weights and map, and back to the gradient of the logits.
-Ours is the whole of DTop-p (normalize, softmax, select, weigh, counts, entropy and the sums of the
-balance loss, with all their gradients). Stock is ``topk_routing_with_score_function`` with a
-softmax after it, at the same mean number of experts. On CUDA the providers are the kernel, plain
-PyTorch and stock, each also in a CUDA graph, and a copy of the bytes that the kernel must move.
-They take turns in one process; the ratio of a round compares with stock in that round. Logits are
-normal, and at 16 experts also those of a trained router (benchmarks/data/README.md). --logits takes
-those of another router: a .pt file with a tensor [T, E], which benchmarks/collect_logits.py writes.
-Rows are appended to OUTPUT/select.csv.
+From float32 logits to weights and map and back to the logits' gradient. Ours is the whole of DTop-p
+(normalize, softmax, select, weigh, counts, entropy and the sums of the balance loss, all their
+gradients); stock is ``topk_routing_with_score_function`` with a softmax after it, at the same mean
+number of experts. On CUDA: the kernel, plain PyTorch and stock, all also in a CUDA graph, and a
+copy of the bytes that the kernel must move. The providers take turns, on CUDA each in a process of
+its own; a round's ratio is against stock in that round. Logits are normal, and at 16 experts also
+those of a trained router (benchmarks/data/README.md). --logits takes another's: a .pt file with a
+tensor [T, E], which benchmarks/collect_logits.py writes. Rows are appended to OUTPUT/select.csv; a
+provider that fails has one that says why.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from benchmarks import measure
+from benchmarks import ceilings, measure
 from benchmarks.logits import normal_logits, read_logits, trained_logits
+from benchmarks.places import Failed, Turns, new_place
 from megatron_dynmoe import kernels
 from megatron_dynmoe.control.calibrate import threshold_for_target
 from megatron_dynmoe.routing.normalize import normalize
@@ -36,7 +39,9 @@ from megatron_dynmoe.routing.route import Routing, route
 from megatron_dynmoe.settings.command_line import CommandParser
 
 TARGETS = {16: 2, 64: 8, 128: 16, 256: 16}  # mean experts per token; stock's k
-STOCK, OURS = "stock top-k", "ours"
+STOCK, OURS, READABLE = "stock top-k", "ours", "ours, readable"
+COPY, GRAPH = "copy of the bytes", ", CUDA graph"
+RATIOS = ("median_ratio_to_stock", "p20_ratio", "p80_ratio", "ratio_low", "ratio_high")
 PACKAGES = ("torch", "numpy", "megatron-core")
 # For each element the kernel reads the logits twice, the map and the weights' gradient, and writes
 # weights, map and the logits' gradient. A copy of half that sum reads and writes as much.
@@ -54,94 +59,142 @@ def main() -> None:
     add("--seconds-budget", type=float, default=math.inf, help="of all cases together")
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args()
+    rows = measure.Rows(args.output / "select.csv", *PACKAGES)
+    numbers = [int(number) for number in args.experts.split(",")]
+    cases = [Case("normal", args.tokens, number) for number in numbers]
+    cases += [Case("trained", args.tokens, 16)] if 16 in numbers else []
     if args.logits:
         try:
-            cases = [("trained", read_logits(args.logits))]
+            cases = [Case("trained", *read_logits(args.logits).shape, args.logits)]
         except ValueError as error:
             parser.error(str(error))
-    else:
-        numbers = [int(number) for number in args.experts.split(",")]
-        cases = [("normal", normal_logits(args.tokens, number)) for number in numbers]
-        if 16 in numbers:
-            cases.append(("trained", trained_logits(args.tokens)))
-    device = torch.device("cuda" if measure.on_gpu() else "cpu")
-    ceilings = measure.ceilings(torch.float32)
-    for kind, logits in cases:
-        seconds = args.seconds_budget / len(cases)
-        leaf = logits.to(device).requires_grad_()
-        measure.append(
-            args.output / "select.csv", compare(kind, leaf, args.rounds, seconds, ceilings)
-        )
+    with closing(new_place()) as place:
+        limits = place.run(ceilings.of_this_machine, torch.float32)
+    with Turns() as turns:
+        for case in cases:
+            compare(turns, case, args.rounds, args.seconds_budget / len(cases), limits, rows)
+
+
+class Case(NamedTuple):
+    """Logits, and from where they are."""
+
+    kind: str
+    tokens: int
+    experts: int
+    file: Path | None = None
+
+    @property
+    def target(self) -> int:
+        """Mean experts per token."""
+        return TARGETS.get(self.experts, max(1, self.experts // 8))
+
+    def logits(self) -> torch.Tensor:
+        """[T, E] float32, on the CPU."""
+        if self.file:
+            return read_logits(self.file)
+        if self.kind == "trained":
+            return trained_logits(self.tokens)
+        return normal_logits(self.tokens, self.experts)
 
 
 def compare(
-    kind: str, logits_TE: torch.Tensor, rounds: int, seconds: float, ceilings: measure.Ceilings
-) -> list[dict[str, str]]:
-    """The rows of all providers on these logits, which are a leaf that requires a gradient."""
-    num_tokens, num_experts = logits_TE.shape
-    target = TARGETS.get(num_experts, max(1, num_experts // 8))
-    probs_TE = normalize(logits_TE.detach(), 1.0).softmax(-1)
-    threshold = torch.tensor([threshold_for_target(probs_TE, target)], device=logits_TE.device)
-    routed = route(logits_TE.detach(), threshold, theta=threshold.new_ones(1))
-    mean = routed.experts_T.double().mean().item()
-    running, failures = measure.without_failing(make_providers(logits_TE, threshold, target))
-    turns = {name: partial(one_turn, call, repeats(call)) for name, call in running.items()}
-    if STOCK not in running:
-        raise SystemExit(f"{STOCK} does not run, and everything is compared with it")
-    taken = measure.take_turns(turns, rounds, seconds=seconds)
-    workload = f"{num_tokens} tokens, {num_experts} experts, {kind} logits"
+    turns: Turns,
+    case: Case,
+    rounds: int,
+    seconds: float,
+    limits: ceilings.Ceilings,
+    rows: measure.Rows,
+) -> None:
+    """Measure and write down all providers on these logits."""
+    workload = f"{case.tokens} tokens, {case.experts} experts, {case.kind} logits"
     workload += "" if measure.on_gpu() else f", {torch.get_num_threads()} threads"
-    roofline = ceilings.seconds(num_bytes=logits_TE.numel() * KERNEL_BYTES)
-    rows = []
+    roofline = limits.seconds(num_bytes=case.tokens * case.experts * KERNEL_BYTES)
+
+    def failed(name: str, failure: Failed) -> None:
+        rows.put({"workload": workload, "provider": name, "failed": str(failure)})
+
+    turns.make({name: (Selection, name, case) for name in names()}, failed)
+    means = turns.ask_all(Selection.mean)
+    taken = turns.take(Selection.turn, rounds, seconds=seconds)
+    stock = taken.get(STOCK)
     for name, values in taken.items():
-        experts = target if name.startswith(STOCK) else mean
-        rows.append(row(workload, name, values, taken[STOCK], experts, roofline))
+        experts = case.target if name.startswith(STOCK) else means[name]
+        written = rows.put(row(workload, name, values, stock, experts, roofline))
         print(
-            f"{workload}: {name}: {rows[-1]['median_ms']} ms, "
-            f"{rows[-1]['median_ratio_to_stock']} of stock "
-            f"({rows[-1]['p20_ratio']} to {rows[-1]['p80_ratio']}), "
-            f"{rows[-1]['times_roofline']} times the roofline, load {rows[-1]['load_1min']}",
+            f"{workload}: {name}: {written['median_ms']} ms, "
+            f"{written['median_ratio_to_stock']} of stock "
+            f"({written['p20_ratio']} to {written['p80_ratio']}), "
+            f"{written['times_roofline']} times the roofline, load {written['load_1min']}",
             flush=True,
         )
-    failed = measure.identity(*PACKAGES) | {"workload": workload}
-    return rows + [failed | {"provider": n, "failed": why} for n, why in failures.items()]
 
 
-def make_providers(
-    logits_TE: torch.Tensor, threshold: torch.Tensor, k: int
-) -> dict[str, Callable[[], object]]:
-    """By name, functions that do one forward and backward pass."""
-    theta = torch.ones(1, device=logits_TE.device, requires_grad=True)
-    d_weights_TE = torch.randn_like(logits_TE)
-    d_sums_BE, one = torch.randn_like(logits_TE[:1]), torch.ones((), device=logits_TE.device)
-
-    def ours(implementation: Callable[..., Routing]) -> None:
-        logits_TE.grad = theta.grad = None
-        routed = implementation(logits_TE, threshold, theta=theta, renormalize=True)
-        torch.autograd.backward(
-            (routed.weights_TE, routed.prob_sums_BE, routed.entropy), (d_weights_TE, d_sums_BE, one)
-        )
-
-    def stock() -> None:
-        logits_TE.grad = None
-        weights_TE, _ = topk_routing_with_score_function(logits_TE, k)
-        weights_TE.backward(d_weights_TE)
-
-    providers: dict[str, Callable[[], object]] = {
-        STOCK: stock,
-        "ours, readable": partial(ours, route),
-    }
-    fastest = kernels.choose_route(logits_TE.detach())
-    if fastest is not route:
-        providers[OURS] = partial(ours, fastest)
+def names() -> list[str]:
+    """The providers of this machine."""
+    found = [STOCK, READABLE]
+    found += [OURS] if kernels.choose_route(torch.ones(1, 2, device=device())) is not route else []
     if measure.on_gpu():
-        providers |= {f"{name}, CUDA graph": Graphed(f) for name, f in providers.items()}
-        source = torch.empty(
-            logits_TE.numel() * KERNEL_BYTES // 2, dtype=torch.int8, device=logits_TE.device
+        found += [f"{name}{GRAPH}" for name in found]
+        found += [COPY]
+    return found
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if measure.on_gpu() else "cpu")
+
+
+class Selection:
+    """A provider: one forward and backward pass, as often as makes a turn."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        self._logits_TE = case.logits().to(device()).requires_grad_()
+        probs_TE = normalize(self._logits_TE.detach(), 1.0).softmax(-1)
+        threshold = threshold_for_target(probs_TE, case.target)
+        self._threshold = torch.tensor([threshold], device=device())
+        function = self._pass(name.removesuffix(GRAPH), case.target)
+        self._function = Graphed(function) if name.endswith(GRAPH) else function
+        self._function()  # compiles and captures
+        self._repeats = repeats(self._function)
+
+    def turn(self) -> float:
+        """Seconds of a pass."""
+        return measure.timed(self._function, repeats=self._repeats)[0]
+
+    def mean(self) -> float:
+        """Experts per token."""
+        theta = self._threshold.new_ones(1)
+        routed = route(self._logits_TE.detach(), self._threshold, theta=theta)
+        return routed.experts_T.double().mean().item()
+
+    def _pass(self, name: str, k: int) -> Callable[[], object]:
+        logits_TE, threshold = self._logits_TE, self._threshold
+        theta = torch.ones(1, device=device(), requires_grad=True)
+        d_weights_TE = torch.randn_like(logits_TE)
+        d_sums_BE, one = torch.randn_like(logits_TE[:1]), torch.ones((), device=device())
+
+        def ours(implementation: Callable[..., Routing]) -> None:
+            logits_TE.grad = theta.grad = None
+            routed = implementation(logits_TE, threshold, theta=theta, renormalize=True)
+            torch.autograd.backward(
+                (routed.weights_TE, routed.prob_sums_BE, routed.entropy),
+                (d_weights_TE, d_sums_BE, one),
+            )
+
+        def stock() -> None:
+            logits_TE.grad = None
+            weights_TE, _ = topk_routing_with_score_function(logits_TE, k)
+            weights_TE.backward(d_weights_TE)
+
+        if name == COPY:
+            num_bytes = logits_TE.numel() * KERNEL_BYTES // 2
+            source = torch.empty(num_bytes, dtype=torch.int8, device=device())
+            target = torch.empty_like(source)
+            return lambda: target.copy_(source)
+        if name == STOCK:
+            return stock
+        return partial(
+            ours, route if name == READABLE else kernels.choose_route(logits_TE.detach())
         )
-        target = torch.empty_like(source)
-        providers["copy of the bytes"] = lambda: target.copy_(source)
-    return providers
 
 
 class Graphed:
@@ -177,38 +230,35 @@ def repeats(function: Callable[[], object]) -> int:
     return max(1, round(GPU_TURN_SECONDS / one))
 
 
-def one_turn(function: Callable[[], object], repeats: int) -> float:
-    return measure.timed(function, repeats=repeats)[0]
-
-
 def row(
     workload: str,
     name: str,
     seconds: list[float],
-    stock: list[float],
+    stock: list[float] | None,
     experts: float,
     roofline: float,
 ) -> dict[str, str]:
+    """The columns; those of ratios are empty if stock has failed."""
     spread = measure.spread(seconds)
-    ratios = measure.spread([one / base for one, base in zip(seconds, stock, strict=True)])
-    interval = measure.ratio(seconds, stock)
-    return measure.identity(*PACKAGES) | {
+    columns = {
         "workload": workload,
         "provider": name,
         "rounds": str(len(seconds)),
         "median_ms": f"{1e3 * spread.median:.4g}",
         "p20_ms": f"{1e3 * spread.p20:.4g}",
         "p80_ms": f"{1e3 * spread.p80:.4g}",
-        "median_ratio_to_stock": f"{ratios.median:.3f}",
-        "p20_ratio": f"{ratios.p20:.3f}",
-        "p80_ratio": f"{ratios.p80:.3f}",
         "mean_experts": f"{experts:.3f}",
         "load_1min": measure.load(),
-        "ratio_low": f"{interval.low:.3f}",
-        "ratio_high": f"{interval.high:.3f}",
         "roofline_ms": f"{1e3 * roofline:.4g}",
         "times_roofline": f"{spread.median / roofline:.2f}",
     }
+    columns |= dict.fromkeys(RATIOS, "")
+    if stock:
+        ratios = measure.spread([one / base for one, base in zip(seconds, stock, strict=True)])
+        interval = measure.ratio(seconds, stock)
+        values = (*ratios, interval.low, interval.high)
+        columns |= {name: f"{value:.3f}" for name, value in zip(RATIOS, values, strict=True)}
+    return columns
 
 
 if __name__ == "__main__":

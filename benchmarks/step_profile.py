@@ -34,14 +34,14 @@ class StepProfile(NamedTuple):
     table: str
 
 
-def profiled_step(provider: Provider, batch: list[dict[str, Any]]) -> StepProfile:
+def profiled_step(provider: Provider) -> StepProfile:
     """Run one training step under PyTorch's profiler."""
     made_while_routing: set[int] = set()
     with (
         _marked(provider, made_while_routing),
         profile(activities=activities(), acc_events=True) as profiler,
     ):
-        step(provider, batch)
+        step(provider)
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
     total = sum(_own_time(event) for event in events)

@@ -22,30 +22,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import measure
+from benchmarks import ceilings, measure
+from benchmarks.places import Apart, Failed, Here, Turns
 from benchmarks.training import (
     MODELS,
     Routing,
     Step,
     build,
+    flops_of_a_step,
     start_megatron,
     text_batches,
     timed_step,
@@ -81,15 +80,19 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"--routings: {error}") from error
     names = [f"{backend} {routing}" for routing in routings for backend in options.backends]
+    path = None if options.no_append else options.output / "train_step.csv"
+    rows = measure.Rows(path, *PACKAGES)
+    options.apart |= measure.on_gpu() and "RANK" not in os.environ
     if options.apart:
-        measured = visit_apart(names, options, extra)
-    else:
-        with ending_at_misuse():  # of what is left for the training
-            measured = in_turns(names, options, extra)
-    if options.raw:  # for the process that asked
-        options.raw.write_text(json.dumps({name: asdict(m) for name, m in measured.items()}))
-    elif measured:
-        report(measured, options)
+        visit_apart(names, options, extra, rows)
+        return
+    with ending_at_misuse():  # of what is left for the training
+        measured, failures = in_turns(names, options, extra)
+    for name, why in failures.items():
+        rows.put(failed_row(name, why, options))
+    if measured:
+        write(measured, rows, options, profiled=measured)
+        tell(rows)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,14 +111,17 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     add("--no-append", action="store_true", help="write no rows")
     add("--no-profile", action="store_true", help="measure no shares")
-    add("--raw", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def in_turns(
     names: list[str], options: argparse.Namespace, extra: list[str]
-) -> dict[str, Measured]:
-    """Run all providers in this process, one step of each per round; {} on ranks other than 0."""
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """All providers in this process, one step of each a round.
+
+    Returns:
+        Those that run, and why others do not. Both are empty but on the first rank.
+    """
     from megatron_dynmoe.run import prepare
 
     if options.run and not (options.run / "data").is_dir():
@@ -123,41 +129,32 @@ def in_turns(
     torch.set_num_threads(options.threads)
     prepare()  # before anything of Megatron's is imported
     from benchmarks.step_profile import profiled_step
-    from megatron_dynmoe.runs.metrics import floating_point_operations
 
     args = start_megatron(options.model, options.run, extra)
     world = int(os.environ["WORLD_SIZE"])
     torch.distributed.barrier()
-    ceiling = world * measure.ceilings(args.params_dtype).flops_per_s
-    providers = {
-        name: build(args, backend, Routing.parse(routing))
-        for name, (backend, routing) in ((name, name.split()) for name in names)
-    }
+    ceiling = world * ceilings.of_this_machine(args.params_dtype).flops_per_s
     batches = text_batches(args, options.settle + options.rounds + 1)
-    for batch in batches[: options.settle]:
-        for provider in providers.values():
-            train_one_step(provider, batch)
+    failures: dict[str, str] = {}
+    turns = Turns(Here)
+    turns.make(
+        {name: (build, args, batches, *name.split()) for name in names},
+        lambda name, failure: failures.update({name: str(failure)}),
+    )
+    for _ in range(options.settle):
+        turns.ask_all(train_one_step)
     if measure.on_gpu():
         torch.cuda.reset_peak_memory_stats()
-
-    def next_step(provider: Any, remaining: Any) -> Step:
-        return timed_step(provider, next(remaining))
-
-    steps = measure.take_turns(
-        {
-            name: partial(next_step, provider, iter(batches[options.settle :]))
-            for name, provider in providers.items()
-        },
-        options.rounds,
-        warm_up=0,
-    )
+    steps = turns.take(timed_step, options.rounds, warm_up=0)
     peak = peak_memory_gb() if len(names) == 1 else None
-    profiles = dict.fromkeys(providers, (None, None, ""))
-    if not options.no_profile:
-        profiles = {name: profiled_step(p, batches[-1]) for name, p in providers.items()}
+    flops = {
+        name: turns.ask(name, flops_of_a_step, statistics.fmean(s.experts_per_token for s in taken))
+        for name, taken in steps.items()
+    }
+    profiles = {} if options.no_profile else turns.ask_all(profiled_step)
     torch.distributed.barrier()
     if torch.distributed.get_rank():
-        return {}
+        return {}, {}
     workload = (
         f"train: {args.num_layers} layers, hidden {args.hidden_size}, ffn {args.ffn_hidden_size}, "
         f"{args.num_experts} experts, {args.global_batch_size * args.seq_length} tokens, "
@@ -165,78 +162,77 @@ def in_turns(
         + f", {world} process{'es' * (world > 1)}"
         + ("" if measure.on_gpu() else f", {options.threads} thread each")
         + (f", text of {options.run.name}" if options.run else ", words")
-        + (", one model at a time" if options.raw else "")
+        + (", one model at a time" if options.apart else "")
     )
-    return {
+    measured = {
         name: Measured(
             workload,
             args.global_batch_size * args.seq_length,
             ceiling,
-            floating_point_operations(
-                provider.args,
-                args.global_batch_size,
-                statistics.fmean(step.experts_per_token for step in steps[name]),
-            ),
-            steps[name],
-            *profiles[name],
+            flops[name],
+            taken,
+            *profiles.get(name, (None, None, failures.get(name, ""))),
             peak,
         )
-        for name, provider in providers.items()
+        for name, taken in steps.items()
     }
+    return measured, failures
 
 
 def visit_apart(
-    names: list[str], options: argparse.Namespace, extra: list[str]
-) -> dict[str, Measured]:
-    """Run each provider in a process of its own, ``--visits`` times, in turns."""
+    names: list[str], options: argparse.Namespace, extra: list[str], rows: measure.Rows
+) -> None:
+    """Each provider in a process of its own, ``--visits`` times, in turns, with rows after each."""
     if "RANK" in os.environ:
         raise SystemExit("--apart starts its processes itself: leave torchrun out")
     measured: dict[str, Measured] = {}
+    failed: set[str] = set()
     stop, longest = time.monotonic() + options.seconds_budget, 0.0
     for visit, name in itertools.product(range(options.visits), names):
         begun = time.monotonic()
         if begun + longest > stop:
-            print(f"the time is used up: {name} gets no visit {visit + 1}")
+            print(f"the time is used up: {name} gets no visit {visit + 1}", flush=True)
+        if begun + longest > stop or name in failed:
             continue
-        result = one_visit(name, options, extra, stop - begun, no_profile=name in measured)
+        try:
+            result = one_visit(name, options, extra, stop - begun, no_profile=name in measured)
+        except Failed as failure:
+            failed.add(name)
+            print(f"{name} is left out: {failure}", flush=True)
+            rows.put(failed_row(name, str(failure), options))
+            continue
         longest = max(longest, time.monotonic() - begun)
-        if result is None:
-            continue
         print(f"{name}, visit {visit + 1}: {time.monotonic() - begun:.0f} s", flush=True)
+        first = [name] if name not in measured else []
         measured.setdefault(name, replace(result, steps=[])).steps += result.steps
-    return measured
+        write(measured, rows, options, profiled=first)
+    tell(rows)
 
 
 def one_visit(
     name: str, options: argparse.Namespace, extra: list[str], seconds: float, no_profile: bool
-) -> Measured | None:
-    """Measure one provider in another process that runs this script; None if that fails."""
-    backend, routing = name.split()
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "measured.json"
-        command = [sys.executable, __file__, "--model", options.model, "--raw", str(raw)]
-        command += ["--backends", backend, "--routings", routing]
-        command += ["--rounds", str(options.rounds), "--settle", str(options.settle)]
-        command += ["--threads", str(options.threads)]
-        command += ["--run", str(options.run)] if options.run else []
-        command += ["--no-profile"] if no_profile or options.no_profile else []
-        try:
-            subprocess.run(
-                [*command, *extra],
-                check=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=None if seconds == math.inf else seconds,
-            )
-        except subprocess.CalledProcessError as error:
-            print(f"{name} failed:\n{error.stdout[-3000:]}", flush=True)
-            return None
-        except subprocess.TimeoutExpired:
-            print(f"{name}: stopped, the time is used up", flush=True)
-            return None
-        fields = json.loads(raw.read_text())[name]
-    return Measured(**fields | {"steps": [Step(*values) for values in fields["steps"]]})
+) -> Measured:
+    """What another process measures of one provider.
+
+    Raises:
+        Failed: it does not run, or not in this time.
+    """
+    options = argparse.Namespace(**vars(options))
+    options.no_profile |= no_profile
+    with closing(Apart()) as place:
+        return place.run(alone, name, options, extra, seconds=seconds)
+
+
+def alone(name: str, options: argparse.Namespace, extra: list[str]) -> Measured:
+    """One provider in this process.
+
+    Raises:
+        Failed: it does not run.
+    """
+    measured, failures = in_turns([name], options, extra)
+    if name not in measured:
+        raise Failed(failures[name])
+    return measured[name]
 
 
 def peak_memory_gb() -> float:
@@ -246,33 +242,51 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def report(measured: dict[str, Measured], options: argparse.Namespace) -> None:
-    """Print the medians and ratios; append the rows and profiles."""
-    rows = [row(name, provider) for name, provider in measured.items()]
-    for line in rows:
-        print(" | ".join(f"{name} {value}" for name, value in list(line.items())[5:]))
-    # What the project promises: the speed of the second, compared with the first.
+def write(
+    measured: dict[str, Measured],
+    rows: measure.Rows,
+    options: argparse.Namespace,
+    profiled: Iterable[str],
+) -> None:
+    """Put down what is known by now, in place of what was known before.
+
+    Args:
+        profiled: whose profiles are new.
+    """
+    for name, provider in measured.items():
+        rows.put(row(name, provider), name=name)
+    # What the project promises: the speed of the second against the first.
     pairs = [(n, n.replace("local", "torch_native")) for n in measured if n.startswith("local")]
     pairs += [(n, o) for n in measured if n.endswith("top_k") for o in measured if o != n]
     for base, other in dict.fromkeys(pairs):
         same_backend = base.split()[0] == other.split()[0]
         if other in measured and (same_backend or base.split()[1] == other.split()[1]):
-            rows.append(ratio_row(base, other, measured, paired=not options.apart))
-            ratios = f"{rows[-1]['speed_ratio']} times as fast as {base}"
-            print(f"{other} is {ratios}; by processor time {rows[-1]['processor_ratio']}")
+            rows.put(ratio_row(base, other, measured, paired=not options.apart), name=(base, other))
     if not options.no_append:
-        measure.append(options.output / "train_step.csv", rows)
         with (options.output / "train_step_profile.txt").open("a") as file:
-            for name, provider in measured.items():
-                print(f"{measure.COMMIT}, {provider.workload}, {name}", file=file)
-                print(provider.profile, file=file)
+            for name in profiled:
+                print(f"{measure.COMMIT}, {measured[name].workload}, {name}", file=file)
+                print(measured[name].profile, file=file)
+
+
+def tell(rows: measure.Rows) -> None:
+    """Print the rows."""
+    for line in rows.new:
+        if "speed_ratio" in line:
+            other, base = line["provider"].split(" / ")
+            print(
+                f"{other} is {line['speed_ratio']} times as fast as {base}; "
+                f"by processor time {line['processor_ratio']}"
+            )
+        else:
+            print(" | ".join(f"{name} {value}" for name, value in list(line.items())[5:]))
 
 
 def row(name: str, provider: Measured) -> dict[str, str]:
     seconds, processor_seconds, experts = zip(*provider.steps, strict=True)
-    spread, data_sheet = measure.spread(seconds), measure.data_sheet_flops()
+    spread, data_sheet = measure.spread(seconds), ceilings.data_sheet_flops()
     flops_per_s = provider.flops / spread.median
-    return measure.identity(*PACKAGES) | {
+    return {
         "workload": provider.workload,
         "provider": name,
         "rounds": str(len(provider.steps)),
@@ -294,6 +308,10 @@ def row(name: str, provider: Measured) -> dict[str, str]:
     }
 
 
+def failed_row(name: str, why: str, options: argparse.Namespace) -> dict[str, str]:
+    return {"workload": f"train: {options.model}", "provider": name, "failed": why}
+
+
 def decimals(value: float | None, number: int) -> str:
     return "" if value is None else f"{value:.{number}f}"
 
@@ -304,7 +322,7 @@ def ratio_row(base: str, other: str, measured: dict[str, Measured], paired: bool
         measure.ratio([s[field] for s in first], [s[field] for s in second], paired)
         for field in (Step._fields.index("seconds"), Step._fields.index("processor_seconds"))
     ]
-    return measure.identity(*PACKAGES) | {
+    return {
         "workload": measured[base].workload,
         "provider": f"{other} / {base}",
         "speed_ratio": str(ratios[0]),

@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,8 +74,13 @@ class Routing(NamedTuple):
 
 @dataclass
 class Provider:
-    """One model in training."""
+    """One model in training.
 
+    Attributes:
+        batches: those of the steps to come, each a list of micro-batches.
+    """
+
+    batches: Iterator[list[dict[str, Any]]]
     routing: Routing
     args: Any  # Megatron's, as they were when it was built
     model: list[Any]
@@ -123,8 +129,16 @@ def start_megatron(model: str, run: Path | None, extra: list[str]) -> Any:
     return args
 
 
-def build(args: Any, backend: str, routing: Routing) -> Provider:
-    """A model with its optimizer, as Megatron's pretrain builds them."""
+def build(
+    args: Any, batches: Iterable[list[dict[str, Any]]], backend: str, routing_text: str
+) -> Provider:
+    """A model with its optimizer, as Megatron's pretrain builds them.
+
+    Args:
+        args: Megatron's.
+        batches: of the steps, in their order.
+        routing_text: see :class:`Routing`.
+    """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -142,6 +156,7 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
     from megatron_dynmoe.model.spec import layer_spec
     from megatron_dynmoe.settings.config import DynMoEConfig
 
+    routing = Routing.parse(routing_text)
     loss, coefficient = BALANCE_LOSS
     args, dynmoe = copy.copy(args), DynMoEConfig(backend=backend)
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
@@ -178,8 +193,9 @@ def build(args: Any, backend: str, routing: Routing) -> Provider:
     config.grad_scale_func = optimizer.scale_loss
     if config.finalize_model_grads_func is None:
         config.finalize_model_grads_func = finalize_model_grads
-    tracker = get_moe_metrics_tracker()
-    return Provider(routing, args, model, optimizer, scheduler, config, tracker)
+    return Provider(
+        iter(batches), routing, args, model, optimizer, scheduler, config, get_moe_metrics_tracker()
+    )
 
 
 def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
@@ -195,8 +211,8 @@ def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
     return [[next(iterator) for _ in range(get_num_microbatches())] for _ in range(number)]
 
 
-def step(provider: Provider, batch: list[dict[str, Any]]) -> None:
-    """One training step."""
+def step(provider: Provider) -> None:
+    """One training step, on the next batch."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
@@ -209,7 +225,7 @@ def step(provider: Provider, batch: list[dict[str, Any]]) -> None:
     get_args().curr_iteration = 0  # the target does not change with it
     train_step(
         forward_step,
-        RerunDataIterator(iter(batch)),
+        RerunDataIterator(iter(next(provider.batches))),
         provider.model,
         provider.optimizer,
         provider.scheduler,
@@ -220,14 +236,14 @@ def step(provider: Provider, batch: list[dict[str, Any]]) -> None:
     provider.tracker.clear()
 
 
-def timed_step(provider: Provider, batch: list[dict[str, Any]]) -> Step:
+def timed_step(provider: Provider) -> Step:
     """One training step, timed on the slowest rank."""
     from megatron_dynmoe.control.update import routers_of
 
     torch.distributed.barrier()
     torch.cuda.synchronize()
     started, processor = time.perf_counter(), time.process_time()
-    step(provider, batch)
+    step(provider)
     torch.cuda.synchronize()
     seconds = torch.tensor(
         [time.perf_counter() - started, time.process_time() - processor], dtype=torch.float64
@@ -236,3 +252,11 @@ def timed_step(provider: Provider, batch: list[dict[str, Any]]) -> Step:
     measured = [router.measured.item() for router in routers_of(provider.model)]
     experts = statistics.fmean(measured) if measured else provider.routing.experts
     return Step(*seconds.tolist(), experts)
+
+
+def flops_of_a_step(provider: Provider, experts_per_token: float) -> float:
+    """By Megatron's formula for this model."""
+    from megatron_dynmoe.runs.metrics import floating_point_operations
+
+    batch_size = provider.args.global_batch_size
+    return floating_point_operations(provider.args, batch_size, experts_per_token)

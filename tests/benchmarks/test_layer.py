@@ -2,6 +2,7 @@
 
 import csv
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import layer, layer_providers
 from benchmarks.layer_providers import DENSE, OURS, STOCK, Workload
 from benchmarks.logits import trained_logits
+from benchmarks.places import Apart, Here, Turns
 from tests.moe import one_rank
 
 pytestmark = pytest.mark.megatron
@@ -28,7 +30,8 @@ def megatron(monkeypatch):
 
 @pytest.fixture
 def providers():
-    return layer_providers.make_providers(TINY, trained_logits(TINY.tokens), torch.float32)
+    factories = layer_providers.factories(TINY, None, torch.float32)
+    return {name: make(*arguments) for name, (make, *arguments) in factories.items()}
 
 
 def test_routing_is_that_of_the_logits_and_the_mean_is_measured(providers):
@@ -67,9 +70,12 @@ def test_least_bytes_are_those_of_weights_and_activations():
     assert TINY.least_bytes(4, dense=True) == 4 * (3 * 12288 + 5 * 3072)
 
 
-def test_it_runs_and_writes_its_rows(monkeypatch, tmp_path):
-    ceilings = layer.measure.Ceilings(bytes_per_s=1e12, flops_per_s=1e9)
-    monkeypatch.setattr(layer.measure, "ceilings", lambda dtype: ceilings)
+# As on a GPU, where every provider has its process.
+@pytest.mark.parametrize("place", [Here, pytest.param(Apart, marks=pytest.mark.long)])
+def test_it_runs_and_writes_its_rows(monkeypatch, tmp_path, place):
+    monkeypatch.setattr(layer, "Turns", partial(Turns, place))
+    limits = layer.ceilings.Ceilings(bytes_per_s=1e12, flops_per_s=1e9)
+    monkeypatch.setattr(layer.ceilings, "of_this_machine", lambda dtype: limits)
     monkeypatch.setattr(Workload, "scaled_down", lambda self: TINY)
     command = ["layer.py", "--workloads", "a", "--rounds", "2", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*command, "--threads", str(torch.get_num_threads())])

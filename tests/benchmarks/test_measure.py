@@ -1,46 +1,13 @@
 """The arithmetic that all benchmarks share."""
 
 import csv
-import itertools
+import importlib.metadata
 import math
-import time
 
 import pytest
 import torch
 
-from benchmarks import measure, profiling
-
-
-def test_turns_rotate_and_only_counted_rounds_count():
-    called = []
-    clock = itertools.count()
-
-    def provider(name):
-        def call():
-            called.append(name)
-            return next(clock)
-
-        return call
-
-    taken = measure.take_turns({name: provider(name) for name in "abc"}, rounds=4, warm_up=2)
-    rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
-    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
-    assert taken == {"a": [6, 11, 13, 15], "b": [7, 9, 14, 16], "c": [8, 10, 12, 17]}
-
-
-def test_turns_stop_when_the_time_is_used_up_but_not_before_the_least_number():
-    taken = measure.take_turns({"a": lambda: time.sleep(0.01)}, rounds=500, seconds=0.02)
-    assert len(taken["a"]) == measure.MIN_ROUNDS
-
-
-def test_a_provider_that_runs_out_of_memory_is_named_and_left_out(capsys):
-    def fails():
-        raise torch.OutOfMemoryError("too large\nsecond line")
-
-    running, failures = measure.without_failing({"good": lambda: None, "bad": fails})
-    assert list(running) == ["good"]
-    assert failures == {"bad": "too large"}
-    assert "bad is left out: too large" in capsys.readouterr().out
+from benchmarks import ceilings, measure, profiling
 
 
 def test_spread_and_paired_ratio():
@@ -62,13 +29,13 @@ def test_the_interval_holds_the_true_ratio_about_as_often_as_it_says():
 
 
 def test_the_roofline_is_the_slower_of_bytes_and_flops():
-    ceilings = measure.Ceilings(bytes_per_s=100.0, flops_per_s=1000.0)
-    assert ceilings.seconds(flops=5000, num_bytes=100) == 5
-    assert ceilings.seconds(flops=500, num_bytes=100) == 1
+    limits = ceilings.Ceilings(bytes_per_s=100.0, flops_per_s=1000.0)
+    assert limits.seconds(flops=5000, num_bytes=100) == 5
+    assert limits.seconds(flops=500, num_bytes=100) == 1
 
 
 def test_ceilings_are_measured():
-    bytes_per_s, flops_per_s = measure.ceilings(torch.float32, scale=1 / 16)
+    bytes_per_s, flops_per_s = ceilings.of_this_machine(torch.float32, scale=1 / 16)
     assert 1e8 < bytes_per_s < 1e13
     assert 1e8 < flops_per_s < 1e15
 
@@ -91,17 +58,45 @@ def test_memory_is_that_of_the_tensors():
     assert peak == pytest.approx(5 * megabyte, rel=0.01)
 
 
-def test_rows_with_new_columns_join_the_old_ones(tmp_path):
-    path = tmp_path / "new" / "rows.csv"
-    measure.append(path, [{"a": 1, "b": "x, y"}])
-    measure.append(path, [{"a": 2, "c": 3}, {"d": 4}])
+def read(path):
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [list(row.values()) for row in rows] == [
-        ["1", "x, y", "", ""],
-        ["2", "", "3", ""],
-        ["", "", "", "4"],
+        return [*csv.DictReader(file)]
+
+
+def test_rows_with_new_columns_join_the_old_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "identity", lambda *packages: {"date": "today"})
+    path = tmp_path / "new" / "rows.csv"
+    measure.Rows(path).put({"a": 1, "b": "x, y"})
+    rows = measure.Rows(path)
+    rows.put({"a": 2, "c": 3})
+    rows.put({"d": 4})
+    assert [list(row.values()) for row in read(path)] == [
+        ["today", "1", "x, y", "", ""],
+        ["today", "2", "", "3", ""],
+        ["today", "", "", "", "4"],
     ]
+
+
+def test_a_row_is_on_the_disk_when_it_is_put_and_a_later_version_takes_its_place(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = measure.Rows(path, "torch")
+    for number, expected in ((1, ["1"]), (2, ["2"])):
+        rows.put({"a": number}, name="first")
+        assert [row["a"] for row in read(path)] == expected
+    rows.put({"a": 3})
+    rows.put({"a": 4}, name="first")
+    assert [row["a"] for row in read(path)] == ["4", "3"]
+
+
+def test_who_measures_is_asked_first(tmp_path):
+    path = tmp_path / "rows.csv"
+    with pytest.raises(importlib.metadata.PackageNotFoundError, match="no-such-package"):
+        measure.Rows(path, "no-such-package")
+
+
+def test_without_a_path_nothing_is_written():
+    rows = measure.Rows(None, "torch")
+    assert rows.put({"a": 1})["a"] == rows.new[0]["a"] == 1
 
 
 def test_a_row_says_who_measured():

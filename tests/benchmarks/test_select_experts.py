@@ -1,20 +1,25 @@
 """The selection benchmark on a few tokens, and where its logits come from."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import logits, plot
+from benchmarks.places import Apart, Here, Turns
 
 pytestmark = pytest.mark.megatron
 
 
-def test_it_runs_on_both_kinds_of_logits(monkeypatch, tmp_path):
+# As on a GPU, where every provider has its process.
+@pytest.mark.parametrize("place", [Here, pytest.param(Apart, marks=pytest.mark.long)])
+def test_it_runs_on_both_kinds_of_logits(monkeypatch, tmp_path, place):
     from benchmarks import select_experts
 
-    ceilings = select_experts.measure.Ceilings(bytes_per_s=1e6, flops_per_s=1)
-    monkeypatch.setattr(select_experts.measure, "ceilings", lambda dtype: ceilings)
+    monkeypatch.setattr(select_experts, "Turns", partial(Turns, place))
+    limits = select_experts.ceilings.Ceilings(bytes_per_s=1e6, flops_per_s=1)
+    monkeypatch.setattr(select_experts.ceilings, "of_this_machine", lambda dtype: limits)
     command = ["select_experts.py", "--experts", "16,256", "--tokens", "64", "--rounds", "3"]
     monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path)])
     select_experts.main()
@@ -41,6 +46,25 @@ def test_it_runs_on_both_kinds_of_logits(monkeypatch, tmp_path):
     )
     plot.main()
     assert [path.name for path in tmp_path.glob("*.png")] == ["benchmark_select_cpu.png"]
+
+
+def test_without_stock_the_others_have_rows_without_ratios(monkeypatch, tmp_path):
+    from benchmarks import select_experts
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("too large")
+
+    limits = select_experts.ceilings.Ceilings(bytes_per_s=1e6, flops_per_s=1)
+    monkeypatch.setattr(select_experts.ceilings, "of_this_machine", lambda dtype: limits)
+    monkeypatch.setattr(select_experts, "topk_routing_with_score_function", out_of_memory)
+    command = ["select_experts.py", "--experts", "64", "--tokens", "8", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path)])
+    select_experts.main()
+    with (tmp_path / "select.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert rows["stock top-k"]["failed"] == "OutOfMemoryError: too large"
+    assert float(rows["ours"]["median_ms"]) > 0
+    assert rows["ours"]["median_ratio_to_stock"] == ""
 
 
 def test_trained_logits_are_repeated_where_more_are_asked_for():

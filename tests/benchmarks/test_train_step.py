@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import measure, text, train_step
+from benchmarks.places import Failed
 from benchmarks.training import Routing, Step
 
 
@@ -56,28 +57,61 @@ def measured(steps: list[Step]) -> train_step.Measured:
 
 
 def test_visits_take_turns_and_their_steps_come_together(monkeypatch, tmp_path, no_rank):
-    visited = []
+    visited, written = [], []
+
+    def rows():
+        with (tmp_path / "train_step.csv").open(newline="") as file:
+            return [*csv.DictReader(file)]
 
     def one_visit(name, options, extra, seconds, no_profile):
+        written.append(len(rows()) if visited else 0)
         visited.append((name, no_profile))
         assert extra == ["--num-layers", "1"]
         if name == "torch_native dense":
-            return None
+            raise Failed("CompilationError: no such type")
         return measured([Step(2.0 if "top_k" in name else 1.0, 1.0, 2.0)] * 3)
 
     monkeypatch.setattr(train_step, "one_visit", one_visit)
     command = ["train_step.py", "--apart", "--backends", "torch_native", "--num-layers", "1"]
-    command += ["--routings", "top_k", "dtop_p", "dense", "--output", str(tmp_path)]
+    command += ["--routings", "top_k", "dense", "dtop_p", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
     train_step.main()
-    names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p", "dense")]
-    first, second = [(name, False) for name in names], [(name, True) for name in names[:2]]
-    assert visited == [*first, *second, (names[2], False)]
-    with (tmp_path / "train_step.csv").open(newline="") as file:
-        top_k, dtop_p, ratio = csv.DictReader(file)
+    names = [f"torch_native {routing}" for routing in ("top_k", "dense", "dtop_p")]
+    # The one that fails is not visited again.
+    assert visited == [*((name, False) for name in names), (names[0], True), (names[2], True)]
+    # Whatever ends the next visit, this one's rows are there.
+    assert written == [0, 1, 2, 4, 4]
+    top_k, dense, dtop_p, ratio = rows()
     assert (top_k["rounds"], dtop_p["rounds"]) == ("6", "6")
+    assert dense["failed"] == "CompilationError: no such type"
     assert dtop_p["of_ceiling"] == "0.002"
     assert ratio["speed_ratio"] == "2.000 [2.000, 2.000]"
+    assert (tmp_path / "train_step_profile.txt").read_text().count("train: tiny") == 2
+
+
+@pytest.mark.long
+@pytest.mark.megatron
+def test_visits_are_processes_and_one_that_cannot_run_is_named(tmp_path):
+    """Seventeen of sixteen experts are refused in its process."""
+    command = """benchmarks/train_step.py --model paper --backends torch_native --apart --visits 2
+        --routings top_k@17 dtop_p --settle 1 --rounds 2
+        --num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 2
+        --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4"""
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--output", str(tmp_path)],
+        cwd=measure.ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    with (tmp_path / "train_step.csv").open(newline="") as file:
+        top_k, dtop_p = csv.DictReader(file)
+    assert top_k["provider"] == "torch_native top_k@17"
+    assert top_k["failed"]
+    assert top_k["failed"] in done.stdout
+    assert "in topk_routing_with_score_function" in done.stdout  # the end of its traceback
+    assert (dtop_p["rounds"], dtop_p["failed"]) == ("4", "")
+    assert "one model at a time" in dtop_p["workload"]
 
 
 def test_no_visit_begins_that_would_pass_the_time(monkeypatch, capsys, no_rank):
@@ -85,8 +119,10 @@ def test_no_visit_begins_that_would_pass_the_time(monkeypatch, capsys, no_rank):
     monkeypatch.setattr(train_step.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(train_step, "one_visit", lambda *_, **__: measured([Step(1.0, 1.0, 2.0)]))
     options = train_step.parser().parse_args(["--seconds-budget", "55", "--visits", "2"])
-    result = train_step.visit_apart(["a x", "b x"], options, [])
-    assert [len(result[name].steps) for name in ("a x", "b x")] == [1, 1]
+    rows = measure.Rows(None, "torch")
+    options.no_append = True
+    train_step.visit_apart(["a x", "b x"], options, [], rows)
+    assert [(row["provider"], row["rounds"]) for row in rows.new] == [("a x", "1"), ("b x", "1")]
     assert "a x gets no visit 2" in capsys.readouterr().out
 
 
