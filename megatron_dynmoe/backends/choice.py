@@ -16,6 +16,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_dynmoe.backends import cpu
+from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def choose_parts(
     check_recompute(config)
     if chosen == "local":
         check_biases(config)
+        if config.context_parallel_size > 1:
+            raise ValueError(_only_one_part(config, "local"))
     if chosen != "torch_native":
         return BackEnd(chosen, why)
     reasons = {
@@ -120,7 +123,18 @@ def choose_parts(
         )
     if "experts" in kept:
         check_biases(config)
+    if config.context_parallel_size > 1:
+        if "attention" in kept:
+            raise ValueError(_only_one_part(config, f"local, which {kept['attention']} needs"))
+        check_context_parallel(config)
     return BackEnd(chosen, why, kept)
+
+
+def _only_one_part(config: TransformerConfig, attention: str) -> str:
+    return (
+        f"--context-parallel-size is {config.context_parallel_size}, and the attention of "
+        f"{attention}, cannot split a sequence: use 1, or --moe-dynamic-backend torch_native."
+    )
 
 
 def check_biases(config: TransformerConfig) -> None:
@@ -214,7 +228,6 @@ def adapt_arguments(args: Any) -> None:
 # Settings that a part supports only with these values.
 _ATTENTION: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False, None),
-    "context_parallel_size": (1,),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
     "attention_backend": tuple(kind for kind in AttnBackend if kind != AttnBackend.local),

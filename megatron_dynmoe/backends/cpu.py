@@ -286,13 +286,8 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
 
 
 # Settings that need Transformer Engine's attention or kernels, and what to do instead.
-_SPREAD = "spread the model with --expert-model-parallel-size or --pipeline-model-parallel-size"
 _GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
-    "context_parallel_size": (
-        1,
-        f"only Transformer Engine's attention splits a sequence. Use 1, and {_SPREAD}",
-    ),
     "moe_grouped_gemm": (False, "grouped GEMM runs on GPUs only. Leave it out"),
     "multi_latent_attention": (
         False,

@@ -29,11 +29,13 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
+from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.distributed import ProcessGroup
 
     from megatron_dynmoe.backends.choice import BackEnd
 
@@ -45,8 +47,16 @@ class ScaledDotProductAttention(DotProductAttention):
     """Upstream's local core attention, computed by PyTorch's fused attention.
 
     Arguments, masks and dropout are upstream's. Dropout applies to the attention probabilities and
-    draws from the generator of upstream's tracker. Grouped queries are not expanded.
+    draws from the generator of upstream's tracker. Grouped queries are not expanded. Under context
+    parallelism ranks exchange heads; see :mod:`megatron_dynmoe.backends.context_parallel`.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        """Build upstream's attention, which asserts that no sequence is split."""
+        whole = copy.copy(config)
+        whole.context_parallel_size = 1
+        super().__init__(whole, *args, **kwargs)
+        self.config = config
 
     def forward(
         self,
@@ -61,7 +71,7 @@ class ScaledDotProductAttention(DotProductAttention):
         """Attend.
 
         Args:
-            query: [S, B, N, H].
+            query: [S, B, N, H]; under context parallelism S is the length of this rank's part.
             key: [Sk, B, G, H]; G is the number of query groups.
             value: [Sk, B, G, H].
             attention_mask: True for masked scores, broadcast to [B, N, S, Sk]. None: the causal
@@ -77,6 +87,12 @@ class ScaledDotProductAttention(DotProductAttention):
         if packed_seq_params is not None or attention_bias is not None:
             what = "a bias" if packed_seq_params is None else "packed sequences"
             raise ValueError(f"The attention of torch_native does not take {what}.")
+        if self.config.context_parallel_size > 1:
+            if attention_mask is not None:
+                raise ValueError(
+                    "The attention of torch_native takes no mask under context parallelism."
+                )
+            query, key, value = gather_sequence((query, key, value), self._context_group)
         is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
         mask = None
         if attention_mask is not None:
@@ -101,7 +117,15 @@ class ScaledDotProductAttention(DotProductAttention):
                 context_BNSH = attend()
         else:
             context_BNSH = attend()
-        return context_BNSH.permute(2, 0, 1, 3).flatten(2)
+        context = context_BNSH.permute(2, 0, 1, 3)
+        if self.config.context_parallel_size > 1:
+            context = scatter_sequence(context, self._context_group)
+        return context.flatten(2)
+
+    @property
+    def _context_group(self) -> ProcessGroup:
+        """The ranks that hold the other parts of this rank's sequences."""
+        return self.pg_collection.cp
 
     @property
     def _scale(self) -> float:

@@ -192,7 +192,7 @@ def _megatron() -> Check:
 def _transformer_engine() -> Check:
     name = "Transformer Engine"
     if importlib.util.find_spec("transformer_engine") is None:
-        return Check(name, PASSED, "not installed; context parallelism and fp8 would need it")
+        return Check(name, PASSED, "not installed; fp8 and --cp-comm-type p2p would need it")
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # such as a build for another torch or CUDA

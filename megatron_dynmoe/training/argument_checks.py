@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from argparse import ArgumentParser, Namespace
 
-from megatron_dynmoe.backends.choice import has_transformer_engine
 from megatron_dynmoe.data.tokenizer import SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.command_line import LARGEST, number
@@ -61,10 +60,14 @@ def check_arguments(args: Namespace) -> None:
     # If the sizes of the model come from elsewhere, upstream checks them.
     if not (args.use_checkpoint_args or args.hybrid_layer_pattern):
         _check_sizes(args)
-        # If Transformer Engine is missing, backends/choice.py says so first.
-        if args.context_parallel_size == 1 or has_transformer_engine():
-            check_layout(Layout.from_args(args))
+        check_layout(Layout.from_args(args))
     _check_schedule(args)
+    if args.context_parallel_size > 1 and args.reset_attention_mask:
+        raise ValueError(
+            f"--reset-attention-mask is given, and --context-parallel-size is "
+            f"{args.context_parallel_size}: attention over a split sequence takes no mask but the "
+            "causal one. Leave one of them out."
+        )
     if isinstance(args.moe_layer_freq, int) and args.moe_layer_freq < 1:
         raise ValueError(
             f"--moe-layer-freq is {args.moe_layer_freq}: every how many layers has experts? Give a "

@@ -90,3 +90,45 @@ def test_an_optimizer_of_matrices_keeps_upstreams_experts():
 
     plan = choice.choose_parts("auto", None, config(), optimizer="muon")
     assert plan.kept == {"experts": "--optimizer muon"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend", "message"),
+    [
+        ({}, "auto", "--cp-comm-type is p2p, .*give --cp-comm-type a2a"),
+        ({"cp_comm_type": ["a2a", "p2p"]}, "auto", "--cp-comm-type is a2a p2p, "),
+        (
+            {"cp_comm_type": "a2a", "num_attention_heads": 6, "num_query_groups": 3},
+            "torch_native",
+            "--num-query-groups is 3, which --context-parallel-size 2 does not divide",
+        ),
+        (
+            {"cp_comm_type": "a2a", "tensor_model_parallel_size": 4, "sequence_parallel": True},
+            "auto",
+            "--num-attention-heads is 4, which .* times --tensor-model-parallel-size 4 does not",
+        ),
+        ({"cp_comm_type": "a2a"}, "local", "--context-parallel-size is 2, .*use 1, or .*torch_nat"),
+        (
+            {"cp_comm_type": "a2a", "softmax_type": "off-by-one"},
+            "auto",
+            "the attention of local, which softmax_type off-by-one needs, cannot split a sequence",
+        ),
+    ],
+    ids=str,
+)
+def test_a_sequence_that_cannot_be_split_is_refused(settings, backend, message):
+    from megatron_dynmoe.backends import choice
+
+    # Some sizes are not those of a model, so nothing is built from them.
+    split = config()
+    for name, value in {"context_parallel_size": 2, **settings}.items():
+        setattr(split, name, value)
+    with pytest.raises(ValueError, match=message):
+        choice.choose_parts(backend, None, split)
+
+
+def test_heads_that_every_rank_gets_are_accepted():
+    from megatron_dynmoe.backends import choice
+
+    split = config(context_parallel_size=2, cp_comm_type="a2a", num_query_groups=2)
+    assert not choice.choose_parts("torch_native", None, split).kept

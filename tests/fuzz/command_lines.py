@@ -209,6 +209,7 @@ LAYOUT: dict[str, tuple[str | None, ...]] = {
     "--expert-model-parallel-size": ("2",),
     "--expert-tensor-parallel-size": ("1", "2"),
     "--context-parallel-size": ("2",),
+    "--cp-comm-type": ("a2a", "p2p"),
     "--num-layers": ("4",),
 }
 _STRANGE_FLOATS = st.one_of(st.floats(), st.sampled_from((-1.0, 0.0, 1.0, 2.0, 1e30, 1e-30)))

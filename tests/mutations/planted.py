@@ -39,6 +39,7 @@ SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+CONTEXT = "tests/distributed/test_context_parallel.py"
 
 CONTROLLER = [
     Mutation(
@@ -303,6 +304,15 @@ DISPATCHING = [
             "tests/moe/test_experts.py::"
             "test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns",
         ),
+    ),
+    Mutation(
+        "late_chunks_not_put_in_order",
+        "attention over a split sequence takes the late chunks in the order of the ranks",
+        "backends/context_parallel.py",
+        "torch.cat([early, late.flip(0)]).flatten(0, 1)",
+        "torch.cat([early, late]).flatten(0, 1)",
+        (f"{CONTEXT}::test_a_split_sequence_trains_as_a_whole_one[cp2]",),
+        ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
     ),
 ]
 

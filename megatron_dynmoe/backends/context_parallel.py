@@ -1,0 +1,83 @@
+"""Context parallelism without Transformer Engine: ranks exchange heads (Ulysses).
+
+Under context parallelism a rank holds a part of every sequence. Attention needs whole sequences,
+but no head needs another one. So the ranks of a group exchange parts before attention, and each
+attends over the whole sequence with its share of the heads; a second exchange brings the results
+back (DeepSpeed-Ulysses, Jacobs et al. 2023; ``--cp-comm-type a2a`` in Megatron). The numbers of an
+output are those of one rank, because no sum is split.
+
+With C ranks Megatron cuts a sequence into 2C chunks and gives chunks r and 2C - 1 - r to rank r, so
+that causal attention would be even work for ranks that attend to their own queries only. The
+exchange puts the chunks into the order of the sequence and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.tensor_parallel import all_to_all
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.distributed import ProcessGroup
+
+EXCHANGE = "a2a"  # of --cp-comm-type
+
+
+def check_context_parallel(transformer: TransformerConfig) -> None:
+    """Refuse a split of sequences that this exchange cannot do.
+
+    Args:
+        transformer: the model's config, with ``context_parallel_size`` above 1.
+
+    Raises:
+        ValueError: ``--cp-comm-type`` asks for another exchange, or there are too few heads.
+    """
+    asked_for = transformer.cp_comm_type or "p2p"
+    kinds = [asked_for] if isinstance(asked_for, str) else asked_for
+    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
+    if any(kind != EXCHANGE for kind in kinds):
+        raise ValueError(
+            f"--cp-comm-type is {' '.join(kinds)}, and without Transformer Engine ranks of "
+            f"--context-parallel-size {context} exchange heads: give --cp-comm-type {EXCHANGE}."
+        )
+    for name, number in (
+        ("num-attention-heads", transformer.num_attention_heads),
+        ("num-query-groups", transformer.num_query_groups),
+    ):
+        if number % (context * tensor):
+            per_rank = "" if tensor == 1 else f" times --tensor-model-parallel-size {tensor}"
+            raise ValueError(
+                f"--{name} is {number}, which --context-parallel-size {context}{per_rank} does not "
+                "divide, so that ranks cannot share the heads: change one of them."
+            )
+
+
+def gather_sequence(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Exchange a part of the sequence with all heads for the whole sequence with a part of them.
+
+    Args:
+        parts: tensors [S / C, B, N, H] with the same S, B and H: queries, keys and values. They
+            travel together in one all-to-all.
+        group: the C context-parallel ranks.
+
+    Returns:
+        For each one [S, B, N / C, H], in the order of the sequence.
+    """
+    num_ranks = group.size()
+    heads = [part.shape[2] // num_ranks for part in parts]
+    by_rank = torch.cat([part.unflatten(2, (num_ranks, -1)) for part in parts], dim=3)
+    received = all_to_all(group, by_rank.movedim(2, 0).contiguous())
+    early, late = received.unflatten(1, (2, -1)).unbind(dim=1)
+    return list(torch.cat([early, late.flip(0)]).flatten(0, 1).split(heads, dim=2))
+
+
+def scatter_sequence(whole: Tensor, group: ProcessGroup) -> Tensor:
+    """Undo :func:`gather_sequence`: [S, B, N / C, H] to [S / C, B, N, H]."""
+    num_ranks = group.size()
+    early, late = whole.unflatten(0, (2, num_ranks, -1))
+    by_rank = torch.stack([early, late.flip(0)], dim=1).flatten(1, 2)
+    return all_to_all(group, by_rank.contiguous()).movedim(0, 2).flatten(2, 3)
