@@ -148,6 +148,8 @@ def factories(
 
     They have the same input, whose first hidden states are the logits (:func:`logits_for`).
     """
+    if not measure.on_gpu():
+        start_megatron()  # this process runs them, and what comes imports Megatron
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends.choice import has_transformer_engine
 
