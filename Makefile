@@ -12,7 +12,8 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
 	test-faults soak mutations \
-	fuzz audit gpu test-gpu bench-gpu bench-gpu-select bench-gpu-layer bench-gpu-train study study-gpu \
+	fuzz audit gpu test-gpu gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
+	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
 help: ## this list
@@ -72,6 +73,16 @@ audit: setup ## known vulnerabilities of the versions in constraints.txt
 gpu:
 	@$(PYTHON_GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	  "There is no CUDA device here, which this needs. On a CPU: make test, and docs/benchmarks.md.")'
+
+# Not into benchmarks/results, which is OUTPUT where nothing is given.
+gpu-first: ## the first minutes on a GPU; OUTPUT=dir MINUTES=8; DEVICE=cpu rehearses them
+	@$(PYTHON_GPU) -m benchmarks.gpu_first $(if $(filter file,$(origin OUTPUT)),,--output "$(OUTPUT)") \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(filter cpu,$(DEVICE)),--rehearse) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(STATE),--state "$(STATE)") $(if $(PACK),--pack "$(PACK)") \
+	  $(if $(RESUME),--resume-from "$(RESUME)") $(if $(ANY_CODE),--any-code)
+
+gpu-pack: ## what a GPU machine without a network lacks, to be brought there: build/gpu-pack
+	@$(PYTHON_VENV) -m benchmarks.gpu_first.pack $(if $(PACKAGES),--packages $(PACKAGES))
 
 test-gpu: gpu ## what needs a CUDA device, and the kernels natively
 	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels

@@ -54,6 +54,7 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "a": Workload(hidden=1024, ffn=2816, experts=16, mean=2, sequence=2048, sequences=8),
     "b": Workload(hidden=1536, ffn=256, experts=128, mean=8, sequence=2048, sequences=12),
+    "c": Workload(hidden=2048, ffn=896, experts=64, mean=8, sequence=2048, sequences=4),
 }
 
 
@@ -148,6 +149,8 @@ def factories(
 
     They have the same input, whose first hidden states are the logits (:func:`logits_for`).
     """
+    if not measure.on_gpu():
+        start_megatron()  # this process runs them, and what comes imports Megatron
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends.choice import has_transformer_engine
 
