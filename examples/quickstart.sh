@@ -61,16 +61,15 @@ command=(
 printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"
 status=0
 trap 'stopped=yes' INT # the training saves and ends; what shows its progress stays until then
-"${command[@]}" > >(trap '' INT; tee "$RUN/log.txt" | python tools/show_progress.py) \
-  2>"$RUN/errors.txt" || status=$?
+# The last line of a training says how to go on, but not with the whole command, as this script does.
+"${command[@]}" > >(trap '' INT; tee "$RUN/log.txt" | python tools/show_progress.py |
+  sed -u 's/; to \(go on\|train further\): .*//') 2>"$RUN/errors.txt" || status=$?
 wait
-if [ -n "${stopped:-}" ]; then
-  echo
+if [ -n "${stopped:-}" ] && [ ! -e "$RUN/finished.json" ]; then
   if [ -f "$RUN/checkpoints/latest_checkpointed_iteration.txt" ]; then
-    echo "stopped; the checkpoint is in $RUN/checkpoints. To go on:"
-    printf '  %s\n' "$(printf '%q ' "${command[@]}" --load "$RUN/checkpoints")"
+    printf '\nto go on:\n  %s\n' "$(printf '%q ' "${command[@]}" --load "$RUN/checkpoints")"
   else
-    echo "stopped before there was a checkpoint"
+    printf '\nstopped before there was a checkpoint\n'
   fi
   exit 130
 fi

@@ -58,6 +58,7 @@ def test_quickstart_trains_and_reports(trained):
     assert "--moe-dynamic-target-experts-per-token 2" in (run / "command.txt").read_text()
     assert "initial_threshold: 0.33" in (run / "resolved.yaml").read_text()
     assert "step 6/6 | loss" in result.stdout and '"mean_experts_per_token"' in result.stdout
+    assert result.stdout.count("--override-opt-param-scheduler") == 1  # how to train on, once
 
     # Another run in the same folder would mix the two: refused, nothing is written.
     command = (run / "command.txt").read_text().split()
