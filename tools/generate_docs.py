@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the documents that are tables of the code: configuration and upstream's flags.
+"""Writes what is a table of the code: configuration, upstream's flags, the formats' table.
 
     python tools/generate_docs.py
 
@@ -8,6 +8,7 @@ A test compares the files with what this would write.
 
 from pathlib import Path
 
+from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
@@ -56,6 +57,13 @@ given here.
 | --- | --- | --- |
 """
 
+# Between these lines stands the table of the formats.
+FORMATS_START = (
+    "<!-- Written by tools/generate_docs.py from megatron_dynmoe/conversion/formats/: change it "
+    "there. -->\n"
+)
+FORMATS_END = "<!-- The end of what it writes. -->\n"
+
 
 def configuration() -> str:
     """The text of docs/configuration.md."""
@@ -103,7 +111,24 @@ def upstream_flags() -> str:
     return UPSTREAM + "\n".join(rows) + "\n"
 
 
-DOCUMENTS = {"configuration.md": configuration, "upstream_flags.md": upstream_flags}
+def huggingface() -> str:
+    """The text of docs/huggingface.md, in which only the table of the formats is made here."""
+    text = (DOCS / "huggingface.md").read_text(encoding="utf-8")
+    before, rest = text.split(FORMATS_START)
+    after = rest.split(FORMATS_END)[1]
+    names = (f"`{name}`{' (default)' * (format is OURS)}" for name, format in FORMATS.items())
+    rows = [f"| | {' | '.join(names)} |", "|" + " --- |" * (len(FORMATS) + 1)]
+    for line in OURS.column:
+        cells = " | ".join(format.column[line] for format in FORMATS.values())
+        rows.append(f"| {line} | {cells} |")
+    return before + FORMATS_START + "\n" + "\n".join(rows) + "\n\n" + FORMATS_END + after
+
+
+DOCUMENTS = {
+    "configuration.md": configuration,
+    "huggingface.md": huggingface,
+    "upstream_flags.md": upstream_flags,
+}
 
 if __name__ == "__main__":
     CommandParser(description=__doc__).parse_args()
