@@ -1,4 +1,4 @@
-"""Dispatch and combine on routing maps of every kind, against sums computed without dispatch.
+"""Dispatch and combine on routing maps of every kind and uneven loads, against sums computed without dispatch.
 
 Expert e multiplies by e + 1. Tokens are small whole numbers and weights multiples of 1/16, so that
 every sum is exact in float64, in any order, and the largest difference from the reference is 0.
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.moe.layer import DynMoELayer
+from tests.distributed.imbalance import workloads
 
 NUM_EXPERTS, HIDDEN, TOKENS, SHARED_SCALE = 8, 4, 12, 100
 
@@ -42,7 +43,7 @@ def routing_maps(rank: int, world_size: int, generator: torch.Generator) -> dict
     maps["rank r uses 2 r + 1 experts"][:, : 2 * rank + 1] = True
     maps["only the first rank routes"] = maps["random"] & (rank == 0)
     maps["no token at all"] = empty.clone()
-    return maps
+    return maps | workloads(rank, world_size, NUM_EXPERTS)
 
 
 class FixedRouter(torch.nn.Module):

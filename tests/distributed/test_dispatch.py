@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.distributed.harness import Case, CaseResult, Results, add
+from tests.distributed.imbalance import workloads
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -41,7 +42,7 @@ def test_dispatch_and_combine_are_exact_for_every_map(results: Results, name: st
     result = results[CASES[name]]
     for rank in range(result.case.num_ranks):
         found = differences(result, rank)
-        assert len(found) == 11
+        assert len(found) == 23
         wrong = {
             routing_map: by_kind for routing_map, by_kind in found.items() if any(by_kind.values())
         }
@@ -53,6 +54,26 @@ def test_a_dispatch_waits_once_for_all_counts_together(results: Results, name: s
     result = results[CASES[name]]
     for rank in range(result.case.num_ranks):
         assert printed(result, rank, "WAITS") == str(len(differences(result, rank)))
+
+
+def test_the_workloads_are_what_they_are_called() -> None:
+    """Tokens per expert of all ranks together: [4 ranks, 2 experts of each]."""
+    maps = [workloads(rank, 4, 8) for rank in range(4)]
+    loads = {name: sum(of_rank[name].sum(dim=0) for of_rank in maps) for name in maps[0]}
+    by_rank = {name: load.view(4, 2).sum(dim=1) for name, load in loads.items()}
+    assert len(loads["W0 balanced"].unique()) == 1
+    for name, hot in (("W1 hot experts", [1, 4, 7]), ("W3 spread heat", [0, 2, 4, 6])):
+        cold = [expert for expert in range(8) if expert not in hot]
+        assert loads[name][hot].min() > 2 * loads[name][cold].max()
+    assert by_rank["W2 hot rank"].argmax() == 0
+    assert by_rank["W2 hot rank"][0] > 1.5 * by_rank["W2 hot rank"][1:].max()
+    assert by_rank["W3 spread heat"].max() < 1.2 * by_rank["W3 spread heat"].min()
+    sent = [int(of_rank["W4 ragged sources"].sum()) for of_rank in maps]
+    assert sent[0] > 3 * max(sent[1:]) and len(set(sent[1:])) == 1
+    assert by_rank["W5 ranks without tokens"][3] == 0 == loads["W5 ranks without tokens"][0]
+    hottest = [int(loads[f"W6 rotating hot spot, step {step}"].argmax()) for step in range(3)]
+    assert hottest == [0, 3, 6]
+    assert [int(by_rank[f"W7 burst, step {step}"][0]) == 0 for step in range(3)] == [0, 1, 0]
 
 
 def test_stock_megatron_cannot_do_it(results: Results) -> None:
