@@ -73,8 +73,10 @@ gpu:
 	@$(PYTHON_GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	  "There is no CUDA device here, which this needs. On a CPU: make test, and docs/benchmarks.md.")'
 
-test-gpu: gpu ## what needs a CUDA device, and the kernels natively
-	@DYNMOE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels
+# They set DYNMOE_KERNELS themselves, both ways. What only compiles, or is for CPUs, needs no GPU.
+test-gpu: gpu ## the device's ways with kernels off and on, and the kernels natively
+	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels \
+	  --ignore tests/kernels/test_compiles.py --ignore tests/kernels/test_routing_cpu.py
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 
