@@ -211,8 +211,8 @@ def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
     return [[next(iterator) for _ in range(get_num_microbatches())] for _ in range(number)]
 
 
-def step(provider: Provider) -> None:
-    """One training step, on the next batch."""
+def step(provider: Provider) -> tuple[Any, ...]:
+    """One training step, on the next batch; returns what Megatron's ``train_step`` returns."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
@@ -223,7 +223,7 @@ def step(provider: Provider) -> None:
 
     set_moe_metrics_tracker(provider.tracker)
     get_args().curr_iteration = 0  # the target does not change with it
-    train_step(
+    result = train_step(
         forward_step,
         RerunDataIterator(iter(next(provider.batches))),
         provider.model,
@@ -234,6 +234,7 @@ def step(provider: Provider) -> None:
         iteration=0,
     )
     provider.tracker.clear()
+    return result
 
 
 def timed_step(provider: Provider) -> Step:

@@ -24,7 +24,7 @@ class RowOrder(NamedTuple):
     num_tokens: int
     all_used: bool
     # The rows of token 0, then those of token 1, and so on; and the index after each token's last
-    # row. Both are None on a CPU.
+    # row. Both are None on a CPU, where rows are scattered.
     row_of_slot: Tensor | None
     end_T: Tensor | None
 
@@ -49,8 +49,13 @@ def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder
         unused_R = flat_R < 0  # nonzero_static fills up with -1
         token_R = token_R.masked_fill(unused_R, num_tokens)
         weight_R = weight_R.masked_fill(unused_R, map_TE.numel())
-    slots = (None, None) if map_TE.is_cpu else _by_token(map_TE, token_R)
+    slots = (None, None) if scatters_in_order(map_TE.device) else _by_token(map_TE, token_R)
     return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
+
+
+def scatters_in_order(device: torch.device) -> bool:
+    """Whether ``scatter_add_`` adds in a fixed order there."""
+    return device.type == "cpu"
 
 
 def _by_token(map_TE: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +114,7 @@ def _rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
 
 
 def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    if order.row_of_slot is None:  # on a CPU scatter_add_ also adds in a fixed order
+    if order.row_of_slot is None:
         sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
         sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
         return sums_TD[: order.num_tokens]

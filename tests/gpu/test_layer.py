@@ -1,33 +1,26 @@
-"""A whole MoE layer of ours on a GPU, in a world of one."""
+"""A whole MoE layer of ours, in a world of one, with kernels and without."""
 
 import pytest
 import torch
 
 from megatron_dynmoe.moe.experts import has_grouped_gemm
 from megatron_dynmoe.settings.config import DynMoEConfig
+from tests.gpu.stand_in import ON_GPU
+from tests.kernels.device import DEVICE
 from tests.moe import one_rank
 
-pytestmark = [pytest.mark.gpu, pytest.mark.megatron]
+pytestmark = [pytest.mark.megatron, pytest.mark.triton]
 
-E, S, B, D, FFN, CAP = 16, 64, 2, 64, 128, 6
-BF16 = torch.bfloat16
+E, S, B, D, FFN, CAP = (16, 64, 2, 64, 128, 6) if ON_GPU else (4, 10, 2, 16, 16, 3)
+BF16, FP32 = torch.bfloat16, torch.float32
+# Of the largest value of a tensor.
+TOLERANCES = {BF16: 2e-2, FP32: 1e-5}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one():
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+either_dtype = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 
 
-def layer_of(**settings):
+def layer_of(dtype: torch.dtype, fused_swiglu: bool = True, **settings):
+    """A layer as in training, in which the activation is compiled."""
     dynmoe = DynMoEConfig(
         routing="dtop_p",
         target_experts_per_token=2,
@@ -37,46 +30,91 @@ def layer_of(**settings):
     )
     torch.manual_seed(0)
     layer = one_rank.moe_layer(
-        dynmoe, num_experts=E, hidden_size=D, moe_ffn_hidden_size=FFN, params_dtype=BF16, bf16=True
+        dynmoe,
+        num_experts=E,
+        hidden_size=D,
+        moe_ffn_hidden_size=FFN,
+        params_dtype=dtype,
+        bf16=dtype == BF16,
+        bias_activation_fusion=fused_swiglu,
     )
     return layer.cuda()
 
 
-def one_step(layer) -> dict[str, torch.Tensor]:
-    hidden = torch.randn(S, B, D, generator=torch.Generator().manual_seed(1))
-    hidden = hidden.to("cuda", BF16).requires_grad_()
-    torch.cuda.synchronize()
+def one_step(layer, tokens: int = S) -> dict[str, torch.Tensor]:
+    """Output and all gradients, by name."""
+    dtype = layer.config.params_dtype
+    hidden = torch.randn(tokens, B, D, generator=torch.Generator().manual_seed(1))
+    hidden = hidden.to(DEVICE, dtype).requires_grad_()
+    layer.zero_grad(set_to_none=True)
     output, _ = layer(hidden)
     output.float().square().sum().backward()
     gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    assert {"router.weight", "experts.weight1", "experts.weight2"} <= gradients.keys()
     return {"output": output, "hidden": hidden.grad} | gradients
 
 
-def test_with_room_for_the_worst_case_the_host_never_waits():
-    if not has_grouped_gemm(torch.device("cuda"), BF16, D, FFN):
+def assert_alike(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert expected.isfinite().all(), name
+        tolerance = TOLERANCES[want["output"].dtype] * expected.abs().max().item()
+        torch.testing.assert_close(
+            got[name], expected, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def with_room_for_the_worst_case(dtype: torch.dtype):
+    if not has_grouped_gemm(torch.device(DEVICE), dtype, D, FFN):
         pytest.skip("no grouped GEMM here: it needs Hopper or later, or DYNMOE_KERNELS=1")
-    layer = layer_of(row_buffer="worst_case")
+    return layer_of(dtype, row_buffer="worst_case")
+
+
+@either_dtype
+def test_kernels_change_no_result(monkeypatch, dtype):
+    pytest.importorskip("triton")
+    results = []
+    for setting in ("0", "1"):
+        monkeypatch.setenv("DYNMOE_KERNELS", setting)
+        results.append(one_step(layer_of(dtype)))
+    assert_alike(results[1], results[0])
+
+
+@either_dtype
+def test_the_compiled_activation_changes_no_result(dtype):
+    fused, plain = layer_of(dtype), layer_of(dtype, fused_swiglu=False)
+    for tokens in (S, S // 2, S + 3):  # compiled for one number of rows, then for any
+        assert_alike(one_step(fused, tokens), one_step(plain, tokens))
+
+
+@either_dtype
+def test_room_for_the_worst_case_changes_no_result(setting, dtype):
+    assert_alike(one_step(with_room_for_the_worst_case(dtype)), one_step(layer_of(dtype)))
+
+
+@pytest.mark.parametrize("room", ["measured", "worst_case"])
+@either_dtype
+def test_no_result_depends_on_memory_that_nothing_wrote(setting, poisoned_memory, dtype, room):
+    layer = layer_of(dtype) if room == "measured" else with_room_for_the_worst_case(dtype)
+    want = one_step(layer)
+    with poisoned_memory():
+        got = one_step(layer)
+    assert_alike(got, want)
+
+
+@either_dtype
+def test_with_room_for_the_worst_case_the_host_never_waits(setting, never_waiting, dtype):
+    layer = with_room_for_the_worst_case(dtype)
     one_step(layer)  # kernels are compiled, memory is taken
     layer.zero_grad(set_to_none=True)
-    hidden = torch.randn(S, B, D, device="cuda", dtype=BF16, requires_grad=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    hidden = torch.randn(S, B, D, device=DEVICE, dtype=dtype, requires_grad=True)
+    with never_waiting():
         output, _ = layer(hidden)
         output.sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_room_for_the_worst_case_changes_no_result():
-    if not has_grouped_gemm(torch.device("cuda"), BF16, D, FFN):
-        pytest.skip("no grouped GEMM here: it needs Hopper or later, or DYNMOE_KERNELS=1")
-    measured, worst_case = one_step(layer_of()), one_step(layer_of(row_buffer="worst_case"))
-    assert measured.keys() == worst_case.keys()
-    for name, want in measured.items():
-        torch.testing.assert_close(worst_case[name], want, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_steps_repeat_bitwise():
-    one, other = one_step(layer_of()), one_step(layer_of())
+@either_dtype
+def test_steps_repeat_bitwise(setting, dtype):
+    one, other = one_step(layer_of(dtype)), one_step(layer_of(dtype))
     for name, want in one.items():
         assert torch.equal(other[name], want), name

@@ -314,6 +314,25 @@ DISPATCHING = [
         (f"{CONTEXT}::test_a_split_sequence_trains_as_a_whole_one[cp2]",),
         ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
     ),
+    Mutation(
+        "kernel_writes_no_sum_of_no_rows",
+        "the combine's kernel leaves the result of a token without experts as it found it",
+        "kernels/permute.py",
+        "tl.store(sums_ptr + token * width + columns, total, mask=inside)",
+        "tl.store(sums_ptr + token * width + columns, total, mask=inside & (end > start))",
+        ("tests/gpu/test_experts.py::test_the_combine_adds_up_every_tokens_rows",),
+    ),
+    Mutation(
+        "kernel_writes_no_gradient_of_no_rows",
+        "the GEMM kernel leaves the weight gradient of an expert without rows as it found it",
+        "kernels/grouped_gemm.py",
+        "inside = (line < height) & (column < width)",
+        "inside = (line < height) & (column < width) & (end > start)",
+        (
+            "tests/gpu/test_experts.py::"
+            "test_experts_equal_products_one_by_one_and_without_rows_have_zero_gradients",
+        ),
+    ),
 ]
 
 WATCHING = [
