@@ -1,4 +1,4 @@
-"""Dispatch and combine on routing maps of every kind and uneven loads, against sums computed without dispatch.
+"""Dispatch and combine on routing maps of every kind, against sums computed without dispatch.
 
 Expert e multiplies by e + 1. Tokens are small whole numbers and weights multiples of 1/16, so that
 every sum is exact in float64, in any order, and the largest difference from the reference is 0.
