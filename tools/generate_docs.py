@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
@@ -58,10 +59,6 @@ given here.
 | setting | with dynamic routing | remark |
 | --- | --- | --- |
 """
-
-PLANTED = re.compile(
-    r"(<!-- planted mistakes: .*? -->).*?(<!-- end of planted mistakes -->)", re.DOTALL
-)
 
 
 def configuration() -> str:
@@ -118,18 +115,35 @@ def testing() -> str:
     for mutation in MUTATIONS:
         test = mutation.tests[0].removeprefix("tests/")
         rows.append(f"| {mutation.mistake} | `{mutation.file}` | `{test}` |")
+    return _with_table("testing.md", "planted mistakes", rows)
+
+
+def huggingface() -> str:
+    """The text of docs/huggingface.md: what it says now, with the table of formats."""
+    names = (f"`{name}`{' (default)' * (format is OURS)}" for name, format in FORMATS.items())
+    rows = [f"| | {' | '.join(names)} |", "|" + " --- |" * (len(FORMATS) + 1)]
+    for line in OURS.column:
+        cells = " | ".join(format.column[line] for format in FORMATS.values())
+        rows.append(f"| {line} | {cells} |")
+    return _with_table("huggingface.md", "formats", rows)
+
+
+def _with_table(document: str, name: str, rows: list[str]) -> str:
+    """The text of a document, with a table between the comments that say its name."""
+    text = (DOCS / document).read_text(encoding="utf-8")
+    place = re.compile(rf"(<!-- {name}: .*? -->).*?(<!-- end of {name} -->)", re.DOTALL)
     table = "\n\n" + "\n".join(rows) + "\n\n"
-    text = (DOCS / "testing.md").read_text(encoding="utf-8")
-    text, found = PLANTED.subn(lambda marks: marks[1] + table + marks[2], text)
+    text, found = place.subn(lambda marks: marks[1] + table + marks[2], text)
     if found != 1:
-        raise ValueError(f"docs/testing.md has {found} places for planted mistakes instead of one")
+        raise ValueError(f"docs/{document} has {found} places for {name} instead of one")
     return text
 
 
 DOCUMENTS = {
     "configuration.md": configuration,
-    "upstream_flags.md": upstream_flags,
+    "huggingface.md": huggingface,
     "testing.md": testing,
+    "upstream_flags.md": upstream_flags,
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megatron_dynmoe.analysis.collect import Collected, collect
 from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
 from megatron_dynmoe.analysis.tokens import Letters
 from megatron_dynmoe.analysis.windows import Window
-from megatron_dynmoe.storage.json_files import read_json
+from megatron_dynmoe.conversion.formats import OURS, format_in
 from megatron_dynmoe.use.calibrate import set_threshold
 
 # The thresholds to try if none are given. The first are always tried, the others until the model's
@@ -31,8 +31,8 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
     """A folder in our format: the given one, or a conversion of it that is removed at the end.
 
     Args:
-        model: a folder in our, Mixtral's or the published Dynamic MoE's format, or the checkpoints
-            that ``--save`` named in training.
+        model: a folder of any format that can be converted, or the folder of checkpoints that
+            ``--save`` named in training.
         tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
 
     Raises:
@@ -41,8 +41,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
     if not model.is_dir():
         raise ValueError(f"--model {model}: no such folder")
     has_config = (model / "config.json").is_file()
-    config = read_json(model / "config.json") if has_config else {}
-    if config.get("model_type") == "dynmoe":
+    if has_config and format_in(model) is OURS:
         yield model
         return
     from megatron_dynmoe.conversion.convert import Target, to_hf
@@ -55,18 +54,7 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
         folder = Path(scratch) / "model"
-        if not has_config:
-            to_hf(model, Target(folder, tokenizer=tokenizer, progress=sys.stderr.isatty()))
-        elif config.get("model_type") == "mixtral" or "MoEForCausalLM" in (
-            config.get("architectures") or []
-        ):
-            to_hf(model, Target(folder, format="dynmoe", tokenizer=tokenizer))
-        else:
-            raise ValueError(
-                f"--model {model} is of type {config.get('model_type')!r}, which has no routers "
-                "that are known here: give a folder of convert_checkpoint.py to-hf, a Mixtral or "
-                "published Dynamic MoE folder, or a Megatron checkpoint"
-            )
+        to_hf(model, Target(folder, tokenizer=tokenizer, progress=sys.stderr.isatty()))
         yield folder
 
 

@@ -1,8 +1,9 @@
 """Find the threshold that gives an exported model a target mean of experts per token on real text.
 
-It works on models trained with a threshold and on models trained with top-k, Mixtral folders among
-them. It prints threshold, mean experts, loss and perplexity over a sweep, and writes the result
-into config.json with --in-place or --output; without one of them, it writes nothing.
+It works on models trained with a threshold and on models trained with top-k, folders of other
+formats (Mixtral) among them. It prints threshold, mean experts, loss and perplexity over a sweep,
+and writes the result into config.json with --in-place or --output; without one of them, it writes
+nothing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.cli.reading import add_key_flag
+from megatron_dynmoe.conversion.formats import OURS, format_in
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
     add_runtime_flags,
@@ -46,9 +48,9 @@ def _run(args: argparse.Namespace) -> None:
     )
 
     be_quiet()
-    config = load_config(args.model)
+    load_config(args.model)  # refuses code from a hub, before the folder is converted
     _check_target_folder(args)
-    with _in_our_format(args, config.model_type) as folder:
+    with _in_our_format(args) as folder:
         # 1. Load model and text.
         config = load_config(folder)
         own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
@@ -189,19 +191,16 @@ def _describe(config: Any) -> str:
 
 
 @contextmanager
-def _in_our_format(args: argparse.Namespace, model_type: str) -> Iterator[Path]:
-    """Yield the model's folder; for Mixtral, a temporary folder with the converted model."""
-    if model_type == "dynmoe":
+def _in_our_format(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield the model's folder; for another format, a temporary folder with the converted model."""
+    format = format_in(args.model)
+    if format is OURS:
         yield args.model
         return
-    if model_type != "mixtral":
-        raise ValueError(
-            f"model {args.model} is of type {model_type!r}: a dynmoe or mixtral folder is wanted"
-        )
     if args.in_place:
         raise ValueError(
-            "--in-place: a Mixtral folder has no place for a threshold: give --output for a copy "
-            "in our format"
+            f"--in-place: a folder of format {format.name} has no place for what a calibration "
+            "finds: give --output for a copy in our format"
         )
     from megatron_dynmoe.conversion.convert import Target, to_hf
 

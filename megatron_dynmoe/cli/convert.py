@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 
@@ -49,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_hf.add_argument(
         "--format",
-        choices=("dynmoe", "dynamic-moe", "mixtral"),
-        default="dynmoe",
-        help="dynmoe: ours, expresses everything; dynamic-moe: the published layout of Dynamic "
-        "MoE; mixtral: native Mixtral, for stock top-k (default: %(default)s)",
+        choices=tuple(FORMATS),
+        default=OURS.name,
+        help="; ".join(f"{format.name}: {format.summary}" for format in FORMATS.values())
+        + " (default: %(default)s)",
     )
     to_hf.add_argument(
         "--dtype", choices=tuple(_DTYPES), help="type of the weights (default: as trained)"

@@ -1,9 +1,12 @@
 """Checkpoints to Hugging Face and back.
 
-names.py              which tensor is called what where: one table per format
-settings.py           a model's settings, in the middle between
-megatron_settings.py  Megatron's arguments, and
-format_settings.py    the config.json of each format
+formats/              layouts of Hugging Face folders, one file each
+names.py              which tensor is called what where
+shapes.py             how large it is, and how entries are cut and put together
+model_settings.py     a model's config, in the middle between the config.json of each format and
+megatron_settings.py  Megatron's arguments; and
+routing_settings.py   the settings and the state of its routers
+words.py              words of config.json that training has no use for
 megatron.py           reads Megatron's checkpoints; storage/unpickle.py keeps that safe
 megatron_writer.py    writes them
 folder.py             Hugging Face folders: shards and their index

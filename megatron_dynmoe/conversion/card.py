@@ -30,33 +30,6 @@ _CITATIONS = """\
 }
 ```
 """
-_HOW_TO_LOAD = {
-    "dynmoe": """\
-```python
-import megatron_dynmoe.huggingface  # without the package: trust_remote_code=True in both calls
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-tokens = tokenizer("It was", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
-print(model(**tokens).experts_per_token)  # [layers with experts, batch, tokens]
-```
-""",
-    "mixtral": """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native Mixtral
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-""",
-    "dynamic-moe": """\
-This is the layout that the authors of Dynamic MoE published, for their own modelling file and
-Transformers 4.33. Their code computes the routing in the type of the weights; training did so in
-float32. In a 16-bit type some tokens therefore choose another number of experts.
-""",
-}
 # Settings of a routing, in the order in which the card lists them.
 _ROUTING = "## Routing"
 _SHOWN = (
@@ -102,7 +75,7 @@ def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
 
 
 def write_card(
-    folder: Path, config: dict[str, Any], about: dict[str, Any], format: str, dtype: str
+    folder: Path, config: dict[str, Any], about: dict[str, Any], how_to_load: str, dtype: str
 ) -> None:
     """Write the card into the folder."""
     lines = [
@@ -118,7 +91,7 @@ def write_card(
         "",
         "## Use",
         "",
-        _HOW_TO_LOAD[format],
+        how_to_load,
         "## Model",
         "",
         *_table({name: config[name] for name in _MODEL} | {"dtype": dtype}),

@@ -18,21 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, words
-from megatron_dynmoe.conversion import model_settings as settings
-from megatron_dynmoe.conversion.folder import CONFIG, WEIGHT_DTYPES, Entry, write_shards
+from megatron_dynmoe.conversion import card, megatron_settings, routing_settings, words
+from megatron_dynmoe.conversion.folder import WEIGHT_DTYPES, Entry, write_shards
+from megatron_dynmoe.conversion.formats import OURS, format_named
+from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import TOKEN_IDS
-from megatron_dynmoe.conversion.names import (
-    FORMATS,
-    MEGATRON,
-    ROUTER_STATE,
-    Block,
-    Row,
-    Shapes,
-)
+from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.conversion.sources import (
-    INV_FREQ,
     FromFolder,
     FromMegatron,
     Source,
@@ -42,6 +36,7 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
+from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.storage.atomic import check_target, new_folder
@@ -51,15 +46,6 @@ from megatron_dynmoe.storage.manifest import write_manifest
 FLAGS = "training_flags.txt"
 _TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model")
 _PACKAGE = Path(__file__).parent.parent
-# The files that make an exported folder run by itself, from where they live in the package.
-_SHIPPED = (
-    "huggingface/configuration_dynmoe.py",
-    "huggingface/masking_dynmoe.py",
-    "huggingface/modeling_dynmoe.py",
-    "routing/select.py",
-    "routing/normalize.py",
-    "routing/losses.py",
-)
 
 
 class Target(NamedTuple):
@@ -67,7 +53,7 @@ class Target(NamedTuple):
 
     Attributes:
         folder: where.
-        format: dynmoe, dynamic-moe or mixtral.
+        format: one of :data:`megatron_dynmoe.conversion.formats.FORMATS`.
         dtype: of the weights, float32, bfloat16 or float16; as they are if None.
         max_shard_size: bytes of a file of weights.
         tokenizer: to write beside the weights; the source's own if None.
@@ -76,7 +62,7 @@ class Target(NamedTuple):
     """
 
     folder: Path
-    format: str = "dynmoe"
+    format: str = OURS.name
     dtype: str | None = None
     max_shard_size: int = 4 * 10**9
     tokenizer: Path | None = None
@@ -92,8 +78,9 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
         iteration: which checkpoint; the latest if None.
 
     Raises:
-        ValueError: the source is damaged, or the format cannot express the model.
+        ValueError: the source is damaged, there is no such format, or it cannot express the model.
     """
+    format_named(target.format)
     check_target(target.folder, target.overwrite, source=load)
     if (load / CONFIG).is_file():
         if iteration is not None:
@@ -115,31 +102,30 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
 
 def write_folder(source: Source, target: Target, inv_freq_dtype: str | None = "float32") -> None:
     """Write any source as a Hugging Face folder; see :func:`to_hf`."""
-    format, tokenizer = target.format, target.tokenizer
+    format, tokenizer = format_named(target.format), target.tokenizer
     dtype = target.dtype or source.dtype
     config = source.config | theta_in(source, getattr(torch, dtype))
-    theirs = format_settings.to_format(config, format, dtype)
+    theirs = format.to_format(config, dtype)
     remarks = [*source.remarks]
-    if format != "dynmoe" and (lost := format_settings.words_lost_in(config, format, dtype)):
-        remarks.append(f"format {format} has no word for {words.listed(lost)}: left out")
+    if lost := format.lost_words(config, dtype):
+        remarks.append(f"format {format.name} has no word for {words.listed(lost)}: left out")
     beside, generation = words.words_beside(tokenizer)
     stated, generation = beside | source.token_ids, generation | source.generation
     entries = list(_entries(source, format, getattr(torch, dtype)))
-    if format == "dynamic-moe" and inv_freq_dtype is not None:
-        entries += _inv_freq_entries(source, getattr(torch, inv_freq_dtype))
+    if format.inv_freq_key is not None and inv_freq_dtype is not None:
+        entries += _inv_freq_entries(source, format.inv_freq_key, getattr(torch, inv_freq_dtype))
     with new_folder(target.folder, target.overwrite) as folder:
         write_json(folder / CONFIG, theirs)  # transformers reads a tokenizer only beside it
         special = {} if tokenizer is None else _write_tokenizer(tokenizer, folder)
         ids = words.written_ids({n: config.get(n) for n in TOKEN_IDS}, special, stated)
         write_json(folder / CONFIG, theirs | ids)
-        if format == "dynmoe":
-            _ship_code(folder)
+        _ship_code(format.shipped, folder)
         known_ids = {name: value for name, value in ids.items() if value is not None}
         write_json(folder / words.GENERATION_CONFIG, known_ids | generation)
         num_bytes = sum(entry.num_bytes for entry in entries)
         with progress_bar("writing", num_bytes, target.progress) as bar:
             write_shards(folder, entries, target.max_shard_size, bar.update)
-        card.write_card(folder, config, source.about, format, dtype)
+        card.write_card(folder, config, source.about, format.how_to_load, dtype)
         write_manifest(folder)
     for remark in remarks:
         say(remark)
@@ -169,7 +155,7 @@ def from_hf(
     config = source.config
     if routing is not None:
         try:
-            config = settings.with_routing(config, routing)
+            config = routing_settings.with_routing(config, routing)
         except ValueError as error:
             raise ValueError(f"--routing {routing.routing}: {error}") from error
     try:
@@ -178,7 +164,7 @@ def from_hf(
         raise ValueError(f"{model / CONFIG}: {error}") from error
     shapes = Shapes(config)
     args["huggingface_source"] = {
-        "format": source.format,
+        "format": source.format.name,
         "inv_freq_dtype": source.inv_freq_dtype,
         "words": {name: config[name] for name in words.CARRIED if name in config},
         "generation": source.generation,
@@ -216,9 +202,10 @@ def _lost_in_training(
     source: FromFolder, config: dict[str, Any], args: dict[str, Any]
 ) -> Iterator[str]:
     """What the flags and the state of the routers do not carry."""
-    state = settings.router_state(config) | {"theta": config["theta"]}
+    state = routing_settings.router_state(config) | {"theta": config["theta"]}
     back = megatron_settings.config_from_megatron(Namespace(**args), config["vocab_size"], state)
-    if lost := words.changed(config, back) | (source.unread if source.format == "dynmoe" else {}):
+    kept = source.unread if source.format.keeps_other_words else {}
+    if lost := words.changed(config, back) | kept:
         yield f"training has no flag for {words.listed(lost)}: left out"
 
 
@@ -232,9 +219,9 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _entries(source: Source, format: str, dtype: torch.dtype) -> Iterator[Entry]:
+def _entries(source: Source, format: Format, dtype: torch.dtype) -> Iterator[Entry]:
     weights, shapes = Weights(source), source.shapes
-    for block in in_order(shapes, FORMATS[format]):
+    for block in in_order(shapes, format.rows):
         shape = shapes.of_row(block.row)
         if not block.row.stacked:
             yield Entry(block.key, shape, dtype, partial(weights.block, block))
@@ -248,11 +235,11 @@ def _entries(source: Source, format: str, dtype: torch.dtype) -> Iterator[Entry]
             )
 
 
-def _inv_freq_entries(source: Source, dtype: torch.dtype) -> list[Entry]:
+def _inv_freq_entries(source: Source, template: str, dtype: torch.dtype) -> list[Entry]:
     head_dim = source.config["head_dim"]
     return [
         Entry(
-            INV_FREQ.format(layer=layer),
+            template.format(layer=layer),
             (head_dim // 2,),
             dtype,
             lambda: inv_freq(head_dim).to(dtype),
@@ -273,7 +260,7 @@ def _inv_freq_dtype(args: Namespace) -> str | None:
 def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
     if config["routing"] == "top_k":
         return
-    for name, values in settings.router_state(config).items():
+    for name, values in routing_settings.router_state(config).items():
         row = Row(ROUTER_STATE[name], ("theta_offset",))
         for layer, value in enumerate(values):
             if value is not None:
@@ -298,9 +285,9 @@ def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
     return special_token_ids(folder)
 
 
-def _ship_code(folder: Path) -> None:
-    """Copy the modelling files, which then import each other instead of the package."""
-    for name in _SHIPPED:
+def _ship_code(files: tuple[str, ...], folder: Path) -> None:
+    """Copy the modeling files, which then import each other instead of the package."""
+    for name in files:
         code = (_PACKAGE / name).read_text("utf-8")
         for package in ("routing", "huggingface"):
             code = code.replace(f"from megatron_dynmoe.{package}.", "from .")

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import current_umask
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import plain_name
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The types of weights, as safetensors and as torch name them.

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dynmoe.conversion.names import MEGATRON, Block, rows_by_part
+from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
+from megatron_dynmoe.conversion.shapes import Block
 from megatron_dynmoe.storage.manifest import plain_name
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
 from megatron_dynmoe.storage.unpickle import load_metadata, load_objects

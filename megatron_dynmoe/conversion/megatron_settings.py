@@ -9,15 +9,17 @@ from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     TOKEN_IDS,
     Needed,
-    RouterState,
     kinds_of_layers,
     layer_frequency,
     partial_rotary_factor,
     rope_of,
     rope_theta,
+    shown,
+)
+from megatron_dynmoe.conversion.routing_settings import (
+    RouterState,
     routing_config,
     settings_from_config,
-    shown,
 )
 from megatron_dynmoe.conversion.words import carried_in
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts

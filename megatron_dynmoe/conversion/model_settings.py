@@ -6,25 +6,11 @@ A *config* is a plain dict with the fields of our own format's configuration
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-import numpy as np
-
-from megatron_dynmoe.control.settle import settle
-from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.schedule import TargetSchedule
-
-_CONTROLLER = (
-    "scope",
-    "proportional_gain",
-    "integral_gain",
-    "initial_threshold",
-    "min_threshold",
-    "max_threshold",
-)
-_ROUTING = (
+# What a config has of the settings of dynamic routing, under their own names.
+ROUTING = (
     "routing",
     "max_experts_per_token",
     "normalization",
@@ -35,7 +21,7 @@ _ROUTING = (
     "inference_threshold",
     "inference_max_experts_per_token",
 )
-NO_ROUTING = dict.fromkeys(_ROUTING) | {
+NO_ROUTING: dict[str, Any] = dict.fromkeys(ROUTING) | {
     "routing": "top_k",
     "normalization": "none",
     "weights": "renormalized",
@@ -47,16 +33,16 @@ NO_ROUTING = dict.fromkeys(_ROUTING) | {
     "measured_experts_per_token": None,
     "num_experts_per_tok": None,
 }
-# What kind of value a setting has, under the names of any format.
+# What kind of value a setting has, under the names that several formats share.
 _COUNTS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "intermediate_size"),
     *("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts"),
-    *("num_local_experts", "num_experts_per_tok", "expert_frequency"),
+    "num_experts_per_tok",
 )
 _NUMBERS = (
     *("initializer_range", "rms_norm_eps", "attention_dropout", "hidden_dropout", "rope_theta"),
-    *("partial_rotary_factor", "top_p_threshold", "router_aux_loss_coef", "router_jitter_noise"),
+    *("partial_rotary_factor", "router_jitter_noise"),
 )
 _FLAGS = (
     *("attention_bias", "qk_norm", "tie_word_embeddings", "shared_expert_gate"),
@@ -65,11 +51,7 @@ _FLAGS = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token")
 _MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
-_NEVER_NULL = {
-    *(*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], "top_p_threshold"),
-    *("router_aux_loss_coef", *_FLAGS),
-}
-RouterState = dict[str, list[float | None]]
+_NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], *_FLAGS}
 
 
 class Needed(NamedTuple):
@@ -86,15 +68,21 @@ class Needed(NamedTuple):
         return self.own_remedy or f"leave out --{self.name.replace('_', '-')}"
 
 
-def check_kinds(values: dict[str, Any]) -> None:
+def check_kinds(
+    values: dict[str, Any], counts: Iterable[str] = (), numbers: Iterable[str] = ()
+) -> None:
     """Whether the settings that are there have values of their kind; others are not looked at.
+
+    Args:
+        counts: names of further settings that are whole numbers from 1, or null.
+        numbers: names of further settings that are numbers from 0, and never null.
 
     Raises:
         ValueError: one has not; the message names it.
     """
     for names, fits, kind in (
-        (_COUNTS, _is_count, "a whole number from 1"),
-        (_NUMBERS, _is_from_zero, "a number from 0"),
+        ((*_COUNTS, *counts), _is_count, "a whole number from 1"),
+        ((*_NUMBERS, *numbers), _is_from_zero, "a number from 0"),
         (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
         (_LISTS, lambda value: isinstance(value, list), "a list"),
         (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
@@ -104,7 +92,7 @@ def check_kinds(values: dict[str, Any]) -> None:
         for name in names:
             value = values.get(name)
             no_experts = name == "num_experts" and value == 0
-            may_be_null = name not in values or name not in _NEVER_NULL
+            may_be_null = name not in values or name not in {*_NEVER_NULL, *numbers}
             if not (fits(value) or no_experts or (value is None and may_be_null)):
                 raise ValueError(f"{name} is {value!r}: use {kind}.")
     if values.get("rope_parameters"):
@@ -124,103 +112,6 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     if not checked["rope_parameters"].get("rope_theta"):
         raise ValueError("rope_parameters has no rope_theta.")
     return checked
-
-
-def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, Any]:
-    """The routing part of the config, from resolved settings and the state of the routers."""
-    dynmoe = DynMoEConfig.from_dict(settings, source="the checkpoint")
-    routing = {name: getattr(dynmoe, name) for name in _ROUTING}
-    schedule = dynmoe.target_experts_per_token
-    target = _number_if_constant(schedule)
-    controller = None
-    if dynmoe.is_controlled:
-        controller = {name: getattr(dynmoe, name) for name in _CONTROLLER}
-        controller["integral"] = state["integral"]
-    measured = state["measured"]
-    return routing | {
-        "threshold": state["threshold"],
-        "theta": state["theta"] if dynmoe.normalization == "drn" else None,
-        "target_experts_per_token": target,
-        "controller": controller,
-        "measured_experts_per_token": measured if any(measured) else None,
-        "num_experts_per_tok": None,
-    }
-
-
-def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Resolved settings for the trainer; None for stock top-k."""
-    if config["routing"] == "top_k":
-        return None
-    settings = {name: config.get(name) for name in _ROUTING}
-    if config["routing"] == "top_p":
-        thresholds = {value for value in per_layer(config, "threshold") if value is not None}
-        if len(thresholds) != 1:
-            raise ValueError(
-                f"threshold is {config['threshold']}: with routing 'top_p' training has one fixed "
-                "threshold for all layers; give one number, or train with --routing dtop_p "
-                "--scope layer."
-            )
-        settings["threshold"] = thresholds.pop()
-    else:
-        settings["target_experts_per_token"] = config["target_experts_per_token"]
-        settings |= {name: (config.get("controller") or {}).get(name) for name in _CONTROLLER}
-    if settings["balance_loss"] == "none":
-        settings["balance_loss_coeff"] = None
-    given = {name: value for name, value in settings.items() if value is not None}
-    return settled(DynMoEConfig.from_dict(given, source="config.json"), config)[0].to_dict()
-
-
-def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, float]:
-    """Settings for a model of this config, every ``auto`` computed, and the first threshold."""
-    model = SimpleNamespace(
-        num_moe_experts=config["num_experts"],
-        hidden_size=config["hidden_size"],
-        init_method_std=config["initializer_range"],
-    )
-    dynmoe, controller = settle(dynmoe.resolve(config["num_experts"]), model)
-    first = controller.initial_threshold if controller else dynmoe.threshold
-    assert first is not None
-    return dynmoe, first
-
-
-def router_state(config: dict[str, Any]) -> RouterState:
-    """Threshold, integral and measured mean of every layer, None for those without experts."""
-    integral = (config.get("controller") or {}).get("integral")
-    return {
-        "threshold": per_layer(config, "threshold"),
-        "integral": integral or _where_sparse(config, 0.0),
-        "measured": config.get("measured_experts_per_token") or _where_sparse(config, 0.0),
-    }
-
-
-def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]:
-    """The config with another routing, its state as at the start of training."""
-    if not dynmoe.is_dynamic:
-        kept = {
-            "num_experts_per_tok": config.get("num_experts_per_tok"),
-            "weights": config["weights"],
-            "balance_loss": config["balance_loss"],
-            "balance_loss_coeff": config["balance_loss_coeff"],
-        }
-        if kept["num_experts_per_tok"] is None:
-            raise ValueError(
-                f"routing is 'top_k', but the model was trained with {config['routing']!r}, which "
-                "knows no k: choose top_p or dtop_p."
-            )
-        return config | NO_ROUTING | kept
-    dynmoe, first = settled(dynmoe, config)
-    state: RouterState = {
-        "threshold": _where_sparse(config, shortest(first)),
-        "integral": _where_sparse(config, 0.0),
-        "measured": _where_sparse(config, 0.0),
-        "theta": _where_sparse(config, 1.0),
-    }
-    return config | routing_config(dynmoe.to_dict(), state) | {"router_dtype": "float32"}
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal number that is this value in float32: 0.4, not 0.4000000059604645."""
-    return float(str(np.float32(value)))
 
 
 def rope_theta(config: dict[str, Any]) -> float:
@@ -255,18 +146,12 @@ def layer_frequency(sparse: list[bool]) -> int | list[int]:
 def per_layer(config: dict[str, Any], name: str) -> list[float | None]:
     """A setting of every layer, None for those without experts."""
     value = config[name]
-    return value if isinstance(value, list) else _where_sparse(config, value)
+    return value if isinstance(value, list) else where_sparse(config, value)
 
 
-def _where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
+def where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
+    """A value for every layer with experts, None for the others."""
     return [value if kind == "sparse" else None for kind in config["mlp_layer_types"]]
-
-
-def _number_if_constant(schedule: TargetSchedule | None) -> float | str | None:
-    if schedule is None:
-        return None
-    text = str(schedule)
-    return text if ":" in text else float(text)
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

@@ -15,25 +15,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dynmoe.conversion import card, format_settings, megatron_settings, words
-from megatron_dynmoe.conversion import model_settings as settings
-from megatron_dynmoe.conversion.folder import CONFIG, ModelFolder, cast
+from megatron_dynmoe.conversion import card, megatron_settings, routing_settings, words
+from megatron_dynmoe.conversion.folder import ModelFolder, cast
+from megatron_dynmoe.conversion.formats import format_in
+from megatron_dynmoe.conversion.formats.common import dtype_name
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
+from megatron_dynmoe.conversion.model_settings import check_config
 from megatron_dynmoe.conversion.names import (
-    FORMATS,
     MEGATRON,
     PARAMETERS,
     ROUTER_STATE,
-    Block,
     Row,
-    Shapes,
     rows_by_part,
 )
+from megatron_dynmoe.conversion.shapes import Block, Shapes
+from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.storage.manifest import check_manifest
 
-INV_FREQ = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-
-_NO_STATE: settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
+_NO_STATE: routing_settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
 
 
 class Source(Protocol):
@@ -76,7 +75,7 @@ class FromMegatron:
             self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
             state = self._router_state()
             self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
-            settings.check_config(self.config)
+            check_config(self.config)
             self.about = card.about_training(args, self.checkpoint.iteration)
             carried, self.generation = words.carried_in(getattr(args, "huggingface_source", None))
             self.token_ids = words.stated_ids(carried)
@@ -93,10 +92,10 @@ class FromMegatron:
     def read(self, block: Block) -> Tensor:
         return self.checkpoint.read_block(block)
 
-    def _router_state(self) -> settings.RouterState:
+    def _router_state(self) -> routing_settings.RouterState:
         if self.config["routing"] == "top_k":
             return _NO_STATE
-        state: settings.RouterState = {
+        state: routing_settings.RouterState = {
             name: [self._scalar(template, layer) for layer in range(len(self._layer_types))]
             for name, template in ROUTER_STATE.items()
         }
@@ -122,7 +121,7 @@ class FromMegatron:
                 f"{self.checkpoint.folder}: {key} of layer {layer} is {value}: the run had gone "
                 "wrong; take an earlier iteration"
             )
-        return settings.shortest(value)
+        return routing_settings.shortest(value)
 
     def _check(self) -> None:
         """Every entry has a meaning and the shape that the settings give it."""
@@ -158,12 +157,13 @@ class FromFolder:
         with progress_bar("checking hashes", _size(model), progress) as bar:
             check_manifest(model, bar.update)
         theirs = self.folder.config
+        self.format = format_in(model)
+        self.table = self.format.rows
         self._check_num_layers()
         try:
-            self.format = format_settings.format_of(theirs)
-            self.config = format_settings.from_format(theirs, self.format)
-            self.unread = format_settings.unread_words(theirs, self.format, self.config)
-            stated = format_settings.dtype_name(theirs)
+            self.config = self.format.from_format(theirs)
+            self.unread = self.format.unread_words(theirs, self.config)
+            stated = dtype_name(theirs)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error
         self.token_ids = words.stated_ids(theirs)
@@ -171,17 +171,17 @@ class FromFolder:
         self.remarks = [
             f"{model / name} has {words.listed(left_out)}, which has no place in what is written"
             for name, left_out in (
-                (CONFIG, {} if self.format == "dynmoe" else self.unread),
+                (CONFIG, {} if self.format.keeps_other_words else self.unread),
                 (words.GENERATION_CONFIG, dropped),
             )
             if left_out
         ]
         self.shapes = Shapes(self.config)
-        self.table = FORMATS[self.format]
-        self.dtype = str(self.folder.dtype("model.embed_tokens.weight")).removeprefix("torch.")
-        self.about = {"converted from": f"a folder of format {self.format}"}
-        # None: that layout without the frequencies, which its code can do without
-        self.inv_freq_dtype = None if self.format == "dynamic-moe" else "float32"
+        embedding = rows_by_part(self.table)["embedding"].key
+        self.dtype = str(self.folder.dtype(embedding)).removeprefix("torch.")
+        self.about = {"converted from": f"a folder of format {self.format.name}"}
+        # None: a layout with rotary frequencies, in a folder without them, which its code can do
+        self.inv_freq_dtype = None if self.format.inv_freq_key else "float32"
         self._check(stated)
 
     def read(self, block: Block) -> Tensor:
@@ -189,13 +189,15 @@ class FromFolder:
 
     def _check_num_layers(self) -> None:
         """Before anything is made for so many layers."""
-        stated = self.folder.config.get("num_hidden_layers")
-        matches = (re.match(r"model\.layers\.(\d+)\.", key) for key in self.folder.keys)
-        found = len({match[1] for match in matches if match})
+        word = self.format.layers_word
+        stated = self.folder.config.get(word)
+        before = {row.key.split("{layer}")[0] for row in self.table if "{layer}" in row.key}
+        pattern = re.compile(rf"(?:{'|'.join(map(re.escape, before))})(\d+)\.")
+        found = len({match[1] for match in map(pattern.match, self.folder.keys) if match})
         if stated != found or isinstance(stated, bool):
             raise ValueError(
-                f"{self.folder.folder / CONFIG}: num_hidden_layers is {stated!r}, the weights have "
-                f"{found} layers"
+                f"{self.folder.folder / CONFIG}: {word} is {stated!r}, the weights have {found} "
+                "layers"
             )
 
     def _check(self, stated: str | None) -> None:
@@ -209,8 +211,8 @@ class FromFolder:
                 _check_shape(where, block.key, found, self.shapes.of_row(row))
                 _check_dtype(where, block.key, self.folder.dtype(block.key), self.dtype)
                 unknown.discard(block.key)
-        if self.format == "dynamic-moe":
-            unknown -= self._check_inv_freq()
+        if self.format.inv_freq_key is not None:
+            unknown -= self._check_inv_freq(self.format.inv_freq_key)
         if unknown:
             key = sorted(unknown)[0]
             raise ValueError(
@@ -224,9 +226,9 @@ class FromFolder:
         if self.config["normalization"] == "drn" and self.config["theta"] is not None:
             self._check_thetas()
 
-    def _check_inv_freq(self) -> set[str]:
+    def _check_inv_freq(self, template: str) -> set[str]:
         """The rotary frequencies, which follow from the settings."""
-        keys = {INV_FREQ.format(layer=layer) for layer in range(self.shapes.num_layers)}
+        keys = {template.format(layer=layer) for layer in range(self.shapes.num_layers)}
         for key in sorted(keys & self.folder.keys):
             where, shape = str(self.folder.file_of(key)), (self.config["head_dim"] // 2,)
             _check_shape(where, key, self.folder.shape(key), shape)
@@ -297,7 +299,7 @@ def theta_in(source: Source, dtype: torch.dtype) -> dict[str, Any]:
 def thetas(offsets: list[float | None]) -> list[float | None]:
     """The scale that each layer uses, computed as training does: 1 + offset in float32."""
     return [
-        None if offset is None else settings.shortest(1 + torch.tensor(offset).item())
+        None if offset is None else routing_settings.shortest(1 + torch.tensor(offset).item())
         for offset in offsets
     ]
 

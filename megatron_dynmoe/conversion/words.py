@@ -1,19 +1,20 @@
 """Words of a folder's JSON files that training has no use for: kept, named, or without a meaning.
 
-What a model computes is read by ``format_settings``. Here is the rest: where a text begins and
+What a model computes is read by its format. Here is the rest: where a text begins and
 ends, how to generate, what a call returns. A word that is neither is said aloud, so that nothing
 vanishes in silence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.conversion.folder import CONFIG
 from megatron_dynmoe.conversion.model_settings import TOKEN_IDS, check_kinds
 from megatron_dynmoe.storage.json_files import read_json
 
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 # What Transformers takes for the ids that a config.json of any of the formats leaves out.
@@ -55,7 +56,7 @@ _OFF = {"router_jitter_noise": 0, "attention_bias": False, "mlp_bias": False}
 _NOT_OF_GENERATION = ("transformers_version", "_from_model_config")
 
 
-def unread(theirs: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def unread(theirs: dict[str, Any], known: Set[str]) -> dict[str, Any]:
     """The words of a ``config.json`` that say something and are not among those that are read."""
     return {
         name: value

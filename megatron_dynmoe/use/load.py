@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
+from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
@@ -34,10 +35,11 @@ def load_config(folder: Path) -> Any:
     check_is_model(folder)
     settings = read_json(folder / "config.json")
     _refuse_code_from_a_hub(folder, settings)
-    if "MoEForCausalLM" in (settings.get("architectures") or []):
+    format = next((one for one in FORMATS.values() if one.recognizes(settings)), None)
+    if format is not None and not format.has_model_code:
         raise ValueError(
-            f"model {folder} is in the published layout of Dynamic MoE, for which Transformers has "
-            f"no code: convert_checkpoint.py to-hf --load {folder} --output DIR makes one of ours"
+            f"model {folder} is of format {format.name} ({format.summary}), for which Transformers "
+            f"has no code: dynmoe convert to-hf --load {folder} --output DIR makes one of ours"
         )
     try:
         return transformers.AutoConfig.from_pretrained(

@@ -350,7 +350,7 @@ def _nothing(folder: Path, tokenizer: Path) -> None:
         (_small_vocabulary, "another model's tokenizer"),
         (_without_tokenizer, "--tokenizer"),
         (_nan, "router of layer 1 gives NaN"),
-        (_llama, "'llama', which has no routers"),
+        (_llama, "model_type is 'llama' and architectures None: the formats that"),
         (_nothing, "no such folder"),
         (_no_model, "neither an exported model (config.json) nor the checkpoints"),
     ],

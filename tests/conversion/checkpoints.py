@@ -10,9 +10,12 @@ from torch import Tensor
 
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
+from megatron_dynmoe.conversion.formats import FORMATS
+from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import NO_ROUTING
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Block, Row, Shapes
+from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.shapes import Block, Shapes
 
 TOP_P = {
     "routing": "top_p",
@@ -37,8 +40,6 @@ DTOP_P = TOP_P | {
     },
 }
 TOP_K = {"routing": "top_k", "num_experts_per_tok": 2}
-# What each format can hold, with everything else at model_config's values.
-ROUTING_OF = {"dynmoe": DTOP_P, "dynamic-moe": TOP_P, "mixtral": TOP_K}
 
 
 def model_config(**settings: Any) -> dict[str, Any]:
@@ -75,6 +76,27 @@ def model_config(**settings: Any) -> dict[str, Any]:
     return config
 
 
+def can_hold(format: Format, config: dict[str, Any]) -> bool:
+    """Whether a format can express a config without loss."""
+    try:
+        return not format.lost_words(config, "float32")
+    except ValueError:
+        return False
+
+
+def example_of(format: Format) -> dict[str, Any]:
+    """Settings that a format can hold, with everything else at model_config's values."""
+    known = model_config().keys() - {"routing"}
+    fixed = {needed.name: needed.value for needed in format.needed if needed.name in known}
+    for routing in (DTOP_P, TOP_P, TOP_K):
+        if can_hold(format, model_config(**routing | fixed)):
+            return routing | fixed
+    raise AssertionError(f"format {format.name} holds no model that the tests know")
+
+
+EXAMPLES = {name: example_of(format) for name, format in FORMATS.items()}
+
+
 def write_megatron(
     save: Path,
     config: dict[str, Any],
@@ -108,7 +130,7 @@ def export(
     folder: Path, format: str = "dynmoe", dtype: str = "float32", **settings: Any
 ) -> tuple[Path, Path]:
     """A checkpoint and its Hugging Face folder, in several shards."""
-    config = model_config(**(ROUTING_OF[format] | settings))
+    config = model_config(**(EXAMPLES[format] | settings))
     load = write_megatron(folder / "megatron", config, dtype)
     to_hf(load, Target(folder / "hf", format=format, max_shard_size=3000))
     return load, folder / "hf"

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.cli import convert as convert_command
-from megatron_dynmoe.conversion import convert, folder, megatron_settings, names, sources
+from megatron_dynmoe.conversion import convert, folder, megatron_settings, shapes, sources
+from megatron_dynmoe.conversion.formats import FORMATS
+from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from megatron_dynmoe.storage.megatron_names import TRACKER
-from tests.conversion.checkpoints import ROUTING_OF, export, model_config, write_megatron
+from tests.conversion.checkpoints import EXAMPLES, export, model_config, write_megatron
 from tests.helpers.commands import exit_code_of
 
 main = partial(exit_code_of, convert_command.main)
@@ -33,7 +35,7 @@ Damage = Callable[[Path], Any]
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """A checkpoint and its export in every format."""
     root = tmp_path_factory.mktemp("good")
-    return {format: export(root / format, format) for format in ROUTING_OF}
+    return {format: export(root / format, format) for format in FORMATS}
 
 
 @pytest.fixture
@@ -279,7 +281,7 @@ WRONG = ("x", [], {}, -1, 0.5, 10**400, True, [1, 2, 3], 10**12)
 OFTEN_FINE = (0.5, None, 10**12, -1, True, [], {})  # empty is left out
 
 
-@pytest.mark.parametrize("format", ROUTING_OF)
+@pytest.mark.parametrize("format", FORMATS)
 def test_any_value_of_the_wrong_kind(
     good: dict[str, tuple[Path, Path]],
     tmp_path: Path,
@@ -297,21 +299,20 @@ def test_any_value_of_the_wrong_kind(
             (model / "config.json").write_text(json.dumps(config | {name: value}))
             try:
                 source = sources.FromFolder(model)
-                names.Shapes(source.config)
+                shapes.Shapes(source.config)
                 megatron_settings.training_flags(source.config, source.dtype)
             except ValueError as error:
                 named = ("config.json", "settings", name)
                 assert any(word in str(error) for word in named), (name, value)
             else:
                 ids = name == "eos_token_id" and value == [1, 2, 3]
-                assert value in OFTEN_FINE or name in FREE[format] or ids, (name, value)
+                assert value in OFTEN_FINE or name in FREE or ids, (name, value)
 
 
-# What a format's own code does not look at either, or what may be a list or names.
+# What no format's own code looks at either, or what may be a list or names.
 FREE = {
-    "dynmoe": ("dtype", "measured_experts_per_token", "transformers_version", "controller"),
-    "dynamic-moe": ("model_type", "rope_theta", "rope_scaling", "experts_topk", "dtype"),
-    "mixtral": ("rope_theta", "rope_scaling", "model_type", "dtype"),
+    *WITHOUT_MEANING,
+    *("controller", "measured_experts_per_token", "rope_theta", "rope_scaling"),
 }
 
 
@@ -568,12 +569,12 @@ def test_checkpoints_of_another_kind(tmp_path: Path, refused: Refused, old: bool
 def test_saved_arguments(
     tmp_path: Path, refused: Refused, args: dict[str, Any], says: tuple
 ) -> None:
-    config = model_config(**ROUTING_OF["dynmoe"])
+    config = model_config(**EXAMPLES["dynmoe"])
     refused.to_hf(write_megatron(tmp_path / "load", config, **args), *says)
 
 
 def test_a_threshold_in_a_checkpoint(tmp_path: Path, refused: Refused) -> None:
-    config = model_config(**ROUTING_OF["dynmoe"])
+    config = model_config(**EXAMPLES["dynmoe"])
     for value, says in ((1.5, "threshold[0] is 1.5"), (float("nan"), "is nan")):
         load = write_megatron(tmp_path / f"load{value}", config, threshold=value)
         refused.to_hf(load, says)

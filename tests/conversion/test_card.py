@@ -27,7 +27,7 @@ ABOUT = {"steps": 100, "data": "book"}
 
 
 def card(folder: Path, config: dict, about: dict = ABOUT) -> str:
-    write_card(folder, config, about, "dynmoe", "bfloat16")
+    write_card(folder, config, about, "how to load", "bfloat16")
     return (folder / CARD).read_text()
 
 

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_dynmoe.conversion import format_settings, megatron_settings
+from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
-from megatron_dynmoe.conversion.format_settings import from_format, to_format
-from megatron_dynmoe.conversion.model_settings import check_config, router_state
-from megatron_dynmoe.conversion.names import FORMATS
+from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_named, format_of
+from megatron_dynmoe.conversion.model_settings import check_config
+from megatron_dynmoe.conversion.routing_settings import router_state
 from tests.conversion.checkpoints import (
     DTOP_P,
-    ROUTING_OF,
+    EXAMPLES,
     TOP_P,
+    can_hold,
     megatron_tensors,
     model_config,
     write_megatron,
@@ -32,9 +33,7 @@ from tests.conversion.checkpoints import (
 
 # Each makes every format that has it, or ours alone, carry something of its own.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain dynmoe": ("dynmoe", DTOP_P),
-    "plain dynamic-moe": ("dynamic-moe", TOP_P),
-    "plain mixtral": ("mixtral", {}),
+    **{f"plain {name}": (name, EXAMPLES[name]) for name in FORMATS},
     "grouped queries": ("mixtral", {"num_attention_heads": 6, "num_key_value_heads": 3}),
     "one key for all": ("mixtral", {"num_key_value_heads": 1}),
     "wide heads": ("mixtral", {"head_dim": 10}),
@@ -129,10 +128,10 @@ def test_a_folder_becomes_ours_and_back(
     assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "again"))
 
 
-@pytest.mark.parametrize("format", ROUTING_OF)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 def test_casts_are_those_of_torch(tmp_path: Path, format: str, dtype: str) -> None:
-    config = model_config(**ROUTING_OF[format])
+    config = model_config(**EXAMPLES[format])
     load = write_megatron(tmp_path / "load", config, "float32")
     to_hf(load, Target(tmp_path / "as_it_is", format=format))
     to_hf(load, Target(tmp_path / "cast", format=format, dtype=dtype))
@@ -174,70 +173,78 @@ def test_an_infinite_value_stays_what_it_is(tmp_path: Path) -> None:
     to_hf(load, Target(tmp_path / "cast", dtype="float16"))
 
 
-# Anything else than the value in the table: one for each of its entries.
-OTHERWISE: dict[str, Any] = {
-    "routing": DTOP_P,
-    "normalization": {"normalization": "drn"},
-    "max_experts_per_token": {"max_experts_per_token": 3},
-    "inference_max_experts_per_token": {"inference_max_experts_per_token": 3},
-    "inference_threshold": {"inference_threshold": 0.2},
-    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    "partial_rotary_factor": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-        }
-    },
-    "attention_bias": {"attention_bias": True},
-    "qk_norm": {"qk_norm": True},
-    "shared_expert_intermediate_size": {"shared_expert_intermediate_size": 3},
-    "tie_word_embeddings": {"tie_word_embeddings": True},
-    # Not single values of the table
-    "threshold": {"threshold": [0.3, 0.4]},
-    "num_key_value_heads": {"num_key_value_heads": 1},
-    "head_dim": {"head_dim": 6},
-    "intermediate_size": {"intermediate_size": 7, "mlp_layer_types": ["sparse", "dense"]},
+# Other values of each setting that a format may not be able to express.
+OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
+    "routing": (DTOP_P, TOP_P),
+    "normalization": ({"normalization": "drn"},),
+    "weights": ({"weights": "raw"}, {"weights": "renormalized"}),
+    "max_experts_per_token": ({"max_experts_per_token": 3},),
+    "inference_max_experts_per_token": ({"inference_max_experts_per_token": 3},),
+    "inference_threshold": ({"inference_threshold": 0.2},),
+    "rope_theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},),
+    "partial_rotary_factor": (
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
+    "attention_bias": ({"attention_bias": True}, {"attention_bias": False}),
+    "qk_norm": ({"qk_norm": True}, {"qk_norm": False}),
+    "shared_expert_intermediate_size": ({"shared_expert_intermediate_size": 3},),
+    "tie_word_embeddings": ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+    "threshold": ({"threshold": [0.3, 0.4]},),
+    "num_key_value_heads": ({"num_key_value_heads": 1},),
+    "head_dim": ({"head_dim": 6},),
+    "mlp_layer_types": ({"mlp_layer_types": ["dense", "sparse"]},),
+    "intermediate_size": ({"intermediate_size": 7, "mlp_layer_types": ["sparse", "dense"]},),
 }
-OTHERWISE_OF = {
-    "dynamic-moe": OTHERWISE
-    | {
-        "weights": {"weights": "renormalized"},
-        "mlp_layer_types": {"mlp_layer_types": ["dense", "sparse"]},
-    },
-    "mixtral": {
-        name: OTHERWISE[name]
-        for name in (
-            *("routing", "attention_bias", "qk_norm", "shared_expert_intermediate_size"),
-            "partial_rotary_factor",
-        )
-    }
-    | {
-        "weights": {"weights": "raw"},
-        "mlp_layer_types": {"mlp_layer_types": ["sparse", "dense"]},
-    },
-}
-TABLES = {
-    "dynamic-moe": format_settings.NEEDED_BY_DYNAMIC_MOE,
-    "mixtral": format_settings.NEEDED_BY_MIXTRAL,
-}
-
-
-def test_every_entry_of_the_tables_is_tried() -> None:
-    for format, table in TABLES.items():
-        assert {needed.name for needed in table} <= OTHERWISE_OF[format].keys()
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [(f, name) for f, names in OTHERWISE_OF.items() for name in names]
+    ("format", "name"),
+    [
+        (format, entry.name)
+        for format, record in FORMATS.items()
+        for entry in (*record.needed, *record.limits)
+    ],
 )
 def test_a_format_refuses_what_it_cannot_express(format: str, name: str) -> None:
-    settings = ROUTING_OF[format] | OTHERWISE_OF[format][name]
-    config = model_config(**settings)
-    with pytest.raises(ValueError, match=f"{format} cannot express {name} .*--format dynmoe"):
-        to_format(config, format, "float32")
-    to_format(model_config(**ROUTING_OF[format]), format, "float32")
-    assert to_format(config, "dynmoe", "float32")["model_type"] == "dynmoe"
+    refusals = 0
+    for other in OTHERWISE[name]:
+        config = model_config(**EXAMPLES[format] | other)
+        try:
+            FORMATS[format].to_format(config, "float32")
+        except ValueError as error:
+            refusals += 1
+            assert re.match(f"format {format} cannot express {name} .*--format dynmoe", str(error))
+        assert OURS.to_format(config, "float32")["model_type"] == "dynmoe"
+    assert refusals > 0
+    FORMATS[format].to_format(model_config(**EXAMPLES[format]), "float32")
+
+
+def test_a_folder_is_of_one_format() -> None:
+    for name, format in FORMATS.items():
+        theirs = format.to_format(model_config(**EXAMPLES[name]), "float32")
+        assert [other.name for other in FORMATS.values() if other.recognizes(theirs)] == [name]
+        assert format_of(theirs) is format
+
+
+def test_what_is_of_no_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"format is 'mixtrl': use one of dynmoe, "):
+        format_named("mixtrl")
+    load = write_megatron(tmp_path / "load", model_config())
+    with pytest.raises(ValueError, match="mixtrl"):
+        to_hf(load, Target(tmp_path / "hf", format="mixtrl"))
+    with pytest.raises(ValueError, match=r"model_type is 'gpt2' and architectures None: .*dynmoe"):
+        format_of({"model_type": "gpt2"})
+
+
+def test_the_docs_have_a_cell_for_each_line_of_each_format() -> None:
+    for format in FORMATS.values():
+        assert list(format.column) == list(OURS.column), format.name
 
 
 @pytest.mark.parametrize("needed", megatron_settings.NEEDED_OF_MEGATRON, ids=lambda n: n.name)
@@ -263,11 +270,11 @@ def test_megatrons_flags_of_a_model_with_dense_layers() -> None:
 
 @st.composite
 def settings_of(draw: st.DrawFn, format: str) -> dict[str, Any]:
-    """A config that a format can hold."""
+    """A config that a format can hold: of what follows, whatever it can."""
     count, rate = st.integers(1, 9), st.floats(0, 1)
     heads = draw(count)
     layers = draw(count)
-    settings = ROUTING_OF[format] | {
+    settings = EXAMPLES[format] | {
         "vocab_size": draw(st.integers(1, 10**6)),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -278,47 +285,44 @@ def settings_of(draw: st.DrawFn, format: str) -> dict[str, Any]:
         "initializer_range": draw(st.floats(1e-4, 1)),
         "rms_norm_eps": draw(st.floats(1e-9, 1e-3)),
     }
-    if format == "mixtral":
-        groups = draw(st.sampled_from([g for g in range(1, heads + 1) if heads % g == 0]))
-        settings |= {
-            "num_key_value_heads": groups,
-            "head_dim": 2 * draw(count),
-            "tie_word_embeddings": draw(st.booleans()),
-            "attention_dropout": draw(rate),
-            "num_experts": (experts := draw(count)),
-            "num_experts_per_tok": draw(st.integers(1, experts)),
-            "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.floats(1, 1e9))},
-        }
-    else:
-        every = draw(st.integers(1, 3))
-        kinds = ["dense" if layer % every else "sparse" for layer in range(layers)]
-        settings["mlp_layer_types"] = kinds
-        settings["threshold"] = draw(st.floats(0, 1, width=32).map(lambda x: float(f"{x:.6g}")))
-    if format == "dynmoe":
-        settings |= {
-            "intermediate_size": draw(count),
-            "inference_threshold": draw(st.none() | rate),
-            "max_experts_per_token": draw(st.none() | st.integers(2, 4)),
-            "weights": draw(st.sampled_from(("raw", "renormalized"))),
-            "normalization": draw(st.sampled_from(("none", "drn"))),
-            "target_experts_per_token": draw(st.sampled_from((2.0, 1.5, "0:2,100:1.5"))),
-        }
+    groups = [g for g in range(1, heads + 1) if heads % g == 0]
+    every = draw(st.integers(1, 3))
+    for more in (
+        {"num_key_value_heads": draw(st.sampled_from(groups))},
+        {"head_dim": 2 * draw(count)},
+        {"tie_word_embeddings": draw(st.booleans())},
+        {"attention_dropout": draw(rate)},
+        {"num_experts": draw(st.integers(4, 9))},
+        {"num_experts_per_tok": draw(st.integers(1, 4))},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": draw(st.floats(1, 1e9))}},
+        {"mlp_layer_types": ["dense" if i % every else "sparse" for i in range(layers)]},
+        {"threshold": draw(st.floats(0, 1, width=32).map(lambda x: float(f"{x:.6g}")))},
+        {"intermediate_size": draw(count)},
+        {"inference_threshold": draw(st.none() | rate)},
+        {"max_experts_per_token": draw(st.none() | st.integers(2, 4))},
+        {"weights": draw(st.sampled_from(("raw", "renormalized")))},
+        {"normalization": draw(st.sampled_from(("none", "drn")))},
+        {"target_experts_per_token": draw(st.sampled_from((2.0, 1.5, "0:2,100:1.5")))},
+    ):
+        if can_hold(FORMATS[format], model_config(**settings | more)):
+            settings |= more
     return settings
 
 
-@given(st.data(), st.sampled_from(tuple(ROUTING_OF)))
+@given(st.data(), st.sampled_from(tuple(FORMATS)))
 def test_settings_come_back_from_every_format(data: st.DataObject, format: str) -> None:
     config = model_config(**data.draw(settings_of(format)))
-    written = json.loads(json.dumps(to_format(config, format, "float32")))
-    back = from_format(written, format)
-    again = json.loads(json.dumps(to_format(back, format, "float32")))
-    assert again == written if format != "dynmoe" else again.items() >= written.items()
+    record = FORMATS[format]
+    written = json.loads(json.dumps(record.to_format(config, "float32")))
+    back = record.from_format(written)
+    again = json.loads(json.dumps(record.to_format(back, "float32")))
+    assert again.items() >= written.items()
     for name in config.keys() - {"threshold", "theta", "measured_experts_per_token"}:
         assert back[name] == config[name], name
     assert router_state(back)["threshold"] == router_state(config)["threshold"]
 
 
-@given(st.data(), st.sampled_from(tuple(ROUTING_OF)))
+@given(st.data(), st.sampled_from(tuple(FORMATS)))
 def test_settings_come_back_from_megatron(data: st.DataObject, format: str) -> None:
     config = check_config(model_config(**data.draw(settings_of(format))))
     rope = config["rope_parameters"]
@@ -331,9 +335,3 @@ def test_settings_come_back_from_megatron(data: st.DataObject, format: str) -> N
         assert back[name] == config[name], name
     for name in ("max_experts_per_token", "inference_threshold", "target_experts_per_token"):
         assert back[name] == config[name], name
-
-
-def test_every_format_is_tried() -> None:
-    """A new one that is missing from a list would pass by its tests."""
-    assert set(FORMATS) == set(ROUTING_OF) == {format for format, _ in MODELS.values()}
-    assert {*TABLES, "dynmoe"} == set(FORMATS)  # ours expresses everything

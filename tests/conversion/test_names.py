@@ -9,29 +9,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.conversion.names import (
     DENSE,
-    FORMATS,
     MEGATRON,
     PARAMETERS,
     SPARSE,
     Row,
-    Shapes,
     rows_by_part,
 )
-from tests.conversion.checkpoints import model_config
+from megatron_dynmoe.conversion.shapes import Shapes
+from tests.conversion.checkpoints import DTOP_P, EXAMPLES, model_config
 
-TABLES = FORMATS | {"megatron": MEGATRON}
-# What a format has no row for is refused by its settings; test_formats.py asks for each of them.
-LACKING = {
-    "megatron": set(),
-    "dynmoe": set(),
-    "dynamic-moe": {name for name, p in PARAMETERS.items() if p.when not in (None, "untied")},
-    "mixtral": {
-        name
-        for name, parameter in PARAMETERS.items()
-        if parameter.when not in (None, "untied") or parameter.where == DENSE
-    },
+TABLES = {name: format.rows for name, format in FORMATS.items()} | {"megatron": MEGATRON}
+# What gives a model the parameters that not all models have.
+WITH: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "untied": {"tie_word_embeddings": False},
+    "attention_bias": {"attention_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "drn": DTOP_P,
+    "shared_expert": {"shared_expert_intermediate_size": 3},
+    "shared_expert_gate": {"shared_expert_intermediate_size": 3, "shared_expert_gate": True},
 }
 
 
@@ -66,10 +65,25 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 def test_every_parameter_has_one_place(name: str) -> None:
     parts = [part for row in TABLES[name] for part in row.parts]
     assert len(parts) == len(set(parts))
-    assert PARAMETERS.keys() - set(parts) == LACKING[name]
     keys = [key for row in TABLES[name] for key in (row.key, *row.aliases)]
     assert len(keys) == len(set(keys))
     assert rows_by_part(TABLES[name]).keys() == set(parts)
+
+
+def test_ours_and_megatrons_have_every_parameter() -> None:
+    assert PARAMETERS.keys() == rows_by_part(OURS.rows).keys() == rows_by_part(MEGATRON).keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_model_with_a_parameter_that_a_format_has_no_row_for_is_refused(name: str) -> None:
+    for lacking in PARAMETERS.keys() - rows_by_part(TABLES[name]).keys():
+        parameter = PARAMETERS[lacking]
+        config = model_config(**EXAMPLES[name] | WITH[parameter.when])
+        if parameter.where == DENSE:
+            config["mlp_layer_types"] = ["sparse", "dense"]
+        assert any(Shapes(config).blocks(rows_by_part(MEGATRON)[lacking])), lacking
+        with pytest.raises(ValueError, match=f"format {name} cannot express"):
+            FORMATS[name].check_expressible(config)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dynmoe.conversion.format_settings import from_format
+from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.conversion.megatron_settings import (
     args_from_config,
     config_from_megatron,
     training_flags,
 )
-from megatron_dynmoe.conversion.model_settings import check_config, router_state
+from megatron_dynmoe.conversion.model_settings import check_config
+from megatron_dynmoe.conversion.routing_settings import router_state
 from megatron_dynmoe.settings.arguments import add_dynmoe_args, config_from_args
 from tests.conversion.checkpoints import DTOP_P, TOP_P, model_config
 from tests.moe import one_rank
@@ -113,7 +114,7 @@ def test_a_mixtral_of_the_usual_numbers(parser: ArgumentParser) -> None:
         "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "num_local_experts": 8,
         "torch_dtype": "bfloat16",
     }  # fmt: skip
-    config = from_format(theirs, "mixtral")
+    config = FORMATS["mixtral"].from_format(theirs)
     read = check(parser, config, "bfloat16")
     assert read.rotary_base == 1000000 and type(read.rotary_base) is int
     assert read.layernorm_epsilon == 1e-5

@@ -14,12 +14,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
-from megatron_dynmoe.conversion.format_settings import from_format, to_format
+from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.huggingface import DynMoEModelConfig
 from megatron_dynmoe.huggingface.modeling_dynmoe import routing_loss
 from megatron_dynmoe.storage.manifest import write_manifest
-from tests.conversion.checkpoints import DTOP_P, ROUTING_OF, export, model_config, write_megatron
+from tests.conversion.checkpoints import DTOP_P, EXAMPLES, export, model_config, write_megatron
 from tests.helpers.tiny_export import VOCAB_SIZE, make_tokenizer
 
 PUBLISHED = (  # of the released Dynamic MoE
@@ -28,11 +28,12 @@ PUBLISHED = (  # of the released Dynamic MoE
     *("max_position_embeddings", "rms_norm_eps", "vocab_size", "tie_word_embeddings"),
     *("architectures", "model_type", "torch_dtype", "transformers_version", "rope_scaling"),
 )
+# What the file of each format may hold, by the code of others; what we write is tried as well.
 FIELDS = {
     "mixtral": {*MixtralConfig().to_dict(), "sliding_window", "torch_dtype", "rope_theta"},
     "dynamic-moe": {*LlamaConfig().to_dict(), *PUBLISHED} - {"rope_parameters"},
-    "dynmoe": set(DynMoEModelConfig().to_dict()),
 }
+MIXTRAL = FORMATS["mixtral"]
 # Another value than the one in the file, if adding 1, turning round or a new word do not make one.
 OTHER: dict[str, Any] = {
     "attention_dropout": 0.25,
@@ -67,7 +68,7 @@ OTHER: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    return {format: export(root / format, format)[1] for format in ROUTING_OF}
+    return {format: export(root / format, format)[1] for format in EXAMPLES}
 
 
 def change(folder: Path, name: str = "config.json", **words: Any) -> Path:
@@ -87,7 +88,15 @@ def another(name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [(format, name) for format, names in FIELDS.items() for name in sorted(names)],
+    [
+        (name, word)
+        for name, format in FORMATS.items()
+        for word in sorted(
+            FIELDS.get(name, set())
+            | format.words()
+            | format.to_format(model_config(**EXAMPLES[name]), "float32").keys()
+        )
+    ],
 )
 def test_every_word_is_kept_refused_named_or_without_a_meaning(
     folders: dict[str, Path],
@@ -114,9 +123,9 @@ def test_every_word_is_kept_refused_named_or_without_a_meaning(
     except ValueError as error:
         told = str(error)
     else:
-        told = capsys.readouterr().err.replace("format dynamic-moe", "")
+        told = capsys.readouterr().err.replace(f"format {format}", "")
         back = json.loads((tmp_path / "back" / "config.json").read_text())
-        reread = (from_format(back, format), from_format(words, format))
+        reread = (FORMATS[format].from_format(back), FORMATS[format].from_format(words))
         kept = name in back and back[name] == value
         kept |= isinstance(value, dict) and back.get(name, {}).items() >= value.items()
         kept |= name in reread[0] and name in reread[1] and alike(name, *reread)
@@ -139,7 +148,7 @@ def test_the_base_class_has_no_word_that_nobody_has_judged() -> None:
     assert set(PreTrainedConfig().to_dict()) <= set(WITHOUT_MEANING)
 
 
-@pytest.mark.parametrize("format", ROUTING_OF)
+@pytest.mark.parametrize("format", FORMATS)
 def test_an_unknown_word_is_named(
     folders: dict[str, Path],
     tmp_path: Path,
@@ -162,7 +171,7 @@ def test_an_unknown_word_is_named(
     assert config["vocab_size"] == ours["vocab_size"]
 
 
-@pytest.mark.parametrize("format", ROUTING_OF)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("eos", [7, [7, 9], None])
 def test_ids_and_generation_come_back_without_a_tokenizer(
     tmp_path: Path, format: str, eos: Any
@@ -211,17 +220,16 @@ def test_words_of_generation_that_name_a_machine_or_a_hub_are_not_kept(
 def test_a_mixtrals_balance_loss_is_ours_and_megatrons_at_their_scales(layers: int) -> None:
     """By the three formulas, with the same router in every layer, where they are the same."""
     coefficient, k, experts = 0.02, 3, 8
-    theirs = to_format(
+    theirs = MIXTRAL.to_format(
         model_config(
             num_experts=experts,
             num_experts_per_tok=k,
             num_hidden_layers=layers,
             mlp_layer_types=["sparse"] * layers,
         ),
-        "mixtral",
         "float32",
     )
-    config = from_format(theirs | {"router_aux_loss_coef": coefficient}, "mixtral")
+    config = MIXTRAL.from_format(theirs | {"router_aux_loss_coef": coefficient})
     logits_TE = torch.randn(20, experts, generator=torch.Generator().manual_seed(0))
     expected = coefficient * load_balancing_loss_func((logits_TE,) * layers, experts, k)
     probs_TE = logits_TE.softmax(-1)
@@ -244,19 +252,18 @@ def test_a_mixtrals_balance_loss_is_ours_and_megatrons_at_their_scales(layers: i
 def test_a_mixtrals_coefficient_comes_back_through_megatron(
     coefficient: float, layers: int, k: int
 ) -> None:
-    none = to_format(
+    none = MIXTRAL.to_format(
         model_config(
             num_hidden_layers=layers, num_experts_per_tok=k, mlp_layer_types=["sparse"] * layers
         ),
-        "mixtral",
         "float32",
     )
     assert none["router_aux_loss_coef"] == 0  # said, or Mixtral would take 0.001
-    config = from_format(none | {"router_aux_loss_coef": coefficient}, "mixtral")
+    config = MIXTRAL.from_format(none | {"router_aux_loss_coef": coefficient})
     args = Namespace(**megatron_settings.args_from_config(config, "float32"))
     trained = megatron_settings.config_from_megatron(args, config["vocab_size"], {})
     for source in (config, trained):
-        back = to_format(source, "mixtral", "float32")["router_aux_loss_coef"]
+        back = MIXTRAL.to_format(source, "float32")["router_aux_loss_coef"]
         assert back == pytest.approx(coefficient, rel=1e-14)
         assert coefficient == 1 / 3 or back == coefficient
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dynmoe.conversion.formats import FORMATS
+from tests.conversion.checkpoints import EXAMPLES
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 from tests.distributed.test_resume import differences, is_model, tensors
 
@@ -36,7 +38,11 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
 }
-FORMATS = {"dynmoe": DTOP_P, "dynamic-moe": TOP_P, "mixtral": TOP_K}
+# Of each format, those of the routing that it can hold.
+FLAGS = {
+    name: {"dtop_p": DTOP_P, "top_p": TOP_P, "top_k": TOP_K}[EXAMPLES[name]["routing"]]
+    for name in FORMATS
+}
 # Everything that a checkpoint can differ in from the plain one, at once.
 ODD = (
     f"{DTOP_P} --group-query-attention --num-query-groups 2 --add-qkv-bias --qk-layernorm "
@@ -78,7 +84,7 @@ def round_trip(layout: str, format: str, flags: str, name: str | None = None) ->
 
 TRIPS = {
     f"{format}, {layout}": round_trip(layout, format, flags)
-    for format, flags in FORMATS.items()
+    for format, flags in FLAGS.items()
     for layout in LAYOUTS
 } | {
     "dynmoe, odd": round_trip("one", "dynmoe", f"{ODD} --swiglu", "odd"),

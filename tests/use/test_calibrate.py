@@ -393,7 +393,7 @@ def test_mixtral_becomes_ours(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((folders["top_p"] / name).read_bytes())
     flags = ["--model", source, "--data", BOOK, "--tokens", NUM_TOKENS, "--target", 2]
-    with pytest.raises(SystemExit, match="--in-place: a Mixtral folder"):
+    with pytest.raises(SystemExit, match="--in-place: a folder of format mixtral"):
         tool(monkeypatch, *flags, "--in-place")
     tool(monkeypatch, *flags, "--sweep", "none", "--output", output)
     own = next(line for line in capsys.readouterr().out.splitlines() if "(own)" in line)

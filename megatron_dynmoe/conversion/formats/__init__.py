@@ -1,0 +1,62 @@
+"""Formats: layouts of Hugging Face folders, each in one file that holds all that differs.
+
+A file's ``FORMAT`` is listed here, and nowhere else: ``--format``, the table of the docs and the
+tests go through :data:`FORMATS`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmoe.conversion.formats import dynamic_moe, dynmoe, mixtral
+from megatron_dynmoe.conversion.formats.format import Format
+from megatron_dynmoe.conversion.words import CONFIG
+from megatron_dynmoe.storage.json_files import read_json
+
+# In the order of --help and of the docs; a folder is of the first one that recognizes it. The
+# published layout comes last, because its files need not state a type.
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (dynmoe.FORMAT, mixtral.FORMAT, dynamic_moe.FORMAT)
+}
+OURS = dynmoe.FORMAT
+
+
+def format_named(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format is {name!r}: use one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def format_in(folder: Path) -> Format:
+    """The format of a Hugging Face folder.
+
+    Raises:
+        ValueError: its ``config.json`` is missing, damaged or of no format.
+    """
+    theirs = read_json(folder / CONFIG)
+    try:
+        return format_of(theirs)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+def format_of(theirs: dict[str, Any]) -> Format:
+    """Which of the formats a ``config.json`` is of.
+
+    Raises:
+        ValueError: none of them.
+    """
+    for format in FORMATS.values():
+        if format.recognizes(theirs):
+            return format
+    raise ValueError(
+        f"model_type is {theirs.get('model_type')!r} and architectures "
+        f"{theirs.get('architectures')}: the formats that can be read are "
+        f"{', '.join(FORMATS)} (docs/huggingface.md)."
+    )
