@@ -142,7 +142,7 @@ FORMAT = Format(
     has_model_code=False,
     inv_freq_key=ATTENTION + "rotary_emb.inv_freq",
     how_to_load="""\
-This is the layout that the authors of Dynamic MoE published, for their own modelling file and
+This is the layout that the authors of Dynamic MoE published, for their own modeling file and
 Transformers 4.33. Their code computes the routing in the type of the weights; training did so in
 float32. In a 16-bit type some tokens therefore choose another number of experts.
 """,
@@ -157,7 +157,7 @@ float32. In a 16-bit type some tokens therefore choose another number of experts
         "rotary base / part of a head": "10000 / all",
         "biases of q, k, v; norms of q and k": "no",
         "shared experts": "no",
-        "layers without experts": "all but every n-th, of one size",
+        "layers without experts": "all but every n-th, all of the same size",
         "tied embeddings": "no",
     },
 )
