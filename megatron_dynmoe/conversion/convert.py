@@ -286,7 +286,7 @@ def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
 
 
 def _ship_code(files: tuple[str, ...], folder: Path) -> None:
-    """Copy the modelling files, which then import each other instead of the package."""
+    """Copy the modeling files, which then import each other instead of the package."""
     for name in files:
         code = (_PACKAGE / name).read_text("utf-8")
         for package in ("routing", "huggingface"):
