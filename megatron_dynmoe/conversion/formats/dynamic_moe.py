@@ -157,7 +157,7 @@ float32. In a 16-bit type some tokens therefore choose another number of experts
         "rotary base / part of a head": "10000 / all",
         "biases of q, k, v; norms of q and k": "no",
         "shared experts": "no",
-        "layers without experts": "all but every n-th, of one size",
+        "layers without experts": "all but every n-th, all of the same size",
         "tied embeddings": "no",
     },
 )
