@@ -10,13 +10,15 @@ import re
 import sys
 from pathlib import Path
 
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 CONFIGURATION = """\
 # Configuration
@@ -150,7 +152,6 @@ DOCUMENTS = {
 }
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for tests, which are not installed
     CommandParser(description=__doc__).parse_args()
     for name, text in DOCUMENTS.items():
         (DOCS / name).write_text(text(), encoding="utf-8")

@@ -16,6 +16,7 @@ from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
 from megatron_dynmoe.analysis.tokens import Letters
 from megatron_dynmoe.analysis.windows import Window
 from megatron_dynmoe.conversion.formats import OURS, format_in
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.use.calibrate import set_threshold
 
 # The thresholds to try if none are given. The first are always tried, the others until the model's
@@ -36,10 +37,11 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
 
     Raises:
-        ValueError: it is none of these.
+        UsageError: there is no such folder, or it holds neither a model nor checkpoints.
+        ValueError: the model is of another type, or cannot be converted.
     """
     if not model.is_dir():
-        raise ValueError(f"--model {model}: no such folder")
+        raise UsageError(f"--model is {model}: there is no such folder")
     has_config = (model / "config.json").is_file()
     if has_config and format_in(model) is OURS:
         yield model
@@ -48,9 +50,10 @@ def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
     from megatron_dynmoe.storage.megatron_names import TRACKER
 
     if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
-        raise ValueError(
-            f"--model {model} holds neither an exported model (config.json) nor the checkpoints of "
-            f"a run ({TRACKER}): name one of those folders, such as checkpoints in a --run-dir"
+        raise UsageError(
+            f"--model is {model}, which holds neither an exported model (config.json) nor the "
+            f"checkpoints of a run ({TRACKER}): name one of those folders, such as checkpoints in "
+            "a --run-dir"
         )
     with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
         folder = Path(scratch) / "model"

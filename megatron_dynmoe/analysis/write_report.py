@@ -14,6 +14,7 @@ from megatron_dynmoe.analysis.counts import Counts, Shape
 from megatron_dynmoe.analysis.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.analysis.tokens import pieces_of
 from megatron_dynmoe.analysis.windows import OTHER
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import read_json
 from megatron_dynmoe.use.token_display import printable
@@ -95,12 +96,15 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     Text samples and the sweep come from the first file that has them.
 
     Raises:
+        UsageError: a file does not exist.
         ValueError: a file is not a ``routing.json``, or the files are not of the same model.
     """
     merged: dict[str, Any] = {}
     groups: dict[str, Counts] = {}
     seen: dict[str, Path] = {}
     for path in paths:
+        if not path.is_file():
+            raise UsageError(f"--merge is {path}: there is no such file")
         content = read_json(path)
         twice = seen.setdefault(json.dumps(content.get("groups"), sort_keys=True), path)
         if twice is not path:

@@ -13,6 +13,7 @@ from megatron_dynmoe.cli.reading import add_key_flag, add_reading_flags
 from megatron_dynmoe.data.records import Limits, Unreadable
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     ending_plainly,
     number,
@@ -43,7 +44,10 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("give --model and text, by --data or --group; or --merge")
     if args.source_key is not None and args.group:
         parser.error("--source-key and --group both name groups: give one of them")
-    check_target(args.output, args.overwrite)
+    try:
+        check_target(args.output, args.overwrite)
+    except ValueError as error:
+        raise UsageError(f"--output: {error}") from error
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +177,7 @@ def _check_output(output: Path, read: Sequence[Path | None]) -> None:
     """Refuse a folder if --overwrite would replace an input together with it."""
     for path in read:
         if path is not None and path.resolve().is_relative_to(output.resolve()):
-            raise ValueError(
+            raise UsageError(
                 f"--output {output} is or holds {path}, which is read: name a folder elsewhere"
             )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     ending_plainly,
     number,
@@ -49,7 +50,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
 
     if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder for it: create it")
+        raise UsageError(f"--output is {args.output}: there is no folder for it; create it")
     load.be_quiet()
     config = load.load_config(args.model)
     tokenizer = load.load_tokenizer(args.model)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.runs import overlay
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
+from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overlay.check_output(args.output)
         labels = args.labels or overlay.labels_of(args.runs)
         if len(labels) != len(args.runs):
-            raise ValueError(
+            raise UsageError(
                 f"--labels are {len(labels)} and the runs are {len(args.runs)}: give one a run."
             )
         runs = [overlay.read(run, label) for run, label in zip(args.runs, labels, strict=True)]

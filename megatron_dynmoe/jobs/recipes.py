@@ -16,6 +16,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_dynmoe.settings.command_line import UsageError
+
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FOLDER = LAUNCH / "recipes"
 SUFFIX = ".flags"
@@ -33,8 +35,8 @@ def recipe_flags(name_or_path: str | Path) -> list[str]:
         name_or_path: a name from :func:`recipe_names`, or the path of a ``.flags`` file.
 
     Raises:
-        ValueError: there is no such recipe, an include is missing or includes itself, or a line
-            cannot be read.
+        UsageError: there is no such recipe.
+        ValueError: an include is missing or includes itself, or a line cannot be read.
     """
     return list(_words(_find(name_or_path), ()))
 
@@ -54,20 +56,20 @@ def _find(name_or_path: str | Path) -> Path:
             near = difflib.get_close_matches(file.name, others, n=1)
             hint = f" Did you mean {file.with_name(near[0])}?" if near else ""
             place = "" if file.is_absolute() else f" in {Path.cwd()}"
-            raise ValueError(f"recipe is {text}, but there is no such file{place}.{hint}")
+            raise UsageError(f"recipe is {text}, but there is no such file{place}.{hint}")
         return file
     path = FOLDER / f"{text}{SUFFIX}"
     if path.is_file():
         return path
     known = recipe_names()
     if not known:
-        raise ValueError(
+        raise UsageError(
             f"recipe is {text!r}, but there is no folder {FOLDER}: recipes come with a checkout of "
             "the project; elsewhere give the path of a .flags file."
         )
     near = difflib.get_close_matches(text, known, n=1)
     hint = f"did you mean {near[0]}? Use" if near else "use"
-    raise ValueError(
+    raise UsageError(
         f"recipe is {text!r}, which is unknown: {hint} one of {', '.join(known)}, or the path "
         f"of a {SUFFIX} file."
     )

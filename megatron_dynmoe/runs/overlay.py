@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmoe.runs.report import LOSS, Series, read_run, save_figure, target_of
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -39,7 +40,8 @@ def read(run_dir: Path, label: str) -> Run:
     """Read a run's folder.
 
     Raises:
-        ValueError: the folder is not a run's, it has logged nothing, or its routing is missing.
+        UsageError: the folder is not a run's.
+        ValueError: the run has logged nothing, or its routing is missing.
     """
     resolved, scalars = read_run(run_dir)
     megatron, routing = resolved["megatron"], resolved["dynamic_routing"]
@@ -99,12 +101,12 @@ def labels_of(run_dirs: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart.
 
     Raises:
-        ValueError: two paths name the same folder.
+        UsageError: two paths name the same folder.
     """
     paths = [path.resolve() for path in run_dirs]
     for path in paths:
         if paths.count(path) > 1:
-            raise ValueError(f"{path} is given twice: name every run once.")
+            raise UsageError(f"{path} is given twice: name every run once.")
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -172,12 +174,12 @@ def check_output(path: Path) -> None:
     """Refuse a path that cannot be written, before anything is read.
 
     Raises:
-        ValueError: the suffix is not in :data:`SUFFIXES`, or the folder does not exist.
+        UsageError: the suffix is not in :data:`SUFFIXES`, or the folder does not exist.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"--output is {path}: end its name in one of {', '.join(SUFFIXES)}.")
+        raise UsageError(f"--output is {path}: end its name in one of {', '.join(SUFFIXES)}.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--output is {path}: there is no folder {path.parent}; create it.")
+        raise UsageError(f"--output is {path}: there is no folder {path.parent}; create it.")
 
 
 def _draw_loss(axis: Any, run: Run, x: Values, validation_x: Values, color: Any) -> None:

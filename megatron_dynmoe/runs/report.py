@@ -26,6 +26,7 @@ from megatron_dynmoe.runs.folder import (
     TENSORBOARD,
     has_events,
 )
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.schedule import TargetSchedule
 from megatron_dynmoe.storage.atomic import replace_file
 
@@ -147,13 +148,13 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
     """The resolved settings and the scalars of a run, which may still be under way.
 
     Raises:
-        ValueError: the folder is not a run's.
+        UsageError: the folder is not a run's.
         NothingLogged: the run has not logged a step yet.
     """
     resolved_file = run_dir / RESOLVED
     if not resolved_file.is_file():
         reason = f"it holds no {RESOLVED}" if run_dir.is_dir() else "there is no such folder"
-        raise ValueError(
+        raise UsageError(
             f"{run_dir} is not the folder of a run: {reason}. Give the folder that training was "
             "given as --run-dir."
         )

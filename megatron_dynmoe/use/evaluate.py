@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Loaded
         include_path: a folder of further tasks.
 
     Raises:
-        ValueError: lm-eval is missing, a task is unknown or wrong, or its data is unavailable.
+        UsageError: there is no such task or folder.
+        ValueError: lm-eval is missing, a task is wrong, or its data is unavailable.
     """
     if find_spec("lm_eval") is None:
         raise ValueError(
@@ -64,8 +66,8 @@ def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Loaded
     loaded: dict[str, Any] = {}
     for name, spec in specs.items():
         if not _is_file(spec) and spec not in manager.all_tasks:
-            raise ValueError(
-                f"task {name}: there is no such file, and lm-eval has no task of this name. "
+            raise UsageError(
+                f"--tasks is {name}: there is no such file, and lm-eval has no task of this name. "
                 f"Presets: {', '.join([PAPER, *PRESETS])}; `lm-eval ls tasks` lists the others"
             )
         loaded |= _load(manager, name, spec)
@@ -169,7 +171,7 @@ def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | N
     folders = [own / PRESETS[name][0] for name in names if name in PRESETS]
     if include_path is not None:
         if not include_path.is_dir():
-            raise ValueError(f"include path {include_path}: no such folder")
+            raise UsageError(f"--include-path is {include_path}: there is no such folder")
         folders.append(include_path)
     manager = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
     if all(_is_file(spec) or spec in manager.all_tasks for spec in specs):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     ending_plainly,
     has_colors,
@@ -288,7 +289,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         source = args.prompt_file or "standard input"
         raise ValueError(f"{source}: not valid UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise ValueError(f"{args.prompt_file}: {error.strerror}") from error
+        raise UsageError(f"--prompt-file is {args.prompt_file}: {error.strerror}") from error
 
 
 def _note(text: str) -> None:

@@ -344,15 +344,15 @@ def _nothing(folder: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "message"),
     [
-        (_dense, "no layer with experts"),
-        (_small_vocabulary, "another model's tokenizer"),
-        (_without_tokenizer, "--tokenizer"),
-        (_nan, "router of layer 1 gives NaN"),
-        (_llama, "model_type is 'llama' and architectures None: the formats that"),
-        (_nothing, "no such folder"),
-        (_no_model, "neither an exported model (config.json) nor the checkpoints"),
+        (_dense, 1, "no layer with experts"),
+        (_small_vocabulary, 1, "another model's tokenizer"),
+        (_without_tokenizer, 1, "--tokenizer"),
+        (_nan, 1, "router of layer 1 gives NaN"),
+        (_llama, 1, "model_type is 'llama' and architectures None: the formats that"),
+        (_nothing, 2, "there is no such folder"),
+        (_no_model, 2, "neither an exported model (config.json) nor the checkpoints"),
     ],
 )
 def test_bad_models_are_refused(
@@ -361,12 +361,13 @@ def test_bad_models_are_refused(
     texts: dict[str, Path],
     capsys: Any,
     make: Callable[[Path, Path], None],
+    code: int,
     message: str,
 ) -> None:
     make(tmp_path / "model", tokenizer_model)
     output = tmp_path / "report"
     command = ["--model", tmp_path / "model", "--data", texts["prose"], "--output", output]
-    assert main([str(word) for word in command]) == 1
+    assert main([str(word) for word in command]) == code
     assert message in capsys.readouterr().err
     assert not output.exists()
 
@@ -395,7 +396,7 @@ def test_a_report_is_not_replaced_by_accident(
 ) -> None:
     shutil.copytree(report, tmp_path / "r")
     flags = ["--merge", str(report / "routing.json"), "--output", str(tmp_path / "r")]
-    assert main(flags) == 1
+    assert main(flags) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([*flags, "--overwrite", "--min-count", "5"]) == 0
 
@@ -409,7 +410,7 @@ def test_nothing_that_is_read_is_replaced(
     shutil.copy(texts["prose"], text)
     for output, read in ((model, model), (model.parent, model), (text.parent, text)):
         command = ["--model", model, "--data", text, "--output", output, "--overwrite"]
-        assert main([str(word) for word in command]) == 1
+        assert main([str(word) for word in command]) == 2
         assert f"{output} is or holds {read}, which is read" in capsys.readouterr().err
     assert (model / "model.safetensors").is_file() and text.is_file()
 
@@ -419,7 +420,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(
 ) -> None:
     output = texts["prose"] / "below" / "report"
     command = ["--model", tmp_path / "none", "--data", texts["prose"], "--output", output]
-    assert main([str(word) for word in command]) == 1
+    assert main([str(word) for word in command]) == 2
     assert f"{texts['prose']} is a file: name a folder" in capsys.readouterr().err
 
 

@@ -120,6 +120,34 @@ def test_errors_and_signals_have_the_same_exit_codes_everywhere(capsys) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "report absent",
+        "plot absent",
+        "plan absent.flags --gpus 8 --gpu a800-80g",
+        "recipe absent.flags",
+        "tokenizer --input absent --vocab-size 300 --output new",
+        "preprocess --input absent --output-prefix new --tokenizer-type SentencePieceTokenizer "
+        "--tokenizer-model absent",
+        "analyze --model absent --data here.txt --output new",
+        "analyze --model . --data absent.txt --output new",
+        "analyze --merge absent.json --output new",
+        "evaluate --model absent --tasks piqa",
+        "calibrate --model absent --data here.txt --target 2",
+        "generate --model absent --prompt x",
+        "generate --model . --prompt-file absent",
+    ],
+)
+def test_an_input_that_is_not_there_is_misuse(capsys, monkeypatch, tmp_path, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("Some text.")
+    (tmp_path / "config.json").write_text("{}")
+    code, out, error = run_here(capsys, *words.split())
+    assert (code, out) == (2, "") and "absent" in error and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"here.txt", "config.json"}
+
+
 def test_ctrl_c_ends_a_command_without_a_stack(tmp_path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-m", "megatron_dynmoe", "preprocess", "--input", "/dev/stdin",

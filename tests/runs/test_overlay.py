@@ -112,15 +112,15 @@ def test_mistakes_get_plain_answers(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "silent", {"routing": "top_k"}, {"learning-rate": [(1, 0.1)]})
     make_run(tmp_path / "lost", {"routing": "top_p"}, LOSS)
-    for arguments, message in [
-        ([tmp_path / "nowhere"], "there is no such folder"),
-        ([tmp_path / "empty"], "holds no resolved.yaml"),
-        ([tmp_path / "silent"], "has not logged a step yet"),
-        ([tmp_path / "lost"], "hold no experts per token"),
-        ([run, run], "is given twice"),
-        ([run, "--labels", "a", "b"], "give one a run"),
-        ([run, "--output", "x.jpeg"], "end its name in one of .png, .svg, .pdf"),
-        ([run, "--output", tmp_path / "no" / "x.png"], "there is no folder"),
+    for arguments, code, message in [
+        ([tmp_path / "nowhere"], 2, "there is no such folder"),
+        ([tmp_path / "empty"], 2, "holds no resolved.yaml"),
+        ([tmp_path / "silent"], 1, "has not logged a step yet"),
+        ([tmp_path / "lost"], 1, "hold no experts per token"),
+        ([run, run], 2, "is given twice"),
+        ([run, "--labels", "a", "b"], 2, "give one a run"),
+        ([run, "--output", "x.jpeg"], 2, "end its name in one of .png, .svg, .pdf"),
+        ([run, "--output", tmp_path / "no" / "x.png"], 2, "there is no folder"),
     ]:
-        assert exit_code_of(plot.main, [*map(str, arguments)]) == 1, arguments
+        assert exit_code_of(plot.main, [*map(str, arguments)]) == code, arguments
         assert message in capsys.readouterr().err

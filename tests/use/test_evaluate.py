@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from megatron_dynmoe.conversion.tokenizer import export_tokenizer
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.use import evaluate as module
 from megatron_dynmoe.use.evaluate import PRESETS, evaluate, load_tasks
 from megatron_dynmoe.use.load import load_tokenizer
@@ -426,11 +427,11 @@ def test_bad_input(
     (tmp_path / "odd.yaml").write_text("task: [unfinished")
     with pytest.raises(ValueError, match=r"odd\.yaml cannot be read"):
         load_tasks([str(tmp_path / "odd.yaml")])
-    with pytest.raises(ValueError, match=r"include path .*: no such folder"):
+    with pytest.raises(UsageError, match=r"--include-path is .*: there is no such folder"):
         load_tasks(["piqa"], tmp_path / "absent")
     empty = SimpleNamespace(all_tasks=[])
     monkeypatch.setattr(module, "_index_of", lambda *_: empty)  # the whole takes 15 s to read
-    with pytest.raises(ValueError, match="task piqqa: there is no such file, and lm-eval has no"):
+    with pytest.raises(UsageError, match="--tasks is piqqa: there is no such file, and lm-eval"):
         load_tasks(["piqqa"])
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'megatron-dynmoe\[eval\]'"):
@@ -473,8 +474,11 @@ def test_command_line(
     assert [line.split()[:2] for line in layers[2:4]] == [[k, f"{v:.3f}"] for k, v in first.items()]
 
 
-def test_command_line_errors(run_tool: Callable[..., str], choice: Path, tmp_path: Path) -> None:
+def test_command_line_errors(
+    run_tool: Callable[..., str], choice: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match=r"evaluate\.py: error: task piqa: its data cannot be had"):
         run_tool("--tasks", "piqa")
-    with pytest.raises(SystemExit, match="there is no folder for it"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         run_tool("--tasks", choice, "--output", tmp_path / "absent" / "report.json")
+    assert "there is no folder for it" in capsys.readouterr().err

@@ -407,7 +407,7 @@ def test_color_where_it_is_wanted(
         (["--prompt", "x", "--threshold", "high"], 2, "--threshold is 'high': give a number."),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens is 0: use at least 1."),
         (["--prompt", "x", "--max-experts-per-token", "9"], 1, "the model has 8 experts"),
-        (["--prompt-file", "missing.txt"], 1, "missing.txt: No such file"),
+        (["--prompt-file", "missing.txt"], 2, "--prompt-file is missing.txt: No such file"),
         (["--prompt", "x", "--device", "abacus"], 2, "--device is abacus, which is not here: "),
         ([], 2, "give --prompt or --prompt-file."),
     ],
