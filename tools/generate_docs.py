@@ -128,7 +128,7 @@ def monitoring() -> str:
     """The text of docs/monitoring.md: what it says now, with the table of metrics."""
     rows = ["| name | meaning |", "| --- | --- |"]
     rows += [f"| `{name}` | {meaning} |" for name, meaning in MEANINGS.items()]
-    return _with_table("monitoring.md", "metrics", rows)
+    return with_table("monitoring.md", "metrics", rows)
 
 
 def huggingface() -> str:
