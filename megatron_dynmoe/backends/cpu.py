@@ -11,20 +11,18 @@ a GPU's reduced precisions.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
 import warnings
 from argparse import Namespace
-from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
 from megatron_dynmoe.settings.command_line import UsageError
 
 CPU = torch.device("cpu")
@@ -74,7 +72,7 @@ def install() -> None:
     why = "DYNMOE_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device"
     # The jit fuser would compile for an accelerator that is not there. Disabling dynamo would help,
     # too, but each process would still import the compiler. Replacing torch.compile avoids that.
-    _replace(torch, compile=lambda model=None, **options: model if model is not None else _identity)
+    replace(torch, compile=lambda model=None, **options: model if model is not None else _identity)
     # Megatron requires this for sequence parallelism on every device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -85,7 +83,7 @@ def install() -> None:
     host_generator = torch.Generator().manual_seed(torch.initial_seed())
     _answer_for_torch_cuda(host_generator)
     _RedirectToCpu(host_generator).__enter__()
-    _replace(torch.nn.Module, cuda=lambda self, device=None: self)
+    replace(torch.nn.Module, cuda=lambda self, device=None: self)
     _redirect_megatron()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
@@ -138,63 +136,8 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class _Stream:
-    """A CUDA stream on a device that runs everything in order, so there is nothing to wait for."""
-
+class _Stream(Stream):
     device = CPU
-    cuda_stream = 0
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream)
-
-    def __hash__(self) -> int:
-        return 0
-
-    def wait_stream(self, stream: object) -> None:
-        pass
-
-    def wait_event(self, event: object) -> None:
-        pass
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """A CUDA event that has always happened."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def record(self, stream: object = None) -> None:
-        pass
-
-    def wait(self, stream: object = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: object) -> float:
-        return 0.0
 
 
 def _discard(value: object) -> None:
@@ -205,58 +148,14 @@ def _identity(function):
     return function
 
 
-def _returns(value: Any) -> Callable[..., Any]:
-    """Make a function that returns the value.
-
-    Each call makes a new one, because the compiler refuses two names for one function in torch.
-    """
-    return lambda *args, **kwargs: value
-
-
-def _replace(owner: Any, **ours: Any) -> None:
-    """Replace functions of a module or class by ours."""
-    for name, value in ours.items():
-        setattr(owner, name, value)
-
-
 def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
     default = torch.default_generator
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    properties = SimpleNamespace(
-        name="cpu", major=0, minor=0, total_memory=memory_bytes, multi_processor_count=1
-    )
-    answers = {
+    ours = {
         "_dynmoe_cpu_layer": True,
-        # devices
-        "is_available": _returns(True),
-        "is_initialized": _returns(True),
-        "is_current_stream_capturing": _returns(False),
-        "device_count": _returns(1),
-        "current_device": _returns(CPU),
-        "set_device": _returns(None),
-        "device": _returns(contextlib.nullcontext()),
-        "synchronize": _returns(None),
-        "get_device_properties": _returns(properties),
-        "get_device_capability": _returns((properties.major, properties.minor)),
-        "get_device_name": _returns(properties.name),
-        "_lazy_init": _returns(None),
+        "device_count": returns(1),
+        "current_device": returns(CPU),
         "_lazy_call": lambda function, **kwargs: function(),
-        # streams and events
-        "Stream": _Stream,
-        "Event": _Event,
-        "stream": _returns(contextlib.nullcontext()),
-        "current_stream": lambda *args, **kwargs: _Stream(),
-        "default_stream": lambda *args, **kwargs: _Stream(),
-        "set_stream": _returns(None),
-        # memory
-        "empty_cache": _returns(None),
-        "memory_allocated": _returns(0),
-        "max_memory_allocated": _returns(0),
-        "memory_reserved": _returns(0),
-        "max_memory_reserved": _returns(0),
-        "reset_peak_memory_stats": _returns(None),
-        "memory_stats": lambda *args, **kwargs: defaultdict(int),
-        "mem_get_info": _returns((memory_bytes, memory_bytes)),
         # random numbers: see _RedirectToCpu
         "get_rng_state": lambda *args, **kwargs: default.get_state(),
         "set_rng_state": lambda state, *args, **kwargs: default.set_state(state),
@@ -272,17 +171,20 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
         "IntTensor": torch.IntTensor,
         "LongTensor": torch.LongTensor,
     }
-    _replace(torch.cuda, **answers)
-    _replace(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state)
+    machine = answers(
+        name="cpu", capability=(0, 0), memory_bytes=memory_bytes, processors=1, stream=_Stream
+    )
+    replace(torch.cuda, **machine, **ours)
+    replace(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state)
     for module in (torch, torch.random):
-        _replace(
+        replace(
             module,
             get_rng_state=lambda: host_generator.get_state(),
             set_rng_state=lambda state: _discard(host_generator.set_state(state)),
         )
-    _replace(torch.cuda.nvtx, range_push=_returns(None), range_pop=_returns(None))
+    replace(torch.cuda.nvtx, range_push=returns(None), range_pop=returns(None))
     # Without this the data loader would pin memory.
-    _replace(torch.accelerator, is_available=_returns(False), current_accelerator=_returns(None))
+    replace(torch.accelerator, is_available=returns(False), current_accelerator=returns(None))
 
 
 # Settings that need Transformer Engine's attention or kernels, and what to do instead.
@@ -364,7 +266,7 @@ def _redirect_megatron() -> None:
     megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
 
     # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
-    _replace(
+    replace(
         torch.distributed,
         all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
         reduce_scatter=_reduce_scatter,

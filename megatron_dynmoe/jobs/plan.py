@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dynmoe.jobs.parse import read_args
-from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.jobs.recipes import command_words
 from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
 from megatron_dynmoe.planning.gpus import GPU
 from megatron_dynmoe.planning.layout import Layout, check_layout
@@ -92,7 +92,7 @@ def make_plan(
     Raises:
         ValueError: a value makes no sense, or the layout cannot work.
     """
-    words = [*recipe_flags(recipe), *flags]
+    words = command_words(recipe, flags)
     layout = Layout.from_flags(words, num_gpus)
     check_layout(layout)
     if not 0 < utilization <= 1:
@@ -143,7 +143,7 @@ def checkpoints(recipe: str, flags: Sequence[str]) -> tuple[int, int | None]:
     Raises:
         ValueError: a value makes no sense.
     """
-    words = [*recipe_flags(recipe), *flags]
+    words = command_words(recipe, flags)
     args, layout = read_args(words), Layout.from_flags(words, 1)
     interval, steps = args.save_interval, _steps(args, layout, None)
     number = math.ceil(steps / interval) if interval else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import UsageError
@@ -32,13 +32,25 @@ def recipe_flags(name_or_path: str | Path) -> list[str]:
     """The words of a recipe after its includes are resolved.
 
     Args:
-        name_or_path: a name from :func:`recipe_names`, or the path of a ``.flags`` file.
+        name_or_path: a name from :func:`recipe_names`, the path of a ``.flags`` file, or ``@FILE``.
 
     Raises:
         UsageError: there is no such recipe.
         ValueError: an include is missing or includes itself, or a line cannot be read.
     """
     return list(_words(_find(name_or_path), ()))
+
+
+def command_words(recipe: str | Path, flags: Sequence[str]) -> list[str]:
+    """The words of a recipe, and flags after them; both may be ``@FILE``, as for a training.
+
+    Raises:
+        ValueError: there is no such recipe or file, or a line cannot be read.
+    """
+    words = recipe_flags(recipe)
+    for flag in flags:
+        words += recipe_flags(flag) if flag.startswith("@") else [flag]
+    return words
 
 
 def describe(name: str) -> str:
@@ -49,8 +61,8 @@ def describe(name: str) -> str:
 
 def _find(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
-    if text.endswith(SUFFIX) or "/" in text:
-        file = Path(text)
+    if text.startswith("@") or text.endswith(SUFFIX) or "/" in text:
+        file = Path(text.removeprefix("@"))
         if not file.is_file():
             others = [other.name for other in file.parent.glob(f"*{SUFFIX}")]
             near = difflib.get_close_matches(file.name, others, n=1)

@@ -105,6 +105,17 @@ class MemoryModel:
         rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token)
         return self._fullest(rows, self.local_tokens * rows_per_token)
 
+    def of_stage(self, stage: int, rows_per_token: float, imbalance: float = 1.0) -> Memory:
+        """Compute what a GPU of a pipeline rank needs.
+
+        Args:
+            stage: the pipeline rank, from 0.
+            rows_per_token: the mean of all tokens.
+            imbalance: how many times the mean the experts of this GPU get.
+        """
+        rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token)
+        return self._of_stage(stage, rows * imbalance, self.local_tokens * rows_per_token)
+
     def worst_case(self, cap: int | None) -> tuple[int, Memory]:
         """Find the same if every layer has the most rows that the cap allows."""
         layout, num_experts = self.layout, self.shape.num_experts
@@ -149,9 +160,12 @@ class MemoryModel:
 
     def _fullest(self, rows: float, sent_rows: float) -> tuple[int, Memory]:
         stages = range(self.layout.pipeline)
-        each = [Memory(*self.state(s), *self._activations(s, rows, sent_rows)) for s in stages]
+        each = [self._of_stage(stage, rows, sent_rows) for stage in stages]
         stage = max(stages, key=lambda index: each[index].total)
         return stage, each[stage]
+
+    def _of_stage(self, stage: int, rows: float, sent_rows: float) -> Memory:
+        return Memory(*self.state(stage), *self._activations(stage, rows, sent_rows))
 
     def _activations(self, stage: int, rows: float, sent_rows: float) -> tuple[float, float]:
         """Activation bytes of a pipeline rank: those that do not depend on rows, and the others."""

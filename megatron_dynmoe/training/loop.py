@@ -74,7 +74,7 @@ def train(program_start: float) -> None:
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.cleaning_up_failed_starts():
-        with _refusing_in_flags():
+        with refusing_in_flags():
             args, resolved = parse_command_line()
             kernels.asked_for()
             model_config = gpt_config_from_args(args)
@@ -88,16 +88,11 @@ def _build_and_train(
     args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
 ) -> None:
     notices.say_what_to_know_first(args, settled.backend)
-    is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
-    is_native = settled.backend.backend == "torch_native" and not is_other_model
-    if settled.dynmoe.is_dynamic or is_native:
-        prepare_training(settled, model_config.transformer, args)
-        model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
-        if args.rank == 0:
-            for line in describe(settled, model_config.transformer, args):
-                print(line, flush=True)
+    if put_in_our_layers(args, model_config, settled) and args.rank == 0:
+        for line in describe(settled, model_config.transformer, args):
+            print(line, flush=True)
     try:
-        with run_directory.recording(args, settled.dynmoe, program_start), _refusing_in_flags():
+        with run_directory.recording(args, settled.dynmoe, program_start), refusing_in_flags():
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
@@ -117,8 +112,19 @@ def _build_and_train(
         notices.say_how_to_go_on(args)
 
 
+def put_in_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
+    """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
+    is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
+    is_native = settled.backend.backend == "torch_native" and not is_other_model
+    if not (settled.dynmoe.is_dynamic or is_native):
+        return False
+    prepare_training(settled, model_config.transformer, args)
+    model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
+    return True
+
+
 @contextmanager
-def _refusing_in_flags() -> Iterator[None]:
+def refusing_in_flags() -> Iterator[None]:
     """State in one line, in terms of flags, why a run is refused; active until the first step."""
     try:
         yield

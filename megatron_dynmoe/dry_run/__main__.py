@@ -1,0 +1,38 @@
+"""The process that runs a dry run: a :class:`~.request.Request` in, a :class:`~.result.Result` out.
+
+    python -m megatron_dynmoe.dry_run RESULT_FILE < request.json
+
+It ends with 0 and a file, or like every command with one line about what was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from megatron_dynmoe.dry_run import shim
+from megatron_dynmoe.dry_run.request import Request
+from megatron_dynmoe.settings.command_line import ending_plainly
+
+
+def main() -> None:
+    """Run one dry run."""
+    request, file = Request.from_json(sys.stdin.read()), Path(sys.argv[1])
+    with ending_plainly("dynmoe plan", "nothing was counted"):
+        shim.load()
+        from megatron_dynmoe.dry_run.rehearse import rehearse
+        from megatron_dynmoe.dry_run.summary import summarize
+
+        try:
+            recorder, micro_batches = rehearse(request)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise ValueError(f"the training fails with {type(error).__name__}: {error}") from None
+        file.write_text(summarize(recorder, micro_batches).to_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The counts of rows that the host would read from the device, made up for a balanced load.
+
+Every token goes to as many experts as asked for, and every rank sends as many rows to each other.
+With an imbalance, the experts of this GPU get that many times their share from every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from megatron_dynmoe.backends.no_driver import replace
+from megatron_dynmoe.dry_run import known
+from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many rows go where.
+
+    Attributes:
+        experts_per_token: the mean.
+        imbalance: how many times its share this GPU gets.
+    """
+
+    experts_per_token: float
+    imbalance: float
+
+    def tell(self) -> None:
+        """Let Megatron's dispatcher and ours read these counts."""
+        for dispatcher in (MoEAlltoAllTokenDispatcher, VariableKAlltoAllTokenDispatcher):
+            replace(dispatcher, preprocess=self._telling(dispatcher.preprocess))
+
+    def _telling(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
+        def run(dispatcher: Any, routing_map: Any) -> Any:
+            per_expert = preprocess(dispatcher, routing_map)
+            self._tell(dispatcher, len(routing_map), per_expert)
+            return per_expert
+
+        return run
+
+    def _tell(self, dispatcher: Any, num_tokens: int, per_expert: Any) -> None:
+        ranks, slices = dispatcher.ep_size, dispatcher.tp_size
+        local = dispatcher.num_local_experts
+        sent = round(num_tokens * self.experts_per_token)
+        here = round(sent / ranks * self.imbalance) if ranks > 1 else sent
+        to_ranks = np.empty(ranks, dtype=np.int64)
+        to_ranks[dispatcher.ep_group.rank()] = here
+        others = np.arange(ranks) != dispatcher.ep_group.rank()
+        to_ranks[others] = _split(sent - here, ranks - 1)
+        from_ranks = np.full(ranks, here)
+        by_expert = np.stack([_split(here, local)] * (slices * ranks))
+        known.know(dispatcher.num_out_tokens, sent)
+        known.know(dispatcher.input_splits, to_ranks)
+        known.know(dispatcher.output_splits, from_ranks)
+        known.know(dispatcher.output_splits_tp, np.full(slices, from_ranks.sum()))
+        known.know(getattr(dispatcher, "num_global_tokens_per_local_expert", None), by_expert)
+        known.know(per_expert, by_expert.sum(axis=0))
+
+
+def _split(total: int, parts: int) -> Any:
+    """Split a number into parts that differ by at most one."""
+    return total // max(parts, 1) + (np.arange(parts) < total % max(parts, 1))

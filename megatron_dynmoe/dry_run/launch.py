@@ -1,0 +1,262 @@
+"""Asks for a dry run, and runs it in a process of its own, which leaves this one as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+
+import psutil
+
+from megatron_dynmoe.dry_run.request import Request
+from megatron_dynmoe.dry_run.result import Result
+from megatron_dynmoe.jobs.parse import read_args
+from megatron_dynmoe.jobs.recipes import command_words
+from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
+from megatron_dynmoe.planning.gpus import GPU
+from megatron_dynmoe.planning.layout import Layout, check_layout
+from megatron_dynmoe.planning.memory import Memory, MemoryModel
+from megatron_dynmoe.settings.arguments import resolved_from_args
+from megatron_dynmoe.settings.command_line import UsageError
+
+COUNTS = ("mean", "first", "cap")
+# What the process needs, measured: 0.9 GB for the largest recipe, of which torch takes 0.6.
+NEEDED_BYTES = 1.2e9
+ERROR = "dynmoe plan: error: "
+# Settings whose code takes no fake tensors, the values that do, and the remedy.
+_REFUSED = {
+    "moe_token_dispatcher_type": (("allgather", "alltoall"), "use alltoall"),
+    "moe_dynamic_backend": ((None, "auto", "torch_native", "local"), "use torch_native"),
+    "transformer_impl": ((None, "local"), "leave it out"),
+    "cuda_graph_impl": (("none",), "leave it out"),
+    "use_megatron_fsdp": ((False,), "leave it out"),
+    "use_torch_fsdp2": ((False,), "leave it out"),
+    "fp8": ((None,), "leave it out"),
+    "fp4": ((None,), "leave it out"),
+    "moe_permute_fusion": ((False,), "leave it out"),
+    "optimizer_cpu_offload": ((False,), "leave it out"),
+}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A dry run, and what the planner says of the same GPU.
+
+    Attributes:
+        rank: the rank that was run.
+        stage: its pipeline rank.
+        experts_per_token: the mean count of every layer, 0 without experts.
+        counts: where it comes from.
+        imbalance: how many times their share the experts of this rank get.
+        kernels: DYNMOE_KERNELS, 0 or 1.
+        formula: the planner's memory, None if it does not know a setting.
+        formula_note: which setting that is.
+    """
+
+    recipe: str
+    gpu: GPU
+    layout: Layout
+    rank: int
+    stage: int
+    experts_per_token: float
+    counts: str
+    imbalance: float
+    kernels: str
+    formula: Memory | None
+    formula_note: str
+    result: Result
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below the GPU's memory."""
+        return self.result.peak <= self.gpu.memory
+
+
+def dry_run(
+    recipe: str,
+    flags: Sequence[str],
+    num_gpus: int | None,
+    gpu: GPU,
+    *,
+    rank: int | None = None,
+    counts: str = "mean",
+    imbalance: float = 1.0,
+    experts_per_token: float | None = None,
+    kernels: str | None = None,
+) -> DryRun:
+    """Run two steps of a training without a GPU, and count what the second one does.
+
+    Args:
+        recipe: the recipe's name or path.
+        flags: Megatron's and ours, which override the recipe's.
+        num_gpus: None: as few as the layout takes.
+        rank: None: the first rank of the pipeline rank that is fullest, as the planner says.
+        counts: whose experts per token, one of :data:`COUNTS`.
+        imbalance: how many times their share the experts of this rank get.
+        experts_per_token: the mean, instead of the one that the routing's settings imply.
+        kernels: DYNMOE_KERNELS; None: as the environment says.
+
+    Raises:
+        ValueError: a value makes no sense, the layout cannot work, or the training fails.
+        OSError: there is too little memory or no C compiler.
+    """
+    _check_machine()
+    words = command_words(recipe, flags)
+    layout = Layout.from_flags(words, num_gpus or _fewest_gpus(Layout.from_flags(words, 1)))
+    check_layout(layout)
+    args = read_args(words)
+    for name, (values, remedy) in _REFUSED.items():
+        if getattr(args, name, values[0]) not in values:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, whose code cannot run "
+                f"without a GPU: {remedy}."
+            )
+    expected = expected_counts(args, experts_per_token)
+    experts, source = _experts_per_token(expected, counts, layout.num_experts)
+    _check_imbalance(imbalance, layout)
+    model, note = _memory_model(args, layout)
+    rows_per_token = expected.room or experts
+    if rank is None:
+        rank = _first_rank(model.fullest(rows_per_token)[0], layout, args) if model else 0
+    if not 0 <= rank < layout.world_size:
+        raise ValueError(f"--rank is {rank}: use 0 to {layout.world_size - 1}.")
+    stage = _stage(rank, layout, args)
+    setting = kernels or os.environ.get("DYNMOE_KERNELS") or "0"
+    request = Request(
+        words,
+        layout.world_size,
+        rank,
+        stage,
+        gpu.label,
+        gpu.capability,
+        int(gpu.memory),
+        experts,
+        imbalance,
+    )
+    return DryRun(
+        recipe=recipe,
+        gpu=gpu,
+        layout=layout,
+        rank=rank,
+        stage=stage,
+        experts_per_token=experts,
+        counts=source,
+        imbalance=imbalance,
+        kernels=setting,
+        formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
+        formula_note=note,
+        result=_run(request, setting),
+    )
+
+
+def _check_machine() -> None:
+    if os.environ.get("DYNMOE_DEVICE") == "cpu":
+        raise UsageError(
+            "DYNMOE_DEVICE is 'cpu', and a dry run counts what a GPU would do: unset it."
+        )
+    free = psutil.virtual_memory().available
+    if free < NEEDED_BYTES:
+        raise OSError(
+            f"{free / 1e9:.1f} GB of this machine's memory are free, and a dry run needs "
+            f"{NEEDED_BYTES / 1e9:g}: end other programs, or run it on another machine."
+        )
+
+
+def _fewest_gpus(layout: Layout) -> int:
+    return lcm(layout.model_size, layout.expert_tensor * layout.expert * layout.pipeline)
+
+
+def _memory_model(args: Namespace, layout: Layout) -> tuple[MemoryModel | None, str]:
+    """The planner's model, or which setting it does not know."""
+    has_theta = resolved_from_args(args, args.num_experts).normalization == "drn"
+    try:
+        return MemoryModel.from_args(args, layout, has_theta), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _stage(rank: int, layout: Layout, args: Namespace) -> int:
+    """The pipeline rank of a rank, in Megatron's order."""
+    if args.use_tp_pp_dp_mapping:
+        return rank // (layout.tensor * layout.context) % layout.pipeline
+    return rank // (layout.world_size // layout.pipeline)
+
+
+def _first_rank(stage: int, layout: Layout, args: Namespace) -> int:
+    return next(rank for rank in range(layout.world_size) if _stage(rank, layout, args) == stage)
+
+
+def _experts_per_token(expected: ExpertCounts, counts: str, num_experts: int) -> tuple[float, str]:
+    if not num_experts:
+        if counts != "mean":
+            raise ValueError(f"--counts is {counts}, but the model has no experts: leave it out.")
+        return 0.0, expected.source
+    return {
+        "mean": (expected.mean, expected.source),
+        "first": (expected.first_steps, "the first steps'"),
+        "cap": (expected.cap or num_experts, "the cap" if expected.cap else "all experts"),
+    }[counts]
+
+
+def _check_imbalance(imbalance: float, layout: Layout) -> None:
+    if imbalance == 1:
+        return
+    if layout.expert == 1:
+        raise ValueError(
+            f"--imbalance is {imbalance:g}, but every GPU holds all experts and gets the same rows "
+            "whatever their balance: leave it out, or use --expert-model-parallel-size."
+        )
+    if not 0 <= imbalance <= layout.expert:
+        raise ValueError(
+            f"--imbalance is {imbalance:g}: use 0 to {layout.expert}, at which the experts of this "
+            "GPU get all rows."
+        )
+
+
+def _run(request: Request, kernels: str) -> Result:
+    """Run it in a child process.
+
+    Raises:
+        ValueError: the child found that something cannot work.
+        OSError: it ended for another reason.
+    """
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")
+    }
+    env = inherited | {"CUDA_VISIBLE_DEVICES": "", "DYNMOE_KERNELS": kernels}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="dynmoe-") as folder:
+        file, log = Path(folder, "result.json"), Path(folder, "log.txt")
+        with log.open("w") as output:
+            child = subprocess.run(
+                [sys.executable, "-m", "megatron_dynmoe.dry_run", str(file)],
+                input=request.to_json(),
+                text=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                check=False,
+            )
+        if child.returncode == 0 and file.is_file():
+            return Result.from_json(file.read_text())
+        lines = log.read_text(errors="replace").strip().splitlines()
+    said = next((line for line in reversed(lines) if line.startswith(ERROR)), None)
+    if said is not None:
+        kind = UsageError if child.returncode == 2 else ValueError
+        raise kind(said.removeprefix(ERROR))
+    if child.returncode == -signal.SIGKILL:
+        raise OSError(
+            "the process of the dry run was killed, most likely because memory ran out: it needs "
+            f"about {NEEDED_BYTES / 1e9:g} GB. End other programs, or run it on another machine."
+        )
+    last = lines[-1].strip() if lines else "nothing"
+    raise OSError(
+        f"the process of the dry run ended with exit code {child.returncode} and said last: {last}"
+    )

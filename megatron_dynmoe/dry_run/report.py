@@ -1,0 +1,174 @@
+"""Shows a dry run to people as text: figures in columns, and beside them what they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+
+from megatron_dynmoe.dry_run.launch import DryRun
+from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result, Sent
+
+NOT_SEEN = (
+    "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "
+    "fragmentation take."
+)
+SMALL = 1e6  # bytes in a step, below which communication is summed up in one line
+_KERNELS = {"0": "plain PyTorch", "1": "Triton's"}
+
+
+def describe(run: DryRun) -> str:
+    """Write a dry run as text."""
+    result = run.result
+    sections: list[Iterator[str]] = [
+        _summary(run),
+        _memory(run),
+        _waits(result),
+        _kernels(result),
+        _sent(result),
+        _mistakes(result),
+        iter([_verdict(run), NOT_SEEN]),
+    ]
+    return "\n\n".join(text for text in map("\n".join, sections) if text)
+
+
+def _summary(run: DryRun) -> Iterator[str]:
+    layout, result = run.layout, run.result
+    yield f"{run.recipe} on {layout.world_size} x {run.gpu.label}, a dry run of rank {run.rank}"
+    yield ""
+    layers = f"layers {_range(result.layers)}" if result.layers else "no layers"
+    if layout.pipeline > 1:
+        layers = f"pipeline rank {run.stage} of {layout.pipeline}, {layers}"
+    yield _line("rank", layers)
+    step = f"{result.micro_batches} micro-batches of {layout.micro_batch} x {layout.seq_length}"
+    if result.micro_batches_run < result.micro_batches:
+        step += f"; {result.micro_batches_run} were run, and one of them stands for the others"
+    yield _line("step", step)
+    if layout.num_experts:
+        load = "evenly spread"
+        if run.imbalance != 1:
+            load = f"the experts of this GPU get {run.imbalance:g} times their share"
+        yield _line(
+            "routing", f"{run.experts_per_token:.4g} experts per token ({run.counts}), {load}"
+        )
+    yield _line("kernels", f"{_KERNELS[run.kernels]} (DYNMOE_KERNELS={run.kernels})")
+
+
+def _memory(run: DryRun) -> Iterator[str]:
+    result = run.result
+    unit, scale = ("GB", 1e9) if result.peak >= 1e9 else ("MB", 1e6)
+
+    def row(sizes: dict[str, int], name: str) -> str:
+        cells = [f"{sizes[phase] / scale:.2f}" if phase in sizes else "" for phase in PHASES]
+        return _row(cells, name)
+
+    yield _row(PHASES, f"memory, {unit}")
+    yield row(result.peak_bytes, "at the peak, of which hold most:")
+    for holder in result.holders:
+        yield row(holder.num_bytes, "  " + _place(holder.line, holder.caller))
+    yield row(dict.fromkeys(PHASES, result.state_bytes), "what stays between steps")
+    if run.formula is None:
+        yield f"  The planner's formula does not know this: {run.formula_note}"
+        return
+    total = run.formula.total
+    yield _row(
+        ["", f"{total / scale:.2f}", f"{(total / result.peak - 1) * 100:+.1f} %"],
+        "the planner's formula, and by how much it is more than the peak",
+    )
+
+
+def _waits(result: Result) -> Iterator[str]:
+    yield "  The host waits for the device:"
+    rows = [
+        (wait.count, wait.per, f"{wait.call:<22} {_place(wait.line, wait.caller)}")
+        for wait in result.waits
+    ]
+    if result.copies:
+        rows.append((sum(result.copies.values()), "step", "copies to the device that block"))
+    for count, per, text in rows:
+        yield f"  {f'{count:g}':>8}  per {per:<24}{text}"
+
+
+def _kernels(result: Result) -> Iterator[str]:
+    rows = result.kernels
+    yield _row(["forward", "backward"], f"kernels of a micro-batch in layer {result.kernel_layer}")
+    yield from map(_kernel_row, rows)
+    forward, backward = (sum(getattr(row, phase) for row in rows) for phase in PHASES[:2])
+    yield _row([f"{forward:g}", f"{backward:g}"], "the whole layer")
+    yield _kernel_row(result.kernels_outside)
+    for name, phases in (("kernels", result.kernels_per_step), ("FLOPs", result.flops)):
+        shown = ", ".join(f"{phase} {_count(phases[phase])}" for phase in phases)
+        yield f"  {name} of a step: {_count(sum(phases.values()))} ({shown})"
+
+
+def _kernel_row(row: Kernels) -> str:
+    files = ", ".join(f"{file} {count:g}" for file, count in [*row.files.items()][:4])
+    return _row([f"{row.forward:g}", f"{row.backward:g}"], f"{row.part}: {files}")
+
+
+def _sent(result: Result) -> Iterator[str]:
+    if not result.sent:
+        return
+    yield _row(["ranks", "calls", "GB"], "sent in a step")
+    large = [sent for sent in result.sent if sent.num_bytes >= SMALL] or result.sent[:3]
+    for sent in large:
+        cells = [f"{sent.size}", f"{sent.calls:g}", f"{sent.num_bytes / 1e9:.3f}"]
+        yield _row(cells, f"{sent.kind}, {_group(sent.group)}, {_course(sent)}")
+    small = [sent for sent in result.sent if sent not in large]
+    if small:
+        calls, num_bytes = (sum(getattr(each, name) for each in small) for name in _SUMMED)
+        yield _row(["", f"{calls:g}", f"{num_bytes / 1e9:.3f}"], f"{len(small)} small ones")
+
+
+_SUMMED = ("calls", "num_bytes")
+
+
+def _course(sent: Sent) -> str:
+    """Where it starts, and who waits for it."""
+    start = f"{' and '.join(sent.phases)}: {_place(sent.line, sent.caller)}"
+    if not sent.is_async:
+        return f"{start}, awaited at once"
+    return f"{start}, awaited by {', '.join(map(_short, sent.awaited)) or 'nobody'}"
+
+
+def _mistakes(result: Result) -> Iterator[str]:
+    if result.mistakes:
+        yield "  MISTAKE: these tensors are made on the host in every step:"
+    for wrong in result.mistakes:
+        yield f"  {wrong.per_step:8g}  {wrong.made} at {_place(wrong.line, wrong.caller)}"
+
+
+def _verdict(run: DryRun) -> str:
+    fits = "Fits" if run.fits else "Does not fit"
+    return f"{fits}: {run.result.peak / 1e9:.2f} GB of {run.gpu.memory / 1e9:g} GB."
+
+
+def _place(line: str, caller: str) -> str:
+    return f"{_short(line)} < {PurePath(caller).name}" if caller else _short(line)
+
+
+def _short(line: str) -> str:
+    """A line with the last folder of its file."""
+    return "/".join(PurePath(line).parts[-2:])
+
+
+def _group(name: str) -> str:
+    return name.replace("_GROUP", "").replace("_", " ").lower()
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e9 else f"{number:.3g}"
+
+
+def _range(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if numbers == [*range(first, last + 1)]:
+        return f"{first} to {last}"
+    return ", ".join(map(str, numbers))
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<9}{text}"
+
+
+def _row(cells: Sequence[str], name: str) -> str:
+    return "  " + "".join(f"{cell:>10}" for cell in [*cells, "", ""][:3]) + f"   {name}"
