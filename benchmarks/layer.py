@@ -3,11 +3,12 @@
     python benchmarks/layer.py [--workloads a b] [--threads 2]
 
 Workload a is a layer of Dynamic MoE (hidden 1024, FFN 2816, 16 experts, mean 2, 16384 tokens),
-workload b is SonicMoE's (hidden 1536, FFN 256, 128 experts, mean 8, 24576 tokens). A GPU runs them
-at this size in bf16, a CPU at a quarter of each size in float32. The routing is real, never
-balanced by force. The first of the hidden states are the router's logits, and the gate passes them
-on, so every provider routes by the same logits: those of a trained router for 16 experts, normal
-ones for 128, or those of --logits. DTop-p's threshold is calibrated on them, and the mean is
+workload b is SonicMoE's (hidden 1536, FFN 256, 128 experts, mean 8, 24576 tokens), workload c that
+of DTop-p's 6.9 B model (hidden 2048, FFN 896, 64 experts, mean 8, 8192 tokens). A GPU runs them at
+this size in bf16, a CPU at a quarter of each size in float32. The routing is real, never balanced
+by force. The first of the hidden states are the router's logits, and the gate passes them on, so
+every provider routes by the same logits: those of a trained router for 16 experts, normal ones for
+64 and 128, or those of --logits. DTop-p's threshold is calibrated on them, and the mean is
 measured. The providers are:
 
     ours                   DTop-p on torch_native, with kernels on a GPU

@@ -54,7 +54,7 @@ def pack(args: argparse.Namespace) -> None:
         (folder / "commit").write_text(f"{commit(folder)}\n")
     tree, carried = size_of_tree(), sum(f.stat().st_size for f in args.output.iterdir())
     for path in sorted(args.output.iterdir()):
-        print(f"{path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(ROOT)}")
+        print(f"{path.stat().st_size / 1e6:7.2f} MB  {path}")
     print(f"{tree / 1e6:7.2f} MB  the tree, without what git ignores")
     if tree + carried > MAX_CARRIED:
         raise ValueError(f"{(tree + carried) / 1e6:.0f} MB are more than {MAX_CARRIED / 1e6:.0f}")

@@ -49,15 +49,26 @@ class Driver:
         said, _ = process.communicate(timeout=seconds)
         return process.returncode, said
 
-    def kill(self, name: str, number: signal.Signals, text: str = "$ ") -> None:
-        """Start it, and send a signal when this stage has printed the text."""
-        process, until = self.start(), time.monotonic() + PATIENCE
+    def kill(
+        self,
+        name: str,
+        number: signal.Signals,
+        text: str = "$ ",
+        delay: float = 0.0,
+        seconds: float = PATIENCE,
+    ) -> None:
+        """Start it, and send a signal so many seconds after this stage has printed the text."""
+        process, until = self.start(), time.monotonic() + seconds
         while text not in self.log_of(name) or self.states().get(name) != "begun":
-            assert process.poll() is None and time.monotonic() < until
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        until = time.monotonic() + delay
+        while time.monotonic() < until and self.states()[name] == "begun":
             time.sleep(0.02)
         process.send_signal(number)
-        code = process.wait(PATIENCE)
-        assert code == (-number if number == signal.SIGKILL else 128 + number)
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
 
     def log_of(self, name: str) -> str:
         """What a stage has printed so far."""
