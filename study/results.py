@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dynmoe.runs import overlay, report
+from megatron_dynmoe.runs import metric_names, overlay
+from megatron_dynmoe.runs.events import layers, read_run
+from megatron_dynmoe.runs.summary import TAIL, summarize_run
 from megatron_dynmoe.storage.atomic import replace_file
 from study.runs import Run
 
@@ -30,8 +32,8 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
     Args:
         held_out: the result of :func:`study.afterwards.held_out`.
     """
-    resolved, scalars = report.read_run(run.folder)
-    summary = report.summarize_run(resolved, scalars)
+    resolved, scalars = read_run(run.folder)
+    summary = summarize_run(resolved, scalars)
     drawn = overlay.read(run.folder, run.name)
     tokens_per_step = drawn.tokens[-1] / summary["iterations"]
     row: dict[str, Any] = {
@@ -56,17 +58,17 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
             "most_experts_per_token": late.max(),
             "experts_by_layer": [
                 statistics.fmean(tail(series.values))
-                for series in report.layers(scalars, "experts_per_token").values()
+                for series in layers(scalars, metric_names.EXPERTS_OF_LAYER).values()
             ],
             "validation_curve": {
                 "tokens": drawn.validation[0],
-                "experts": scalars["dynmoe/validation_experts_per_token"].values,
-                "std_experts": scalars["dynmoe/validation_std_experts_per_token"].values,
+                "experts": scalars[metric_names.VALIDATION_EXPERTS].values,
+                "std_experts": scalars[metric_names.VALIDATION_STD_EXPERTS].values,
             },
             "curve": {
                 "tokens": _thin(drawn.tokens),
                 "experts": _thin(drawn.experts),
-                "std_experts": _thin(np.array(scalars["dynmoe/std_experts_per_token"].values)),
+                "std_experts": _thin(np.array(scalars[metric_names.STD_EXPERTS].values)),
                 "threshold": _thin(drawn.threshold),
             },
         }
@@ -133,7 +135,7 @@ def write(folder: Path, size_name: str, content: dict[str, Any]) -> None:
 
 def tail(values: Sequence[float]) -> Sequence[float]:
     """The last fifth."""
-    return values[-max(1, math.ceil(len(values) * report.TAIL)) :]
+    return values[-max(1, math.ceil(len(values) * TAIL)) :]
 
 
 class Comparison(NamedTuple):

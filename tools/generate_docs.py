@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
+from megatron_dynmoe.runs.metric_names import MEANINGS
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
@@ -121,6 +122,13 @@ def testing() -> str:
     return with_table("testing.md", "planted mistakes", rows)
 
 
+def monitoring() -> str:
+    """The text of docs/monitoring.md: what it says now, with the table of metrics."""
+    rows = ["| name | meaning |", "| --- | --- |"]
+    rows += [f"| `{name}` | {meaning} |" for name, meaning in MEANINGS.items()]
+    return with_table("monitoring.md", "metrics", rows)
+
+
 def huggingface() -> str:
     """The text of docs/huggingface.md: what it says now, with the table of the formats."""
     names = (f"`{name}`{' (default)' * (format is OURS)}" for name, format in FORMATS.items())
@@ -145,6 +153,7 @@ def with_table(page: str, name: str, rows: list[str]) -> str:
 DOCUMENTS = {
     "configuration.md": configuration,
     "huggingface.md": huggingface,
+    "monitoring.md": monitoring,
     "testing.md": testing,
     "upstream_flags.md": upstream_flags,
 }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.runs.folder import CURVES, SUMMARY
-from megatron_dynmoe.runs.report import write_report
+from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 
 
@@ -15,6 +15,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder given to training as --run-dir")
     run = parser.parse_args(argv).run
     with ending_plainly(parser.prog):
-        summary = write_report(run)
+        summary = write_summary_and_curves(run)
     print(json.dumps(summary, indent=2))
     print(f"written: {run / SUMMARY} and {run / CURVES}")

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.runs.curves import plot_curves
+from megatron_dynmoe.runs.events import NothingLogged, read_run
 from megatron_dynmoe.runs.folder import CURVES
-from megatron_dynmoe.runs.report import NothingLogged, plot_curves, read_run
 
 PAUSE = 30.0  # least number of seconds between two pictures
 MAX_SHARE = 0.05  # of one core: a long run's events take longer to read, so it draws less often

@@ -21,10 +21,9 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import num_floating_point_operations
 
 from megatron_dynmoe.routing.counters import RoutingStatistics
-from megatron_dynmoe.runs.report import MAX_COLUMNS, TARGET, draw_layers
+from megatron_dynmoe.runs import metric_names as names
+from megatron_dynmoe.runs.curves import MAX_COLUMNS, draw_layers
 from megatron_dynmoe.settings.config import DynMoEConfig
-
-PREFIX = "dynmoe"
 
 
 class RoutingSummary(NamedTuple):
@@ -86,27 +85,27 @@ def scalars(
     summary: RoutingSummary, dynmoe: DynMoEConfig, iteration: int
 ) -> Iterator[tuple[str, float]]:
     """Names and values for TensorBoard and W&B, of the step that ends as ``iteration``."""
-    yield f"{PREFIX}/experts_per_token", summary.experts_per_token
+    yield names.EXPERTS, summary.experts_per_token
     if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may change it
-        yield TARGET, dynmoe.target_experts_per_token.at_step(iteration)
-    yield f"{PREFIX}/std_experts_per_token", summary.std_experts_per_token
-    yield f"{PREFIX}/threshold", summary.threshold
-    yield f"{PREFIX}/balance_loss", summary.balance_loss
-    yield f"{PREFIX}/dynamic_loss", summary.dynamic_loss
-    yield f"{PREFIX}/max_over_mean_load", summary.max_over_mean_load
+        yield names.TARGET, dynmoe.target_experts_per_token.at_step(iteration)
+    yield names.STD_EXPERTS, summary.std_experts_per_token
+    yield names.THRESHOLD, summary.threshold
+    yield names.BALANCE_LOSS, summary.balance_loss
+    yield names.DYNAMIC_LOSS, summary.dynamic_loss
+    yield names.MAX_OVER_MEAN_LOAD, summary.max_over_mean_load
     if dynmoe.max_experts_per_token is not None:
-        yield f"{PREFIX}/share_of_tokens_at_cap", summary.share_at_cap
+        yield names.SHARE_AT_CAP, summary.share_at_cap
     if summary.first_not_finite:
-        yield f"{PREFIX}/share_of_tokens_not_finite", summary.share_not_finite
-    by_layer = {"experts_per_token": summary.experts_per_token_by_layer}
+        yield names.SHARE_NOT_FINITE, summary.share_not_finite
+    by_layer = {names.EXPERTS_OF_LAYER: summary.experts_per_token_by_layer}
     if dynmoe.normalization == "drn":
-        by_layer["theta"] = summary.theta_by_layer
+        by_layer[names.THETA_OF_LAYER] = summary.theta_by_layer
     if dynmoe.scope == "layer":
-        by_layer["threshold"] = summary.threshold_by_layer
-    for name, values in by_layer.items():
+        by_layer[names.THRESHOLD_OF_LAYER] = summary.threshold_by_layer
+    for quantity, values in by_layer.items():
         for index, value in enumerate(values):
             if value == value:  # the values of layers without experts are NaN
-                yield f"{PREFIX}_layers/{name}_layer_{index + 1}", value
+                yield names.of_layer(quantity, index + 1), value
 
 
 def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
@@ -115,42 +114,42 @@ def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
-    def by_layer(name: str) -> list[Any]:
-        return chart(rf"{PREFIX}_layers/{name}_layer_\d+")
+    def by_layer(quantity: str) -> list[Any]:
+        return chart(names.of_layer(quantity, r"\d+"))
 
-    experts = [f"{PREFIX}/experts_per_token", f"{PREFIX}/validation_experts_per_token"]
+    experts = [names.EXPERTS, names.VALIDATION_EXPERTS]
     if dynmoe.target_experts_per_token is not None:
-        experts.append(TARGET)
+        experts.append(names.TARGET)
     routing = {
         "experts per token": chart(*experts),
         "standard deviation of experts over tokens": chart(
-            f"{PREFIX}/std_experts_per_token", f"{PREFIX}/validation_std_experts_per_token"
+            names.STD_EXPERTS, names.VALIDATION_STD_EXPERTS
         ),
-        "threshold": chart(f"{PREFIX}/threshold"),
+        "threshold": chart(names.THRESHOLD),
     }
     if dynmoe.max_experts_per_token is not None:
-        routing["share of tokens at the cap"] = chart(f"{PREFIX}/share_of_tokens_at_cap")
-    layers = {"experts per token": by_layer("experts_per_token")}
+        routing["share of tokens at the cap"] = chart(names.SHARE_AT_CAP)
+    layers = {"experts per token": by_layer(names.EXPERTS_OF_LAYER)}
     if dynmoe.normalization == "drn":
-        layers["theta of the normalization"] = by_layer("theta")
+        layers["theta of the normalization"] = by_layer(names.THETA_OF_LAYER)
     if dynmoe.scope == "layer":
-        layers["threshold"] = by_layer("threshold")
+        layers["threshold"] = by_layer(names.THRESHOLD_OF_LAYER)
     return {
         "training": {
-            "loss": chart("lm loss", "lm loss validation"),
-            "gradient norm": chart("grad-norm"),
-            "learning rate": chart("learning-rate"),
+            "loss": chart(names.LOSS, names.VALIDATION_LOSS),
+            "gradient norm": chart(names.GRADIENT_NORM),
+            "learning rate": chart(names.LEARNING_RATE),
         },
         "routing": routing,
         "routing by layer": layers,
         "balance and losses of the router": {
-            "busiest expert over mean": chart(f"{PREFIX}/max_over_mean_load"),
-            "balance loss": chart(f"{PREFIX}/balance_loss"),
-            "dynamic loss (entropy)": chart(f"{PREFIX}/dynamic_loss"),
+            "busiest expert over mean": chart(names.MAX_OVER_MEAN_LOAD),
+            "balance loss": chart(names.BALANCE_LOSS),
+            "dynamic loss (entropy)": chart(names.DYNAMIC_LOSS),
         },
         "speed": {
-            "tokens per second": chart(f"{PREFIX}/tokens_per_second"),
-            "TFLOP/s from measured experts": chart(f"{PREFIX}/tflops_per_second"),
+            "tokens per second": chart(names.TOKENS_PER_SECOND),
+            "TFLOP/s from measured experts": chart(names.TFLOPS_PER_SECOND),
         },
     }
 
@@ -250,8 +249,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         tokens = self._num_samples * args.seq_length
         flops = floating_point_operations(args, self._num_samples, summary.experts_per_token)
         rates = {
-            f"{PREFIX}/tokens_per_second": tokens / seconds,
-            f"{PREFIX}/tflops_per_second": flops / seconds / 1e12,
+            names.TOKENS_PER_SECOND: tokens / seconds,
+            names.TFLOPS_PER_SECOND: flops / seconds / 1e12,
         }
         self._write(rates, iteration, writer, wandb_writer)
         self._history.add(iteration, summary.experts_per_token_by_layer)
@@ -290,7 +289,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         try:
             figure = self._history.draw()
             if figure is not None:
-                writer.add_figure(f"{PREFIX}/experts_per_token_by_layer", figure, iteration)
+                writer.add_figure(names.HEAT_MAP, figure, iteration)
         except Exception as error:  # a failed picture must not end a training
             print(f"warning: no heat map at iteration {iteration}: {error}", flush=True)
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmoe.runs.report import LOSS, Series, read_run, save_figure, target_of
+from megatron_dynmoe.runs import metric_names as names
+from megatron_dynmoe.runs.curves import save_figure
+from megatron_dynmoe.runs.events import Series, read_run, target_of
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -43,17 +45,17 @@ def read(run_dir: Path, label: str) -> Run:
     """
     resolved, scalars = read_run(run_dir)
     megatron, routing = resolved["megatron"], resolved["dynamic_routing"]
-    loss = scalars[LOSS]
+    loss = scalars[names.LOSS]
     iterations = np.array(loss.iterations)
     dynamic = routing["routing"] != "top_k"
-    if dynamic and "dynmoe/experts_per_token" not in scalars:
+    if dynamic and names.EXPERTS not in scalars:
         raise ValueError(
             f"{run_dir} was trained with {routing['routing']}, but its events hold no experts per "
             "token: they were not written by this package, or were cut off."
         )
 
     # 1. Tokens: between two logged steps, the batch size is that of the later one.
-    batch = _at(iterations, scalars.get("batch-size"), megatron["global_batch_size"])
+    batch = _at(iterations, scalars.get(names.BATCH_SIZE), megatron["global_batch_size"])
     steps = np.diff(iterations, prepend=0)
     tokens_of_step = steps * batch * megatron["seq_length"]
     tokens = np.cumsum(tokens_of_step)
@@ -61,7 +63,7 @@ def read(run_dir: Path, label: str) -> Run:
     # 2. Experts, and the floating-point operations in them, forward and backward
     experts = None
     if dynamic:
-        experts = _at(iterations, scalars["dynmoe/experts_per_token"], np.nan)
+        experts = _at(iterations, scalars[names.EXPERTS], np.nan)
     elif megatron["num_experts"]:
         experts = np.full(len(iterations), float(megatron["moe_router_topk"]))
     num_layers = megatron["num_layers"]
@@ -74,7 +76,7 @@ def read(run_dir: Path, label: str) -> Run:
     flops = np.cumsum(tokens_of_step * _flops_per_expert(megatron) * experts_of_all_layers)
 
     # 3. All other curves, at the steps at which they were logged
-    evaluations = scalars.get("lm loss validation", Series([], [], []))
+    evaluations = scalars.get(names.VALIDATION_LOSS, Series([], [], []))
     at = np.array(evaluations.iterations)
     target, aimed_at = target_of(routing, scalars), None
     if target is not None:  # unknown (NaN) for the steps before this package resumed the run
@@ -91,7 +93,7 @@ def read(run_dir: Path, label: str) -> Run:
         ),
         experts,
         aimed_at,
-        _at(iterations, scalars["dynmoe/threshold"], np.nan) if dynamic else None,
+        _at(iterations, scalars[names.THRESHOLD], np.nan) if dynamic else None,
     )
 
 

@@ -19,6 +19,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_dynmoe.runs.metric_names import LOSS
 from megatron_dynmoe.training.logits import check_logits
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -64,7 +65,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     num_tokens = loss_mask.sum().detach().to(torch.int)
     _validate(loss)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-    return loss, num_tokens, {"lm loss": report}
+    return loss, num_tokens, {LOSS: report}
 
 
 def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:

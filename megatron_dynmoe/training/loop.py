@@ -26,7 +26,8 @@ from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics,
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
-from megatron_dynmoe.runs.metrics import PREFIX, summarize
+from megatron_dynmoe.runs import metric_names
+from megatron_dynmoe.runs.metrics import summarize
 from megatron_dynmoe.settings.arguments import (
     config_from_args,
     naming_flags,
@@ -211,8 +212,8 @@ def report_evaluation(model: list[torch.nn.Module]) -> None:
     # Upstream counts the iteration after the step; without training it sets no such argument.
     iteration = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
     values = {
-        f"{PREFIX}/validation_experts_per_token": summary.experts_per_token,
-        f"{PREFIX}/validation_std_experts_per_token": summary.std_experts_per_token,
+        metric_names.VALIDATION_EXPERTS: summary.experts_per_token,
+        metric_names.VALIDATION_STD_EXPERTS: summary.std_experts_per_token,
     }
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:

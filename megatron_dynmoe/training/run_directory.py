@@ -17,9 +17,10 @@ import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_dynmoe.runs import folder as names
-from megatron_dynmoe.runs import report
+from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.folder import mark_finished
 from megatron_dynmoe.runs.live_plot import redrawing
+from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.megatron_names import TRACKER
@@ -78,8 +79,8 @@ def set_paths(args: Namespace) -> None:
 def _has_logged(run_dir: Path) -> bool:
     """Whether a run has logged a step there; a run that was refused has logged none."""
     try:
-        return bool(report.read_scalars(run_dir))
-    except report.NothingLogged:
+        return bool(read_scalars(run_dir))
+    except NothingLogged:
         return False
 
 
@@ -180,8 +181,8 @@ def _write_report(run_dir: Path, args: Namespace, program_start: float) -> None:
     if args.rank == args.world_size - 1 and writer is not None:
         writer.flush()
         try:
-            report.write_report(run_dir, wall_seconds=time.time() - program_start)
-        except report.NothingLogged as error:  # --tensorboard-log-interval may exceed the run
+            write_summary_and_curves(run_dir, wall_seconds=time.time() - program_start)
+        except NothingLogged as error:  # --tensorboard-log-interval may exceed the run
             print(f"> no {names.SUMMARY} and {names.CURVES}: {error}", flush=True)
 
 

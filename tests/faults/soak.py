@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy
 import psutil
 
+from megatron_dynmoe.runs.events import Series, read_scalars
 from megatron_dynmoe.runs.progress_lines import progress_of
-from megatron_dynmoe.runs.report import Series, read_scalars
 from megatron_dynmoe.settings.command_line import CommandParser
 
 REPOSITORY = Path(__file__).resolve().parents[2]

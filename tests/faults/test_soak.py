@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron_dynmoe.runs.report import Series
+from megatron_dynmoe.runs.events import Series
 from tests.faults.soak import TARGET, Sample, in_windows, judge, table
 
 MINUTES = 20

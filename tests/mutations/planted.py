@@ -355,10 +355,10 @@ WATCHING = [
     Mutation(
         "summary_of_the_last_tenth",
         "the summary's mean of the last 20 % of a run is that of the last 10 %",
-        "runs/report.py",
+        "runs/summary.py",
         "TAIL = 0.2",
         "TAIL = 0.1",
-        ("tests/runs/test_report.py::test_summary_and_curves_of_a_dtop_p_run",),
+        ("tests/runs/test_summary.py::test_summary_and_curves_of_a_dtop_p_run",),
     ),
     Mutation(
         "group_size_left_out_of_losses",

@@ -262,6 +262,7 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
     from torch.utils.tensorboard import SummaryWriter
 
+    from megatron_dynmoe.runs.metric_names import MEANINGS
     from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
 
     with SummaryWriter(str(tmp_path)) as events:
@@ -285,6 +286,8 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     for tag in tags:
         assert sum(bool(re.match(pattern, tag)) for pattern in patterns) == 1, tag
     assert not any(re.match(pattern, "lm loss vs samples") for pattern in patterns)
+    listed = {re.sub(r"_layer_\d+$", "_layer_N", tag) for tag in tags if tag.startswith("dynmoe")}
+    assert listed <= MEANINGS.keys(), "docs/monitoring.md lists every name"
 
 
 def test_layout_once_and_a_heat_map_at_each_evaluation_and_at_the_end(tracker):
@@ -312,8 +315,8 @@ def test_a_heat_map_that_fails_stops_no_training(tracker, capsys):
 
 
 def test_the_history_of_a_long_run_stays_small():
+    from megatron_dynmoe.runs.curves import MAX_COLUMNS
     from megatron_dynmoe.runs.metrics import LayerHistory
-    from megatron_dynmoe.runs.report import MAX_COLUMNS
 
     history = LayerHistory()
     assert history.draw() is None

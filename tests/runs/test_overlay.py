@@ -7,7 +7,7 @@ import pytest
 
 from megatron_dynmoe.cli import plot
 from megatron_dynmoe.runs import overlay
-from megatron_dynmoe.runs.report import TARGET
+from megatron_dynmoe.runs.metric_names import TARGET
 from tests.helpers.commands import exit_code_of
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
 

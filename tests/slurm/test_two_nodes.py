@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.runs.report import read_scalars
+from megatron_dynmoe.runs.events import read_scalars
 from tests.slurm import two_nodes
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dynmoe.jobs.attempts import is_finished
 from megatron_dynmoe.runs.folder import SUMMARY
-from megatron_dynmoe.runs.report import write_report
+from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
@@ -53,9 +53,9 @@ def test_events_that_tensorboard_dir_put_elsewhere_are_found(tmp_path: Path) -> 
     routing = {"routing": "dtop_p", "target_experts_per_token": "2"}
     elsewhere, run_dir = tmp_path / "events", tmp_path / "run"
     make_run(run_dir, routing, dtop_p_scalars(), tensorboard_dir=str(elsewhere))
-    expected = write_report(run_dir)
+    expected = write_summary_and_curves(run_dir)
     (run_dir / "tensorboard").rename(elsewhere)
-    assert write_report(run_dir) == expected
+    assert write_summary_and_curves(run_dir) == expected
 
 
 def test_events_of_a_runs_own_folder_come_first(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_events_of_a_runs_own_folder_come_first(tmp_path: Path) -> None:
     original, copy = tmp_path / "original", tmp_path / "copy"
     make_run(original, routing, dtop_p_scalars(10))
     make_run(copy, routing, dtop_p_scalars(20), tensorboard_dir=str(original / "tensorboard"))
-    assert write_report(copy)["iterations"] == 20
+    assert write_summary_and_curves(copy)["iterations"] == 20
 
 
 @pytest.fixture
