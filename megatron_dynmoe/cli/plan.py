@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that do not belong to what is asked for."""
     if args.dry_run:
-        for name in ("tokens", "utilisation"):
+        for name in ("tokens", "utilization"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is given, but --dry-run looks at one step: leave it out.")
         return
