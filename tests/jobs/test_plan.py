@@ -111,7 +111,6 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("dtop_16e --gpus 8 --gpu a800-80g", "did you mean dtop_p_16e"),
         ("dtop_p_16e --gpus 7 --gpu a800-80g", "number of processes is 7"),
         ("dtop_p_16e --gpus 0 --gpu a800-80g", "number of processes is 0"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --num-experts 12 "
@@ -148,6 +147,11 @@ def test_mistakes_are_told(capsys, command, words):
 def test_a_flag_of_the_training_is_misuse_like_one_of_its_own(capsys, flags, says):
     code, _, error = run(capsys, f"dtop_p_16e --gpus 8 --gpu a800-80g {flags}")
     assert code == 2 and error == f"dynmoe plan: error: {says}\n"
+
+
+def test_an_unknown_recipe_is_misuse(capsys):
+    code, _, error = run(capsys, "dtop_16e --gpus 8 --gpu a800-80g")
+    assert code == 2 and "did you mean dtop_p_16e" in error
 
 
 @pytest.mark.parametrize("command", ["", "dtop_p_16e", "dtop_p_16e --gpus 8 --gpu v100"])
