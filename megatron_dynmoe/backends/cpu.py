@@ -27,6 +27,9 @@ from megatron_dynmoe.settings.command_line import UsageError
 
 CPU = torch.device("cpu")
 
+# Packages whose kernels run on CUDA only. Megatron takes layers and optimizers from them.
+PACKAGES_FOR_CUDA = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+
 # Settings of Megatron that need a GPU or a compiled extension, and their values here.
 FORCED_SETTINGS: dict[str, Any] = {
     "distributed_backend": "gloo",
@@ -41,6 +44,7 @@ FORCED_SETTINGS: dict[str, Any] = {
     "persist_layer_norm": False,
     "no_persist_layer_norm": True,
     "cross_entropy_loss_fusion": False,
+    "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
 }
@@ -75,6 +79,9 @@ def install() -> None:
     replace(torch, compile=lambda model=None, **options: model if model is not None else _identity)
     # Megatron requires this for sequence parallelism on every device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    for package in PACKAGES_FOR_CUDA:  # as if it were not installed
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
     # Eighteen lines of what makes a GPU faster, before anything that is said of this run.
     warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
@@ -190,7 +197,6 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
 # Settings that need Transformer Engine's attention or kernels, and what to do instead.
 _GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
-    "moe_grouped_gemm": (False, "grouped GEMM runs on GPUs only. Leave it out"),
     "multi_latent_attention": (
         False,
         "the attention that needs no Transformer Engine cannot do it. Leave it out",

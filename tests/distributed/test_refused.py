@@ -28,7 +28,6 @@ MISTAKES = {
     "--moe-dynamic-max-experts-per-token 0": ("use 1 to 8",),
     "--moe-dynamic-threshold 0.4": ("use --moe-dynamic-initial-threshold",),
     "--moe-dynamic-integral-gain 0": ("auto",),
-    "--moe-grouped-gemm": ("GPUs only", "Leave it out"),
     "--hybrid-layer-pattern *E*E": ("builds the model's layers itself", "Leave it out"),
     "--spec megatron_dynmoe.specs dynmoe_layer_spec": ("itself", "Leave it out"),
     "--sft": ("--sft", "pretrain_gpt.py"),

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore
 
+from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.settings.command_line import UsageError
 
 # For other processes, while they work on other cases: the first one of a case to be free waits
@@ -142,7 +143,7 @@ def _run(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     sys.argv = [case["entry"], *case["flags"]]
     torch.distributed.init_process_group(
-        "gloo",
+        "gloo" if cpu.is_installed() else "nccl",
         store=PrefixStore(case["name"], store),
         rank=rank,
         world_size=case["num_ranks"],
@@ -207,8 +208,10 @@ def warm_up() -> None:
 
 
 if __name__ == "__main__":
-    from megatron_dynmoe.run import prepare
-
+    if os.environ.get("DYNMOE_TEST_DOUBLES"):
+        from tests.doubles.on_cpu import prepare
+    else:
+        from megatron_dynmoe.run import prepare
     prepare()  # before the cases replace environment and output
     warm_up()
     main()

@@ -1,0 +1,5 @@
+"""``common/__init__.py``."""
+
+from . import recipe
+
+__all__ = ["recipe"]
