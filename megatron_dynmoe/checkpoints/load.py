@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_local, on_rank_0
 from megatron_dynmoe.checkpoints.faults import faults
+from megatron_dynmoe.checkpoints.other_backends import adopt_names
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
@@ -143,6 +144,7 @@ def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
         if name is not None and state_dict is not None and not rank0:
             folder = Path(load_dir) / checkpoint_name(name)
             check_router_entries(folder, state_dict, args.dist_ckpt_strictness)
+            adopt_names(folder, state_dict)
         with _pinned(args, name, Path(load_dir)):
             return load_base(load_dir, args, rank0=rank0, **kwargs)
 

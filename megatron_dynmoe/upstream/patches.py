@@ -6,7 +6,6 @@ upstream changes so that a patch is no longer needed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import multiprocessing
@@ -14,6 +13,8 @@ import queue
 from typing import Any
 
 import torch
+
+from megatron_dynmoe.upstream import optimizer_state
 
 
 @functools.cache
@@ -99,7 +100,7 @@ def _resume_the_distributed_optimizer() -> None:
 
     @functools.wraps(state_dict)
     def filled_state_dict(self):
-        if _is_torch_adam(self.optimizer):
+        if optimizer_state.is_torch_adam(self.optimizer):
             self.init_state_fn(self.optimizer, self.config)
             for state in self.optimizer.state.values():
                 state.setdefault("step", torch.zeros(()))
@@ -108,7 +109,7 @@ def _resume_the_distributed_optimizer() -> None:
     @functools.wraps(load_state_dict)
     def load_with_separate_steps(self, loaded):
         load_state_dict(self, loaded)
-        if _is_torch_adam(self.optimizer):
+        if optimizer_state.is_torch_adam(self.optimizer):
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
@@ -123,7 +124,7 @@ def _resume_the_distributed_optimizer() -> None:
     def synchronize_all_steps(self):
         result = synchronize_steps(self)
         parts = [part for part in self.chained_optimizers if isinstance(part, cls)]
-        inner = [part.optimizer for part in parts if _is_torch_adam(part.optimizer)]
+        inner = [part.optimizer for part in parts if optimizer_state.is_torch_adam(part.optimizer)]
         states = [state for optimizer in inner for state in optimizer.state.values()]
         step = next((state["step"] for state in states if "step" in state), torch.zeros(()))
         for optimizer in inner:
@@ -137,14 +138,11 @@ def _resume_the_distributed_optimizer() -> None:
     cls._set_main_param_and_optimizer_states = set_all_but_step
 
 
-def _is_torch_adam(optimizer: object) -> bool:
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-
-
 def _resume_under_another_layout() -> None:
     """``megatron/core/optimizer/optimizer.py`` loads no optimizer state from EP > 1 under EP = 1.
 
-    It also loads none under another learning rate: see :func:`_with_schedule_of`.
+    It also loads none under another learning rate (:func:`.optimizer_state.with_schedule_of`), and
+    none of another Adam (:func:`.optimizer_state.with_step_of`).
 
     With expert parallelism ``ChainedOptimizer`` holds two optimizers (dense and experts), without
     it one. The tensors of a checkpoint are named after the parameters and fit both cases. The other
@@ -159,14 +157,11 @@ def _resume_under_another_layout() -> None:
     @functools.wraps(load_state_dict)
     def load_restructured(self, loaded):
         if _overrides_schedule():
-            loaded = _with_schedule_of(self.chained_optimizers, loaded)
-        load_state_dict(self, _restructured(loaded, self.chained_optimizers))
+            loaded = optimizer_state.with_schedule_of(self.chained_optimizers, loaded)
+        loaded = optimizer_state.restructured(loaded, self.chained_optimizers)
+        load_state_dict(self, optimizer_state.with_step_of(self.chained_optimizers, loaded))
 
     ChainedOptimizer.load_state_dict = load_restructured
-
-
-# Among the keys that distinguish parameter groups, these belong to the schedule, not to the model.
-_SCHEDULE_OF_GROUPS = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def _overrides_schedule() -> bool:
@@ -176,102 +171,6 @@ def _overrides_schedule() -> bool:
         return get_args().override_opt_param_scheduler
     except AssertionError:  # a user's own training loop has no Megatron arguments
         return False
-
-
-def _with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
-    """Give the parameter groups of a saved state this run's learning rates and weight decay.
-
-    Upstream also uses these values to distinguish groups. Under another ``--lr`` it therefore finds
-    no group, even with ``--override-opt-param-scheduler``, which allows another learning rate.
-    """
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
-
-    own = [group for optimizer in optimizers for group in optimizer.param_groups]
-    model_keys = [key for key in keys if key not in _SCHEDULE_OF_GROUPS]
-
-    def rescheduled(group: dict[str, Any]) -> dict[str, Any]:
-        for ignored in (None, "is_expert_parallel"):
-            for mine in own:
-                if all(mine.get(k) == group.get(k) for k in model_keys if k != ignored):
-                    return group | {k: mine[k] for k in _SCHEDULE_OF_GROUPS if k in mine}
-        return group
-
-    def walk(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        return {
-            key: [rescheduled(group) for group in value] if key == "param_groups" else walk(value)
-            for key, value in part.items()
-            # The tensors of the state are not changed.
-        }
-
-    return walk(loaded)
-
-
-def _restructured(loaded: Any, optimizers: list[Any]) -> Any:
-    """Bring the state dict of a chained optimizer into the structure of the one that loads it.
-
-    Args:
-        loaded: the optimizer's state from the checkpoint, which upstream has merged with the state
-            that this run asked for. The state of one optimizer is a dict; the state of several is a
-            dict of these with the keys 0, 1, ... If the two runs differ in this, both forms are in
-            one dict.
-        optimizers: the optimizers of this run, each with its parameter groups.
-
-    Raises:
-        ValueError: a parameter group of this run has no counterpart in the checkpoint.
-    """
-    from megatron.core.dist_checkpointing.dict_utils import merge
-
-    if not isinstance(loaded, dict):
-        return loaded
-    whole = {key: value for key, value in loaded.items() if not isinstance(key, int)}
-    parts = {key: value for key, value in loaded.items() if isinstance(key, int)}
-    asked = [whole] if len(optimizers) == 1 else [parts.get(i, {}) for i in range(len(optimizers))]
-    saved = [part for part in (whole, *parts.values()) if _saved_groups(part)]
-    if not saved or len(saved) == len(optimizers):
-        return loaded
-
-    groups = [group for part in saved for group in _saved_groups(part)]
-    result = {}
-    for index, optimizer in enumerate(optimizers):
-        # All optimizers have the same step and loss scale, so any part of the checkpoint will do.
-        own = copy.deepcopy(saved[0])
-        own.get("optimizer", own)["param_groups"] = [
-            {**_counterpart(group, groups), "is_expert_parallel": group["is_expert_parallel"]}
-            for group in optimizer.param_groups
-        ]
-        result[index] = merge(own, asked[index])
-    return result[0] if len(optimizers) == 1 else result
-
-
-def _saved_groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Return the parameter groups of a checkpoint, without those that only list parameters."""
-    groups = part.get("optimizer", part).get("param_groups", [])
-    return [group for group in groups if set(group) != {"params"}]
-
-
-def _counterpart(group: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Find the hyperparameters in the checkpoint for one of this run's parameter groups.
-
-    Groups are matched as upstream matches them. If there is no match, the match ignores whether a
-    group belongs to experts.
-    """
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
-
-    def matches(saved: dict[str, Any], ignored: str | None = None) -> bool:
-        return all(group.get(key) == saved.get(key) for key in keys if key != ignored)
-
-    for ignored in (None, "is_expert_parallel"):
-        for saved in saved_groups:
-            if matches(saved, ignored):
-                return saved
-    wanted = {key: group.get(key) for key in keys}
-    raise ValueError(
-        f"The checkpoint has no optimizer parameter group with {wanted}. Resume with the flags of "
-        "the run that saved it (learning rates, weight decay), or give --no-load-optim to start "
-        "with a fresh optimizer."
-    )
 
 
 def _guard_checkpoints() -> None:
