@@ -111,7 +111,6 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("dtop_16e --gpus 8 --gpu a800-80g", "did you mean dtop_p_16e"),
         ("dtop_p_16e --gpus 7 --gpu a800-80g", "number of processes is 7"),
         ("dtop_p_16e --gpus 0 --gpu a800-80g", "number of processes is 0"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --num-experts 12 "
@@ -136,6 +135,11 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
 def test_mistakes_are_told(capsys, command, words):
     code, _, error = run(capsys, command)
     assert code == 1 and words in error
+
+
+def test_an_unknown_recipe_is_misuse(capsys):
+    code, _, error = run(capsys, "dtop_16e --gpus 8 --gpu a800-80g")
+    assert code == 2 and "did you mean dtop_p_16e" in error
 
 
 @pytest.mark.parametrize(
