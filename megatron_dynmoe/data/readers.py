@@ -18,6 +18,7 @@ from megatron_dynmoe.data.records import (
     OnUnreadable,
     Reader,
     Unreadable,
+    how_to_convert,
     reason_of,
 )
 
@@ -154,10 +155,7 @@ class PlainTextReader(StreamReader):
                 yield from ((piece,) for piece in self._pieces(stream))
         except UnicodeDecodeError as error:
             # A damaged file stops the run. But this file may be whole, and not meant as UTF-8.
-            message = (
-                f"{self.path}: not valid UTF-8 ({error.reason}): if it is in another encoding, "
-            )
-            message += "convert it, as in iconv -f latin1 -t utf-8"
+            message = f"{self.path}: not valid UTF-8 ({error.reason}): {how_to_convert(error)}"
             self.on_unreadable(Unreadable(message))
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{self.path}: cannot be read to its end: {error}") from error

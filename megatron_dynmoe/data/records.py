@@ -1,5 +1,6 @@
 """Records with fields of text, as read from a file, and the error for one that is none."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,9 +107,22 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(name[:40] for name in names[:SHOWN_FIELDS]) + more or "none"
 
 
+def how_to_convert(error: UnicodeDecodeError) -> str:
+    """The remedy for text that is not in UTF-8, with the command that makes it so."""
+    if _is_utf_16(error):
+        return "it is in UTF-16; convert it, as in iconv -f utf-16 -t utf-8"
+    return "if it is in another encoding, convert it, as in iconv -f latin1 -t utf-8"
+
+
+def _is_utf_16(error: UnicodeDecodeError) -> bool:
+    """Whether the text begins with UTF-16's mark of the order of bytes, as its files do."""
+    return error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
 def reason_of(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8 (byte {error.start}: {error.reason})"
+        reason = f"not valid UTF-8 (byte {error.start}: {error.reason})"
+        return f"{reason}: {how_to_convert(error)}" if _is_utf_16(error) else reason
     if isinstance(error, UnicodeEncodeError):
         return "its text has half of a surrogate pair, which is no Unicode character"
     if isinstance(error, RecursionError):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.words import text_of
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FOLDER = LAUNCH / "recipes"
@@ -35,7 +36,7 @@ def recipe_flags(name_or_path: str | Path) -> list[str]:
         name_or_path: a name from :func:`recipe_names`, the path of a ``.flags`` file, or ``@FILE``.
 
     Raises:
-        UsageError: there is no such recipe.
+        UsageError: there is no such recipe, or the file is binary.
         ValueError: an include is missing or includes itself, or a line cannot be read.
     """
     return list(_words(_find(name_or_path), ()))
@@ -92,7 +93,7 @@ def _words(path: Path, within: tuple[Path, ...]) -> Iterator[str]:
     if path in within:
         circle = " -> ".join(part.name for part in (*within[within.index(path) :], path))
         raise ValueError(f"recipe {within[0]} includes itself: {circle}. Take one include out.")
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(text_of(path).splitlines(), start=1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dynmoe.settings.command_line import UsageError
 
 
 def values_of(flags: Sequence[str]) -> dict[str, list[str]]:
@@ -50,6 +53,19 @@ def whole_number(
         shown = "missing" if given is None else " ".join(given) or "without a value"
         raise ValueError(f"--{name} is {shown}: use a whole number from {least} up.")
     return int(given[0])
+
+
+def text_of(path: Path) -> str:
+    """The text of a file of flags. Bytes that are not UTF-8 stay as they are in the words.
+
+    Raises:
+        UsageError: the file is binary, or in UTF-16.
+        OSError: the file cannot be read.
+    """
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise UsageError(f"{path} is not a file of flags: it is binary, or in UTF-16.")
+    return content.decode("utf-8", "surrogateescape")
 
 
 def format_flags(flags: Sequence[str]) -> str:

@@ -68,7 +68,9 @@ def test_a_long_plain_text_is_several_documents(
 
 def test_plain_text_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content, message in (
-        ("latin.txt", "café".encode("latin-1"), r"latin\.txt: not valid UTF-8 .*iconv"),
+        ("latin.txt", "café".encode("latin-1"), r"latin\.txt: not valid UTF-8 .*iconv -f latin1"),
+        ("wide.txt", "café".encode("utf-16"), r"wide\.txt: not valid UTF-8 .*iconv -f utf-16"),
+        ("wide.jsonl", '{"text": ""}'.encode("utf-16"), r"wide\.jsonl, line 1: .*-f utf-16"),
         ("packed.txt", gzip.compress(b"a"), r"packed\.txt: its content is gzip: .*\.gz"),
         ("cut.txt.gz", gzip.compress(TEXT.encode() * 9)[:-9], r"cut\.txt\.gz: cannot be read"),
         ("a.pdf", b"%PDF-1.4\n", r"a\.pdf: its content is PDF, which is not read: make text"),

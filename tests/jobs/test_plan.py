@@ -137,6 +137,11 @@ def test_mistakes_are_told(capsys, command, words):
     assert code == 1 and words in error
 
 
+def test_an_unknown_recipe_is_misuse(capsys):
+    code, _, error = run(capsys, "dtop_16e --gpus 8 --gpu a800-80g")
+    assert code == 2 and "did you mean dtop_p_16e" in error
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -33,8 +33,9 @@ def test_comments_and_quotes_are_read_as_in_a_recipe(parse):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("--tokenizer-model 'a b", 'a line with No closing quotation: "--tokenizer-model \'a b"'),
-        ("include other.flags", r"give \$\(dynmoe recipe FILE\) in place"),
+        ("--tokenizer-model 'a b", '@my.flags, line 1: No closing quotation in "--tokenizer-mod'),
+        ("\ninclude other.flags", r"@my.flags, line 2: .* give \$\(dynmoe recipe FILE\) in place"),
+        ("--lr\0 1", "^my.flags is not a file of flags: it is binary, or in UTF-16.$"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_a_plain_refusal(parse, text, says):
