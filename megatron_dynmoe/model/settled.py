@@ -11,6 +11,7 @@ from megatron.training import get_args
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
 from megatron_dynmoe.settings.refusals import SettingError
@@ -41,8 +42,16 @@ class Settled:
         """The number of rows per token for which there is room; None if rows are counted."""
         if self.dynmoe.row_buffer != "worst_case":
             return None
-        caps = self.dynmoe.max_experts_per_token, self.dynmoe.inference_max_experts_per_token
-        return max(cap or 0 for cap in caps)
+        return max(cap or 0 for cap in self._caps)
+
+    @property
+    def most_experts(self) -> int | None:
+        """The most experts that a token can use, in training or inference; None: all."""
+        return None if None in self._caps else max(cap or 0 for cap in self._caps)
+
+    @property
+    def _caps(self) -> tuple[int | None, int | None]:
+        return self.dynmoe.max_experts_per_token, self.dynmoe.inference_max_experts_per_token
 
 
 def settle_run(
@@ -72,6 +81,8 @@ def settle_run(
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
     if settled.rows_per_token is not None:
         _check_worst_case_rows(settled, transformer)
+    if transformer.moe_token_dispatcher_type == "flex":
+        check_flex(transformer, settled.most_experts)
     return settled
 
 

@@ -56,7 +56,11 @@ def _with_dynamic_moe(layer: Any, router: Any, settled: Settled) -> Any:
     # Upstream shares one spec object among all layers.
     layer = copy.copy(layer)
     submodules = dataclasses.replace(mlp.keywords["submodules"], router=router)
-    ours = {"submodules": submodules, "rows_per_token": settled.rows_per_token}
+    ours = {
+        "submodules": submodules,
+        "rows_per_token": settled.rows_per_token,
+        "most_experts": settled.most_experts,
+    }
     layer.submodules = dataclasses.replace(
         layer.submodules, mlp=partial(DynMoELayer, **(mlp.keywords | ours))
     )

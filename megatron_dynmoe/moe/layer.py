@@ -8,10 +8,11 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
+from megatron_dynmoe.moe.flex import VariableKFlexTokenDispatcher
 
 
 class DynMoELayer(MoELayer):
-    """Upstream's MoELayer; only its all-to-all dispatcher is replaced.
+    """Upstream's MoELayer; only its all-to-all and its flex dispatcher are replaced.
 
     The forward pass is upstream's: route, dispatch preprocess (permute), dispatch, experts,
     combine, postprocess (unpermute, add the shared experts).
@@ -27,19 +28,27 @@ class DynMoELayer(MoELayer):
         name: str | None = None,
         *,
         rows_per_token: int | None = None,
+        most_experts: int | None = None,
     ) -> None:
-        """Build the layer; ``rows_per_token`` is the dispatcher's, all else is as upstream."""
+        """Build the layer.
+
+        Args:
+            rows_per_token: see :class:`VariableKAlltoAllTokenDispatcher`.
+            most_experts: the most that any token can use; None: all of them.
+
+        All else is as upstream.
+        """
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         # Upstream chooses the dispatcher by a string, so ours cannot be passed in.
+        experts = (self.num_local_experts, self.local_expert_indices, config, pg_collection)
         if config.moe_token_dispatcher_type == "alltoall":
-            self.token_dispatcher = VariableKAlltoAllTokenDispatcher(
-                self.num_local_experts,
-                self.local_expert_indices,
-                config=config,
-                pg_collection=pg_collection,
-            )
+            self.token_dispatcher = VariableKAlltoAllTokenDispatcher(*experts)
             self.token_dispatcher.rows_per_token = rows_per_token
-            if self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        elif config.moe_token_dispatcher_type == "flex":
+            self.token_dispatcher = VariableKFlexTokenDispatcher(
+                *experts, most_experts=most_experts or config.num_moe_experts
+            )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)

@@ -41,7 +41,8 @@ class Ignored:
 _FIXED_K = "it takes a fixed number of experts per token for granted"
 _CAP = "use --moe-dynamic-max-experts-per-token to bound the worst case"
 _TOP_K_ONLY = "it belongs to upstream's top-k selection"
-_FLEX = "only used by the flex dispatcher, which is refused"
+_FLEX = "only used by the flex dispatcher"
+_NCCLEP = "only used by ncclep, which is refused"
 _LEAVE_OUT = "leave it out"
 
 UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
@@ -130,20 +131,25 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_paged_stash_buffer_size_factor_cuda": Ignored("as above"),
     "moe_paged_stash_buffer_size_factor_cpu": Ignored("as above"),
     # dispatch
-    "moe_token_dispatcher_type": Works("alltoall (recommended) and allgather; flex is refused"),
+    "moe_token_dispatcher_type": Works(
+        "alltoall (recommended), allgather, and flex with DeepEP or HybridEP, not run on a GPU"
+    ),
     "moe_permute_fusion": Works("needs Transformer Engine in upstream, too"),
-    "moe_enable_deepep": Refused((False,), "its dispatcher is sized by a fixed k", _LEAVE_OUT),
-    "moe_flex_dispatcher_backend": Ignored(_FLEX),
-    "moe_flex_dispatcher_num_sms": Ignored(_FLEX),
-    "moe_deepep_num_sms": Ignored(_FLEX),
-    "moe_hybridep_num_sms": Ignored(_FLEX),
-    "moe_hybridep_num_blocks_permute": Ignored(_FLEX),
-    "moe_hybridep_num_blocks_unpermute": Ignored(_FLEX),
-    "moe_hybridep_num_sms_preprocessing": Ignored(_FLEX),
-    "moe_hybridep_pad_uneven_dispatch_inputs": Ignored(_FLEX),
-    "moe_permute_fusion_into_hybridep": Ignored(_FLEX),
-    "moe_ncclep_static_shape": Ignored(_FLEX),
-    "moe_ncclep_zero_copy": Ignored(_FLEX),
+    "moe_enable_deepep": Works("upstream's old name for --moe-flex-dispatcher-backend deepep"),
+    "moe_flex_dispatcher_backend": Works(
+        "deepep needs a cap of at most 32 (times tensor parallelism) if there are more experts; "
+        "hybridep needs none; ncclep is sized by a fixed k and refused"
+    ),
+    "moe_flex_dispatcher_num_sms": Works(_FLEX),
+    "moe_deepep_num_sms": Works(_FLEX),
+    "moe_hybridep_num_sms": Works(_FLEX),
+    "moe_hybridep_num_blocks_permute": Works(_FLEX),
+    "moe_hybridep_num_blocks_unpermute": Works(_FLEX),
+    "moe_hybridep_num_sms_preprocessing": Works(_FLEX),
+    "moe_hybridep_pad_uneven_dispatch_inputs": Works(_FLEX),
+    "moe_permute_fusion_into_hybridep": Works(_FLEX),
+    "moe_ncclep_static_shape": Ignored(_NCCLEP),
+    "moe_ncclep_zero_copy": Ignored(_NCCLEP),
     "overlap_moe_expert_parallel_comm": Refused(
         (False,), "its schedule is untested with a varying number of rows", _LEAVE_OUT
     ),
@@ -194,10 +200,6 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
 
 # Refused values of settings that otherwise work.
 _REFUSED_VALUES = {
-    ("moe_token_dispatcher_type", "flex"): (
-        "its back ends are sized by a fixed number of experts per token",
-        "use alltoall or allgather",
-    ),
     ("moe_router_load_balancing_type", "sinkhorn"): (
         "it is a top-k method",
         "use seq_aux_loss",

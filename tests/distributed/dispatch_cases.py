@@ -1,7 +1,8 @@
 """Dispatch and combine on routing maps of every kind, against sums computed without dispatch.
 
 Expert e multiplies by e + 1. Tokens are small whole numbers and weights multiples of 1/16, so that
-every sum is exact in float64, in any order, and the largest difference from the reference is 0.
+every sum is exact in float64, in any order, and the largest difference from the reference is 0. The
+flex dispatcher takes bf16 only, and numbers that are small enough for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from megatron_dynmoe.moe.layer import DynMoELayer
 from tests.distributed.imbalance import workloads
 
-NUM_EXPERTS, HIDDEN, TOKENS, SHARED_SCALE = 8, 4, 12, 100
+NUM_EXPERTS, HIDDEN, TOKENS = 8, 8, 12
+FLEX = ("deepep", "hybridep")
 
 
 def routing_maps(rank: int, world_size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,22 +72,32 @@ class ScalingExperts(torch.nn.Module):
     def forward(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor):
         assert int(tokens_per_expert.sum()) == len(rows) == len(probs)
         scales = self.scales.repeat_interleave(tokens_per_expert.long())
-        return rows * scales.unsqueeze(-1) * probs.unsqueeze(-1), None
+        return (rows * scales.unsqueeze(-1) * probs.unsqueeze(-1)).to(rows.dtype), None
 
 
 class ScalingSharedExperts(torch.nn.Module):
-    """Multiplies every token by SHARED_SCALE."""
+    """Multiplies every token by a number that the experts do not reach in float64."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__()
+        self.scale = shared_scale(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states * SHARED_SCALE
+        return hidden_states * self.scale
+
+
+def shared_scale(config: TransformerConfig) -> int:
+    if config.moe_shared_expert_intermediate_size is None:
+        return 0
+    return 100 if config.params_dtype == torch.float64 else 64
 
 
 def main() -> None:
     """Run the variant on the command line, ``stock`` or ``ours``, and print one line of JSON."""
     dispatcher, shared, whose = sys.argv[1:]
+    kind = {"moe_token_dispatcher_type": dispatcher}
+    if is_flex := dispatcher in FLEX:
+        kind = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
     world_size = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
     config = TransformerConfig(
@@ -95,11 +107,12 @@ def main() -> None:
         num_moe_experts=NUM_EXPERTS,
         expert_model_parallel_size=world_size,
         moe_router_topk=2,
-        moe_token_dispatcher_type=dispatcher,
         moe_shared_expert_intermediate_size=HIDDEN if shared == "shared" else None,
         add_bias_linear=False,
         use_cpu_initialization=True,
-        params_dtype=torch.float64,
+        params_dtype=torch.bfloat16 if is_flex else torch.float64,
+        bf16=is_flex,
+        **kind,
     )
     layer = (DynMoELayer if whose == "ours" else MoELayer)(
         config, MoESubmodules(ScalingExperts, ScalingSharedExperts, FixedRouter), layer_number=1
@@ -110,7 +123,7 @@ def main() -> None:
     waits: list[str] = []
     torch.cuda.Event.synchronize = lambda event: waits.append("for copies to the host")
     found = {
-        name: largest_differences(layer, map_TE, generator, shared == "shared", whose == "stock")
+        name: largest_differences(layer, map_TE, generator, whose == "stock")
         for name, map_TE in routing_maps(rank, world_size, generator).items()
     }
     print("DIFFERENCES " + json.dumps(found))
@@ -118,22 +131,26 @@ def main() -> None:
 
 
 def largest_differences(
-    layer: MoELayer, map_TE: Tensor, generator: torch.Generator, shared: bool, may_raise: bool
+    layer: MoELayer, map_TE: Tensor, generator: torch.Generator, may_raise: bool
 ) -> dict[str, float]:
     """Of output and gradients from their references, over this rank's tokens."""
-    num_tokens = len(map_TE)
+    num_tokens, dtype = len(map_TE), layer.config.params_dtype
+    # In bf16 a number has eight digits.
+    largest, unit = (8, 1 / 16) if dtype == torch.float64 else (1, 1 / 2)
 
     def whole_numbers(*shape: int) -> Tensor:
-        return torch.randint(-8, 9, shape, generator=generator).double()
+        return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
 
     hidden_TD, grad_TD = whole_numbers(num_tokens, HIDDEN), whole_numbers(num_tokens, HIDDEN)
-    probs_TE = (whole_numbers(num_tokens, NUM_EXPERTS).abs() + 1) / 16 * map_TE
+    weights_TE = (whole_numbers(num_tokens, NUM_EXPERTS).abs() + 1) * unit * map_TE
+    probs_TE = weights_TE if dtype == torch.float64 else weights_TE.float()
     hidden_TD.requires_grad_()
     probs_TE.requires_grad_()
     layer.router.map_TE, layer.router.probs_TE = map_TE, probs_TE
 
     scales_E = torch.arange(NUM_EXPERTS).double() + 1
-    weights_T1 = (probs_TE.detach() * scales_E).sum(dim=-1, keepdim=True) + shared * SHARED_SCALE
+    weights_T1 = (probs_TE.detach() * scales_E).sum(dim=-1, keepdim=True)
+    weights_T1 += shared_scale(layer.config)
     dots_T1 = (hidden_TD.detach() * grad_TD).sum(dim=-1, keepdim=True)
     expected = {
         "output": hidden_TD.detach() * weights_T1,

@@ -20,7 +20,7 @@ MISTAKES = {
     "--moe-expert-capacity-factor 1.0": ("fixed number", "--moe-dynamic-max-experts-per-token"),
     "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity": ("fixed number",),
     "--mtp-num-layers 1": ("top-k", "leave it out"),
-    "--moe-token-dispatcher-type flex": ("flex", "use alltoall or allgather"),
+    "--moe-token-dispatcher-type flex": ("deep_ep cannot be imported", "use alltoall"),
     "--moe-router-load-balancing-type sinkhorn": ("sinkhorn", "seq_aux_loss"),
     "--moe-router-score-function sigmoid": ("sum to 1", "use softmax"),
     "--moe-router-enable-expert-bias": ("top-k",),

@@ -333,6 +333,14 @@ DISPATCHING = [
             "test_experts_equal_products_one_by_one_and_without_rows_have_zero_gradients",
         ),
     ),
+    Mutation(
+        "flex_sends_the_largest_weights",
+        "DeepEP gets the largest weights as stock Megatron takes them, not the experts of the map",
+        "moe/flex.py",
+        "ids_TE.topk(self.router_topk, largest=False).values",
+        "probs_TE.topk(self.router_topk).indices",
+        ("tests/distributed/test_flex.py::test_flex_is_exact_for_every_map",),
+    ),
 ]
 
 WATCHING = [

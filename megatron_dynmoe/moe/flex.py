@@ -1,0 +1,101 @@
+"""Upstream's flex dispatcher for any routing map: permutation and transfer in one kernel.
+
+Its back ends differ in what they take. HybridEP takes the routing map, so upstream's code fits.
+DeepEP takes K expert ids per token, and -1 for no expert. Upstream takes the K largest weights and
+marks none as missing, which is wrong without an error if tokens use different numbers of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, _DeepepManager
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+DEEPEP_MOST_IDS = 32  # of one token; csrc/kernels/legacy of DeepEP asserts it
+
+
+class VariableKFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """Upstream's flex dispatcher; only the metadata that DeepEP gets are made from the map."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        most_experts: int,
+    ) -> None:
+        """Build the dispatcher; ``most_experts`` is the most that any token can use."""
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        if config.moe_flex_dispatcher_backend == "deepep":
+            self._comm_manager = _VariableKDeepEP(
+                group=self.tp_ep_group,
+                num_local_experts=num_local_experts,
+                router_topk=self.tp_size * most_experts,
+                num_experts=self.tp_size * config.num_moe_experts,
+                config=config,
+            )
+
+
+class _VariableKDeepEP(_DeepepManager):
+    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
+        """Turn map and weights into ids and weights [T, K], with -1 in unused places.
+
+        Args:
+            routing_map: [T, number of ranks, experts of a rank], bool.
+            probs: the weights, in the same shape.
+        """
+        map_TE, probs_TE = routing_map.flatten(1), probs.flatten(1)
+        last = self.num_experts - 1
+        experts_E = torch.arange(self.num_experts, device=map_TE.device)
+        # A weight may be 0, so the map chooses. Unused places sort behind the last expert.
+        ids_TE = torch.where(map_TE, experts_E, last + 1)
+        ids_TK = ids_TE.topk(self.router_topk, largest=False).values
+        used_TK = ids_TK <= last
+        probs_TK = probs_TE.gather(1, ids_TK.clamp(max=last))
+        self.token_probs = torch.where(used_TK, probs_TK, 0.0)
+        self.token_indices = ids_TK.masked_fill(~used_TK, -1)
+
+
+def check_flex(transformer: TransformerConfig, cap: int | None) -> None:
+    """Refuse the flex dispatcher if it cannot run as it is set.
+
+    Args:
+        transformer: the model's config, with ``moe_token_dispatcher_type`` flex.
+        cap: the most experts that a token may use; None: all.
+
+    Raises:
+        ValueError: a package is missing, or DeepEP cannot take so many experts or so few ranks.
+    """
+    backend, elsewhere = transformer.moe_flex_dispatcher_backend, "use alltoall"
+    given = f"--moe-token-dispatcher-type is flex with --moe-flex-dispatcher-backend {backend}"
+    installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    if backend not in installed:
+        raise ValueError(
+            f"{given}, whose buffers are sized by a fixed number of experts per token: use deepep "
+            f"or hybridep, or {elsewhere} as dispatcher."
+        )
+    if not installed[backend]:
+        branch = "" if backend == "deepep" else ", from its branch hybrid-ep"
+        raise ValueError(
+            f"{given}, and the package deep_ep cannot be imported: install DeepEP{branch}, or "
+            f"{elsewhere}."
+        )
+    tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
+    if backend != "deepep":
+        return
+    if tensor * transformer.expert_model_parallel_size == 1:
+        raise ValueError(f"{given}, which needs more than one expert-parallel rank: {elsewhere}.")
+    ids = tensor * (cap or transformer.num_moe_experts)
+    if ids > DEEPEP_MOST_IDS:
+        experts = f"{cap or 'not given'}, so a token may use {cap or transformer.num_moe_experts}"
+        per_rank = "" if tensor == 1 else f" on each of {tensor} tensor-parallel ranks"
+        raise ValueError(
+            f"--moe-dynamic-max-experts-per-token is {experts}{per_rank}, and DeepEP takes at most "
+            f"{DEEPEP_MOST_IDS} ids per token: give at most {DEEPEP_MOST_IDS // tensor}, for "
+            f"inference, too, or {elsewhere}."
+        )
