@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dynmoe.moe.flex import _VariableKDeepEP
 from megatron_dynmoe.moe.layer import DynMoELayer
 from tests.distributed.imbalance import workloads
 
@@ -46,6 +47,13 @@ def routing_maps(rank: int, world_size: int, generator: torch.Generator) -> dict
     maps["only the first rank routes"] = maps["random"] & (rank == 0)
     maps["no token at all"] = empty.clone()
     return maps | workloads(rank, world_size, NUM_EXPERTS)
+
+
+def most_experts(map_TE: Tensor) -> int:
+    """The most experts of any token of any rank."""
+    most = map_TE.sum(dim=1).max()
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return max(int(most), 1)
 
 
 class FixedRouter(torch.nn.Module):
@@ -147,6 +155,9 @@ def largest_differences(
     hidden_TD.requires_grad_()
     probs_TE.requires_grad_()
     layer.router.map_TE, layer.router.probs_TE = map_TE, probs_TE
+    manager = getattr(layer.token_dispatcher, "_comm_manager", None)
+    if isinstance(manager, _VariableKDeepEP):
+        manager.router_topk = most_experts(map_TE)  # the tightest cap
 
     scales_E = torch.arange(NUM_EXPERTS).double() + 1
     weights_T1 = (probs_TE.detach() * scales_E).sum(dim=-1, keepdim=True)

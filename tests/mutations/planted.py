@@ -339,7 +339,7 @@ DISPATCHING = [
         "moe/flex.py",
         "ids_TE.topk(self.router_topk, largest=False).values",
         "probs_TE.topk(self.router_topk).indices",
-        ("tests/distributed/test_flex.py::test_flex_is_exact_for_every_map",),
+        ("tests/moe/test_flex.py::test_ids_and_weights_are_those_of_the_map",),
     ),
 ]
 
