@@ -58,17 +58,28 @@ class Driver:
         seconds: float = PATIENCE,
     ) -> None:
         """Start it, and send a signal so many seconds after this stage has printed the text."""
-        process, until = self.start(), time.monotonic() + seconds
-        while text not in self.log_of(name) or self.states().get(name) != "begun":
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        process = self.start()
+        self.wait_until_it_runs(process, name, text, seconds)
         until = time.monotonic() + delay
         while time.monotonic() < until and self.states()[name] == "begun":
             time.sleep(0.02)
         process.send_signal(number)
         process.communicate(timeout=PATIENCE)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+
+    def wait_until_it_runs(
+        self,
+        process: subprocess.Popen[str],
+        name: str,
+        text: str = "$ ",
+        seconds: float = PATIENCE,
+    ) -> None:
+        """Wait until a stage has printed the text."""
+        until = time.monotonic() + seconds
+        while text not in self.log_of(name) or self.states().get(name) != "begun":
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
     def log_of(self, name: str) -> str:
         """What a stage has printed so far."""

@@ -20,6 +20,10 @@ does, folder = sys.argv[1:]
 rows = open(os.path.join(folder, "rows.csv"), "w", buffering=1)
 rows.write("number,text\\n")
 rows.write('1,"a, b"\\n')
+open(os.path.join(folder, ".rows.csv.partial"), "w").close()
+if does == "stays":  # with a child in a session of its own; neither hears SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
 print(does, "begins", flush=True)
 if does == "fails":
     raise ValueError("three is no prime\\nsecond line")
@@ -27,9 +31,6 @@ if does == "crashes":
     ctypes.string_at(0)
 while does == "shouts":
     print("x" * 1000)
-if does == "stays":  # with a child in a session of its own; neither hears SIGTERM
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.Popen(["sleep", "600"], start_new_session=True)
 if does == "leaves":
     subprocess.Popen(["sleep", "600"], start_new_session=True)
     sys.exit()
@@ -89,6 +90,7 @@ def test_whatever_a_stage_does_the_next_ones_run_and_all_is_written_down(driver)
     }  # fmt: skip
     archived = driver.archived()
     assert b"works begins" in archived["stages/works/log.txt"]
+    assert not any("/." in name for name in archived)
     assert len(archived["stages/shouts/log.txt"]) < processes.MAX_LOG + 2**16
 
     # What failed is tried once more, and then left.
@@ -203,6 +205,16 @@ def test_a_stage_whose_module_is_missing_is_named_and_the_others_run(driver):
     assert code == 1
     assert "no_such_module is missing: pip install 'no_such_module', or bring its wheel" in said
     assert "- `works`: no_such_module is missing here" in driver.summary()
+
+
+def test_no_call_begins_before_the_stages_of_a_killed_one_have_ended(driver):
+    driver.plan("stays")
+    process = driver.start()
+    driver.wait_until_it_runs(process, "stays", "begins")
+    process.kill()
+    os.close(state.lock(driver.folder / "state"))
+    assert not driver.left_over()
+    process.communicate()
 
 
 def test_one_call_at_a_time(tmp_path):
