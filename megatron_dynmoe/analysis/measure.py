@@ -123,7 +123,7 @@ def sweep(
         experts, by_layer and loss (nats per predicted token, None where no token was predicted).
     """
     config = model.config
-    own = {name: getattr(config, name) for name in _ROUTING}
+    own = {name: vars(config)[name] for name in _ROUTING}
 
     def point(threshold: float | None) -> dict[str, Any]:
         total = add_up(

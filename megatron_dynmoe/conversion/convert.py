@@ -56,6 +56,7 @@ _SHIPPED = (
     "huggingface/configuration_dynmoe.py",
     "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
+    "layers/moe.py",
     "routing/select.py",
     "routing/normalize.py",
     "routing/losses.py",
@@ -302,7 +303,7 @@ def _ship_code(folder: Path) -> None:
     """Copy the modelling files, which then import each other instead of the package."""
     for name in _SHIPPED:
         code = (_PACKAGE / name).read_text("utf-8")
-        for package in ("routing", "huggingface"):
+        for package in ("routing", "layers", "huggingface"):
             code = code.replace(f"from megatron_dynmoe.{package}.", "from .")
         (folder / Path(name).name).write_text(code)
 

@@ -17,6 +17,7 @@ from megatron_dynmoe.conversion.model_settings import (
     per_layer,
     rope_of,
     rope_theta,
+    rope_type,
     shown,
     with_routing,
 )
@@ -34,6 +35,7 @@ NEEDED_BY_DYNAMIC_MOE = (
     Needed("inference_threshold", None, "another threshold at inference"),
     Needed("rope_theta", 10000.0, "another rotary base"),
     Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+    Needed("rope_type", "default", "scaled rotary positions"),
     Needed("attention_bias", False, "biases in attention"),
     Needed("qk_norm", False, "norms of queries and keys"),
     Needed("shared_expert_intermediate_size", None, "shared experts"),
@@ -46,6 +48,7 @@ NEEDED_BY_MIXTRAL = (
     Needed("qk_norm", False, "norms of queries and keys"),
     Needed("shared_expert_intermediate_size", None, "shared experts"),
     Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+    Needed("rope_type", "default", "scaled rotary positions"),
 )
 # What changes the function of a model in a way that training has not.
 _NEEDED_OF_FOLDERS = (
@@ -293,6 +296,7 @@ def _check_expressible(config: dict[str, Any], format: str) -> None:
     known = config | {
         "rope_theta": rope_theta(config),
         "partial_rotary_factor": partial_rotary_factor(config),
+        "rope_type": rope_type(config),
     }
     needed = NEEDED_BY_MIXTRAL if format == "mixtral" else NEEDED_BY_DYNAMIC_MOE
     for name, value, otherwise, _ in needed:

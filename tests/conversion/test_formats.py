@@ -189,6 +189,7 @@ OTHERWISE: dict[str, Any] = {
             "partial_rotary_factor": 0.5,
         }
     },
+    "rope_type": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "attention_bias": {"attention_bias": True},
     "qk_norm": {"qk_norm": True},
     "shared_expert_intermediate_size": {"shared_expert_intermediate_size": 3},
@@ -209,7 +210,7 @@ OTHERWISE_OF = {
         name: OTHERWISE[name]
         for name in (
             *("routing", "attention_bias", "qk_norm", "shared_expert_intermediate_size"),
-            "partial_rotary_factor",
+            *("partial_rotary_factor", "rope_type"),
         )
     }
     | {
