@@ -27,8 +27,7 @@ from megatron_dynmoe.analysis.counts import (
 )
 from megatron_dynmoe.analysis.tokens import Letters, whole_words
 from megatron_dynmoe.analysis.windows import Window, in_blocks
-from megatron_dynmoe.huggingface.modeling_dynmoe import select_top_k
-from megatron_dynmoe.routing.select import select
+from megatron_dynmoe.routing.select import choose, choose_top_k
 
 BLOCK_TOKENS = 4096
 # How many logits exist at a time. They are by far the largest tensor: 16 MiB in float32.
@@ -232,9 +231,11 @@ def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:
     """Which experts the layer chose, [W, S, E] bool, by the same functions that chose them."""
     probs_TE = logits_WSE.softmax(dim=-1).flatten(0, 1)
     if config.routing == "top_k":
-        map_TE = select_top_k(probs_TE, config.num_experts_per_tok)
+        ids_TK, used_TK = choose_top_k(probs_TE, config.num_experts_per_tok)
     else:
-        map_TE = select(probs_TE.float(), *config.threshold_and_cap(layer, training=False))
+        threshold, cap = config.threshold_and_cap(layer, training=False)
+        ids_TK, used_TK = choose(probs_TE.float(), threshold, cap)
+    map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
     return map_TE.view(logits_WSE.shape)
 
 

@@ -114,7 +114,7 @@ def sweep(
         by_layer and loss (nats per predicted token, None if no token was predicted).
     """
     config = model.config
-    own = {name: getattr(config, name) for name in _ROUTING}
+    own = {name: vars(config)[name] for name in _ROUTING}
 
     def point(threshold: float | None) -> dict[str, Any]:
         total = add_up(

@@ -14,6 +14,7 @@ from megatron_dynmoe.conversion.model_settings import (
     partial_rotary_factor,
     rope_of,
     rope_theta,
+    rope_type,
     shown,
 )
 from megatron_dynmoe.conversion.routing_settings import (
@@ -176,6 +177,10 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """
     if config["hidden_act"] != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}: training has 'silu' (SwiGLU).")
+    if rope_type(config) != "default":
+        raise ValueError(
+            f"rope_type is {rope_type(config)!r} (scaled rotary positions): training has 'default'."
+        )
     sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
     args = {theirs: config[name] for name, theirs, _ in _SAME}
     args |= {

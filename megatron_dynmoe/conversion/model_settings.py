@@ -124,6 +124,11 @@ def partial_rotary_factor(config: dict[str, Any]) -> float:
     return config["rope_parameters"].get("partial_rotary_factor", 1.0)
 
 
+def rope_type(config: dict[str, Any]) -> str:
+    """The kind of rotary positions: default, or one of those that are scaled."""
+    return config["rope_parameters"].get("rope_type", "default")
+
+
 def rope_of(theta: float, partial: float) -> dict[str, Any]:
     """The config's ``rope_parameters``."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}

@@ -10,7 +10,16 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
+from packaging import version
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if version.parse(transformers.__version__) < version.parse("5.5"):
+    raise ImportError(
+        f"transformers {transformers.__version__} is installed, and this model needs 5.5 or later: "
+        "pip install --upgrade transformers"
+    )
 
 ROUTINGS = ("top_k", "top_p", "dtop_p")
 
@@ -65,7 +74,9 @@ class DynMoEModelConfig(PreTrainedConfig):
     (``--moe-dynamic-*``). The others are:
 
         mlp_layer_types: ``sparse`` (experts) or ``dense``, one entry per layer; None: all sparse.
-        num_experts_per_tok: experts per token; only with routing ``top_k``.
+        num_experts_per_tok: experts per token with routing ``top_k``, and to be set only there.
+            With the others it reads as the most that a token may use at inference: engines reserve
+            so many slots for each token.
         threshold: cumulative probability in [0, 1] that a token's experts must exceed; one number,
             or a list with one entry per layer (None for dense layers). Like all routing settings,
             it is read at every forward, so a new value on ``model.config`` takes effect.
@@ -79,6 +90,8 @@ class DynMoEModelConfig(PreTrainedConfig):
         shared_expert_gate: whether a sigmoid gate scales that expert's output.
         measured_experts_per_token: means over the last global batch of training, one entry per
             layer (None for dense layers). It is for information only.
+        rope_parameters: rotary positions, of any type that Transformers knows. Training has only
+            ``default``; set another to read longer texts than the model was trained on.
         controller: state and settings of the PI controller, for further training in Megatron. In
             Transformers the threshold stays as it is, even in training.
 
@@ -89,6 +102,29 @@ class DynMoEModelConfig(PreTrainedConfig):
     model_type = "dynmoe"
     keys_to_ignore_at_inference = ["past_key_values", "experts_per_token", "aux_loss"]  # noqa: RUF012
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # noqa: RUF012
+    attribute_map = {"use_qk_norm": "qk_norm"}  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {  # noqa: RUF012
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     def __init__(
         self,
@@ -169,7 +205,7 @@ class DynMoEModelConfig(PreTrainedConfig):
 
         # 3. The routing
         self.routing = routing
-        self.num_experts_per_tok: Any = num_experts_per_tok
+        self.num_experts_per_tok = num_experts_per_tok
         self.threshold = threshold
         self.theta: Any = theta
         self.max_experts_per_token = max_experts_per_token
@@ -194,6 +230,20 @@ class DynMoEModelConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def num_experts_per_tok(self) -> int | None:
+        """Slots of a token at inference: experts with ``top_k``, else the cap or all experts.
+
+        What was set, which is written to ``config.json``, is in ``vars(config)``.
+        """
+        if self.routing == "top_k" or not self.has_experts:
+            return vars(self)["num_experts_per_tok"]
+        return self.cap(training=False) or self.num_experts
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, value: int | None) -> None:
+        self.__dict__["num_experts_per_tok"] = value
+
+    @property
     def has_experts(self) -> bool:
         """Whether any layer has experts; if none has, num_experts may be 0."""
         return "sparse" in self.mlp_layer_types
@@ -214,9 +264,13 @@ class DynMoEModelConfig(PreTrainedConfig):
             threshold = _checked_threshold("threshold", self.threshold[layer], layer)
         else:
             threshold = _checked_threshold("threshold", self.threshold)
+        return threshold, self.cap(training)
+
+    def cap(self, training: bool) -> int | None:
+        """The most experts that a token may use; None: no cap."""
         if not training and self.inference_max_experts_per_token is not None:
-            return threshold, self.inference_max_experts_per_token
-        return threshold, self.max_experts_per_token
+            return self.inference_max_experts_per_token
+        return self.max_experts_per_token
 
     def validate_dynmoe(self) -> None:
         """Check all settings; call it again after you change some.
@@ -272,10 +326,10 @@ class DynMoEModelConfig(PreTrainedConfig):
                 "shared_expert_intermediate_size, or leave the gate out."
             )
         rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope_type not in known:
             raise ValueError(
-                f"rope_parameters has rope_type {rope_type!r}: use 'default'; scaled rotary "
-                "embeddings are not supported."
+                f"rope_parameters has rope_type {rope_type!r}: use {' or '.join(known)}."
             )
         part = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if _is_number(part) and 2 * math.ceil(int(self.head_dim * part) / 2) > self.head_dim:
@@ -294,9 +348,10 @@ class DynMoEModelConfig(PreTrainedConfig):
                     )
             self._validate_experts("num_experts_per_tok", self.num_experts_per_tok)
             return
-        if self.num_experts_per_tok is not None:
+        given = vars(self)["num_experts_per_tok"]
+        if given is not None:
             raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok!r}, which routing "
+                f"num_experts_per_tok is {given!r}, which routing "
                 f"{self.routing!r} does not have: use max_experts_per_token for a cap, or set "
                 "routing to 'top_k'."
             )

@@ -1,109 +1,155 @@
-"""Decides which tokens see which (padding, packed documents, cache), and checks keywords.
+"""Decides which tokens see which (padding, packed documents, cache), and checks what is given.
 
-Several documents may lie in one row, one after another. As in every model of Transformers, a new
-document starts if ``position_ids`` do not increase by one. Exported models ship with this file, so
-it imports nothing from the package. Dimension letters are those of ``modeling_dynmoe``.
+Transformers makes the masks. Here is what it leaves to a model: where the positions of a row begin,
+which tokens are padding, and where documents that are packed in a row begin, also with padding
+between them. What cannot be honored is refused. Exported models ship with this file, so it imports
+nothing from the package. Dimension letters are those of ``modeling_dynmoe``.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
-# Besides position_ids, a collator may mark documents by these, for kernels that are not here.
-_OF_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Only flash attention reads these. They describe packed documents.
+_OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What Transformers' own wrappers read, or what has no meaning for this model at these values.
+_READ_ELSEWHERE = ("output_attentions", "output_hidden_states", "return_dict", "cache_position")
 
 
-def refuse_unknown(keywords: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Refuse keywords that ``forward`` has no parameter for, unless it may ignore them.
+class Rows(NamedTuple):
+    """How the tokens of a forward lie in their rows.
 
-    It may ignore a keyword with the value None. Transformers may pass ``cache_position``, which the
-    cache contains too, and ``is_causal``; a tokenizer may give ``token_type_ids``, which are 0 for
-    a text.
+    Attributes:
+        position_ids: [B or 1, S] int64.
+        valid_BS: bool, False for padding; None: there is none.
+        mask: what the attention takes, of whatever kind its implementation has; None: causal.
+        is_packed: whether a row holds several documents; a compiled forward cannot ask for that.
+    """
+
+    position_ids: Tensor
+    valid_BS: Tensor | None
+    mask: Any
+    is_packed: bool
+
+
+def read_rows(
+    config: PreTrainedConfig,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    hidden_BSD: Tensor,
+    use_cache: bool | None,
+    keywords: dict[str, Any],
+) -> Rows:
+    """Read the arguments of ``DynMoEModel.forward``, which describes them.
+
+    Raises:
+        ValueError: they do not fit together, or the attention cannot honor them.
+    """
+    batch, num_positions = hidden_BSD.shape[:2]
+    num_cached: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if position_ids is not None and tuple(position_ids.shape) not in (
+        (batch, num_positions),
+        (1, num_positions),
+    ):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}: give [{batch}, {num_positions}] "
+            f"or [1, {num_positions}]."
+        )
+    if attention_mask is not None and not _is_2d(attention_mask):
+        num_keys = num_positions
+        if past_key_values is not None:
+            num_keys = past_key_values.get_mask_sizes(num_positions, 0)[0]
+        engine = serves_itself(config, keywords)
+        mask, valid_BS = _prepared_mask(config, attention_mask, hidden_BSD, num_keys, engine)
+        if position_ids is None:
+            position_ids = _count_positions(None, num_cached, hidden_BSD)
+        return Rows(position_ids, valid_BS, mask, False)
+
+    # 1. Padding and positions
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        num_cached = int(num_cached)  # a static cache has a tensor
+        attention_mask = _checked(attention_mask, num_cached, past_key_values, num_positions)
+    valid_BK = None if attention_mask is None else attention_mask.bool()
+    valid_BS = None
+    if valid_BK is not None:
+        valid_BS = valid_BK[:, _columns(num_cached, hidden_BSD)]
+    if position_ids is None:
+        position_ids, documents_BS = _count_positions(valid_BK, num_cached, hidden_BSD), None
+    elif serves_itself(config, keywords) or (compiling and past_key_values is not None):
+        documents_BS = None
+    else:
+        _check_continues(position_ids, valid_BK, num_cached)
+        documents_BS = find_documents(position_ids, valid_BS)
+
+    # 2. The mask
+    together = None
+    if documents_BS is not None:
+        if not compiling:
+            has_cache = bool(use_cache) or past_key_values is not None
+            _check_packing(config, has_cache, valid_BS is not None, batch)
+        together = _same_document(documents_BS.expand(batch, -1))
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=hidden_BSD,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=together,
+    )
+    return Rows(position_ids, valid_BS, mask, documents_BS is not None and not compiling)
+
+
+def serves_itself(config: PreTrainedConfig, keywords: dict[str, Any]) -> bool:
+    """Whether attention has masks of its own: an engine's, or flash attention's with lengths."""
+    return (
+        config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS
+        or keywords.get("cache") is not None  # Transformers' continuous batching
+        or keywords.get("cu_seq_lens_q") is not None
+    )
+
+
+def check_keywords(
+    keywords: dict[str, Any], config: PreTrainedConfig, forward: Callable[..., Any]
+) -> None:
+    """Refuse keywords that nothing reads, unless they say nothing.
+
+    A keyword may be ignored if it is None. Transformers may pass ``is_causal``, and a tokenizer
+    ``token_type_ids``, which are 0 for a text. An engine passes its attention what it needs.
 
     Raises:
         ValueError: a keyword describes packed documents, and ignoring it would be wrong.
         TypeError: any other keyword is unknown.
     """
-    for name, value in keywords.items():
-        if value is None or name == "cache_position" or (name == "is_causal" and value is True):
+    name = config._attn_implementation
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS or keywords.get("cache") is not None:
+        return
+    for keyword, value in keywords.items():
+        if value is None or keyword in _READ_ELSEWHERE:
             continue
-        if name == "token_type_ids" and not value.any():
+        if keyword == "is_causal" and value is True:
             continue
-        if name in _OF_PACKING:
+        if keyword == "token_type_ids" and not value.any():
+            continue
+        if keyword in _OF_FLASH_ATTENTION or keyword == "seq_idx":
+            if keyword != "seq_idx" and _is_flash(config):
+                continue
             raise ValueError(
-                f"{name} is given, which this model does not read: tell packed documents apart by "
-                "position_ids that begin again (DataCollatorWithFlattening gives them by default)."
+                f"{keyword} is given, which {name} attention does not read: tell packed documents "
+                "apart by position_ids that begin again (DataCollatorWithFlattening gives them by "
+                "default)."
             )
-        near = difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1)
+        near = difflib.get_close_matches(keyword, inspect.signature(forward).parameters, n=1)
         meant = f": did you mean {near[0]!r}?" if near else "."
-        raise TypeError(f"forward() got an unexpected keyword argument {name!r}{meant}")
-
-
-def valid_positions(attention_mask: Tensor | None, num_positions: int) -> Tensor | None:
-    """The attention mask as [B, K] bool, or None if there is no padding.
-
-    Raises:
-        ValueError: the mask has another shape, or values other than 0 and 1.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_positions:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, "
-            f"{num_positions}], one entry for each position in the cache and of the input. Static "
-            "caches are not supported."
-        )
-    valid_BK = attention_mask.bool()
-    if valid_BK.all() and (attention_mask == 1).all():
-        return None
-    if (attention_mask != valid_BK).any():
-        raise ValueError(
-            "attention_mask has values other than 0 (padding) and 1: tell packed documents apart "
-            "by position_ids that begin again."
-        )
-    return valid_BK
-
-
-def count_positions(valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor) -> Tensor:
-    """Positions [B or 1, S] of the new tokens, from 0 for a sequence's first valid token."""
-    if valid_BK is not None:
-        return (valid_BK.long().cumsum(dim=-1) - 1).clamp(min=0)[:, num_cached:]
-    last = num_cached + hidden_BSD.shape[1]
-    return torch.arange(num_cached, last, device=hidden_BSD.device).unsqueeze(0)
-
-
-def check_positions(
-    position_ids: Tensor, valid_BK: Tensor | None, num_cached: int, hidden_BSD: Tensor
-) -> None:
-    """Check that given positions have the shape of the input and continue after the cache.
-
-    If a row has n tokens in the cache, it continues at position n or later. An earlier position
-    would begin another document, and the cached tokens could not be hidden from it.
-
-    Raises:
-        ValueError: the shape is another, or a position is too early.
-    """
-    batch, num_positions = hidden_BSD.shape[:2]
-    if tuple(position_ids.shape) not in ((batch, num_positions), (1, num_positions)):
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}: give [{batch}, {num_positions}] "
-            f"or [1, {num_positions}]."
-        )
-    if num_cached:
-        first_B, begins_again_B = position_ids[:, 0], position_ids[:, 0] < num_cached
-        if valid_BK is not None:
-            begins_again_B = (first_B < valid_BK[:, :num_cached].sum(-1)) & valid_BK[:, num_cached]
-        if begins_again_B.any():
-            raise ValueError(
-                f"position_ids begin again, at {first_B.min()}, after {num_cached} positions in "
-                "the cache, which does not tell documents apart: give the whole row with "
-                "use_cache=False, or begin the document with an empty cache."
-            )
+        raise TypeError(f"forward() got an unexpected keyword argument {keyword!r}{meant}")
 
 
 def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | None:
@@ -117,7 +163,8 @@ def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | No
         valid_BS: [B, S] bool, False for padding; None: no padding.
 
     Returns:
-        The document of each token, [B or 1, S] int64 from 0; None if no row has two documents.
+        The document of each token, [B or 1, S] int64 from 0; None if no row has two documents. A
+        compiled forward cannot ask for that and always gets the numbers.
     """
     columns_S = torch.arange(position_ids.shape[1], device=position_ids.device)
     if valid_BS is None:
@@ -128,30 +175,139 @@ def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | No
         steps = position_ids[:, 1:] - position_ids.gather(-1, last_valid.clamp(min=0))
         goes_on = (steps == 1) | (steps == columns_S[1:] - last_valid)
         goes_on |= ~valid_BS[:, 1:] | (last_valid < 0)
-    return None if goes_on.all() else F.pad((~goes_on).cumsum(dim=-1), (1, 0))
-
-
-def causal_mask(
-    valid_BK: Tensor | None,
-    documents_BS: Tensor | None,
-    num_cached: int,
-    hidden_BSD: Tensor,
-) -> Tensor | None:
-    """Which token sees which, [B or 1, S, K] bool; None if attention's own causal mask is right.
-
-    Padding sees itself, so that no softmax runs over an empty set.
-
-    Args:
-        documents_BS: from :func:`find_documents`; only without a cache.
-    """
-    num_positions = hidden_BSD.shape[1]
-    if valid_BK is None and documents_BS is None and (num_cached == 0 or num_positions == 1):
+    if not torch.compiler.is_compiling() and goes_on.all():
         return None
-    keys_K = torch.arange(num_cached + num_positions, device=hidden_BSD.device)
-    queries_S1 = keys_K[num_cached:].unsqueeze(-1)
-    mask_BSK = (keys_K <= queries_S1).unsqueeze(0)
-    if documents_BS is not None:
-        mask_BSK = mask_BSK & (documents_BS.unsqueeze(-1) == documents_BS.unsqueeze(1))
+    return F.pad((~goes_on).cumsum(dim=-1), (1, 0))
+
+
+def _is_2d(attention_mask: Any) -> bool:
+    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+
+
+def _is_flash(config: PreTrainedConfig) -> bool:
+    return "flash_attention" in (config._attn_implementation or "")
+
+
+def _columns(num_cached: Any, hidden_BSD: Tensor) -> Tensor:
+    """The places of the new tokens in their rows, [S]; ``num_cached`` may be a tensor."""
+    return torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device) + num_cached
+
+
+def _count_positions(valid_BK: Tensor | None, num_cached: Any, hidden_BSD: Tensor) -> Tensor:
+    """Positions [B or 1, S] of the new tokens, from 0 for a sequence's first valid token."""
+    columns_S = _columns(num_cached, hidden_BSD)
+    if valid_BK is None:
+        return columns_S.unsqueeze(0)
+    return (valid_BK.long().cumsum(dim=-1) - 1).clamp(min=0)[:, columns_S]
+
+
+def _checked(
+    attention_mask: Tensor | None, num_cached: int, cache: Cache | None, num_positions: int
+) -> Tensor | None:
+    """The mask [B, K], or None if there is no padding."""
+    if attention_mask is None:
+        return None
+    length, needed = attention_mask.shape[1], num_cached + num_positions
+    if length != needed and (cache is None or length != cache.get_mask_sizes(num_positions, 0)[0]):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, {needed}], one "
+            "entry for each position in the cache and of the input."
+        )
+    if (attention_mask == 1).all():
+        return None
+    if (attention_mask != attention_mask.bool()).any():
+        raise ValueError(
+            "attention_mask has values other than 0 (padding) and 1: tell packed documents apart "
+            "by position_ids that begin again."
+        )
+    return attention_mask
+
+
+def _prepared_mask(
+    config: PreTrainedConfig, mask: Any, hidden_BSD: Tensor, num_keys: int, engine: bool
+) -> tuple[Any, Tensor | None]:
+    """A mask that says for every two tokens whether one sees the other, and who sees any.
+
+    A token that sees none is padding: so are those in the masks that ``generate`` makes for a
+    static cache.
+    """
+    name, (batch, num_positions) = config._attn_implementation, hidden_BSD.shape[:2]
+    if not isinstance(mask, Tensor):
+        if name == "flex_attention" and len(getattr(mask, "shape", ())) == 4:
+            return mask, None
+        raise ValueError(f"attention_mask is a {type(mask).__name__}, which {name} cannot take.")
+    if (
+        mask.dim() != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1] not in (1, config.num_attention_heads)
+        or mask.shape[2] != num_positions
+        or (mask.shape[3] != num_keys and not engine)
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: give [{batch}, {num_keys}], 0 for "
+            f"padding, or [{batch}, 1, {num_positions}, {num_keys}], whether a token sees another."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask has 4 dimensions and is {mask.dtype}: give bool, True where a token "
+            "sees another, or floating-point numbers to add to the attention's scores."
+        )
+    if _is_flash(config) and not engine:
+        raise ValueError(
+            f"attention_mask has 4 dimensions, which {name} cannot take: load the model with "
+            "attn_implementation='sdpa', or tell packed documents apart by position_ids."
+        )
+    lowest = torch.finfo(hidden_BSD.dtype).min
+    if mask.dtype == torch.bool:
+        sees = mask
+        if name != "sdpa":
+            mask = torch.zeros_like(mask, dtype=hidden_BSD.dtype).masked_fill(~mask, lowest)
+    else:
+        sees = mask > torch.finfo(mask.dtype).min / 2
+        mask = mask.to(hidden_BSD.dtype).clamp(min=lowest)
+    return mask, sees.any(dim=-1).any(dim=1).expand(batch, -1)
+
+
+def _check_continues(position_ids: Tensor, valid_BK: Tensor | None, num_cached: Any) -> None:
+    """Check that positions continue after the cache.
+
+    If a row has n tokens in the cache, it continues at position n or later. An earlier position
+    would begin another document, and the cached tokens could not be hidden from it.
+    """
+    if torch.compiler.is_compiling() or not num_cached:
+        return
+    first_B, begins_again_B = position_ids[:, 0], position_ids[:, 0] < num_cached
     if valid_BK is not None:
-        mask_BSK = mask_BSK & valid_BK.unsqueeze(1) | (keys_K == queries_S1)
-    return mask_BSK
+        begins_again_B = (first_B < valid_BK[:, :num_cached].sum(-1)) & valid_BK[:, num_cached]
+    if begins_again_B.any():
+        raise ValueError(
+            f"position_ids begin again, at {first_B.min()}, after {num_cached} positions in "
+            "the cache, which does not tell documents apart: give the whole row with "
+            "use_cache=False, or begin the document with an empty cache."
+        )
+
+
+def _check_packing(
+    config: PreTrainedConfig, has_cache: bool, has_padding: bool, batch: int
+) -> None:
+    if has_cache:
+        raise ValueError(
+            "position_ids do not go on by one, so several documents are packed in a row, and "
+            "a cache, which does not tell them apart, is to be used: give use_cache=False and "
+            "no past_key_values, or one document a row."
+        )
+    if _is_flash(config) and (has_padding or batch != 1):
+        # Flash attention reads documents from the positions of one row, and no padding beside.
+        what = "padding" if has_padding else f"{batch} rows"
+        raise ValueError(
+            f"position_ids pack several documents in a row, and there is {what}, which "
+            f"{config._attn_implementation} does not take together: give one row without padding, "
+            "or load the model with attn_implementation='sdpa'."
+        )
+
+
+def _same_document(documents_BS: Tensor) -> Callable[..., Tensor]:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return documents_BS[batch, query] == documents_BS[batch, key]
+
+    return sees

@@ -31,6 +31,22 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
     Raises:
         ValueError: the probabilities have another dtype, or the cap is below 1.
     """
+    ids_TK, used_TK = choose(probs_TE, threshold, max_experts)
+    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+
+
+@torch.no_grad()
+def choose(
+    probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose as :func:`select` does, and give each token's experts in slots.
+
+    Arguments and errors are those of :func:`select`. There are K slots, the cap or all E.
+
+    Returns:
+        The K most probable experts of each token in descending order, int64, and which of them it
+        uses, bool: the first ones. Both [T, K].
+    """
     if probs_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
     most = most_experts(probs_TE.shape[-1], max_experts)
@@ -39,10 +55,21 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
     # An expert is used if the sum of those before it does not exceed the threshold yet. The first
     # expert is always used.
     order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))
-    place_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
-    wanted_TE = (before_TE <= threshold_in_units(threshold, probs_TE)) & (place_E < most)
-    used_TE = (wanted_TE & ~is_nan_T1) | (place_E == 0)
-    return torch.zeros_like(used_TE).scatter(-1, order_TE, used_TE)
+    wanted_TK = before_TE[:, :most] <= threshold_in_units(threshold, probs_TE)
+    used_TK = (wanted_TK & ~is_nan_T1) | (torch.arange(most, device=probs_TE.device) == 0)
+    return order_TE[:, :most], used_TK
+
+
+@torch.no_grad()
+def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choose each token's ``num_experts`` most probable experts; ties go by index.
+
+    Returns:
+        As :func:`choose`; every slot is used.
+    """
+    order_TE = probs_TE.sort(dim=-1, descending=True, stable=True).indices
+    ids_TK = order_TE[:, :num_experts]
+    return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 
 
 def rank(probs_TE: Tensor) -> tuple[Tensor, Tensor]:

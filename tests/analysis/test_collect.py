@@ -27,6 +27,7 @@ from megatron_dynmoe.analysis.measure import SweepWindows, sweep
 from megatron_dynmoe.analysis.statistics import spearman
 from megatron_dynmoe.analysis.tokens import letters_of
 from megatron_dynmoe.analysis.windows import TextFile, Window, read_windows
+from megatron_dynmoe.routing.select import choose
 
 LENGTH = 32
 
@@ -228,7 +229,7 @@ def test_a_window_of_one_token_is_counted(loaded: tuple[Any, Any]) -> None:
 def test_a_map_that_the_model_did_not_use_is_refused(
     loaded: tuple[Any, Any], windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "select", lambda probs_TE, *_: probs_TE >= 0)
+    monkeypatch.setattr(collecting, "choose", lambda probs_TE, *_: choose(probs_TE, 1.0))
     with pytest.raises(ValueError, match="not those that the model used"):
         counted(*loaded, windows)
 

@@ -337,7 +337,11 @@ FREE = {
         ("dynmoe", {"vocab_size": None}, ("vocab_size", "None")),
         ("dynmoe", {"vocab_size": "13"}, ("vocab_size", "'13'")),
         ("dynmoe", {"routing": "topk"}, ("routing", "'topk'")),
-        ("dynmoe", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("'yarn'",)),
+        (
+            "dynmoe",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            ("config.json", "rope_type is 'yarn'", "training has 'default'"),
+        ),
         ("dynamic-moe", {"top_p_threshold": 1.01}, ("top_p_threshold", "1.01")),
         ("dynamic-moe", {"top_p_threshold": "0.4"}, ("top_p_threshold", "'0.4'")),
         ("dynamic-moe", {"num_experts": None}, ("num_experts",)),

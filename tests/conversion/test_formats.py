@@ -191,6 +191,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
             }
         },
     ),
+    "rope_type": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},),
     "attention_bias": ({"attention_bias": True}, {"attention_bias": False}),
     "qk_norm": ({"qk_norm": True}, {"qk_norm": False}),
     "shared_expert_intermediate_size": ({"shared_expert_intermediate_size": 3},),

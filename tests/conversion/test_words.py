@@ -17,7 +17,7 @@ from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.conversion.words import WITHOUT_MEANING
 from megatron_dynmoe.huggingface import DynMoEModelConfig
-from megatron_dynmoe.huggingface.modeling_dynmoe import routing_loss
+from megatron_dynmoe.layers.moe import routing_loss
 from megatron_dynmoe.storage.manifest import write_manifest
 from tests.conversion.checkpoints import DTOP_P, EXAMPLES, export, model_config, write_megatron
 from tests.helpers.tiny_export import VOCAB_SIZE, make_tokenizer

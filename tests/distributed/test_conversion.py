@@ -233,13 +233,15 @@ def test_the_exported_model_computes_what_training_computes(
     expected = torch.load(result.directory / f"{origin}.computed.pt")
     exported = OURS.get(name, cases[1])
     maps: list[torch.Tensor] = []
-    select = modeling_dynmoe.select
+    route = modeling_dynmoe.route
 
-    def keep(*args: Any) -> torch.Tensor:
-        maps.append(select(*args))
-        return maps[-1]
+    def keep(hidden: torch.Tensor, gate: torch.Tensor, theta: Any, choice: Any) -> Any:
+        routed = route(hidden, gate, theta, choice)
+        if choice.threshold is not None:
+            maps.append(routed.map_TE)
+        return routed
 
-    monkeypatch.setattr(modeling_dynmoe, "select", keep)
+    monkeypatch.setattr(modeling_dynmoe, "route", keep)
     model = AutoModelForCausalLM.from_pretrained(result.directory / results[exported].case.name)
     with torch.no_grad():
         output = model.eval()(expected["tokens"])

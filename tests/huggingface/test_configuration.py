@@ -1,5 +1,6 @@
 """The model's configuration: what it refuses, and that it is written and read back exactly."""
 
+import copy
 import dataclasses
 import json
 from fractions import Fraction
@@ -51,7 +52,7 @@ REFUSED = [
     ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor"]),
     ({"num_experts": 0}, ["num_experts is 0"]),
     ({"shared_expert_gate": True}, ["shared_expert_intermediate_size"]),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type 'yarn'"]),
+    ({"rope_parameters": {"rope_type": "yarm"}}, ["rope_type 'yarm'", "or yarn"]),
 ]
 
 
@@ -138,6 +139,25 @@ def test_defaults_are_those_of_training(routing):
         assert getattr(config, name) == getattr(training, name)
     assert config.dynamic_loss_coeff == training.dynamic_loss_coeff
     assert config.threshold == (training.threshold or 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ({"routing": "top_k", "num_experts_per_tok": 2}, 2),
+        ({}, 8),
+        ({"max_experts_per_token": 3}, 3),
+        ({"max_experts_per_token": 3, "inference_max_experts_per_token": 2}, 2),
+        ({"mlp_layer_types": ["dense"] * 3, "intermediate_size": 48}, None),
+    ],
+)
+def test_engines_read_how_many_slots_a_token_needs(settings, slots, tmp_path):
+    """But the file keeps what was set, and so does a copy."""
+    config = tiny_config(**settings)
+    config.save_pretrained(tmp_path)
+    for one in (config, DynMoEModelConfig.from_pretrained(tmp_path), copy.deepcopy(config)):
+        assert one.num_experts_per_tok == slots
+        assert one.to_dict()["num_experts_per_tok"] == settings.get("num_experts_per_tok")
 
 
 @pytest.mark.parametrize(

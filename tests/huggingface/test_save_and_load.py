@@ -26,6 +26,7 @@ SHIPPED = (
     "huggingface/configuration_dynmoe.py",
     "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
+    "layers/moe.py",
     "routing/losses.py",
     "routing/normalize.py",
     "routing/select.py",
@@ -222,7 +223,9 @@ def test_the_files_work_in_the_exported_folder_without_the_package(tmp_path):
     model.save_pretrained(folder)
     for name in SHIPPED:
         text = (PACKAGE / name).read_text()
-        text = re.sub(r"^from megatron_dynmoe\.(routing|huggingface)\.", "from .", text, flags=re.M)
+        text = re.sub(
+            r"^from megatron_dynmoe\.(routing|layers|huggingface)\.", "from .", text, flags=re.M
+        )
         assert not re.search(r"^\s*(from|import) megatron", text, flags=re.M)
         (folder / Path(name).name).write_text(text)
     config = json.loads((folder / "config.json").read_text())

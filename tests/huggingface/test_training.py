@@ -61,10 +61,10 @@ def test_losses_and_their_gradients_are_the_papers(scope):
     theirs = torch.autograd.grad(expected, parameters, retain_graph=True)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
-    # cross entropy, one token at a time
+    # cross entropy, one token at a time; the padding before a row does not predict its first
     negative_log_probs = [
         -torch.log_softmax(outputs.logits[row, position], dim=-1)[labels[row, position + 1]]
-        for row, position in (labels[:, 1:] != -100).nonzero().tolist()
+        for row, position in mask[:, :-1].nonzero().tolist()
     ]
     cross_entropy = torch.stack(negative_log_probs).mean()
     torch.testing.assert_close(outputs.loss, cross_entropy + expected)

@@ -126,8 +126,8 @@ ROUTING = [
         "at_the_threshold_enough",
         "a sum that only reaches the threshold stops the selection (< for <=)",
         "routing/select.py",
-        "(before_TE <= threshold_in_units",
-        "(before_TE < threshold_in_units",
+        "before_TE[:, :most] <= threshold_in_units",
+        "before_TE[:, :most] < threshold_in_units",
         (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
     ),
     Mutation(
@@ -158,8 +158,8 @@ ROUTING = [
         "cap_off_by_one",
         "a token may use one expert more than the cap",
         "routing/select.py",
-        "(place_E < most)",
-        "(place_E <= most)",
+        "most = most_experts(probs_TE.shape[-1], max_experts)",
+        "most = most_experts(probs_TE.shape[-1], max_experts) + 1",
         (f"{SELECT}::test_the_cap_cuts_and_changes_nothing_else",),
     ),
     Mutation(

@@ -107,6 +107,7 @@ FORMAT = Format(
         Needed("inference_threshold", None, "another threshold at inference"),
         Needed("rope_theta", 10000.0, "another rotary base"),
         Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+        Needed("rope_type", "default", "scaled rotary positions"),
         Needed("attention_bias", False, "biases in attention"),
         Needed("qk_norm", False, "norms of queries and keys"),
         Needed("shared_expert_intermediate_size", None, "shared experts"),

@@ -68,6 +68,7 @@ FORMAT = Format(
         "huggingface/configuration_dynmoe.py",
         "huggingface/masking_dynmoe.py",
         "huggingface/modeling_dynmoe.py",
+        "layers/moe.py",
         "routing/select.py",
         "routing/normalize.py",
         "routing/losses.py",

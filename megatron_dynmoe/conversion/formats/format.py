@@ -13,6 +13,7 @@ from megatron_dynmoe.conversion.model_settings import (
     check_kinds,
     partial_rotary_factor,
     rope_theta,
+    rope_type,
     shown,
 )
 from megatron_dynmoe.conversion.names import Row
@@ -103,6 +104,7 @@ class Format:
         known = config | {
             "rope_theta": rope_theta(config),
             "partial_rotary_factor": partial_rotary_factor(config),
+            "rope_type": rope_type(config),
         }
         for needed in self.needed:
             if known[needed.name] != needed.value:

@@ -98,6 +98,7 @@ FORMAT = Format(
         Needed("qk_norm", False, "norms of queries and keys"),
         Needed("shared_expert_intermediate_size", None, "shared experts"),
         Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
+        Needed("rope_type", "default", "scaled rotary positions"),
     ),
     limits=(Limit("mlp_layer_types", has_experts_everywhere, "experts in every layer"),),
     counts=("num_local_experts",),

@@ -1,0 +1,274 @@
+"""The parts of a mixture of experts, in plain PyTorch: routing, experts, and the layer of both.
+
+The exported model is made of them, and exports ship with this file, so it imports only the files of
+``routing`` that exports ship with, too.
+
+Dimension letters, in names as a suffix (``probs_TE``):
+    T  tokens, ``sequence * S + position``
+    B  sequences
+    S  positions
+    E  experts
+    K  slots of a token: the most experts that it may use
+    D  hidden size
+    F  ffn size of an expert
+    A  assignments: one token at one expert
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dynmoe.routing.losses import (
+    count_tokens,
+    dynamic_loss,
+    load_balance_loss,
+    sum_by_sequence,
+    sum_entropy,
+)
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.select import choose, choose_top_k, weigh
+
+
+class Choice(NamedTuple):
+    """How a router chooses, at one forward.
+
+    Attributes:
+        threshold: what the probabilities of a token's experts must exceed; None: top-k.
+        max_experts: the most experts of a token, or with top-k their number; None: no cap.
+        renormalize: whether a token's weights sum to 1; else they are its probabilities.
+        dtype: of gate, softmax and weights. Selection sums exactly in any dtype.
+    """
+
+    threshold: Tensor | float | None
+    max_experts: int | None = None
+    renormalize: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class Routed(NamedTuple):
+    """What a router decided. A token's experts fill its first slots, the most probable one first.
+
+    Attributes:
+        logits_TE: the input of the softmax, so after normalization; in the router's dtype.
+        probs_TE: in the router's dtype.
+        map_TE: bool, which experts a token uses.
+        ids_TK: int64. A slot without an expert repeats the token's first: engines take only valid
+            ids, and no further expert's weights are read for it.
+        weights_TK: in the router's dtype; exactly 0 in slots without an expert.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    map_TE: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+def route(hidden_TD: Tensor, gate_ED: Tensor, theta: Tensor | None, choice: Choice) -> Routed:
+    """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router.
+
+    Args:
+        hidden_TD: [T, D], any floating dtype.
+        gate_ED: [E, D].
+        theta: [1], the scale of the normalized logits; None: they are not normalized.
+    """
+    # 1. Gate, normalize, softmax
+    with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        logits_TE = F.linear(hidden_TD.to(choice.dtype), gate_ED.to(choice.dtype))
+    if theta is not None:
+        logits_TE = normalize(logits_TE, theta).to(choice.dtype)
+    probs_TE = torch.softmax(logits_TE, dim=-1)
+
+    # 2. Select; the threshold is compared in float32, whatever the router's dtype is
+    if choice.threshold is None:
+        assert choice.max_experts is not None
+        ids_TK, used_TK = choose_top_k(probs_TE, choice.max_experts)
+    else:
+        ids_TK, used_TK = choose(probs_TE.float(), choice.threshold, choice.max_experts)
+    map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+
+    # 3. Weigh
+    weights_TK = weigh(probs_TE, map_TE, choice.renormalize).gather(-1, ids_TK)
+    return Routed(
+        logits_TE, probs_TE, map_TE, torch.where(used_TK, ids_TK, ids_TK[:, :1]), weights_TK
+    )
+
+
+class Experts(nn.Module):
+    """SwiGLU experts: ``down(silu(gate x) * up x)``, with the weights of gate and up stacked."""
+
+    def __init__(self, hidden_size: int, num_experts: int, ffn_size: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * ffn_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
+        for weight_EFD in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(weight_EFD, std=0.02)
+
+    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum each token's experts with their weights, in the order of the experts.
+
+        Slots of weight 0 cost nothing. The experts run one after another, so each adds to a token
+        at most once: the order of the sum is fixed on every device, and a token's result does not
+        depend on the rest of the batch.
+
+        Returns:
+            [T, D], dtype of ``hidden_TD``; summed in float32 at least, and rounded once.
+        """
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
+        tokens_A, slots_A = weights_TK.nonzero(as_tuple=True)
+        experts_A, order_A = ids_TK[tokens_A, slots_A].sort(stable=True)
+        tokens_A, slots_A = tokens_A[order_A], slots_A[order_A]
+        rows_per_expert = experts_A.bincount(minlength=self.num_experts).tolist()
+        tokens = tokens_A.split(rows_per_expert)
+        weights = weights_TK[tokens_A, slots_A].unsqueeze(-1).split(rows_per_expert)
+        # With unbind, the gradient of experts[i] is not a tensor of zeros for all experts.
+        projections = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        for expert, (gate_up, down) in enumerate(projections):
+            if rows_per_expert[expert]:
+                rows_AD = hidden_TD.index_select(0, tokens[expert])
+                gate_AF, up_AF = F.linear(rows_AD, gate_up).chunk(2, dim=-1)
+                rows_AD = F.linear(F.silu(gate_AF) * up_AF, down) * weights[expert]
+                output_TD.index_add_(0, tokens[expert], rows_AD.to(dtype))
+        return output_TD.to(hidden_TD.dtype)
+
+
+class Losses(NamedTuple):
+    """The losses of a router: their scope and their coefficients.
+
+    Attributes:
+        balance_loss: seq_aux_loss (over each sequence), aux_loss (over the batch) or none.
+        balance_loss_coeff: times the balance loss (equations 6 to 8 of Dynamic MoE).
+        dynamic_loss_coeff: times the mean entropy of the probabilities (equation 5 there).
+    """
+
+    balance_loss: str = "seq_aux_loss"
+    balance_loss_coeff: float = 1e-4
+    dynamic_loss_coeff: float = 1e-3
+
+
+class LossSettings(Protocol):
+    """:class:`Losses`, or a configuration with such fields."""
+
+    @property
+    def balance_loss(self) -> str: ...
+    @property
+    def balance_loss_coeff(self) -> float: ...
+    @property
+    def dynamic_loss_coeff(self) -> float: ...
+
+
+class MoEOutput(NamedTuple):
+    """What an MoE layer returns.
+
+    Attributes:
+        hidden_BSD: dtype of the input.
+        logits_BSE: the input of the router's softmax, in the router's dtype.
+        experts_per_token: [B, S] int64, 0 for padding.
+        loss: a float32 scalar, both losses of the router times their coefficients; or None.
+    """
+
+    hidden_BSD: Tensor
+    logits_BSE: Tensor
+    experts_per_token: Tensor
+    loss: Tensor | None
+
+
+class MoELayer(nn.Module):
+    """Mixture of experts: a router, and the experts that it sends tokens to.
+
+    Attributes:
+        shared_expert: a module that every token passes through, too, [B, S, D] to [B, S, D].
+        shared_expert_gate: maps [B, S, D] to [B, S, 1], whose sigmoid scales its output.
+    """
+
+    shared_expert: nn.Module | None
+    shared_expert_gate: nn.Module | None
+
+    def __init__(
+        self, router: nn.Module, experts: nn.Module, losses: LossSettings | None = None
+    ) -> None:
+        """Put a layer together.
+
+        Args:
+            router: maps [T, D] to :class:`Routed`.
+            experts: maps hidden states [T, D], ids and weights [T, K] to [T, D].
+            losses: which losses the router is trained with; None: the defaults, DTop-p's.
+        """
+        super().__init__()
+        self.router, self.experts = router, experts
+        self.losses = Losses() if losses is None else losses
+        self.shared_expert = self.shared_expert_gate = None
+
+    def forward(
+        self, hidden_BSD: Tensor, valid_BS: Tensor | None = None, with_loss: bool = True
+    ) -> MoEOutput:
+        """Route, compute, combine.
+
+        Args:
+            hidden_BSD: [B, S, D].
+            valid_BS: [B, S] bool, False for padding, which uses no expert; None: no padding.
+            with_loss: whether to compute the losses of the router.
+        """
+        batch, length = hidden_BSD.shape[:2]
+        hidden_TD = hidden_BSD.flatten(0, 1)
+
+        # 1. Route
+        routed = self.router(hidden_TD)
+        map_TE, weights_TK = routed.map_TE, routed.weights_TK
+        if valid_BS is not None:
+            valid_T1 = valid_BS.flatten().unsqueeze(-1)
+            map_TE, weights_TK = map_TE & valid_T1, weights_TK * valid_T1
+
+        # 2. Compute and combine
+        output_BSD = self.experts(hidden_TD, routed.ids_TK, weights_TK).view_as(hidden_BSD)
+        if self.shared_expert is not None:
+            shared_BSD = self.shared_expert(hidden_BSD)
+            if self.shared_expert_gate is not None:
+                shared_BSD = shared_BSD * torch.sigmoid(self.shared_expert_gate(hidden_BSD))
+            output_BSD = output_BSD + shared_BSD
+
+        # 3. Losses and counts
+        loss = None
+        if with_loss:
+            probs_BSE = routed.probs_TE.unflatten(0, (batch, length))
+            map_BSE = map_TE.unflatten(0, (batch, length))
+            loss = routing_loss(self.losses, probs_BSE, map_BSE, valid_BS)
+        return MoEOutput(
+            output_BSD,
+            routed.logits_TE.unflatten(0, (batch, length)),
+            map_TE.sum(dim=-1).unflatten(0, (batch, length)),
+            loss,
+        )
+
+
+def routing_loss(
+    losses: LossSettings, probs_BSE: Tensor, map_BSE: Tensor, valid_BS: Tensor | None
+) -> Tensor:
+    """Balance and dynamic loss of one layer times their coefficients: a float32 scalar.
+
+    The scope ``global_aux_loss`` works like ``aux_loss``: over all tokens of this batch.
+    """
+    # The losses order tokens as Megatron does: position * B + sequence.
+    num_experts = probs_BSE.shape[-1]
+    probs_TE = probs_BSE.transpose(0, 1).reshape(-1, num_experts).float()
+    map_TE = map_BSE.transpose(0, 1).reshape(-1, num_experts)
+    valid_T = None if valid_BS is None else valid_BS.t().reshape(-1)
+
+    num_sequences = probs_BSE.shape[0] if losses.balance_loss == "seq_aux_loss" else 1
+    tokens_B = count_tokens(map_TE, num_sequences, valid_T)
+    loss = losses.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens_B)
+    if losses.balance_loss != "none":
+        prob_sums_BE, assignments_BE = (
+            sum_by_sequence(values_TE, num_sequences, valid_T) for values_TE in (probs_TE, map_TE)
+        )
+        fractions_BE = assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
+        loss = loss + losses.balance_loss_coeff * load_balance_loss(
+            prob_sums_BE, fractions_BE, tokens_B
+        )
+    return loss
