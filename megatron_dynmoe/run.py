@@ -22,11 +22,14 @@ from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
 from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Megatron looks at the second name only, when it warns of what goes badly with these settings.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prepare() -> None:
     """Install the CPU layer where it is wanted, and the patches. Call before using Megatron.
 
+    On a GPU also let the allocator's segments expand, unless the environment has settings for it.
     Ends the process if a variable of the environment asks for what there is not.
 
     Raises:
@@ -44,9 +47,21 @@ def prepare() -> None:
             settle_master_address()
     if is_on_cpu:
         cpu.install()
+    else:
+        let_segments_expand()
     from megatron_dynmoe.upstream import patches
 
     patches.install()
+
+
+def let_segments_expand() -> None:
+    """Set what PyTorch's allocator reads when it is first used.
+
+    The rows of an expert are as many as tokens chose it, so that sizes differ from step to step.
+    Segments of a fixed size would fragment.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[-1]] = "expandable_segments:True"
 
 
 def _set_up_a_single_process() -> None:

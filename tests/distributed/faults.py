@@ -9,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer.optimizer import FP32Optimizer, MixedPrecisionOptimizer
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import training
 
@@ -33,13 +34,14 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def second_step_is_skipped(recorder: Any) -> Iterator[None]:
     """The optimizer finds an infinity in the gradients of the second step."""
-    prepare = FP32Optimizer.prepare_grads
+    with contextlib.ExitStack() as stack:
+        for cls in (FP32Optimizer, MixedPrecisionOptimizer):  # the latter if it is distributed
 
-    def prepare_grads(optimizer):
-        found_inf = prepare(optimizer)
-        return found_inf or len(recorder.result["steps"]) == 1
+            def prepare_grads(optimizer, prepare=cls.prepare_grads):
+                found_inf = prepare(optimizer)
+                return found_inf or len(recorder.result["steps"]) == 1
 
-    with replaced(FP32Optimizer, "prepare_grads", prepare_grads):
+            stack.enter_context(replaced(cls, "prepare_grads", prepare_grads))
         yield
 
 
@@ -122,4 +124,19 @@ def count_syncs_and_reductions(recorder: Any) -> Iterator[None]:
         stack.enter_context(replaced(DynamicRouter, "routing", counted_routing))
         # On a CPU nothing has to be synchronized, and NumPy sorts: count what a device would run.
         stack.enter_context(mock.patch.dict(os.environ, DYNMOE_KERNELS="0"))
+        yield
+
+
+@contextlib.contextmanager
+def gathered_elements(recorder: Any) -> Iterator[None]:
+    """``gathered``: elements of parameters that this rank gathers, by step."""
+    gather = param_and_grad_buffer.dist_all_gather_func
+    gathered = recorder.result["gathered"] = {}
+
+    def counted(output, *args, **kwargs):
+        step = len(recorder.result["steps"])
+        gathered[step] = gathered.get(step, 0) + output.numel()
+        return gather(output, *args, **kwargs)
+
+    with replaced(param_and_grad_buffer, "dist_all_gather_func", counted):
         yield

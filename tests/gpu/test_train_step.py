@@ -23,8 +23,17 @@ STEPS = 3
 
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
-    [("", 1e-4), pytest.param("--bf16", 1e-2, marks=[] if ON_GPU else [pytest.mark.long])],
-    ids=["fp32", "bf16"],
+    [
+        pytest.param("", 1e-4, id="fp32"),
+        # As in the recipes.
+        pytest.param(
+            "--bf16 --use-distributed-optimizer --cross-entropy-loss-fusion "
+            "--overlap-grad-reduce --overlap-param-gather",
+            1e-2,
+            id="bf16",
+            marks=[] if ON_GPU else [pytest.mark.long],
+        ),
+    ],
 )
 def test_kernels_change_no_step(flags, tolerance):
     pytest.importorskip("triton")
