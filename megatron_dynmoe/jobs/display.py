@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from megatron_dynmoe.planning.memory import Memory
 
 
-# The parts in the order of the table, and whether the figure for each is exact.
+# The parts in the order of the table.
 PARTS = {
-    "weights": True,
-    "gradients": True,
-    "optimizer": True,
-    "activations": False,
-    "expert_rows": False,
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations (estimated)",
+    "expert_rows": "expert rows (estimated)",
+    "update": "or, instead of these, the optimizer's step",
 }
 
 
@@ -86,10 +87,9 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     yield f"  {f'memory of a GPU, {unit}' + where:<45}" + "".join(f"{name:>13}" for name in columns)
     if layout.num_experts:
         yield _row("experts per token", [f"{count:.2f}" for _, count in columns.values()])
-    for part, is_exact in PARTS.items():
+    for part, name in PARTS.items():
         if part == "expert_rows" and not layout.num_experts:
             continue
-        name = part.replace("_", " ") + ("" if is_exact else " (estimated)")
         yield _row(name, [f"{getattr(memory, part) / scale:.2f}" for memory, _ in columns.values()])
     yield _row("total", [f"{memory.total / scale:.2f}" for memory, _ in columns.values()])
     room = plan.gpu.memory

@@ -37,6 +37,7 @@ class Memory:
     Attributes:
         activations: everything that does not depend on the routing, including the router.
         expert_rows: everything whose size is proportional to the number of rows.
+        update: temporaries of the optimizer's step, when there are no activations any more.
     """
 
     weights: float
@@ -44,11 +45,12 @@ class Memory:
     optimizer: float
     activations: float
     expert_rows: float
+    update: float
 
     @property
     def total(self) -> float:
-        """All parts."""
-        return self.state + self.activations + self.expert_rows
+        """The most that exists at once."""
+        return self.state + max(self.activations + self.expert_rows, self.update)
 
     @property
     def state(self) -> float:
@@ -64,6 +66,7 @@ class MemoryModel:
         shards_optimizer: whether the distributed optimizer is used.
         gathers_tokens: whether tokens are gathered instead of sent (the allgather dispatcher).
         mask_bytes: bytes of the dropout mask per hidden value.
+        fuses_activation: whether the activation function is one kernel, forward and backward.
     """
 
     shape: ModelShape
@@ -73,6 +76,7 @@ class MemoryModel:
     shards_optimizer: bool
     gathers_tokens: bool
     mask_bytes: int
+    fuses_activation: bool
 
     @classmethod
     def from_args(cls, args: Namespace, layout: Layout, has_theta: bool) -> MemoryModel:
@@ -89,6 +93,7 @@ class MemoryModel:
             shards_optimizer=args.use_distributed_optimizer,
             gathers_tokens=args.moe_token_dispatcher_type == "allgather",
             mask_bytes=1 if args.hidden_dropout else 0,
+            fuses_activation=args.swiglu and args.bias_swiglu_fusion,
         )
 
     @property
@@ -138,17 +143,19 @@ class MemoryModel:
     def state(self, stage: int) -> tuple[float, float, float]:
         """Bytes of weights, gradients and optimizer state on each GPU of a pipeline rank."""
         parameters = parameters_on_gpu(self.shape, self.layout, stage)
-        sharing = Parameters(1, 1)
-        if self.shards_optimizer:
-            sharing = Parameters(self.layout.data * self.layout.context, self.layout.expert_data)
-        optimizer = self.precision.optimizer * (
-            parameters.dense / sharing.dense + parameters.expert / sharing.expert
-        )
         return (
             self.precision.weight * parameters.total,
             self.precision.gradient * parameters.total,
-            optimizer,
+            self.precision.optimizer * self._updated_parameters(stage),
         )
+
+    def _updated_parameters(self, stage: int) -> float:
+        """The parameters that the optimizer of each GPU of a pipeline rank updates."""
+        parameters = parameters_on_gpu(self.shape, self.layout, stage)
+        if not self.shards_optimizer:
+            return parameters.total
+        dense_ranks = self.layout.data * self.layout.context
+        return parameters.dense / dense_ranks + parameters.expert / self.layout.expert_data
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -165,7 +172,11 @@ class MemoryModel:
         return stage, each[stage]
 
     def _of_stage(self, stage: int, rows: float, sent_rows: float) -> Memory:
-        return Memory(*self.state(stage), *self._activations(stage, rows, sent_rows))
+        return Memory(
+            *self.state(stage),
+            *self._activations(stage, rows, sent_rows),
+            self.precision.update * self._updated_parameters(stage),
+        )
 
     def _activations(self, stage: int, rows: float, sent_rows: float) -> tuple[float, float]:
         """Activation bytes of a pipeline rank: those that do not depend on rows, and the others."""
@@ -177,23 +188,28 @@ class MemoryModel:
 
         kept_bytes = kept_row_bytes(self._experts, rows)
         keeps_rows = not self.recompute.modules & {"moe"}
-        kept_layers = in_flight * sum(stored) * keeps_rows
-        # The activations of layers that are recomputed together exist at once, for one micro-batch.
-        at_once = sum(again) if self.recompute.method else any(layers) * (not keeps_rows)
-        expert_rows = kept_bytes * (kept_layers + at_once)
-        if any(layers):
-            is_spread = self.layout.expert * self.layout.expert_tensor > 1
-            expert_rows += passing_row_bytes(self._experts, rows, sent_rows, is_spread)
-            expert_rows += self._gathered_tokens_bytes
-
+        expert_rows = kept_bytes * in_flight * sum(stored) * keeps_rows
         activations = in_flight * sum(map(self._kept_bytes, stored))
         if self.recompute.method:
             activations += in_flight * self._num_inputs_kept(len(layers)) * self._hidden_bytes
-            activations += sum(map(self._kept_bytes, again))
-        activations += self._passing_bytes
-        if stage == self.layout.pipeline - 1:
-            activations += self._output_bytes
-        return activations, expert_rows
+        if self.layout.pipeline > 1:  # the schedule holds what it has received and sent last
+            activations += 2 * self._hidden_bytes
+
+        # The activations of layers that are recomputed together exist at once, for one micro-batch.
+        at_once = sum(again) if self.recompute.method else any(layers) * (not keeps_rows)
+        passing_rows = kept_bytes * at_once
+        if any(layers):
+            is_spread = self.layout.expert * self.layout.expert_tensor > 1
+            passing_rows += passing_row_bytes(self._experts, rows, sent_rows, is_spread)
+            passing_rows += self._gathered_tokens_bytes
+        passing = self._passing_bytes
+        if self.recompute.method:
+            passing += sum(map(self._kept_bytes, again))
+        # No layer is at work while the loss is computed.
+        loss = self._output_bytes if stage == self.layout.pipeline - 1 else 0
+        if loss > passing + passing_rows:
+            return activations + loss, expert_rows
+        return activations + passing, expert_rows + passing_rows
 
     def _stored_and_recomputed(self, layers: list[bool]) -> tuple[list[bool], list[bool]]:
         """Find the layers whose activations are kept, and the largest group recomputed at once."""
@@ -231,6 +247,7 @@ class MemoryModel:
             shape.gate_factor,
             shape.num_experts // layout.expert,
             self.precision.activation,
+            self.fuses_activation,
         )
 
     @property
@@ -245,12 +262,16 @@ class MemoryModel:
         # The input and the output of each norm.
         kept: float = self._hidden_bytes * (2 if "layernorm" in modules else 4)
         kept += 2 * self.local_tokens * (4 + self.mask_bytes * shape.hidden)
-        # Queries, keys and values before and after rotation; the attention's output twice (one copy
-        # is in the layout that the projection takes); and its normalizer in float32.
+        # Queries, keys and values before and after rotation; the attention's output; and its
+        # normalizer in float32. Flash attention, which takes half precision only, writes the output
+        # in the layout that the projection takes. Of others that layout needs a copy.
         projected = shape.query_size + shape.key_value_size
         rotated = 0 if shape.positions else shape.query_size + shape.key_value_size / 2
-        outputs = shape.query_size * (1 if "core_attn" in modules else 2)
+        outputs = shape.query_size * (1 if size == 2 or "core_attn" in modules else 2)
         kept += tokens * ((projected + rotated + outputs) * size + 4 * shape.num_heads)
+        if not shape.positions:  # cosines and sines, for queries and for keys
+            positions = self.layout.seq_length // self.layout.context
+            kept += 4 * positions * shape.query_size // shape.num_heads * size
         width = shape.gate_factor + 1
         if not is_moe:
             return kept + ("mlp" not in modules) * tokens * width * shape.ffn * size
@@ -264,9 +285,11 @@ class MemoryModel:
         """The most temporary bytes of a layer, without rows: gradients at its largest GEMM."""
         shape, tokens = self.shape, self._tokens / self.layout.tensor
         dense_ffn = 0 if all(shape.moe_layers) else shape.ffn
+        # Gradients of the activation's output and input, and what lies between.
+        between = 0 if self.fuses_activation else shape.gate_factor + 2
         widest = max(
             2 * (shape.query_size + shape.key_value_size),
-            (2 * shape.gate_factor + 3) * max(dense_ffn, shape.shared_ffn),
+            (shape.gate_factor + 1 + between) * max(dense_ffn, shape.shared_ffn),
         )
         return 4 * self._hidden_bytes + tokens * widest * self.precision.activation
 

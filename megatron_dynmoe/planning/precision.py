@@ -13,6 +13,8 @@ class Precision:
     Attributes:
         optimizer: bytes of main parameters and moments, which the distributed optimizer shards.
         gradient_copies: the part of ``optimizer`` that holds gradients in float32.
+        update: temporary bytes in the optimizer's step. PyTorch's AdamW computes the roots of all
+            second moments at once.
     """
 
     weight: int
@@ -20,6 +22,7 @@ class Precision:
     optimizer: int
     gradient_copies: int
     activation: int
+    update: int
 
     @classmethod
     def from_args(cls, args: Namespace) -> Precision:
@@ -44,6 +47,7 @@ class Precision:
             optimizer=moments + (4 if is_half else 0) + copies,  # main parameters in float32
             gradient_copies=copies,
             activation=2 if is_half else 4,
+            update=4 if args.optimizer == "adam" else 0,
         )
 
 

@@ -31,6 +31,7 @@ class ExpertSizes(NamedTuple):
         gate_factor: 2 with SwiGLU, 1 without a gate.
         num_local: number of experts on this GPU.
         num_bytes: bytes of an activation: 2 in bf16, 4 in fp32.
+        is_fused: whether the activation function is one kernel, forward and backward.
     """
 
     hidden: int
@@ -38,6 +39,7 @@ class ExpertSizes(NamedTuple):
     gate_factor: int
     num_local: int
     num_bytes: int
+    is_fused: bool = False
 
 
 def worst_case_rows(
@@ -87,16 +89,19 @@ def passing_row_bytes(sizes: ExpertSizes, rows: float, sent_rows: float, is_spre
     """
     hidden, ffn, size = sizes.hidden, sizes.ffn, sizes.num_bytes
     gate_up, weight = sizes.gate_factor * ffn, sizes.num_local * hidden * ffn * size
-    # The weights of the rows are float32, so products with half-precision values are computed in
-    # float32.
-    wide = 2 * 4 * ffn if size < 4 else ffn * size
+    # Gradients of the activation's output and of its input; and, if it is not one kernel, what lies
+    # between. The weights of the rows are float32, so products with half-precision values are
+    # computed in float32.
+    activation = (gate_up + ffn) * size
+    if not sizes.is_fused:
+        activation += 2 * ffn * size + (2 * 4 * ffn if size < 4 else ffn * size)
     # Communication needs copies of rows before and after it, and frees them late. Over gloo (EP 2
     # on CPU) up to seven copies were seen at once; their number differs from step to step.
     travel = (4 * rows + 3 * sent_rows) * hidden * size if is_spread else 0.0
     steps = (
         2 * rows * hidden * size,  # dispatch and combine, either way
         rows * (hidden + ffn) * size + weight,  # second GEMM, backward
-        rows * ((gate_up + 3 * ffn) * size + wide),  # activation, backward
+        rows * activation,  # activation, backward
         rows * (gate_up + hidden) * size + sizes.gate_factor * weight,  # first GEMM, backward
     )
     return max(steps) + travel
