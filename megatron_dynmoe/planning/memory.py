@@ -15,7 +15,6 @@ from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.precision import Precision, Recompute
 from megatron_dynmoe.planning.shape import (
     ModelShape,
-    Parameters,
     layers_of,
     parameters_on_gpu,
     total_parameters,
