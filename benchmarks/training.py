@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.text import words_as_tokens
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 _COMMON = (
     "--num-experts 16 --moe-token-dispatcher-type alltoall --normalization RMSNorm --swiglu "
@@ -72,6 +73,46 @@ class Routing(NamedTuple):
     def __str__(self) -> str:
         experts = "" if self.experts == MEAN_EXPERTS else f"@{self.experts:g}"
         return self.kind + experts + (f"/{self.cap}" if self.cap else "")
+
+
+def settings(routing: Routing, backend: str) -> DynMoEConfig:
+    """Our settings of a provider."""
+    loss, coefficient = BALANCE_LOSS
+    if routing.kind != "dtop_p":
+        return DynMoEConfig(backend=backend)
+    return DynMoEConfig(
+        routing="dtop_p",
+        target_experts_per_token=routing.experts,
+        balance_loss=loss,
+        balance_loss_coeff=coefficient,
+        max_experts_per_token=routing.cap,
+        row_buffer="worst_case" if routing.cap else None,
+        backend=backend,
+    )
+
+
+def flags_of_training(model: str, routing: Routing, backend: str) -> list[str]:
+    """The flags with which one process of Megatron's trains what :func:`build` builds.
+
+    Raises:
+        ValueError: it is a dense model, which leaves flags of the model out.
+    """
+    loss, coefficient = BALANCE_LOSS
+    flags = [*MODELS[model].split(), "--tokenizer-type", "NullTokenizer"]
+    flags += ["--vocab-size", str(VOCAB_SIZES[model]), "--moe-dynamic-backend", backend]
+    if routing.kind == "top_k":
+        flags += ["--moe-router-load-balancing-type", loss]
+        flags += ["--moe-aux-loss-coeff", str(coefficient)]
+        return [*flags, "--moe-router-topk", f"{routing.experts:g}"]
+    if routing.kind != "dtop_p":
+        raise ValueError(f"{routing} is not in the flags of {model}: use top_k or dtop_p.")
+    flags += ["--moe-dynamic-routing", "dtop_p", "--moe-dynamic-balance-loss", loss]
+    flags += ["--moe-dynamic-balance-loss-coeff", str(coefficient)]
+    flags += ["--moe-dynamic-target-experts-per-token", f"{routing.experts:g}"]
+    if routing.cap:
+        flags += ["--moe-dynamic-max-experts-per-token", str(routing.cap)]
+        flags += ["--moe-dynamic-row-buffer", "worst_case"]
+    return flags
 
 
 @dataclass
@@ -156,26 +197,14 @@ def build(
     from megatron_dynmoe.model.prepare import prepare_training
     from megatron_dynmoe.model.settled import settle_run
     from megatron_dynmoe.model.spec import layer_spec
-    from megatron_dynmoe.settings.config import DynMoEConfig
 
     routing = Routing.parse(routing_text)
-    loss, coefficient = BALANCE_LOSS
-    args, dynmoe = copy.copy(args), DynMoEConfig(backend=backend)
+    args, dynmoe = copy.copy(args), settings(routing, backend)
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
     if routing.kind == "top_k":
         args.moe_router_topk = int(routing.experts)
-        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = loss, coefficient
-    elif routing.kind == "dtop_p":
-        dynmoe = DynMoEConfig(
-            routing="dtop_p",
-            target_experts_per_token=routing.experts,
-            balance_loss=loss,
-            balance_loss_coeff=coefficient,
-            max_experts_per_token=routing.cap,
-            row_buffer="worst_case" if routing.cap else None,
-            backend=backend,
-        )
-    else:
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = BALANCE_LOSS
+    elif routing.kind == "dense":
         args.num_experts = args.moe_ffn_hidden_size = None
         args.ffn_hidden_size = round(routing.experts * args.ffn_hidden_size)
     torch.manual_seed(args.seed)

@@ -150,7 +150,6 @@ class Call:
             python=sys.executable,
             folder=folder,
             temporary=temporary,
-            stages=self.state.folder / "stages",
             pack=self.args.pack.absolute(),
         )
         around, log = self._environment(stage, temporary), folder / "log.txt"

@@ -19,13 +19,18 @@ _BACKGROUND = re.compile(r"Warning\b|^\s|^\[W|^$")
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """All rows of a stage's CSV files, each with its file's name; a line cut short is left out."""
-    rows = []
-    for path in sorted(folder.glob("*.csv")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        for row in csv.DictReader(io.StringIO(whole, newline="")):
-            rows.append({"file": path.name} | {k: v or "" for k, v in row.items() if k})
-    return rows
+    return [
+        {"file": path.name} | row
+        for path in sorted(folder.glob("*.csv"))
+        for row in read_rows(path)
+    ]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that may still be written."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(whole)]
 
 
 def judge(stage: Stage, folder: Path, ended: Ended, rehearses: bool) -> str:

@@ -32,6 +32,7 @@ def main() -> None:
     add("--output", type=Path, default=ROOT / "build" / "gpu-pack", help="default: %(default)s")
     default = [f"{name}{requirements()[name]}" for name in PACKAGES]
     add("--packages", nargs="+", default=default, help=f"default: {' '.join(default)}")
+    add("--no-predictions", dest="predict", action="store_false", help="leave the dry runs out")
     add("--python", default="3.12", metavar="VERSION", help="of the GPU machine (%(default)s)")
     args = parser.parse_args()
     try:
@@ -52,6 +53,8 @@ def pack(args: argparse.Namespace) -> None:
                 raise ValueError(f"--packages {package}: pin it, as in {package}==1.2.3")
             download(package, args.python, folder)
         (folder / "commit").write_text(f"{commit(folder)}\n")
+        if args.predict:
+            predict(folder / "predictions.csv")
     tree, carried = size_of_tree(), sum(f.stat().st_size for f in args.output.iterdir())
     for path in sorted(args.output.iterdir()):
         print(f"{path.stat().st_size / 1e6:7.2f} MB  {path}")
@@ -75,6 +78,17 @@ def download(package: str, python: str, folder: Path) -> None:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise ValueError(f"--packages {package}: {said[-1] if said else done.stderr.strip()}")
+
+
+def predict(file: Path) -> None:
+    """Ask the dry run, in a process of its own, because this one imports no PyTorch.
+
+    Raises:
+        ValueError: it has no answer to anything.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu_first.predict", "--output", str(file)]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError("the dry runs failed, see above: leave them out with --no-predictions")
 
 
 def size_of_tree() -> int:

@@ -201,13 +201,13 @@ def lock(root: Path, patience: float = 15) -> int:
         time.sleep(0.1)
 
 
-def code(root: Path = ROOT) -> str:
-    """A hash of the code that runs here."""
+def code(parts: Sequence[str] = CODE) -> str:
+    """A hash of the code that is in these folders."""
     digest = hashlib.sha256()
-    for part in CODE:
-        for path in sorted((root / part).rglob("*")):
+    for part in parts:
+        for path in sorted((ROOT / part).rglob("*")):
             if path.suffix in KINDS and path.is_file():
-                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+                digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

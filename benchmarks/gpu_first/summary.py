@@ -11,6 +11,7 @@ from benchmarks.gpu_first.state import BEGUN, CUT, DONE, FAILED, Record, State
 
 Row = dict[str, str]
 MAX_FAILURES = 12
+OURS = "ours"
 REHEARSAL = (
     "**This is a rehearsal on a CPU, at sizes of seconds.** It shows that the stages run and what "
     "comes out of them. Its figures say nothing about a GPU, and little about a CPU."
@@ -36,6 +37,7 @@ def write(state: State, stages: Sequence[Stage], again: Again, running: str = ""
     parts = [
         _title(state, stages, running),
         _table(stages, records, rows, running),
+        _layer_table(rows.get("layers", [])),
         _training(stages, rows),
         _failures(stages, records, rows),
     ]
@@ -120,18 +122,18 @@ def _agree(rows: list[Row]) -> str:
 
 
 def _select(rows: list[Row]) -> str:
-    ours = [row for row in rows if row["provider"] == "ours" and row.get("median_ratio_to_stock")]
+    ours = [row for row in rows if row["provider"] == OURS and row.get("median_ratio_to_stock")]
     ratios = [float(row["median_ratio_to_stock"]) for row in ours]
     return f"ours takes {_range(ratios)} of stock's time in {len(ratios)} cases" if ratios else ""
 
 
-def _layer(rows: list[Row]) -> str:
-    said = [
-        f"{row['provider']} {row['speed_ratio'].partition(' ')[0]}"
-        for row in rows
-        if row.get("speed_ratio") and not row["provider"].startswith("stock top-k, local")
-    ]
-    return f"times as fast as stock: {'; '.join(said)}" if said else ""
+def _layers(rows: list[Row]) -> str:
+    ratios = [_ratio(row) for row in rows if row["provider"] == OURS and row.get("speed_ratio")]
+    return f"ours is {' and '.join(ratios)} times as fast as stock" if ratios else ""
+
+
+def _ratio(row: Row) -> str:
+    return row["speed_ratio"].partition(" ")[0]
 
 
 def _train(rows: list[Row]) -> str:
@@ -153,13 +155,38 @@ def _range(values: list[float]) -> str:
 READERS: dict[str, Callable[[list[Row]], str]] = {
     "agree": _agree,
     "select": _select,
-    "layer": _layer,
+    "layers": _layers,
     "train": _train,
     "tests": _tests,
 }
 
 
-# --- the training steps side by side -------------------------------------------------------------
+# --- the layers and the training steps side by side ----------------------------------------------
+
+
+def _layer_table(rows: list[Row]) -> str:
+    """How fast each provider is, by workload."""
+    measured = [row for row in rows if row.get("both_ms")]
+    workloads = dict.fromkeys(row["workload"] for row in measured)
+    if not workloads:
+        return ""
+    cells = {
+        (row["provider"], row["workload"]): f"{row['both_ms']} ms, {_ratio(row) or '?'}"
+        for row in measured
+    }
+    lines = [
+        "## One layer",
+        "",
+        "Forward and backward, and how many times as fast as stock top-k on `local`:",
+        "",
+        f"| | {' | '.join(workload.partition(',')[0] for workload in workloads)} |",
+        f"| --- {'| --- ' * len(workloads)}|",
+    ]
+    for provider in dict.fromkeys(row["provider"] for row in measured):
+        values = [cells.get((provider, workload), "") for workload in workloads]
+        lines.append(f"| {provider} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
 
 BASE = "train-top2"
 

@@ -13,6 +13,7 @@ from benchmarks.gpu_first.state import ROOT
 
 PIP = "-m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile"
 PIP_SECONDS = 60.0
+PATIENCE = "50"  # seconds for one answer of a benchmark's provider: imports, compilation, one round
 
 
 def install_wheels(pack: Path, state: Path) -> Path | None:
@@ -71,6 +72,8 @@ def environment(
         # Sizes differ from layer to layer and step to step, which fragments what is not expandable.
         "PYTORCH_ALLOC_CONF": before.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
         "BENCHMARK_COMMIT": commit,
+        # A provider that hangs is left out before its stage's limit takes the others with it.
+        "BENCHMARK_PATIENCE": before.get("BENCHMARK_PATIENCE", PATIENCE),
         "TRITON_CACHE_DIR": str(state / "cache" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(state / "cache" / "inductor"),
         "HF_HUB_OFFLINE": "1",

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import measure, text, train_step
 from benchmarks.places import Failed
-from benchmarks.training import Routing, Step
+from benchmarks.training import BALANCE_LOSS, Routing, Step, flags_of_training, settings
 
 
 @pytest.mark.slow
@@ -157,3 +157,19 @@ def test_words_are_tokens_of_the_vocabulary(monkeypatch, tmp_path):
     # 14 words have ids of their own, the others share what is left.
     assert tokens[8:] == [*range(3, 14), 14, 14, 14, 14, 15]
     assert text.words_as_tokens(16) == prefix
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("text", ["dtop_p@1.82", "dtop_p/4", "top_k"])
+def test_a_command_line_trains_what_the_benchmark_builds(text):
+    from megatron_dynmoe.jobs.parse import read_args
+    from megatron_dynmoe.settings.arguments import resolved_from_args
+
+    routing = Routing.parse(text)
+    args = read_args(flags_of_training("paper", routing, "torch_native"))
+    assert resolved_from_args(args, 16) == settings(routing, "torch_native").resolve(16)
+    assert (args.num_layers, args.vocab_size, args.bf16) == (24, 32000, True)
+    if text == "top_k":
+        assert args.moe_router_topk == 2
+        assert args.moe_router_load_balancing_type == [BALANCE_LOSS[0]]
+        assert args.moe_aux_loss_coeff == [BALANCE_LOSS[1]]
