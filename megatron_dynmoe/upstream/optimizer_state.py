@@ -144,6 +144,8 @@ def _with_step(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     groups = [{**optimizer.defaults, **group, "step": step} for group in groups]
     if state and is_torch_adam(optimizer):
         state["common_step"] = torch.tensor(float(step))
+        for group in groups:  # a group of torch's has no step, and would save one from now on
+            del group["step"]
     return saved | {"param_groups": groups} | ({"state": state} if state else {})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dynmoe.upstream import patches
+from megatron_dynmoe.upstream import optimizer_state
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, tensors
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
 
@@ -299,13 +299,13 @@ def test_parameter_groups_without_counterpart_are_refused() -> None:
 
     saved = {"state": {"common_step": 3}, "param_groups": [group()]}
     optimizers = [SimpleNamespace(param_groups=[group(is_expert_parallel=b)]) for b in (0, 1)]
-    both = patches._restructured(saved, optimizers)
+    both = optimizer_state.restructured(saved, optimizers)
     assert [part["param_groups"][0]["max_lr"] for part in both.values()] == [1e-3, 1e-3]
     assert [part["state"]["common_step"] for part in both.values()] == [3, 3]
 
     optimizers[1].param_groups[0]["max_lr"] = 1e-4
     with pytest.raises(ValueError, match=r"max_lr.*--no-load-optim"):
-        patches._restructured(saved, optimizers)
+        optimizer_state.restructured(saved, optimizers)
 
 
 def checkpoint(result: CaseResult, iteration: int = STEPS) -> dict[str, Any]:

@@ -79,7 +79,11 @@ def test_the_fourth_step_follows_from_three_of_any_adam(
     for ours, theirs in zip(*(o.param_groups[0]["params"] for o in (second, first)), strict=True):
         ours.data.copy_(theirs.data)
     saved = as_megatron_saves(first, distributed)
-    loaded = optimizer_state.with_step_of([SimpleNamespace(optimizer=second)], saved)
+    loaded = optimizer_state.with_step_of([SimpleNamespace(optimizer=second)], copy.deepcopy(saved))
+    if saver is loader:  # the next checkpoint is that of a run in one go
+        ours, theirs = loaded["optimizer"], saved["optimizer"]
+        assert ours["param_groups"] == theirs["param_groups"]
+        assert ours.get("state", {}).keys() == theirs.get("state", {}).keys()
     second.load_state_dict(as_megatron_loads(loaded, loader))
     for optimizer in (first, second):
         step(optimizer, 1, seed=2)
