@@ -24,16 +24,31 @@ CHECKED = "--moe-dynamic-check-ranks 1 --eval-interval 2 --eval-iters 1"
 def pair(name: str, num_ranks: int, flags: str, *hooks: str) -> tuple[Case, Case]:
     """Without overlap, and with it."""
     hooks = tuple(f"{FAULTS}:{hook}" for hook in ("gathered_elements", *hooks))
-    plain = add(Case(f"no_overlap_{name}", num_ranks, f"{TRAIN} {flags}", hooks=hooks))
-    return plain, add(
-        dataclasses.replace(plain, name=f"overlap_{name}", flags=f"{plain.flags} {OVERLAP}")
+    plain = Case(f"no_overlap_{name}", num_ranks, f"{TRAIN} {flags}", hooks=hooks)
+    overlapped = dataclasses.replace(
+        plain, name=f"overlap_{name}", flags=f"{plain.flags} {OVERLAP}"
     )
+    return add(plain), add(overlapped)
 
 
+SKIPPED = pair("dp2_skipped", 2, f"--train-iters 4 {CHECKED}", "second_step_is_skipped")
 EP2_OF_4 = pair("ep2", 4, EP2)  # experts on two ranks, each part twice
 PP2_DP2 = pair("pp2", 4, PP2)  # the layout of dtop_p_16e
-SKIPPED = pair("dp2_skipped", 2, f"--train-iters 4 {CHECKED}", "second_step_is_skipped")
-
+SAVED = add(
+    Case(
+        "overlap_saved",
+        4,
+        f"{EP2_OF_4[1].flags} --save {{dir}}/overlap_saved --save-interval 2 --exit-interval 2",
+    )
+)
+RESUMED = add(
+    Case(
+        "overlap_resumed",
+        4,
+        f"{EP2_OF_4[1].flags} --load {{dir}}/overlap_saved",
+        after=(SAVED,),
+    )
+)
 # The last of two values counts: a recipe, made small.
 RECIPE = add(
     Case(
@@ -63,6 +78,13 @@ def test_a_skipped_step_moves_no_threshold(results: Results) -> None:
     skipped = results[SKIPPED[1]]
     assert [step["skipped"] for step in skipped.ranks[0]["steps"]] == [False, True, False, False]
     assert skipped.thresholds[1] == skipped.thresholds[0] != skipped.thresholds[2]
+
+
+def test_a_checkpoint_holds_what_was_not_gathered_yet(results: Results) -> None:
+    whole, resumed = results[EP2_OF_4[1]], results[RESUMED]
+    assert resumed.losses == whole.losses[2:]
+    assert resumed.assignments == whole.assignments[2:]
+    assert resumed.thresholds == whole.thresholds[2:]
 
 
 @pytest.mark.parametrize(("cases", "times"), [named(EP2_OF_4, 2), named(PP2_DP2, 1)])

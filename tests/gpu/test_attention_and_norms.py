@@ -13,7 +13,8 @@ from tests.kernels.device import DEVICE
 pytestmark = pytest.mark.megatron
 
 S, B, HEADS, WIDTH = (300, 2, 8, 64) if ON_GPU else (7, 2, 4, 8)
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value of a tensor
+# Of the largest value of a tensor. A GPU's fused attention may take a float32 product apart.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 either_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
 
