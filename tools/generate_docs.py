@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.runs.metric_names import MEANINGS
 from megatron_dynmoe.settings.command_line import CommandParser
-from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.settings.config import SETTINGS
+from megatron_dynmoe.settings.routings import DYNAMIC, RoutingSettings
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -24,7 +25,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 CONFIGURATION = """\
 # Configuration
 
-Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/config.py`: change it there.
+Written by `tools/generate_docs.py` from `megatron_dynmoe/settings/config.py` and, for the defaults,
+`routings.py` beside it: change it there.
 
 Every setting is a flag of `python -m megatron_dynmoe.pretrain` and a line of the YAML file that the
 environment variable `DYNMOE_CONFIG` names. A flag overrides the file. The file is how Megatron's
@@ -45,8 +47,6 @@ Megatron's `--moe-router-load-balancing-type` and `--moe-aux-loss-coeff` can als
 load-balance loss. [upstream_flags.md](upstream_flags.md) lists which other flags of Megatron work
 here.
 
-| setting and flag | value | `top_p` | `dtop_p` | meaning |
-| --- | --- | --- | --- | --- |
 """
 
 UPSTREAM = """\
@@ -69,8 +69,6 @@ TABLE = r"(<!-- {}: .*? -->).*?(<!-- end of {} -->)"
 
 def configuration() -> str:
     """The text of docs/configuration.md."""
-    top_p = DynMoEConfig(routing="top_p").resolve(512)
-    dtop_p = DynMoEConfig(routing="dtop_p", target_experts_per_token=1).resolve(512)
     rows = []
     for name, setting in SETTINGS.items():
         value = (
@@ -82,19 +80,20 @@ def configuration() -> str:
                 "schedule": "schedule",
             }[setting.kind]
         )
-        defaults = [_default(name, resolved) for resolved in (top_p, dtop_p)]
+        defaults = [_default(name, kind) for kind in DYNAMIC.values()]
         flag = "--moe-dynamic-" + name.replace("_", "-")
         rows.append(f"| `{name}`<br>`{flag}` | {value} | {' | '.join(defaults)} | {setting.help} |")
-    return CONFIGURATION + "\n".join(rows) + "\n"
+    head = f"| setting and flag | value | {' | '.join(f'`{name}`' for name in DYNAMIC)} | meaning |"
+    line = "|" + " --- |" * (len(DYNAMIC) + 3)
+    return CONFIGURATION + "\n".join([head, line, *rows]) + "\n"
 
 
-def _default(name: str, resolved: DynMoEConfig) -> str:
+def _default(name: str, kind: RoutingSettings) -> str:
     if name == "routing":
         return ""
-    if name == "target_experts_per_token" and resolved.is_controlled:
+    if name in kind.required:
         return "required"
-    value = getattr(resolved, name)
-    return "-" if value is None else f"`{value}`"
+    return f"`{kind.defaults[name]}`" if name in kind.defaults else "-"
 
 
 def upstream_flags() -> str:

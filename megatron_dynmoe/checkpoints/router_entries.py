@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError, on_all_ranks, on_rank_0
-from megatron_dynmoe.conversion.names import ROUTER_STATE
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.storage.unpickle import load_metadata
 
 _ROUTER, _WEIGHT, _THETA = ".mlp.router.", "weight", "theta_offset"
+_INTEGRAL, _MEASURED = "integral", "measured"  # those that all rules have
 # With these, Megatron loads the entries that exist and leaves the others as initialized.
 _LENIENT = ("log_", "return_", "ignore_")
 _AFRESH = "--dist-ckpt-strictness log_all --no-load-optim"
@@ -39,10 +40,15 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
     if not missing or _WEIGHT not in there:
         return
     if missing != [_THETA]:
+        trained = (
+            "was trained with another --moe-dynamic-routing"
+            if _MEASURED in there
+            else "was not trained with dynamic routing"
+        )
         raise CheckpointError(
-            f"the checkpoint {folder} was not trained with dynamic routing: its routers have no "
-            f"{', '.join(missing)}. {_AFRESH} loads its weights and starts what is missing, and "
-            "the optimizer, afresh; with --finetune also at iteration 0."
+            f"the checkpoint {folder} {trained}: its routers have no {', '.join(missing)}. "
+            f"{_AFRESH} loads its weights and starts what is missing, and the optimizer, afresh; "
+            "with --finetune also at iteration 0."
         )
     raise CheckpointError(
         f"the checkpoint {folder} has routers without {', '.join(missing)}, which was trained with "
@@ -54,7 +60,8 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
 def _of_routers(keys: Iterable[str]) -> set[str]:
     """The keys that belong to a router's weight, state or theta."""
     found = {key.rpartition(_ROUTER)[2] for key in keys if _ROUTER in key}
-    return found & {_WEIGHT, _THETA, *ROUTER_STATE}
+    knobs = {rule.knob for rule in RULES.values() if rule.knob is not None}
+    return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *knobs}
 
 
 def _keys(state_dict: dict[str, Any]) -> Iterable[str]:

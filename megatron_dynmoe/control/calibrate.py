@@ -1,18 +1,23 @@
-"""The controller's first threshold and its gains, computed from normal logits before step 1.
+"""The controller's first knob and its gains, computed from normal logits before step 1.
 
-:mod:`megatron_dynmoe.routing.select`, the selection used in training, gives the counts.
+The rule of the routing gives the counts. The knob is what the controller moves: of DTop-p, the
+threshold.
 Letters: T tokens, E experts, K = min(E, max_experts) the most experts that a token can use.
 """
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.moe.rules import RULES, Rule
+from megatron_dynmoe.routing.crossings import crossings
 from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.select import FIXED_POINT_BITS, most_experts, rank, select
+from megatron_dynmoe.routing.select import most_experts, select
+from megatron_dynmoe.settings.routings import ROUTINGS
 
 # Loop gains K * slope / num_experts. docs/controller.md derives the choice: the loop settles to
 # 2 % in about 24 steps and stays stable until the slope is 7.7 times the computed one.
@@ -52,7 +57,7 @@ def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | Non
         ValueError: target or max_experts is out of range.
     """
     _check_target(target, probs_TE.shape[1], max_experts)
-    return _threshold_at(_crossings(probs_TE, max_experts).flatten(), len(probs_TE), target)
+    return _knob_at(crossings(probs_TE, max_experts).flatten(), len(probs_TE), target, (0.0, 1.0))
 
 
 def initial_threshold(
@@ -62,8 +67,9 @@ def initial_threshold(
     normalized: bool = True,
     max_experts: int | None = None,
     theta: float = 1.0,
+    routing: str = "dtop_p",
 ) -> float:
-    """Compute the threshold that gives ``target`` on normal logits, rounded to 4 decimals.
+    """Compute the knob that gives ``target`` on normal logits, rounded to 4 decimals.
 
     Args:
         num_experts: routed experts of a layer, E.
@@ -73,27 +79,37 @@ def initial_threshold(
             standard deviation 1 over a token's experts, times theta.
         max_experts: cap on the experts of a token; None for no cap.
         theta: scale of the normalized logits; it has no effect unless ``normalized``.
+        routing: the routing whose knob it is.
 
     Raises:
         ValueError: an argument is out of range.
     """
     std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[0]
+    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
+    return _operating_point(
+        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+    )[0]
 
 
 def initial_experts_per_token(
-    num_experts: int,
-    threshold: float,
-    logits_std: float = 1.0,
-    normalized: bool = True,
-    max_experts: int | None = None,
+    rule: Rule, num_experts: int, logits_std: float = 1.0, normalized: bool = True
 ) -> float:
-    """Compute the mean experts per token that ``threshold`` gives on normal logits.
+    """Compute the mean experts per token at the start, by routing normal logits with a run's rule.
 
-    This is the inverse of :func:`initial_threshold`, with the same arguments and errors.
+    Args:
+        rule: with the state of the first step.
+        num_experts, logits_std, normalized: as for :func:`initial_threshold`.
     """
-    probs_TE = _normal_probs(num_experts, 1.0 if normalized else logits_std, normalized, 1.0)
-    return float(mean_experts_per_token(probs_TE, threshold, max_experts))
+    logits_TE = _normal_logits(num_experts, 1.0 if normalized else logits_std)
+    routed = rule.route(
+        logits_TE,
+        {name: logits_TE.new_tensor([value]) for name, value in rule.first_state.items()},
+        theta=logits_TE.new_ones(1) if normalized else None,
+        num_sequences=1,
+        valid_T=None,
+        training=True,
+    )
+    return float(routed.experts_T.sum() / len(logits_TE))
 
 
 def plant_slope(
@@ -103,31 +119,28 @@ def plant_slope(
     normalized: bool = True,
     max_experts: int | None = None,
     theta: float = 1.0,
+    routing: str = "dtop_p",
 ) -> float:
-    """Compute the gain in mean experts per token per unit of threshold, near ``target``.
+    """Compute the gain in mean experts per token per unit of the knob, near ``target``.
 
     It is the slope of the secant over the target +- 10 %, at least +- half an expert, within 1 and
-    K, on normal logits. It is 0 if a token can use only one expert. Arguments and errors are those
-    of :func:`initial_threshold`.
+    K, on normal logits, without its sign. It is 0 if a token can use only one expert. Arguments and
+    errors are those of :func:`initial_threshold`.
     """
     std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    return _operating_point(num_experts, float(target), std, normalized, max_experts, theta)[1]
+    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
+    return _operating_point(
+        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+    )[1]
 
 
-def default_gains(
-    num_experts: int,
-    target: float,
-    logits_std: float = 1.0,
-    normalized: bool = True,
-    max_experts: int | None = None,
-    theta: float = 1.0,
-) -> tuple[float, float]:
+def default_gains(num_experts: int, target: float, **plant: Any) -> tuple[float, float]:
     """Compute ``K_p`` and ``K_i`` that give the default loop gains on normal logits.
 
     Both are 0 if a token can use only one expert. Arguments and errors are those of
     :func:`initial_threshold`.
     """
-    slope = plant_slope(num_experts, target, logits_std, normalized, max_experts, theta)
+    slope = plant_slope(num_experts, target, **plant)
     if slope == 0:
         return 0.0, 0.0
     return (
@@ -148,14 +161,6 @@ def gain_margin(
     return math.inf if loop_gain == 0 else 2 / loop_gain
 
 
-def _crossings(probs_TE: Tensor, max_experts: int | None) -> Tensor:
-    """Find the thresholds from which a token uses a 2nd, ..., K-th expert; [T, K - 1] float64."""
-    _, before_TE = rank(probs_TE)
-    most = most_experts(probs_TE.shape[1], max_experts)
-    # Rounding may carry a sum past 1, but a threshold of 1 must still select all experts.
-    return (before_TE[:, 1:most].double() / 2.0**FIXED_POINT_BITS).clamp(max=1)
-
-
 @lru_cache
 def _operating_point(
     num_experts: int,
@@ -164,49 +169,59 @@ def _operating_point(
     normalized: bool,
     max_experts: int | None,
     theta: float,
+    rule: type[Rule],
+    ends: tuple[float, float],
 ) -> tuple[float, float]:
-    """Compute threshold and slope at the target, rounded to be the same on every platform."""
+    """Compute knob and slope at the target, rounded to be the same on every platform."""
     _check_target(target, num_experts, max_experts)
-    probs_TE = _normal_probs(num_experts, logits_std, normalized, theta)
-    crossings = _crossings(probs_TE, max_experts).flatten()
-    threshold = _threshold_at(crossings, len(probs_TE), target)
+    logits_TE = _normal_logits(num_experts, logits_std)
+    if normalized:
+        _check_scale("theta", theta)
+        logits_TE = normalize(logits_TE, theta)
+    # If the count falls with the knob, it rises with the negative knob.
+    sign = rule.direction
+    low_end, high_end = sorted(sign * end for end in ends)
+    points = sign * rule.crossings(logits_TE, max_experts).flatten()
+    knob = sign * _knob_at(points, len(logits_TE), target, (low_end, high_end))
 
     limit = most_experts(num_experts, max_experts)
     if limit == 1:
-        return threshold, 0.0
+        return knob, 0.0
     # If logits are nearly equal, the count rises in steps of one expert. A band one expert wide
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(1.0, target - half_width), min(float(limit), target + half_width)
-    ranks = [max(1, round((mean - 1) * len(probs_TE))) for mean in (low, high)]
-    at_low, at_high = (float(crossings.kthvalue(rank).values) for rank in ranks)
-    return round(threshold, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
+    ranks = [max(1, round((mean - 1) * len(logits_TE))) for mean in (low, high)]
+    at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
+    return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
 
 
-def _threshold_at(crossings: Tensor, num_tokens: int, target: float) -> float:
-    """Find the threshold above exactly as many crossings (a flat tensor) as the target needs."""
+def _knob_at(crossings: Tensor, num_tokens: int, target: float, ends: tuple[float, float]) -> float:
+    """Find the knob above exactly as many crossings (a flat tensor) as the target needs."""
     num_passed = round((target - 1) * num_tokens)
     if num_passed == 0:
-        return 0.0
+        return ends[0]
     if num_passed == len(crossings):
-        return 1.0
+        return ends[1]
     below, above = (float(crossings.kthvalue(k).values) for k in (num_passed, num_passed + 1))
     return (below + above) / 2
 
 
-def _normal_probs(num_experts: int, logits_std: float, normalized: bool, theta: float) -> Tensor:
-    """Draw the router's probabilities on normal logits, [T, E] float64; always the same ones.
+def _normal_logits(num_experts: int, std: float) -> Tensor:
+    """Draw a router's normal logits, [T, E] float64; always the same ones.
 
     NumPy guarantees the stream of ``RandomState`` across versions and platforms. The draw does not
     touch the global generator.
     """
-    for name, scale in (("logits_std", logits_std), ("theta", theta)):
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"{name} is {scale}: it must be finite and greater than 0")
+    _check_scale("logits_std", std)
     shape = (_POPULATION_LOGITS // num_experts, num_experts)
     logits_TE = torch.from_numpy(np.random.RandomState(_POPULATION_SEED).standard_normal(shape))
-    logits_TE *= logits_std
-    return (normalize(logits_TE, theta) if normalized else logits_TE).softmax(-1)
+    return logits_TE.mul_(std)
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name} is {scale}: it must be finite and greater than 0")
 
 
 def _check_target(target: float, num_experts: int, max_experts: int | None) -> None:

@@ -79,8 +79,9 @@ def _targets(control: Control) -> list[float]:
 
 
 def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
-    """Collect what the count's response to the threshold depends on, except the target."""
+    """Collect what the count's response to the knob depends on, except the target."""
     return {
+        "routing": resolved.routing,
         "num_experts": model.num_moe_experts,
         "normalized": resolved.normalization == "drn",
         # The gate reads normalized hidden states of root mean square 1.

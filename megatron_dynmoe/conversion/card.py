@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
+from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.settings.words import is_number
 from megatron_dynmoe.storage.atomic import replace_file
 
@@ -137,8 +138,8 @@ _MODEL = (
 def _title(config: dict[str, Any]) -> str:
     if not config["num_experts"]:
         return "A dense language model"
-    kind = {"top_k": "top-k", "top_p": "top-p", "dtop_p": "DTop-p"}[config["routing"]]
-    return f"A mixture-of-experts language model with {kind} routing"
+    title = ROUTINGS[config["routing"]].title
+    return f"A mixture-of-experts language model with {title} routing"
 
 
 def _summary(config: dict[str, Any], about: dict[str, Any]) -> str:

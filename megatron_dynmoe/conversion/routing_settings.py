@@ -15,6 +15,7 @@ from megatron_dynmoe.conversion.model_settings import (
     where_sparse,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.settings.schedule import TargetSchedule
 
 _CONTROLLER = (
@@ -28,9 +29,24 @@ _CONTROLLER = (
 RouterState = dict[str, list[float | None]]
 
 
+def check_routing(routing: str) -> None:
+    """Refuse a routing that no format has, before anything of its checkpoint is read.
+
+    Raises:
+        ValueError: it is such a routing.
+    """
+    exported = [name for name, kind in ROUTINGS.items() if kind.is_exported]
+    if routing not in exported:
+        raise ValueError(
+            f"routing is {routing!r}, which no format has: only models with "
+            f"{', '.join(exported)} can be converted."
+        )
+
+
 def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, Any]:
     """The routing part of the config, from resolved settings and the state of the routers."""
     dynmoe = DynMoEConfig.from_dict(settings, source="the checkpoint")
+    check_routing(dynmoe.routing)
     routing = {name: getattr(dynmoe, name) for name in ROUTING}
     schedule = dynmoe.target_experts_per_token
     target = _number_if_constant(schedule)
@@ -97,6 +113,7 @@ def router_state(config: dict[str, Any]) -> RouterState:
 
 def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]:
     """The config with another routing, its state as at the start of training."""
+    check_routing(dynmoe.routing)
     if not dynmoe.is_dynamic:
         kept = {
             "num_experts_per_tok": config.get("num_experts_per_tok"),
@@ -107,7 +124,7 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
         if kept["num_experts_per_tok"] is None:
             raise ValueError(
                 f"routing is 'top_k', but the model was trained with {config['routing']!r}, which "
-                "knows no k: choose top_p or dtop_p."
+                "knows no k: choose another."
             )
         return config | NO_ROUTING | kept
     dynmoe, first = settled(dynmoe, config)

@@ -13,8 +13,9 @@ from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
-from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.routings import AUTO
 from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:

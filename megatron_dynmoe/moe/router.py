@@ -212,7 +212,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load. A value that the user has fixed is a setting and replaces the checkpoint's."""
         super()._load_from_state_dict(*args, **kwargs)
-        for name, fixed in self.rule.settings.items():
+        for name, fixed in self.rule.fixed.items():
             loaded = self.get_buffer(name)
             if loaded.item() != torch.tensor(fixed).item():
                 log_single_rank(

@@ -7,11 +7,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_dynmoe.control.calibrate import initial_experts_per_token
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.arguments import resolved_from_args
-
-# A fixed threshold starts at about this many times its later count. With 16 experts Dynamic MoE
-# reports 1.8 and 2.3 for 0.4 and 0.5 (table 7), and the counts at the start are 5.9 and 7.2.
-FIXED_THRESHOLD_FALL = 3.0
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,28 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
             raise ValueError(f"--moe-router-topk is {k}: use 1 to {num_experts}, the experts.")
         return ExpertCounts(k, k, k, "top-k")
 
-    def at_threshold(threshold: float) -> float:
+    def routed(knob: float | None) -> float:
         return initial_experts_per_token(
+            rule(dynmoe, knob),
             num_experts,
-            threshold,
             logits_std=args.init_method_std * math.sqrt(args.hidden_size),
             normalized=dynmoe.normalization == "drn",
-            max_experts=cap,
         )
 
+    rule = RULES[dynmoe.routing]
     if dynmoe.is_controlled:
         schedule = dynmoe.target_experts_per_token
         assert schedule is not None
         mean, source = schedule.points[-1][1], "the target"
         start = dynmoe.initial_threshold
-        # A computed threshold gives the target by construction.
-        first = at_threshold(start) if isinstance(start, float) else schedule.at(0)
+        # A computed knob gives the target by construction.
+        first = routed(start) if isinstance(start, float) else schedule.at(0)
     else:
-        assert dynmoe.threshold is not None
-        first = at_threshold(dynmoe.threshold)
-        mean, source = (
-            max(1.0, first / FIXED_THRESHOLD_FALL),
-            "assumed: a third of the first steps'",
-        )
+        first = routed(dynmoe.threshold)
+        mean = max(1.0, first / rule.fall)
+        source = "as in the first steps"
+        if rule.fall != 1:
+            source = f"assumed: the first steps' over {rule.fall:g}"
     if experts_per_token is not None:
         mean, source = experts_per_token, "--experts-per-token"
     room = cap if dynmoe.row_buffer == "worst_case" else None

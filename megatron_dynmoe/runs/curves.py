@@ -55,7 +55,8 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
             )
         experts_axis.set(title="experts per token", xlabel="iteration")
         experts_axis.legend(frameon=False)
-        _plot_by_layer(threshold_axis, scalars, names.THRESHOLD, names.THRESHOLD_OF_LAYER)
+        if names.THRESHOLD in scalars:
+            _plot_by_layer(threshold_axis, scalars, names.THRESHOLD, names.THRESHOLD_OF_LAYER)
         threshold_axis.set(title="threshold", xlabel="iteration", ylabel="cumulative probability")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)

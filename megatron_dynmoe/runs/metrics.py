@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.moe_logging import (
 from megatron.training import get_args, get_timers
 from megatron.training.training import num_floating_point_operations
 
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.routing.counters import RoutingStatistics
 from megatron_dynmoe.runs import metric_names as names
 from megatron_dynmoe.runs.curves import MAX_COLUMNS, draw_layers
@@ -89,7 +90,8 @@ def scalars(
     if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may change it
         yield names.TARGET, dynmoe.target_experts_per_token.at_step(iteration)
     yield names.STD_EXPERTS, summary.std_experts_per_token
-    yield names.THRESHOLD, summary.threshold
+    if _has_knob(dynmoe):
+        yield names.THRESHOLD, summary.threshold
     yield names.BALANCE_LOSS, summary.balance_loss
     yield names.DYNAMIC_LOSS, summary.dynamic_loss
     yield names.MAX_OVER_MEAN_LOAD, summary.max_over_mean_load
@@ -125,8 +127,9 @@ def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
         "standard deviation of experts over tokens": chart(
             names.STD_EXPERTS, names.VALIDATION_STD_EXPERTS
         ),
-        "threshold": chart(names.THRESHOLD),
     }
+    if _has_knob(dynmoe):
+        routing["threshold"] = chart(names.THRESHOLD)
     if dynmoe.max_experts_per_token is not None:
         routing["share of tokens at the cap"] = chart(names.SHARE_AT_CAP)
     layers = {"experts per token": by_layer(names.EXPERTS_OF_LAYER)}
@@ -265,9 +268,9 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             else ""
         )
         at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
+        threshold = f" threshold: {summary.threshold:.5f} |" if _has_knob(self.dynmoe) else ""
         return (
-            f" experts per token: {summary.experts_per_token:.4f}{aim} |"
-            f" threshold: {summary.threshold:.5f} |"
+            f" experts per token: {summary.experts_per_token:.4f}{aim} |{threshold}"
             f" balance loss: {summary.balance_loss:.4f} |"
             f" dynamic loss: {summary.dynamic_loss:.4f} |"
             f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}{not_finite}"
@@ -300,6 +303,11 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
                 writer.add_scalar(name, value, iteration)
         if wandb_writer is not None:
             wandb_writer.log(values, iteration)
+
+
+def _has_knob(dynmoe: DynMoEConfig) -> bool:
+    """Whether the routing has a number that can be moved; reports call it threshold."""
+    return RULES[dynmoe.routing].knob is not None
 
 
 def _layer_table(summary: RoutingSummary, dynmoe: DynMoEConfig) -> str:

@@ -95,7 +95,7 @@ def read(run_dir: Path, label: str) -> Run:
         ),
         experts,
         aimed_at,
-        _at(iterations, scalars[names.THRESHOLD], np.nan) if dynamic else None,
+        _at(iterations, scalars[names.THRESHOLD], np.nan) if names.THRESHOLD in scalars else None,
     )
 
 

@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+from megatron_dynmoe.settings.checks import check_settings
 from megatron_dynmoe.settings.refusals import SettingError, UnknownSettingError
+from megatron_dynmoe.settings.routings import (
+    AUTO,
+    DYNAMIC,
+    ROUTINGS,
+    STOCK,
+    RoutingSettings,
+    routings_with,
+)
 from megatron_dynmoe.settings.schedule import TargetSchedule
 
-ROUTINGS = ("top_k", "top_p", "dtop_p")
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case")
-AUTO = "auto"
 
 
 class Setting(NamedTuple):
@@ -60,24 +67,24 @@ class DynMoEConfig:
         str,
         Setting(
             "choice",
-            "How experts are chosen: top_k (stock Megatron, the default), top_p (Dynamic MoE: a "
-            "fixed threshold) or dtop_p (DTop-p: a PI controller steers the threshold to the "
-            "target).",
-            ROUTINGS,
+            "How experts are chosen: "
+            + ", ".join(f"{name} ({kind.summary})" for name, kind in ROUTINGS.items())
+            + ".",
+            tuple(ROUTINGS),
         ),
-    ] = "top_k"
+    ] = STOCK
     threshold: Annotated[
         float | None,
         Setting(
             "float",
-            "top_p: the cumulative probability that the selected experts must exceed. Default 0.4.",
+            "The cumulative probability that the selected experts must exceed.",
         ),
     ] = None
     target_experts_per_token: Annotated[
         TargetSchedule | None,
         Setting(
             "schedule",
-            "dtop_p: the mean number of experts per token to hold, over all tokens and MoE layers. "
+            "The mean number of experts per token to hold, over all tokens and MoE layers. "
             "A number, or a schedule ITERATION:TARGET,... (linear in between), such as 0:8,1000:2.",
         ),
     ] = None
@@ -89,7 +96,7 @@ class DynMoEConfig:
         str | None,
         Setting(
             "choice",
-            "dtop_p: one threshold for the model (global, the default) or one per layer (layer).",
+            "One threshold for the model (global) or one per layer (layer).",
             ("global", "layer"),
         ),
     ] = None
@@ -97,36 +104,36 @@ class DynMoEConfig:
         float | str | None,
         Setting(
             "float_or_auto",
-            "dtop_p: K_p of the PI controller, or auto (the default): computed from the number of "
-            "experts and the target.",
+            "K_p of the PI controller, or auto: computed from the number of experts and the "
+            "target.",
         ),
     ] = None
     integral_gain: Annotated[
         float | str | None,
-        Setting("float_or_auto", "dtop_p: K_i of the PI controller, or auto (the default)."),
+        Setting("float_or_auto", "K_i of the PI controller, or auto."),
     ] = None
     initial_threshold: Annotated[
         float | str | None,
         Setting(
             "float_or_auto",
-            "dtop_p: the threshold of the first step, or auto (the default): computed from the "
-            "number of experts, the target and the logits' distribution at initialization.",
+            "The threshold of the first step, or auto: computed from the number of experts, the "
+            "target and the logits' distribution at initialization.",
         ),
     ] = None
     min_threshold: Annotated[
         float | None,
-        Setting("float", "dtop_p: the controller never goes below this. Default 0."),
+        Setting("float", "The controller never goes below this."),
     ] = None
     max_threshold: Annotated[
         float | None,
-        Setting("float", "dtop_p: the controller never goes above this. Default 1."),
+        Setting("float", "The controller never goes above this."),
     ] = None
     normalization: Annotated[
         str | None,
         Setting(
             "choice",
             "Dynamic routing normalization of the logits, with a learnable scale per layer: drn "
-            "(default of dtop_p) or none (default of top_p).",
+            "or none.",
             ("drn", "none"),
         ),
     ] = None
@@ -134,8 +141,8 @@ class DynMoEConfig:
         str | None,
         Setting(
             "choice",
-            "Weights of the selected experts: raw probabilities (default of top_p) or "
-            "renormalized over the selected ones (default of dtop_p).",
+            "Weights of the selected experts: raw probabilities, or renormalized over the "
+            "selected ones.",
             ("raw", "renormalized"),
         ),
     ] = None
@@ -143,15 +150,14 @@ class DynMoEConfig:
         float | None,
         Setting(
             "float",
-            "Coefficient of the dynamic loss, the mean entropy of the router. Default 1e-4 for "
-            "top_p, 1e-3 for dtop_p.",
+            "Coefficient of the dynamic loss, the mean entropy of the router.",
         ),
     ] = None
     balance_loss: Annotated[
         str | None,
         Setting(
             "choice",
-            "Scope of the load-balance loss: seq_aux_loss (each sequence, the default), aux_loss "
+            "Scope of the load-balance loss: seq_aux_loss (each sequence), aux_loss "
             "(micro-batch), global_aux_loss (global batch) or none. The names are those of "
             "upstream's --moe-router-load-balancing-type, which may be given instead.",
             BALANCE_LOSSES,
@@ -162,7 +168,7 @@ class DynMoEConfig:
         Setting(
             "float",
             "Coefficient of the load-balance loss; upstream's --moe-aux-loss-coeff may be given "
-            "instead. Default 1e-2 for top_p, 1e-4 for dtop_p.",
+            "instead.",
         ),
     ] = None
     row_buffer: Annotated[
@@ -170,7 +176,7 @@ class DynMoEConfig:
         Setting(
             "choice",
             "Room for the rows that a layer dispatches (a row is one token at one expert). "
-            "measured (the default): as many as were routed; the host waits for their number. "
+            "measured: as many as were routed; the host waits for their number. "
             "worst_case: as many as max_experts_per_token allows; this takes more memory, but the "
             "host never waits. It needs one expert-parallel rank and torch_native's grouped GEMMs.",
             ROW_BUFFERS,
@@ -182,8 +188,8 @@ class DynMoEConfig:
             "choice",
             "The code that runs attention, norms and experts, also with top_k: torch_native "
             "(PyTorch's fused calls), local (Megatron's own, without Transformer Engine), "
-            "transformer_engine, or auto (the default): transformer_engine if it is installed, "
-            "else torch_native.",
+            "transformer_engine, or auto: transformer_engine if it is installed, else "
+            "torch_native.",
             BACKENDS,
         ),
     ] = None
@@ -213,12 +219,12 @@ class DynMoEConfig:
     @property
     def is_dynamic(self) -> bool:
         """Whether tokens choose how many experts they use."""
-        return self.routing != "top_k"
+        return self.routing != STOCK
 
     @property
     def is_controlled(self) -> bool:
         """Whether the PI controller steers the threshold."""
-        return "integral_gain" in _DEFAULTS.get(self.routing, {})
+        return ROUTINGS[self.routing].is_controlled
 
     @property
     def loss_coefficients(self) -> LossCoefficients:
@@ -287,35 +293,15 @@ class DynMoEConfig:
             SettingError: a setting is wrong by itself, contradicts another, or does not fit
                 ``num_experts``.
         """
+        kind = ROUTINGS[self.routing]
+        self._refuse_foreign(kind)
         if not self.is_dynamic:
-            given = [name for name in self.to_dict() if name not in ("routing", "backend")]
-            if given:
-                raise SettingError(
-                    "routing",
-                    "top_k",
-                    f", which has no {{{given[0]}}}",
-                    f"set {{routing}} to 'top_p' or 'dtop_p', or leave {{{given[0]}}} out",
-                )
             return self
         if not num_experts:  # Megatron reads --num-experts 0 as a model without experts
             raise SettingError(
                 "routing", self.routing, ", but the model has no experts", "set --num-experts"
             )
-        defaults = dict(_DEFAULTS[self.routing])
-        foreign = _ONLY_DTOP_P if self.routing == "top_p" else ("threshold",)
-        for name in foreign:
-            if getattr(self, name) is not None:
-                remedy = (
-                    "set {routing} to 'dtop_p', or leave it out"
-                    if self.routing == "top_p"
-                    else "use {initial_threshold}, or set {routing} to 'top_p'"
-                )
-                raise SettingError(
-                    name,
-                    getattr(self, name),
-                    f", which {{routing}} {self.routing!r} does not have",
-                    remedy,
-                )
+        defaults = dict(kind.defaults)
         if self.balance_loss == "none":
             if self.balance_loss_coeff:
                 raise SettingError(
@@ -325,154 +311,68 @@ class DynMoEConfig:
                     "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
-        if self.inference_max_experts_per_token is None:
+        if "inference_max_experts_per_token" in kind.takes:
             defaults["inference_max_experts_per_token"] = self.max_experts_per_token
         resolved = dataclasses.replace(
             self, **{name: value for name, value in defaults.items() if getattr(self, name) is None}
         )
-        resolved._check(num_experts)
+        check_settings(resolved, num_experts)
         return resolved
 
-    def _check(self, num_experts: int) -> None:
-        for name in ("max_experts_per_token", "inference_max_experts_per_token"):
-            cap = getattr(self, name)
-            if cap is not None and not 1 <= cap <= num_experts:
-                raise SettingError(
-                    name,
-                    cap,
-                    "",
-                    f"use 1 to {num_experts} (the number of experts), or leave it out for no cap",
-                )
-        if self.row_buffer == "worst_case" and self.max_experts_per_token is None:
-            raise SettingError(
-                "row_buffer",
-                "worst_case",
-                " and {max_experts_per_token} is not set, so the worst case is all "
-                f"{num_experts} experts for every token",
-                "set {max_experts_per_token}, or leave {row_buffer} out",
-            )
-        if self.check_ranks is not None and self.check_ranks < 1:
-            raise SettingError(
-                "check_ranks",
-                self.check_ranks,
-                "",
-                "use a number of steps from 1, or leave it out to never compare ranks",
-            )
-        for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
-            coefficient = getattr(self, name)
-            if coefficient is not None and coefficient < 0:
-                raise SettingError(name, coefficient, "", "use 0 (off) or a positive number")
-        for name in ("threshold", "inference_threshold", "initial_threshold"):
+    def _refuse_foreign(self, kind: RoutingSettings) -> None:
+        """Refuse settings that the routing does not have."""
+        for name in SETTINGS:
             value = getattr(self, name)
-            if isinstance(value, float) and not 0 <= value <= 1:
+            if value is None or name == "routing" or name in kind.takes:
+                continue
+            others = " or ".join(repr(other) for other in routings_with(name))
+            if not self.is_dynamic:  # of all mistakes here, the likeliest is to forget the routing
                 raise SettingError(
-                    name,
-                    value,
-                    "",
-                    "it is a cumulative probability, so use 0 (one expert) to 1 (all experts)",
+                    "routing",
+                    self.routing,
+                    f", which has no {{{name}}}",
+                    f"set {{routing}} to {others}, or leave {{{name}}} out",
                 )
-        if self.is_controlled:
-            self._check_controller(num_experts)
+            remedy = f"set {{routing}} to {others}"
+            raise SettingError(
+                name,
+                value,
+                f", which {{routing}} {self.routing!r} does not have",
+                f"use {{{kind.instead[name]}}}, or {remedy}"
+                if name in kind.instead
+                else f"{remedy}, or leave it out",
+            )
 
-    def _check_controller(self, num_experts: int) -> None:
-        if self.target_experts_per_token is None:
-            raise SettingError(
-                "target_experts_per_token",
-                None,
-                f", which {{routing}} {self.routing!r} needs",
-                "give the mean number of experts per token to hold, such as 2",
-            )
-        most = self.max_experts_per_token or num_experts
-        for _, target in self.target_experts_per_token.points:
-            if not 1 <= target <= most:
-                reason = "{max_experts_per_token}" if self.max_experts_per_token else "all experts"
-                raise SettingError(
-                    "target_experts_per_token",
-                    self.target_experts_per_token,
-                    "",
-                    f"every token uses at least 1 expert and at most {most} ({reason}), so use 1 "
-                    f"to {most}",
-                )
-        low, high = self.min_threshold, self.max_threshold
-        assert low is not None and high is not None
-        if not 0 <= low < high <= 1:
-            raise SettingError(
-                "min_threshold",
-                low,
-                f" and {{max_threshold}} is {high}",
-                "use 0 <= min < max <= 1",
-            )
-        if isinstance(self.initial_threshold, float) and not low <= self.initial_threshold <= high:
-            raise SettingError(
-                "initial_threshold",
-                self.initial_threshold,
-                "",
-                f"it must lie between {{min_threshold}} ({low}) and {{max_threshold}} ({high})",
-            )
-        for name in ("proportional_gain", "integral_gain"):
-            gain = getattr(self, name)
-            if gain != AUTO and gain < 0:
-                raise SettingError(
-                    name,
-                    gain,
-                    "",
-                    "a negative gain drives the count away from the target; use 'auto' or a "
-                    "positive number",
-                )
-        if self.integral_gain == 0:
-            raise SettingError(
-                "integral_gain",
-                self.integral_gain,
-                "",
-                "without it the count settles off the target; use 'auto' or a positive number",
-            )
+
+def _described(name: str, setting: Setting) -> Setting:
+    """Add to a help text which routings have the setting, and their defaults."""
+    if name == "routing":
+        return setting
+    kinds = {routing: kind for routing, kind in DYNAMIC.items() if name in kind.takes}
+    words = [setting.help]
+    if len(kinds) < len(DYNAMIC):
+        words.append(f"Only with {', '.join(kinds)}.")
+    routings_of: dict[Any, list[str]] = {}
+    for routing, kind in kinds.items():
+        if name in kind.defaults:
+            routings_of.setdefault(kind.defaults[name], []).append(routing)
+    if len(routings_of) == 1:
+        words.append(f"Default: {_shown(next(iter(routings_of)))}.")
+    elif routings_of:
+        each = [f"{_shown(value)} for {', '.join(names)}" for value, names in routings_of.items()]
+        words.append(f"Default: {', '.join(each)}.")
+    return setting._replace(help=" ".join(words))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # Kind, help and choices of every field by its name, in order.
 SETTINGS: dict[str, Setting] = {
-    name: hint.__metadata__[0]
+    name: _described(name, hint.__metadata__[0])
     for name, hint in get_type_hints(DynMoEConfig, include_extras=True).items()
 }
-
-_SHARED_DEFAULTS: dict[str, Any] = {
-    "balance_loss": "seq_aux_loss",
-    "row_buffer": "measured",
-    "backend": AUTO,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    # "Harder Task Needs More Experts": p = 0.4, equation 4, alpha = 1e-2 and beta = 1e-4.
-    "top_p": _SHARED_DEFAULTS
-    | {
-        "threshold": 0.4,
-        "normalization": "none",
-        "weights": "raw",
-        "balance_loss_coeff": 1e-2,
-        "dynamic_loss_coeff": 1e-4,
-    },
-    # DTop-p: renormalized weights, balance 1e-4, dynamic 1e-3.
-    "dtop_p": _SHARED_DEFAULTS
-    | {
-        "scope": "global",
-        "proportional_gain": AUTO,
-        "integral_gain": AUTO,
-        "initial_threshold": AUTO,
-        "min_threshold": 0.0,
-        "max_threshold": 1.0,
-        "normalization": "drn",
-        "weights": "renormalized",
-        "balance_loss_coeff": 1e-4,
-        "dynamic_loss_coeff": 1e-3,
-    },
-}
-_ONLY_DTOP_P = (
-    "target_experts_per_token",
-    "scope",
-    "proportional_gain",
-    "integral_gain",
-    "initial_threshold",
-    "min_threshold",
-    "max_threshold",
-)
 
 
 def _coerce(name: str, setting: Setting, value: Any) -> Any:

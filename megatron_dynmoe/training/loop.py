@@ -34,7 +34,8 @@ from megatron_dynmoe.settings.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.config import AUTO, DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.routings import AUTO
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
@@ -87,7 +88,7 @@ def train(program_start: float) -> None:
 def _build_and_train(
     args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
 ) -> None:
-    notices.say_what_to_know_first(args, settled.backend)
+    notices.say_what_to_know_first(args, settled)
     if put_in_our_layers(args, model_config, settled) and args.rank == 0:
         for line in describe(settled, model_config.transformer, args):
             print(line, flush=True)

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from megatron_dynmoe.backends import bf16, choice, cpu
 from megatron_dynmoe.checkpoints.collective import is_local
 from megatron_dynmoe.conversion.megatron_settings import obstacles
+from megatron_dynmoe.model.settled import Settled
+from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
 NOTE = "> note: "
 
 
-def say_what_to_know_first(args: Namespace, plan: choice.BackEnd) -> None:
+def say_what_to_know_first(args: Namespace, settled: Settled) -> None:
     """Print, on the first rank, what a person would want to know before hours have passed."""
     if args.rank != 0:
         return
@@ -25,25 +27,30 @@ def say_what_to_know_first(args: Namespace, plan: choice.BackEnd) -> None:
         if slow is not None:
             print(slow, flush=True)
     if not args.skip_train:
-        for note in what_is_ruled_out(args, plan):
+        for note in what_is_ruled_out(args, settled.backend, settled.dynmoe.routing):
             print(NOTE + note, flush=True)
 
 
-def what_is_ruled_out(args: Namespace, plan: choice.BackEnd) -> list[str]:
+def what_is_ruled_out(args: Namespace, plan: choice.BackEnd, routing: str) -> list[str]:
     """Lines about what cannot be done later with a new run; empty if the run resumes.
 
     Args:
         args: Megatron's arguments, validated.
         plan: the back end of each part of the model.
+        routing: the name of the routing.
     """
     if not args.save:
         return ["neither --run-dir nor --save is given, so nothing of this run will be kept"]
     if args.load and (Path(args.load) / TRACKER).is_file():
         return []  # the first start has already printed it, and it can no longer be changed
     notes = []
-    if found := obstacles(args):
-        causes = "; ".join(f"{one.otherwise} ({one.remedy})" for one, _ in found)
-        notes.append(f"this model cannot be exported to Hugging Face later, because of {causes}")
+    causes = [f"{one.otherwise} ({one.remedy})" for one, _ in obstacles(args)]
+    if not ROUTINGS[routing].is_exported:
+        causes.append(f"its routing {routing}, which no format has")
+    if causes:
+        notes.append(
+            f"this model cannot be exported to Hugging Face later, because of {'; '.join(causes)}"
+        )
     if args.ckpt_format != "torch_dist":
         notes.append(
             f"--ckpt-format is {args.ckpt_format}, and only checkpoints of torch_dist, the "

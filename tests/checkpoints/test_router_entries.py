@@ -9,6 +9,7 @@ import pytest
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
+from megatron_dynmoe.moe.rules import RULES, TopP
 from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron
 
 pytestmark = pytest.mark.megatron
@@ -46,6 +47,17 @@ def test_a_checkpoint_of_other_routing_is_refused_with_the_flags_that_load_it(sa
     else:
         with pytest.raises(CheckpointError, match=r"theta_offset.*log_all --no-load-optim"):
             check(folder, [*STATE, "theta_offset"])
+
+
+def test_a_checkpoint_of_another_rule_is_refused(saved, monkeypatch):
+    class Other(TopP):
+        knob = "margin"
+
+    monkeypatch.setitem(RULES, "other", Other)
+    folder, settings = saved
+    trained = "not trained with dynamic" if settings is TOP_K else "trained with another --moe-dyn"
+    with pytest.raises(CheckpointError, match=rf"{trained}.*: its routers have no .*margin"):
+        check(folder, ["weight", "margin", "integral", "measured"])
 
 
 def test_what_is_asked_to_be_lenient_is(saved):

@@ -9,7 +9,9 @@ import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_dynmoe.huggingface import DynMoEModelConfig
+from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTINGS
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.routings import ROUTINGS as TRAINED
 from tests.huggingface.tiny import tiny_config
 
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"], "intermediate_size": 48}
@@ -126,6 +128,10 @@ def test_the_file_states_every_routing_setting(tmp_path):
         "balance_loss_coeff": 0.01,
     }
     assert stated.items() <= written.items()
+
+
+def test_the_routings_are_those_that_training_calls_exported():
+    assert tuple(name for name, kind in TRAINED.items() if kind.is_exported) == ROUTINGS
 
 
 @pytest.mark.parametrize("routing", ["top_p", "dtop_p"])

@@ -9,31 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
+from megatron_dynmoe.moe.rules import RULES, Rule, TopP
 from megatron_dynmoe.routing.route import Routing, route
-from megatron_dynmoe.settings.config import ROUTINGS, DynMoEConfig
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.routings import DYNAMIC
 from tests.moe import one_rank
 
 pytestmark = pytest.mark.megatron
 E, D = 8, 16
 
 
-class Thrift:
+class Thrift(Rule):
     """Top-p by how much a token leaves out: the larger the number, the fewer experts."""
 
     knob, direction = "left_out", -1
-    settings: Mapping[str, float] = {}
-
-    def __init__(self, dynmoe: DynMoEConfig, first: float) -> None:
-        self.first_state = {"left_out": first}
-
-    def cap(self, training: bool) -> int | None:
-        return None
 
     def route(
         self, logits_TE: Tensor, state: Mapping[str, Tensor], *, training: bool, **batch: Any
     ) -> Routing:
         return route(logits_TE, 1 - state["left_out"], renormalize=True, **batch)
+
+    @staticmethod
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
+        return 1 - TopP.crossings(logits_TE, max_experts)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,16 @@ def world():
 
 
 def test_every_dynamic_routing_has_a_rule():
-    assert set(RULES) == set(ROUTINGS) - {"top_k"}
+    assert set(RULES) == set(DYNAMIC)
+
+
+def test_a_falling_count_has_the_same_response_turned_round(monkeypatch):
+    rising = [(initial_threshold(E, k), plant_slope(E, k)) for k in (1, 2.5, E)]
+    monkeypatch.setitem(RULES, "dtop_p", Thrift)
+    falling = [(initial_threshold(E, k), plant_slope(E, k)) for k in (1, 2.5, E)]
+    for (threshold, slope), (left_out, other) in zip(rising, falling, strict=True):
+        assert left_out == pytest.approx(1 - threshold, abs=1e-4)
+        assert other == pytest.approx(slope, rel=1e-3)
 
 
 def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from megatron_dynmoe.control.calibrate import initial_experts_per_token, initial_threshold
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import recipe_flags
+from megatron_dynmoe.moe.rules import TopP
 from megatron_dynmoe.planning.experts_per_token import expected_counts
 from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -19,7 +20,8 @@ def counts(recipe: str, flags: str = "", **known):
 @pytest.mark.parametrize(("num_experts", "target"), [(16, 2), (64, 8)])
 def test_initial_count_is_the_inverse_of_the_initial_threshold(num_experts, target, normalized):
     threshold = initial_threshold(num_experts, target, 0.8, normalized)
-    found = initial_experts_per_token(num_experts, threshold, 0.8, normalized)
+    rule = TopP(DynMoEConfig(routing="top_p"), threshold)
+    found = initial_experts_per_token(rule, num_experts, 0.8, normalized)
     assert found == pytest.approx(target, abs=0.01)
 
 

@@ -168,6 +168,19 @@ def test_names_written_are_those_that_the_routing_has():
     assert all(value == value for value in written.values()), "layers without experts are left out"
 
 
+def test_a_rule_without_a_knob_reports_no_threshold(monkeypatch):
+    from megatron_dynmoe.moe.rules import RULES, TopP
+    from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
+
+    class Fixed(TopP):
+        knob = None
+
+    monkeypatch.setitem(RULES, TOP_P.routing, Fixed)
+    summary = summarize(statistics_of(random_maps()))
+    assert "dynmoe/threshold" not in dict(scalars(summary, TOP_P, 1))
+    assert "threshold" not in tensorboard_layout(TOP_P)["routing"]
+
+
 def test_the_target_is_written_as_it_was_at_the_step():
     from megatron_dynmoe.runs.metrics import scalars, summarize
 

@@ -44,6 +44,15 @@ def test_the_baseline_reports_its_fixed_k(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_routing_without_a_knob_has_no_threshold(tmp_path):
+    scalars = {name: values for name, values in dtop_p_scalars().items() if "threshold" not in name}
+    make_run(tmp_path, {"routing": "other"}, scalars)
+    summary = write_summary_and_curves(tmp_path)
+    assert summary["final_threshold"] is None
+    assert summary["mean_experts_per_token"] == pytest.approx(2.0, abs=1e-6)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_a_dense_model_has_no_experts(tmp_path):
     make_run(tmp_path, {"routing": "top_k"}, {"lm loss": [(1, 9.0)]}, num_experts=None)
     assert write_summary_and_curves(tmp_path)["mean_experts_per_token"] is None

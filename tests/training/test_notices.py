@@ -1,5 +1,6 @@
 """What a run says at its start of what it rules out, and at its end of how to go on."""
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,13 +16,18 @@ EXPORTABLE = {
 }
 
 
-def ruled_out(backend: str = "torch_native", kept: dict[str, str] | None = None, **changes) -> str:
+def ruled_out(
+    backend: str = "torch_native",
+    kept: dict[str, str] | None = None,
+    routing: str = "top_p",
+    **changes,
+) -> str:
     from megatron_dynmoe.backends.choice import BackEnd
     from megatron_dynmoe.training.notices import what_is_ruled_out
 
     args = EXPORTABLE | {"save": "checkpoints", "load": None} | changes
     return "\n".join(
-        what_is_ruled_out(Namespace(**args), BackEnd(backend, "asked for", kept or {}))
+        what_is_ruled_out(Namespace(**args), BackEnd(backend, "asked for", kept or {}), routing)
     )
 
 
@@ -43,6 +49,14 @@ def test_a_model_that_can_be_exported_gets_no_note() -> None:
 def test_what_conversion_will_refuse_is_said_with_the_flag(changes, remedy) -> None:
     said = ruled_out(**changes)
     assert "exported to Hugging Face" in said and remedy in said and "\n" not in said
+
+
+def test_a_routing_that_no_format_has_is_said(monkeypatch) -> None:
+    from megatron_dynmoe.settings.routings import ROUTINGS
+
+    row = dataclasses.replace(ROUTINGS["top_p"], is_exported=False)
+    monkeypatch.setitem(ROUTINGS, "other", row)
+    assert "because of its routing other, which no format has" in ruled_out(routing="other")
 
 
 def test_the_note_and_the_converter_agree_on_every_setting() -> None:

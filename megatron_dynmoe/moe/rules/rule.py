@@ -1,0 +1,90 @@
+"""What a router, the controller, the planner and a checkpoint have to know about a rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from megatron_dynmoe.routing.route import Routing
+from megatron_dynmoe.settings.config import DynMoEConfig
+
+
+class Rule(ABC):
+    """How logits become weights and a routing map.
+
+    Attributes:
+        knob: the name in ``first_state`` of the one number that a controller may move, or None.
+        direction: 1 if the count rises with the knob, -1 if it falls.
+        fall: the count in the first steps over that of most of a run, if no controller holds it.
+            The planner assumes it.
+        first_state: the rule's state at the start of training, by name. The router holds each value
+            as a float32 buffer [1] that is saved with the model, beside the controller's sum of
+            errors and the measured count. A controller's step commits all of these at once.
+        fixed: the part of ``first_state`` that the user has fixed. These values replace those of a
+            checkpoint.
+    """
+
+    knob: ClassVar[str | None] = None
+    direction: ClassVar[int] = 1
+    fall: ClassVar[float] = 1.0
+    first_state: Mapping[str, float]
+    fixed: Mapping[str, float]
+
+    def __init__(self, dynmoe: DynMoEConfig, first: float | None) -> None:
+        """Build the rule of a run.
+
+        Args:
+            dynmoe: resolved settings.
+            first: the knob's value in the first step: where the controller starts or, without one,
+                the setting ``threshold``, which is None if the routing has no such setting.
+        """
+        self.dynmoe = dynmoe
+        self.first_state = {} if self.knob is None or first is None else {self.knob: first}
+        self.fixed = {} if dynmoe.is_controlled else self.first_state
+
+    def cap(self, training: bool) -> int | None:
+        """Return the most experts that a token may use, or None."""
+        dynmoe = self.dynmoe
+        return dynmoe.max_experts_per_token if training else dynmoe.inference_max_experts_per_token
+
+    @abstractmethod
+    def route(
+        self,
+        logits_TE: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        theta: Tensor | None,
+        num_sequences: int,
+        valid_T: Tensor | None,
+        training: bool,
+    ) -> Routing:
+        """Route one micro-batch, and sum over its tokens what losses and counts need.
+
+        Args:
+            logits_TE: [T, E] float32, the gate's output after z-loss.
+            state: the current values under the names of ``first_state``.
+            theta: [1], the scale of normalized logits; None: they are not normalized.
+            num_sequences: B; tokens are ordered as ``position * B + sequence``.
+            valid_T: [T], bool, False for padding; None: no padding.
+            training: False in evaluation and inference.
+        """
+
+    @staticmethod
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
+        """Compute the values of the knob at which tokens gain or lose an expert.
+
+        Only a rule with a controller needs this. Where the controller starts and its default gains
+        are computed from it (:mod:`megatron_dynmoe.control.calibrate`).
+
+        Args:
+            logits_TE: [T, E] float64, normalized if the routing normalizes.
+            max_experts: the cap, or None.
+
+        Returns:
+            [T, K - 1] float64, K the most experts of a token: for its 2nd, ..., K-th expert the
+            value beyond which the token uses it.
+        """
+        raise NotImplementedError("a controlled routing needs its rule's crossings")

@@ -1,0 +1,107 @@
+"""What resolved settings have to satisfy, alone and together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.routings import AUTO, ROUTINGS
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.settings.config import DynMoEConfig
+
+
+def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
+    """Refuse resolved settings that are out of range, or that contradict each other.
+
+    Raises:
+        SettingError: a setting is wrong by itself, contradicts another, or does not fit
+            ``num_experts``.
+    """
+    kind = ROUTINGS[dynmoe.routing]
+    for name, remedy in kind.required.items():
+        if getattr(dynmoe, name) is None:
+            raise SettingError(name, None, f", which {{routing}} {dynmoe.routing!r} needs", remedy)
+    for name in ("max_experts_per_token", "inference_max_experts_per_token"):
+        cap = getattr(dynmoe, name)
+        if cap is not None and not 1 <= cap <= num_experts:
+            raise SettingError(
+                name,
+                cap,
+                "",
+                f"use 1 to {num_experts} (the number of experts), or leave it out for no cap",
+            )
+    if dynmoe.row_buffer == "worst_case" and dynmoe.max_experts_per_token is None:
+        raise SettingError(
+            "row_buffer",
+            "worst_case",
+            " and {max_experts_per_token} is not set, so the worst case is all "
+            f"{num_experts} experts for every token",
+            "set {max_experts_per_token}, or leave {row_buffer} out",
+        )
+    if dynmoe.check_ranks is not None and dynmoe.check_ranks < 1:
+        raise SettingError(
+            "check_ranks",
+            dynmoe.check_ranks,
+            "",
+            "use a number of steps from 1, or leave it out to never compare ranks",
+        )
+    for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
+        coefficient = getattr(dynmoe, name)
+        if coefficient is not None and coefficient < 0:
+            raise SettingError(name, coefficient, "", "use 0 (off) or a positive number")
+    for name in ("threshold", "inference_threshold", "initial_threshold"):
+        value = getattr(dynmoe, name)
+        if isinstance(value, float) and not kind.knob_range[0] <= value <= kind.knob_range[1]:
+            raise SettingError(name, value, "", kind.knob_remedy)
+    if dynmoe.is_controlled:
+        _check_controller(dynmoe, num_experts)
+
+
+def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
+    assert dynmoe.target_experts_per_token is not None
+    most = dynmoe.max_experts_per_token or num_experts
+    for _, target in dynmoe.target_experts_per_token.points:
+        if not 1 <= target <= most:
+            reason = "{max_experts_per_token}" if dynmoe.max_experts_per_token else "all experts"
+            raise SettingError(
+                "target_experts_per_token",
+                dynmoe.target_experts_per_token,
+                "",
+                f"every token uses at least 1 expert and at most {most} ({reason}), so use 1 "
+                f"to {most}",
+            )
+    low, high = dynmoe.min_threshold, dynmoe.max_threshold
+    assert low is not None and high is not None
+    lowest, highest = ROUTINGS[dynmoe.routing].knob_range
+    if not lowest <= low < high <= highest:
+        raise SettingError(
+            "min_threshold",
+            low,
+            f" and {{max_threshold}} is {high}",
+            f"use {lowest:g} <= min < max <= {highest:g}",
+        )
+    if isinstance(dynmoe.initial_threshold, float) and not low <= dynmoe.initial_threshold <= high:
+        raise SettingError(
+            "initial_threshold",
+            dynmoe.initial_threshold,
+            "",
+            f"it must lie between {{min_threshold}} ({low}) and {{max_threshold}} ({high})",
+        )
+    for name in ("proportional_gain", "integral_gain"):
+        gain = getattr(dynmoe, name)
+        if gain != AUTO and gain < 0:
+            raise SettingError(
+                name,
+                gain,
+                "",
+                "a negative gain drives the count away from the target; use 'auto' or a "
+                "positive number",
+            )
+    if dynmoe.integral_gain == 0:
+        raise SettingError(
+            "integral_gain",
+            dynmoe.integral_gain,
+            "",
+            "without it the count settles off the target; use 'auto' or a positive number",
+        )

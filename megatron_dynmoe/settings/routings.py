@@ -1,0 +1,124 @@
+"""What each ``--moe-dynamic-routing`` takes: one row of :data:`ROUTINGS` per routing.
+
+Refusals, defaults, help texts and docs/configuration.md follow from a row. The rule that computes
+the routing is a file in ``moe/rules/``. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+AUTO = "auto"
+STOCK = "top_k"
+
+# Settings that any rule can take, because the router or the layer computes what they ask for.
+COMMON = (
+    *("normalization", "dynamic_loss_coeff", "balance_loss", "balance_loss_coeff"),
+    *("row_buffer", "backend", "check_ranks"),
+)
+# Settings that a rule can take if it reads them.
+WEIGHTS = ("weights",)
+CAPS = ("max_experts_per_token", "inference_max_experts_per_token")
+# The settings of a controller.
+CONTROLLER = (
+    *("target_experts_per_token", "scope", "proportional_gain", "integral_gain"),
+    *("initial_threshold", "min_threshold", "max_threshold"),
+)
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """The settings of one routing.
+
+    Attributes:
+        title: its name in prose.
+        summary: what it is, for the help of ``--moe-dynamic-routing``.
+        takes: the settings that it has; every other one is refused.
+        defaults: the values of settings that are left out. Other settings stay None.
+        required: settings without a default that have to be given, each with the remedy.
+        instead: settings of other routings, each with the one that this routing has for it.
+        is_exported: whether formats can hold models with it.
+        knob_range: the least and the largest value of the knob, and so of ``threshold``,
+            ``initial_threshold``, ``inference_threshold`` and the controller's bounds.
+        knob_remedy: what the error says of a value outside of this range.
+    """
+
+    title: str
+    summary: str
+    takes: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    required: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_exported: bool = False
+    knob_range: tuple[float, float] = (0.0, 1.0)
+    knob_remedy: str = "it is a cumulative probability, so use 0 (one expert) to 1 (all experts)"
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether a PI controller moves the knob."""
+        return set(CONTROLLER) <= set(self.takes)
+
+
+_COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}
+_CONTROLLER_REQUIRED = {
+    "target_experts_per_token": "give the mean number of experts per token to hold, such as 2"
+}
+_CONTROLLER_DEFAULTS = {
+    "scope": "global",
+    "proportional_gain": AUTO,
+    "integral_gain": AUTO,
+    "initial_threshold": AUTO,
+    "min_threshold": 0.0,
+    "max_threshold": 1.0,
+}
+
+ROUTINGS: dict[str, RoutingSettings] = {
+    STOCK: RoutingSettings(
+        title="top-k",
+        summary="stock Megatron, the default",
+        takes=("backend",),
+        defaults={},
+        is_exported=True,
+    ),
+    # "Harder Task Needs More Experts": p = 0.4, equation 4, alpha = 1e-2 and beta = 1e-4.
+    "top_p": RoutingSettings(
+        title="top-p",
+        summary="Dynamic MoE: a fixed threshold",
+        takes=(*COMMON, *WEIGHTS, *CAPS, "threshold", "inference_threshold"),
+        defaults=_COMMON_DEFAULTS
+        | {
+            "threshold": 0.4,
+            "normalization": "none",
+            "weights": "raw",
+            "balance_loss_coeff": 1e-2,
+            "dynamic_loss_coeff": 1e-4,
+        },
+        is_exported=True,
+    ),
+    # DTop-p: renormalized weights, balance 1e-4, dynamic 1e-3.
+    "dtop_p": RoutingSettings(
+        title="DTop-p",
+        summary="DTop-p: a PI controller steers the threshold to the target",
+        takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "inference_threshold"),
+        defaults=_COMMON_DEFAULTS
+        | _CONTROLLER_DEFAULTS
+        | {
+            "normalization": "drn",
+            "weights": "renormalized",
+            "balance_loss_coeff": 1e-4,
+            "dynamic_loss_coeff": 1e-3,
+        },
+        required=_CONTROLLER_REQUIRED,
+        instead={"threshold": "initial_threshold"},
+        is_exported=True,
+    ),
+}
+DYNAMIC = {name: kind for name, kind in ROUTINGS.items() if name != STOCK}
+
+
+def routings_with(setting: str) -> list[str]:
+    """The names of the routings that take a setting."""
+    return [name for name, kind in ROUTINGS.items() if setting in kind.takes]
