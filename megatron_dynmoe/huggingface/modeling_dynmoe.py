@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
 from megatron_dynmoe.huggingface.masking_dynmoe import check_keywords, find_documents, read_rows
-from megatron_dynmoe.layers.moe import Choice, Experts, MoELayer, Routed, route
+from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
 
 logger = logging.getLogger(__name__)
 
@@ -77,35 +77,26 @@ class DynMoECausalLMOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
-class DynMoERouter(nn.Module):
+class DynMoERouter(Gate):
     """Routes by the settings in the config, which it reads at every forward."""
 
     def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config.hidden_size, config.num_experts, config.normalization == "drn")
         self.config, self.layer = config, layer
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        if config.normalization == "drn":
-            self.theta_offset = nn.Parameter(torch.zeros(1))
 
-    @property
-    def theta(self) -> Tensor:
-        """The scale of the normalized logits, [1] float32."""
-        return 1 + self.theta_offset.float()
-
-    def forward(self, hidden_TD: Tensor) -> Routed:
-        """Choose the experts of each token."""
-        config = self.config
-        threshold, most = None, config.num_experts_per_tok
+    def choice(self) -> Choice:
+        """See :class:`Choice`."""
+        config, threshold = self.config, None
+        most: int | None = config.num_experts_per_tok
         if config.routing != "top_k":
             threshold, most = config.threshold_and_cap(self.layer, self.training)
-        choice = Choice(
+        return Choice(
             threshold,
             most,
+            normalized=config.normalization == "drn",
             renormalize=config.weights == "renormalized",
             dtype=getattr(torch, config.router_dtype),
         )
-        theta = self.theta if config.normalization == "drn" else None
-        return route(hidden_TD, self.weight, theta, choice)
 
 
 @use_experts_implementation
@@ -117,7 +108,8 @@ class DynMoEExperts(Experts):
     """
 
     def __init__(self, config: DynMoEModelConfig) -> None:
-        super().__init__(config.hidden_size, config.num_experts, config.moe_intermediate_size)
+        sizes = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        super().__init__(*sizes, init_std=None)
         self.act_fn = F.silu
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

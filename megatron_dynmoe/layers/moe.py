@@ -39,13 +39,15 @@ class Choice(NamedTuple):
     Attributes:
         threshold: what the probabilities of a token's experts must exceed; None: top-k.
         max_experts: the most experts of a token, or with top-k their number; None: no cap.
+        normalized: whether the logits are normalized and scaled by theta.
         renormalize: whether a token's weights sum to 1; else they are its probabilities.
         dtype: of gate, softmax and weights. Selection sums exactly in any dtype.
     """
 
     threshold: Tensor | float | None
-    max_experts: int | None = None
-    renormalize: bool = False
+    max_experts: int | None
+    normalized: bool
+    renormalize: bool
     dtype: torch.dtype = torch.float32
 
 
@@ -68,46 +70,70 @@ class Routed(NamedTuple):
     weights_TK: Tensor
 
 
-def route(hidden_TD: Tensor, gate_ED: Tensor, theta: Tensor | None, choice: Choice) -> Routed:
-    """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router.
+class Gate(nn.Module):
+    """The gate of a router; what is built on it says how it chooses.
 
-    Args:
-        hidden_TD: [T, D], any floating dtype.
-        gate_ED: [E, D].
-        theta: [1], the scale of the normalized logits; None: they are not normalized.
+    The parameter theta_offset, [1], makes theta = 1 + theta_offset, which scales the normalized
+    logits: bf16 would round small updates of a value near 1 away.
     """
-    # 1. Gate, normalize, softmax
-    with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
-        logits_TE = F.linear(hidden_TD.to(choice.dtype), gate_ED.to(choice.dtype))
-    if theta is not None:
-        logits_TE = normalize(logits_TE, theta).to(choice.dtype)
-    probs_TE = torch.softmax(logits_TE, dim=-1)
 
-    # 2. Select; the threshold is compared in float32, whatever the router's dtype is
-    if choice.threshold is None:
-        assert choice.max_experts is not None
-        ids_TK, used_TK = choose_top_k(probs_TE, choice.max_experts)
-    else:
-        ids_TK, used_TK = choose(probs_TE.float(), choice.threshold, choice.max_experts)
-    map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+    def __init__(self, hidden_size: int, num_experts: int, normalized: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        if normalized:
+            self.theta_offset = nn.Parameter(torch.zeros(1))
 
-    # 3. Weigh
-    weights_TK = weigh(probs_TE, map_TE, choice.renormalize).gather(-1, ids_TK)
-    return Routed(
-        logits_TE, probs_TE, map_TE, torch.where(used_TK, ids_TK, ids_TK[:, :1]), weights_TK
-    )
+    @property
+    def theta(self) -> Tensor:
+        """The scale of the normalized logits, [1] float32."""
+        return 1 + self.theta_offset.float()
+
+    def choice(self) -> Choice:
+        """How to choose, at this forward."""
+        raise NotImplementedError
+
+    def forward(self, hidden_TD: Tensor) -> Routed:
+        """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router."""
+        choice = self.choice()
+        # 1. Gate, normalize, softmax
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TD.to(choice.dtype), self.weight.to(choice.dtype))
+        if choice.normalized:
+            logits_TE = normalize(logits_TE, self.theta).to(choice.dtype)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+
+        # 2. Select; the threshold is compared in float32, whatever the router's dtype is
+        if choice.threshold is None:
+            assert choice.max_experts is not None
+            ids_TK, used_TK = choose_top_k(probs_TE, choice.max_experts)
+        else:
+            ids_TK, used_TK = choose(probs_TE.float(), choice.threshold, choice.max_experts)
+        map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+
+        # 3. Weigh
+        weights_TK = weigh(probs_TE, map_TE, choice.renormalize).gather(-1, ids_TK)
+        ids_TK = torch.where(used_TK, ids_TK, ids_TK[:, :1])
+        return Routed(logits_TE, probs_TE, map_TE, ids_TK, weights_TK)
 
 
 class Experts(nn.Module):
     """SwiGLU experts: ``down(silu(gate x) * up x)``, with the weights of gate and up stacked."""
 
-    def __init__(self, hidden_size: int, num_experts: int, ffn_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, ffn_size: int, init_std: float | None = 0.02
+    ) -> None:
+        """Make the experts.
+
+        Args:
+            init_std: standard deviation of the first weights; None: they are set elsewhere.
+        """
         super().__init__()
         self.num_experts = num_experts
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * ffn_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
-        for weight_EFD in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(weight_EFD, std=0.02)
+        if init_std is not None:
+            nn.init.normal_(self.gate_up_proj, std=init_std)
+            nn.init.normal_(self.down_proj, std=init_std)
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum each token's experts with their weights, in the order of the experts.
@@ -167,14 +193,14 @@ class MoEOutput(NamedTuple):
     """What an MoE layer returns.
 
     Attributes:
-        hidden_BSD: dtype of the input.
-        logits_BSE: the input of the router's softmax, in the router's dtype.
+        hidden_states: [B, S, D], dtype of the input.
+        router_logits: [B, S, E], the input of the router's softmax, in the router's dtype.
         experts_per_token: [B, S] int64, 0 for padding.
         loss: a float32 scalar, both losses of the router times their coefficients; or None.
     """
 
-    hidden_BSD: Tensor
-    logits_BSE: Tensor
+    hidden_states: Tensor
+    router_logits: Tensor
     experts_per_token: Tensor
     loss: Tensor | None
 

@@ -233,15 +233,15 @@ def test_the_exported_model_computes_what_training_computes(
     expected = torch.load(result.directory / f"{origin}.computed.pt")
     exported = OURS.get(name, cases[1])
     maps: list[torch.Tensor] = []
-    route = modeling_dynmoe.route
+    forward = modeling_dynmoe.DynMoERouter.forward
 
-    def keep(hidden: torch.Tensor, gate: torch.Tensor, theta: Any, choice: Any) -> Any:
-        routed = route(hidden, gate, theta, choice)
-        if choice.threshold is not None:
+    def keep(router: Any, hidden: torch.Tensor) -> Any:
+        routed = forward(router, hidden)
+        if router.choice().threshold is not None:
             maps.append(routed.map_TE)
         return routed
 
-    monkeypatch.setattr(modeling_dynmoe, "route", keep)
+    monkeypatch.setattr(modeling_dynmoe.DynMoERouter, "forward", keep)
     model = AutoModelForCausalLM.from_pretrained(result.directory / results[exported].case.name)
     with torch.no_grad():
         output = model.eval()(expected["tokens"])

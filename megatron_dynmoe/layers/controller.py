@@ -1,0 +1,118 @@
+"""DTop-p's controller for models in plain PyTorch: counts enter, thresholds move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.layers.router import Router
+from megatron_dynmoe.settings.config import DynMoEConfig
+
+
+class Controller:
+    """Holds the mean number of experts per token of some routers at a target.
+
+    All routers of a model share one threshold, as DTop-p has it; for one each, make a controller
+    for each layer. Make it before a checkpoint is loaded: it sets the routers' first threshold.
+    ``docs/controller.md`` derives the law and its default gains.
+    """
+
+    def __init__(self, model: nn.Module, target: float | str, **settings: Any) -> None:
+        """Take over the routers in a model.
+
+        Args:
+            target: mean experts per token, or a schedule over updates such as ``"0:8,1000:2"``.
+            settings: ``proportional_gain``, ``integral_gain``, ``initial_threshold`` (numbers or
+                ``auto``), ``min_threshold`` and ``max_threshold``, as in training.
+
+        Raises:
+            ValueError: the model has no router of :class:`megatron_dynmoe.Router`, or routers that
+                cannot share a threshold; or a setting makes no sense. The message names it.
+        """
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        if not self.routers:
+            raise ValueError(
+                "the model has no megatron_dynmoe.Router: give a model, or a layer, that has one."
+            )
+        kinds = {
+            (
+                *router.weight.shape,
+                router.settings.max_experts_per_token,
+                router.settings.normalization,
+                router.init_std,
+            )
+            for router in self.routers
+        }
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the model's {len(self.routers)} routers differ in size, cap, normalization or "
+                "init_std, so one threshold is not the same in each: make a controller for each "
+                "layer."
+            )
+        router = self.routers[0]
+        num_experts, hidden_size = router.weight.shape
+        given = DynMoEConfig.from_dict(
+            {
+                "routing": "dtop_p",
+                "target_experts_per_token": target,
+                "max_experts_per_token": router.settings.max_experts_per_token,
+                "normalization": router.settings.normalization,
+                **settings,
+            },
+            source="Controller",
+        )
+        sizes = SimpleNamespace(
+            num_moe_experts=num_experts, hidden_size=hidden_size, init_method_std=router.init_std
+        )
+        settled, law = settle(given.resolve(num_experts), sizes)
+        assert law is not None
+        self.law, self.target = law, settled.control.target
+        self.updates = 0
+        self.measured = torch.full_like(router.threshold, torch.nan)
+        self.integral = torch.zeros_like(router.threshold)
+        self._set(torch.full_like(router.threshold, law.initial_threshold))
+
+    @property
+    def threshold(self) -> Tensor:
+        """The threshold that all routers have, [1] float32."""
+        return self.routers[0].threshold
+
+    @torch.no_grad()
+    def update(self, counts: Tensor | Iterable[Tensor]) -> None:
+        """Move the threshold after a step of the optimizer; the host waits for no device.
+
+        Args:
+            counts: the experts of each token, of all layers and micro-batches since the last
+                update: a tensor of any shape, or several. 0 stands for padding.
+        """
+        several = [counts] if isinstance(counts, Tensor) else list(counts)
+        experts, tokens = (
+            torch.stack([sums.double() for sums in each]).sum()
+            for each in zip(*((one.sum(), (one > 0).sum()) for one in several), strict=True)
+        )
+        self.measured = (experts / tokens).float().reshape(1).to(self.threshold.device)
+        threshold, self.integral = self.law.step(
+            self.threshold,
+            self.integral.to(self.threshold.device),
+            self.measured,
+            self.target.at(self.updates),
+        )
+        self._set(threshold)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on after a restart, beside the thresholds, which are the model's."""
+        return {"integral": self.integral, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.integral, self.updates = state["integral"], state["updates"]
+
+    def _set(self, threshold: Tensor) -> None:
+        for router in self.routers:
+            router.threshold.copy_(threshold)
