@@ -26,9 +26,10 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-# Without what takes long: Megatron, several processes, and Triton's interpreter.
+# Without what takes long: Megatron, several processes, slow tests and Triton's interpreter.
 check: setup lint types ## lint, types, and the tests that need no Megatron: 2 to 4 minutes
-	@$(TEST) tests -n 2 --dist loadgroup -m "not (megatron or distributed or long or triton)"
+	@$(TEST) tests -n 2 --dist loadgroup \
+	  -m "not (megatron or distributed or long or slow or triton)"
 
 test: setup lint types ## lint, types and every test that this machine can run and is not long
 	@$(TEST) tests -n 2 --dist loadgroup -m "not long"

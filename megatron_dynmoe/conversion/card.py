@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model is, how it was trained, how to use it."""
+"""Writes the model card: what the model is, how it was trained, how to use it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
     }
     data = getattr(args, "data_path", None) or getattr(args, "train_data_path", None)
     if data:
-        # A path tells more about a cluster than about the data; weights may stand between paths.
+        # A path says more about a cluster than about the data. Weights may stand between paths.
         about["data"] = ", ".join(Path(part).name for part in data if not is_number(part))
     elif getattr(args, "mock_data", False):
         about["data"] = "random tokens (--mock-data)"
@@ -114,7 +114,7 @@ def write_card(
 
 
 def update_routing(folder: Path, config: dict[str, Any]) -> None:
-    """Bring the card's section on routing up to date, where the folder has such a card."""
+    """Bring the card's section on routing up to date, if the folder has such a card."""
     path = folder / CARD
     text = path.read_text("utf-8") if path.is_file() else ""
     start, end = text.find(_ROUTING), text.find("## Citation")

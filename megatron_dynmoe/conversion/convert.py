@@ -1,7 +1,7 @@
-"""From one kind of checkpoint to another: Megatron's to a Hugging Face folder and back.
+"""Converts Megatron's checkpoints to Hugging Face folders and back.
 
-Every target asks for its tensors one after the other; the parameters inside them come from the
-source, whatever it is. Nothing but copies, so that a round trip gives every bit back.
+A target asks for its tensors one after the other, and the source, of any kind, supplies the
+parameters inside them. Nothing is computed, only copied, so a round trip gives every bit back.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Target(NamedTuple):
     """A Hugging Face folder to write.
 
     Attributes:
-        folder: where.
+        folder: its path.
         format: one of :data:`megatron_dynmoe.conversion.formats.FORMATS`.
-        dtype: of the weights, float32, bfloat16 or float16; as they are if None.
-        max_shard_size: bytes of a file of weights.
-        tokenizer: to write beside the weights; the source's own if None.
-        overwrite: whether to replace a folder that is there and not empty.
+        dtype: the dtype of the weights: float32, bfloat16 or float16; unchanged if None.
+        max_shard_size: the most bytes of a file of weights.
+        tokenizer: the tokenizer to write beside the weights; the source's own if None.
+        overwrite: whether to replace a folder that is not empty.
         progress: whether to show a bar.
     """
 
@@ -74,8 +74,8 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
     """Write a Megatron checkpoint, or a Hugging Face folder of any format, as such a folder.
 
     Args:
-        load: what ``--load`` names, or a folder with a config.json.
-        iteration: which checkpoint; the latest if None.
+        load: a folder for ``--load``, or a folder with a config.json.
+        iteration: the iteration of the checkpoint; the latest if None.
 
     Raises:
         ValueError: the source is damaged, there is no such format, or it cannot express the model.
@@ -84,7 +84,7 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
     check_target(target.folder, target.overwrite, source=load)
     if (load / CONFIG).is_file():
         if iteration is not None:
-            raise ValueError(f"--iteration: {load} is a Hugging Face folder, which has none")
+            raise UsageError(f"--iteration: {load} is a Hugging Face folder, which has none")
         model = FromFolder(load, target.progress)
         tokenizer = target.tokenizer or (load if has_tokenizer(load) else None)
         write_folder(model, target._replace(tokenizer=tokenizer), model.inv_freq_dtype)
@@ -142,13 +142,13 @@ def from_hf(
     """Write a Hugging Face folder as a checkpoint that Megatron trains on.
 
     Args:
-        routing: another routing than the folder's, its state as at the start of training.
+        routing: a routing that replaces the folder's; its state is that of a training's start.
 
     Returns:
         The flags of a training command that fit the model.
 
     Raises:
-        ValueError: the folder is damaged, or training has nothing like the model.
+        ValueError: the folder is damaged, or the model cannot be trained here.
     """
     check_target(save, overwrite, source=model)
     source = FromFolder(model, progress)
@@ -201,7 +201,7 @@ def from_hf(
 def _lost_in_training(
     source: FromFolder, config: dict[str, Any], args: dict[str, Any]
 ) -> Iterator[str]:
-    """What the flags and the state of the routers do not carry."""
+    """Settings that neither the flags nor the state of the routers carry."""
     state = routing_settings.router_state(config) | {"theta": config["theta"]}
     back = megatron_settings.config_from_megatron(Namespace(**args), config["vocab_size"], state)
     kept = source.unread if source.format.keeps_other_words else {}
@@ -215,7 +215,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def say(message: str) -> None:
-    """A remark for the person at the terminal."""
+    """Print a remark for the person at the terminal."""
     print(message, file=sys.stderr)
 
 
@@ -249,7 +249,7 @@ def _inv_freq_entries(source: Source, template: str, dtype: torch.dtype) -> list
 
 
 def _inv_freq_dtype(args: Namespace) -> str | None:
-    """Of which type the rotary frequencies were in the folder that a checkpoint was made of."""
+    """The type of the rotary frequencies in the folder from which the checkpoint was made."""
     origin = getattr(args, "huggingface_source", None)
     dtype = origin.get("inv_freq_dtype") if isinstance(origin, dict) else "float32"
     if dtype not in (None, *WEIGHT_DTYPES.values()):

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: shards, index and manifest, written whole or not at all."""
+"""Reads and writes Hugging Face model folders; a folder is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_dynmoe.storage.megatron_names import TRACKER
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# The types of weights, as safetensors and as torch name them.
+# The dtypes of weights, under the names of safetensors and of torch.
 WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAPPED_AT_MOST = 2**28
 
 
 class Entry(NamedTuple):
-    """One tensor that a folder shall hold; ``make`` produces it when its turn comes."""
+    """A tensor to be written; ``make`` produces it when its turn comes."""
 
     key: str
     shape: tuple[int, ...]
@@ -45,13 +45,13 @@ def write_shards(
     max_shard_size: int,
     progress: Callable[[int], Any],
 ) -> None:
-    """Write ``model*.safetensors`` and, for several of them, the index.
+    """Write ``model*.safetensors`` and, if there are several files, the index.
 
     One shard is in memory at a time.
 
     Args:
-        max_shard_size: in bytes; a single larger tensor gets a shard of its own.
-        progress: called with the bytes of each tensor that is done.
+        max_shard_size: the most bytes of a shard; a larger tensor gets a shard of its own.
+        progress: called with the number of bytes of each tensor that was written.
     """
     shards: list[list[Entry]] = [[]]
     room = max_shard_size
@@ -86,10 +86,10 @@ def write_shards(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """A tensor in another type.
+    """The tensor in another dtype.
 
     Raises:
-        ValueError: a value is beyond that type, in which it would become infinite.
+        ValueError: a value is too large for that dtype: it would become infinite.
     """
     result = tensor.to(dtype)
     if result is not tensor and result.isinf().any():
@@ -104,7 +104,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 
 
 def check_is_model(folder: Path) -> None:
-    """Refuse what is no Hugging Face folder, with the remedy if it is a training's.
+    """Refuse a folder that is not a Hugging Face model; for a training's, name the remedy.
 
     Raises:
         UsageError: there is no such folder, or no config.json in it.
@@ -132,14 +132,13 @@ class ModelFolder:
     """The weights of a Hugging Face folder, opened for reading; nothing in it is executed."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder and look at every file's header.
+        """Open a folder and read the header of every file.
 
         Raises:
+            UsageError: there is no such folder, or no config.json in it.
             ValueError: a file is missing, damaged or of another kind.
         """
         self.folder = folder
-        if not folder.is_dir():
-            raise ValueError(f"--model is {folder}: there is no such folder")
         check_is_model(folder)
         self.config = read_json(folder / CONFIG)
         self._file_of: dict[str, Path] = {}
@@ -166,7 +165,7 @@ class ModelFolder:
         """The file that holds a tensor.
 
         Raises:
-            ValueError: none does.
+            ValueError: no file holds it.
         """
         if key not in self._file_of:
             raise ValueError(f"{self.folder} has no tensor {key}, which its {CONFIG} asks for")
@@ -187,7 +186,7 @@ class ModelFolder:
         return getattr(torch, WEIGHT_DTYPES[name])
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """A tensor, or one of those that lie along its first dimension."""
+        """A tensor, or one of the tensors along its first dimension."""
         part = self._reader(self.file_of(key)).get_slice(key)
         tensor = part[:] if index is None else part[index : index + 1].squeeze(0)
         self._mapped += tensor.nbytes
@@ -210,7 +209,7 @@ class ModelFolder:
         if pickles:
             raise ValueError(
                 f"{self.folder} holds {pickles[0]}, a pickle, which may run code when it is read: "
-                "only safetensors are read; convert it where you trust it, with "
+                "only safetensors are read; if you trust it, convert it with "
                 "save_pretrained(..., safe_serialization=True)"
             )
         raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
@@ -223,7 +222,7 @@ class ModelFolder:
                     raise ValueError(f"{self.folder / name} has no tensor {key}: {INDEX} lists it")
 
     def _reader(self, file: Path) -> Any:
-        # The pages that were read of a mapped file count as memory until it is closed.
+        # Pages that were read from a mapped file count as memory until the file is closed.
         if self._open is None or self._open[0] != file or self._mapped > _MAPPED_AT_MOST:
             self._open, self._mapped = None, 0
             try:

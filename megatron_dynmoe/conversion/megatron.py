@@ -1,7 +1,7 @@
-"""Megatron's distributed checkpoints (``torch_dist``), read in one process.
+"""Reads Megatron's distributed checkpoints (``torch_dist``) in one process.
 
-No process group, no Megatron and no GPU: torch's own distributed-checkpoint reader does the work,
-one block at a time, so that a checkpoint larger than memory passes through.
+This needs no process group, no Megatron and no GPU. torch's own reader of distributed checkpoints
+does the work, one block at a time, so a checkpoint may be larger than memory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
 from megatron_dynmoe.conversion.shapes import Block
+from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.manifest import plain_name
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
 from megatron_dynmoe.storage.unpickle import load_metadata, load_objects
@@ -54,11 +55,11 @@ class MegatronCheckpoint:
         """Open a checkpoint.
 
         Args:
-            load: what ``--load`` names: the folder with ``latest_checkpointed_iteration.txt``.
-            iteration: which one; the latest if None.
+            load: the folder for ``--load``, which has ``latest_checkpointed_iteration.txt``.
+            iteration: the checkpoint's iteration; the latest if None.
 
         Raises:
-            ValueError: there is none, it is of another format, incomplete or damaged.
+            ValueError: there is no checkpoint, or it is of another format, incomplete or damaged.
         """
         self.folder = checkpoint_folder(load, iteration)
         metadata_path = self.folder / ".metadata"
@@ -81,7 +82,7 @@ class MegatronCheckpoint:
 
     @property
     def num_layers(self) -> int:
-        """How many layers the weights have, whatever the arguments say."""
+        """The number of layers that the weights have, which the arguments need not agree with."""
         template = rows_by_part(MEGATRON)["o"].key
         stacked = template.replace("{layer}.", "")
         if stacked in self._entries:
@@ -94,10 +95,10 @@ class MegatronCheckpoint:
         return {key for key in self._entries if not _NOT_THE_MODEL.match(key)}
 
     def find(self, row_keys: Iterable[str], layer: int | None) -> tuple[str, tuple[int, ...]]:
-        """The first of some keys that exists, and the leading indices that lead to the layer.
+        """The first of these keys that exists, and the leading indices that select the layer.
 
         Raises:
-            ValueError: none exists.
+            ValueError: none of them exists.
         """
         tried = []
         index_of_layer: tuple[int, ...] = () if layer is None else (layer,)
@@ -143,7 +144,7 @@ class MegatronCheckpoint:
         return target.reshape(sizes[len(index) :])
 
     def _check_sum(self, key: str, info: Any) -> None:
-        """Compare a record with its CRC-32, which torch writes and does not read."""
+        """Compare a record with its CRC-32, which torch writes but does not check."""
         if (info.relative_path, info.offset) in self._checked:
             return
         path = self.folder / info.relative_path
@@ -177,7 +178,7 @@ class MegatronCheckpoint:
         return entry
 
     def _check_files(self) -> None:
-        """Find a file that is missing, cut short or outside the folder before reading any."""
+        """Before reading a file, refuse files that are missing, cut short or outside the folder."""
         ends: dict[str, int] = {}
         for info in self._storage.values():
             name = plain_name(info.relative_path, self.folder / ".metadata")
@@ -192,7 +193,7 @@ class MegatronCheckpoint:
                 )
 
     def _check_lengths(self) -> None:
-        """Find a tensor that is declared larger than what is stored before making room for it."""
+        """Before allocating memory, refuse tensors that are declared larger than what is stored."""
         for key in self.model_keys:
             entry = self._entries[key]
             if not isinstance(entry, TensorStorageMetadata):
@@ -207,7 +208,7 @@ class MegatronCheckpoint:
                     )
 
     def _common(self) -> dict[str, Any]:
-        """What Megatron saves besides tensors; before 0.19 in a file of its own."""
+        """The objects that Megatron saves besides tensors; before 0.19 in a file of its own."""
         legacy = self.folder / "common.pt"
         info = self._storage.get(MetadataIndex(COMMON_STATE))
         if legacy.is_file():
@@ -236,16 +237,17 @@ def checkpoint_folder(load: Path, iteration: int | None) -> Path:
     """The folder of one checkpoint, ``iter_...`` or ``release``; arguments as above.
 
     Raises:
-        ValueError: there is none.
+        UsageError: there is no such folder, or it holds no such checkpoint.
+        ValueError: the tracker is damaged.
     """
     tracker = load / TRACKER
     if (load / ".metadata").exists() and iteration is None:
         return load  # a checkpoint itself, not the folder of a run
     if not load.is_dir():
-        raise ValueError(f"--load is {load}: there is no such folder")
+        raise UsageError(f"--load is {load}: there is no such folder")
     if iteration is None:
         if not tracker.is_file():
-            raise ValueError(
+            raise UsageError(
                 f"--load is {load}, which holds no {TRACKER}: name the folder that a run saved to "
                 "(its --save, or checkpoints in its --run-dir)"
             )
@@ -258,7 +260,8 @@ def checkpoint_folder(load: Path, iteration: int | None) -> Path:
     folder = load / name
     if not folder.is_dir():
         there = sorted(path.name for path in load.glob("iter_*")) or ["none"]
-        raise ValueError(f"{folder} does not exist; the iterations there: {', '.join(there)}")
+        kind = ValueError if iteration is None else UsageError  # a damaged tracker is no misuse
+        raise kind(f"{folder} does not exist; the iterations there: {', '.join(there)}")
     return folder
 
 
@@ -273,11 +276,11 @@ class _Into:
         return self._target[tuple(slice(start, start + length) for start, length in ranges)]
 
     def commit_tensor(self, item: Any, tensor: Tensor) -> None:
-        """Nothing is left to do: the tensor is a view of the target."""
+        """Do nothing, because the tensor is a view of the target."""
 
 
 def _tile(items: list[ReadItem], num_elements: int) -> bool:
-    """Whether boxes hold as many elements as their target, and none twice."""
+    """Whether boxes hold as many elements as their target, and no element twice."""
     boxes = [tuple(zip(item.dest_offsets, item.lengths, strict=True)) for item in items]
     apart = all(
         any(a + n <= b or b + m <= a for (a, n), (b, m) in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""A model's settings among Megatron's arguments, and the flags of a training command."""
+"""Finds a model's settings among Megatron's arguments, and makes the flags of a training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SAME = (
     ("shared_expert_gate", "moe_shared_expert_gate", "--moe-shared-expert-gate"),
 )
 
-# Megatron's arguments that change the function of a model in a way that no format here has.
+# Megatron's arguments that change what a model computes in a way that no format can express.
 NEEDED_OF_MEGATRON = (
     Needed(
         *("position_embedding_type", "rope", "positions of another kind than rotary"),
@@ -98,7 +98,7 @@ _DTYPES = {"fp32": "float32", "fp64": "float32", "bf16": "bfloat16", "fp16": "fl
 
 
 def obstacles(args: Namespace) -> list[tuple[Needed, Any]]:
-    """What a model does that no format has: the settings, with the values that they have.
+    """The settings of a model that no format can express, with their values.
 
     Args:
         args: Megatron's arguments, of a trained model or of one that is to be trained.
@@ -118,12 +118,12 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
 
     Args:
         args: Megatron's arguments as saved with the checkpoint.
-        vocab_size: rows of the embedding, with Megatron's padding.
+        vocab_size: the number of rows of the embedding, including Megatron's padding.
         state: ``threshold``, ``integral``, ``measured`` and ``theta`` of every layer, None for
-            those without experts; empty with stock top-k.
+            layers without experts; empty with stock top-k.
 
     Raises:
-        ValueError: the model does something that no format has.
+        ValueError: the model has a setting that no format can express.
     """
     dense = not getattr(args, "num_experts", None)
     for needed, value in obstacles(args):
@@ -169,10 +169,10 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Megatron's arguments that describe a model, as plain values.
 
     Args:
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: the model does something that training does not, or has a number that no flag
+        ValueError: the model has a setting that training does not have, or a number that no flag
             can carry.
     """
     if config["hidden_act"] != "silu":
@@ -220,7 +220,7 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
-    """The flags of a training command for this model, all but data, optimizer and layout."""
+    """The flags of a training command for this model, without data, optimizer and layout."""
     args = args_from_config(config, dtype)
     flags = ["--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
     flags.append("--position-embedding-type rope")
@@ -272,7 +272,7 @@ def model_dtype(args: Namespace) -> str:
 
 
 def _rotary_base(config: dict[str, Any]) -> int:
-    """The base as Megatron's flag takes it, which is a whole number."""
+    """The base for Megatron's flag, which takes whole numbers only."""
     base = rope_theta(config)
     if base != int(base) or not 1 <= base < 2**63:
         raise ValueError(
@@ -287,7 +287,7 @@ def _query_groups(args: Namespace) -> int:
 
 
 def _top_k_loss(args: Namespace) -> dict[str, Any]:
-    """Stock top-k's balance loss in our words: upstream divides it by k, ours is not."""
+    """The balance loss of stock top-k under our names: Megatron divides it by k, we do not."""
     kinds = getattr(args, "moe_router_load_balancing_type", None)
     coefficients = getattr(args, "moe_aux_loss_coeff", None)
     kind = kinds[0] if isinstance(kinds, list) and len(kinds) == 1 else kinds

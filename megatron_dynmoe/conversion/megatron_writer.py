@@ -37,14 +37,14 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
 class MegatronWriter:
-    """Collects what a checkpoint shall hold; :meth:`write` then produces it piece by piece."""
+    """Collects the entries of a checkpoint; :meth:`write` then produces them one by one."""
 
     def __init__(self, num_layers: int, num_experts: int, layers_alike: bool) -> None:
         """Start an empty checkpoint.
 
         Args:
-            layers_alike: layers lie along a leading dimension, as Megatron has it where all are
-                alike; else each has keys of its own.
+            layers_alike: whether layers lie along a leading dimension, as in Megatron if all layers
+                are alike; otherwise each layer has keys of its own.
         """
         self._num_layers = num_layers
         self._num_experts = num_experts
@@ -107,7 +107,7 @@ class MegatronWriter:
         """Write all of it as the release checkpoint of the folder ``save``.
 
         Args:
-            args: what Megatron shall find as the arguments of the run; plain values only.
+            args: the arguments of the run, as Megatron will read them; plain values only.
         """
         folder = save / RELEASE
         folder.mkdir(parents=True)
@@ -134,12 +134,12 @@ class MegatronWriter:
         (save / TRACKER).write_text(RELEASE)
 
     def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
-        """For torch's writer, which asks for one item after the other."""
+        """A plan for torch's writer, which asks for one item after the other."""
         return self._makers[item.index]()
 
 
 class _Writer(FileSystemWriter):
-    """Torch's writer, which would note the path of a folder that is renamed afterwards."""
+    """Torch's writer, without the path that it notes: the folder is renamed afterwards."""
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)

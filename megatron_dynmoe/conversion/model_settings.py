@@ -1,4 +1,4 @@
-"""The config of a model, in the middle between Megatron's words and each format's.
+"""The config of a model, to and from which Megatron's arguments and every format are converted.
 
 A *config* is a plain dict with the fields of our own format's configuration
 (:class:`DynMoEModelConfig`), which can express everything that is converted.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-# What a config has of the settings of dynamic routing, under their own names.
+# The settings of dynamic routing that a config has under their own names.
 ROUTING = (
     "routing",
     "max_experts_per_token",
@@ -33,7 +33,7 @@ NO_ROUTING: dict[str, Any] = dict.fromkeys(ROUTING) | {
     "measured_experts_per_token": None,
     "num_experts_per_tok": None,
 }
-# What kind of value a setting has, under the names that several formats share.
+# The kinds of values of settings, by the names that several formats share.
 _COUNTS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "intermediate_size"),
@@ -55,7 +55,7 @@ _NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], *_FLAGS}
 
 
 class Needed(NamedTuple):
-    """The only value of a setting that can be converted, and what any other would mean."""
+    """The only value of a setting that can be converted, and the meaning of other values."""
 
     name: str
     value: Any
@@ -64,21 +64,21 @@ class Needed(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """How a training command gets the value."""
+        """How to give a training command this value."""
         return self.own_remedy or f"leave out --{self.name.replace('_', '-')}"
 
 
 def check_kinds(
     values: dict[str, Any], counts: Iterable[str] = (), numbers: Iterable[str] = ()
 ) -> None:
-    """Whether the settings that are there have values of their kind; others are not looked at.
+    """Check that the settings that are given have values of their kind; ignore other keys.
 
     Args:
         counts: names of further settings that are whole numbers from 1, or null.
         numbers: names of further settings that are numbers from 0, and never null.
 
     Raises:
-        ValueError: one has not; the message names it.
+        ValueError: a value is of another kind; the message names the setting.
     """
     for names, fits, kind in (
         ((*_COUNTS, *counts), _is_count, "a whole number from 1"),
@@ -100,7 +100,7 @@ def check_kinds(
 
 
 def check_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the defaults of what it leaves out, checked as for use.
+    """The config with defaults for what it leaves out, checked as the model checks it.
 
     Raises:
         ValueError: a setting makes no sense, alone or with another.
@@ -120,7 +120,7 @@ def rope_theta(config: dict[str, Any]) -> float:
 
 
 def partial_rotary_factor(config: dict[str, Any]) -> float:
-    """The part of a head that is rotated."""
+    """The share of a head that is rotated."""
     return config["rope_parameters"].get("partial_rotary_factor", 1.0)
 
 
@@ -141,7 +141,7 @@ def kinds_of_layers(sparse: Sequence[bool]) -> list[str]:
 
 
 def layer_frequency(sparse: list[bool]) -> int | list[int]:
-    """N where every N-th layer has experts, from the first on; else the pattern."""
+    """N if every N-th layer has experts, from the first on; else the whole pattern."""
     for every in range(1, len(sparse) + 1):
         if sparse == [layer % every == 0 for layer in range(len(sparse))]:
             return every
@@ -149,7 +149,7 @@ def layer_frequency(sparse: list[bool]) -> int | list[int]:
 
 
 def per_layer(config: dict[str, Any], name: str) -> list[float | None]:
-    """A setting of every layer, None for those without experts."""
+    """A setting of every layer, None for layers without experts."""
     value = config[name]
     return value if isinstance(value, list) else where_sparse(config, value)
 
@@ -178,5 +178,5 @@ def _is_from_zero(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it."""
+    """A value as messages show it."""
     return repr(value) if isinstance(value, str) else str(value)

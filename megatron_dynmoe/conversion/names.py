@@ -1,4 +1,4 @@
-"""Which tensor is called what: the parameters, Megatron's names, and what a row of names says.
+"""The parameters of a model, their names in Megatron's checkpoints, and rows of names.
 
 A model consists of *parameters* (:data:`PARAMETERS`), the smallest tensors that any format keeps
 apart. The names of a format are a table of rows, read in both directions: Megatron's is here, the
@@ -61,8 +61,8 @@ class Row:
     """One entry of a format.
 
     ``parts`` lie one below the other, except that ``interleaved`` ones alternate by query group,
-    as Megatron keeps q, k and v. ``aliases`` are other keys for the same tensor: written, too, and
-    read where the key itself is missing.
+    as Megatron keeps q, k and v. ``aliases`` are other keys for the same tensor: they are written,
+    too, and read if the key itself is missing.
     """
 
     key: str
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def parameter(self) -> Parameter:
-        """The first of its parameters; all of them live in the same place."""
+        """The first of its parameters; all of them exist in the same layers."""
         return PARAMETERS[self.parts[0]]
 
     @property
@@ -117,7 +117,8 @@ MEGATRON: tuple[Row, ...] = (
     row(_BLOCK + "mlp.shared_experts.linear_fc2.weight", "shared_down"),
     row(_BLOCK + "mlp.shared_experts.gate_weight", "shared_expert_gate"),
 )
-# What a router keeps besides its parameters, [1] float32 a layer; elsewhere it is in the config.
+# The state of a router besides its parameters, [1] float32 for each layer. Other formats keep it in
+# the config.
 ROUTER_STATE = {
     name: _BLOCK + f"mlp.router.{name}" for name in ("threshold", "integral", "measured")
 }

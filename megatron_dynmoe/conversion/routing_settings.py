@@ -1,4 +1,4 @@
-"""Between a model's config and the settings and state of its training's routers."""
+"""Converts between a model's config and the settings and state of its routers in training."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
 
 
 def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Resolved settings for the trainer; None for stock top-k."""
+    """The resolved settings for training; None for stock top-k."""
     if config["routing"] == "top_k":
         return None
     settings = {name: config.get(name) for name in ROUTING}
@@ -102,7 +102,7 @@ def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig,
 
 
 def router_state(config: dict[str, Any]) -> RouterState:
-    """Threshold, integral and measured mean of every layer, None for those without experts."""
+    """Threshold, integral and measured mean of every layer, None for layers without experts."""
     integral = (config.get("controller") or {}).get("integral")
     return {
         "threshold": per_layer(config, "threshold"),
@@ -112,7 +112,7 @@ def router_state(config: dict[str, Any]) -> RouterState:
 
 
 def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]:
-    """The config with another routing, its state as at the start of training."""
+    """The config with another routing, whose state is that of a training's start."""
     check_routing(dynmoe.routing)
     if not dynmoe.is_dynamic:
         kept = {

@@ -1,14 +1,14 @@
-"""A SentencePiece model as a tokenizer.json: the same pieces, scores, and normalization.
+"""Writes a SentencePiece model as a tokenizer.json: the same pieces, scores, and normalization.
 
-What SentencePiece does and tokenizer.json cannot say, so that rare texts get other ids:
-- Where two BPE merges to one and the same piece overlap, SentencePiece takes the left one,
-  tokenizer.json the one that stands first in its list of merges.
+A tokenizer.json cannot express everything that SentencePiece does, so rare texts get other ids:
+- If two BPE merges to the same piece overlap, SentencePiece takes the left one, tokenizer.json the
+  one that comes first in its list of merges.
 - Character maps (nmt_nfkc and the like) are applied to the longest match by SentencePiece, and to
   whole graphemes by tokenizers: they differ on some sequences of combining characters.
 - Unigram scores are summed over the text in 32 bits by SentencePiece and in 64 by tokenizers. The
   two may decide differently between segmentations that are equally likely (runs of one character),
-  or almost so, far into a long text, where few digits of SentencePiece's sum are left.
-- A text that is nothing but one user-defined piece gets no space in front.
+  or almost so, far into a long text, because few digits of SentencePiece's sum are left there.
+- A text that consists of a single user-defined piece gets no space in front.
 """
 
 import re
@@ -33,13 +33,13 @@ def read_model(path: Path) -> Any:
 
 
 def to_rust_tokenizer(proto: Any) -> Any:
-    """The `tokenizers.Tokenizer` that does what the SentencePiece model `proto` does.
+    """The `tokenizers.Tokenizer` that encodes as the SentencePiece model `proto` does.
 
     Unknown and control pieces are special tokens. SentencePiece never reads them from a text, so
-    they want `encode_special_tokens`, which tokenizer.json does not keep.
+    they need `encode_special_tokens`, which tokenizer.json does not store.
 
     Raises:
-        ValueError: a model of characters or words.
+        ValueError: it is a model of characters or words.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
@@ -60,7 +60,7 @@ def to_rust_tokenizer(proto: Any) -> Any:
     special = [p.piece for p in proto.pieces if p.type in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     if proto.trainer_spec.model_type == BPE:
-        # Cut out of the normalized text, where a piece with a literal space is never found.
+        # These are cut out of the normalized text, which never contains a piece with a space.
         found = [t for t in _user_defined(proto) if " " not in t or not spec.escape_whitespaces]
         tokenizer.add_tokens([AddedToken(t, normalized=True, special=False) for t in found])
     return tokenizer
@@ -91,7 +91,7 @@ def _model(proto: Any) -> Any:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to put a piece together of two others, best score first."""
+    """Every way to make a piece of two others, best score first."""
     normal = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     by_score = sorted(
         (piece for piece in proto.pieces if piece.type == NORMAL), key=lambda p: -p.score
@@ -99,14 +99,14 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     return [
         (piece.piece[:cut], piece.piece[cut:])
         for piece in by_score
-        # The longer left part first: in a run of one character, the pieces on the left are longer.
+        # Longer left parts first: in a run of one character, the pieces on the left are longer.
         for cut in range(len(piece.piece) - 1, 0, -1)
         if piece.piece[:cut] in normal and piece.piece[cut:] in normal
     ]
 
 
 def _normalizers(proto: Any) -> Iterator[Any]:
-    """The steps in SentencePiece's order: characters, superfluous spaces, prefix, escape."""
+    """The steps of normalization in SentencePiece's order: characters, spaces, prefix, escape."""
     from tokenizers import Regex, normalizers
 
     spec = proto.normalizer_spec
@@ -118,8 +118,8 @@ def _normalizers(proto: Any) -> Iterator[Any]:
     if spec.escape_whitespaces:
         yield normalizers.Replace(" ", SPACE)
     if spec.add_dummy_prefix:
-        # Not to an empty text. User-defined pieces are themselves sent through here once, to be
-        # looked for in normalized text, and must stay as they are.
+        # An empty text gets no prefix. User-defined pieces also pass through here once, so that
+        # they can be found in normalized text, and must not change.
         bare = "|".join([r"\z", *(re.escape(piece) + r"\z" for piece in _user_defined(proto))])
         edge = r"(?<!\A)\z" if proto.trainer_spec.treat_whitespace_as_suffix else rf"\A(?!{bare})"
         yield normalizers.Replace(Regex(edge), SPACE if spec.escape_whitespaces else " ")
@@ -130,9 +130,9 @@ def _user_defined(proto: Any) -> list[str]:
 
 
 def _split_special_names(proto: Any) -> Any:
-    """Breaks names of special pieces after their first character.
+    """Break names of special pieces after their first character.
 
-    Unigram would find them in a text like any other piece, SentencePiece never does.
+    Unigram would find them in a text like any other piece; SentencePiece never does.
     """
     from tokenizers import Regex, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""How large a model's parameters are, where they exist, and how entries are put together."""
+"""The shapes and places of a model's parameters, and how entries are put together from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dynmoe.conversion.names import LAYER, MODEL, PARAMETERS, Row
 
 
 class Block(NamedTuple):
-    """The tensor of one row in one layer and for one expert, where it has them."""
+    """The tensor of one row in one layer and for one expert, if the row has layers and experts."""
 
     row: Row
     layer: int | None = None
@@ -25,7 +25,7 @@ class Block(NamedTuple):
 
 
 class Shapes:
-    """The sizes of a model's parameters, and where they exist, from its settings.
+    """The sizes of a model's parameters, and the layers that have them, from its settings.
 
     Args:
         config: settings under the names of :class:`DynMoEModelConfig`.
@@ -62,7 +62,7 @@ class Shapes:
         }
 
     def blocks(self, row: Row) -> Iterator[Block]:
-        """Every place at which a row's parameters exist in this model."""
+        """Every layer and expert of this model that has a row's parameters."""
         parameter = row.parameter
         if parameter.when is not None and not self.has[parameter.when]:
             return
@@ -87,7 +87,7 @@ class Shapes:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def join(self, row: Row, parts: list[Tensor]) -> Tensor:
-        """One block from its parameters, in the order of ``row.parts``."""
+        """A block, put together from its parameters in the order of ``row.parts``."""
         if len(parts) == 1:
             return parts[0]
         if not row.interleaved:
@@ -96,7 +96,7 @@ class Shapes:
         return torch.cat(groups, dim=1).reshape(self.of_row(row))
 
     def part(self, row: Row, part: str, block: Tensor) -> Tensor:
-        """One parameter out of its block."""
+        """A parameter, cut out of its block."""
         if len(row.parts) == 1:
             return block
         rows = [self.of_part(other)[0] for other in row.parts]

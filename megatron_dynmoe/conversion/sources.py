@@ -1,6 +1,6 @@
-"""Checkpoints of either kind, opened for reading, and their parameters for any target.
+"""Opens checkpoints of either kind for reading, and supplies their parameters for any target.
 
-A source refuses what does not fit together when it is opened, before anything is written.
+When a source is opened, before anything is written, it checks that its parts fit together.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Source(Protocol):
     remarks: list[str]  # what of the source has no place in any target
 
     def read(self, block: Block) -> Tensor:
-        """One block of one of the table's rows."""
+        """A block of one of the table's rows."""
 
 
 class FromMegatron:
-    """A checkpoint of Megatron's, of any layout."""
+    """A Megatron checkpoint of any layout."""
 
     table = MEGATRON
 
@@ -71,7 +71,7 @@ class FromMegatron:
                 f"{getattr(args, 'num_layers', None)!r}, the weights have {num_layers} layers"
             )
         try:
-            # The state lies in layers whose kind the config says, so the config comes twice.
+            # The config says which layers have a state, so it is made twice: without and with it.
             self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
             state = self._router_state()
             self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
@@ -124,7 +124,7 @@ class FromMegatron:
         return routing_settings.shortest(value)
 
     def _check(self) -> None:
-        """Every entry has a meaning and the shape that the settings give it."""
+        """Check that every entry is known and has the shape that the settings give it."""
         known = {template.replace("{layer}.", "") for template in ROUTER_STATE.values()}
         for layer in range(self.shapes.num_layers):
             known |= {template.format(layer=layer) for template in ROUTER_STATE.values()}
@@ -188,7 +188,7 @@ class FromFolder:
         return self.folder.read(block.key, block.expert if block.row.stacked else None)
 
     def _check_num_layers(self) -> None:
-        """Before anything is made for so many layers."""
+        """Compare the number of layers with the weights, before anything is made for each layer."""
         word = self.format.layers_word
         stated = self.folder.config.get(word)
         before = {row.key.split("{layer}")[0] for row in self.table if "{layer}" in row.key}
@@ -227,7 +227,7 @@ class FromFolder:
             self._check_thetas()
 
     def _check_inv_freq(self, template: str) -> set[str]:
-        """The rotary frequencies, which follow from the settings."""
+        """Check the rotary frequencies, which follow from the settings."""
         keys = {template.format(layer=layer) for layer in range(self.shapes.num_layers)}
         for key in sorted(keys & self.folder.keys):
             where, shape = str(self.folder.file_of(key)), (self.config["head_dim"] // 2,)
@@ -240,7 +240,7 @@ class FromFolder:
 
     def _check_thetas(self) -> None:
         found = theta_in(self, getattr(torch, self.dtype))["theta"]
-        # As float32: whoever saved the folder may have written more decimals than needed.
+        # Compared in float32, because the folder may state more decimals than needed.
         stated = [None if value is None else np.float32(value) for value in self.config["theta"]]
         if stated != [None if value is None else np.float32(value) for value in found]:
             raise ValueError(
@@ -250,7 +250,7 @@ class FromFolder:
 
 
 class Weights:
-    """The parameters of a source, put together as the table of a target has them."""
+    """Puts the parameters of a source together as a target's table of names demands."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -279,7 +279,7 @@ class Weights:
     def _part(self, part: str, block: Block) -> Tensor:
         source = self._of_source(part, block)
         if source is None:
-            # Only theta_offset can be new: another routing was asked for. It starts at 0.
+            # Only theta_offset can be new, if another routing was asked for. It starts at 0.
             return torch.zeros(self._source.shapes.of_part(part))
         if self._last is None or self._last[0] != source:
             self._last = source, self._source.read(source)
@@ -287,7 +287,7 @@ class Weights:
 
 
 def theta_in(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """The config's ``theta``, of weights in a type to which theta_offset is rounded."""
+    """The config's ``theta`` after theta_offset was rounded to the dtype of the weights."""
     row = rows_by_part(source.table).get("theta_offset")
     offsets: list[float | None] = [None] * source.shapes.num_layers
     blocks = list(source.shapes.blocks(row)) if row is not None else []

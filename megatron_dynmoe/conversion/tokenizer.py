@@ -24,7 +24,7 @@ ORDINARY_TEXTS = (
     "See https://example.org/a_b?c=d&e=%20 or write to someone@example.org.",
     "Größe, café, naïve, Ελληνικά, русский, 日本語の文章, العربية",
 )
-# Each is here for one thing that has gone wrong in some conversion.
+# Each of these is for one thing that has gone wrong in some conversion.
 HARD_TEXTS = (
     "",
     " ",
@@ -45,7 +45,7 @@ HARD_TEXTS = (
     "x" * 3000,
     "loooong" * 400,
 )
-# Whatever of these a Hugging Face tokenizer has; nothing else of its folder is copied.
+# Files of a Hugging Face tokenizer that are copied, if they exist; no others are.
 HUGGING_FACE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tekken.json"),
@@ -56,24 +56,24 @@ HUGGING_FACE_FILES = (
 def export_tokenizer(source: Path, output: Path, sample_texts: Sequence[str] = ()) -> list[str]:
     """Write the tokenizer `source` into the folder `output` and compare what the two encode.
 
-    Call it when config.json is in place: AutoTokenizer looks at that too. A tokenizer made of a
-    SentencePiece model adds no begin or end token to a text, as training adds none, and takes the
-    names of special tokens within a text for text, as SentencePiece does
-    (`split_special_tokens`). The model itself is copied too, to tokenizer.model.
+    Call it after config.json is written, because AutoTokenizer reads that, too. A tokenizer made of
+    a SentencePiece model adds no begin or end token to a text, as in training, and treats the names
+    of special tokens within a text as text, as SentencePiece does (`split_special_tokens`). The
+    model itself is copied, too, to tokenizer.model.
 
     Args:
-        source: what --tokenizer-model named: a SentencePiece model, or a Hugging Face folder or
+        source: the value of --tokenizer-model: a SentencePiece model, or a Hugging Face folder or
             tokenizer.json.
         output: an existing folder.
-        sample_texts: compared as well as the texts that are built in.
+        sample_texts: texts to compare in addition to the built-in ones.
 
     Returns:
-        The texts, none of them of the ordinary kind, that get other ids than in training. Usually
-        empty: sentencepiece_json.py says what can be in it.
+        The unusual texts that get other ids than in training. The list is usually empty;
+        sentencepiece_json.py says what can be in it.
 
     Raises:
-        ValueError: the source is no tokenizer, its kind cannot be written, or an ordinary text
-            gets other ids or is decoded otherwise than in training.
+        ValueError: the source is not a tokenizer, its kind cannot be written, or an ordinary text
+            gets other ids, or is decoded differently, than in training.
     """
     texts = [*HARD_TEXTS, *sample_texts]
     if source.is_dir() or source.suffix == ".json":
@@ -96,8 +96,8 @@ def export_tokenizer(source: Path, output: Path, sample_texts: Sequence[str] = (
 def special_token_ids(folder: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id for the generation_config.json of `folder`.
 
-    What the tokenizer lacks is left out, except that the end token pads where there is no padding
-    token, which is what generate would choose with a warning.
+    Ids that the tokenizer lacks are left out. But if there is no padding token, the end token pads:
+    generate would choose that, too, with a warning.
     """
     tokenizer = _load(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
@@ -111,7 +111,7 @@ def _write_json(proto: Any, source: Path, output: Path) -> None:
 
     tokenizer = json.loads(sentencepiece_json.to_rust_tokenizer(proto).to_str())
     if "merges" in tokenizer["model"]:
-        # As text, which the library of Transformers 4 reads, too; no piece holds a space.
+        # Merges are written as text, which Transformers 4 can read, too; no piece holds a space.
         tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     text = json.dumps(tokenizer, indent=2, ensure_ascii=False)
     (output / "tokenizer.json").write_text(text + "\n", "utf-8")

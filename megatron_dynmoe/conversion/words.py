@@ -1,8 +1,8 @@
-"""Words of a folder's JSON files that training has no use for: kept, named, or without a meaning.
+"""Keys of a folder's JSON files that training has no use for: kept, named, or without a meaning.
 
-What a model computes is read by its format. Here is the rest: where a text begins and
-ends, how to generate, what a call returns. A word that is neither is said aloud, so that nothing
-vanishes in silence.
+A format reads the keys (*words*) that say what a model computes. This module handles the rest:
+where a text begins and ends, how to generate, what a call returns. A message names every other
+word, so that nothing is lost without notice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_dynmoe.storage.json_files import read_json
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
-# What Transformers takes for the ids that a config.json of any of the formats leaves out.
+# Transformers' defaults for token ids that a config.json of any format leaves out.
 DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-# What a converted checkpoint keeps for the way back.
+# The words that a converted checkpoint keeps for the way back.
 CARRIED = (*TOKEN_IDS, "output_router_logits", "use_cache")
 
-# Words that may be anything, and why nothing is lost without them.
+# Words that may have any value, and why nothing is lost without them.
 WITHOUT_MEANING = {
     "_attn_implementation": "how a machine computes",
     "_experts_implementation": "how a machine computes",
@@ -51,13 +51,13 @@ WITHOUT_MEANING = {
     "torch_dtype": "compared with the weights, whose type is kept",
     "transformers_version": "who wrote the file",
 }
-# Words that stand for nothing at this value.
+# Words that mean nothing if they have this value.
 _OFF = {"router_jitter_noise": 0, "attention_bias": False, "mlp_bias": False}
 _NOT_OF_GENERATION = ("transformers_version", "_from_model_config")
 
 
 def unread(theirs: dict[str, Any], known: Set[str]) -> dict[str, Any]:
-    """The words of a ``config.json`` that say something and are not among those that are read."""
+    """The words of a ``config.json`` that mean something but that its format does not read."""
     return {
         name: value
         for name, value in theirs.items()
@@ -69,7 +69,7 @@ def unread(theirs: dict[str, Any], known: Set[str]) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The words that say something and that a conversion leaves out or changes."""
+    """The words that mean something and that a conversion leaves out or changes."""
     return {
         name: value
         for name, value in before.items()
@@ -91,12 +91,12 @@ def stated_ids(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def generation_words(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a folder's ``generation_config.json`` says, and what of it cannot be kept.
+    """The content of a folder's ``generation_config.json``, and the words that cannot be kept.
 
-    Kept is what is a plain value or a list of whole numbers. Others describe a machine or a hub.
+    Plain values and lists of whole numbers are kept. Others describe a machine or a hub.
 
     Raises:
-        ValueError: the file is damaged, or a token id is none.
+        ValueError: the file is damaged, or a token id is not one.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -115,9 +115,9 @@ def generation_words(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def words_beside(tokenizer: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Token ids and words of generation of the model whose folder a tokenizer lies in, if any.
+    """Token ids and words of generation from the model's folder in which a tokenizer lies, if any.
 
-    A model may end at several tokens, of which a tokenizer knows one.
+    A model may end at several tokens; its tokenizer knows only one.
     """
     if tokenizer is None or not (tokenizer / CONFIG).is_file():
         return {}, {}
@@ -127,7 +127,7 @@ def words_beside(tokenizer: Path | None) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def carried_in(origin: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a converted checkpoint's arguments keep of its folder: words and those of generation.
+    """The words of its folder that a converted checkpoint keeps in its arguments.
 
     Raises:
         ValueError: a value is of another kind.
@@ -151,7 +151,7 @@ def carried_in(origin: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def written_ids(
     default: dict[str, Any], tokenizer: dict[str, Any], stated: dict[str, Any]
 ) -> dict[str, Any]:
-    """The token ids for ``config.json``: what the source states, else what the tokenizer says."""
+    """The token ids for ``config.json``: those of the source, else those of the tokenizer."""
     said = {name: value for name, value in stated.items() if value is not None}
     return default | stated | tokenizer | said
 

@@ -119,6 +119,7 @@ class Provider:
         return self.asked
 
 
+@pytest.mark.slow
 def test_what_kills_a_process_kills_no_other_provider(capsys):
     left_out, later = {}, {}
     ends = {end: (Provider, end) for end in ("sticky", "killed", "exits", "none")}

@@ -130,6 +130,8 @@ def test_errors_and_signals_have_the_same_exit_codes_everywhere(capsys) -> None:
         "tokenizer --input absent --vocab-size 300 --output new",
         "preprocess --input absent --output-prefix new --tokenizer-type SentencePieceTokenizer "
         "--tokenizer-model absent",
+        "convert to-hf --load absent --output new",
+        "convert from-hf --model absent --save new",
         "analyze --model absent --data here.txt --output new",
         "analyze --model . --data absent.txt --output new",
         "analyze --merge absent.json --output new",

@@ -41,6 +41,7 @@ def random_probs(num_tokens: int, num_experts: int, seed: int) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     num_experts=st.integers(1, 9),
@@ -158,6 +159,7 @@ def test_nearly_equal_logits_give_the_mean_slope_of_the_staircase() -> None:
     assert plant_slope(16, 2.5, logits_std=1e-3, normalized=False) == pytest.approx(16, rel=0.01)
 
 
+@pytest.mark.slow
 def test_deterministic_across_processes_and_threads_and_fast() -> None:
     start = time.process_time()
     here = initial_threshold(512, 20), default_gains(512, 20)

@@ -109,6 +109,7 @@ def test_holds_the_target_in_every_layer() -> None:
     assert_holds(counts)
 
 
+@pytest.mark.slow
 def test_count_does_not_drift_in_100_000_steps() -> None:
     """32 linear plants, drifting and noisy but the first, which must stay put to the last bit.
 

@@ -505,13 +505,20 @@ def test_manifest_of_a_checkpoint(
         (lambda f: (f / TRACKER).write_text("soon"), ("'soon'", TRACKER)),
         (lambda f: (f / TRACKER).write_text("7"), ("iter_0000007", "none")),
         (lambda f: (f / TRACKER).write_bytes(b"\xff\xb2"), (TRACKER,)),
-        (lambda f: (f / TRACKER).unlink(), (TRACKER, "--load")),
-        (lambda f: shutil.rmtree(f), ("no such folder",)),
     ],
 )
 def test_files_of_a_checkpoint(load: Path, refused: Refused, damage: Damage, says: tuple) -> None:
     damage(load)
     refused.to_hf(load, *says)
+
+
+def test_a_checkpoint_that_is_not_there_is_misuse(load: Path, refused: Refused) -> None:
+    flags = ("--iteration", "3")
+    refused.to_hf(load, "iter_0000003", "the iterations there: none", flags=flags, code=2)
+    (load / TRACKER).unlink()
+    refused.to_hf(load, TRACKER, "--load", code=2)
+    shutil.rmtree(load)
+    refused.to_hf(load, "no such folder", code=2)
 
 
 def test_bits_flipped_anywhere_in_a_checkpoint(load: Path, refused: Refused) -> None:
@@ -544,7 +551,7 @@ def test_checkpoints_of_another_kind(tmp_path: Path, refused: Refused, old: bool
 
         save({"a": torch.ones(2)}, storage_writer=FileSystemWriter(iteration), no_dist=True)
         refused.to_hf(load, "iter_0000003", "no arguments")
-    refused.to_hf(load, "iter_0000009", "iter_0000003", flags=("--iteration", "9"))
+    refused.to_hf(load, "iter_0000009", "iter_0000003", flags=("--iteration", "9"), code=2)
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,7 @@ def settings_of(draw: st.DrawFn, format: str) -> dict[str, Any]:
     return settings
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(tuple(FORMATS)))
 def test_settings_come_back_from_every_format(data: st.DataObject, format: str) -> None:
     config = model_config(**data.draw(settings_of(format)))
@@ -323,6 +324,7 @@ def test_settings_come_back_from_every_format(data: st.DataObject, format: str) 
     assert router_state(back)["threshold"] == router_state(config)["threshold"]
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(tuple(FORMATS)))
 def test_settings_come_back_from_megatron(data: st.DataObject, format: str) -> None:
     config = check_config(model_config(**data.draw(settings_of(format))))

@@ -151,7 +151,7 @@ def test_the_published_layout_is_named_where_it_cannot_be_run(
     )
     assert load_config(tmp_path / "ours").threshold == [0.3, 0.3]
     arguments = ["--load", str(folder), "--output", str(tmp_path / "x"), "--iteration", "3"]
-    assert main(["to-hf", "--quiet", *arguments]) == 1
+    assert main(["to-hf", "--quiet", *arguments]) == 2
     assert "--iteration" in capsys.readouterr().err
 
 

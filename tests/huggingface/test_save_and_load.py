@@ -217,6 +217,7 @@ model.save_pretrained(saved)
 """
 
 
+@pytest.mark.slow
 def test_the_files_work_in_the_exported_folder_without_the_package(tmp_path):
     model, ids = with_theta(tiny_model(**DTOP_P), 1.5, 0.7, 1.25), tokens(2, 9)
     folder = tmp_path / "exported"

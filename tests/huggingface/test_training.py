@@ -109,6 +109,7 @@ def gradients(model, ids, mask):
     return outputs, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_changes_no_bit(use_reentrant):
     """In a process of its own.

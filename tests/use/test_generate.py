@@ -344,6 +344,7 @@ def test_fixed_experts_are_said(
     assert status == 1 and "--threshold is 0.5, but every token" in err
 
 
+@pytest.mark.slow
 def test_color_on_a_real_terminal_without_megatron(folder: Path) -> None:
     """One process: --help loads no torch, the terminal gets color, Megatron is never loaded."""
     code = f"""

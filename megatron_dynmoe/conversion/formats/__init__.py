@@ -1,7 +1,7 @@
-"""Formats: layouts of Hugging Face folders, each in one file that holds all that differs.
+"""Formats: the layouts of Hugging Face folders. All that is special to one is in one file.
 
-A file's ``FORMAT`` is listed here, and nowhere else: ``--format``, the table of the docs and the
-tests go through :data:`FORMATS`. Nothing here imports torch.
+The ``FORMAT`` of each file is listed here and nowhere else: ``--format``, the table in the docs and
+the tests use :data:`FORMATS`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.storage.json_files import read_json
 
-# In the order of --help and of the docs; a folder is of the first one that recognizes it. The
+# The order is that of --help and of the docs. A folder has the first format that recognizes it. The
 # published layout comes last, because its files need not state a type.
 FORMATS: dict[str, Format] = {
     format.name: format for format in (dynmoe.FORMAT, mixtral.FORMAT, dynamic_moe.FORMAT)
@@ -23,7 +23,7 @@ OURS = dynmoe.FORMAT
 
 
 def format_named(name: str) -> Format:
-    """The format of a name.
+    """The format with this name.
 
     Raises:
         ValueError: there is none.
@@ -47,10 +47,10 @@ def format_in(folder: Path) -> Format:
 
 
 def format_of(theirs: dict[str, Any]) -> Format:
-    """Which of the formats a ``config.json`` is of.
+    """The format of a ``config.json``.
 
     Raises:
-        ValueError: none of them.
+        ValueError: it is of no known format.
     """
     for format in FORMATS.values():
         if format.recognizes(theirs):

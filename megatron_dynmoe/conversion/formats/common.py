@@ -1,4 +1,4 @@
-"""What layouts of Transformers' family share: keys of weights, and words of ``config.json``."""
+"""What the layouts of Transformers share: keys of weights, and words of ``config.json``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USUAL_NORMS = (
     row("model.layers.{layer}.input_layernorm.weight", "attention_norm"),
     row("model.layers.{layer}.post_attention_layernorm.weight", "mlp_norm"),
 )
-# What changes the function of a model in a way that training has not.
+# Settings that change what a model computes in a way that training does not have.
 _NEEDED_OF_FOLDERS = (
     Needed("sliding_window", None, "sliding-window attention"),
     Needed("quantization_config", None, "quantized weights"),
@@ -46,7 +46,7 @@ USUAL_WORDS = {
 
 
 def usual_words(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What ``config.json`` holds under the usual names."""
+    """The part of ``config.json`` under the usual names."""
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -74,7 +74,7 @@ def usual_config(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
         rms_norm_eps: the default of the format's own code.
 
     Raises:
-        ValueError: a setting is missing, or training has nothing like it.
+        ValueError: a setting is missing, or training does not have it.
     """
     for name, needed, otherwise, _ in _NEEDED_OF_FOLDERS:
         if theirs.get(name) not in (None, needed):
@@ -112,10 +112,10 @@ def usual_config(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
 
 
 def required(theirs: dict[str, Any], name: str) -> Any:
-    """A word that ``config.json`` must have.
+    """The value of a word that ``config.json`` must have.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it is missing.
     """
     if theirs.get(name) is None:
         raise ValueError(f"there is no {name}")

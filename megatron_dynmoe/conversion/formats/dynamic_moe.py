@@ -38,7 +38,7 @@ ROWS = (
     row(MLP + "experts.{expert}.up_proj.weight", "expert_up"),
     row(MLP + "experts.{expert}.down_proj.weight", "expert_down"),
 )
-# The code of that layout has as many keys as heads, and its own rotary positions.
+# The code of that layout has as many key-value heads as heads, and rotary positions of its own.
 _WORDS = USUAL_WORDS | {
     *("num_experts", "expert_frequency", "top_p_threshold", "measured_experts_per_token"),
 }
@@ -97,7 +97,7 @@ FORMAT = Format(
     write=_write,
     read=_read,
     words=lambda: _WORDS,
-    # What the layout has no word for; its own code assumes these values.
+    # Settings for which the layout has no word; its own code assumes these values.
     needed=(
         Needed("routing", "top_p", "another routing than top-p with a fixed threshold"),
         Needed("normalization", "none", "routing normalization with a theta"),

@@ -1,4 +1,4 @@
-"""Our own format, which expresses every model that is converted."""
+"""Our own format, which can express every model that is converted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FORMAT = Format(
     read=check_config,
     words=_words,
     keeps_other_words=True,
-    # Where these files live in the package. In a folder they lie side by side.
+    # The place of these files in the package. In an exported folder they lie side by side.
     shipped=(
         "huggingface/configuration_dynmoe.py",
         "huggingface/masking_dynmoe.py",

@@ -1,4 +1,4 @@
-"""The record of a format: everything in which one layout of Hugging Face folders differs."""
+"""The record of a format: everything that is special to one layout of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Format:
         summary: what it is, in a few words, for ``--help``.
         rows: which key holds which parameters; both directions read this one table.
         recognizes: whether a ``config.json`` is of this format.
-        write: from a config that the format can express, and the type of the weights, to what
-            ``config.json`` holds.
-        read: from a ``config.json`` whose values have the right kinds to the config.
-        words: the words of ``config.json`` that ``read`` looks at. Every other one that says
-            something is named as lost.
+        write: makes the content of ``config.json`` from a config that the format can express, and
+            the dtype of the weights.
+        read: makes the config from a ``config.json`` whose values have the right kinds.
+        words: the words of ``config.json`` that ``read`` uses. If another word means something, a
+            message names it as lost.
         how_to_load: Markdown for the model card.
         column: the format's column in the table of docs/huggingface.md.
         needed: settings of which it can express one value.
@@ -76,7 +76,7 @@ class Format:
     shipped: tuple[str, ...] = ()
 
     def to_format(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """What ``config.json`` holds.
+        """The content of ``config.json``.
 
         Raises:
             ValueError: the format cannot express a setting; the message names it.
@@ -85,10 +85,10 @@ class Format:
         return self.write(config, dtype)
 
     def from_format(self, theirs: dict[str, Any]) -> dict[str, Any]:
-        """The config, from what ``config.json`` holds.
+        """The config, from the content of ``config.json``.
 
         Raises:
-            ValueError: a setting is missing or of the wrong kind, or training has nothing like it.
+            ValueError: a setting is missing or of the wrong kind, or training does not have it.
         """
         check_kinds(theirs, self.counts, self.numbers)
         config = self.read(theirs)
@@ -120,11 +120,11 @@ class Format:
                 )
 
     def unread_words(self, theirs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-        """The words of a ``config.json`` that say something and have no place in other formats.
+        """The words of a ``config.json`` that mean something and have no place in other formats.
 
         Args:
-            config: what was read of it. A word that only repeats what the format's code assumes,
-                such as the published layout's rotary base, says nothing.
+            config: the config that was read from it. A word that only repeats what the format's
+                code assumes, such as the published layout's rotary base, means nothing.
         """
         found = words.unread(theirs, self.words())
         if self.keeps_other_words:
@@ -133,5 +133,5 @@ class Format:
         return {name: value for name, value in found.items() if assumed.get(name) != value}
 
     def lost_words(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """The words of a config that the format leaves out or gives another value."""
+        """The words of a config that the format leaves out, or to which it gives another value."""
         return words.changed(config, self.from_format(self.to_format(config, dtype)))

@@ -69,7 +69,7 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _balance_loss(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Its balance loss in our words: a mean over layers, of which ours is the sum; scale k both."""
+    """Mixtral's balance loss under our names: a mean over layers, ours a sum; both scale with k."""
     coefficient = theirs.get("router_aux_loss_coef", 0.001)  # Mixtral's own default
     if not coefficient:
         return {}

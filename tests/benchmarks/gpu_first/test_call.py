@@ -13,6 +13,8 @@ import pytest
 from benchmarks.gpu_first import processes, state
 from tests.benchmarks.gpu_first.driver import Driver
 
+pytestmark = pytest.mark.slow  # many processes, one after another
+
 # A stage of these tests: what it does, and where it writes.
 SCRIPT = """
 import ctypes, os, signal, subprocess, sys, time

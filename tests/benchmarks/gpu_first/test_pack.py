@@ -38,6 +38,7 @@ def make_pack(folder: Path, *packages: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pip_finds")
 def test_a_wheel_that_was_packed_is_there_for_the_stages(tmp_path):
     folder = tmp_path / "pack"
