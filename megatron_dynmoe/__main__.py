@@ -21,7 +21,10 @@ COMMANDS = {
     "preprocess": ("cli.preprocess", "encode text to Megatron's token files"),
     "recipe": ("cli.recipe", "list recipes, or print or write one and the launch scripts"),
     "plan": ("cli.plan", "parameters, memory, steps and hours of a run, before it has a GPU"),
-    "doctor": ("doctor.__main__", "look at this machine, its software and the data"),
+    "doctor": (
+        "doctor.__main__",
+        "look at machine, software and data, or into a checkpoint",
+    ),
     "train": ("pretrain", "train; under torchrun: torchrun ... -m megatron_dynmoe train"),
     "report": ("cli.report", "write summary.json and curves.png of a run"),
     "plot": ("cli.plot", "draw several runs in one picture"),

@@ -73,13 +73,16 @@ class PIController:
         """
         error = ((target - measured) / self.num_experts).to(integral.dtype)
         next_integral = (integral + error).clamp(*self.integral_bounds)
-        next_threshold = (
-            self.initial_threshold
-            + self.proportional_gain * error
-            + self.integral_gain * next_integral
-        ).clamp(self.min_threshold, self.max_threshold)
+        next_threshold = self.threshold_at(error, next_integral)
         finite = error.isfinite()
         return (
             torch.where(finite, next_threshold, threshold),
             torch.where(finite, next_integral, integral),
         )
+
+    def threshold_at(self, error: Tensor, integral: Tensor) -> Tensor:
+        """The threshold for the last error and the sum that includes it, [S] float32."""
+        unbounded = (
+            self.initial_threshold + self.proportional_gain * error + self.integral_gain * integral
+        )
+        return unbounded.clamp(self.min_threshold, self.max_threshold)

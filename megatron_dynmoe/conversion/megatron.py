@@ -13,9 +13,9 @@ import re
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
@@ -42,6 +42,21 @@ _NOT_THE_MODEL = re.compile(
 )
 
 
+class StoredPart(NamedTuple):
+    """A part of an entry as one rank has written it.
+
+    Attributes:
+        key: of the entry.
+        file: the name of the file that holds the part.
+        offsets, sizes: where in the entry it lies, and its shape.
+    """
+
+    key: str
+    file: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
 class MegatronCheckpoint:
     """One checkpoint, of any layout, opened for reading.
 
@@ -49,6 +64,7 @@ class MegatronCheckpoint:
         folder: ``.../iter_0000100`` or ``.../release``.
         iteration: the number of finished steps; 0 for a converted one.
         args: Megatron's arguments of the run that saved it.
+        common: what it holds besides tensors, the arguments among it.
     """
 
     def __init__(self, load: Path, iteration: int | None = None) -> None:
@@ -76,9 +92,9 @@ class MegatronCheckpoint:
         self._reader = FileSystemReader(self.folder)
         self._checked: set[tuple[str, int]] = set()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        common = self._common()
-        self.iteration: int = common.get("iteration", 0)
-        self.args: Namespace = common["args"]
+        self.common = self._common()
+        self.iteration: int = self.common.get("iteration", 0)
+        self.args: Namespace = self.common["args"]
 
     @property
     def num_layers(self) -> int:
@@ -131,9 +147,12 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if not _tile(items, torch.Size(sizes).numel()):
             raise ValueError(f"{self.folder}: the stored parts of {key} do not cover {index}")
+        return self._read_items(key, items, sizes).reshape(sizes[len(index) :])
+
+    def _read_items(self, key: str, items: list[ReadItem], sizes: tuple[int, ...]) -> Tensor:
         for item in items:
             self._check_sum(key, self._storage[item.storage_index])
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        target = torch.empty(sizes, dtype=self.dtype(key))
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))  # type: ignore[arg-type]
         except Exception as error:
@@ -141,7 +160,31 @@ class MegatronCheckpoint:
             raise ValueError(
                 f"{self.folder / files[0]}: {key} cannot be read ({error}); the file is damaged"
             ) from error
-        return target.reshape(sizes[len(index) :])
+        return target
+
+    def parts(self) -> Iterator[StoredPart]:
+        """Every stored part of every tensor, in the order of the files."""
+        stored = (
+            (info.relative_path, info.offset, key, chunk)
+            for key, entry in self._entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks
+            if (info := self._storage.get(MetadataIndex(key, chunk.offsets))) is not None
+        )
+        for file, _, key, chunk in sorted(stored, key=lambda place: place[:2]):
+            yield StoredPart(key, file, tuple(chunk.offsets), tuple(chunk.sizes))
+
+    def read_part(self, part: StoredPart) -> Tensor:
+        """One stored part, of its own shape.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        start, lengths = torch.Size(part.offsets), torch.Size(part.sizes)
+        self._check_length(part.key, start, lengths)
+        zeros, index = torch.Size([0] * len(lengths)), MetadataIndex(part.key, start)
+        item = ReadItem(LoadItemType.TENSOR, index, zeros, index, zeros, lengths)
+        return self._read_items(part.key, [item], part.sizes)
 
     def _check_sum(self, key: str, info: Any) -> None:
         """Compare a record with its CRC-32, which torch writes but does not check."""
@@ -199,28 +242,52 @@ class MegatronCheckpoint:
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             for chunk in entry.chunks:
-                info = self._storage.get(MetadataIndex(key, chunk.offsets))
-                size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-                if info is None or info.length < size:
-                    raise ValueError(
-                        f"{self.folder}/.metadata gives {key} a part of {size} bytes, of which "
-                        f"{0 if info is None else info.length} are stored: it is damaged"
-                    )
+                self._check_length(key, chunk.offsets, chunk.sizes)
+
+    def _check_length(self, key: str, offsets: torch.Size, sizes: torch.Size) -> None:
+        info = self._storage.get(MetadataIndex(key, offsets))
+        size = math.prod(sizes) * self.dtype(key).itemsize
+        if info is None or info.length < size:
+            raise ValueError(
+                f"{self.folder}/.metadata gives {key} a part of {size} bytes, of which "
+                f"{0 if info is None else info.length} are stored: it is damaged"
+            )
+
+    @property
+    def tensors(self) -> list[str]:
+        """The keys of all entries that are tensors."""
+        return [
+            key for key, entry in self._entries.items() if isinstance(entry, TensorStorageMetadata)
+        ]
+
+    @property
+    def objects(self) -> list[str]:
+        """The keys of all entries that are no tensors."""
+        return [
+            key
+            for key, entry in self._entries.items()
+            if not isinstance(entry, TensorStorageMetadata)
+        ]
+
+    def read_object(self, key: str) -> Any:
+        """An entry that is no tensor; None if there is no such entry.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        info = self._storage.get(MetadataIndex(key))
+        if info is None:
+            return None
+        path = self.folder / info.relative_path
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            loaded = load_objects(path, file.read(info.length))
+        return loaded[0] if isinstance(loaded, list) and loaded else loaded
 
     def _common(self) -> dict[str, Any]:
         """The objects that Megatron saves besides tensors; before 0.19 in a file of its own."""
         legacy = self.folder / "common.pt"
-        info = self._storage.get(MetadataIndex(COMMON_STATE))
-        if legacy.is_file():
-            common = load_objects(legacy, legacy.read_bytes())
-        elif info is not None:
-            path = self.folder / info.relative_path
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                loaded = load_objects(path, file.read(info.length))
-            common = loaded[0] if isinstance(loaded, list) else loaded
-        else:
-            common = None
+        common = load_objects(legacy) if legacy.is_file() else self.read_object(COMMON_STATE)
         if (
             not isinstance(common, dict)
             or not isinstance(common.get("args"), Namespace)

@@ -56,10 +56,21 @@ class FromMegatron:
 
     table = MEGATRON
 
-    def __init__(self, load: Path, iteration: int | None = None, progress: bool = False) -> None:
-        folder = checkpoint_folder(load, iteration)
-        with progress_bar("checking hashes", _size(folder), progress) as bar:
-            check_manifest(folder, bar.update)
+    def __init__(
+        self,
+        load: Path,
+        iteration: int | None = None,
+        progress: bool = False,
+        *,
+        is_checked: bool = False,
+    ) -> None:
+        """Open a checkpoint.
+
+        Args:
+            is_checked: whether the caller has compared its files with the manifest.
+        """
+        if not is_checked:
+            _check_hashes(checkpoint_folder(load, iteration), progress)
         self.checkpoint = MegatronCheckpoint(load, iteration)
         args = self.checkpoint.args
         key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)
@@ -152,10 +163,11 @@ class FromMegatron:
 class FromFolder:
     """A Hugging Face folder of any of the formats."""
 
-    def __init__(self, model: Path, progress: bool = False) -> None:
+    def __init__(self, model: Path, progress: bool = False, *, is_checked: bool = False) -> None:
+        """Open a folder; ``is_checked`` as above."""
         self.folder = ModelFolder(model)
-        with progress_bar("checking hashes", _size(model), progress) as bar:
-            check_manifest(model, bar.update)
+        if not is_checked:
+            _check_hashes(model, progress)
         theirs = self.folder.config
         self.format = format_in(model)
         self.table = self.format.rows
@@ -332,5 +344,7 @@ def _check_dtype(where: str, key: str, found: torch.dtype, expected: str) -> Non
         raise ValueError(f"{where}: {key} is of type {found}, the model's weights are {expected}")
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def _check_hashes(folder: Path, progress: bool) -> None:
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    with progress_bar("checking hashes", size, progress) as bar:
+        check_manifest(folder, bar.update)

@@ -28,10 +28,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             recipe_flags(args.recipe)
         except ValueError as error:
             parser.error(f"--recipe: {error}")
+    if args.checkpoint is not None and (others := _others(parser, args)):
+        parser.error(f"--checkpoint looks at nothing else: leave out {', '.join(others)}.")
     with ending_plainly(parser.prog, "not everything was looked at"):
-        checks = software.look(args.timeout)
-        checks += _machine_checks(args)
-        checks += _data_checks(args)
+        if args.checkpoint is not None:
+            checks = _checkpoint_checks(args)
+        else:
+            checks = software.look(args.timeout)
+            checks += _machine_checks(args)
+            checks += _data_checks(args)
         _report(checks, as_json=args.json)
     sys.exit(int(any(check.state == FAILED for check in checks)))
 
@@ -77,8 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=180, metavar="SECONDS", help="for imports and GPUs (180)"
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="look into this checkpoint or exported model only, for what no loading notices",
+    )
     parser.add_argument("--json", action="store_true", help="for scripts")
     return parser
+
+
+def _others(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The flags besides --checkpoint and --json that were given."""
+    return [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.dest not in ("help", "checkpoint", "json")
+        and getattr(args, action.dest) != action.default
+    ]
+
+
+def _checkpoint_checks(args: argparse.Namespace) -> list[Check]:
+    from megatron_dynmoe.doctor.checkpoint.look import look
+
+    return look(args.checkpoint, shows_progress=sys.stderr.isatty())
 
 
 def _machine_checks(args: argparse.Namespace) -> list[Check]:

@@ -30,6 +30,7 @@ def install() -> None:
     _name_data_indexes_by_content()
     _end_where_a_split_is_empty()
     _log_each_step_as_itself()
+    _begin_with_different_experts()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -294,3 +295,38 @@ def _log_each_step_as_itself() -> None:
         return log(*args, is_first_iteration=is_first_iteration and not ends_interval, **kwargs)
 
     training.training_log = log_interval
+
+
+def _begin_with_different_experts() -> None:
+    """``megatron/core/tensor_parallel/layers.py``: every expert-parallel rank has the same experts.
+
+    With ``--use-cpu-initialization``, which the CPU layer needs, weights are drawn from torch's own
+    generator. Its seed is that of the pipeline stage, so the first expert of each rank begins as
+    the first of all others. (On a GPU, experts have a generator of their own with a seed by rank.)
+    Here the experts of a rank are drawn by a seed that includes the rank. A run with one
+    expert-parallel rank draws as before.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import layers
+
+    def differing(init: Any) -> Any:
+        @functools.wraps(init)
+        def init_by_rank(self, *args, **kwargs):
+            num_ranks = parallel_state.get_expert_model_parallel_world_size()
+            by_rank = kwargs.get("is_expert") and kwargs["config"].use_cpu_initialization
+            if not by_rank or num_ranks == 1:
+                return init(self, *args, **kwargs)
+            generator = torch.default_generator
+            # All ranks draw this number, so they go on alike with what is not an expert.
+            seed = int(torch.randint(2**48, (), generator=generator))
+            state = generator.get_state()
+            generator.manual_seed(seed + parallel_state.get_expert_model_parallel_rank())
+            try:
+                return init(self, *args, **kwargs)
+            finally:
+                generator.set_state(state)
+
+        return init_by_rank
+
+    for cls in (layers.ColumnParallelLinear, layers.RowParallelLinear):
+        cls.__init__ = differing(cls.__init__)

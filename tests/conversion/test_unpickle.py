@@ -25,7 +25,7 @@ from megatron_dynmoe.cli.convert import main
 from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
 from megatron_dynmoe.storage import unpickle
 from megatron_dynmoe.storage.manifest import MANIFEST
-from megatron_dynmoe.storage.unpickle import Unknown, load_metadata, load_objects
+from megatron_dynmoe.storage.unpickle import StoredTensor, Unknown, load_metadata, load_objects
 from tests.conversion.checkpoints import DTOP_P, model_config, write_megatron
 
 
@@ -226,6 +226,63 @@ def test_tensors_are_read_as_weights_only(
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"{info.relative_path}: {key} cannot be read"):
         checkpoint.read(key)
+    assert not evidence.exists()
+
+
+@pytest.mark.parametrize("from_bytes", [False, True])
+def test_tensors_are_read_when_they_are_asked_for(tmp_path: Path, from_bytes: bool) -> None:
+    path, whole = tmp_path / "model.pt", torch.randn(6, 8)
+    tensors = {
+        "whole": whole,
+        "view": whole[2:4],
+        "transposed": whole[1:5].t(),
+        "scalar": torch.tensor(7.0),
+        "empty": torch.empty(0, 3),
+        "bf16": torch.randn(3, 2).bfloat16(),
+        "int": torch.arange(5),
+        "bool": torch.tensor([True, False]),
+    }
+    torch.save({"nested": [tensors]}, path)
+    loaded = load_objects(path, path.read_bytes() if from_bytes else None)["nested"][0]
+    for name, expected in tensors.items():
+        stored = loaded[name]
+        assert isinstance(stored, StoredTensor) and stored.shape == expected.shape
+        assert stored.dtype == expected.dtype and stored.numel == expected.numel()
+        assert torch.equal(stored.read(), expected), name
+
+
+def archive_again(path: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> None:
+    """The same members, ``change(data)`` in place of the numbers of the first tensor."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(content) if name.endswith("/data/0") else content)
+
+
+def test_tensors_that_no_training_saves_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    for tensor in (torch.ones(1).expand(10**12), torch.ones(100)[::50]):
+        torch.save(tensor, path)
+        with pytest.raises(ValueError, match="has strides"):
+            load_objects(path).read()
+    torch.save(torch.ones(100), path)
+    archive_again(path, lambda content: content[:-4])
+    with pytest.raises(ValueError, match="declared larger than what is stored"):
+        load_objects(path).read()
+    torch.save(torch.ones(100), path)
+    archive_again(path, bytes, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="is compressed"):
+        load_objects(path).read()
+
+
+def test_a_tensor_made_of_something_else_is_inert(tmp_path: Path) -> None:
+    path, evidence = tmp_path / "model.pt", tmp_path / "evidence"
+    rebuild = torch._utils._rebuild_tensor_v2
+    for first in (Reduced(os.mkdir, str(evidence)), "storage", None):
+        torch.save([Reduced(rebuild, first, 0, (1,), (1,), False, None)], path)
+        (loaded,) = load_objects(path)
+        assert isinstance(loaded, Unknown) and not isinstance(loaded, StoredTensor)
     assert not evidence.exists()
 
 

@@ -388,6 +388,23 @@ WATCHING = [
         "if False:",
         ("tests/faults/test_checkpoint_files.py::test_every_flipped_bit_is_found",),
     ),
+    Mutation(
+        "ranks_begin_with_the_same_experts",
+        "the experts of all expert-parallel ranks begin with the same weights",
+        "upstream/patches.py",
+        "seed + parallel_state.get_expert_model_parallel_rank()",
+        "seed",
+        ("tests/distributed/test_doctor.py::test_models_that_were_just_made_are_clean[0-pp2ep2]",),
+        ("fresh_pp2ep2",),
+    ),
+    Mutation(
+        "two_copies_of_an_expert_are_none",
+        "the doctor calls experts copies only if there are three of one kind",
+        "doctor/checkpoint/copies.py",
+        "if len(group) > 1)",
+        "if len(group) > 2)",
+        ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
+    ),
 ]
 
 MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *WATCHING]
