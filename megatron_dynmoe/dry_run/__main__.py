@@ -21,6 +21,7 @@ def main() -> None:
     request, file = Request.from_json(sys.stdin.read()), Path(sys.argv[1])
     with ending_plainly("dynmoe plan", "nothing was counted"):
         shim.load()
+        from megatron_dynmoe.dry_run.places import Places
         from megatron_dynmoe.dry_run.rehearse import rehearse
         from megatron_dynmoe.dry_run.summary import summarize
 
@@ -30,7 +31,8 @@ def main() -> None:
             raise
         except Exception as error:
             traceback.print_exc()
-            raise ValueError(f"the training fails with {type(error).__name__}: {error}") from None
+            at, kind = Places().of_error(error), type(error).__name__
+            raise ValueError(f"the training fails at {at} with {kind}: {error}") from None
         file.write_text(summarize(recorder, micro_batches).to_json())
 
 

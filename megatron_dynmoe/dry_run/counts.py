@@ -51,17 +51,12 @@ class Counts:
         to_ranks = np.empty(ranks, dtype=np.int64)
         to_ranks[dispatcher.ep_group.rank()] = here
         others = np.arange(ranks) != dispatcher.ep_group.rank()
-        to_ranks[others] = _split(sent - here, ranks - 1)
+        to_ranks[others] = known.split(sent - here, ranks - 1)
         from_ranks = np.full(ranks, here)
-        by_expert = np.stack([_split(here, local)] * (slices * ranks))
+        by_expert = np.stack([known.split(here, local)] * (slices * ranks))
         known.know(dispatcher.num_out_tokens, sent)
         known.know(dispatcher.input_splits, to_ranks)
         known.know(dispatcher.output_splits, from_ranks)
         known.know(dispatcher.output_splits_tp, np.full(slices, from_ranks.sum()))
         known.know(getattr(dispatcher, "num_global_tokens_per_local_expert", None), by_expert)
         known.know(per_expert, by_expert.sum(axis=0))
-
-
-def _split(total: int, parts: int) -> Any:
-    """Split a number into parts that differ by at most one."""
-    return total // max(parts, 1) + (np.arange(parts) < total % max(parts, 1))

@@ -59,10 +59,14 @@ def install(
     replace(torch.cuda, **machine | ours)
     replace(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state)
     replace(torch.cuda.nvtx, range_push=returns(None), range_pop=returns(None))
-    replace(torch.Tensor, record_stream=returns(None), cuda=_to_device)
+    replace(torch.Tensor, cuda=_to_device, pin_memory=_same, record_stream=returns(None))
     replace(fake_tensor, init_gpu_context=returns(None))
     replace(fake_tensor.FakeTensorMode, avoid_device_init=property(returns(True)))
     replace(torch.autograd.Variable, _execution_engine=_Engine())
+
+
+def _same(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+    return tensor
 
 
 def _to_device(

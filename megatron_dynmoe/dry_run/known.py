@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 LARGEST = 4096  # elements of a tensor whose values are remembered
 # More than any --clip-grad, so that a gradient's norm leads to clipping.
@@ -69,10 +71,16 @@ def number_in(tensor: Tensor) -> bool | int | float:
     return UNKNOWN_FLOAT if tensor.dtype.is_floating_point else 0
 
 
+def split(total: int, parts: int) -> Any:
+    """Split a number into whole parts that differ by at most one, [parts] int64."""
+    return total // max(parts, 1) + (np.arange(parts) < total % max(parts, 1))
+
+
 def follow(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Remember the values of an operation's result, if those of its input are known.
 
-    An operation in place changes its first argument, whose values are forgotten.
+    On the host any operation passes them on, on the device copies and views only. An operation in
+    place changes its first argument, whose values are forgotten.
     """
     if function._schema.is_mutable:
         for changed in args[0] if isinstance(args[0], list) else args[:1]:
@@ -95,3 +103,10 @@ def follow(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result:
             with _disable_current_modes():
                 copied = value if function is _aten._to_copy.default else function(value, *args[1:])
             know(result, copied)
+    elif not is_on_device(result):
+        values, structure = tree_flatten(args)
+        tensors = [each for each in values if isinstance(each, Tensor)]
+        if tensors and all(value_of(each) is not None for each in tensors):
+            real = [value_of(each) if isinstance(each, Tensor) else each for each in values]
+            with _disable_current_modes():
+                know(result, function(*tree_unflatten(real, structure), **kwargs))

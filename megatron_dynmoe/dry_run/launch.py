@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_dynmoe.dry_run import shim
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.result import Result
 from megatron_dynmoe.jobs.parse import read_args
@@ -30,6 +31,7 @@ COUNTS = ("mean", "first", "cap")
 # What the process needs, measured: 0.9 GB for the largest recipe, of which torch takes 0.6.
 NEEDED_BYTES = 1.2e9
 ERROR = "dynmoe plan: error: "
+_NO_MEMORY = ("MemoryError", "Cannot allocate memory", "failed to map segment", "bad_alloc")
 # Settings whose code takes no fake tensors, the values that do, and the remedy.
 _REFUSED = {
     "moe_token_dispatcher_type": (("allgather", "alltoall"), "use alltoall"),
@@ -161,6 +163,7 @@ def _check_machine() -> None:
         raise UsageError(
             "DYNMOE_DEVICE is 'cpu', and a dry run counts what a GPU would do: unset it."
         )
+    shim.find_compiler()
     free = psutil.virtual_memory().available
     if free < NEEDED_BYTES:
         raise OSError(
@@ -247,16 +250,21 @@ def _run(request: Request, kernels: str) -> Result:
         if child.returncode == 0 and file.is_file():
             return Result.from_json(file.read_text())
         lines = log.read_text(errors="replace").strip().splitlines()
+    raise _reason(child.returncode, lines)
+
+
+def _reason(returncode: int, lines: Sequence[str]) -> Exception:
+    """Say why the child ended without a result, from its exit code and the lines of its log."""
     said = next((line for line in reversed(lines) if line.startswith(ERROR)), None)
-    if said is not None:
-        kind = UsageError if child.returncode == 2 else ValueError
-        raise kind(said.removeprefix(ERROR))
-    if child.returncode == -signal.SIGKILL:
-        raise OSError(
-            "the process of the dry run was killed, most likely because memory ran out: it needs "
-            f"about {NEEDED_BYTES / 1e9:g} GB. End other programs, or run it on another machine."
+    if said is not None and not any(word in said for word in _NO_MEMORY):
+        kind = UsageError if returncode == 2 else ValueError
+        return kind(said.removeprefix(ERROR))
+    last = said or (lines[-1].strip() if lines else "nothing")
+    if returncode == -signal.SIGKILL or any(word in last for word in _NO_MEMORY):
+        return OSError(
+            f"the process of the dry run ran out of memory: it needs about {NEEDED_BYTES / 1e9:g} "
+            "GB. End other programs, raise the limit (ulimit -v), or run it on another machine."
         )
-    last = lines[-1].strip() if lines else "nothing"
-    raise OSError(
-        f"the process of the dry run ended with exit code {child.returncode} and said last: {last}"
+    return OSError(
+        f"the process of the dry run ended with exit code {returncode} and said last: {last}"
     )

@@ -50,7 +50,7 @@ class Place(NamedTuple):
     @property
     def file(self) -> str:
         """The file, without the line."""
-        return self.line.rpartition(":")[0]
+        return self.line.rpartition(":")[0] or self.line
 
 
 class Places:
@@ -111,6 +111,16 @@ class Places:
         if not layer:
             layer, part = forward.layer, forward.part
         return Place(line, caller or forward.caller, layer, part, derived=True)
+
+    def of_error(self, error: BaseException) -> str:
+        """Find the innermost line of Megatron or ours that leads to an error."""
+        line = "torch"
+        trace = error.__traceback__
+        while trace is not None:
+            name = self._name(trace.tb_frame.f_code)
+            line = line if name is None else f"{name}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return line
 
     def forget_nodes(self) -> None:
         """Forget the operations of a step that has ended."""

@@ -134,6 +134,8 @@ class Recorder(TorchDispatchMode):
             args = self._with_sizes(function, args, place)
         result = self._run(function, args, kwargs, inputs, place)
         known.follow(function, args, kwargs, result)
+        if function is _aten.sum.dim_IntList and args[0].dtype == torch.bool:
+            known.know(result, known.split(self._num_true(args[0]), result.numel()))
         results = _tensors(result)
         if not reads_device and not any(map(known.is_on_device, results)):
             for tensor in results:

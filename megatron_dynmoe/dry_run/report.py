@@ -132,7 +132,7 @@ def _course(sent: Sent) -> str:
 
 def _mistakes(result: Result) -> Iterator[str]:
     if result.mistakes:
-        yield "  MISTAKE: these tensors are made on the host in every step:"
+        yield "  MISTAKE: tensors made on the host, for no reason that is known, in a step:"
     for wrong in result.mistakes:
         yield f"  {wrong.per_step:8g}  {wrong.made} at {_place(wrong.line, wrong.caller)}"
 

@@ -44,14 +44,36 @@ def load() -> None:
     """
     global _num_devices
     assert "torch" not in sys.modules
-    if not _has_cuda_libraries():
+    compiler = find_compiler()
+    if compiler is None:
         return
     with tempfile.TemporaryDirectory(prefix="dynmoe-") as folder:
         library = Path(folder, "libcuda.so.1")  # the name under which torch looks for a driver
-        _compile(library)
+        _compile(compiler, library)
         # Global, so that its functions come before those of the same name in torch's libraries.
         loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     _num_devices = ctypes.c_byte.in_dll(loaded, "dynmoe_num_devices")
+
+
+def find_compiler() -> list[str] | None:
+    """Find the C compiler; None if this build of torch has no CUDA, and so needs no library.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = find_spec("torch")
+    folders = (found and found.submodule_search_locations) or ()
+    if not any(Path(folder, "lib", "libc10_cuda.so").exists() for folder in folders):
+        return None
+    asked_for = shlex.split(os.environ.get("CC", ""))
+    compiler = asked_for or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
+    if compiler and shutil.which(compiler[0]):
+        return compiler
+    what = f"CC is {asked_for[0]}, which is not found" if asked_for else "there is no C compiler"
+    raise OSError(
+        f"{what}, and a dry run compiles ten lines of C: install gcc or clang (apt install gcc, "
+        "dnf install gcc, module load gcc), or name one by CC=/path/to/cc."
+    )
 
 
 @contextmanager
@@ -67,23 +89,7 @@ def devices_counted() -> Iterator[None]:
         _num_devices.value = 0
 
 
-def _has_cuda_libraries() -> bool:
-    found = find_spec("torch")
-    folders = (found and found.submodule_search_locations) or ()
-    return any(Path(folder, "lib", "libc10_cuda.so").exists() for folder in folders)
-
-
-def _compile(library: Path) -> None:
-    asked_for = shlex.split(os.environ.get("CC", ""))
-    compiler = asked_for or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
-    if not compiler or not shutil.which(compiler[0]):
-        what = (
-            f"CC is {asked_for[0]}, which is not found" if asked_for else "there is no C compiler"
-        )
-        raise OSError(
-            f"{what}, and a dry run compiles ten lines of C: install gcc or clang (apt install "
-            "gcc, dnf install gcc, module load gcc), or name one by CC=/path/to/cc."
-        )
+def _compile(compiler: list[str], library: Path) -> None:
     command = [*compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
     done = subprocess.run(
         [*command, "-o", str(library)], input=SOURCE, text=True, capture_output=True, check=False

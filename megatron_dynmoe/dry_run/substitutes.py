@@ -63,13 +63,14 @@ class _Compile:
 
 
 def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """``torch.tensor``, which reads tensors in a list one by one."""
+    """``torch.tensor``, which reads tensors in a list one by one, and pins memory by a driver."""
 
     def read(part: Any) -> Any:
         if isinstance(part, list | tuple):
             return [read(each) for each in part]
         return part.item() if isinstance(part, Tensor) else part
 
+    kwargs.pop("pin_memory", None)
     return original(read(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
 
 

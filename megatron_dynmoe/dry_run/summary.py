@@ -23,16 +23,17 @@ from megatron_dynmoe.dry_run.result import (
 from megatron_dynmoe.dry_run.schedule import BETWEEN, MicroBatches
 
 NUM_HOLDERS = 10
-# Files that make tensors on the host in every step, and what these are.
+# Files that make tensors on the host in every step, by which operations, and what these are.
 ON_THE_HOST = {
-    "megatron/core/optimizer/clip_grads.py": "the gradient's norm",
-    "megatron/core/optimizer/optimizer.py": "the number of the step",
-    "megatron/core/rerun_state_machine.py": "the batch, or a number for other ranks",
-    "megatron/core/transformer/moe/moe_utils.py": "counts of rows",
-    "megatron/core/transformer/moe/token_dispatcher.py": "counts of rows",
-    "megatron/core/utils.py": "the gradient's norm",
-    "megatron/training/utils/common_utils.py": "a number for other ranks",
-    "megatron_dynmoe/training/signals.py": "a number for other ranks",
+    "megatron/core/optimizer/clip_grads.py": ("", "the gradient's norm"),
+    "megatron/core/optimizer/optimizer.py": ("", "the number of the step"),
+    "megatron/core/rerun_state_machine.py": ("", "the batch, or a number for other ranks"),
+    "megatron/core/transformer/moe/moe_utils.py": ("", "counts of rows"),
+    "megatron/core/transformer/moe/token_dispatcher.py": ("", "counts of rows"),
+    "megatron/core/utils.py": ("", "the gradient's norm"),
+    "megatron/training/utils/common_utils.py": ("", "a number for other ranks"),
+    "megatron_dynmoe/moe/experts.py": ("eq", "which experts have no rows"),
+    "megatron_dynmoe/training/signals.py": ("lift_fresh", "a number for other ranks"),
 }
 SINGLE_NUMBER = "a single number"
 _PER = ("layer and micro-batch", "micro-batch", "step")
@@ -219,4 +220,7 @@ def _kind(collective: Collective) -> Collective:
 
 
 def _why_on_host(file: str, made: str) -> str:
-    return SINGLE_NUMBER if made.endswith("[]") else ON_THE_HOST.get(file, "")
+    if made.endswith("[]"):
+        return SINGLE_NUMBER
+    operation, why = ON_THE_HOST.get(file, ("", ""))
+    return why if made.startswith(operation) else ""

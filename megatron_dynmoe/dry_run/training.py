@@ -32,6 +32,7 @@ from megatron_dynmoe.training import loop
 from megatron_dynmoe.training.forward import forward_step
 
 NO_CHECKS = "no-check-for-nan-in-loss-and-grad"
+_WITHOUT_A_GPU = ("torch_native", "local")
 
 
 def train(recorder: Recorder, request: Request) -> MicroBatches:
@@ -48,6 +49,12 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
         model_config = gpt_config_from_args(args)
         with naming_flags(args):
             settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
+        if settled.backend.backend not in _WITHOUT_A_GPU:
+            raise ValueError(
+                f"the training would take the back end {settled.backend.backend} "
+                f"({settled.backend.why}), whose code cannot run without a GPU: give "
+                "--moe-dynamic-backend torch_native."
+            )
         loop.put_in_our_layers(args, model_config, settled)
     # Megatron turns it off for a fake process group, but it is a part of every step.
     args.check_for_nan_in_loss_and_grad = NO_CHECKS not in values_of(request.words)

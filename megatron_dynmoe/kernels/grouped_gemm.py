@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megatron_dynmoe.kernels.operators import operator
 
 TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 32
 
@@ -29,10 +32,23 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor
     Returns:
         [R, O], contiguous. Rows after those of the last expert are not written.
     """
-    num_experts, inner, columns = weight_EIO.shape
-    output_RO = rows_RI.new_empty(len(rows_RI), columns)
+    output_RO = rows_RI.new_empty(len(rows_RI), weight_EIO.shape[2])
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     tile_ends_E = ((counts_E + TILE_ROWS - 1) // TILE_ROWS).cumsum(0).int()
+    multiply_each_row(rows_RI, weight_EIO, output_RO, ends_E, tile_ends_E)
+    return output_RO
+
+
+@operator("output_RO")
+def multiply_each_row(
+    rows_RI: Tensor, weight_EIO: Tensor, output_RO: Tensor, ends_E: Tensor, tile_ends_E: Tensor
+) -> None:
+    """Launch the kernel of :func:`multiply_rows`.
+
+    Args:
+        tile_ends_E: [E] int32, the index after each expert's last tile.
+    """
+    num_experts, inner, columns = weight_EIO.shape
     grid = (
         triton.cdiv(len(rows_RI), TILE_ROWS) + num_experts,
         triton.cdiv(columns, TILE_COLUMNS),
@@ -43,7 +59,6 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor
         WIDTH=triton.next_power_of_2(num_experts), **_dot_of(rows_RI),
         TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, TILE_INNER=TILE_INNER, num_warps=8,
     )  # fmt: skip
-    return output_RO
 
 
 def multiply_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
@@ -57,15 +72,29 @@ def multiply_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tenso
     Returns:
         [E, O, I], zero for an expert without rows.
     """
+    output_EOI = left_RO.new_empty(len(ends_E), left_RO.shape[1], right_RI.shape[1])
+    multiply_all_rows(left_RO, right_RI, output_EOI, ends_E)
+    return output_EOI
+
+
+@operator("output_EOI")
+def multiply_all_rows(
+    left_RO: Tensor, right_RI: Tensor, output_EOI: Tensor, ends_E: Tensor
+) -> None:
+    """Launch the kernel of :func:`multiply_by_rows`."""
     height, width = left_RO.shape[1], right_RI.shape[1]
-    output_EOI = left_RO.new_empty(len(ends_E), height, width)
     grid = (len(ends_E), triton.cdiv(height, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS))
     _multiply_by_rows[grid](
         left_RO, right_RI, output_EOI, ends_E,
         height, width, *left_RO.stride(), *right_RI.stride(), **_dot_of(left_RO),
         TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, TILE_INNER=TILE_INNER, num_warps=8,
     )  # fmt: skip
-    return output_EOI
+
+
+@register_flop_formula([multiply_each_row, multiply_all_rows])
+def _flops(left_shape: Any, right_shape: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of [R, I] times [E, I, O], an expert a row, or of [R, O] times [R, I]."""
+    return 2 * left_shape[0] * left_shape[1] * right_shape[-1]
 
 
 def _dot_of(values: Tensor) -> dict[str, Any]:

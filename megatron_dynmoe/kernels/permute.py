@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dynmoe.kernels.operators import operator
+
 BLOCK = 1024  # of the hidden size
 
 
@@ -20,14 +22,19 @@ def sum_rows(rows_RD: Tensor, row_of_slot: Tensor, ends_T: Tensor) -> Tensor:
     Returns:
         [T, D], dtype of the rows; zero for a token without rows.
     """
-    rows_RD = rows_RD.contiguous()
     sums_TD = rows_RD.new_empty(len(ends_T), rows_RD.shape[1])
+    if sums_TD.numel():
+        add_rows(rows_RD.contiguous(), row_of_slot, ends_T, sums_TD)
+    return sums_TD
+
+
+@operator("sums_TD")
+def add_rows(rows_RD: Tensor, row_of_slot: Tensor, ends_T: Tensor, sums_TD: Tensor) -> None:
+    """Launch the kernel; arguments are those of :func:`sum_rows`, and its result."""
     width = rows_RD.shape[1]
     block = min(BLOCK, triton.next_power_of_2(width))
     grid = (len(ends_T), triton.cdiv(width, block))
-    if sums_TD.numel():
-        _sum_rows[grid](rows_RD, row_of_slot, ends_T, sums_TD, width, BLOCK=block)
-    return sums_TD
+    _sum_rows[grid](rows_RD, row_of_slot, ends_T, sums_TD, width, BLOCK=block)
 
 
 @triton.jit

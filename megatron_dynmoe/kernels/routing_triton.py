@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dynmoe.kernels.operators import operator
 from megatron_dynmoe.routing.normalize import EPSILON
 from megatron_dynmoe.routing.route import Routing, check_positions
 from megatron_dynmoe.routing.select import most_experts
@@ -74,23 +75,23 @@ class _RouteFused(torch.autograd.Function):
         valid_T: Tensor | None,
     ) -> tuple[Tensor, ...]:
         num_tokens, num_experts = logits_TE.shape
-        launch = _Launch(num_tokens, num_experts, num_sequences, theta, valid_T, renormalize)
+        grid, _ = _grid(logits_TE, num_sequences)
         device = logits_TE.device
         weights_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
         map_TE = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=device)
         experts_T = torch.empty(num_tokens, dtype=torch.int64, device=device)
-        partial = (launch.grid[0], num_sequences, num_experts)
+        partial = (grid[0], num_sequences, num_experts)
         prob_sums = torch.empty(partial, dtype=torch.float32, device=device)
         assignments = torch.empty(partial, dtype=torch.int32, device=device)
-        entropies = torch.empty(launch.grid, dtype=torch.float32, device=device)
-        not_finite = torch.empty(launch.grid, dtype=torch.int32, device=device)
-        _forward[launch.grid](
+        entropies = torch.empty(grid, dtype=torch.float32, device=device)
+        not_finite = torch.empty(grid, dtype=torch.int32, device=device)
+        route_forward(
             logits_TE, threshold, theta, valid_T,
             weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
-            most, **launch.settings, TOP=max(2, triton.next_power_of_2(most)),
+            most, num_sequences, renormalize,
         )  # fmt: skip
         ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
-        ctx.launch = launch
+        ctx.num_sequences, ctx.renormalize = num_sequences, renormalize
         ctx.mark_non_differentiable(map_TE, experts_T)
         assignments_BE = assignments.sum(dim=0)  # PyTorch sums int32 into int64
         counts = assignments_BE, not_finite.sum()
@@ -109,45 +110,84 @@ class _RouteFused(torch.autograd.Function):
         *_counts: Any,
     ) -> tuple[Tensor | None, ...]:
         logits_TE, map_TE, theta, valid_T = ctx.saved_tensors
-        launch = ctx.launch
         d_logits_TE = torch.empty_like(logits_TE)
-        d_thetas = torch.empty(launch.grid, dtype=torch.float32, device=logits_TE.device)
-        _backward[launch.grid](
+        grid, _ = _grid(logits_TE, ctx.num_sequences)
+        d_thetas = torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
+        route_backward(
             logits_TE, map_TE, theta, valid_T,
             d_weights_TE.contiguous(), d_sums_BE.contiguous(), d_entropy.contiguous(),
-            d_logits_TE, d_thetas, **launch.settings,
+            d_logits_TE, d_thetas, ctx.num_sequences, ctx.renormalize,
         )  # fmt: skip
         d_theta = None if theta is None else d_thetas.sum().to(theta.dtype).view_as(theta)
         return d_logits_TE, None, d_theta, None, None, None, None
 
 
-class _Launch:
-    """The grid and the settings that both kernels share."""
+def _grid(logits_TE: Tensor, num_sequences: int) -> tuple[tuple[int, int], int]:
+    """The programs of a sequence and the sequences, and how many tokens a program takes."""
+    num_tokens, num_experts = logits_TE.shape
+    num_positions = num_tokens // num_sequences
+    most = max(1, ELEMENTS_PER_PROGRAM // _width(num_experts))
+    block = min(most, triton.next_power_of_2(num_positions))
+    return (triton.cdiv(num_positions, block), num_sequences), block
 
-    def __init__(
-        self,
-        num_tokens: int,
-        num_experts: int,
-        num_sequences: int,
-        theta: Tensor | None,
-        valid_T: Tensor | None,
-        renormalize: bool,
-    ) -> None:
-        width = max(2, triton.next_power_of_2(num_experts))
-        num_positions = num_tokens // num_sequences
-        block = min(max(1, ELEMENTS_PER_PROGRAM // width), triton.next_power_of_2(num_positions))
-        self.grid = (triton.cdiv(num_positions, block), num_sequences)
-        self.settings = {
-            "num_positions": num_positions,
-            "num_sequences": num_sequences,
-            "num_experts": num_experts,
-            "epsilon": EPSILON,
-            "NORMALIZE": theta is not None,
-            "RENORMALIZE": renormalize,
-            "PADDED": valid_T is not None,
-            "BLOCK": block,
-            "WIDTH": width,
-        }
+
+def _width(num_experts: int) -> int:
+    return max(2, triton.next_power_of_2(num_experts))
+
+
+def _settings(
+    logits_TE: Tensor,
+    theta: Tensor | None,
+    valid_T: Tensor | None,
+    num_sequences: int,
+    renormalize: bool,
+) -> dict[str, Any]:
+    """The settings that both kernels share."""
+    num_tokens, num_experts = logits_TE.shape
+    return {
+        "num_positions": num_tokens // num_sequences,
+        "num_sequences": num_sequences,
+        "num_experts": num_experts,
+        "epsilon": EPSILON,
+        "NORMALIZE": theta is not None,
+        "RENORMALIZE": renormalize,
+        "PADDED": valid_T is not None,
+        "BLOCK": _grid(logits_TE, num_sequences)[1],
+        "WIDTH": _width(num_experts),
+    }
+
+
+@operator(
+    "weights_TE", "map_TE", "experts_T", "prob_sums", "entropies", "assignments", "not_finite"
+)
+def route_forward(
+    logits_TE: Tensor, threshold: Tensor, theta: Tensor | None, valid_T: Tensor | None,
+    weights_TE: Tensor, map_TE: Tensor, experts_T: Tensor,
+    prob_sums: Tensor, entropies: Tensor, assignments: Tensor, not_finite: Tensor,
+    most: int, num_sequences: int, renormalize: bool,
+) -> None:  # fmt: skip
+    """Launch the kernel of the forward pass; each of the last four tensors has a part a program."""
+    grid, _ = _grid(logits_TE, num_sequences)
+    _forward[grid](
+        logits_TE, threshold, theta, valid_T,
+        weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
+        most, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
+        TOP=max(2, triton.next_power_of_2(most)),
+    )  # fmt: skip
+
+
+@operator("d_logits_TE", "d_thetas")
+def route_backward(
+    logits_TE: Tensor, map_TE: Tensor, theta: Tensor | None, valid_T: Tensor | None,
+    d_weights_TE: Tensor, d_sums_BE: Tensor, d_entropy: Tensor,
+    d_logits_TE: Tensor, d_thetas: Tensor, num_sequences: int, renormalize: bool,
+) -> None:  # fmt: skip
+    """Launch the kernel of the backward pass; ``d_thetas`` has a part for each program."""
+    grid, _ = _grid(logits_TE, num_sequences)
+    _backward[grid](
+        logits_TE, map_TE, theta, valid_T, d_weights_TE, d_sums_BE, d_entropy,
+        d_logits_TE, d_thetas, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
+    )  # fmt: skip
 
 
 @triton.jit
