@@ -82,7 +82,7 @@ gpu-first: ## the first minutes on a GPU; OUTPUT=dir MINUTES=8; DEVICE=cpu rehea
 	  $(if $(ONLY),--only $(ONLY)) $(if $(STATE),--state "$(STATE)") $(if $(PACK),--pack "$(PACK)") \
 	  $(if $(RESUME),--resume-from "$(RESUME)") $(if $(ANY_CODE),--any-code)
 
-gpu-pack: ## what a GPU machine without a network lacks, to be brought there: build/gpu-pack
+gpu-pack: setup ## what a GPU machine without a network lacks, to be brought there: build/gpu-pack
 	@$(PYTHON_VENV) -m benchmarks.gpu_first.pack $(if $(PACKAGES),--packages $(PACKAGES))
 
 # They set DYNMOE_KERNELS themselves, both ways. What only compiles, or is for CPUs, needs no GPU.

@@ -10,6 +10,7 @@ predictions, which take minutes of a CPU. `make gpu-first` finds all of it in bu
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def pack(args: argparse.Namespace) -> None:
             predict(folder / "predictions.csv")
     tree, carried = size_of_tree(), sum(f.stat().st_size for f in args.output.iterdir())
     for path in sorted(args.output.iterdir()):
-        print(f"{path.stat().st_size / 1e6:7.2f} MB  {path}")
+        print(f"{path.stat().st_size / 1e6:7.2f} MB  {os.path.relpath(path)}")
     print(f"{tree / 1e6:7.2f} MB  the tree, without what git ignores")
     if tree + carried > MAX_CARRIED:
         raise ValueError(f"{(tree + carried) / 1e6:.0f} MB are more than {MAX_CARRIED / 1e6:.0f}")

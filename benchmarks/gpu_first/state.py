@@ -213,7 +213,9 @@ def code(parts: Sequence[str] = CODE) -> str:
 
 def commit(pack: Path) -> str:
     """The commit that is checked out, or that a pack was made of, where there is no history."""
-    named = os.environ.get("BENCHMARK_COMMIT") or fingerprint.commit()
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
+    named = fingerprint.commit() if shutil.which("git") else "unknown"
     if named == "unknown" and (pack / "commit").exists():
-        named = (pack / "commit").read_text().strip()
+        return (pack / "commit").read_text().strip()
     return named

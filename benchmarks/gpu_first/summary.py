@@ -38,7 +38,7 @@ def write(state: State, stages: Sequence[Stage], again: Again, running: str = ""
         _title(state, stages, running),
         _table(stages, records, rows, running),
         _layer_table(rows.get("layers", [])),
-        _training(stages, rows),
+        _training(stages, rows, rehearses=state.device == "rehearsal"),
         _failures(stages, records, rows),
     ]
     left = state.pending(stages)
@@ -128,8 +128,12 @@ def _select(rows: list[Row]) -> str:
 
 
 def _layers(rows: list[Row]) -> str:
-    ratios = [_ratio(row) for row in rows if row["provider"] == OURS and row.get("speed_ratio")]
-    return f"ours is {' and '.join(ratios)} times as fast as stock" if ratios else ""
+    ratios = [
+        f"{_ratio(row)} ({row['workload'].partition(':')[0]})"
+        for row in rows
+        if row["provider"] == OURS and row.get("speed_ratio")
+    ]
+    return f"ours is {', '.join(ratios)} times as fast as stock" if ratios else ""
 
 
 def _ratio(row: Row) -> str:
@@ -139,6 +143,10 @@ def _ratio(row: Row) -> str:
 def _train(rows: list[Row]) -> str:
     row = next(row for row in rows if row.get("median_s"))
     return f"{float(row['median_s']):.3g} s a step, {float(row['experts_per_token']):.2f} experts"
+
+
+def _memory(rows: list[Row]) -> str:
+    return f"{_range([float(row['predicted_gb']) for row in rows])} GB"
 
 
 def _tests(rows: list[Row]) -> str:
@@ -157,6 +165,7 @@ READERS: dict[str, Callable[[list[Row]], str]] = {
     "select": _select,
     "layers": _layers,
     "train": _train,
+    "memory": _memory,
     "tests": _tests,
 }
 
@@ -191,8 +200,11 @@ def _layer_table(rows: list[Row]) -> str:
 BASE = "train-top2"
 
 
-def _training(stages: Sequence[Stage], rows: dict[str, list[Row]]) -> str:
-    """The measured steps: their speed against top-2, their memory against the prediction."""
+def _training(stages: Sequence[Stage], rows: dict[str, list[Row]], rehearses: bool) -> str:
+    """The measured steps: their speed against top-2, their memory against the prediction.
+
+    A rehearsal measures what a process holds of the CPU's memory, which nothing predicts.
+    """
     steps = {
         stage.name: row
         for stage in stages
@@ -218,7 +230,9 @@ def _training(stages: Sequence[Stage], rows: dict[str, list[Row]]) -> str:
         )
         peak, expected = row.get("peak_memory_gb", ""), predicted.get(name, {})
         gigabytes = expected.get("predicted_gb", "")
-        ratio = f"{float(peak) / float(gigabytes):.3f}" if peak and gigabytes else ""
+        ratio = ""
+        if peak and gigabytes and not rehearses:
+            ratio = f"{float(peak) / float(gigabytes):.3f}"
         lines.append(
             f"| `{name}` | {row['median_s']} | {row['tokens_per_s']} | {row['of_ceiling']} | "
             f"{speed} | {peak} | {gigabytes} | {ratio} |"

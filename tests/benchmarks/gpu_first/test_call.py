@@ -201,6 +201,16 @@ def test_another_code_starts_afresh(tmp_path):
     assert not state.State.open(tmp_path, "abc", "code1", "rehearsal").records
 
 
+def test_a_tree_without_history_has_the_commit_of_its_pack(tmp_path, monkeypatch):
+    monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")  # as where git is not installed
+    assert state.commit(tmp_path) == "unknown"
+    (tmp_path / "commit").write_text("abc123+\n")
+    assert state.commit(tmp_path) == "abc123+"
+    monkeypatch.setenv("BENCHMARK_COMMIT", "def456")
+    assert state.commit(tmp_path) == "def456"
+
+
 def test_a_stage_whose_module_is_missing_is_named_and_the_others_run(driver):
     driver.plan("works", needs=["no_such_module"])
     code, said = driver.run()

@@ -34,7 +34,10 @@ def pip_finds(tmp_path, monkeypatch) -> Path:
 def make_pack(folder: Path, *packages: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_first.pack", "--output", str(folder)]
     return subprocess.run(
-        [*command, "--packages", *packages], cwd=ROOT, capture_output=True, text=True
+        [*command, "--no-predictions", "--packages", *packages],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
