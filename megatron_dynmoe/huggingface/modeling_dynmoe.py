@@ -86,16 +86,17 @@ class DynMoERouter(Gate):
 
     def choice(self) -> Choice:
         """See :class:`Choice`."""
-        config, threshold = self.config, None
-        most: int | None = config.num_experts_per_tok
-        if config.routing != "top_k":
+        config, given = self.config, vars(self.config)
+        if given["routing"] == "top_k":
+            threshold, most = None, config.num_experts_per_tok
+        else:
             threshold, most = config.threshold_and_cap(self.layer, self.training)
         return Choice(
             threshold,
             most,
-            normalized=config.normalization == "drn",
-            renormalize=config.weights == "renormalized",
-            dtype=getattr(torch, config.router_dtype),
+            normalized=given["normalization"] == "drn",
+            renormalize=given["weights"] == "renormalized",
+            dtype=getattr(torch, given["router_dtype"]),
         )
 
 
@@ -203,7 +204,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_BSD + self._dropout(mlp_BSD), logits_BSE, counts_BS, loss
 
     def _dropout(self, values: Tensor) -> Tensor:
-        return F.dropout(values, self.hidden_dropout, self.training)
+        return F.dropout(values, self.hidden_dropout) if self.training else values
 
 
 class DynMoEPreTrainedModel(PreTrainedModel):

@@ -8,8 +8,17 @@ import unittest
 from typing import ClassVar
 
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModel, DynMoEModelConfig
+
+
+# Some tests look a class's task up here, and not in what AutoModel.register fills.
+MODEL_MAPPING_NAMES["dynmoe"] = DynMoEModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dynmoe"] = DynMoEForCausalLM.__name__
 
 
 class DynMoEModelTester(CausalLMModelTester):
@@ -18,11 +27,10 @@ class DynMoEModelTester(CausalLMModelTester):
     causal_lm_class = DynMoEForCausalLM
 
     def __init__(self, parent: unittest.TestCase) -> None:
-        super().__init__(parent, hidden_act="silu", moe_intermediate_size=16)
-
-    def get_config(self) -> DynMoEModelConfig:
+        # With every module that the plans for parallelism name: a dense layer, norms, a shared expert
+        super().__init__(parent, hidden_act="silu", moe_intermediate_size=16, qk_norm=True)
+        self.mlp_layer_types = ["dense", *["sparse"] * (self.num_hidden_layers - 1)]
         self.num_experts_per_tok = None
-        return super().get_config()
 
 
 class DynMoEModelTest(CausalLMModelTest, unittest.TestCase):
