@@ -5,8 +5,8 @@ repository on the path: ``tests`` here is Transformers' package, not ours.
 """
 
 import unittest
-from typing import ClassVar
 
+import pytest
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,6 +15,15 @@ from transformers.models.auto.modeling_auto import (
 
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModel, DynMoEModelConfig
 
+
+# What cannot hold, and why. Each of them runs, and the suite fails if one of them passes.
+WEIGHTS_OF_SDPA = "asks SDPA for attention weights, which it does not have: refused, by name"
+CANNOT_HOLD = {
+    "test_capture_outputs_decorator": WEIGHTS_OF_SDPA,
+    "test_model_outputs_equivalence": WEIGHTS_OF_SDPA,
+    "test_moe_models_record_router_logits": "wants hooks, which lose the logits' gradients under "
+    "reentrant checkpointing: the model returns them itself",
+}
 
 # Some tests look a class's task up here, and not in what AutoModel.register fills.
 MODEL_MAPPING_NAMES["dynmoe"] = DynMoEModel.__name__
@@ -35,3 +44,8 @@ class DynMoEModelTester(CausalLMModelTester):
 
 class DynMoEModelTest(CausalLMModelTest, unittest.TestCase):
     model_tester_class = DynMoEModelTester
+
+
+for name, reason in CANNOT_HOLD.items():
+    test = pytest.mark.xfail(reason=reason, strict=True)(getattr(CausalLMModelTest, name))
+    setattr(DynMoEModelTest, name, test)
