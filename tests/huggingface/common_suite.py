@@ -15,7 +15,6 @@ from transformers.models.auto.modeling_auto import (
 
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModel, DynMoEModelConfig
 
-
 # What cannot hold, and why. Each of them runs, and the suite fails if one of them passes.
 WEIGHTS_OF_SDPA = "asks SDPA for attention weights, which it does not have: refused, by name"
 CANNOT_HOLD = {
@@ -36,7 +35,7 @@ class DynMoEModelTester(CausalLMModelTester):
     causal_lm_class = DynMoEForCausalLM
 
     def __init__(self, parent: unittest.TestCase) -> None:
-        # With every module that the plans for parallelism name: a dense layer, norms, a shared expert
+        # With all that the plans for parallelism name: a dense layer, norms, a shared expert
         super().__init__(parent, hidden_act="silu", moe_intermediate_size=16, qk_norm=True)
         self.mlp_layer_types = ["dense", *["sparse"] * (self.num_hidden_layers - 1)]
         self.num_experts_per_tok = None
