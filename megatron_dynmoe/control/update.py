@@ -187,7 +187,7 @@ def reduce_statistics(
 
 @torch.no_grad()
 def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
-    """Theta, knob and integral of each router, [R, 3] float32, in kernels for all routers at once."""
+    """Theta, knob and integral of each router, [R, 3] float32, in one go for all routers."""
     if not routers:
         return torch.empty(0, 3, device=device)
     knobs, integrals = (
