@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
@@ -220,7 +221,9 @@ def adapt_arguments(args: Any) -> None:
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
-        args.apply_rope_fusion = False
+        # Upstream takes these two ways to Transformer Engine only, our kernel or not.
+        needs_it = args.rotary_interleaved or args.multi_latent_attention
+        args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
 

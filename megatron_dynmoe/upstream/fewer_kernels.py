@@ -1,7 +1,7 @@
-"""Steps of Megatron's optimizer in few kernels, without Apex or Transformer Engine.
+"""What Megatron computes in few kernels only with Apex or Transformer Engine.
 
-Megatron then works through one parameter after another: several kernels each, and for the norm a
-wait of the host. The functions here take all parameters at once.
+Without these, its optimizer works through one parameter after another: several kernels each, and
+for the norm a wait of the host. The functions here take all parameters at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dynmoe.backends import cpu
@@ -81,3 +82,25 @@ def keep_fused(optimizer: torch.optim.Optimizer) -> None:
 def no_step(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
     """The number of steps of a parameter that has made none."""
     return torch.zeros((), device=param.device if optimizer.defaults["fused"] else "cpu")
+
+
+def use_rope_kernel() -> None:
+    """Let upstream rotate queries and keys by our kernel, if it has no kernel of its own.
+
+    Sequences that are packed without a batch dimension are rotated as before.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_dynmoe.kernels.rope import rotate
+
+    def rotate_packed(
+        values: Tensor, ends: Tensor, angles: Tensor, *, interleaved: bool, **_: int
+    ) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        return rope_utils._apply_rotary_pos_emb_thd(
+            values, ends, angles, interleaved, cp_group=group
+        )
+
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotate
+        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_dynmoe import kernels
 from megatron_dynmoe.upstream import fewer_kernels, optimizer_state
 
 
@@ -75,8 +76,9 @@ def _step_with_few_kernels() -> None:
     """``megatron/core/optimizer/__init__.py`` and ``clip_grads.py`` need Apex or TE to be fast.
 
     Without these, AdamW is not fused, and the gradient's norm and clipping take one parameter after
-    another; the host waits for each one's norm. Upstream's functions still run where it has Apex or
-    Transformer Engine. See :mod:`megatron_dynmoe.upstream.fewer_kernels`.
+    another; the host waits for each one's norm. ``rope_utils.py`` takes twelve kernels to rotate
+    queries, and as many for keys. If upstream has Apex or Transformer Engine, their functions run.
+    See :mod:`megatron_dynmoe.upstream.fewer_kernels`.
     """
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads
@@ -88,6 +90,8 @@ def _step_with_few_kernels() -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:
         build = "_get_megatron_optimizer_based_on_param_groups"
         setattr(optimizer, build, fewer_kernels.fused(getattr(optimizer, build)))
+    if kernels.available(torch.device("cuda")):
+        fewer_kernels.use_rope_kernel()
 
 
 def _resume_the_distributed_optimizer() -> None:
