@@ -45,10 +45,10 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
         ValueError: a setting makes no sense, or a dry run cannot take it.
     """
     with loop.refusing_in_flags():
-        args, resolved = loop.parse_command_line()
+        args, resolved, chosen = loop.parse_command_line()
         model_config = gpt_config_from_args(args)
         with naming_flags(args):
-            settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
+            settled = settle_run(resolved, model_config.transformer, chosen)
         if settled.backend.backend not in _WITHOUT_A_GPU:
             raise ValueError(
                 f"the training would take the back end {settled.backend.backend} "
