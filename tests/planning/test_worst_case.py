@@ -70,12 +70,12 @@ def test_a_layer_stays_within_its_bound(
 
 
 def layer_bound(sizes: ExpertSizes, tokens: int, num_experts: int, cap: int | None) -> float:
-    """The most bytes of one layer in a step, from the parts that the planner sums up for a model."""
+    """The most bytes of one layer in a step, from the parts that the planner adds up."""
     rows = worst_case_rows(tokens, num_experts, 1, 1, cap)
     # The tokens, the sums of their rows, and the gradients of both.
     around = 4 * tokens * sizes.hidden * sizes.num_bytes
     of_rows = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, rows, is_spread=False)
-    # Sorted probabilities, and order, units and sums in int64. They are freed before there are rows.
+    # Sorted probabilities; order, units and sums in int64. They are freed before there are rows.
     selecting = tokens * num_experts * (4 + 4 * 8)
     small = 1 << 16  # counts, splits, and other things that do not grow with rows
     return around + tokens * num_experts * ROUTER_BYTES + max(of_rows, selecting) + small
