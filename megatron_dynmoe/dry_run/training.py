@@ -55,7 +55,7 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
                 f"({settled.backend.why}), whose code cannot run without a GPU: give "
                 "--moe-dynamic-backend torch_native."
             )
-        loop.put_in_our_layers(args, model_config, settled)
+        loop.use_our_layers(args, model_config, settled)
     # Megatron turns it off for a fake process group, but it is a part of every step.
     args.check_for_nan_in_loss_and_grad = NO_CHECKS not in values_of(request.words)
     micro_batches = _micro_batches(args, request.stage)

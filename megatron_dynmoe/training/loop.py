@@ -87,8 +87,8 @@ def train(program_start: float) -> None:
 def _build_and_train(
     args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
 ) -> None:
-    notices.say_what_to_know_first(args, settled)
-    if put_in_our_layers(args, model_config, settled) and args.rank == 0:
+    notices.print_notes(args, settled)
+    if use_our_layers(args, model_config, settled) and args.rank == 0:
         for line in describe(settled, model_config.transformer, args):
             print(line, flush=True)
     try:
@@ -106,13 +106,13 @@ def _build_and_train(
     except SystemExit as exit:
         if exit.code or not hasattr(args, "curr_iteration"):
             raise  # not every rank has agreed to stop, or no step has run yet
-        reason = notices.say_how_to_go_on(args, signals.that_stopped(), ends=False)
+        reason = notices.print_how_to_resume(args, signals.stop_signal(), ends=False)
         signals.exit_with_signal_code(reason)
     if not args.skip_train:
-        notices.say_how_to_go_on(args)
+        notices.print_how_to_resume(args)
 
 
-def put_in_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
+def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
@@ -147,7 +147,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
 
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
-        signals.settle(args)
+        signals.disable_without_training(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
         chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
         args.transformer_impl = chosen.implementation
