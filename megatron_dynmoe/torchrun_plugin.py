@@ -44,7 +44,7 @@ def rendezvous_handler() -> Callable[[Any], Any]:
 
 
 def fix_local_address(command: list[str]) -> None:
-    """Give the agent an address where it would tell its ranks a name that leads nowhere.
+    """Give the agent an address if the name that it would tell its ranks leads nowhere.
 
     On one machine that is the machine itself; of several ones nothing is guessed, but said.
     """
@@ -66,10 +66,10 @@ def fix_local_address(command: list[str]) -> None:
 
 
 def in_few_lines(show: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``excepthook`` that leaves the last word to the ranks where they have found it.
+    """Wrap an ``excepthook`` so that it adds nothing if a rank has already said what happened.
 
-    By a signal nothing has failed, and the first rank has said where the run is. A rank's error
-    without a stack, as of a refused command line, is one line here as well.
+    After a signal nothing has failed, and the first rank has said where the run is. An error of a
+    rank without a stack, such as a refused command line, is one line here as well.
     """
 
     def hook(kind: type[BaseException], error: Any, trace: TracebackType | None) -> None:
