@@ -63,4 +63,5 @@ def _settle_from_environment(transformer: TransformerConfig) -> Settled:
     impl: str | None = transformer.transformer_impl
     if impl == "transformer_engine" and not choice.has_transformer_engine():
         impl = None  # upstream's default, which cannot have been meant
-    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, impl)
+    chosen = choice.choose_backend(dynmoe.backend, impl)
+    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, chosen)

@@ -28,11 +28,11 @@ def install() -> None:
     _resume_under_another_layout()
     _guard_checkpoints()
     _handle_every_signal()
-    _tell_data_workers_whose_they_are()
+    _end_data_workers_with_their_rank()
     _name_data_indexes_by_content()
-    _end_where_a_split_is_empty()
+    _refuse_empty_splits()
     _log_each_step_as_itself()
-    _begin_with_different_experts()
+    _initialize_experts_differently()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -226,10 +226,11 @@ def _guard_checkpoints() -> None:
 
     guard = save.SaveGuard()
     dist_checkpointing.save = guard.with_manifest(dist_checkpointing.save)
-    serialization.save_config = guard.with_error_kept(serialization.save_config)
+    serialization.save_config = guard.keeping_raised_error(serialization.save_config)
     writer = FileSystemWriterAsync
-    writer.finish = guard.with_error_kept(writer.finish)
-    writer.write_preloaded_data = staticmethod(guard.with_error_named(writer.write_preloaded_data))
+    writer.finish = guard.keeping_raised_error(writer.finish)
+    write = guard.keeping_returned_error(writer.write_preloaded_data)
+    writer.write_preloaded_data = staticmethod(write)
     checkpointing.save_checkpoint = guard.with_folder(checkpointing.save_checkpoint)
     training.save_checkpoint = checkpointing.save_checkpoint
     checkpointing.maybe_msc = save.TrackerFileWriter(checkpointing.maybe_msc)
@@ -252,7 +253,7 @@ def _handle_every_signal() -> None:
     data_samplers.DistributedSignalHandler = StopSignals  # this one is for data workers
 
 
-def _tell_data_workers_whose_they_are() -> None:
+def _end_data_workers_with_their_rank() -> None:
     """``torch/utils/data/_utils/worker.py``: a worker ends when its parent process changes.
 
     The worker reads its parent for the first time some moments after it was started. If its rank
@@ -284,14 +285,14 @@ def _name_data_indexes_by_content() -> None:
     from megatron_dynmoe.training import index_cache
 
     method = "_build_document_sample_shuffle_indices"
-    build = index_cache.written_whole(getattr(GPTDataset, method), index_cache.folder_of_gpt)
+    build = index_cache.written_atomically(getattr(GPTDataset, method), index_cache.folder_of_gpt)
     setattr(GPTDataset, method, index_cache.named_by_content(build))
-    BlendedDataset._build_indices = index_cache.written_whole(
+    BlendedDataset._build_indices = index_cache.written_atomically(
         BlendedDataset._build_indices, lambda dataset: dataset.config.path_to_cache
     )
 
 
-def _end_where_a_split_is_empty() -> None:
+def _refuse_empty_splits() -> None:
     """``megatron/core/datasets/gpt_dataset.py`` adds epochs until there are enough tokens.
 
     If an epoch has no tokens, it never stops. This happens, for example, if there are few documents
@@ -302,7 +303,7 @@ def _end_where_a_split_is_empty() -> None:
 
     from megatron_dynmoe.training import splits
 
-    GPTDataset._get_num_epochs = splits.refusing_no_token(GPTDataset._get_num_epochs)
+    GPTDataset._get_num_epochs = splits.refusing_empty_epochs(GPTDataset._get_num_epochs)
 
 
 def _log_each_step_as_itself() -> None:
@@ -325,7 +326,7 @@ def _log_each_step_as_itself() -> None:
     training.training_log = log_interval
 
 
-def _begin_with_different_experts() -> None:
+def _initialize_experts_differently() -> None:
     """``megatron/core/tensor_parallel/layers.py``: every expert-parallel rank has the same experts.
 
     With ``--use-cpu-initialization``, which the CPU layer needs, weights are drawn from torch's own

@@ -13,6 +13,7 @@ from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
 from megatron_dynmoe.moe.rules import RULES, Rule, TopP
 from megatron_dynmoe.routing.route import Routing, route
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.refusals import SettingError
 from megatron_dynmoe.settings.routings import DYNAMIC
 from tests.moe import one_rank
 
@@ -44,6 +45,20 @@ def world():
 
 def test_every_dynamic_routing_has_a_rule():
     assert set(RULES) == set(DYNAMIC)
+
+
+def test_a_rule_refuses_what_it_cannot_do_before_anything_is_built(monkeypatch):
+    class EvenCaps(TopP):
+        def __init__(self, dynmoe: DynMoEConfig, first: float | None) -> None:
+            super().__init__(dynmoe, first)
+            cap = dynmoe.max_experts_per_token
+            if cap is not None and cap % 2:
+                raise SettingError("max_experts_per_token", cap, " and odd", "use an even number")
+
+    monkeypatch.setitem(RULES, "top_p", EvenCaps)
+    with pytest.raises(SettingError, match="max_experts_per_token is 3 and odd: use an even"):
+        one_rank.moe_layer(DynMoEConfig(routing="top_p", max_experts_per_token=3), num_experts=E)
+    one_rank.moe_layer(DynMoEConfig(routing="top_p", max_experts_per_token=4), num_experts=E)
 
 
 def test_a_falling_count_has_the_same_response_turned_round(monkeypatch):
