@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_dynmoe.backends import cpu
+from megatron_dynmoe.backends import cpu, transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 
@@ -55,7 +55,8 @@ def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str
         The back end, and the reason for it.
 
     Raises:
-        ValueError: the two contradict each other, or Transformer Engine is not installed.
+        ValueError: the two contradict each other, or Transformer Engine is not installed or too
+            old.
     """
     if backend != "auto":
         implied = implementation(backend)
@@ -69,6 +70,8 @@ def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str
                 "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
                 "GPU: use auto or torch_native, or install the extra 'te' on a machine with one."
             )
+        if backend == "transformer_engine":
+            transformer_engine.check_version()
         return backend, "asked for"
     if transformer_impl == "inference_optimized":
         return transformer_impl, "--transformer-impl"
@@ -76,6 +79,8 @@ def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str
         return "torch_native", "no Transformer Engine"
     if transformer_impl == "local":
         return "torch_native", "--transformer-impl local"
+    if old := transformer_engine.version_without_grouped_experts():
+        return "torch_native", f"Transformer Engine {old} cannot group experts"
     return "transformer_engine", "it is installed"
 
 
@@ -211,17 +216,17 @@ def check_norms(backend: str, settings: Any) -> None:
         )
 
 
-def adapt_arguments(args: Any) -> None:
+def adapt_arguments(args: Any, backend: str) -> None:
     """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
 
-    The data loader also stops making an attention mask if that mask would be the causal one. The
-    attention applies the causal mask by itself.
+    Under torch_native the data loader also stops making an attention mask if that mask would be the
+    causal one. The attention applies the causal mask by itself.
     """
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
         args.apply_rope_fusion = False
-    if not args.reset_attention_mask:
+    if backend == "torch_native" and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
 
 
@@ -265,6 +270,8 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
 
 def describe(plan: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
+    if plan.backend == "transformer_engine" and config.moe_grouped_gemm:
+        return f"> back end: {plan.backend} ({plan.why}) | experts: its grouped GEMMs"
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
     gemm = gemm_of(config)

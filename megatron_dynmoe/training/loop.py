@@ -19,7 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -151,9 +151,10 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         dynmoe = settle_balance_loss(args, config_from_args(args))
         backend, _ = choice.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
         args.transformer_impl = choice.implementation(backend)
-        if backend == "torch_native":
-            choice.adapt_arguments(args)
+        choice.adapt_arguments(args, backend)
         choice.check_norms(backend, args)
+        if backend == "transformer_engine" and dynmoe.is_dynamic:
+            transformer_engine.check_mask(args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(

@@ -1,0 +1,174 @@
+"""Transformer Engine through Megatron's loop: trainings like those of torch_native, and checkpoints.
+
+Without a GPU its double runs (tests/doubles); ``make test-te`` asks the original. Whether it is
+installed is settled when Megatron is imported. So there are three sessions: one without it, which
+saves what all trainings begin with; one with it; and one without it that goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
+from tests.distributed.agreement import tensors as tensors_of
+from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+from tests.doubles.on_cpu import has_the_original, run_with_transformer_engine
+
+pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+
+CASES = "tests.distributed.conversion_cases"
+NATIVE, TE = "--moe-dynamic-backend torch_native", "--moe-dynamic-backend transformer_engine"
+ALLTOALL, ALLGATHER = (f"--moe-token-dispatcher-type {kind}" for kind in ("alltoall", "allgather"))
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+EP2, PP2 = "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+FUSED, GROUPED = "--moe-permute-fusion", "--moe-grouped-gemm"
+RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+# Tensor parallelism pads the vocabulary to a multiple of this times its ranks.
+MODEL = f"{TINY} --make-vocab-size-divisible-by 16"
+MODELS = {
+    "dtop_p": f"{MODEL} {DTOP_P}",
+    "shared": f"{MODEL} --moe-dynamic-routing top_p --moe-dynamic-threshold 0.3 --qk-layernorm "
+    "--group-query-attention --num-query-groups 2 --moe-shared-expert-intermediate-size 32",
+}
+UNCHANGED = "--lr 0 --min-lr 0 --weight-decay 0 --train-iters 1"
+HALF, STEPS = 2, 4
+
+BEFORE: list[Case] = []
+WITH_TE: list[Case] = []
+LONG: list[Case] = []
+AFTER: list[Case] = []
+
+
+def case(session: list[Case], name: str, num_ranks: int, flags: str, **fields: Any) -> Case:
+    session.append(Case(name, num_ranks, flags, **fields))
+    return session[-1]
+
+
+def loading(folder: str) -> str:
+    return f"--load {folder} --exit-on-missing-checkpoint"
+
+
+def fresh(folder: str) -> str:
+    return f"{loading(folder)} --finetune --no-load-optim --no-load-rng"
+
+
+# --- trainings from the same weights ---
+
+WEIGHTS = {
+    model: case(
+        BEFORE,
+        f"weights_{model}",
+        1,
+        f"{flags} {ALLTOALL} {NATIVE} --train-iters 1 --save {{dir}}/weights_{model} "
+        "--save-interval 1",
+    )
+    for model, flags in MODELS.items()
+}
+ON_NATIVE = {
+    model: case(
+        BEFORE,
+        f"native_{model}",
+        1,
+        f"{flags} {ALLTOALL} {NATIVE} {fresh('{dir}/weights_' + model)}",
+        hooks=GRADIENTS,
+        after=(WEIGHTS[model],),
+    )
+    for model, flags in MODELS.items()
+}
+
+
+def on_te(session: list[Case], model: str, num_ranks: int, *flags: str) -> Case:
+    name = "_".join((model, *(flag.split()[0].strip("-") for flag in flags if flag)))
+    flags = (MODELS[model], TE, *flags, fresh("{before}/weights_" + model))
+    return case(session, f"{len(session)}_{name}", num_ranks, " ".join(flags), hooks=GRADIENTS)
+
+
+TRAINED = [
+    on_te(WITH_TE, "dtop_p", 1, ALLTOALL),
+    on_te(WITH_TE, "dtop_p", 1, ALLTOALL, GROUPED),
+    on_te(WITH_TE, "dtop_p", 1, ALLTOALL, FUSED),
+    on_te(WITH_TE, "dtop_p", 2, ALLTOALL, EP2, FUSED),
+    on_te(WITH_TE, "dtop_p", 2, ALLGATHER, EP2),
+    on_te(WITH_TE, "dtop_p", 2, ALLTOALL, PP2),
+    on_te(WITH_TE, "shared", 1, ALLTOALL),
+    on_te(WITH_TE, "shared", 2, ALLTOALL, TP2, FUSED),
+    on_te(WITH_TE, "shared", 2, ALLTOALL, EP2),
+]
+UNGROUPED, GROUPED_BY_FLAG, *_ = TRAINED
+
+# --- checkpoints: two steps more from the half, under either back end ---
+
+LAYOUTS = {"one": (1, ""), "ep2": (2, f"{EP2} {RESHARDABLE}")}
+
+
+def whole(session: list[Case], backend: str, layout: str) -> Case:
+    num_ranks, flags = LAYOUTS[layout]
+    name = f"{backend.split('_')[-1]}_{layout}"
+    flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {flags} --train-iters {STEPS}"
+    return case(
+        session, name, num_ranks, f"{flags} --save {{dir}}/{name} --save-interval {HALF}"
+    )
+
+
+def goes_on(session: list[Case], backend: str, origin: Case, where: str, layout: str) -> Case:
+    num_ranks, flags = LAYOUTS[layout]
+    name = f"{backend.split('_')[-1]}_{layout}_from_{origin.name}"
+    flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {flags} --train-iters {STEPS}"
+    flags += f" {loading(f'{{{where}}}/{origin.name}')} --ckpt-step {HALF}"
+    return case(session, name, num_ranks, flags, after=(origin,) if where == "dir" else ())
+
+
+SAVED_BY_NATIVE = {layout: whole(BEFORE, NATIVE, layout) for layout in LAYOUTS}
+SAVED_BY_TE = {layout: whole(WITH_TE, TE, layout) for layout in LAYOUTS}
+EXCHANGED = {
+    f"{layout}, {way}": (origin[layout], goes_on(session, backend, origin[layout], where, layout))
+    for layout in LAYOUTS
+    for way, origin, session, backend, where in (
+        ("te to te", SAVED_BY_TE, WITH_TE, TE, "dir"),
+        ("native to te", SAVED_BY_NATIVE, WITH_TE, TE, "before"),
+        ("te to native", SAVED_BY_TE, AFTER, NATIVE, "te"),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CaseResult]:
+    return run_session(BEFORE, tmp_path_factory.mktemp("before_te"))
+
+
+@pytest.fixture(scope="module")
+def with_te(before: dict[str, CaseResult], tmp_path_factory) -> dict[str, CaseResult]:
+    cases = placed(WITH_TE, before=before)
+    return run_with_transformer_engine(cases, tmp_path_factory.mktemp("with_te"))
+
+
+@pytest.fixture(scope="module")
+def after(with_te: dict[str, CaseResult], tmp_path_factory) -> dict[str, CaseResult]:
+    return run_session(placed(AFTER, te=with_te), tmp_path_factory.mktemp("after_te"))
+
+
+def placed(cases: list[Case], **results: dict[str, CaseResult]) -> list[Case]:
+    """With the folders of earlier sessions in place of their names."""
+    placed = []
+    for one in cases:
+        flags = one.flags
+        for name, result in results.items():
+            folder = next(iter(result.values())).directory
+            flags = flags.replace(f"{{{name}}}", str(folder))
+        placed.append(dataclasses.replace(one, flags=flags))
+    return placed
+
+
+@pytest.mark.parametrize("trained", TRAINED, ids=lambda one: one.name)
+def test_a_training_is_that_of_torch_native(before, with_te, trained: Case) -> None:
+    model = "shared" if "shared" in trained.name else "dtop_p"
+    native, te = before[ON_NATIVE[model].name].check(), with_te[trained.name].check()
+    assert_same_training(native, te)
+    assert_same_gradients(native, te)
