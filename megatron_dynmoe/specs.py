@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from megatron.training import get_args, print_rank_0
 
-from megatron_dynmoe.backends import choice
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
@@ -61,6 +60,6 @@ def _settle_from_environment(transformer: TransformerConfig) -> Settled:
         coefficients if dynmoe.is_dynamic and coefficients != 0 else None,
     )
     impl: str | None = transformer.transformer_impl
-    if impl == "transformer_engine" and not choice.has_transformer_engine():
-        impl = None  # upstream's default, which cannot have been meant
+    if impl == "transformer_engine":
+        impl = None  # upstream's default
     return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, impl)

@@ -1,4 +1,4 @@
-"""Transformer Engine through Megatron's loop: trainings like those of torch_native, and checkpoints.
+"""Transformer Engine through Megatron's loop: trainings as on torch_native, and checkpoints.
 
 Without a GPU its double runs (tests/doubles); ``make test-te`` asks the original. Whether it is
 installed is settled when Megatron is imported. So there are three sessions: one without it, which
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.agreement import tensors as tensors_of
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
-from tests.doubles.on_cpu import has_the_original, run_with_transformer_engine
+from tests.doubles.on_cpu import run_with_transformer_engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -112,9 +111,7 @@ def whole(session: list[Case], backend: str, layout: str) -> Case:
     num_ranks, flags = LAYOUTS[layout]
     name = f"{backend.split('_')[-1]}_{layout}"
     flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {flags} --train-iters {STEPS}"
-    return case(
-        session, name, num_ranks, f"{flags} --save {{dir}}/{name} --save-interval {HALF}"
-    )
+    return case(session, name, num_ranks, f"{flags} --save {{dir}}/{name} --save-interval {HALF}")
 
 
 def goes_on(session: list[Case], backend: str, origin: Case, where: str, layout: str) -> Case:
@@ -136,6 +133,48 @@ EXCHANGED = {
         ("te to native", SAVED_BY_TE, AFTER, NATIVE, "te"),
     )
 }
+
+
+# --- conversion: of a checkpoint, and of the same weights as Transformer Engine saved them ---
+
+
+def converts(session: list[Case], name: str, flags: str, *origins: Case) -> Case:
+    return case(session, name, 1, f"{flags} --quiet", entry=f"{CASES}:convert", after=origins)
+
+
+def trains_on(session: list[Case], backend: str, where: str) -> Case:
+    flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {loading('{' + where + '}/imported')}"
+    after = (IMPORTED,) if where == "dir" else ()
+    return case(session, f"{backend.split('_')[-1]}_from_hf", 1, flags, after=after)
+
+
+EXPORTED = {
+    model: converts(
+        BEFORE,
+        f"hf_{model}",
+        f"to-hf --load {{dir}}/weights_{model} --output {{dir}}/hf_{model}",
+        WEIGHTS[model],
+    )
+    for model in MODELS
+}
+IMPORTED = converts(
+    BEFORE,
+    "imported",
+    "from-hf --model {dir}/hf_dtop_p --save {dir}/imported",
+    EXPORTED["dtop_p"],
+)
+FROM_HF = trains_on(BEFORE, NATIVE, "dir"), trains_on(WITH_TE, TE, "before")
+SAME_WEIGHTS = case(
+    WITH_TE,
+    "same_weights",
+    1,
+    f"{MODELS['shared']} {ALLTOALL} {TE} {fresh('{before}/weights_shared')} {UNCHANGED} "
+    "--save {dir}/same_weights --save-interval 1 --eval-iters 1 --eval-interval 1",
+    hooks=(f"{CASES}:computed",),
+)
+EXPORTED_AGAIN = converts(
+    AFTER, "hf_again", "to-hf --load {te}/same_weights --output {dir}/hf_again"
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +211,81 @@ def test_a_training_is_that_of_torch_native(before, with_te, trained: Case) -> N
     native, te = before[ON_NATIVE[model].name].check(), with_te[trained.name].check()
     assert_same_training(native, te)
     assert_same_gradients(native, te)
+
+
+def test_a_flag_for_grouped_experts_changes_nothing(with_te) -> None:
+    plain, flag = (with_te[one.name].check() for one in (UNGROUPED, GROUPED_BY_FLAG))
+    assert plain.losses == flag.losses
+    described = "> back end: transformer_engine (asked for) | experts: its grouped GEMMs"
+    assert described in plain.log(0) and described in flag.log(0)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_a_run_goes_on_from_the_checkpoint_of_either_back_end(
+    before, with_te, after, exchange: str
+) -> None:
+    results = before | with_te | after
+    whole, resumed = (results[one.name].check() for one in EXCHANGED[exchange])
+    assert len(whole.losses) == STEPS
+    # The last loss follows from the step before, so from the optimizer's state.
+    assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)
+    assert resumed.thresholds == pytest.approx(whole.thresholds[HALF:], abs=1e-4)
+    if exchange.endswith("te to te"):
+        assert resumed.losses == whole.losses[HALF:]
+
+
+def test_names_in_a_checkpoint(with_te, before) -> None:
+    """A norm is named after the linear layer that it is fused into, experts as if one by one."""
+    te, native = (
+        {
+            name: tensor.shape
+            for name, tensor in tensors_of(folder / f"iter_{HALF:07}").items()
+            if name.startswith("decoder.layers")
+        }
+        for folder in (
+            with_te[SAVED_BY_TE["one"].name].directory / SAVED_BY_TE["one"].name,
+            before[SAVED_BY_NATIVE["one"].name].directory / SAVED_BY_NATIVE["one"].name,
+        )
+    )
+    moved = te.pop("decoder.layers.pre_mlp_layernorm.weight")
+    assert native.pop("decoder.layers.mlp.linear_fc1.layer_norm_weight") == moved
+    assert te == native
+    assert {
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+        "decoder.layers.mlp.router.threshold",
+    } <= te.keys()
+
+
+def test_a_converted_checkpoint_trains_on(before, with_te) -> None:
+    native, te = before[FROM_HF[0].name].check(), with_te[FROM_HF[1].name].check()
+    assert_same_training(native, te)
+
+
+def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te, after) -> None:
+    with_te[SAME_WEIGHTS.name].check()
+    folders = [
+        results[one.name].check().directory / one.name
+        for results, one in ((before, EXPORTED["shared"]), (after, EXPORTED_AGAIN))
+    ]
+    one, two = (load_file(folder / "model.safetensors") for folder in folders)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert one == two
+
+
+def test_the_converted_model_computes_what_it_computed(before, with_te, after) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import megatron_dynmoe.huggingface  # noqa: F401
+
+    with_te[SAME_WEIGHTS.name].check()
+    # Beside what it loaded.
+    folder = before[WEIGHTS["shared"].name].directory
+    computed = torch.load(folder / "weights_shared.computed.pt")
+    exported = after[EXPORTED_AGAIN.name].check()
+    model = AutoModelForCausalLM.from_pretrained(exported.directory / EXPORTED_AGAIN.name)
+    with torch.no_grad():
+        logits = model.eval()(computed["tokens"].cpu()).logits
+    torch.testing.assert_close(logits, computed["logits"].float().cpu(), rtol=0, atol=1e-4)
