@@ -44,13 +44,13 @@ def group_experts(transformer: TransformerConfig) -> None:
 
 
 def check_experts(transformer: TransformerConfig) -> None:
-    """Refuse what grouped experts and fused permutation cannot do.
+    """Refuse what its grouped experts cannot do.
 
     Args:
-        transformer: upstream's config of a model with dynamic routing on this back end.
+        transformer: upstream's config of a model on this back end.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        ValueError: the model has biases that upstream would stop at.
     """
     if transformer.add_bias_linear and transformer.bias_dropout_fusion:
         raise ValueError(
@@ -58,6 +58,14 @@ def check_experts(transformer: TransformerConfig) -> None:
             "biases beside Megatron's fused bias and dropout: give --disable-bias-linear, or "
             "--no-bias-dropout-fusion."
         )
+
+
+def check_permutation(transformer: TransformerConfig) -> None:
+    """Refuse a dispatcher that gives Transformer Engine's permutation no rows, on any back end.
+
+    Raises:
+        ValueError: ``--moe-permute-fusion`` is given, and ranks without rows are possible.
+    """
     ranks = transformer.expert_model_parallel_size
     gathers = transformer.moe_token_dispatcher_type == "allgather"
     if transformer.moe_permute_fusion and gathers and ranks > 1:

@@ -79,6 +79,7 @@ def settle_run(
     check_upstream_settings(transformer)
     if backend.backend == "transformer_engine":
         transformer_engine.check_experts(transformer)
+    transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))

@@ -18,16 +18,30 @@ from safetensors.torch import load_file
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.agreement import tensors as tensors_of
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
-from tests.doubles.on_cpu import run_with_transformer_engine
+from tests.doubles.on_cpu import possible, run_with_transformer_engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 CASES = "tests.distributed.conversion_cases"
 NATIVE, TE = "--moe-dynamic-backend torch_native", "--moe-dynamic-backend transformer_engine"
-ALLTOALL, ALLGATHER = (f"--moe-token-dispatcher-type {kind}" for kind in ("alltoall", "allgather"))
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-EP2, PP2 = "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-FUSED, GROUPED = "--moe-permute-fusion", "--moe-grouped-gemm"
+ALLTOALL = "--moe-token-dispatcher-type alltoall"
+EP2 = "--expert-model-parallel-size 2"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+FLAGS = {  # what a training on Transformer Engine is named after
+    "allgather": "--moe-token-dispatcher-type allgather",
+    "grouped": "--moe-grouped-gemm",
+    "fused": "--moe-permute-fusion",
+    "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "ep2": EP2,
+    "pp2": "--pipeline-model-parallel-size 2",
+    "whole": "--expert-tensor-parallel-size 1",
+    "overlap": "--moe-shared-expert-overlap",
+    "all": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "moe": f"{SELECTIVE} moe",
+    "norms": f"{SELECTIVE} layernorm",
+    "activations": f"{SELECTIVE} moe_act --moe-grouped-gemm",
+    "native": NATIVE,
+}
 RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Tensor parallelism pads the vocabulary to a multiple of this times its ranks.
 MODEL = f"{TINY} --make-vocab-size-divisible-by 16"
@@ -83,24 +97,46 @@ ON_NATIVE = {
 }
 
 
-def on_te(session: list[Case], model: str, num_ranks: int, *flags: str) -> Case:
-    name = "_".join((model, *(flag.split()[0].strip("-") for flag in flags if flag)))
-    flags = (MODELS[model], TE, *flags, fresh("{before}/weights_" + model))
-    return case(session, f"{len(session)}_{name}", num_ranks, " ".join(flags), hooks=GRADIENTS)
+def on_te(session: list[Case], model: str, words: str = "", num_ranks: int = 1) -> Case:
+    flags = " ".join((MODELS[model], ALLTOALL, TE, *(FLAGS[word] for word in words.split())))
+    flags += f" {fresh('{before}/weights_' + model)}"
+    return case(session, "_".join((model, *words.split())), num_ranks, flags, hooks=GRADIENTS)
 
 
 TRAINED = [
-    on_te(WITH_TE, "dtop_p", 1, ALLTOALL),
-    on_te(WITH_TE, "dtop_p", 1, ALLTOALL, GROUPED),
-    on_te(WITH_TE, "dtop_p", 1, ALLTOALL, FUSED),
-    on_te(WITH_TE, "dtop_p", 2, ALLTOALL, EP2, FUSED),
-    on_te(WITH_TE, "dtop_p", 2, ALLGATHER, EP2),
-    on_te(WITH_TE, "dtop_p", 2, ALLTOALL, PP2),
-    on_te(WITH_TE, "shared", 1, ALLTOALL),
-    on_te(WITH_TE, "shared", 2, ALLTOALL, TP2, FUSED),
-    on_te(WITH_TE, "shared", 2, ALLTOALL, EP2),
+    on_te(WITH_TE, "dtop_p"),
+    on_te(WITH_TE, "dtop_p", "grouped"),
+    on_te(WITH_TE, "dtop_p", "fused"),
+    on_te(WITH_TE, "dtop_p", "fused ep2", 2),
+    on_te(WITH_TE, "dtop_p", "allgather ep2", 2),
+    on_te(WITH_TE, "dtop_p", "pp2", 2),
+    on_te(WITH_TE, "shared"),
+    on_te(WITH_TE, "shared", "fused tp2", 2),
+    on_te(WITH_TE, "shared", "ep2", 2),
 ]
-UNGROUPED, GROUPED_BY_FLAG, *_ = TRAINED
+UNGROUPED, GROUPED, *_ = TRAINED
+TRAINED_LONG = [
+    *(
+        on_te(LONG, model, f"{dispatch} {layout}", num_ranks)
+        for model in MODELS
+        for dispatch in ("", "allgather", "fused")
+        for num_ranks, layout in (
+            (2, "tp2"),
+            (4, "ep2"),
+            (4, "ep2 tp2"),
+            (4, "ep2 tp2 whole"),
+            (4, "ep2 pp2"),
+        )
+    ),
+    *(
+        on_te(LONG, model, f"ep2 {recompute}", 2)
+        for model in MODELS
+        for recompute in ("all", "moe", "norms", "activations")
+    ),
+    on_te(LONG, "shared", "ep2 overlap", 2),
+    on_te(LONG, "dtop_p", "allgather fused tp2", 2),
+    on_te(LONG, "dtop_p", "fused ep2 native", 2),
+]
 
 # --- checkpoints: two steps more from the half, under either back end ---
 
@@ -177,20 +213,36 @@ EXPORTED_AGAIN = converts(
 )
 
 
-@pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CaseResult]:
-    return run_session(BEFORE, tmp_path_factory.mktemp("before_te"))
+Runs = dict[str, CaseResult]
 
 
 @pytest.fixture(scope="module")
-def with_te(before: dict[str, CaseResult], tmp_path_factory) -> dict[str, CaseResult]:
+def before(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return run_session(possible(BEFORE), tmp_path_factory.mktemp("before_te"))
+
+
+@pytest.fixture(scope="module")
+def with_te(before: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     cases = placed(WITH_TE, before=before)
     return run_with_transformer_engine(cases, tmp_path_factory.mktemp("with_te"))
 
 
 @pytest.fixture(scope="module")
-def after(with_te: dict[str, CaseResult], tmp_path_factory) -> dict[str, CaseResult]:
-    return run_session(placed(AFTER, te=with_te), tmp_path_factory.mktemp("after_te"))
+def with_te_long(before: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cases = placed(LONG, before=before)
+    return run_with_transformer_engine(cases, tmp_path_factory.mktemp("with_te_long"))
+
+
+@pytest.fixture(scope="module")
+def after(with_te: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cases = placed(possible(AFTER), te=with_te)
+    return run_session(cases, tmp_path_factory.mktemp("after_te"))
+
+
+def result(runs: Runs, one: Case) -> CaseResult:
+    if one.name not in runs:
+        pytest.skip(f"needs {one.num_ranks} GPUs")
+    return runs[one.name].check()
 
 
 def placed(cases: list[Case], **results: dict[str, CaseResult]) -> list[Case]:
@@ -205,16 +257,26 @@ def placed(cases: list[Case], **results: dict[str, CaseResult]) -> list[Case]:
     return placed
 
 
-@pytest.mark.parametrize("trained", TRAINED, ids=lambda one: one.name)
-def test_a_training_is_that_of_torch_native(before, with_te, trained: Case) -> None:
+def assert_as_on_native(before: Runs, runs: Runs, trained: Case) -> None:
     model = "shared" if "shared" in trained.name else "dtop_p"
-    native, te = before[ON_NATIVE[model].name].check(), with_te[trained.name].check()
+    native, te = result(before, ON_NATIVE[model]), result(runs, trained)
     assert_same_training(native, te)
     assert_same_gradients(native, te)
 
 
+@pytest.mark.parametrize("trained", TRAINED, ids=lambda one: one.name)
+def test_a_training_is_that_of_torch_native(before, with_te, trained: Case) -> None:
+    assert_as_on_native(before, with_te, trained)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("trained", TRAINED_LONG, ids=lambda one: one.name)
+def test_more_trainings_are_those_of_torch_native(before, with_te_long, trained: Case) -> None:
+    assert_as_on_native(before, with_te_long, trained)
+
+
 def test_a_flag_for_grouped_experts_changes_nothing(with_te) -> None:
-    plain, flag = (with_te[one.name].check() for one in (UNGROUPED, GROUPED_BY_FLAG))
+    plain, flag = (result(with_te, one) for one in (UNGROUPED, GROUPED))
     assert plain.losses == flag.losses
     described = "> back end: transformer_engine (asked for) | experts: its grouped GEMMs"
     assert described in plain.log(0) and described in flag.log(0)
@@ -225,7 +287,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_either_back_end(
     before, with_te, after, exchange: str
 ) -> None:
     results = before | with_te | after
-    whole, resumed = (results[one.name].check() for one in EXCHANGED[exchange])
+    whole, resumed = (result(results, one) for one in EXCHANGED[exchange])
     assert len(whole.losses) == STEPS
     # The last loss follows from the step before, so from the optimizer's state.
     assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)
@@ -243,8 +305,8 @@ def test_names_in_a_checkpoint(with_te, before) -> None:
             if name.startswith("decoder.layers")
         }
         for folder in (
-            with_te[SAVED_BY_TE["one"].name].directory / SAVED_BY_TE["one"].name,
-            before[SAVED_BY_NATIVE["one"].name].directory / SAVED_BY_NATIVE["one"].name,
+            result(with_te, SAVED_BY_TE["one"]).directory / SAVED_BY_TE["one"].name,
+            result(before, SAVED_BY_NATIVE["one"]).directory / SAVED_BY_NATIVE["one"].name,
         )
     )
     moved = te.pop("decoder.layers.pre_mlp_layernorm.weight")
@@ -258,14 +320,14 @@ def test_names_in_a_checkpoint(with_te, before) -> None:
 
 
 def test_a_converted_checkpoint_trains_on(before, with_te) -> None:
-    native, te = before[FROM_HF[0].name].check(), with_te[FROM_HF[1].name].check()
+    native, te = result(before, FROM_HF[0]), result(with_te, FROM_HF[1])
     assert_same_training(native, te)
 
 
 def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te, after) -> None:
-    with_te[SAME_WEIGHTS.name].check()
+    result(with_te, SAME_WEIGHTS)
     folders = [
-        results[one.name].check().directory / one.name
+        result(results, one).directory / one.name
         for results, one in ((before, EXPORTED["shared"]), (after, EXPORTED_AGAIN))
     ]
     one, two = (load_file(folder / "model.safetensors") for folder in folders)
@@ -280,11 +342,11 @@ def test_the_converted_model_computes_what_it_computed(before, with_te, after) -
 
     import megatron_dynmoe.huggingface  # noqa: F401
 
-    with_te[SAME_WEIGHTS.name].check()
+    result(with_te, SAME_WEIGHTS)
     # Beside what it loaded.
-    folder = before[WEIGHTS["shared"].name].directory
+    folder = result(before, WEIGHTS["shared"]).directory
     computed = torch.load(folder / "weights_shared.computed.pt")
-    exported = after[EXPORTED_AGAIN.name].check()
+    exported = result(after, EXPORTED_AGAIN)
     model = AutoModelForCausalLM.from_pretrained(exported.directory / EXPORTED_AGAIN.name)
     with torch.no_grad():
         logits = model.eval()(computed["tokens"].cpu()).logits
