@@ -101,3 +101,23 @@ def test_a_mask_that_is_not_read_is_refused(te):
     with pytest.raises(ValueError, match=r"--reset-attention-mask is given, .*use .*torch_native"):
         te.check_mask(Namespace(reset_attention_mask=True))
     te.check_mask(Namespace(reset_attention_mask=False))
+
+
+@pytest.mark.parametrize("backend", ["transformer_engine", "torch_native", "local"])
+def test_defaults_that_need_what_is_missing_are_turned_off(te, monkeypatch, backend):
+    from megatron_dynmoe.backends import choice
+
+    installed = set()
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: name in installed or None)
+    for name in ("fused_weight_gradient_mlp_cuda", None):
+        args = Namespace(
+            gradient_accumulation_fusion=True,
+            apply_rope_fusion=True,
+            reset_attention_mask=False,
+            create_attention_mask_in_dataloader=True,
+        )
+        installed = {name}
+        choice.adapt_arguments(args, backend)
+        assert args.gradient_accumulation_fusion is (name is not None)
+        assert args.apply_rope_fusion
+        assert args.create_attention_mask_in_dataloader is (backend != "torch_native")

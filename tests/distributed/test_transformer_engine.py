@@ -138,6 +138,26 @@ TRAINED_LONG = [
     on_te(LONG, "dtop_p", "fused ep2 native", 2),
 ]
 
+# Experts with biases, which torch_native leaves to upstream's local ones.
+BIASED = f"{MODELS['dtop_p']} {ALLTOALL}".replace(
+    "--disable-bias-linear", "--no-bias-dropout-fusion"
+)
+BIASED_WEIGHTS = case(
+    LONG,
+    "biased_weights",
+    2,
+    f"{BIASED} {EP2} --transformer-impl local --train-iters 1 --save {{dir}}/biased "
+    "--save-interval 1",
+)
+ON_LOCAL, *BIASED_ON_TE = (
+    case(LONG, name, 2, f"{BIASED} {flags} {fresh('{dir}/biased')}", after=(BIASED_WEIGHTS,))
+    for name, flags in (
+        ("biased_local", f"{EP2} --transformer-impl local"),
+        ("biased_ep2", f"{EP2} {TE}"),
+        ("biased_tp2", f"{FLAGS['tp2']} {TE}"),
+    )
+)
+
 # --- checkpoints: two steps more from the half, under either back end ---
 
 LAYOUTS = {"one": (1, ""), "ep2": (2, f"{EP2} {RESHARDABLE}")}
@@ -273,6 +293,12 @@ def test_a_training_is_that_of_torch_native(before, with_te, trained: Case) -> N
 @pytest.mark.parametrize("trained", TRAINED_LONG, ids=lambda one: one.name)
 def test_more_trainings_are_those_of_torch_native(before, with_te_long, trained: Case) -> None:
     assert_as_on_native(before, with_te_long, trained)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("trained", BIASED_ON_TE, ids=lambda one: one.name)
+def test_biases_are_those_of_upstreams_local_experts(with_te_long, trained: Case) -> None:
+    assert_same_training(result(with_te_long, ON_LOCAL), result(with_te_long, trained))
 
 
 def test_a_flag_for_grouped_experts_changes_nothing(with_te) -> None:

@@ -337,7 +337,9 @@ DISPATCHING = [
         "checkpoints/other_backends.py",
         "value.key = next((name for name in _other_names(key) if name in stored), key)",
         "pass",
-        ("tests/checkpoints/test_other_backends.py::test_a_norm_is_asked_for_as_the_checkpoint_names_it",),
+        (
+            "tests/checkpoints/test_other_backends.py::test_a_norm_is_asked_for_as_the_checkpoint_names_it",
+        ),
     ),
     Mutation(
         "adam_of_another_back_end_starts_at_step_0",
