@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.backends import cpu
+from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.settings.routings import AUTO
@@ -49,8 +49,8 @@ class BackEnd:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and can run. It cannot on the CPU."""
-    return not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine is installed and can run. The layer for the CPU hides it."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd:
@@ -62,7 +62,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
             layers without Transformer Engine, so it allows ``torch_native`` and ``local``.
 
     Raises:
-        ValueError: the two contradict each other, or Transformer Engine is not installed.
+        ValueError: the two contradict each other, or Transformer Engine is not installed or too
+            old.
     """
     if backend is not None and backend != AUTO:
         chosen = BackEnd(backend, _ASKED_FOR)
@@ -76,6 +77,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
                 "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
                 "GPU: use auto or torch_native, or install the extra 'te' on a machine with one."
             )
+        if backend == "transformer_engine":
+            transformer_engine.check_version()
         return chosen
     if transformer_impl == "inference_optimized":
         return BackEnd(transformer_impl, "--transformer-impl")
@@ -83,6 +86,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
         return BackEnd("torch_native", "no Transformer Engine")
     if transformer_impl == "local":
         return BackEnd("torch_native", "--transformer-impl local")
+    if old := transformer_engine.version_without_grouped_experts():
+        return BackEnd("torch_native", f"Transformer Engine {old} cannot group experts")
     return BackEnd("transformer_engine", "it is installed")
 
 
@@ -209,11 +214,11 @@ def check_norms(backend: str, settings: Any) -> None:
         )
 
 
-def adapt_arguments(args: Any) -> None:
+def adapt_arguments(args: Any, backend: str) -> None:
     """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
 
-    The data loader also stops making an attention mask if that mask would be the causal one. The
-    attention applies the causal mask by itself.
+    Under torch_native the data loader also stops making an attention mask if that mask would be the
+    causal one. The attention applies the causal mask by itself.
     """
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
@@ -221,7 +226,7 @@ def adapt_arguments(args: Any) -> None:
         # Upstream takes these two ways to Transformer Engine only, our kernel or not.
         needs_it = args.rotary_interleaved or args.multi_latent_attention
         args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
-    if not args.reset_attention_mask:
+    if backend == "torch_native" and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
 
 
@@ -265,6 +270,8 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
 
 def describe(plan: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
+    if plan.backend == "transformer_engine" and config.moe_grouped_gemm:
+        return f"> back end: {plan.backend} ({plan.why}) | experts: its grouped GEMMs"
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
     gemm = gemm_of(config)

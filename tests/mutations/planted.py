@@ -40,6 +40,7 @@ GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
+TE = "tests/backends/test_transformer_engine.py"
 
 CONTROLLER = [
     Mutation(
@@ -313,6 +314,40 @@ DISPATCHING = [
         "torch.cat([early, late]).flatten(0, 1)",
         (f"{CONTEXT}::test_a_split_sequence_trains_as_a_whole_one[cp2]",),
         ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
+    ),
+    Mutation(
+        "experts_one_after_another",
+        "without --moe-grouped-gemm Transformer Engine runs one expert after another",
+        "backends/transformer_engine.py",
+        "transformer.moe_grouped_gemm = bool(transformer.num_moe_experts)",
+        "pass",
+        (f"{TE}::test_experts_are_grouped_for_a_dynamic_routing[top_p]",),
+    ),
+    Mutation(
+        "permutation_without_rows_not_refused",
+        "a fused permutation that stops at a rank without rows is not refused",
+        "backends/transformer_engine.py",
+        "gathers and ranks > 1:",
+        "gathers and ranks > 2:",
+        (f"{TE}::test_what_its_experts_cannot_do_is_refused[permutation]",),
+    ),
+    Mutation(
+        "norms_not_found_under_other_names",
+        "the norm before experts is asked for by the running back end's name only",
+        "checkpoints/other_backends.py",
+        "value.key = next((name for name in _other_names(key) if name in stored), key)",
+        "pass",
+        (
+            "tests/checkpoints/test_other_backends.py::test_a_norm_is_asked_for_as_the_checkpoint_names_it",
+        ),
+    ),
+    Mutation(
+        "adam_of_another_back_end_starts_at_step_0",
+        "a run that goes on with another back end's Adam begins to count its steps again",
+        "upstream/optimizer_state.py",
+        "step = int(max(steps))",
+        "step = 0",
+        ("tests/upstream/test_optimizer_state.py",),
     ),
     Mutation(
         "kernel_writes_no_sum_of_no_rows",
