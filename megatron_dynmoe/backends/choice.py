@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
+from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 
 if TYPE_CHECKING:
@@ -212,17 +213,31 @@ def check_norms(backend: str, settings: Any) -> None:
 
 
 def adapt_arguments(args: Any) -> None:
-    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
-
-    The data loader also stops making an attention mask if that mask would be the causal one. The
-    attention applies the causal mask by itself.
-    """
+    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing."""
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
         args.apply_rope_fusion = False
-    if not args.reset_attention_mask:
+
+
+def settle_masks(backend: str, args: Any) -> None:
+    """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
+
+    That attention applies the causal mask by itself, and gets the lengths of documents that are
+    kept apart; see :mod:`megatron_dynmoe.backends.documents`.
+
+    Args:
+        backend: the chosen back end.
+        args: Megatron's arguments, which are changed.
+
+    Raises:
+        ValueError: upstream's attention runs, and a mask would not reach all of its layers.
+    """
+    kept = _unsupported(args, _ATTENTION) if backend == "torch_native" else None
+    if backend == "torch_native" and not (kept and args.reset_attention_mask):
         args.create_attention_mask_in_dataloader = False
+    elif backend in ("torch_native", "local"):
+        check_masks(args, f"local, which {kept} needs," if kept else "local")
 
 
 # Settings that a part supports only with these values.

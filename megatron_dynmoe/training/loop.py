@@ -153,6 +153,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
         args.transformer_impl = choice.implementation(backend)
         if backend == "torch_native":
             choice.adapt_arguments(args)
+        choice.settle_masks(backend, args)
         choice.check_norms(backend, args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
