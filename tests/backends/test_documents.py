@@ -210,8 +210,8 @@ def test_a_row_trains_as_its_documents_alone(batch, positions):
         assert packed[1].keys() == expected[1].keys()
         for name, gradient in expected[1].items():
             off = (packed[1][name] - gradient).abs().max()
-            assert off <= 1e-5 * gradient.abs().max(), name  # float32, in sums of another order
-        torch.testing.assert_close(packed[2], expected[2])
+            assert off <= 5e-5 * gradient.abs().max(), name  # float32, in sums of another order
+        torch.testing.assert_close(packed[2], expected[2], rtol=1e-6, atol=0)
 
 
 # --- settings --------------------------------------------------------------------------------------
