@@ -124,7 +124,7 @@ def test_attention_is_that_of_each_document_wherever_they_end(batch):
     check_attention(batch)
 
 
-# --- a model, with experts, their losses and counts ------------------------------------------------
+# --- a model, with experts, their losses and counts ----------------------------------------------
 
 
 def model(balance_loss: str, positions: str):
@@ -214,7 +214,7 @@ def test_a_row_trains_as_its_documents_alone(batch, positions):
         torch.testing.assert_close(packed[2], expected[2], rtol=1e-6, atol=0)
 
 
-# --- settings --------------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------------
 
 
 def arguments(**given) -> Namespace:
