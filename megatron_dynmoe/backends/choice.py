@@ -242,7 +242,6 @@ def settle_masks(backend: str, args: Any) -> None:
 
 # Settings that a part supports only with these values.
 _ATTENTION: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False, None),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
     "attention_backend": tuple(kind for kind in AttnBackend if kind != AttnBackend.local),

@@ -52,8 +52,19 @@ class ScaledDotProductAttention(DotProductAttention):
     parallelism ranks exchange heads; see :mod:`megatron_dynmoe.backends.context_parallel`.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        """Build upstream's attention, which asserts that no sequence is split."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build upstream's attention, which asserts that no sequence is split.
+
+        Latent attention also passes the sizes of its heads, which upstream's does not take. This
+        one reads sizes from its inputs.
+        """
         whole = copy.copy(config)
         whole.context_parallel_size = 1
         super().__init__(whole, *args, **kwargs)
@@ -74,14 +85,14 @@ class ScaledDotProductAttention(DotProductAttention):
         Args:
             query: [S, B, N, H]; under context parallelism S is the length of this rank's part.
             key: [Sk, B, G, H]; G is the number of query groups.
-            value: [Sk, B, G, H].
+            value: [Sk, B, G, Hv]; Hv differs from H with latent attention only.
             attention_mask: True for masked scores, broadcast to [B, N, S, Sk]; or, as int64, the
                 lengths of the documents, each of which is attended to by itself
                 (:mod:`megatron_dynmoe.backends.documents`). None: the causal mask, or no mask if
                 the layer is not causal or S is 1.
 
         Returns:
-            [S, B, N * H].
+            [S, B, N * Hv].
 
         Raises:
             ValueError: there are packed sequences or a bias. Both need Transformer Engine in
@@ -93,6 +104,9 @@ class ScaledDotProductAttention(DotProductAttention):
         mask, lengths = attention_mask, None
         if are_lengths(attention_mask):
             mask, lengths = None, attention_mask
+        value_size = value.shape[3]
+        if self._needs_one_size(query, value):
+            query, key, value = _padded(query, key, value)
         if self.config.context_parallel_size > 1:
             if mask is not None:
                 raise ValueError(
@@ -115,7 +129,17 @@ class ScaledDotProductAttention(DotProductAttention):
             context = context.permute(2, 0, 1, 3)
         if self.config.context_parallel_size > 1:
             context = scatter_sequence(context, self._context_group)
-        return context.flatten(2)
+        return context[..., :value_size].flatten(2)
+
+    def _needs_one_size(self, query: Tensor, value: Tensor) -> bool:
+        """Whether values of latent attention have to be as large as queries and keys.
+
+        On a CPU PyTorch's fused kernel takes one size only, and would leave others to code that
+        keeps all scores. Ranks that exchange heads send all three in one tensor.
+        """
+        if query.shape[3] == value.shape[3]:
+            return False
+        return query.device.type == "cpu" or self.config.context_parallel_size > 1
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
@@ -148,6 +172,12 @@ class ScaledDotProductAttention(DotProductAttention):
         """Undo upstream's division of the scale by the layer number, as its own softmax does."""
         divided = self.config.apply_query_key_layer_scaling
         return self.softmax_scale * (self.layer_number if divided else 1)
+
+
+def _padded(*tensors: Tensor) -> list[Tensor]:
+    """Pad heads with zeros to the size of the largest, which changes neither scores nor values."""
+    size = max(tensor.shape[3] for tensor in tensors)
+    return [torch.nn.functional.pad(tensor, (0, size - tensor.shape[3])) for tensor in tensors]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -240,7 +270,7 @@ def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: Transfo
     attention = copy.copy(submodules.self_attention)
     parts = {
         name: _norm_or(provider, getattr(attention.submodules, name))
-        for name in ("q_layernorm", "k_layernorm")
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
         if hasattr(attention.submodules, name)
     }
     attention.submodules = dataclasses.replace(
