@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
+from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.settings.routings import AUTO
 
@@ -214,25 +215,38 @@ def check_norms(backend: str, settings: Any) -> None:
         )
 
 
-def adapt_arguments(args: Any, backend: str) -> None:
-    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
-
-    Under torch_native the data loader also stops making an attention mask if that mask would be the
-    causal one. The attention applies the causal mask by itself.
-    """
+def adapt_arguments(args: Any) -> None:
+    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing."""
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
         # Upstream takes these two ways to Transformer Engine only, our kernel or not.
         needs_it = args.rotary_interleaved or args.multi_latent_attention
         args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
-    if backend == "torch_native" and not args.reset_attention_mask:
+
+
+def settle_masks(backend: str, args: Any) -> None:
+    """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
+
+    That attention applies the causal mask by itself, and gets the lengths of documents that are
+    kept apart; see :mod:`megatron_dynmoe.backends.documents`.
+
+    Args:
+        backend: the chosen back end.
+        args: Megatron's arguments, which are changed.
+
+    Raises:
+        ValueError: upstream's attention runs, and a mask would not reach all of its layers.
+    """
+    kept = _unsupported(args, _ATTENTION) if backend == "torch_native" else None
+    if backend == "torch_native" and not (kept and args.reset_attention_mask):
         args.create_attention_mask_in_dataloader = False
+    elif backend in ("torch_native", "local"):
+        check_masks(args, f"local, which {kept} needs," if kept else "local")
 
 
 # Settings that a part supports only with these values.
 _ATTENTION: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False, None),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
     "attention_backend": tuple(kind for kind in AttnBackend if kind != AttnBackend.local),

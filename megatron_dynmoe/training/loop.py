@@ -151,7 +151,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         dynmoe = settle_balance_loss(args, config_from_args(args))
         chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
         args.transformer_impl = chosen.implementation
-        choice.adapt_arguments(args, chosen.backend)
+        choice.adapt_arguments(args)
+        choice.settle_masks(chosen.backend, args)
         choice.check_norms(chosen.backend, args)
         if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
             transformer_engine.check_mask(args)
