@@ -48,7 +48,8 @@ def main() -> None:
         futures = {threads.submit(dry_run, row): row for row in wanted.values()}
         for future in as_completed(futures):
             row = rows.put(futures[future] | future.result())
-            print(f"{row['predicts']}: {row.get('failed') or row['predicted_gb'] + ' GB'}", flush=True)
+            said = row.get("failed") or f"{row['predicted_gb']} GB"
+            print(f"{row['predicts']}: {said}", flush=True)
 
 
 def what_runs(stage: stages.Stage, rehearses: bool) -> dict[str, str]:
