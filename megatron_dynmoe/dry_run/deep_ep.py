@@ -96,7 +96,7 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
 
     def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int, **_: object) -> Any:
-        """Count tokens, int32: of each rank, of each expert, and [T, ranks] where each token goes."""
+        """Count tokens per rank and expert, int32, and say which goes where, [T, ranks] bool."""
         with self.recorder.one_kernel("deep_ep layout"):
             counts = topk_idx.new_empty(self.group.size(), dtype=torch.int32)
             of_experts = topk_idx.new_empty(num_experts, dtype=torch.int32)

@@ -25,7 +25,6 @@ _ADDED = {
     "dataloader-type": ["external"],
     "eval-interval": ["1000"],
     "eval-iters": ["0"],
-    "fake-process-group": [],
     "mock-data": [],
     "num-workers": ["0"],
     "tokenizer-type": ["NullTokenizer"],
