@@ -109,7 +109,8 @@ def serving(
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(log.parent / "huggingface"),  # the model's code is copied there
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it waits for core 0, even if 1 is free
         "LD_PRELOAD": str(environment / "lib/libiomp5.so"),
     }
     with log.open("w") as output:

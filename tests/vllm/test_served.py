@@ -105,3 +105,9 @@ def test_a_prompt_longer_than_the_models_positions_is_refused(served: Served) ->
     assert str(positions) in message and str(positions + 1) in message
     # And it goes on serving.
     assert len(served.server.complete([5] * (positions - 2), 1)[0].tokens) == 1
+
+
+def test_a_missing_cap_is_named_with_the_remedy(served: Served) -> None:
+    config, said = served.model.config, served.server.log.read_text()
+    padded = config.model_type == "dynmoe" and config.cap(training=False) is None
+    assert ("inference_max_experts_per_token is not set" in said) == padded
