@@ -3,9 +3,9 @@
     .venv/vllm/bin/python benchmarks/vllm_padding.py --model DIR [--caps 2 4 8 16] [--rounds 7]
 
 vLLM has as many slots for every token as the cap allows, and computes all of them. The model reads
-its cap at every forward, so one engine measures all caps with the same weights. Each round runs each
-cap once, in another order; printed are medians over rounds of the time per round, divided by that of
-the largest cap. The script needs the environment that ``make test-vllm`` makes, and no HTTP.
+its cap at every forward, so one engine measures all caps with the same weights. Each round runs
+each cap once, in another order. Printed are medians over the rounds, as parts of the throughput
+with the largest cap. The script needs the environment that ``make test-vllm`` makes.
 
 Prefill: 16 prompts of 224 tokens, 1 new token. Decode: 16 prompts of 8 tokens, 32 new ones.
 """

@@ -1,7 +1,7 @@
 """Models as a user exports them, and a vLLM server for each.
 
-Nothing here runs without ``DYNMOE_VLLM``, the folder of vLLM's environment, which ``make test-vllm``
-makes and names.
+Nothing here runs without ``DYNMOE_VLLM``, the folder of vLLM's environment, which
+``make test-vllm`` makes and names.
 """
 
 import os
@@ -40,7 +40,7 @@ CASES = {
     "quickstart": Case("quickstart"),
     "quickstart-cap": Case(
         "quickstart",
-        "--trust-remote-code --hf-overrides '{\"inference_max_experts_per_token\": %d}'" % CAP,
+        f"--trust-remote-code --hf-overrides '{{\"inference_max_experts_per_token\": {CAP}}}'",
         {"inference_max_experts_per_token": CAP},
     ),
     # No theta, so that nothing but its layout tells its router from one of a fixed number.

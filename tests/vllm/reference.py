@@ -1,4 +1,4 @@
-"""What a served model has to say: Transformers' forwards of one prompt at a time, without a cache."""
+"""What a served model has to say: forwards in Transformers, one prompt at a time, no cache."""
 
 from __future__ import annotations
 
