@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     with ending_plainly(parser.prog):
-        report = {"model": _check(args, parser), **_run(args)}
+        report = _run(args, _check(args, parser))
         if report["tasks"]:
             _print_tasks(report)
             _print_layers(report)
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """Refuse what can be refused before tasks and weights are read; return the model's name."""
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """Refuse what can be refused before tasks and weights are read; return the folder to read."""
     from megatron_dynmoe.conversion.folder import check_is_model
     from megatron_dynmoe.conversion.megatron import checkpoint_folder
 
@@ -62,25 +62,28 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         raise UsageError(f"--output is {args.output}: there is no folder for it; create it")
     if args.load is None:
         check_is_model(args.model)
-        return str(args.model)
+        return args.model
     if (args.load / "config.json").is_file():
         raise UsageError(f"--load is {args.load}, an exported model: name it with --model")
-    return str(checkpoint_folder(args.load, args.iteration))
+    return checkpoint_folder(args.load, args.iteration)
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     from megatron_dynmoe.analysis.vocabulary import check_given
     from megatron_dynmoe.use import load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
 
     load.be_quiet()
     tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading
-    with _folder(args) as folder:
+    # A checkpoint becomes a folder until the evaluation is over.
+    is_checkpoint = args.load is not None
+    exported = load.in_our_format(source, args.tokenizer) if is_checkpoint else nullcontext(source)
+    with exported as folder:
         config = load.load_config(folder)
         tokenizer = load.load_tokenizer(folder)
         load.check_ids(len(tokenizer) - 1, config)
         if args.tokenizer is not None:
-            check_given(args.tokenizer, tokenizer, args.load)
+            check_given(args.tokenizer, tokenizer, source)
         device = args.device or load.default_device()
         model = load.load_model(folder, config, dtype=args.dtype, device=device)
         report = evaluate(
@@ -91,16 +94,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             limit=args.limit,
             batch_size=args.batch_size,
         )
-    return {"dtype": str(model.dtype).removeprefix("torch."), "device": device, **report}
-
-
-def _folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
-    """The exported folder, or one that the checkpoint becomes until the evaluation is over."""
-    from megatron_dynmoe.use.load import in_our_format
-
-    if args.load is None:
-        return nullcontext(args.model)
-    return in_our_format(args.load, args.tokenizer, iteration=args.iteration)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": str(source), "dtype": dtype, "device": device, **report}
 
 
 def _print_tasks(report: dict[str, Any]) -> None:

@@ -35,16 +35,14 @@ def in_our_format(
     model: Path,
     tokenizer: Path | None = None,
     *,
-    iteration: int | None = None,
     beside: Path | None = None,
 ) -> Iterator[Path]:
     """A folder in our format: the given one, or a conversion of it that is removed at the end.
 
     Args:
         model: a folder in any format that can be converted, or the checkpoints that ``--save``
-            named in training, of any layout.
+            named in training, of any layout: the latest, or the folder of one of them.
         tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
-        iteration: of a Megatron checkpoint; the latest if None.
         beside: the folder in which the conversion lies; the system's for temporary files if None.
 
     Raises:
@@ -68,7 +66,7 @@ def in_our_format(
         folder = Path(scratch) / "model"
         is_watched = sys.stderr.isatty()
         target = Target(folder, tokenizer=tokenizer, needs_tokenizer=True, progress=is_watched)
-        to_hf(model, target, iteration)
+        to_hf(model, target)
         yield folder
 
 
