@@ -5,7 +5,6 @@ repository on the path: ``tests`` here is Transformers' package, not ours.
 """
 
 import unittest
-from typing import ClassVar
 
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 

@@ -41,6 +41,7 @@ CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test
 INVARIANCE = "tests/distributed/test_invariance.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
+EVALUATION = "tests/use/test_evaluate_checkpoint.py"
 
 CONTROLLER = [
     Mutation(
@@ -463,6 +464,49 @@ WATCHING = [
         "if len(group) > 1)",
         "if len(group) > 2)",
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
+    ),
+    Mutation(
+        "top_k_of_a_dynamic_checkpoint_unsaid",
+        "a dynamic checkpoint is loaded into a top-k model without a word",
+        "checkpoints/router_entries.py",
+        "_MEASURED in there - wanted",
+        "_MEASURED in wanted - there",
+        (
+            "tests/checkpoints/test_router_entries.py::"
+            "test_a_dynamic_checkpoint_in_a_top_k_model_is_warned_of",
+        ),
+    ),
+    Mutation(
+        "latest_checkpoint_evaluated",
+        "dynmoe evaluate --iteration reads the latest checkpoint",
+        "cli/evaluate.py",
+        "return checkpoint_folder(args.load, args.iteration)",
+        "return checkpoint_folder(args.load, None)",
+        (f"{EVALUATION}::test_another_iteration",),
+    ),
+    Mutation(
+        "evaluated_without_begin_token",
+        "an evaluation leaves the begin token out that the training had",
+        "use/counting_lm.py",
+        "encode = encode_prompt if add_special_tokens else encode_text",
+        "encode = encode_text",
+        (f"{EVALUATION}::test_the_model_reads_one_begin_token_and_no_end_token",),
+    ),
+    Mutation(
+        "tokenizer_not_missed",
+        "a checkpoint without a tokenizer is converted before that is said",
+        "conversion/convert.py",
+        "if tokenizer is None and target.needs_tokenizer:",
+        "if tokenizer is None and not load.exists():",
+        (f"{EVALUATION}::test_misuse_is_named_with_its_remedy",),
+    ),
+    Mutation(
+        "svamp_without_examples",
+        "SVAMP's examples are those of the test",
+        "use/tasks/svamp.yaml",
+        "fewshot_split: train",
+        "fewshot_split: test",
+        ("tests/use/test_evaluate.py::test_svamp",),
     ),
 ]
 
