@@ -10,9 +10,9 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel test-transformers \
-	test-faults soak mutations \
-	fuzz audit gpu test-gpu gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
+.PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
+	test-transformers test-vllm test-faults soak mutations \
+	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
@@ -63,6 +63,12 @@ test-transformers: setup ## Transformers' common tests on the exported model; TE
 	  --rootdir=tests/huggingface --noconftest --import-mode=importlib -p no:cacheprovider -W ignore \
 	  -n 2 -q -rxX tests/huggingface/common_suite.py
 
+# In an environment of its own, for vLLM needs another torch. Once it takes a network, and then none.
+VLLM_ENV ?= .venv/vllm
+test-vllm: setup ## vLLM serves exported models over HTTP and says what Transformers says; 6 GB, once
+	@bash tests/setup/vllm.sh "$(VLLM_ENV)"
+	@DYNMOE_VLLM="$(VLLM_ENV)" $(TEST) tests/vllm
+
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)
 
@@ -101,6 +107,12 @@ gpu-pack: setup ## what a GPU machine without a network lacks, to be brought the
 test-gpu: gpu ## the device's ways with kernels off and on, and the kernels natively
 	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels \
 	  --ignore tests/kernels/test_compiles.py --ignore tests/kernels/test_routing_cpu.py
+
+# Where it is missing its double would run, which must not look like success either.
+test-te: ## Transformer Engine's double against the original, and trainings on it; on a GPU
+	@$(PYTHON_GPU) -m tests.doubles.on_cpu
+	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/doubles \
+	  tests/distributed/test_transformer_engine.py
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 

@@ -149,9 +149,8 @@ def calibrate(model: DynMoEForCausalLM, input_ids: torch.Tensor, target: float) 
     for _ in range(14):
         model.config.threshold = (low + high) / 2
         mean = model(input_ids).experts_per_token.double().mean().item()
-        low, high = (
-            (model.config.threshold, high) if mean < target else (low, model.config.threshold)
-        )
+        middle = model.config.threshold
+        low, high = (middle, high) if mean < target else (low, middle)
     return mean
 
 
