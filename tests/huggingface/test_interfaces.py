@@ -387,3 +387,23 @@ def test_continuous_batching_gives_what_each_prompt_gives_alone(attention):
         model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
+
+
+def test_text_after_padding_on_the_right_goes_on_where_the_row_ended():
+    """The padding's own logits begin it, so only positions and what is seen can be right."""
+    model, rows = tiny_model(threshold=0.5), [tokens(1, length)[0] for length in (4, 9)]
+    ids = torch.stack([F.pad(row, (0, 9 - len(row))) for row in rows])
+    mask = (torch.arange(9) < torch.tensor([[4], [9]])).long()
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["position_ids"][:, -1].tolist()), with_kwargs=True
+    )
+    new = model.generate(ids, attention_mask=mask, **GREEDY)[:, 9:]
+    assert seen == [[3 + step, 8 + step] for step in range(6)]
+    whole = model(torch.cat((rows[0], new[0]))[None]).logits[0, 4:-1].argmax(-1)
+    assert torch.equal(new[0, 1:], whole)
+
+
+def test_a_server_may_pass_its_tokenizer():
+    model, ids = tiny_model(), tokens(1, 4)
+    assert torch.equal(model(ids, tokenizer=object()).logits, model(ids).logits)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
 from tests.huggingface.tiny import left_padded, tiny_model, tokens
@@ -195,3 +196,13 @@ def test_trainer_learns_a_text_and_evaluates(tmp_path):
     assert logged[0] == pytest.approx(before, rel=0.02)
     assert logged[-1] < 0.5 * before
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
+
+
+def test_shifted_labels_take_the_place_of_labels():
+    model, ids = tiny_model(threshold=0.5), tokens(2, 9)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = model(ids, labels=ids)
+    for given in ({}, {"labels": torch.zeros_like(ids)}):
+        output = model(ids, shift_labels=shifted, **given)
+        torch.testing.assert_close(output.loss, expected.loss)
+        assert torch.equal(output.aux_loss, expected.aux_loss)
