@@ -395,10 +395,11 @@ def test_text_after_padding_on_the_right_goes_on_where_the_row_ended():
     ids = torch.stack([F.pad(row, (0, 9 - len(row))) for row in rows])
     mask = (torch.arange(9) < torch.tensor([[4], [9]])).long()
     seen = []
-    model.register_forward_pre_hook(
+    hook = model.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["position_ids"][:, -1].tolist()), with_kwargs=True
     )
     new = model.generate(ids, attention_mask=mask, **GREEDY)[:, 9:]
+    hook.remove()
     assert seen == [[3 + step, 8 + step] for step in range(6)]
     whole = model(torch.cat((rows[0], new[0]))[None]).logits[0, 4:-1].argmax(-1)
     assert torch.equal(new[0, 1:], whole)

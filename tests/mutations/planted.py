@@ -133,6 +133,25 @@ ROUTING = [
         (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
     ),
     Mutation(
+        "one_token_threshold_only_reached",
+        "for one token alone a sum that only reaches the threshold stops the selection",
+        "routing/select.py",
+        "total <= limit",
+        "total < limit",
+        (f"{SELECT}::test_one_token_is_chosen_as_among_many",),
+    ),
+    Mutation(
+        "right_padding_at_zero",
+        "the exported model puts text after padding on the right at position 1",
+        "huggingface/modeling_dynmoe.py",
+        "return positions.cummax(dim=-1).values if positions.dim() == 2 else positions",
+        "return positions",
+        (
+            "tests/huggingface/test_interfaces.py::"
+            "test_text_after_padding_on_the_right_goes_on_where_the_row_ended",
+        ),
+    ),
+    Mutation(
         "fast_selection_differs",
         "the CPU's fast selection stops at a sum that only reaches the threshold",
         "kernels/routing_cpu.py",
