@@ -200,9 +200,14 @@ class DynamicRouter(KeepDtype, TopKRouter):
             )
 
         coefficients = dynmoe.loss_coefficients
-        loss = coefficients.dynamic * dynamic
-        if dynmoe.balance_loss != "none":
-            loss = loss + coefficients.balance * balance
+        parts = []
+        if coefficients.dynamic:
+            parts.append(coefficients.dynamic * dynamic)
+        if dynmoe.balance_loss != "none" and coefficients.balance:
+            parts.append(coefficients.balance * balance)
+        if not parts:
+            return routed.weights_TE
+        loss = sum(parts[1:], start=parts[0])
         if self.calculate_per_token_loss:
             # Upstream divides all gradients by the tokens of the global batch in this case; see
             # attach_and_log_load_balancing_loss there.
@@ -215,7 +220,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
             sums = self.counters.sums
             counted = torch.cat([sums.assignments, sums.tokens.view(1)])
             torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
-            assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:].float()
+            counted = counted.float()
+            assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:]
         return fractions(assignments_BE, tokens_B)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

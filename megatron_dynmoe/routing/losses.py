@@ -20,7 +20,9 @@ def fractions(
     Returns:
         [B, E] of the dtype.
     """
-    return assignments_BE.to(dtype) / _per_sequence(tokens_B)
+    if dtype != torch.get_default_dtype():  # which whole numbers become by division
+        assignments_BE = assignments_BE.to(dtype)
+    return (assignments_BE / _per_sequence(tokens_B)).to(dtype)
 
 
 def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor | int) -> Tensor:

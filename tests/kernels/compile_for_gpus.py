@@ -57,13 +57,16 @@ def cases():
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
             yield routing_triton._forward, types, settings | {"TOP": top}, 4
             yield routing_triton._backward, types, settings, 4
+        parts = {"assignments_ptr": "i32", "not_finite_ptr": "i32"}
+        parts |= {"assignments_out": "i64", "not_finite_out": "i64"}
+        yield routing_triton._add_up_parts, parts, {"PARTS": block, "WIDTH": width}, 4
 
 
 def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name.endswith("_ptr"):
+        if name.endswith(("_ptr", "_out")):
             return "*" + types.get(name, "fp32")
         return "fp32" if name == "epsilon" else "i32"
 
