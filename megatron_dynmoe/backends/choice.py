@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_dynmoe.backends import cpu
+from megatron_dynmoe import kernels
+from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
+from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.settings.routings import AUTO
 
@@ -48,8 +50,8 @@ class BackEnd:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and can run. It cannot on the CPU."""
-    return not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine is installed and can run. The layer for the CPU hides it."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd:
@@ -61,7 +63,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
             layers without Transformer Engine, so it allows ``torch_native`` and ``local``.
 
     Raises:
-        ValueError: the two contradict each other, or Transformer Engine is not installed.
+        ValueError: the two contradict each other, or Transformer Engine is not installed or too
+            old.
     """
     if backend is not None and backend != AUTO:
         chosen = BackEnd(backend, _ASKED_FOR)
@@ -75,6 +78,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
                 "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
                 "GPU: use auto or torch_native, or install the extra 'te' on a machine with one."
             )
+        if backend == "transformer_engine":
+            transformer_engine.check_version()
         return chosen
     if transformer_impl == "inference_optimized":
         return BackEnd(transformer_impl, "--transformer-impl")
@@ -82,6 +87,8 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
         return BackEnd("torch_native", "no Transformer Engine")
     if transformer_impl == "local":
         return BackEnd("torch_native", "--transformer-impl local")
+    if old := transformer_engine.version_without_grouped_experts():
+        return BackEnd("torch_native", f"Transformer Engine {old} cannot group experts")
     return BackEnd("transformer_engine", "it is installed")
 
 
@@ -209,22 +216,37 @@ def check_norms(backend: str, settings: Any) -> None:
 
 
 def adapt_arguments(args: Any) -> None:
-    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
-
-    The data loader also stops making an attention mask if that mask would be the causal one. The
-    attention applies the causal mask by itself.
-    """
+    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing."""
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
-        args.apply_rope_fusion = False
-    if not args.reset_attention_mask:
+        # Upstream takes these two ways to Transformer Engine only, our kernel or not.
+        needs_it = args.rotary_interleaved or args.multi_latent_attention
+        args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
+
+
+def settle_masks(backend: str, args: Any) -> None:
+    """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
+
+    That attention applies the causal mask by itself, and gets the lengths of documents that are
+    kept apart; see :mod:`megatron_dynmoe.backends.documents`.
+
+    Args:
+        backend: the chosen back end.
+        args: Megatron's arguments, which are changed.
+
+    Raises:
+        ValueError: upstream's attention runs, and a mask would not reach all of its layers.
+    """
+    kept = _unsupported(args, _ATTENTION) if backend == "torch_native" else None
+    if backend == "torch_native" and not (kept and args.reset_attention_mask):
         args.create_attention_mask_in_dataloader = False
+    elif backend in ("torch_native", "local"):
+        check_masks(args, f"local, which {kept} needs," if kept else "local")
 
 
 # Settings that a part supports only with these values.
 _ATTENTION: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False, None),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
     "attention_backend": tuple(kind for kind in AttnBackend if kind != AttnBackend.local),
@@ -262,6 +284,8 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
 
 def describe(plan: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
+    if plan.backend == "transformer_engine" and config.moe_grouped_gemm:
+        return f"> back end: {plan.backend} ({plan.why}) | experts: its grouped GEMMs"
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
     gemm = gemm_of(config)

@@ -197,10 +197,6 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
 # Settings that need Transformer Engine's attention or kernels, and what to do instead.
 _GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
-    "multi_latent_attention": (
-        False,
-        "the attention that needs no Transformer Engine cannot do it. Leave it out",
-    ),
     "use_torch_fsdp2": (False, "it shards over GPUs. Leave it out"),
     "cuda_graph_impl": ("none", _GRAPHS),
     "enable_cuda_graph": (False, _GRAPHS),

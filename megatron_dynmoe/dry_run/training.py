@@ -27,11 +27,9 @@ from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.schedule import MicroBatches, Watch
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
-from megatron_dynmoe.settings.words import values_of
 from megatron_dynmoe.training import loop
 from megatron_dynmoe.training.forward import forward_step
 
-NO_CHECKS = "no-check-for-nan-in-loss-and-grad"
 _WITHOUT_A_GPU = ("torch_native", "local")
 
 
@@ -56,8 +54,8 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
                 "--moe-dynamic-backend torch_native."
             )
         loop.use_our_layers(args, model_config, settled)
-    # Megatron turns it off for a fake process group, but it is a part of every step.
-    args.check_for_nan_in_loss_and_grad = NO_CHECKS not in values_of(request.words)
+    # Megatron's own flag for this refuses DeepEP, and turns off checks that every step has.
+    args.fake_process_group, args.use_gloo_process_groups = True, False
     micro_batches = _micro_batches(args, request.stage)
     _set_number(args, micro_batches.group)
     if args.num_experts:

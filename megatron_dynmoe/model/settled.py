@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.training import get_args
 
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.moe.flex import check_flex
@@ -86,6 +86,9 @@ def settle_run(
     if not resolved.is_dynamic:
         return Settled(resolved, backend)
     check_upstream_settings(transformer)
+    if backend.backend == "transformer_engine":
+        transformer_engine.check_experts(transformer)
+    transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))

@@ -19,7 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -151,9 +151,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         dynmoe = settle_balance_loss(args, config_from_args(args))
         chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
         args.transformer_impl = chosen.implementation
-        if chosen.backend == "torch_native":
-            choice.adapt_arguments(args)
+        choice.adapt_arguments(args)
+        choice.settle_masks(chosen.backend, args)
         choice.check_norms(chosen.backend, args)
+        if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
+            transformer_engine.check_mask(args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(

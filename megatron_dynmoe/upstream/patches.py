@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.upstream import optimizer_state
+from megatron_dynmoe import kernels
+from megatron_dynmoe.upstream import fewer_kernels, optimizer_state
 
 
 @functools.cache
@@ -22,6 +23,7 @@ def install() -> None:
     """Apply the patches that every run under Megatron 0.19 needs, once."""
     _use_the_packaged_dataset_helpers()
     _save_without_a_helper_process()
+    _step_with_few_kernels()
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
     _guard_checkpoints()
@@ -70,6 +72,28 @@ def _save_without_a_helper_process() -> None:
     TorchDistSaveShardedStrategy.save = save_with_plain_queue
 
 
+def _step_with_few_kernels() -> None:
+    """``megatron/core/optimizer/__init__.py`` and ``clip_grads.py`` need Apex or TE to be fast.
+
+    Without these, AdamW is not fused, and the gradient's norm and clipping take one parameter after
+    another; the host waits for each one's norm. ``rope_utils.py`` takes twelve kernels to rotate
+    queries, and as many for keys. If upstream has Apex or Transformer Engine, their functions run.
+    See :mod:`megatron_dynmoe.upstream.fewer_kernels`.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = fewer_kernels.l2_norm
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = fewer_kernels.scale
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        build = "_get_megatron_optimizer_based_on_param_groups"
+        setattr(optimizer, build, fewer_kernels.fused(getattr(optimizer, build)))
+    if kernels.available(torch.device("cuda")):
+        fewer_kernels.use_rope_kernel()
+
+
 def _resume_the_distributed_optimizer() -> None:
     """``megatron/core/optimizer/distrib_optimizer.py`` loads no checkpoint with torch's AdamW.
 
@@ -103,8 +127,9 @@ def _resume_the_distributed_optimizer() -> None:
     def filled_state_dict(self):
         if optimizer_state.is_torch_adam(self.optimizer):
             self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values():
-                state.setdefault("step", torch.zeros(()))
+            for param, state in self.optimizer.state.items():
+                if "step" not in state:
+                    state["step"] = fewer_kernels.no_step(self.optimizer, param)
         return state_dict(self)
 
     @functools.wraps(load_state_dict)
@@ -161,6 +186,9 @@ def _resume_under_another_layout() -> None:
             loaded = optimizer_state.with_schedule_of(self.chained_optimizers, loaded)
         loaded = optimizer_state.restructured(loaded, self.chained_optimizers)
         load_state_dict(self, optimizer_state.with_step_of(self.chained_optimizers, loaded))
+        for inner in (part.optimizer for part in self.chained_optimizers):
+            if optimizer_state.is_torch_adam(inner):
+                fewer_kernels.keep_fused(inner)
 
     ChainedOptimizer.load_state_dict = load_restructured
 

@@ -43,6 +43,20 @@ def test_every_chunk_gets_the_same_settings(tmp_path, monkeypatch, upstream, exp
         assert (dynmoe.balance_loss, dynmoe.balance_loss_coeff) == expected
 
 
+@pytest.mark.parametrize("backend", ["torch_native", "local"])
+def test_upstreams_default_contradicts_no_back_end(tmp_path, monkeypatch, backend):
+    from megatron_dynmoe.backends import choice
+    from megatron_dynmoe.specs import dynmoe_layer_spec
+
+    monkeypatch.setattr(choice, "has_transformer_engine", lambda: True)
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text(f"routing: top_p\nbackend: {backend}")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    config = one_rank.transformer_config(transformer_impl="transformer_engine")
+    dynmoe_layer_spec(SimpleNamespace(transformer=config))
+    assert config.transformer_impl == "local"
+
+
 def test_without_settings_the_spec_says_what_to_set(monkeypatch):
     from megatron_dynmoe.specs import dynmoe_layer_spec
 

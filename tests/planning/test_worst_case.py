@@ -63,7 +63,7 @@ def test_a_layer_stays_within_its_bound(
     ) as profiler:
         step()
 
-    assert layer.router.counters.assignments.sum() == 2 * 512 * (cap or num_experts)
+    assert layer.router.counters.sums.assignments.sum() == 2 * 512 * (cap or num_experts)
     sizes = ExpertSizes(hidden, ffn, 2, num_experts, dtype.itemsize)
     bound = layer_bound(sizes, 512, num_experts, cap)
     assert peak_bytes(profiler) <= bound <= 1.6 * peak_bytes(profiler)
