@@ -107,7 +107,7 @@ def naming_the_cache(args: Any) -> Iterator[None]:
         args: Megatron's arguments.
 
     Raises:
-        ValueError: in place of an error of the block, where that is the cause.
+        ValueError: in place of an error of the block, if the cache is the cause.
     """
     try:
         yield
