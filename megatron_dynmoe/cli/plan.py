@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
+from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly, number
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Plan and print; exit with 0, 1 (it cannot work or does not fit) or 2 (usage)."""
+    """Plan and print; exit with 0, 1 (it does not fit) or 2 (it cannot work)."""
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     _check_together(parser, args)
@@ -24,15 +24,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     from megatron_dynmoe.jobs.plan import make_plan
 
     with ending_plainly(parser.prog, "no plan was made"):
-        plan = make_plan(
-            args.recipe,
-            flags,
-            args.gpus,
-            GPUS[args.gpu],
-            tokens=args.tokens,
-            utilization=0.4 if args.utilization is None else args.utilization,
-            experts_per_token=args.experts_per_token,
-        )
+        try:
+            plan = make_plan(
+                args.recipe,
+                flags,
+                args.gpus,
+                GPUS[args.gpu],
+                tokens=args.tokens,
+                utilization=0.4 if args.utilization is None else args.utilization,
+                experts_per_token=args.experts_per_token,
+            )
+        except ValueError as error:  # each is about a flag or a setting
+            raise UsageError(str(error)) from None
         print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
     sys.exit(0 if plan.fits else 1)
 
