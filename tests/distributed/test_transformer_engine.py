@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.agreement import tensors as tensors_of
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
-from tests.doubles.on_cpu import possible, run_with_transformer_engine
+from tests.doubles.on_cpu import has_the_original, possible, run_with_transformer_engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -89,7 +89,7 @@ ON_NATIVE = {
         BEFORE,
         f"native_{model}",
         1,
-        f"{flags} {ALLTOALL} {NATIVE} {fresh('{dir}/weights_' + model)}",
+        f"{flags} {ALLTOALL} {NATIVE} {FLAGS['grouped']} {fresh('{dir}/weights_' + model)}",
         hooks=GRADIENTS,
         after=(WEIGHTS[model],),
     )
@@ -301,11 +301,14 @@ def test_biases_are_those_of_upstreams_local_experts(with_te_long, trained: Case
     assert_same_training(result(with_te_long, ON_LOCAL), result(with_te_long, trained))
 
 
-def test_a_flag_for_grouped_experts_changes_nothing(with_te) -> None:
+def test_a_flag_for_grouped_experts_changes_nothing(before, with_te) -> None:
     plain, flag = (result(with_te, one) for one in (UNGROUPED, GROUPED))
     assert plain.losses == flag.losses
     described = "> back end: transformer_engine (asked for) | experts: its grouped GEMMs"
     assert described in plain.log(0) and described in flag.log(0)
+    if not has_the_original():
+        native = result(before, ON_NATIVE["dtop_p"])
+        assert "--moe-grouped-gemm needs a GPU and becomes False" in native.log(0)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGED)
@@ -351,7 +354,7 @@ def test_a_converted_checkpoint_trains_on(before, with_te) -> None:
 
 
 def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te, after) -> None:
-    result(with_te, SAME_WEIGHTS)
+    trained = result(with_te, SAME_WEIGHTS)
     folders = [
         result(results, one).directory / one.name
         for results, one in ((before, EXPORTED["shared"]), (after, EXPORTED_AGAIN))
@@ -360,6 +363,9 @@ def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te, after) 
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     one, two = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    del one["measured_experts_per_token"]  # of the step before
+    (measured,) = trained.by_layer("measured")
+    assert two.pop("measured_experts_per_token") == [*measured.values()]
     assert one == two
 
 
