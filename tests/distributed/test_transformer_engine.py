@@ -321,7 +321,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_either_back_end(
     # The last loss follows from the step before, so from the optimizer's state.
     assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)
     assert resumed.thresholds == pytest.approx(whole.thresholds[HALF:], abs=1e-4)
-    if exchange.endswith("te to te"):
+    if exchange.endswith("te to te") and not has_the_original():  # a GPU may add in another order
         assert resumed.losses == whole.losses[HALF:]
 
 
@@ -377,9 +377,9 @@ def test_the_converted_model_computes_what_it_computed(before, with_te, after) -
     result(with_te, SAME_WEIGHTS)
     # Beside what it loaded.
     folder = result(before, WEIGHTS["shared"]).directory
-    computed = torch.load(folder / "weights_shared.computed.pt")
+    computed = torch.load(folder / "weights_shared.computed.pt", map_location="cpu")
     exported = result(after, EXPORTED_AGAIN)
     model = AutoModelForCausalLM.from_pretrained(exported.directory / EXPORTED_AGAIN.name)
     with torch.no_grad():
-        logits = model.eval()(computed["tokens"].cpu()).logits
-    torch.testing.assert_close(logits, computed["logits"].float().cpu(), rtol=0, atol=1e-4)
+        logits = model.eval()(computed["tokens"]).logits
+    torch.testing.assert_close(logits, computed["logits"].float(), rtol=0, atol=1e-4)
