@@ -154,7 +154,7 @@ ON_LOCAL, *BIASED_ON_TE = (
     for name, flags in (
         ("biased_local", f"{EP2} --transformer-impl local"),
         ("biased_ep2", f"{EP2} {TE}"),
-        ("biased_tp2", f"{FLAGS['tp2']} {TE}"),
+        ("biased_tp2", f"{FLAGS['tp2']} {EP2} {FLAGS['whole']} {TE}"),  # upstream refuses others
     )
 )
 
