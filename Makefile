@@ -11,7 +11,7 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
-	test-faults soak mutations \
+	test-vllm test-faults soak mutations \
 	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
@@ -50,6 +50,12 @@ test-avx2: setup ## make test with the instructions of an older processor (AVX2)
 
 test-wheel: setup ## builds the wheel and walks through dynmoe from it, in an empty environment
 	@bash tests/setup/wheel.sh
+
+# In an environment of its own, for vLLM needs another torch. Once it takes a network, and then none.
+VLLM_ENV ?= .venv/vllm
+test-vllm: setup ## vLLM serves exported models over HTTP and says what Transformers says; 6 GB, once
+	@bash tests/setup/vllm.sh "$(VLLM_ENV)"
+	@DYNMOE_VLLM="$(VLLM_ENV)" $(TEST) tests/vllm
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.training import get_args, print_rank_0
 
+from megatron_dynmoe.backends import choice
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
@@ -62,4 +63,5 @@ def _settle_from_environment(transformer: TransformerConfig) -> Settled:
     impl: str | None = transformer.transformer_impl
     if impl == "transformer_engine":
         impl = None  # upstream's default
-    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, impl)
+    chosen = choice.choose_backend(dynmoe.backend, impl)
+    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, chosen)

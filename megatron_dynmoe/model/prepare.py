@@ -29,7 +29,7 @@ def prepare_training(
         args: Megatron's arguments. The resolved settings are added to them, and so get into
             checkpoints. None in a user's own training loop.
     """
-    transformer.transformer_impl = choice.implementation(settled.backend.backend)
+    transformer.transformer_impl = settled.backend.implementation
     if settled.rule is None:
         return
     if settled.backend.backend == "transformer_engine":

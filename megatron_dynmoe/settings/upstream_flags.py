@@ -258,7 +258,7 @@ def check_sequence_parallel(settings: Any) -> None:
     if has_experts and size > 1 and not settings.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size is {size} without --sequence-parallel, which Megatron "
-            "wants where there are experts: give --sequence-parallel."
+            "wants if there are experts: give --sequence-parallel."
         )
 
 

@@ -25,8 +25,8 @@ def test_a_version_that_groups_no_experts_is_left_alone(te, monkeypatch):
     from megatron_dynmoe.backends import choice
 
     monkeypatch.setattr(te, "version_without_grouped_experts", lambda: OLD)
-    chosen, why = choice.choose_backend("auto", None)
-    assert (chosen, OLD in why) == ("torch_native", True)
+    chosen = choice.choose_backend("auto", None)
+    assert (chosen.backend, OLD in chosen.why) == ("torch_native", True)
     with pytest.raises(
         ValueError, match=r"version 1\.8\.0 .*install 1\.9\.0 or later, or use auto"
     ):
@@ -103,8 +103,7 @@ def test_a_mask_that_is_not_read_is_refused(te):
     te.check_mask(Namespace(reset_attention_mask=False))
 
 
-@pytest.mark.parametrize("backend", ["transformer_engine", "torch_native", "local"])
-def test_defaults_that_need_what_is_missing_are_turned_off(te, monkeypatch, backend):
+def test_defaults_that_need_what_is_missing_are_turned_off(te, monkeypatch):
     from megatron_dynmoe.backends import choice
 
     installed = set()
@@ -113,11 +112,30 @@ def test_defaults_that_need_what_is_missing_are_turned_off(te, monkeypatch, back
         args = Namespace(
             gradient_accumulation_fusion=True,
             apply_rope_fusion=True,
-            reset_attention_mask=False,
-            create_attention_mask_in_dataloader=True,
+            rotary_interleaved=False,
+            multi_latent_attention=False,
         )
         installed = {name}
-        choice.adapt_arguments(args, backend)
+        choice.adapt_arguments(args)
         assert args.gradient_accumulation_fusion is (name is not None)
         assert args.apply_rope_fusion
-        assert args.create_attention_mask_in_dataloader is (backend != "torch_native")
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_without_it_our_kernel_rotates_what_upstream_lets_it(
+    monkeypatch, latent, interleaved, has_kernels
+):
+    from megatron_dynmoe.backends import choice
+
+    monkeypatch.setattr(choice, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(choice.kernels, "available", lambda device: has_kernels)
+    args = Namespace(
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=True,
+        rotary_interleaved=interleaved,
+        multi_latent_attention=latent,
+    )
+    choice.adapt_arguments(args)
+    assert args.apply_rope_fusion is (has_kernels and not latent and not interleaved)
