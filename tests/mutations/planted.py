@@ -348,7 +348,9 @@ DISPATCHING = [
         "upstream/optimizer_state.py",
         "step = int(max(steps))",
         "step = 0",
-        ("tests/upstream/test_optimizer_state.py",),
+        (
+            "tests/upstream/test_optimizer_state.py::test_the_fourth_step_follows_from_three_of_any_adam",
+        ),
     ),
     Mutation(
         "kernel_writes_no_sum_of_no_rows",
