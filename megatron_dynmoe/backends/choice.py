@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.documents import check_masks
+from megatron_dynmoe.backends.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def choose_parts(
     check_norms(chosen, config)
     check_recompute(config)
     if chosen == "local":
+        check_latent_attention(config, "--moe-dynamic-backend local")
         check_biases(config)
         if config.context_parallel_size > 1:
             raise ValueError(_only_one_part(config, "local"))
@@ -122,6 +124,7 @@ def choose_parts(
             f"--moe-dynamic-backend is torch_native, whose {part} cannot do {reason}: leave that "
             f"out, or use --moe-dynamic-backend auto, which takes upstream's {part} then."
         )
+    check_latent_attention(config, kept.get("attention"))
     if "experts" in kept:
         check_biases(config)
     if config.context_parallel_size > 1:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
 from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
+from megatron_dynmoe.backends.latent_attention import needs_one_size, padded
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class ScaledDotProductAttention(DotProductAttention):
         if are_lengths(attention_mask):
             mask, lengths = None, attention_mask
         value_size = value.shape[3]
-        if self._needs_one_size(query, value):
-            query, key, value = _padded(query, key, value)
+        if needs_one_size(self.config, query, value):
+            query, key, value = padded(query, key, value)
         if self.config.context_parallel_size > 1:
             if mask is not None:
                 raise ValueError(
@@ -130,16 +131,6 @@ class ScaledDotProductAttention(DotProductAttention):
         if self.config.context_parallel_size > 1:
             context = scatter_sequence(context, self._context_group)
         return context[..., :value_size].flatten(2)
-
-    def _needs_one_size(self, query: Tensor, value: Tensor) -> bool:
-        """Whether values of latent attention have to be as large as queries and keys.
-
-        On a CPU PyTorch's fused kernel takes one size only, and would leave others to code that
-        keeps all scores. Ranks that exchange heads send all three in one tensor.
-        """
-        if query.shape[3] == value.shape[3]:
-            return False
-        return query.device.type == "cpu" or self.config.context_parallel_size > 1
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
@@ -172,12 +163,6 @@ class ScaledDotProductAttention(DotProductAttention):
         """Undo upstream's division of the scale by the layer number, as its own softmax does."""
         divided = self.config.apply_query_key_layer_scaling
         return self.softmax_scale * (self.layer_number if divided else 1)
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """Pad heads with zeros to the size of the largest, which changes neither scores nor values."""
-    size = max(tensor.shape[3] for tensor in tensors)
-    return [torch.nn.functional.pad(tensor, (0, size - tensor.shape[3])) for tensor in tensors]
 
 
 class RMSNorm(torch.nn.RMSNorm):
