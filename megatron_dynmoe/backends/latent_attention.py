@@ -11,10 +11,47 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class LatentAttention(MLASelfAttention):
+    """Upstream's latent attention, with the whole gradient of the keys' positions.
+
+    Without Transformer Engine, tensor-parallel ranks share the projections to latent vectors, and
+    upstream gathers their parts. The part of a key that carries its position goes to the heads of
+    all ranks, but upstream does not sum its gradient over the ranks. Here the projection looks as
+    if it were not split, and upstream's code for that case sums.
+    """
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Project to latent vectors.
+
+        Args:
+            hidden_states: [S, B, D]; [S / T, B, D] if T ranks are sequence-parallel.
+
+        Returns:
+            The latent queries, and the latent keys and values with the keys' positions behind them:
+            [S, B, kv_lora_rank + qk_pos_emb_head_dim], or S / T of them.
+        """
+        queries, keys_and_values = super()._qkv_down_projection(hidden_states)
+        latent, positions = self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim
+        if keys_and_values.shape[-1] == latent + positions:
+            return queries, keys_and_values
+        whole = gather_from_tensor_model_parallel_region(keys_and_values)
+        if self.config.sequence_parallel:
+            return queries, scatter_to_sequence_parallel_region(whole)
+        latent_part, position_part = whole.split([latent, positions], dim=-1)
+        position_part = copy_to_tensor_model_parallel_region(position_part)
+        return queries, torch.cat([latent_part, position_part], dim=-1)
 
 
 def padded(*tensors: Tensor) -> list[Tensor]:

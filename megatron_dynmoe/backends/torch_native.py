@@ -26,12 +26,13 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
 from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
 from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
-from megatron_dynmoe.backends.latent_attention import needs_one_size, padded
+from megatron_dynmoe.backends.latent_attention import LatentAttention, needs_one_size, padded
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
@@ -253,6 +254,8 @@ def with_native_modules(
 def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: TransformerConfig) -> Any:
     submodules = layer.submodules
     attention = copy.copy(submodules.self_attention)
+    if attention.module is MLASelfAttention:
+        attention.module = LatentAttention
     parts = {
         name: _norm_or(provider, getattr(attention.submodules, name))
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
