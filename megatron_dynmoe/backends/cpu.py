@@ -250,7 +250,7 @@ def _reduce_scatter(
             output.copy_(summed)
 
 
-def _as_the_host_wants_it(tensor, as_numpy=False, record_stream=False):
+def _to_host(tensor, as_numpy=False, record_stream=False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
@@ -265,7 +265,7 @@ def _redirect_megatron() -> None:
     )
 
     # Upstream converts splits to numpy arrays only when it copies them from a GPU.
-    megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
+    megatron_dispatcher.maybe_move_tensor_to_cpu = _to_host
 
     # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
     replace(

@@ -162,8 +162,8 @@ def trained(model, *inputs, labels, loss_mask, padding_mask=None):
     (losses * loss_mask).sum().backward()
     gradients = {name: x.grad for name, x in model.named_parameters()}
     counted = [
-        [router.counters.assignments, router.counters.tokens, router.counters.balance_loss]
-        for router in routers_of([model])
+        [sums.assignments, sums.tokens, sums.balance_loss]
+        for sums in (router.counters.sums for router in routers_of([model]))
     ]
     return losses.detach(), gradients, counted
 
