@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.layer_providers import start_megatron
 from megatron_dynmoe.settings.command_line import CommandParser
 
 CAUSAL = "causal"
@@ -46,11 +47,7 @@ def main() -> None:
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from tests.moe import one_rank
-
-    if not torch.cuda.is_available():
-        one_rank.megatron_on_cpu()
-    one_rank.world_of_one()
+    start_megatron()
     rows = measure.Rows(args.output / "documents.csv", "torch", "megatron-core")
     for mean in args.documents:
         compare(mean, args, rows)
@@ -96,12 +93,13 @@ def providers(tokens: torch.Tensor, args) -> dict[str, Callable[[], object]]:
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_dynmoe.backends.documents import document_lengths
     from megatron_dynmoe.backends.torch_native import ScaledDotProductAttention
-    from tests.moe import one_rank
 
-    config = one_rank.transformer_config(
+    config = TransformerConfig(
+        num_layers=1,
         hidden_size=64 * args.heads,
         num_attention_heads=args.heads,
         num_query_groups=args.groups,

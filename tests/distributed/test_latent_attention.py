@@ -61,10 +61,10 @@ RESUMED = case(
 )
 ONE = case("one", 1, LOADED, after=(WHOLE,))
 LAYOUTS = [
-    pytest.param(case("tp2", 2, f"{TP2} {LOADED}", after=(WHOLE,)), id="tensor parallel"),
+    pytest.param(case("tp2", 2, f"{TP2} {LOADED}", after=(WHOLE,)), id="tp2"),
     pytest.param(
         case("cp2_ep2", 2, f"{CP2} --expert-model-parallel-size 2 {LOADED}", after=(WHOLE,)),
-        id="context and expert parallel",
+        id="cp2_ep2",
     ),
 ]
 
