@@ -70,8 +70,10 @@ def compare(mean: int, args, rows: measure.Rows) -> None:
             taken[name].append(seconds)
     workload = (
         f"{args.rows} rows of {args.sequence} tokens, {args.heads} heads of 64, {args.groups} "
-        f"groups, documents of {mean} tokens, float32, {torch.get_num_threads()} threads"
+        f"groups, documents of {mean} tokens, "
     )
+    is_gpu = measure.on_gpu()
+    workload += "bfloat16" if is_gpu else f"float32, {torch.get_num_threads()} threads"
     for name, seconds in taken.items():
         written = rows.put(
             {
@@ -123,11 +125,12 @@ def providers(tokens: torch.Tensor, args) -> dict[str, Callable[[], object]]:
         mask, _, positions = (torch.stack(part) for part in zip(*rows, strict=True))
         return mask, positions
 
-    mask, positions = masks()
+    place = {"device": "cuda", "dtype": torch.bfloat16} if measure.on_gpu() else {}
+    mask, positions = (made.to(place.get("device")) for made in masks())
     shape = (tokens.shape[1], tokens.shape[0])
-    query = torch.randn(*shape, args.heads, 64, requires_grad=True)
-    key, value = torch.randn(2, *shape, args.groups, 64).requires_grad_().unbind()
-    direction = torch.randn(*shape, 64 * args.heads)
+    query = torch.randn(*shape, args.heads, 64, requires_grad=True, **place)
+    key, value = torch.randn(2, *shape, args.groups, 64, **place).requires_grad_().unbind()
+    direction = torch.randn(*shape, 64 * args.heads, **place)
 
     def both_ways(attention: torch.nn.Module, what: torch.Tensor | None) -> None:
         output = attention(query, key, value, what)
