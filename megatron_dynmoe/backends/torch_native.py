@@ -116,12 +116,11 @@ class ScaledDotProductAttention(DotProductAttention):
                 )
             query, key, value = gather_sequence((query, key, value), self._context_group)
         dropout = self.attention_dropout.p if self.training else 0.0
+        whole = partial(self._attend, mask=mask, dropout=dropout)
         if lengths is None:
-            rows = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            attend = partial(self._attend, *rows, mask=mask, dropout=dropout)
+            attend = partial(whole, *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
         else:
-            one = partial(self._attend, mask=None, dropout=dropout)
-            attend = partial(attend_by_document, one, query, key, value, lengths)
+            attend = partial(attend_by_document, whole, query, key, value, lengths)
         if dropout and not self.config.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = attend()
@@ -134,7 +133,7 @@ class ScaledDotProductAttention(DotProductAttention):
         return context[..., :value_size].flatten(2)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, dropout: float
     ) -> Tensor:
         """Attend: [B, N, S, H] of queries to [B, N, S, Hv] of values."""
         added = None
