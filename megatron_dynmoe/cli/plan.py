@@ -53,11 +53,14 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _dry_run(prog: str, args: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
-    from megatron_dynmoe.dry_run.launch import dry_run
-    from megatron_dynmoe.dry_run.report import describe
+    from megatron_dynmoe.dry_run import machine
 
     settings = {"both": ("0", "1"), None: (None,)}.get(args.kernels, (args.kernels,))
     with ending_plainly(prog, "nothing was counted"):
+        machine.check()
+        from megatron_dynmoe.dry_run.launch import dry_run
+        from megatron_dynmoe.dry_run.report import describe
+
         runs = [
             dry_run(
                 args.recipe,
