@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="for scripts; bytes, not GB")
     dry = parser.add_argument_group(
         "dry run: two real steps of one rank, on a GPU that does not exist",
-        "It takes about 20 seconds of processor time and 1 GB of memory.",
+        "It takes up to a minute of processor time and 1 GB of memory.",
     )
     dry.add_argument("--dry-run", action="store_true", help="count what a step does")
     dry.add_argument("--rank", type=int, metavar="N", help="of --gpus; default: one of the fullest")
