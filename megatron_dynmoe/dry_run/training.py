@@ -43,17 +43,17 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
         ValueError: a setting makes no sense, or a dry run cannot take it.
     """
     with loop.refusing_in_flags():
-        args, resolved = loop.parse_command_line()
+        args, resolved, chosen = loop.parse_command_line()
         model_config = gpt_config_from_args(args)
         with naming_flags(args):
-            settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
+            settled = settle_run(resolved, model_config.transformer, chosen)
         if settled.backend.backend not in _WITHOUT_A_GPU:
             raise ValueError(
                 f"the training would take the back end {settled.backend.backend} "
                 f"({settled.backend.why}), whose code cannot run without a GPU: give "
                 "--moe-dynamic-backend torch_native."
             )
-        loop.put_in_our_layers(args, model_config, settled)
+        loop.use_our_layers(args, model_config, settled)
     # Megatron's own flag for this refuses DeepEP, and turns off checks that every step has.
     args.fake_process_group, args.use_gloo_process_groups = True, False
     micro_batches = _micro_batches(args, request.stage)
