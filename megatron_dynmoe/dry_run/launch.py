@@ -117,7 +117,7 @@ def dry_run(
                 f"without a GPU: {remedy}."
             )
     expected = expected_counts(args, experts_per_token)
-    _check_dispatcher(args)
+    _check_dispatcher(args, layout)
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
     _check_imbalance(imbalance, layout)
     model, note = _memory_model(args, layout)
@@ -155,12 +155,20 @@ def dry_run(
     )
 
 
-def _check_dispatcher(args: Namespace) -> None:
-    backend = args.moe_flex_dispatcher_backend
-    if args.moe_token_dispatcher_type == "flex" and backend != "deepep":
+def _check_dispatcher(args: Namespace, layout: Layout) -> None:
+    """Refuse what :mod:`~.deep_ep` does not stand in for."""
+    if args.moe_token_dispatcher_type != "flex":
+        return
+    backend, remedy = args.moe_flex_dispatcher_backend, "--moe-token-dispatcher-type alltoall."
+    if backend != "deepep":
         raise ValueError(
             f"--moe-flex-dispatcher-backend is {backend}, whose kernels nothing stands in for: use "
-            "deepep, or --moe-token-dispatcher-type alltoall."
+            f"deepep, or {remedy}"
+        )
+    if layout.expert_tensor > 1:
+        raise ValueError(
+            f"experts are split over {layout.expert_tensor} ranks, and a dry run does not count "
+            f"their rows with flex: give --expert-tensor-parallel-size 1, or {remedy}"
         )
 
 

@@ -107,6 +107,12 @@ def test_a_setting_that_the_formula_does_not_know_is_run_all_the_same(requests):
             1,
             "--moe-flex-dispatcher-backend is hybridep, whose kernels nothing stands in for: use",
         ),
+        (
+            "smoke --dry-run --moe-token-dispatcher-type flex --tensor-model-parallel-size 2 "
+            "--sequence-parallel",
+            1,
+            "flex: give --expert-tensor-parallel-size 1, or --moe-token-dispatcher-type alltoall.",
+        ),
         ("smoke --dry-run --use-megatron-fsdp", 1, "whose code cannot run without a GPU: leave it"),
         ("smoke --dry-run --fp8-format hybrid", 1, "whose code cannot run without a GPU: leave it"),
         ("smoke --dry-run --moe-permute-fusion", 1, "whose code cannot run without a GPU: leave"),
