@@ -28,7 +28,11 @@ from megatron_dynmoe.storage.atomic import replace_file
 GPU = "h200-141g"
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("forward", "backward", "optimizer")
-LONG = "--seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1 --cp-comm-type a2a"
+# As many tokens in a step as the recipe's.
+LONG = (
+    "--seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1 "
+    "--global-batch-size 128 --cp-comm-type a2a"
+)
 
 
 class Run(NamedTuple):
@@ -46,8 +50,8 @@ RUNS = {
         "dtop_p_64e8a",
         "--moe-token-dispatcher-type flex --moe-dynamic-max-experts-per-token 32",
     ),
-    "dtop_p_64e8a, 32 k tokens on 4 GPUs": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 4"),
-    "dtop_p_64e8a, 32 k tokens on 8 GPUs": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 8"),
+    "dtop_p_64e8a, 32 k over 4": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 4"),
+    "dtop_p_64e8a, 32 k over 8": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 8"),
 }
 
 
