@@ -12,7 +12,7 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
 	test-vllm test-faults soak mutations \
-	fuzz audit gpu test-gpu gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
+	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
@@ -95,6 +95,12 @@ gpu-pack: setup ## what a GPU machine without a network lacks, to be brought the
 test-gpu: gpu ## the device's ways with kernels off and on, and the kernels natively
 	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels \
 	  --ignore tests/kernels/test_compiles.py --ignore tests/kernels/test_routing_cpu.py
+
+# Where it is missing its double would run, which must not look like success either.
+test-te: ## Transformer Engine's double against the original, and trainings on it; on a GPU
+	@$(PYTHON_GPU) -m tests.doubles.on_cpu
+	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/doubles \
+	  tests/distributed/test_transformer_engine.py
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +11,6 @@ from megatron_dynmoe.analysis.collect import Collected, collect
 from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
 from megatron_dynmoe.analysis.tokens import Letters
 from megatron_dynmoe.analysis.windows import Window
-from megatron_dynmoe.conversion.formats import OURS, format_in
-from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.use.calibrate import set_threshold
 
 # The thresholds to try if none are given. The first are always tried, the others until the model's
@@ -25,40 +19,6 @@ _ALWAYS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 _BELOW = (0.02, 0.01, 0.0)
 _ABOVE = (0.6, 0.7, 0.8, 0.9, 1.0)
 _ROUTING = ("routing", "num_experts_per_tok", "threshold", "inference_threshold")
-
-
-@contextmanager
-def in_our_format(model: Path, tokenizer: Path | None) -> Iterator[Path]:
-    """A folder in our format: the given one, or a conversion of it that is removed at the end.
-
-    Args:
-        model: a folder in any format that can be converted, or the checkpoints that ``--save``
-            named in training.
-        tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
-
-    Raises:
-        UsageError: there is no such folder, or it holds neither a model nor checkpoints.
-        ValueError: the model is of another type, or cannot be converted.
-    """
-    if not model.is_dir():
-        raise UsageError(f"--model is {model}: there is no such folder")
-    has_config = (model / "config.json").is_file()
-    if has_config and format_in(model) is OURS:
-        yield model
-        return
-    from megatron_dynmoe.conversion.convert import Target, to_hf
-    from megatron_dynmoe.storage.megatron_names import TRACKER
-
-    if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
-        raise UsageError(
-            f"--model is {model}, which holds neither an exported model (config.json) nor the "
-            f"checkpoints of a run ({TRACKER}): name one of those folders, such as checkpoints in "
-            "a --run-dir"
-        )
-    with tempfile.TemporaryDirectory(prefix="dynmoe-analysis-") as scratch:
-        folder = Path(scratch) / "model"
-        to_hf(model, Target(folder, tokenizer=tokenizer, progress=sys.stderr.isatty()))
-        yield folder
 
 
 class SweepWindows:

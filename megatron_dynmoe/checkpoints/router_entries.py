@@ -1,6 +1,8 @@
-"""Checks that a checkpoint holds the entries of this run's routers, before Megatron needs them.
+"""Checks that a checkpoint holds the entries of this run's routers, and no others.
 
-Megatron's own answer is a ``KeyError`` on every rank that names one entry, below a traceback.
+If it holds fewer, Megatron's own answer is a ``KeyError`` on every rank that names one entry, below
+a traceback. If it holds more, Megatron says nothing: stock layers, such as lm-eval's, would route
+the tokens of a dynamic model by top-k.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ _AFRESH = "--dist-ckpt-strictness log_all --no-load-optim"
 def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: str) -> None:
     """Refuse a checkpoint that lacks entries of this run's routers; all ranks take part.
 
+    If routers are top-k here and were dynamic there, a warning is printed.
+
     Args:
         folder: the folder of the checkpoint.
         state_dict: the nested dictionary with sharded tensors that Megatron is going to fill.
@@ -35,6 +39,15 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
         return
     wanted = set().union(*on_all_ranks(lambda: _of_routers(_keys(state_dict))))
     there = on_rank_0(lambda: _of_routers(_stored_keys(folder))) if wanted else set()
+    if _WEIGHT in wanted and _MEASURED in there - wanted:
+        on_rank_0(
+            lambda: print(
+                f"> warning: the checkpoint {folder} was trained with --moe-dynamic-routing, and "
+                "the model that loads it routes by top-k: what it computes is not what was "
+                "trained. To evaluate the checkpoint, use dynmoe evaluate --load",
+                flush=True,
+            )
+        )
     missing = sorted(wanted - there)
     # If the checkpoint has no router weights, it has no experts either: these flags cannot help.
     if not missing or _WEIGHT not in there:

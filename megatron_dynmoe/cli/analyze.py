@@ -83,7 +83,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     reading = Reading(args.json_keys, args.source_key, on_unreadable, limits)
     check_text(files, reading)
     num_skipped = 0
-    with measure.in_our_format(args.model, args.tokenizer) as folder:
+    with load.in_our_format(args.model, args.tokenizer) as folder:
         # 1. Check everything that can be wrong before the weights are read.
         config = load.load_config(folder)
         if "sparse" not in config.mlp_layer_types:

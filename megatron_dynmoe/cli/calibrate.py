@@ -9,9 +9,7 @@ nothing.
 import argparse
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ def _run(args: argparse.Namespace) -> None:
         be_quiet,
         check_ids,
         default_device,
+        in_our_format,
         load_config,
         load_model,
         load_tokenizer,
@@ -50,7 +49,9 @@ def _run(args: argparse.Namespace) -> None:
     be_quiet()
     load_config(args.model)  # refuses code from a hub, before the folder is converted
     _check_target_folder(args)
-    with _in_our_format(args) as folder:
+    # Beside the output, so that files can be moved there.
+    beside = None if args.output is None else args.output.absolute().parent
+    with in_our_format(args.model, beside=beside) as folder:
         # 1. Load model and text.
         config = load_config(folder)
         own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
@@ -147,6 +148,11 @@ def _data_name(data: list[str]) -> str:
 def _check_target_folder(args: argparse.Namespace) -> None:
     """Refuse what would otherwise fail only after the last pass."""
     output = args.output
+    if args.in_place and (format := format_in(args.model)) is not OURS:
+        raise ValueError(
+            f"--in-place: a folder of format {format.name} has no place for what a calibration "
+            "finds: give --output for a copy in our format"
+        )
     if output is not None:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ValueError(f"--output {output}: it exists and is not empty")
@@ -188,27 +194,6 @@ def _describe(config: Any) -> str:
             return "threshold by layer"
         threshold = different.pop()
     return f"threshold {threshold:.6g}"
-
-
-@contextmanager
-def _in_our_format(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield the model's folder; for another format, a temporary folder with the converted model."""
-    format = format_in(args.model)
-    if format is OURS:
-        yield args.model
-        return
-    if args.in_place:
-        raise ValueError(
-            f"--in-place: a folder of format {format.name} has no place for what a calibration "
-            "finds: give --output for a copy in our format"
-        )
-    from megatron_dynmoe.conversion.convert import Target, to_hf
-
-    beside = None if args.output is None else args.output.absolute().parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".calibrate-") as scratch:
-        folder = Path(scratch) / "model"
-        to_hf(args.model, Target(folder))
-        yield folder
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,15 +1,20 @@
-"""Evaluate an exported model with EleutherAI's lm-eval and count its experts per token by task.
+"""Evaluate a model with EleutherAI's lm-eval and count its experts per token by task.
 
-Presets are the tasks of Dynamic MoE, with its numbers of examples (BBH 3, the others 0): paper for
-all of them, or piqa, hellaswag, arc-e, commonsenseqa, bbh, winogrande. For any other lm-eval task,
-give its name; for a task of your own, its YAML file. It works with any causal language model in
-safetensors, and runs no code from the model's folder.
+The model is an exported folder (--model; any causal language model in safetensors will do) or, as
+it is, a checkpoint that a training saved (--load), of any layout. No code from either is run.
+
+Presets are the tasks of two papers: dynamic_moe (piqa, hellaswag, arc-e, commonsenseqa, winogrande
+without examples, bbh with 3) and dtop_p (svamp with 5 examples; mmlu, arc-e, arc-c, copa, piqa,
+hellaswag, winogrande, lambada_openai, boolq, lsat-ar, lsat-lr, lsat-rc without). Each of these
+names is a preset, too. For any other lm-eval task, give its name; for a task of your own, its YAML
+file.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     with ending_plainly(parser.prog):
-        report = _run(args)
+        report = _run(args, _check(args, parser))
         if report["tasks"]:
             _print_tasks(report)
             _print_layers(report)
@@ -45,29 +50,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """Refuse what can be refused before tasks and weights are read; return the folder to read."""
+    from megatron_dynmoe.conversion.folder import check_is_model
+    from megatron_dynmoe.conversion.megatron import checkpoint_folder
+
+    for flag in ("iteration", "tokenizer"):
+        if args.load is None and getattr(args, flag) is not None:
+            parser.error(f"--{flag} is of a checkpoint: give it with --load")
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        raise UsageError(f"--output is {args.output}: there is no folder for it; create it")
+    if args.load is None:
+        check_is_model(args.model)
+        return args.model
+    if (args.load / "config.json").is_file():
+        raise UsageError(f"--load is {args.load}, an exported model: name it with --model")
+    return checkpoint_folder(args.load, args.iteration)
+
+
+def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
+    from megatron_dynmoe.analysis.vocabulary import check_given
     from megatron_dynmoe.use import load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
 
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise UsageError(f"--output is {args.output}: there is no folder for it; create it")
     load.be_quiet()
-    config = load.load_config(args.model)
-    tokenizer = load.load_tokenizer(args.model)
-    load.check_ids(len(tokenizer) - 1, config)
     tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading
-    device = args.device or load.default_device()
-    model = load.load_model(args.model, config, dtype=args.dtype, device=device)
-    report = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        batch_size=args.batch_size,
-    )
+    # A checkpoint becomes a folder until the evaluation is over.
+    is_checkpoint = args.load is not None
+    exported = load.in_our_format(source, args.tokenizer) if is_checkpoint else nullcontext(source)
+    with exported as folder:
+        config = load.load_config(folder)
+        tokenizer = load.load_tokenizer(folder)
+        load.check_ids(len(tokenizer) - 1, config)
+        if args.tokenizer is not None:
+            check_given(args.tokenizer, tokenizer, source)
+        device = args.device or load.default_device()
+        model = load.load_model(folder, config, dtype=args.dtype, device=device)
+        report = evaluate(
+            model,
+            tokenizer,
+            tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            batch_size=args.batch_size,
+        )
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"model": str(args.model), "dtype": dtype, "device": device, **report}
+    return {"model": str(source), "dtype": dtype, "device": device, **report}
 
 
 def _print_tasks(report: dict[str, Any]) -> None:
@@ -120,9 +148,23 @@ def _write(report: dict[str, Any], path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        description=__doc__, example="dynmoe evaluate --model my-model --tasks piqa --limit 100"
+        description=__doc__,
+        example="dynmoe evaluate --load runs/quickstart/checkpoints --tasks piqa --limit 100",
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="DIR", help="exported folder")
+    source.add_argument(
+        "--load", type=Path, metavar="CKPT", help="what --save named in training, as it is"
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="the tokenizer of the training, if the checkpoint's is not here",
+    )
     parser.add_argument(
         "--tasks",
         required=True,

@@ -57,6 +57,7 @@ class Target(NamedTuple):
         dtype: the dtype of the weights: float32, bfloat16 or float16; unchanged if None.
         max_shard_size: the most bytes of a file of weights.
         tokenizer: the tokenizer to write beside the weights; the source's own if None.
+        needs_tokenizer: whether to refuse a Megatron checkpoint for which there is none.
         overwrite: whether to replace a folder that is not empty.
         progress: whether to show a bar.
     """
@@ -66,6 +67,7 @@ class Target(NamedTuple):
     dtype: str | None = None
     max_shard_size: int = 4 * 10**9
     tokenizer: Path | None = None
+    needs_tokenizer: bool = False
     overwrite: bool = False
     progress: bool = False
 
@@ -78,6 +80,7 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
         iteration: the iteration of the checkpoint; the latest if None.
 
     Raises:
+        UsageError: there is no such source, or no tokenizer although one is needed.
         ValueError: the source is damaged, there is no such format, or it cannot express the model.
     """
     format_named(target.format)
@@ -94,10 +97,12 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
     named, tokenizer = getattr(args, "tokenizer_model", None), target.tokenizer
     if tokenizer is None and isinstance(named, str) and Path(named).exists():
         tokenizer = Path(named)
+    missing = "the checkpoint names none" if named is None else f"{named} is not here"
+    if tokenizer is None and target.needs_tokenizer:
+        raise UsageError(f"{load} has no tokenizer: {missing}; give the training's as --tokenizer")
     write_folder(source, target._replace(tokenizer=tokenizer), _inv_freq_dtype(args))
     if tokenizer is None:
-        reason = "the checkpoint names none" if named is None else f"{named} is not here"
-        say(f"no tokenizer is in {target.folder}: {reason}; give --tokenizer")
+        say(f"no tokenizer is in {target.folder}: {missing}; give --tokenizer")
 
 
 def write_folder(source: Source, target: Target, inv_freq_dtype: str | None = "float32") -> None:

@@ -119,8 +119,8 @@ def check_is_model(folder: Path) -> None:
         ""
         if checkpoints is None
         else (
-            " but a checkpoint, of which tools/convert_checkpoint.py to-hf "
-            f"--load {checkpoints} --output DIR makes one"
+            f" but a checkpoint: dynmoe evaluate takes it as --load {checkpoints}, and dynmoe "
+            f"convert to-hf --load {checkpoints} --output DIR makes a model of it"
         )
     )
     raise UsageError(

@@ -20,20 +20,41 @@ from urllib.parse import urlsplit
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 
+OWN_TASKS = Path(__file__).parent / "tasks"  # that lm-eval does not have
+
 if TYPE_CHECKING:
     from megatron_dynmoe.use.counting_lm import CountingLM
 
-# Names for the tasks of Dynamic MoE: the folder and the name in lm-eval. Their numbers of examples
-# are the paper's: 3 for BBH, none for the others. The paper used OpenCompass, whose prompts differ.
+# Names for the tasks of the papers: the folder of lm-eval, and the task's name there.
 PRESETS = {
-    "piqa": ("piqa", "piqa"),
-    "hellaswag": ("hellaswag", "hellaswag"),
+    "arc-c": ("arc", "arc_challenge"),
     "arc-e": ("arc", "arc_easy"),
-    "commonsenseqa": ("commonsense_qa", "commonsense_qa"),
     "bbh": ("bbh/cot_fewshot", "bbh_cot_fewshot"),
+    "boolq": ("super_glue/boolq", "boolq"),
+    "commonsenseqa": ("commonsense_qa", "commonsense_qa"),
+    "copa": ("super_glue/copa", "copa"),
+    "hellaswag": ("hellaswag", "hellaswag"),
+    "lambada_openai": ("lambada", "lambada_openai"),
+    "lsat-ar": ("agieval", "agieval_lsat_ar"),
+    "lsat-lr": ("agieval", "agieval_lsat_lr"),
+    "lsat-rc": ("agieval", "agieval_lsat_rc"),
+    "mmlu": ("mmlu/default", "mmlu"),
+    "piqa": ("piqa", "piqa"),
+    "svamp": (OWN_TASKS, "svamp"),
     "winogrande": ("winogrande", "winogrande"),
 }
-PAPER = "paper"  # all presets together
+# What a paper evaluates, with the tasks' own numbers of examples. Those are Dynamic MoE's: 3 for
+# BBH, none for the others. It used OpenCompass, whose prompts differ. Of DTop-p we know that SVAMP
+# has 5, and neither the numbers of the others, which have none here, nor which three tasks of
+# AGIEval it takes: the LSAT's are our choice.
+PAPERS = {
+    "dynamic_moe": ("piqa", "hellaswag", "arc-e", "commonsenseqa", "bbh", "winogrande"),
+    "dtop_p": (
+        *("svamp", "mmlu", "arc-e", "arc-c", "copa", "piqa", "hellaswag", "winogrande"),
+        *("lambada_openai", "boolq", "lsat-ar", "lsat-lr", "lsat-rc"),
+    ),
+}
+PAPERS["paper"] = PAPERS["dynamic_moe"]  # its name when it was the only one
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Loaded
     """Read tasks and their data before a model is loaded.
 
     Args:
-        tasks: names of `PRESETS`, PAPER, YAML files, or names in lm-eval or `include_path`.
+        tasks: names of `PRESETS` or `PAPERS`, YAML files, or names in lm-eval or `include_path`.
         include_path: a folder of further tasks.
 
     Raises:
@@ -60,7 +81,7 @@ def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Loaded
             "evaluation needs lm-eval: pip install 'megatron-dynmoe[eval]' (or lm-eval[hf])"
         )
     _stay_offline_without_network()
-    names = [name for task in tasks for name in (PRESETS if task == PAPER else [task])]
+    names = [name for task in tasks for name in PAPERS.get(task, (task,))]
     specs = {name: PRESETS[name][1] if name in PRESETS else name for name in names}
     manager = _index_of(names, [*specs.values()], include_path)
     loaded: dict[str, Any] = {}
@@ -68,7 +89,7 @@ def load_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Loaded
         if not _is_file(spec) and spec not in manager.all_tasks:
             raise UsageError(
                 f"--tasks is {name}: there is no such file, and lm-eval has no task of this name. "
-                f"Presets: {', '.join([PAPER, *PRESETS])}; `lm-eval ls tasks` lists the others"
+                f"Presets: {', '.join([*PAPERS, *PRESETS])}; `lm-eval ls tasks` lists the others"
             )
         loaded |= _load(manager, name, spec)
     return LoadedTasks(loaded, manager)
@@ -168,7 +189,7 @@ def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | N
     from lm_eval import tasks as lm_eval_tasks
 
     own = Path(lm_eval_tasks.__file__).parent
-    folders = [own / PRESETS[name][0] for name in names if name in PRESETS]
+    folders = list(dict.fromkeys(own / PRESETS[name][0] for name in names if name in PRESETS))
     if include_path is not None:
         if not include_path.is_dir():
             raise UsageError(f"--include-path is {include_path}: there is no such folder")
@@ -177,7 +198,8 @@ def _index_of(names: Sequence[str], specs: Sequence[str], include_path: Path | N
     if all(_is_file(spec) or spec in manager.all_tasks for spec in specs):
         return manager
     # lm-eval has thousands of tasks; it takes many seconds to read all of them.
-    return lm_eval_tasks.TaskManager(include_path=include_path)
+    given = [] if include_path is None else [include_path]
+    return lm_eval_tasks.TaskManager(include_path=[OWN_TASKS, *given])
 
 
 def _load(manager: Any, name: str, spec: str) -> dict[str, Any]:

@@ -7,21 +7,67 @@ error and not a random weight. Errors are plain. A folder may be hostile: see SE
 from __future__ import annotations
 
 import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
-from megatron_dynmoe.conversion.formats import FORMATS
+from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_in
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
+from megatron_dynmoe.storage.megatron_names import TRACKER
 
 # If a model declares more than this many times the numbers that are stored, it is not a real one.
 # Quantized models store eight numbers in one.
 MAX_DECLARED = 16
+
+
+@contextmanager
+def in_our_format(
+    model: Path,
+    tokenizer: Path | None = None,
+    *,
+    beside: Path | None = None,
+) -> Iterator[Path]:
+    """A folder in our format: the given one, or a conversion of it that is removed at the end.
+
+    Args:
+        model: a folder in any format that can be converted, or the checkpoints that ``--save``
+            named in training, of any layout: the latest, or the folder of one of them.
+        tokenizer: the tokenizer of the training, for a Megatron checkpoint that names none.
+        beside: the folder in which the conversion lies; the system's for temporary files if None.
+
+    Raises:
+        UsageError: there is no such folder, it holds neither a model nor checkpoints, or there is
+            no tokenizer for a Megatron checkpoint.
+        ValueError: the model is of another type, or cannot be converted.
+    """
+    if not model.is_dir():
+        raise UsageError(f"--model is {model}: there is no such folder")
+    has_config = (model / "config.json").is_file()
+    if has_config and format_in(model) is OURS:
+        yield model
+        return
+    if not (has_config or (model / TRACKER).is_file() or (model / ".metadata").is_file()):
+        raise UsageError(
+            f"--model is {model}, which holds neither an exported model (config.json) nor the "
+            f"checkpoints of a run ({TRACKER}): name one of those folders, such as checkpoints in "
+            "a --run-dir"
+        )
+    with tempfile.TemporaryDirectory(prefix=".dynmoe-", dir=beside) as scratch:
+        folder = Path(scratch) / "model"
+        is_watched = sys.stderr.isatty()
+        target = Target(folder, tokenizer=tokenizer, needs_tokenizer=True, progress=is_watched)
+        to_hf(model, target)
+        yield folder
 
 
 def load_config(folder: Path) -> Any:

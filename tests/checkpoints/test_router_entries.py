@@ -49,6 +49,16 @@ def test_a_checkpoint_of_other_routing_is_refused_with_the_flags_that_load_it(sa
             check(folder, [*STATE, "theta_offset"])
 
 
+def test_a_dynamic_checkpoint_in_a_top_k_model_is_warned_of(saved, capsys):
+    folder, settings = saved
+    check(folder, [])
+    check(folder, ["weight"] if settings is TOP_K else STATE)
+    assert not capsys.readouterr().out
+    check(folder, ["weight"])
+    warned = f"> warning: the checkpoint {folder / 'release'} was trained with --moe-dynamic"
+    assert capsys.readouterr().out.startswith(warned) is (settings is not TOP_K)
+
+
 def test_a_checkpoint_of_another_rule_is_refused(saved, monkeypatch):
     class Other(TopP):
         knob = "margin"

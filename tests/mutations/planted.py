@@ -40,6 +40,8 @@ GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
+TE = "tests/backends/test_transformer_engine.py"
+EVALUATION = "tests/use/test_evaluate_checkpoint.py"
 
 CONTROLLER = [
     Mutation(
@@ -105,7 +107,7 @@ CONTROLLER = [
         "counters_not_cleared",
         "a batch's counts stay in the next one's",
         "control/update.py",
-        "(router.evaluation_counters if evaluation else router.counters).clear()",
+        "clear(counters)",
         "pass",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
         ("schedule",),
@@ -206,8 +208,8 @@ ROUTING = [
         "padding_counted",
         "padding counts as tokens",
         "routing/counters.py",
-        "self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()",
-        "self.tokens += experts_T.numel()",
+        "sums.tokens.add_(experts_T.numel() if valid_T is None else valid_T.sum())",
+        "sums.tokens.add_(experts_T.numel())",
         (f"{ROUTER}::test_counts",),
     ),
     Mutation(
@@ -315,6 +317,40 @@ DISPATCHING = [
         ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
     ),
     Mutation(
+        "experts_one_after_another",
+        "without --moe-grouped-gemm Transformer Engine runs one expert after another",
+        "backends/transformer_engine.py",
+        "transformer.moe_grouped_gemm = bool(transformer.num_moe_experts)",
+        "pass",
+        (f"{TE}::test_experts_are_grouped_for_a_dynamic_routing[top_p]",),
+    ),
+    Mutation(
+        "permutation_without_rows_not_refused",
+        "a fused permutation that stops at a rank without rows is not refused",
+        "backends/transformer_engine.py",
+        "gathers and ranks > 1:",
+        "gathers and ranks > 2:",
+        (f"{TE}::test_what_its_experts_cannot_do_is_refused[permutation]",),
+    ),
+    Mutation(
+        "norms_not_found_under_other_names",
+        "the norm before experts is asked for by the running back end's name only",
+        "checkpoints/other_backends.py",
+        "value.key = next((name for name in _other_names(key) if name in stored), key)",
+        "pass",
+        (
+            "tests/checkpoints/test_other_backends.py::test_a_norm_is_asked_for_as_the_checkpoint_names_it",
+        ),
+    ),
+    Mutation(
+        "adam_of_another_back_end_starts_at_step_0",
+        "a run that goes on with another back end's Adam begins to count its steps again",
+        "upstream/optimizer_state.py",
+        "step = int(max(steps))",
+        "step = 0",
+        ("tests/upstream/test_optimizer_state.py",),
+    ),
+    Mutation(
         "kernel_writes_no_sum_of_no_rows",
         "the combine's kernel leaves the result of a token without experts as it found it",
         "kernels/permute.py",
@@ -398,12 +434,79 @@ WATCHING = [
         ("fresh_pp2ep2",),
     ),
     Mutation(
+        "a_dry_run_reads_without_waiting",
+        "a dry run counts no wait if the host reads a number from the device",
+        "dry_run/recorder.py",
+        'self.wait("item")',
+        "pass",
+        ("tests/dry_run/test_rehearsal.py::test_a_planted_item_is_found_and_named",),
+    ),
+    Mutation(
+        "a_dry_run_overlooks_tensors_on_the_cpu",
+        "a dry run finds no tensor of a step that was made on the CPU",
+        "dry_run/recorder.py",
+        "self.off_device[self.moment, place, made] += 1",
+        "pass",
+        ("tests/dry_run/test_rehearsal.py::test_a_planted_tensor_on_the_cpu_is_found_and_named",),
+    ),
+    Mutation(
+        "a_dry_run_forgets_the_optimizers_state",
+        "the planner forgets the optimizer's state",
+        "planning/memory.py",
+        "return self.weights + self.gradients + self.optimizer",
+        "return self.weights + self.gradients",
+        ("tests/dry_run/test_rehearsal.py::test_the_planner_is_near",),
+    ),
+    Mutation(
         "two_copies_of_an_expert_are_none",
         "the doctor calls experts copies only if there are three of one kind",
         "doctor/checkpoint/copies.py",
         "if len(group) > 1)",
         "if len(group) > 2)",
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
+    ),
+    Mutation(
+        "top_k_of_a_dynamic_checkpoint_unsaid",
+        "a dynamic checkpoint is loaded into a top-k model without a word",
+        "checkpoints/router_entries.py",
+        "_MEASURED in there - wanted",
+        "_MEASURED in wanted - there",
+        (
+            "tests/checkpoints/test_router_entries.py::"
+            "test_a_dynamic_checkpoint_in_a_top_k_model_is_warned_of",
+        ),
+    ),
+    Mutation(
+        "latest_checkpoint_evaluated",
+        "dynmoe evaluate --iteration reads the latest checkpoint",
+        "cli/evaluate.py",
+        "return checkpoint_folder(args.load, args.iteration)",
+        "return checkpoint_folder(args.load, None)",
+        (f"{EVALUATION}::test_another_iteration",),
+    ),
+    Mutation(
+        "evaluated_without_begin_token",
+        "an evaluation leaves the begin token out that the training had",
+        "use/counting_lm.py",
+        "encode = encode_prompt if add_special_tokens else encode_text",
+        "encode = encode_text",
+        (f"{EVALUATION}::test_the_model_reads_one_begin_token_and_no_end_token",),
+    ),
+    Mutation(
+        "tokenizer_not_missed",
+        "a checkpoint without a tokenizer is converted before that is said",
+        "conversion/convert.py",
+        "if tokenizer is None and target.needs_tokenizer:",
+        "if tokenizer is None and not load.exists():",
+        (f"{EVALUATION}::test_misuse_is_named_with_its_remedy",),
+    ),
+    Mutation(
+        "svamp_without_examples",
+        "SVAMP's examples are those of the test",
+        "use/tasks/svamp.yaml",
+        "fewshot_split: train",
+        "fewshot_split: test",
+        ("tests/use/test_evaluate.py::test_svamp",),
     ),
 ]
 

@@ -6,6 +6,7 @@ Tasks and data are local; the network is never asked.
 import json
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +19,9 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'megatron-dynmoe[eval]'")
 
-import datasets
 import lm_eval
 import yaml
 from huggingface_hub import constants
-from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -32,27 +31,16 @@ from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.use import evaluate as module
-from megatron_dynmoe.use.evaluate import PRESETS, evaluate, load_tasks
+from megatron_dynmoe.use.counting_lm import CountingLM
+from megatron_dynmoe.use.evaluate import PAPERS, PRESETS, evaluate, load_tasks
 from megatron_dynmoe.use.load import load_tokenizer
+from tests.helpers.local_tasks import CHOICES, NUM_NEW
 from tests.helpers.ports import reserved_port
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 ROOT = Path(__file__).resolve().parents[2]
-CHOICES = ["red", "green and blue", "no"]
-NUM_NEW = 12
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    # It starts a dozen programs to describe the machine.
-    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
-    # Nor what this user has fetched before: nothing.
-    caches = tmp_path_factory.getbasetemp()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(caches / "hub"))
 
 
 @pytest.fixture(scope="module")
@@ -81,65 +69,6 @@ def tokenizer(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     return DynMoEForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of very different lengths, and the first two the same."""
-    path = tmp_path_factory.mktemp("data") / "fruit.jsonl"
-    rows = [
-        {
-            "text": f"{i // 2 * 7} apples and pears" * (1 + i // 2 % 3),
-            "answers": CHOICES,
-            "y": i % 3,
-        }
-        for i in [0, *range(9)]
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def task_file(documents: Path) -> Callable[..., Path]:
-    def write(name: str, **settings: object) -> Path:
-        task = {
-            **{"task": name, "dataset_path": "json", "validation_split": "validation"},
-            "dataset_kwargs": {"data_files": {"validation": str(documents)}},
-            **{"doc_to_text": "Q: {{text}}", "doc_to_target": "y", "num_fewshot": 0},
-            "metric_list": [{"metric": "acc"}],
-        }
-        path = documents.parent / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(task | settings))
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def choice(task_file: Callable[..., Path]) -> Path:
-    return task_file("choice", output_type="multiple_choice", doc_to_choice="{{answers}}")
-
-
-@pytest.fixture(scope="module")
-def free(task_file: Callable[..., Path]) -> Path:
-    return task_file(
-        "free",
-        output_type="generate_until",
-        doc_to_target="{{answers[0]}}",
-        metric_list=[{"metric": "exact_match"}],
-        generation_kwargs={"until": ["e", "t"], "max_gen_toks": NUM_NEW, "do_sample": False},
-    )
-
-
-@pytest.fixture(scope="module")
-def rolling(task_file: Callable[..., Path]) -> Path:
-    return task_file(
-        "rolling",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        metric_list=[{"metric": "word_perplexity"}],
-    )
 
 
 def texts(documents: Path) -> list[str]:
@@ -385,15 +314,62 @@ def test_scores_are_sums_by_hand_whatever_the_tokenizer_adds(
     assert math.log(perplexity) == pytest.approx(-total / words, rel=1e-4)
 
 
-def test_presets_are_tasks_of_lm_eval_with_the_papers_examples() -> None:
+def test_presets_are_tasks_with_the_papers_examples() -> None:
     tasks = Path(lm_eval.tasks.__file__).parent
     manager = module._index_of([*PRESETS], [name for _, name in PRESETS.values()], None)
     assert len(manager.all_tasks) < 200  # not all of lm-eval was read
     for folder, name in PRESETS.values():
         assert name in manager.all_tasks
         for path in (tasks / folder).glob("*yaml"):
-            text = path.read_text()
-            assert ("num_fewshot: 3" in text) == (path.name == "_cot_fewshot_template_yaml")
+            (shots,) = re.findall(r"^num_fewshot: (\d+)", path.read_text(), re.MULTILINE) or "0"
+            wanted = {"_cot_fewshot_template_yaml": "3", "svamp.yaml": "5"}
+            assert shots == wanted.get(path.name, "0")
+    assert {name for names in PAPERS.values() for name in names} == PRESETS.keys()
+    assert [len(PAPERS[paper]) for paper in ("dynamic_moe", "dtop_p")] == [6, 13]
+
+
+@pytest.mark.parametrize("paper", ["dtop_p", "paper"])
+def test_a_paper_is_all_of_its_tasks(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_load", lambda _manager, name, spec: {spec: name})
+    loaded = load_tasks([paper]).by_name
+    assert [*loaded.values()] == [*PAPERS[paper]]
+    assert [*loaded] == [PRESETS[name][1] for name in PAPERS[paper]]
+
+
+def test_svamp(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem(number: int) -> dict[str, str]:
+        words = {"Body": f"Ann has {number} pens. Bob has 2", "Question": "How many are there? "}
+        return words | {"Answer": f"{number + 2}.0"}
+
+    data = {"train": range(6), "test": [1498, 40]}
+    for split, numbers in data.items():
+        rows = (json.dumps(problem(number)) + "\n" for number in numbers)
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    # As whoever has the data but no network would write it.
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in data}
+    task = {"include": str(module.OWN_TASKS / "svamp.yaml"), "dataset_path": "json"}
+    (tmp_path / "svamp.yaml").write_text(
+        yaml.safe_dump(task | {"dataset_kwargs": {"data_files": files}})
+    )
+    loaded = load_tasks(["svamp"], tmp_path)
+    prompts = []
+
+    def answers(self: Any, requests: list[Any], **_: Any) -> list[str]:
+        prompts.extend(request.args[0] for request in requests)
+        return [" 1,500 pens, not 3", " -42"]
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", answers)
+    monkeypatch.setattr(CountingLM, "max_length", 1000)
+    entry = evaluate(model, tokenizer, loaded)["tasks"]["svamp"]
+    assert entry["num_fewshot"] == 5 and entry["num_samples"] == 2
+    assert entry["metrics"]["exact_match (first-number)"]["value"] == 0.5
+    shown = "".join(
+        f"Question: Ann has {n} pens. Bob has 2. How many are there?\nAnswer: {n + 2}\n\n"
+        for n in range(5)
+    )
+    assert prompts[0] == (
+        f"{shown}Question: Ann has 1498 pens. Bob has 2. How many are there?\nAnswer:"
+    )
 
 
 def test_a_preset_without_its_data() -> None:

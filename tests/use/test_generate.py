@@ -502,8 +502,8 @@ def test_a_checkpoint_in_place_of_a_model_is_told_the_way(
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
     status, _, err = run(tmp_path / named, "--prompt", "x", capsys=capsys)
     assert status == 2 and err.strip().endswith(
-        f"but a checkpoint, of which tools/convert_checkpoint.py to-hf --load {checkpoints} "
-        "--output DIR makes one"
+        f"but a checkpoint: dynmoe evaluate takes it as --load {checkpoints}, and dynmoe convert "
+        f"to-hf --load {checkpoints} --output DIR makes a model of it"
     )
 
 
