@@ -80,21 +80,24 @@ def served(
     from transformers import AutoTokenizer
 
     case = CASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    exported = export(case.export, folder)
+    log = tmp_path_factory.mktemp(request.param) / "server.log"
+    exported = export(case.export, tmp_path_factory.getbasetemp() / f"model-{case.export}")
     model = reference.load(exported, **case.settings)
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    with serving(environment, exported, folder / "server.log", shlex.split(case.flags)) as server:
+    with serving(environment, exported, log, shlex.split(case.flags)) as server:
         yield Served(server, model, tokenizer, case)
 
 
 def export(name: str, folder: Path) -> Path:
-    """Write a model as ``dynmoe convert`` does; return its folder.
+    """Write a model as ``dynmoe convert`` does, unless an earlier case did; return its folder.
 
     ``quickstart`` is a model of ``make quickstart``, from a short run if there is none yet. The
     others have random weights.
     """
     output = folder / name
+    if output.exists():
+        return output
+    folder.mkdir(exist_ok=True)
     if name == "quickstart":
         convert("to-hf", "--load", trained(folder), "--output", output)
         return output
