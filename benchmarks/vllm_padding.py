@@ -7,7 +7,7 @@ its cap at every forward, so one engine measures all caps with the same weights.
 each cap once, in another order. Printed are medians over the rounds, as parts of the throughput
 with the largest cap. The script needs the environment that ``make test-vllm`` makes.
 
-Prefill: 16 prompts of 224 tokens, 1 new token. Decode: 16 prompts of 8 tokens, 32 new ones.
+Prefill: 4 prompts of 112 tokens, 1 new token. Decode: 4 prompts of 8 tokens, 16 new ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-WORKLOADS = {"prefill": (16, 224, 1), "decode": (16, 8, 32)}
+WORKLOADS = {"prefill": (4, 112, 1), "decode": (4, 8, 16)}
 
 
 def main() -> None:
