@@ -110,7 +110,7 @@ def export(name: str, folder: Path) -> Path:
         export_tiny(folder / "ours", tokenizer, **shape)
         convert("to-hf", "--load", folder / "ours", "--format", "mixtral", "--output", output)
         return output
-    shape |= {"routing": "top_p", "threshold": 0.4, "qk_norm": True}
+    shape |= {"routing": "top_p", "threshold": 0.8, "qk_norm": True}
     shape |= {"shared_expert_intermediate_size": 16, "shared_expert_gate": True}
     export_tiny(folder / "ours", tokenizer, **shape)
     convert("from-hf", "--model", folder / "ours", "--save", folder / "checkpoint")
