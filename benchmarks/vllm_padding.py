@@ -1,11 +1,11 @@
 """Measures what padding to the cap costs in vLLM: throughput with several caps, in turns.
 
-    .venv/vllm/bin/python benchmarks/vllm_padding.py --model DIR [--caps 2 4 8 16] [--rounds 7]
+    .venv/vllm/bin/python benchmarks/vllm_padding.py --model DIR [--caps 2 4 8 16] [--rounds 20]
 
 vLLM has as many slots for every token as the cap allows, and computes all of them. The model reads
 its cap at every forward, so one engine measures all caps with the same weights. Each round runs
-each cap once, in another order. Printed are medians over the rounds, as parts of the throughput
-with the largest cap. The script needs the environment that ``make test-vllm`` makes.
+each cap once, in another order, and compares it with the largest. Printed are medians over the
+rounds. The script needs the environment that ``make test-vllm`` makes.
 
 Prefill: 4 prompts of 112 tokens, 1 new token. Decode: 4 prompts of 8 tokens, 16 new ones.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a folder of dynmoe convert")
     parser.add_argument("--caps", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -61,15 +61,12 @@ def main() -> None:
                 llm.generate(prompts, sampling, use_tqdm=False)
                 if round_:  # the first one warms up
                     seconds[cap].append(time.perf_counter() - start)
-        base = statistics.median(seconds[largest])
         for cap in args.caps:
-            ratios = [
-                one / other for one, other in zip(seconds[largest], seconds[cap], strict=True)
-            ]
+            times = zip(seconds[largest], seconds[cap], strict=True)
+            low, middle, high = statistics.quantiles([one / other for one, other in times], n=4)
             print(
                 f"{name:8} cap {cap:3}: {statistics.median(seconds[cap]):7.3f} s, throughput "
-                f"{base / statistics.median(seconds[cap]):.2f} of that with {largest} "
-                f"(by rounds {min(ratios):.2f} to {max(ratios):.2f})",
+                f"{middle:.2f} of that with {largest} (quartiles {low:.2f} to {high:.2f})",
                 flush=True,
             )
 
