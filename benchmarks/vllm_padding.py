@@ -12,27 +12,32 @@ Prefill: 4 prompts of 112 tokens, 1 new token. Decode: 4 prompts of 8 tokens, 16
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
-# The engine in this process, so that the model's settings can be reached; and nothing from a hub.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dynmoe.settings.command_line import CommandParser, number
 
 WORKLOADS = {"prefill": (4, 112, 1), "decode": (4, 8, 16)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a folder of dynmoe convert")
-    parser.add_argument("--caps", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--caps", type=number(int, 1), nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--rounds", type=number(int, 2), default=20)
     args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model is {args.model}, which has no config.json: name an exported folder")
 
+    # The engine in this process, so that the model's settings can be reached; nothing from a hub.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     largest = max(args.caps)
