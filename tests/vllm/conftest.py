@@ -36,17 +36,13 @@ class Case(NamedTuple):
     settings: dict[str, Any] = {}  # noqa: RUF012
 
 
-SETTINGS = {"inference_max_experts_per_token": 2}
-# Only the first is compiled, as vLLM does by default: its compiler takes minutes.
+CAP = {"inference_max_experts_per_token": 2}
+OURS = "--trust-remote-code --enforce-eager"
 CASES = {
-    "quickstart": Case("quickstart", "--trust-remote-code"),
-    "quickstart-cap": Case(
-        "quickstart",
-        f"--trust-remote-code --enforce-eager --hf-overrides '{json.dumps(SETTINGS)}'",
-        SETTINGS,
-    ),
+    "quickstart": Case("quickstart", OURS),
+    "quickstart-cap": Case("quickstart", f"{OURS} --hf-overrides '{json.dumps(CAP)}'", CAP),
     # No theta, so that nothing but its layout tells its router from one of a fixed number.
-    "top-p": Case("top-p", "--trust-remote-code --enforce-eager"),
+    "top-p": Case("top-p", OURS),
     "mixtral": Case("mixtral", "--enforce-eager"),
 }
 
