@@ -512,6 +512,17 @@ WATCHING = [
         "fewshot_split: test",
         ("tests/use/test_evaluate.py::test_svamp",),
     ),
+    Mutation(
+        "padding_unsaid",
+        "an engine that pads every token to all experts is not told so",
+        "huggingface/modeling_dynmoe.py",
+        "if serves_itself(config) and not str",
+        "if not serves_itself(config) and not str",
+        (
+            "tests/huggingface/test_interfaces.py::"
+            "test_an_engine_that_pads_without_a_cap_is_told_the_remedy",
+        ),
+    ),
 ]
 
 ATTENTION = [

@@ -33,6 +33,7 @@ MISSPELLED = {
     "benchmarks/plot.py": ("--imgaes x", "--images"),
     "benchmarks/preprocess.py": ("--tokeniser-model x", "--tokenizer-model"),
     "benchmarks/select_experts.py": ("--outptu x", "--output"),
+    "benchmarks/vllm_padding.py": ("--model x --ruonds 3", "--rounds"),
     "-m study": ("--lsit", "--list"),
     "-m megatron_dynmoe": ("attempt begin --wrold-size 2 smoke", "--world-size"),
     "-m megatron_dynmoe.doctor": ("--timeuot 3", "--timeout"),
