@@ -441,14 +441,6 @@ WATCHING = [
         "if tokenizer is None and not load.exists():",
         (f"{EVALUATION}::test_misuse_is_named_with_its_remedy",),
     ),
-    Mutation(
-        "svamp_without_examples",
-        "SVAMP's examples are those of the test",
-        "use/tasks/svamp.yaml",
-        "fewshot_split: train",
-        "fewshot_split: test",
-        ("tests/use/test_evaluate.py::test_svamp",),
-    ),
 ]
 
 MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *WATCHING]
