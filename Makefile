@@ -11,8 +11,8 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
-	test-faults soak mutations \
-	fuzz audit gpu test-gpu gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
+	test-vllm test-faults soak mutations \
+	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
 
@@ -50,6 +50,12 @@ test-avx2: setup ## make test with the instructions of an older processor (AVX2)
 
 test-wheel: setup ## builds the wheel and walks through dynmoe from it, in an empty environment
 	@bash tests/setup/wheel.sh
+
+# In an environment of its own, for vLLM needs another torch. Once it takes a network, and then none.
+VLLM_ENV ?= .venv/vllm
+test-vllm: setup ## vLLM serves exported models over HTTP and says what Transformers says; 6 GB, once
+	@bash tests/setup/vllm.sh "$(VLLM_ENV)"
+	@DYNMOE_VLLM="$(VLLM_ENV)" $(TEST) tests/vllm
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)
@@ -89,6 +95,12 @@ gpu-pack: setup ## what a GPU machine without a network lacks, to be brought the
 test-gpu: gpu ## the device's ways with kernels off and on, and the kernels natively
 	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels \
 	  --ignore tests/kernels/test_compiles.py --ignore tests/kernels/test_routing_cpu.py
+
+# Where it is missing its double would run, which must not look like success either.
+test-te: ## Transformer Engine's double against the original, and trainings on it; on a GPU
+	@$(PYTHON_GPU) -m tests.doubles.on_cpu
+	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/doubles \
+	  tests/distributed/test_transformer_engine.py
 
 bench-gpu: bench-gpu-select bench-gpu-layer bench-gpu-train ## all three; OUTPUT=folder of the results
 

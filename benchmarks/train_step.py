@@ -53,7 +53,7 @@ from benchmarks.training import (
 )
 from benchmarks.training import step as train_one_step
 from megatron_dynmoe.settings.command_line import CommandParser
-from megatron_dynmoe.settings.exits import ending_at_misuse
+from megatron_dynmoe.settings.exits import exiting_on_misuse
 
 BACKENDS = ("local", "torch_native")
 ROUTINGS = ("top_k", "dtop_p")
@@ -90,7 +90,7 @@ def main() -> None:
     if options.apart:
         visit_apart(names, options, extra, rows)
         return
-    with ending_at_misuse():  # of what is left for the training
+    with exiting_on_misuse():  # of what is left for the training
         measured, failures = in_turns(names, options, extra)
     for name, why in failures.items():
         rows.put(failed_row(name, why, options))

@@ -200,7 +200,7 @@ def start_megatron(model: str, run: Path | None, extra: list[str]) -> Any:
         flags += ["--data-path", *(str(data / f"{kind}_text_document") for kind in KINDS)]
         flags += ["--data-cache-path", str(data / "cache")]
     sys.argv = [sys.argv[0], *flags, *extra]
-    args, _ = loop.parse_command_line()
+    args, *_ = loop.parse_command_line()
     initialize_megatron()
     set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
     return args

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=dtop_p
 #SBATCH --nodes=1
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -12,7 +11,7 @@
 #   sbatch [SBATCH OPTIONS] launch/pretrain_topk.sh    [RECIPE] [FLAGS ...]     # moe_top2
 #   sbatch [SBATCH OPTIONS] launch/pretrain_dense.sh   [RECIPE] [FLAGS ...]     # dense_374m
 #
-# The others are links to this script; see launch/README.md.
+# The others are links to this script, and Slurm calls a job after the name; see launch/README.md.
 set -euo pipefail
 script=$0 launch=$(dirname "$0")
 if [[ -n ${SLURM_JOB_ID:-} && ! -f $launch/common.sh ]]; then # Slurm runs a copy of this script

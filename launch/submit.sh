@@ -108,10 +108,6 @@ else
   CHECK_WORLD_SIZE=$((nodes * per_node)) bash "$@"
   echo "checked for nodes x processes = $nodes x $per_node"
 fi
-if [[ -L $1 && -z ${SBATCH_JOB_NAME:-} ]]; then # the #SBATCH lines name the script that it links to
-  name=$(basename "$1" .sh)
-  export SBATCH_JOB_NAME=${name#pretrain_}
-fi
 if [[ -n $dry_run ]]; then
   for variable in "${!SBATCH_@}"; do printf '%s=%q ' "$variable" "${!variable}"; done
   printf '%q ' sbatch "${options[@]}" "$@"

@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_dynmoe.run import prepare
-from megatron_dynmoe.settings.exits import ending_at_misuse
+from megatron_dynmoe.settings.exits import exiting_on_misuse
 
 
 @record  # so that torchrun, which speaks last, repeats what a rank died of
@@ -29,7 +29,7 @@ def main() -> None:
     prepare()
     from megatron_dynmoe.training import loop
 
-    with ending_at_misuse():
+    with exiting_on_misuse():
         loop.train(program_start)
 
 

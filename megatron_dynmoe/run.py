@@ -17,9 +17,9 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from megatron_dynmoe.jobs.host_names import settle_master_address
+from megatron_dynmoe.jobs.host_names import fix_master_address
 from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
-from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly
+from megatron_dynmoe.settings.exits import exiting_on_misuse, without_traceback
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Megatron looks at the second name only, when it warns of what goes badly with these settings.
@@ -37,24 +37,24 @@ def prepare() -> None:
     """
     from megatron_dynmoe.backends import cpu
 
-    with refusing_plainly(), ending_at_misuse():
+    with without_traceback(), exiting_on_misuse():
         is_on_cpu = cpu.wanted()
         if "RANK" not in os.environ:
             _set_up_a_single_process()
         else:
             if "TORCHELASTIC_RUN_ID" in os.environ:
-                _end_with_torchrun()
-            settle_master_address()
+                _end_if_torchrun_is_killed()
+            fix_master_address()
     if is_on_cpu:
         cpu.install()
     else:
-        let_segments_expand()
+        expand_segments()
     from megatron_dynmoe.upstream import patches
 
     patches.install()
 
 
-def let_segments_expand() -> None:
+def expand_segments() -> None:
     """Set what PyTorch's allocator reads when it is first used.
 
     The rows of an expert are as many as tokens chose it, so that sizes differ from step to step.
@@ -88,7 +88,7 @@ def _set_up_a_single_process() -> None:
     )
 
 
-def _end_with_torchrun() -> None:
+def _end_if_torchrun_is_killed() -> None:
     """Have Linux send SIGTERM when torchrun is gone.
 
     Killed with SIGKILL it leaves its ranks behind. They would train on unseen, and save into the
@@ -110,7 +110,7 @@ def main() -> None:
     sys.path.insert(0, str(script.resolve().parent))
     # Whatever parser the script has: Megatron's prints 1,500 lines of usage before an error.
     ArgumentParser.error = RaisingParser.error  # type: ignore[method-assign, assignment]
-    with ending_at_misuse():
+    with exiting_on_misuse():
         runpy.run_path(str(script), run_name="__main__")
 
 

@@ -61,6 +61,7 @@ def _settle_from_environment(transformer: TransformerConfig) -> Settled:
         coefficients if dynmoe.is_dynamic and coefficients != 0 else None,
     )
     impl: str | None = transformer.transformer_impl
-    if impl == "transformer_engine" and not choice.has_transformer_engine():
-        impl = None  # upstream's default, which cannot have been meant
-    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, impl)
+    if impl == "transformer_engine":
+        impl = None  # upstream's default
+    chosen = choice.choose_backend(dynmoe.backend, impl)
+    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, chosen)

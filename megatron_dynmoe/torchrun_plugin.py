@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from megatron_dynmoe.jobs.host_names import leads_here, loopback, own_name
+from megatron_dynmoe.jobs.host_names import loopback, own_name, resolves_to_this_machine
 
 _MISUSE = 2  # the exit code of a command line that cannot work
 
@@ -29,9 +29,9 @@ def rendezvous_handler() -> Callable[[Any], Any]:
         A rendezvous as of ``--rdzv-backend c10d``: a plugin has to be one.
     """
     if _is_torchrun(sys.orig_argv):
-        settle_local_address(sys.orig_argv)
-        if _starts_ours(sys.orig_argv):
-            sys.excepthook = briefly(sys.excepthook)
+        fix_local_address(sys.orig_argv)
+        if _starts_this_package(sys.orig_argv):
+            sys.excepthook = in_few_lines(sys.excepthook)
 
     def handler(parameters: Any) -> Any:
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
@@ -43,8 +43,8 @@ def rendezvous_handler() -> Callable[[Any], Any]:
     return handler
 
 
-def settle_local_address(command: list[str]) -> None:
-    """Give the agent an address where it would tell its ranks a name that leads nowhere.
+def fix_local_address(command: list[str]) -> None:
+    """Give the agent an address if the name that it would tell its ranks leads nowhere.
 
     On one machine that is the machine itself; of several ones nothing is guessed, but said.
     """
@@ -54,7 +54,7 @@ def settle_local_address(command: list[str]) -> None:
     if not meets_by_name or "--local-addr" in flags or LOCAL_ADDRESS in os.environ:
         return
     name = own_name()
-    if leads_here(name):
+    if resolves_to_this_machine(name):
         return
     if is_standalone:
         os.environ[LOCAL_ADDRESS] = loopback()
@@ -65,11 +65,11 @@ def settle_local_address(command: list[str]) -> None:
         )
 
 
-def briefly(show: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``excepthook`` that leaves the last word to the ranks where they have found it.
+def in_few_lines(show: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an ``excepthook`` so that it adds nothing if a rank has already said what happened.
 
-    By a signal nothing has failed, and the first rank has said where the run is. A rank's error
-    without a stack, as of a refused command line, is one line here as well.
+    After a signal nothing has failed, and the first rank has said where the run is. An error of a
+    rank without a stack, such as a refused command line, is one line here as well.
     """
 
     def hook(kind: type[BaseException], error: Any, trace: TracebackType | None) -> None:
@@ -93,7 +93,7 @@ def briefly(show: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _starts_ours(command: list[str]) -> bool:
+def _starts_this_package(command: list[str]) -> bool:
     """Whether the ranks are of this package, by its name or through the launch scripts."""
     return any("megatron_dynmoe" in word or word.endswith("launch/rank.sh") for word in command)
 

@@ -22,7 +22,7 @@ EXPAND = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 )
 def test_segments_expand_unless_the_environment_has_settings(monkeypatch, given, want):
     monkeypatch.setattr(os, "environ", dict(given))
-    run.let_segments_expand()
+    run.expand_segments()
     assert os.environ == want
 
 

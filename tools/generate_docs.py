@@ -6,6 +6,7 @@
 A test compares the files with what this would write.
 """
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_dynmoe.settings.config import SETTINGS
 from megatron_dynmoe.settings.routings import DYNAMIC, RoutingSettings
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 
+PHASES = ("forward", "backward", "optimizer")  # of a step
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 CONFIGURATION = """\
@@ -140,6 +142,42 @@ def huggingface() -> str:
     return with_table("huggingface.md", "formats", rows)
 
 
+def planning() -> str:
+    """The text of docs/planning.md: what it says now, with the table of dry runs."""
+    with (DOCS.parent / "benchmarks/results/dry_runs.csv").open(newline="") as file:
+        found = {(row["run"], row["kernels"]): row for row in csv.DictReader(file)}
+    head = (
+        "",
+        "GPUs",
+        *PHASES,
+        "planner",
+        "",
+        "waits",
+        "a step",
+        "kernels",
+        "Triton's",
+        "sent, GB",
+    )
+    rows = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for (name, kernels), row in found.items():
+        if kernels == "0":
+            fused = found.get((name, "1"), {}).get("kernels_of_a_step")
+            cells = (
+                name,
+                row["gpus"],
+                *(f"{float(row[f'{phase}_gb']):.3g}" for phase in PHASES),
+                f"{float(row['planner_gb']):.3g}",
+                f"{float(row['planner_over']):+.1%}",
+                f"{float(row['waits_of_a_layer']):g}",
+                f"{float(row['waits_of_a_step']):,.0f}",
+                f"{float(row['kernels_of_a_step']):,.0f}",
+                f"{float(fused):,.0f}" if fused else "",
+                f"{float(row['sent_gb']):.3g}",
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return with_table("planning.md", "dry runs", rows)
+
+
 def with_table(page: str, name: str, rows: list[str]) -> str:
     """The text of a page with these rows as its table of that name."""
     text = (DOCS / page).read_text(encoding="utf-8")
@@ -155,6 +193,7 @@ DOCUMENTS = {
     "configuration.md": configuration,
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
+    "planning.md": planning,
     "testing.md": testing,
     "upstream_flags.md": upstream_flags,
 }

@@ -39,7 +39,7 @@ def main() -> None:
     wanted = {}
     for stage in stages.read():
         if stage.kind == "train" and (stage.name in args.only or not args.only):
-            row = {"stage": stage.name, **what_runs(stage, args.rehearse)}
+            row = {"predicts": stage.name, **what_runs(stage, args.rehearse)}
             if found := known.get(identity(row)):
                 rows.put(row | {name: found[name] for name in ("predicted_gb", "formula_gb")})
             else:
@@ -48,7 +48,8 @@ def main() -> None:
         futures = {threads.submit(dry_run, row): row for row in wanted.values()}
         for future in as_completed(futures):
             row = rows.put(futures[future] | future.result())
-            print(f"{row['stage']}: {row.get('failed') or row['predicted_gb'] + ' GB'}", flush=True)
+            said = row.get("failed") or f"{row['predicted_gb']} GB"
+            print(f"{row['predicts']}: {said}", flush=True)
 
 
 def what_runs(stage: stages.Stage, rehearses: bool) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 Every process of a command carries a mark in its environment, which its children inherit. So all of
 them are found again, also those that started a process group or session of their own, and those
-whose parent has gone. This reads Linux's /proc.
+whose parent has gone. This reads Linux's /proc. The command itself also ends if this process is
+killed, whoever else is killed with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import selectors
 import signal
@@ -22,6 +24,7 @@ GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 PATIENCE = 8.0  # seconds after SIGKILL: a process may have a GPU's memory to give back
 MAX_LOG = 4 * 2**20  # bytes: a command that prints more is ended
 POLL = 0.2  # seconds
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Ended(NamedTuple):
@@ -72,6 +75,7 @@ def run(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 process_group=0,
+                preexec_fn=ending_with_parent(),
             )
         except OSError as error:
             file.write(f"{error}\n".encode())
@@ -103,6 +107,22 @@ def run(
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
     return Ended(None if why else process.returncode, why, time.monotonic() - begun)
+
+
+def ending_with_parent() -> Callable[[], None]:
+    """Make a ``preexec_fn``: the kernel kills the new process when this one ends, however it ends.
+
+    Without it a process would outlive a parent that is killed between fork and exec, when the new
+    one does not carry its mark yet.
+    """
+    library, parent = ctypes.CDLL(None), os.getpid()
+
+    def tie() -> None:
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
+
+    return tie
 
 
 def end_all(mark: str, grace: float = GRACE) -> list[int]:

@@ -214,7 +214,7 @@ def _training(stages: Sequence[Stage], rows: dict[str, list[Row]], rehearses: bo
     }
     if not steps:
         return ""
-    predicted = {row["stage"]: row for row in rows.get("memory", [])}
+    predicted = {row["predicts"]: row for row in rows.get("memory", [])}
     lines = [
         "## Training steps",
         "",

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_dynmoe.backends import cpu
+from megatron_dynmoe import kernels
+from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
+from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
+from megatron_dynmoe.settings.routings import AUTO
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+_ASKED_FOR = "asked for"
 
 
 @dataclass(frozen=True)
@@ -30,68 +35,68 @@ class BackEnd:
     Attributes:
         backend: ``torch_native``, ``local``, ``transformer_engine`` or ``inference_optimized``.
         why: the reason for it.
-        kept: with ``torch_native``, the parts that ``local`` runs, each with the reason.
+        kept: with ``torch_native``, the parts that ``local`` runs, each with the reason. It is
+            empty until the model is known: see :func:`choose_parts`.
     """
 
     backend: str
     why: str
     kept: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def implementation(self) -> str:
+        """The ``transformer_impl`` of upstream on which this back end builds."""
+        return "local" if self.backend == "torch_native" else self.backend
+
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and can run. It cannot on the CPU."""
-    return not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine is installed and can run. The layer for the CPU hides it."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_backend(backend: str, transformer_impl: str | None) -> tuple[str, str]:
+def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd:
     """Choose a back end that fits both ``--moe-dynamic-backend`` and ``--transformer-impl``.
 
     Args:
-        backend: ``--moe-dynamic-backend``.
+        backend: ``--moe-dynamic-backend``; None, if it was not given, means auto.
         transformer_impl: upstream's setting, None if it was not given. Upstream's ``local`` means
             layers without Transformer Engine, so it allows ``torch_native`` and ``local``.
 
-    Returns:
-        The back end, and the reason for it.
-
     Raises:
-        ValueError: the two contradict each other, or Transformer Engine is not installed.
+        ValueError: the two contradict each other, or Transformer Engine is not installed or too
+            old.
     """
-    if backend != "auto":
-        implied = implementation(backend)
-        if transformer_impl not in (None, implied):
+    if backend is not None and backend != AUTO:
+        chosen = BackEnd(backend, _ASKED_FOR)
+        if transformer_impl not in (None, chosen.implementation):
             raise ValueError(
                 f"--transformer-impl is {transformer_impl} and --moe-dynamic-backend is {backend}, "
-                f"which needs {implied}: leave --transformer-impl out."
+                f"which needs {chosen.implementation}: leave --transformer-impl out."
             )
         if backend == "transformer_engine" and not has_transformer_engine():
             raise ValueError(
                 "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
                 "GPU: use auto or torch_native, or install the extra 'te' on a machine with one."
             )
-        return backend, "asked for"
+        if backend == "transformer_engine":
+            transformer_engine.check_version()
+        return chosen
     if transformer_impl == "inference_optimized":
-        return transformer_impl, "--transformer-impl"
+        return BackEnd(transformer_impl, "--transformer-impl")
     if not has_transformer_engine():
-        return "torch_native", "no Transformer Engine"
+        return BackEnd("torch_native", "no Transformer Engine")
     if transformer_impl == "local":
-        return "torch_native", "--transformer-impl local"
-    return "transformer_engine", "it is installed"
+        return BackEnd("torch_native", "--transformer-impl local")
+    if old := transformer_engine.version_without_grouped_experts():
+        return BackEnd("torch_native", f"Transformer Engine {old} cannot group experts")
+    return BackEnd("transformer_engine", "it is installed")
 
 
-def implementation(backend: str) -> str:
-    """Return the ``transformer_impl`` of upstream on which a back end builds."""
-    return "local" if backend == "torch_native" else backend
-
-
-def choose_parts(
-    backend: str, transformer_impl: str | None, config: TransformerConfig, optimizer: str = "adam"
-) -> BackEnd:
-    """Choose the back end of a model, part by part.
+def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "adam") -> BackEnd:
+    """Decide for each part of a model whether the back end runs it or upstream's ``local``.
 
     Args:
-        backend: ``--moe-dynamic-backend``.
-        transformer_impl: see :func:`choose_backend`.
+        chosen: the result of :func:`choose_backend`.
         config: the model's config, or Megatron's arguments.
         optimizer: upstream's ``--optimizer``.
 
@@ -99,15 +104,14 @@ def choose_parts(
         ValueError: the settings contradict each other, or the back end that they ask for cannot do
             what the model needs.
     """
-    chosen, why = choose_backend(backend, transformer_impl)
-    check_norms(chosen, config)
+    check_norms(chosen.backend, config)
     check_recompute(config)
-    if chosen == "local":
+    if chosen.backend == "local":
         check_biases(config)
         if config.context_parallel_size > 1:
             raise ValueError(_only_one_part(config, "local"))
-    if chosen != "torch_native":
-        return BackEnd(chosen, why)
+    if chosen.backend != "torch_native":
+        return chosen
     reasons = {
         "attention": _unsupported(config, _ATTENTION),
         "norm": _unsupported(config, _NORM),
@@ -115,7 +119,7 @@ def choose_parts(
         or (f"--optimizer {optimizer}" if optimizer not in ("adam", "sgd") else None),
     }
     kept = {part: reason for part, reason in reasons.items() if reason is not None}
-    if kept and backend == "torch_native":
+    if kept and chosen.why == _ASKED_FOR:
         part, reason = next(iter(kept.items()))
         raise ValueError(
             f"--moe-dynamic-backend is torch_native, whose {part} cannot do {reason}: leave that "
@@ -127,7 +131,7 @@ def choose_parts(
         if "attention" in kept:
             raise ValueError(_only_one_part(config, f"local, which {kept['attention']} needs"))
         check_context_parallel(config)
-    return BackEnd(chosen, why, kept)
+    return dataclasses.replace(chosen, kept=kept)
 
 
 def _only_one_part(config: TransformerConfig, attention: str) -> str:
@@ -212,22 +216,37 @@ def check_norms(backend: str, settings: Any) -> None:
 
 
 def adapt_arguments(args: Any) -> None:
-    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing.
-
-    The data loader also stops making an attention mask if that mask would be the causal one. The
-    attention applies the causal mask by itself.
-    """
+    """Turn off defaults of upstream that need Apex or Transformer Engine, if these are missing."""
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False
     if not has_transformer_engine():
-        args.apply_rope_fusion = False
-    if not args.reset_attention_mask:
+        # Upstream takes these two ways to Transformer Engine only, our kernel or not.
+        needs_it = args.rotary_interleaved or args.multi_latent_attention
+        args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
+
+
+def settle_masks(backend: str, args: Any) -> None:
+    """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
+
+    That attention applies the causal mask by itself, and gets the lengths of documents that are
+    kept apart; see :mod:`megatron_dynmoe.backends.documents`.
+
+    Args:
+        backend: the chosen back end.
+        args: Megatron's arguments, which are changed.
+
+    Raises:
+        ValueError: upstream's attention runs, and a mask would not reach all of its layers.
+    """
+    kept = _unsupported(args, _ATTENTION) if backend == "torch_native" else None
+    if backend == "torch_native" and not (kept and args.reset_attention_mask):
         args.create_attention_mask_in_dataloader = False
+    elif backend in ("torch_native", "local"):
+        check_masks(args, f"local, which {kept} needs," if kept else "local")
 
 
 # Settings that a part supports only with these values.
 _ATTENTION: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False, None),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
     "attention_backend": tuple(kind for kind in AttnBackend if kind != AttnBackend.local),
@@ -265,6 +284,8 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
 
 def describe(plan: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
+    if plan.backend == "transformer_engine" and config.moe_grouped_gemm:
+        return f"> back end: {plan.backend} ({plan.why}) | experts: its grouped GEMMs"
     if plan.backend != "torch_native":
         return f"> back end: {plan.backend} ({plan.why})"
     gemm = gemm_of(config)

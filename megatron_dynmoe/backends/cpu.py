@@ -197,10 +197,6 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
 # Settings that need Transformer Engine's attention or kernels, and what to do instead.
 _GRAPHS = "a CUDA graph is recorded on a GPU. Leave it out"
 _NEEDS_A_GPU = {
-    "multi_latent_attention": (
-        False,
-        "the attention that needs no Transformer Engine cannot do it. Leave it out",
-    ),
     "use_torch_fsdp2": (False, "it shards over GPUs. Leave it out"),
     "cuda_graph_impl": ("none", _GRAPHS),
     "enable_cuda_graph": (False, _GRAPHS),
@@ -254,7 +250,7 @@ def _reduce_scatter(
             output.copy_(summed)
 
 
-def _as_the_host_wants_it(tensor, as_numpy=False, record_stream=False):
+def _to_host(tensor, as_numpy=False, record_stream=False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
@@ -269,7 +265,7 @@ def _redirect_megatron() -> None:
     )
 
     # Upstream converts splits to numpy arrays only when it copies them from a GPU.
-    megatron_dispatcher.maybe_move_tensor_to_cpu = _as_the_host_wants_it
+    megatron_dispatcher.maybe_move_tensor_to_cpu = _to_host
 
     # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
     replace(

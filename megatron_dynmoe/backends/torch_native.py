@@ -30,6 +30,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
 from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
+from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
@@ -51,8 +52,19 @@ class ScaledDotProductAttention(DotProductAttention):
     parallelism ranks exchange heads; see :mod:`megatron_dynmoe.backends.context_parallel`.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        """Build upstream's attention, which asserts that no sequence is split."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build upstream's attention, which asserts that no sequence is split.
+
+        Latent attention also passes the sizes of its heads, which upstream's does not take. This
+        one reads sizes from its inputs.
+        """
         whole = copy.copy(config)
         whole.context_parallel_size = 1
         super().__init__(whole, *args, **kwargs)
@@ -73,12 +85,14 @@ class ScaledDotProductAttention(DotProductAttention):
         Args:
             query: [S, B, N, H]; under context parallelism S is the length of this rank's part.
             key: [Sk, B, G, H]; G is the number of query groups.
-            value: [Sk, B, G, H].
-            attention_mask: True for masked scores, broadcast to [B, N, S, Sk]. None: the causal
-                mask, or no mask if the layer is not causal or S is 1.
+            value: [Sk, B, G, Hv]; Hv differs from H with latent attention only.
+            attention_mask: True for masked scores, broadcast to [B, N, S, Sk]; or, as int64, the
+                lengths of the documents, each of which is attended to by itself
+                (:mod:`megatron_dynmoe.backends.documents`). None: the causal mask, or no mask if
+                the layer is not causal or S is 1.
 
         Returns:
-            [S, B, N * H].
+            [S, B, N * Hv].
 
         Raises:
             ValueError: there are packed sequences or a bias. Both need Transformer Engine in
@@ -87,40 +101,66 @@ class ScaledDotProductAttention(DotProductAttention):
         if packed_seq_params is not None or attention_bias is not None:
             what = "a bias" if packed_seq_params is None else "packed sequences"
             raise ValueError(f"The attention of torch_native does not take {what}.")
+        mask, lengths = attention_mask, None
+        if are_lengths(attention_mask):
+            mask, lengths = None, attention_mask
+        value_size = value.shape[3]
+        if self._needs_one_size(query, value):
+            query, key, value = _padded(query, key, value)
         if self.config.context_parallel_size > 1:
-            if attention_mask is not None:
+            if mask is not None:
                 raise ValueError(
                     "The attention of torch_native takes no mask under context parallelism."
                 )
             query, key, value = gather_sequence((query, key, value), self._context_group)
-        is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
-        mask = None
-        if attention_mask is not None:
+        dropout = self.attention_dropout.p if self.training else 0.0
+        if lengths is None:
+            rows = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            attend = partial(self._attend, *rows, mask=mask, dropout=dropout)
+        else:
+            one = partial(self._attend, mask=None, dropout=dropout)
+            attend = partial(attend_by_document, one, query, key, value, lengths)
+        if dropout and not self.config.sequence_parallel:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                context = attend()
+        else:
+            context = attend()
+        if lengths is None:
+            context = context.permute(2, 0, 1, 3)
+        if self.config.context_parallel_size > 1:
+            context = scatter_sequence(context, self._context_group)
+        return context[..., :value_size].flatten(2)
+
+    def _needs_one_size(self, query: Tensor, value: Tensor) -> bool:
+        """Whether values of latent attention have to be as large as queries and keys.
+
+        On a CPU PyTorch's fused kernel takes one size only, and would leave others to code that
+        keeps all scores. Ranks that exchange heads send all three in one tensor.
+        """
+        if query.shape[3] == value.shape[3]:
+            return False
+        return query.device.type == "cpu" or self.config.context_parallel_size > 1
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Attend: [B, N, S, H] of queries to [B, N, S, Hv] of values."""
+        added = None
+        if mask is not None:
             # With minus infinity, a fully masked row (padding) would become NaN. Such a row here
             # attends to all keys by its scores; in upstream it attends to all keys evenly.
-            mask = torch.zeros_like(attention_mask, dtype=query.dtype)
-            mask.masked_fill_(attention_mask, MASKED_SCORE)
-        dropout = self.attention_dropout.p if self.training else 0.0
-        attend = partial(
-            torch.nn.functional.scaled_dot_product_attention,
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
+            added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, MASKED_SCORE)
+        is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[2] > 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=added,
             dropout_p=dropout,
             is_causal=is_causal and mask is None,
             scale=self._scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        if dropout and not self.config.sequence_parallel:
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                context_BNSH = attend()
-        else:
-            context_BNSH = attend()
-        context = context_BNSH.permute(2, 0, 1, 3)
-        if self.config.context_parallel_size > 1:
-            context = scatter_sequence(context, self._context_group)
-        return context.flatten(2)
 
     @property
     def _context_group(self) -> ProcessGroup:
@@ -132,6 +172,12 @@ class ScaledDotProductAttention(DotProductAttention):
         """Undo upstream's division of the scale by the layer number, as its own softmax does."""
         divided = self.config.apply_query_key_layer_scaling
         return self.softmax_scale * (self.layer_number if divided else 1)
+
+
+def _padded(*tensors: Tensor) -> list[Tensor]:
+    """Pad heads with zeros to the size of the largest, which changes neither scores nor values."""
+    size = max(tensor.shape[3] for tensor in tensors)
+    return [torch.nn.functional.pad(tensor, (0, size - tensor.shape[3])) for tensor in tensors]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -224,7 +270,7 @@ def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: Transfo
     attention = copy.copy(submodules.self_attention)
     parts = {
         name: _norm_or(provider, getattr(attention.submodules, name))
-        for name in ("q_layernorm", "k_layernorm")
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
         if hasattr(attention.submodules, name)
     }
     attention.submodules = dataclasses.replace(

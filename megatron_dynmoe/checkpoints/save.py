@@ -38,7 +38,7 @@ class SaveGuard:
         """Wrap ``save_checkpoint``: make the folder on rank 0 first, or fail on all ranks."""
 
         @functools.wraps(save_checkpoint)
-        def prepared(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        def save_into_folder(iteration: int, *args: Any, **kwargs: Any) -> Any:
             from megatron.training import get_args, print_rank_0
 
             save = get_args().save
@@ -54,13 +54,13 @@ class SaveGuard:
                 on_rank_0(make, functools.partial(_not_saved, folder))
             return save_checkpoint(iteration, *args, **kwargs)
 
-        return prepared
+        return save_into_folder
 
     def with_manifest(self, save: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``dist_checkpointing.save``, which writes everything except the tracker."""
 
         @functools.wraps(save)
-        def sealed(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        def save_with_manifest(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
             from torch.distributed.checkpoint.api import CheckpointException
 
             if not is_local(folder):
@@ -80,31 +80,31 @@ class SaveGuard:
                 request.finalize_fns.append(functools.partial(self._finish, Path(folder)))
             return request
 
-        return sealed
+        return save_with_manifest
 
-    def with_error_named(self, write: Callable[..., Any]) -> Callable[..., Any]:
+    def keeping_returned_error(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the writing of one file, whose error Megatron replaces by its type's name."""
 
         @functools.wraps(write)
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def write_and_keep_error(*args: Any, **kwargs: Any) -> Any:
             outcome = write(*args, **kwargs)
             if isinstance(outcome[1], Exception):
                 self._kept.append(outcome[1])
             return outcome
 
-        return noted
+        return write_and_keep_error
 
-    def with_error_kept(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def keeping_raised_error(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a step of rank 0 that the other ranks wait for: keep its error until later."""
 
         @functools.wraps(step)
-        def kept(*args: Any, **kwargs: Any) -> Any:
+        def run_and_keep_error(*args: Any, **kwargs: Any) -> Any:
             try:
                 return step(*args, **kwargs)
             except OSError as error:
                 self._kept.append(error)
 
-        return kept
+        return run_and_keep_error
 
     def _finish(self, folder: Path) -> None:
         from megatron.training import global_vars

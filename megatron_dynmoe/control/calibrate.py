@@ -84,10 +84,8 @@ def initial_threshold(
     Raises:
         ValueError: an argument is out of range.
     """
-    std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
     return _operating_point(
-        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+        num_experts, target, logits_std, normalized, max_experts, theta, routing
     )[0]
 
 
@@ -127,10 +125,8 @@ def plant_slope(
     K, on normal logits, without its sign. It is 0 if a token can use only one expert. Arguments and
     errors are those of :func:`initial_threshold`.
     """
-    std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
     return _operating_point(
-        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+        num_experts, target, logits_std, normalized, max_experts, theta, routing
     )[1]
 
 
@@ -161,8 +157,26 @@ def gain_margin(
     return math.inf if loop_gain == 0 else 2 / loop_gain
 
 
-@lru_cache
 def _operating_point(
+    num_experts: int,
+    target: float,
+    logits_std: float,
+    normalized: bool,
+    max_experts: int | None,
+    theta: float,
+    routing: str,
+) -> tuple[float, float]:
+    """Compute knob and slope at the target, rounded to be the same on every platform."""
+    # What has no effect becomes 1, so that one result serves all its values.
+    std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
+    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
+    return _compute_point(
+        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+    )
+
+
+@lru_cache
+def _compute_point(
     num_experts: int,
     target: float,
     logits_std: float,
@@ -172,7 +186,6 @@ def _operating_point(
     rule: type[Rule],
     ends: tuple[float, float],
 ) -> tuple[float, float]:
-    """Compute knob and slope at the target, rounded to be the same on every platform."""
     _check_target(target, num_experts, max_experts)
     logits_TE = _normal_logits(num_experts, logits_std)
     if normalized:

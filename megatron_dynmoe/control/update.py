@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.moe.router import DynamicRouter
-from megatron_dynmoe.routing.counters import RoutingStatistics, pack, unpack
+from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
 from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
 if TYPE_CHECKING:
@@ -133,16 +133,26 @@ class GlobalBatchUpdate:
         self._measured = self._staged = None
         if measured_L is None:
             return
+        if not self._routers:
+            return
+        layers = [router.layer_number - 1 for router in self._routers]
         with torch.no_grad():
-            for router in self._routers:
-                layer = router.layer_number - 1
-                measured = measured_L[layer : layer + 1]
-                router.measured.copy_(torch.where(measured.isnan(), router.measured, measured))
-                if staged is not None:
-                    knob, integral = staged
-                    first = 0 if self.dynmoe.scope == "global" else layer
-                    router.knob.copy_(knob[first : first + 1])
-                    router.integral.copy_(integral[first : first + 1])
+            before = [router.measured for router in self._routers]
+            measured_R = _of_layers(measured_L.float(), layers)
+            kept_R = torch.where(measured_R.isnan(), torch.cat(before), measured_R)
+            torch._foreach_copy_(before, list(kept_R.split(1)))
+            if staged is not None:
+                knob, integral = staged
+                rows = [0] * len(layers) if self.dynmoe.scope == "global" else layers
+                for state, values in (
+                    ([router.knob for router in self._routers], knob),
+                    ([router.integral for router in self._routers], integral),
+                ):
+                    torch._foreach_copy_(state, [values[row : row + 1] for row in rows])
+
+
+def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
+    return torch.cat([values_L[layer : layer + 1] for layer in layers])
 
 
 def routers_of(model: list[torch.nn.Module]) -> Iterator[DynamicRouter]:
@@ -166,17 +176,26 @@ def reduce_statistics(
         Statistics with dimension L (all layers of the model) first, float64, on the device.
     """
     device = torch.device(torch.cuda.current_device())
-    read = []
-    for router in routers:
-        counters = router.evaluation_counters if evaluation else router.counters
-        theta = router.theta.detach()
-        state = counters.read(theta, router.knob, router.integral)
-        read.append((router.layer_number, state))
-    packed = pack(read, num_layers, num_experts, device)
-    for router in routers:
-        (router.evaluation_counters if evaluation else router.counters).clear()
+    counters = [router.evaluation_counters if evaluation else router.counters for router in routers]
+    numbers = [router.layer_number for router in routers]
+    packed = pack(numbers, counters, _states(routers, device), num_layers, num_experts, device)
+    if counters:
+        clear(counters)
     torch.distributed.all_reduce(packed)
     return unpack(packed)
+
+
+@torch.no_grad()
+def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
+    """Theta, knob and integral of each router, [R, 3] float32, in one go for all routers."""
+    if not routers:
+        return torch.empty(0, 3, device=device)
+    knobs, integrals = (
+        torch.cat([getattr(router, name) for router in routers]) for name in ("knob", "integral")
+    )
+    offsets = [router.theta_offset for router in routers if router.theta_offset is not None]
+    thetas = 1 + torch.cat(offsets).float() if offsets else torch.ones_like(integrals)
+    return torch.stack([thetas, knobs, integrals], dim=1)
 
 
 def finished_iterations() -> int:

@@ -156,13 +156,13 @@ def read_dataset(prefix: str) -> tuple[Index, np.ndarray]:
         )
     is_whole = num_bounds and bounds[0] == 0 and bounds[-1] == num_sequences
     in_order = is_whole and (np.diff(bounds) >= 0).all()
-    if not in_order or (lengths < 0).any() or not _lie_in_a_row(offsets, lengths, dtype.itemsize):
+    if not in_order or (lengths < 0).any() or not _are_contiguous(offsets, lengths, dtype.itemsize):
         raise ValueError(f"{idx.name} is damaged: its bounds do not agree with each other")
     tokens = np.memmap(bin_, dtype, mode="r") if num_tokens else np.empty(0, dtype)
     return Index(dtype, lengths, offsets, bounds), tokens
 
 
-def _lie_in_a_row(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
+def _are_contiguous(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
     """Whether each sequence starts at the end of the one before it in the file."""
     if len(offsets) and offsets[0] != 0:
         return False

@@ -104,7 +104,7 @@ def check_launcher() -> Check:
 def check_host_name() -> Check:
     """Whether this machine's own name leads to it: torchrun's ranks meet at that name."""
     name = host_names.own_name()
-    if host_names.leads_here(name):
+    if host_names.resolves_to_this_machine(name):
         return Check("host name", PASSED, f"{name} leads to this machine")
     remedy = (
         "one machine trains all the same; on several, give each torchrun --local-addr ADDRESS, "

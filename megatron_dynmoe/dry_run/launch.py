@@ -31,10 +31,11 @@ COUNTS = ("mean", "first", "cap")
 # What the process needs, measured: 0.9 GB for the largest recipe, of which torch takes 0.6.
 NEEDED_BYTES = 1.2e9
 ERROR = "dynmoe plan: error: "
+# A launcher's variables, and one with which Triton's kernels would be interpreted.
+_NOT_INHERITED = ("TORCHELASTIC_", "TRITON_INTERPRET")
 _NO_MEMORY = ("MemoryError", "Cannot allocate memory", "failed to map segment", "bad_alloc")
 # Settings whose code takes no fake tensors, the values that do, and the remedy.
 _REFUSED = {
-    "moe_token_dispatcher_type": (("allgather", "alltoall"), "use alltoall"),
     "moe_dynamic_backend": ((None, "auto", "torch_native", "local"), "use torch_native"),
     "transformer_impl": ((None, "local"), "leave it out"),
     "cuda_graph_impl": (("none",), "leave it out"),
@@ -121,6 +122,7 @@ def dry_run(
                 f"without a GPU: {remedy}."
             )
     expected = expected_counts(args, experts_per_token)
+    _check_dispatcher(args)
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
     _check_imbalance(imbalance, layout)
     model, note = _memory_model(args, layout)
@@ -169,6 +171,15 @@ def _check_machine() -> None:
         raise OSError(
             f"{free / 1e9:.1f} GB of this machine's memory are free, and a dry run needs "
             f"{NEEDED_BYTES / 1e9:g}: end other programs, or run it on another machine."
+        )
+
+
+def _check_dispatcher(args: Namespace) -> None:
+    backend = args.moe_flex_dispatcher_backend
+    if args.moe_token_dispatcher_type == "flex" and backend != "deepep":
+        raise ValueError(
+            f"--moe-flex-dispatcher-backend is {backend}, whose kernels nothing stands in for: use "
+            "deepep, or --moe-token-dispatcher-type alltoall."
         )
 
 
@@ -231,7 +242,7 @@ def _run(request: Request, kernels: str) -> Result:
         OSError: it ended for another reason.
     """
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")
+        name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)
     }
     env = inherited | {"CUDA_VISIBLE_DEVICES": "", "DYNMOE_KERNELS": kernels}
     env.setdefault("OMP_NUM_THREADS", "1")

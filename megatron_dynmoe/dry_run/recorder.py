@@ -20,7 +20,11 @@ from megatron_dynmoe.dry_run.places import Place, Places
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 # These have a result whose size depends on values, so the host waits for it.
-_SIZED_BY_VALUES = (_aten.nonzero.default, _aten.masked_select.default)
+_SIZED_BY_VALUES = (
+    _aten.masked_select.default,
+    _aten.nonzero.default,
+    _aten.repeat_interleave.Tensor,
+)
 # Operations that start no kernel, beside views.
 _NO_KERNEL = ("_unsafe_view", "detach", "empty", "lift_fresh", "new_empty", "set_")
 
@@ -50,6 +54,7 @@ class Recorder(TorchDispatchMode):
         sent: collectives by moment.
         off_device: tensors that are made on the host, by moment, place, and operation and shape.
         state_bytes: what was alive when the last step ended.
+        num_true: how many values of a mask are true, by a size that only such masks have.
     """
 
     def __init__(self, share_of_experts: float = 1.0) -> None:
@@ -69,6 +74,7 @@ class Recorder(TorchDispatchMode):
         self.sent: Counter[tuple[Moment, Collective]] = Counter()
         self.off_device: Counter[tuple[Moment, Place, str]] = Counter()
         self.state_bytes = 0
+        self.num_true: dict[int, int] = {}
         self._launching: dict[Any, bool] = {}
         self._within_kernel = 0
         self.moment = Moment("build")
@@ -111,6 +117,11 @@ class Recorder(TorchDispatchMode):
             for result in tree_leaves(results):
                 if isinstance(result, Tensor) and known.is_on_device(result):
                     self.memory.add(result, place)
+
+    def note_sent(self, kind: str, group: Any, num_bytes: int) -> None:
+        """Note a communication that is not PyTorch's."""
+        sent = Collective(kind, group.group_desc, group.size(), self.places.now(), False, num_bytes)
+        self.sent[self.moment, sent] += 1
 
     def wait(self, call: str) -> None:
         """Note that the host waits for the device."""
@@ -159,6 +170,8 @@ class Recorder(TorchDispatchMode):
         if function is _aten.nonzero.default:
             sizes = self._num_true(args[0]), args[0].dim()
             return args[0].new_empty(sizes, dtype=torch.int64)
+        if function is _aten.repeat_interleave.Tensor and len(args[0]) in self.num_true:
+            return args[0].new_empty(self.num_true[len(args[0])])
         try:
             return function(*args, **kwargs)
         except Exception as error:
@@ -201,7 +214,8 @@ class Recorder(TorchDispatchMode):
         return sized
 
     def _num_true(self, mask: Tensor) -> int:
-        return round(mask.numel() * self.share_of_experts)
+        counted = (self.num_true[size] for size in mask.shape if size in self.num_true)
+        return next(counted, round(mask.numel() * self.share_of_experts))
 
     def _note_copy(
         self, function: Any, args: Any, kwargs: Any, result: Tensor, place: Place

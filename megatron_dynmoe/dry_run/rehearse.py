@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_dynmoe.dry_run import device, substitutes
+from megatron_dynmoe.dry_run import deep_ep, device, substitutes
 from megatron_dynmoe.dry_run.recorder import Recorder
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.schedule import NUM_STEPS, MicroBatches
@@ -25,7 +25,6 @@ _ADDED = {
     "dataloader-type": ["external"],
     "eval-interval": ["1000"],
     "eval-iters": ["0"],
-    "fake-process-group": [],
     "mock-data": [],
     "num-workers": ["0"],
     "tokenizer-type": ["NullTokenizer"],
@@ -42,6 +41,7 @@ def rehearse(request: Request) -> tuple[Recorder, MicroBatches]:
     recorder = Recorder()
     device.install(request.gpu, request.capability, request.memory, recorder.wait)
     substitutes.install(recorder)
+    deep_ep.install(recorder, request.experts_per_token, request.imbalance)
     _become_rank(request)
     sys.argv = ["pretrain", *flags_of(request.words)]
     # These import Megatron, which has to find the device and the substitutes.

@@ -12,7 +12,6 @@ NOT_SEEN = (
     "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "
     "fragmentation take."
 )
-SMALL = 1e6  # bytes in a step, below which communication is summed up in one line
 _KERNELS = {"0": "plain PyTorch", "1": "Triton's"}
 
 
@@ -108,18 +107,10 @@ def _kernel_row(row: Kernels) -> str:
 def _sent(result: Result) -> Iterator[str]:
     if not result.sent:
         return
-    yield _row(["ranks", "calls", "GB"], "sent in a step")
-    large = [sent for sent in result.sent if sent.num_bytes >= SMALL] or result.sent[:3]
-    for sent in large:
-        cells = [f"{sent.size}", f"{sent.calls:g}", f"{sent.num_bytes / 1e9:.3f}"]
+    yield _row(["ranks", "calls", ""], "sent in a step")
+    for sent in result.sent:
+        cells = [f"{sent.size}", f"{sent.calls:g}", _size(sent.num_bytes)]
         yield _row(cells, f"{sent.kind}, {_group(sent.group)}, {_course(sent)}")
-    small = [sent for sent in result.sent if sent not in large]
-    if small:
-        calls, num_bytes = (sum(getattr(each, name) for each in small) for name in _SUMMED)
-        yield _row(["", f"{calls:g}", f"{num_bytes / 1e9:.3f}"], f"{len(small)} small ones")
-
-
-_SUMMED = ("calls", "num_bytes")
 
 
 def _course(sent: Sent) -> str:
@@ -139,7 +130,7 @@ def _mistakes(result: Result) -> Iterator[str]:
 
 def _verdict(run: DryRun) -> str:
     fits = "Fits" if run.fits else "Does not fit"
-    return f"{fits}: {run.result.peak / 1e9:.2f} GB of {run.gpu.memory / 1e9:g} GB."
+    return f"{fits}: {_size(run.result.peak)} of {run.gpu.memory / 1e9:g} GB."
 
 
 def _place(line: str, caller: str) -> str:
@@ -153,6 +144,14 @@ def _short(line: str) -> str:
 
 def _group(name: str) -> str:
     return name.replace("_GROUP", "").replace("_", " ").lower()
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes:g} B"
 
 
 def _count(number: float) -> str:

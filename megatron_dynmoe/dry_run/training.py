@@ -27,11 +27,9 @@ from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.schedule import MicroBatches, Watch
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
-from megatron_dynmoe.settings.words import values_of
 from megatron_dynmoe.training import loop
 from megatron_dynmoe.training.forward import forward_step
 
-NO_CHECKS = "no-check-for-nan-in-loss-and-grad"
 _WITHOUT_A_GPU = ("torch_native", "local")
 
 
@@ -45,19 +43,19 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
         ValueError: a setting makes no sense, or a dry run cannot take it.
     """
     with loop.refusing_in_flags():
-        args, resolved = loop.parse_command_line()
+        args, resolved, chosen = loop.parse_command_line()
         model_config = gpt_config_from_args(args)
         with naming_flags(args):
-            settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
+            settled = settle_run(resolved, model_config.transformer, chosen)
         if settled.backend.backend not in _WITHOUT_A_GPU:
             raise ValueError(
                 f"the training would take the back end {settled.backend.backend} "
                 f"({settled.backend.why}), whose code cannot run without a GPU: give "
                 "--moe-dynamic-backend torch_native."
             )
-        loop.put_in_our_layers(args, model_config, settled)
-    # Megatron turns it off for a fake process group, but it is a part of every step.
-    args.check_for_nan_in_loss_and_grad = NO_CHECKS not in values_of(request.words)
+        loop.use_our_layers(args, model_config, settled)
+    # Megatron's own flag for this refuses DeepEP, and turns off checks that every step has.
+    args.fake_process_group, args.use_gloo_process_groups = True, False
     micro_batches = _micro_batches(args, request.stage)
     _set_number(args, micro_batches.group)
     if args.num_experts:

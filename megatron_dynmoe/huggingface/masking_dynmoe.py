@@ -8,7 +8,7 @@ nothing from the package. Dimension letters are those of ``modeling_dynmoe``.
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +108,9 @@ def read_rows(
     return Rows(position_ids, valid_BS, mask, documents_BS is not None and not compiling)
 
 
-def serves_itself(config: PreTrainedConfig, keywords: dict[str, Any]) -> bool:
+def serves_itself(config: PreTrainedConfig, keywords: Mapping[str, Any] | None = None) -> bool:
     """Whether attention has masks of its own: an engine's, or flash attention's with lengths."""
+    keywords = keywords or {}
     return (
         config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS
         or keywords.get("cache") is not None  # Transformers' continuous batching

@@ -35,7 +35,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
-from megatron_dynmoe.huggingface.masking_dynmoe import check_keywords, find_documents, read_rows
+from megatron_dynmoe.huggingface.masking_dynmoe import (
+    check_keywords,
+    find_documents,
+    read_rows,
+    serves_itself,
+)
 from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
 
 logger = logging.getLogger(__name__)
@@ -291,6 +296,8 @@ class DynMoEModel(DynMoEPreTrainedModel):
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DynMoERotaryEmbedding(config)
+        if serves_itself(config) and not str(config._attn_implementation).startswith("paged|"):
+            warn_of_slots(config)  # an engine with experts of its own, as vLLM
         self.post_init()
 
     @capture_outputs
@@ -449,6 +456,17 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
                 loss = loss * ((targets != -100).sum() / num_items_in_batch)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DynMoECausalLMOutput(loss=loss, logits=logits, **rest)
+
+
+def warn_of_slots(config: DynMoEModelConfig) -> None:
+    """Say what an engine whose experts compute every slot of a token pays without a cap."""
+    if config.has_experts and config.routing != "top_k" and config.cap(training=False) is None:
+        logger.warning(
+            f"inference_max_experts_per_token is not set, so this engine computes all "
+            f"{config.num_experts} experts for every token, however few it uses: set it in "
+            "config.json, or start vLLM with --hf-overrides "
+            "'{\"inference_max_experts_per_token\": N}' (docs/serving.md: which N)."
+        )
 
 
 def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:

@@ -72,7 +72,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     if is_finished(run_dir, values):
         return None
     iteration = latest_iteration(run_dir, values)
-    goes_on = iteration is not None or _names_nothing(_tracker(run_dir, values))
+    goes_on = iteration is not None or _is_unusable(_tracker(run_dir, values))
     if goes_on:
         words = _without(words, _START)
         words += ["--load", str(_checkpoints(run_dir, values)), "--exit-on-missing-checkpoint"]
@@ -91,7 +91,7 @@ def begin(recipe: str, flags: Sequence[str], world_size: int, max_restarts: int)
     (attempt / "flags.txt").write_text(format_flags(words) + "\n")
     _record(attempt, job=job, iteration=iteration, world_size=world_size, began=_now())
     _write_origin(attempt)
-    _say_what_changed(earlier, words)
+    _print_changed_flags(earlier, words)
     start = "from the newest good checkpoint" if goes_on else "from the start"
     if iteration is not None:
         start = f"from iteration {iteration}"
@@ -188,7 +188,7 @@ def _tracker(run_dir: Path, values: dict[str, list[str]]) -> Path:
     return _checkpoints(run_dir, values) / TRACKER
 
 
-def _names_nothing(tracker: Path) -> bool:
+def _is_unusable(tracker: Path) -> bool:
     """Whether there is a tracker but it is of no use: the checkpoints beside it may be good."""
     if not tracker.is_file():
         return False
@@ -275,7 +275,7 @@ def _git(folder: Path, *command: str) -> str:
     return answer.stdout if answer.returncode == 0 else ""
 
 
-def _say_what_changed(earlier: Sequence[Path], words: Sequence[str]) -> None:
+def _print_changed_flags(earlier: Sequence[Path], words: Sequence[str]) -> None:
     if not earlier or not (earlier[-1] / "flags.txt").is_file():
         return
     last = shlex.split((earlier[-1] / "flags.txt").read_text())

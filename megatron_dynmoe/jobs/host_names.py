@@ -35,7 +35,7 @@ def is_of_this_machine(address: str) -> bool:
     return False
 
 
-def leads_here(name: str) -> bool:
+def resolves_to_this_machine(name: str) -> bool:
     """Whether a name can be resolved, and to this machine."""
     return any(map(is_of_this_machine, addresses(name)))
 
@@ -47,10 +47,10 @@ def own_name() -> str:
 
 def loopback() -> str:
     """A name or address that leads from this machine to itself, whatever its own name is."""
-    return "localhost" if leads_here("localhost") else "127.0.0.1"
+    return "localhost" if resolves_to_this_machine("localhost") else "127.0.0.1"
 
 
-def settle_master_address(patience: float = PATIENCE) -> None:
+def fix_master_address(patience: float = PATIENCE) -> None:
     """Replace a ``MASTER_ADDR`` that cannot be resolved, if all ranks are on this machine.
 
     Args:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.settled import Settled
@@ -24,14 +24,16 @@ def prepare_training(
 
     Args:
         settled: the run's settings.
-        transformer: upstream's config, which is changed: its implementation, routing in fp32, and
-            the hook that ends a global batch.
+        transformer: upstream's config, which is changed: its implementation, grouped experts under
+            Transformer Engine, routing in fp32, and the hook that ends a global batch.
         args: Megatron's arguments. The resolved settings are added to them, and so get into
             checkpoints. None in a user's own training loop.
     """
-    transformer.transformer_impl = choice.implementation(settled.backend.backend)
+    transformer.transformer_impl = settled.backend.implementation
     if settled.rule is None:
         return
+    if settled.backend.backend == "transformer_engine":
+        transformer_engine.group_experts(transformer)
     transformer.moe_router_dtype = "fp32"
     transformer.finalize_model_grads_func = GlobalBatchUpdate(
         settled, transformer.finalize_model_grads_func

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.training import get_args
 
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.refusals import SettingError
-from megatron_dynmoe.settings.routings import AUTO
 from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:
@@ -50,20 +50,29 @@ class Settled:
         """The most experts that a token can use, in training or inference; None: all."""
         return None if None in self._caps else max(cap or 0 for cap in self._caps)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``resolved.yaml`` holds; the controller's numbers are among the settings."""
+        return {
+            "dynamic_routing": self.dynmoe.to_dict(),
+            "back_end": dataclasses.asdict(self.backend),
+            "rows_per_token": self.rows_per_token,
+        }
+
     @property
     def _caps(self) -> tuple[int | None, int | None]:
         return self.dynmoe.max_experts_per_token, self.dynmoe.inference_max_experts_per_token
 
 
 def settle_run(
-    resolved: DynMoEConfig, transformer: TransformerConfig, transformer_impl: str | None = None
+    resolved: DynMoEConfig, transformer: TransformerConfig, chosen: choice.BackEnd | None = None
 ) -> Settled:
     """Settle the settings of a run with its model, before anything is built.
 
     Args:
         resolved: the result of :meth:`DynMoEConfig.resolve`.
         transformer: upstream's config of the model. It is not changed.
-        transformer_impl: ``--transformer-impl``, None if it was not given.
+        chosen: the result of :func:`choice.choose_backend`; None chooses here, as without
+            ``--transformer-impl``.
 
     Raises:
         ValueError: one of our or of upstream's settings contradicts the model.
@@ -71,12 +80,15 @@ def settle_run(
     optimizer = "adam"
     with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
-    backend = choice.choose_parts(
-        resolved.backend or AUTO, transformer_impl, transformer, optimizer
-    )
+    if chosen is None:
+        chosen = choice.choose_backend(resolved.backend, transformer_impl=None)
+    backend = choice.choose_parts(chosen, transformer, optimizer)
     if not resolved.is_dynamic:
         return Settled(resolved, backend)
     check_upstream_settings(transformer)
+    if backend.backend == "transformer_engine":
+        transformer_engine.check_experts(transformer)
+    transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_dynmoe.backends import choice, torch_native
+from megatron_dynmoe.backends import torch_native
 from megatron_dynmoe.model.settled import Settled
 from megatron_dynmoe.moe.layer import DynMoELayer
 from megatron_dynmoe.moe.router import DynamicRouter
@@ -31,7 +31,7 @@ def layer_spec(
         settled: the run's settings.
     """
     transformer, plan = config.transformer, settled.backend
-    implementation = choice.implementation(plan.backend)
+    implementation = plan.implementation
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=implementation == "transformer_engine",

@@ -204,7 +204,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
     def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor) -> Tensor:
         """Compute f of equation (7), [B, E] float32, at the scope of the balance loss."""
         if self.dynmoe.balance_loss == "global_aux_loss":
-            counted = torch.cat([self.counters.assignments, self.counters.tokens.view(1)])
+            sums = self.counters.sums
+            counted = torch.cat([sums.assignments, sums.tokens.view(1)])
             torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
             assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:]
         return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)

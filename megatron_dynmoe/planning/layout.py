@@ -81,7 +81,7 @@ class Layout:
 
     @classmethod
     def from_args(cls, args: Any) -> Layout:
-        """Read Megatron's arguments, which are parsed but not yet validated."""
+        """Read Megatron's arguments, which are parsed; they need not be validated yet."""
         tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         context = args.context_parallel_size
         ranks = max(args.world_size // max(tensor * pipeline * context, 1), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
         A line for the log.
     """
     if plan.backend != "torch_native" or plan.kept:
-        return "> memory: its bound is known where torch_native runs all parts of a layer"
+        return "> memory: its bound is known only if torch_native runs all parts of a layer"
     import torch
 
     from megatron_dynmoe.backends import cpu
@@ -37,10 +38,13 @@ def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
     device_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if cpu.is_installed():  # the processes of this machine share its memory
         device_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Megatron has validated the arguments: the split of layers is settled, whoever asked for it.
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    layout = dataclasses.replace(
+        Layout.from_args(args), stages_per_rank=chunks, has_own_split=False
+    )
     try:
-        model = MemoryModel.from_args(
-            args, layout_from_args(args), has_theta=dynmoe.normalization == "drn"
-        )
+        model = MemoryModel.from_args(args, layout, has_theta=dynmoe.normalization == "drn")
     except ValueError as error:
         return f"> memory: its bound is not known: {error}"
     return describe_bound(model, dynmoe.max_experts_per_token, device_bytes)
@@ -62,24 +66,3 @@ def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> st
         else "no value rules it out: try a lower --micro-batch-size or --recompute-granularity full"
     )
     return f"WARNING: {setting}, with which a step can need {sizes} at worst; {remedy}."
-
-
-def layout_from_args(args: Namespace) -> Layout:
-    """Read the layout from Megatron's validated arguments."""
-    return Layout(
-        world_size=args.world_size,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        num_experts=args.num_experts or 0,
-        seq_length=args.seq_length,
-        micro_batch=args.micro_batch_size,
-        global_batch=args.global_batch_size,
-        tensor=args.tensor_model_parallel_size,
-        pipeline=args.pipeline_model_parallel_size,
-        context=args.context_parallel_size,
-        expert=args.expert_model_parallel_size,
-        expert_tensor=args.expert_tensor_parallel_size,
-        stages_per_rank=args.virtual_pipeline_model_parallel_size or 1,
-        sequence_parallel=args.sequence_parallel,
-        has_own_split=False,
-    )

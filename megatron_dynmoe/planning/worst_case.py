@@ -17,10 +17,6 @@ BYTES_PER_ROW = 4 + 3 * 8
 # logarithm, and weights before and after renormalization. Then the routing map. The kernels keep
 # less.
 ROUTER_BYTES = 7 * 4 + 1
-# Temporary bytes per token and expert: sorted probabilities, and order, units and sums in int64.
-SELECTION_BYTES = 4 + 4 * 8
-# Counts, splits, indices of experts and other things that do not grow with rows.
-SMALL_BYTES = 1 << 16
 
 
 class ExpertSizes(NamedTuple):
@@ -105,28 +101,3 @@ def passing_row_bytes(sizes: ExpertSizes, rows: float, sent_rows: float, is_spre
         rows * (gate_up + hidden) * size + sizes.gate_factor * weight,  # first GEMM, backward
     )
     return max(steps) + travel
-
-
-def layer_bound(
-    sizes: ExpertSizes,
-    tokens: int,
-    num_experts: int,
-    expert_parallel: int,
-    expert_tensor: int,
-    cap: int | None,
-) -> float:
-    """Compute the most bytes that one MoE layer needs in a step, with its router, without weights.
-
-    The bound is for one micro-batch, forward and backward, and any routing that the cap allows.
-    Arguments are those of :func:`worst_case_rows`.
-    """
-    rows = worst_case_rows(tokens, num_experts, expert_parallel, expert_tensor, cap)
-    sent_rows = tokens * (num_experts if cap is None else min(cap, num_experts))
-    is_spread = expert_parallel * expert_tensor > 1
-    # The tokens, the sums of their rows, and the gradients of both.
-    around = 4 * tokens * sizes.hidden * sizes.num_bytes
-    # The selection has freed its memory before there are rows.
-    rows_bytes = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, sent_rows, is_spread)
-    router = tokens * num_experts * ROUTER_BYTES
-    selecting = tokens * num_experts * SELECTION_BYTES
-    return around + router + max(rows_bytes, selecting) + SMALL_BYTES

@@ -7,7 +7,6 @@ exact in it, and a pipeline stage without routers contributes zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -48,35 +47,41 @@ class RoutingStatistics(NamedTuple):
 
 
 NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # each takes one column, except assignments
+_FIRST_OF_STATE = RoutingStatistics._fields.index("thetas")
 
 
 def pack(
-    routers: Iterable[tuple[int, RoutingStatistics]],
+    layer_numbers: list[int],
+    counters: list[RoutingCounters],
+    states_R3: Tensor,
     num_layers: int,
     num_experts: int,
     device: torch.device,
 ) -> Tensor:
-    """Put the statistics of this rank's routers into the tensor that is all-reduced.
+    """Put the statistics of this rank's R routers into the tensor that is all-reduced.
+
+    The number of kernels does not depend on the number of routers.
 
     Args:
-        routers: pairs of a global layer number (1-based) and the statistics of its router.
+        layer_numbers: the routers' global layer numbers, 1-based.
+        counters: what they have counted.
+        states_R3: [R, 3] float32: each router's theta, knob and integral.
 
     Returns:
         [num_layers, NUM_STATISTICS + E] float64; rows without a router are zero.
     """
-    packed = torch.zeros(
-        num_layers, NUM_STATISTICS + num_experts, dtype=torch.float64, device=device
-    )
-    for layer_number, statistics in routers:
-        *scalars, assignments_E = statistics
-        packed[layer_number - 1] += torch.cat(
-            [torch.stack([value.double().reshape(()) for value in scalars]), assignments_E.double()]
-        )
-    return packed
+    empty = torch.zeros(NUM_STATISTICS + num_experts, dtype=torch.float64, device=device)
+    if not counters:
+        return empty.repeat(num_layers, 1)
+    rows = torch.stack([each.row for each in counters])
+    rows[:, _FIRST_OF_STATE : _FIRST_OF_STATE + 3] = states_R3
+    rows[:, _FIRST_OF_STATE + 3] = 1  # each is one router
+    by_layer = dict(zip(layer_numbers, rows.unbind(), strict=True))
+    return torch.stack([by_layer.get(number, empty) for number in range(1, num_layers + 1)])
 
 
 def unpack(packed: Tensor) -> RoutingStatistics:
-    """Read statistics, with dimension L first, from a tensor made by :func:`pack`."""
+    """View a tensor ``[..., NUM_STATISTICS + E]`` as statistics."""
     columns = packed[..., :NUM_STATISTICS].unbind(dim=-1)
     return RoutingStatistics._make([*columns, packed[..., NUM_STATISTICS:]])
 
@@ -99,27 +104,24 @@ class KeepDtype(torch.nn.Module):
 
 
 class RoutingCounters(KeepDtype):
-    """Accumulates the statistics of one router on its device, without a host sync."""
+    """Accumulates the statistics of one router on its device, without a host sync.
 
-    tokens: Tensor
-    tokens_at_cap: Tensor
-    squared_experts: Tensor
-    balance_loss: Tensor
-    dynamic_loss: Tensor
-    micro_batches: Tensor
-    not_finite: Tensor
-    assignments: Tensor
+    Attributes:
+        row: [NUM_STATISTICS + E] float64, laid out as :func:`unpack` reads it. Whole numbers up to
+            2**53 stay exact.
+    """
+
+    row: Tensor
 
     def __init__(self, num_experts: int, device: torch.device | int) -> None:
         super().__init__()
-        for name in ("tokens", "tokens_at_cap", "squared_experts", "not_finite"):
-            zero = torch.zeros((), dtype=torch.int64, device=device)
-            self.register_buffer(name, zero, persistent=False)
-        for name in ("balance_loss", "dynamic_loss", "micro_batches"):
-            zero = torch.zeros((), dtype=torch.float64, device=device)
-            self.register_buffer(name, zero, persistent=False)
-        zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.register_buffer("assignments", zeros_E, persistent=False)
+        zeros = torch.zeros(NUM_STATISTICS + num_experts, dtype=torch.float64, device=device)
+        self.register_buffer("row", zeros, persistent=False)
+
+    @property
+    def sums(self) -> RoutingStatistics:
+        """The statistics so far, as views; those of the router's state are zero."""
+        return unpack(self.row)
 
     @torch.no_grad()
     def add_counts(
@@ -138,40 +140,25 @@ class RoutingCounters(KeepDtype):
             not_finite: scalar int64, tokens with a logit that is NaN or infinite, including
                 padding.
         """
+        sums = self.sums
         if valid_T is not None:
             experts_T = experts_T * valid_T
-        self.assignments += assignments_E
-        self.not_finite += not_finite
-        self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()
-        self.squared_experts += experts_T.square().sum()
+        sums.assignments.add_(assignments_E)
+        sums.not_finite.add_(not_finite)
+        sums.tokens.add_(experts_T.numel() if valid_T is None else valid_T.sum())
+        sums.squared_experts.add_(experts_T.square().sum())
         if max_experts is not None:
-            self.tokens_at_cap += (experts_T == max_experts).sum()
+            sums.tokens_at_cap.add_((experts_T == max_experts).sum())
 
     @torch.no_grad()
     def add_losses(self, balance_loss: Tensor, dynamic_loss: Tensor, group_size: int) -> None:
         """Add this rank's share of one micro-batch's losses; ``group_size`` ranks share them."""
-        self.balance_loss += balance_loss
-        self.dynamic_loss += dynamic_loss
-        self.micro_batches += 1 / group_size
+        sums = self.sums
+        sums.balance_loss.add_(balance_loss)
+        sums.dynamic_loss.add_(dynamic_loss)
+        sums.micro_batches.add_(1 / group_size)
 
-    def read(self, theta: Tensor, knob: Tensor, integral: Tensor) -> RoutingStatistics:
-        """Return the statistics so far, with the router's current theta, knob and integral."""
-        return RoutingStatistics(
-            tokens=self.tokens,
-            tokens_at_cap=self.tokens_at_cap,
-            squared_experts=self.squared_experts,
-            balance_loss=self.balance_loss,
-            dynamic_loss=self.dynamic_loss,
-            micro_batches=self.micro_batches,
-            not_finite=self.not_finite,
-            thetas=theta,
-            knobs=knob,
-            integrals=integral,
-            routers=torch.ones_like(self.tokens),
-            assignments=self.assignments,
-        )
 
-    def clear(self) -> None:
-        """Start a new global batch."""
-        for buffer in self.buffers():
-            buffer.zero_()
+def clear(counters: list[RoutingCounters]) -> None:
+    """Start a new global batch."""
+    torch._foreach_zero_([each.row for each in counters])

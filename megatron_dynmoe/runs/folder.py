@@ -44,7 +44,7 @@ def mark_finished(run_dir: Path, train_iters: int | None, train_samples: int | N
     replace_file(run_dir / FINISHED, lambda partial: partial.write_text(json.dumps(done) + "\n"))
 
 
-def note_stop(signal_name: str) -> None:
+def mark_stopped(signal_name: str) -> None:
     """If this process belongs to an attempt, note that a signal told it to end."""
     if "ATTEMPT" in os.environ:
         (Path(os.environ["ATTEMPT"]) / STOPPED).write_text(signal_name + "\n")

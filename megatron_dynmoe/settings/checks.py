@@ -31,6 +31,14 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
                 "",
                 f"use 1 to {num_experts} (the number of experts), or leave it out for no cap",
             )
+    if dynmoe.row_buffer == "worst_case" and "max_experts_per_token" not in kind.takes:
+        raise SettingError(
+            "row_buffer",
+            "worst_case",
+            f", but {{routing}} {dynmoe.routing!r} cannot keep to a cap, so the worst case is all "
+            f"{num_experts} experts for every token",
+            "leave {row_buffer} out",
+        )
     if dynmoe.row_buffer == "worst_case" and dynmoe.max_experts_per_token is None:
         raise SettingError(
             "row_buffer",

@@ -214,4 +214,4 @@ def _in_other_letters(
 def add_runtime_flags(parser: Any) -> None:
     """Add the flags of every command that runs an exported model, to a parser or its group."""
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")

@@ -11,7 +11,7 @@ from megatron_dynmoe.settings.command_line import UsageError
 
 
 @contextmanager
-def refusing_plainly() -> Iterator[None]:
+def without_traceback() -> Iterator[None]:
     """Print a ValueError without its traceback, so that the message with the remedy is seen."""
     try:
         yield
@@ -21,7 +21,7 @@ def refusing_plainly() -> Iterator[None]:
 
 
 @contextmanager
-def ending_at_misuse() -> Iterator[None]:
+def exiting_on_misuse() -> Iterator[None]:
     """End the process with exit code 2 and one line if the command line cannot work.
 
     One rank of each machine prints the line. torchrun repeats it in its own last message.
@@ -29,13 +29,13 @@ def ending_at_misuse() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        tell_torchrun(error)
+        report_to_torchrun(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def tell_torchrun(error: Exception) -> None:
+def report_to_torchrun(error: Exception) -> None:
     """Make torchrun report this error of the rank in one line, in its last message.
 
     :mod:`megatron_dynmoe.torchrun_plugin` does the printing.

@@ -55,7 +55,9 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     ),
     "moe_upcycling_granularity": Ignored("only used by upcycling, which is refused"),
     "moe_ffn_hidden_size": Works(),
-    "moe_grouped_gemm": Works("needs Transformer Engine in upstream, too"),
+    "moe_grouped_gemm": Works(
+        "always on with Transformer Engine; torch_native groups experts by itself; off on the CPU"
+    ),
     "moe_single_grouped_weight": Works("needs Transformer Engine in upstream, too"),
     "moe_single_grouped_bias": Works("needs Transformer Engine in upstream, too"),
     "moe_mlp_glu_interleave_size": Works("needs Transformer Engine in upstream, too"),
@@ -134,7 +136,10 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_token_dispatcher_type": Works(
         "alltoall (recommended), allgather, and flex with DeepEP or HybridEP, not run on a GPU"
     ),
-    "moe_permute_fusion": Works("needs Transformer Engine in upstream, too"),
+    "moe_permute_fusion": Works(
+        "needs Transformer Engine 2.1, with any back end; refused with allgather over several "
+        "expert-parallel ranks, where it stops at a rank without rows; off on the CPU"
+    ),
     "moe_enable_deepep": Works("upstream's old name for --moe-flex-dispatcher-backend deepep"),
     "moe_flex_dispatcher_backend": Works(
         "deepep needs a cap of at most 32 (times tensor parallelism) if there are more experts; "
@@ -253,7 +258,7 @@ def check_sequence_parallel(settings: Any) -> None:
     if has_experts and size > 1 and not settings.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size is {size} without --sequence-parallel, which Megatron "
-            "wants where there are experts: give --sequence-parallel."
+            "wants if there are experts: give --sequence-parallel."
         )
 
 

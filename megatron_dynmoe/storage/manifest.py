@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def update_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Bring the entries of some files up to date, where the folder has a manifest."""
+    """Bring the entries of some files up to date, if the folder has a manifest."""
     path = folder / MANIFEST
     if path.exists():
         manifest = read_json(path)
@@ -42,7 +42,7 @@ def fingerprint(path: Path, progress: Callable[[int], Any] = lambda _: None) -> 
 
 
 def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
-    """Compare every file with the manifest, where the folder has one.
+    """Compare every file with the manifest, if the folder has one.
 
     Raises:
         ValueError: a file is missing or differs; the message names it.
@@ -52,7 +52,7 @@ def check_manifest(folder: Path, progress: Callable[[int], Any] = lambda _: None
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What the manifest says of each file; None where the folder has none.
+    """What the manifest says of each file; None if the folder has none.
 
     Raises:
         ValueError: the manifest is damaged, or names files elsewhere.

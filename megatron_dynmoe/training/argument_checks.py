@@ -62,12 +62,6 @@ def check_arguments(args: Namespace) -> None:
         _check_sizes(args)
         check_layout(Layout.from_args(args))
     _check_schedule(args)
-    if args.context_parallel_size > 1 and args.reset_attention_mask:
-        raise ValueError(
-            f"--reset-attention-mask is given, and --context-parallel-size is "
-            f"{args.context_parallel_size}: attention over a split sequence takes no mask but the "
-            "causal one. Leave one of them out."
-        )
     if isinstance(args.moe_layer_freq, int) and args.moe_layer_freq < 1:
         raise ValueError(
             f"--moe-layer-freq is {args.moe_layer_freq}: every how many layers has experts? Give a "

@@ -13,6 +13,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_dynmoe.backends.documents import lengths_travel
 from megatron_dynmoe.training.splits import SPLITS, splits_read
 from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset, naming_the_cache
 
@@ -85,7 +86,8 @@ def dataset_config(args: Any) -> DatasetConfig:
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=tokenizer,
-        reset_position_ids=args.reset_position_ids,
+        # Positions also say to attention where documents begin.
+        reset_position_ids=args.reset_position_ids or lengths_travel(args),
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
@@ -107,4 +109,6 @@ def dataset_config(args: Any) -> DatasetConfig:
 
 
 def _is_built_here(vp_stage: int | None) -> bool:
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return lengths_travel(get_args()) or is_first_or_last_pipeline_stage(vp_stage)

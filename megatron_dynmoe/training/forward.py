@@ -19,6 +19,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_dynmoe.backends.documents import document_lengths, lengths_travel
 from megatron_dynmoe.runs.metric_names import LOSS
 from megatron_dynmoe.training.logits import check_logits
 
@@ -69,10 +70,14 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro-batch; empty on stages in the middle of the pipeline."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
+    """This rank's part of the next micro-batch; empty on stages in the middle of the pipeline.
+
+    If attention gets the lengths of the documents, every stage reads the micro-batch.
+    """
     args = get_args()
+    has_lengths = lengths_travel(args)
+    if not (has_lengths or is_first_or_last_pipeline_stage(vp_stage)):
+        return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
@@ -92,13 +97,19 @@ def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=1 if has_lengths else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    lengths = document_lengths(batch["position_ids"]) if has_lengths else None
+    if has_lengths and not args.reset_position_ids:
+        positions = torch.arange(args.seq_length, device=batch["position_ids"].device)
+        batch["position_ids"] = positions.expand_as(batch["position_ids"])
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
+    if has_lengths:
+        batch["attention_mask"] = lengths  # of whole rows, which no rank's attention splits
     return {key: batch.get(key) for key in BATCH_KEYS}
 
 

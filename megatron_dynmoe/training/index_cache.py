@@ -36,13 +36,13 @@ def named_by_content(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_by_content(dataset: Any, *args: Any) -> Any:
         if not dataset.config.mock:
             dataset.unique_identifiers["content"] = fingerprint(dataset.dataset)
-            describe_again(dataset)
+            update_description(dataset)
         return build(dataset, *args)
 
     return build_by_content
 
 
-def written_whole(build: Callable[..., Any], folder_of: Callable[[Any], str | None]) -> Any:
+def written_atomically(build: Callable[..., Any], folder_of: Callable[[Any], str | None]) -> Any:
     """Wrap a function that builds or loads an index, so that others only ever see whole files.
 
     Args:
@@ -102,7 +102,7 @@ def fingerprint(tokens: Any) -> str:
     return digest.hexdigest()
 
 
-def describe_again(dataset: Any) -> None:
+def update_description(dataset: Any) -> None:
     """Build the description of a dataset, and its hash, anew from its present identifiers."""
     dataset.unique_description = json.dumps(
         dataset.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers

@@ -26,7 +26,7 @@ def check_intervals(args: Namespace) -> None:
     needed = {
         "log_interval": _DIVIDES,
         "tensorboard_log_interval": _DIVIDES,
-        "eval_interval": f"{_DIVIDES}, also where --eval-iters is 0",
+        "eval_interval": f"{_DIVIDES}, also if --eval-iters is 0",
     }
     if args.save:
         needed["save_interval"] = "which Megatron needs with --save (--run-dir sets both)"

@@ -19,7 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.backends import choice
+from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -35,7 +35,6 @@ from megatron_dynmoe.settings.arguments import (
 )
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.routings import AUTO
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
@@ -76,11 +75,11 @@ def train(program_start: float) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.cleaning_up_failed_starts():
         with refusing_in_flags():
-            args, resolved = parse_command_line()
+            args, resolved, chosen = parse_command_line()
             kernels.asked_for()
             model_config = gpt_config_from_args(args)
             with naming_flags(args):
-                settled = settle_run(resolved, model_config.transformer, args.transformer_impl)
+                settled = settle_run(resolved, model_config.transformer, chosen)
             check_token_files(args)
         _build_and_train(args, model_config, settled, program_start)
 
@@ -88,12 +87,12 @@ def train(program_start: float) -> None:
 def _build_and_train(
     args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
 ) -> None:
-    notices.say_what_to_know_first(args, settled)
-    if put_in_our_layers(args, model_config, settled) and args.rank == 0:
+    notices.print_notes(args, settled)
+    if use_our_layers(args, model_config, settled) and args.rank == 0:
         for line in describe(settled, model_config.transformer, args):
             print(line, flush=True)
     try:
-        with run_directory.recording(args, settled.dynmoe, program_start), refusing_in_flags():
+        with run_directory.recording(args, settled, program_start), refusing_in_flags():
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
@@ -107,13 +106,13 @@ def _build_and_train(
     except SystemExit as exit:
         if exit.code or not hasattr(args, "curr_iteration"):
             raise  # not every rank has agreed to stop, or no step has run yet
-        reason = notices.say_how_to_go_on(args, signals.that_stopped(), ends=False)
+        reason = notices.print_how_to_resume(args, signals.stop_signal(), ends=False)
         signals.exit_with_signal_code(reason)
     if not args.skip_train:
-        notices.say_how_to_go_on(args)
+        notices.print_how_to_resume(args)
 
 
-def put_in_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
+def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
     is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
@@ -136,24 +135,27 @@ def refusing_in_flags() -> Iterator[None]:
         raise UsageError(refusal) from None
 
 
-def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
+def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
     """Parse and check all flags, and register them as Megatron's global arguments.
 
     Returns:
-        Megatron's arguments, and our settings with their defaults filled in.
+        Megatron's arguments; our settings with their defaults filled in; and the back end, on which
+        some of Megatron's arguments depend.
     """
-    found: list[DynMoEConfig] = []
+    found: list[tuple[DynMoEConfig, choice.BackEnd]] = []
     validate = megatron_arguments.validate_args
 
     def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         run_directory.set_paths(args)
-        signals.settle(args)
+        signals.disable_without_training(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
-        backend, _ = choice.choose_backend(dynmoe.backend or AUTO, args.transformer_impl)
-        args.transformer_impl = choice.implementation(backend)
-        if backend == "torch_native":
-            choice.adapt_arguments(args)
-        choice.check_norms(backend, args)
+        chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
+        args.transformer_impl = chosen.implementation
+        choice.adapt_arguments(args)
+        choice.settle_masks(chosen.backend, args)
+        choice.check_norms(chosen.backend, args)
+        if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
+            transformer_engine.check_mask(args)
         for mode, meaning in _OTHER_BATCHES.items():
             if getattr(args, mode, None):
                 raise ValueError(
@@ -166,8 +168,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
                 if getattr(args, name, None):
                     raise ValueError(
                         f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                        f"{dynmoe.routing!r} and back end {backend!r} this entry point builds the "
-                        "model's layers itself. Leave it out."
+                        f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
+                        "builds the model's layers itself. Leave it out."
                     )
         check_intervals(args)
         check_arguments(args)
@@ -180,7 +182,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
             resolved = dynmoe.resolve(args.num_experts)
         load.check_paths(args)
         agree_with_checkpoint(args)
-        found.append(resolved)
+        found.append((resolved, chosen))
         return validate(args, defaults or {})
 
     megatron_arguments.validate_args = validate_all
@@ -193,7 +195,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig]:
             f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
             "checks of this entry point. Give flags instead."
         )
-    return args, found[0]
+    return args, *found[0]
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

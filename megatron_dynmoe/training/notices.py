@@ -18,7 +18,7 @@ from megatron_dynmoe.storage.megatron_names import TRACKER
 NOTE = "> note: "
 
 
-def say_what_to_know_first(args: Namespace, settled: Settled) -> None:
+def print_notes(args: Namespace, settled: Settled) -> None:
     """Print, on the first rank, what a person would want to know before hours have passed."""
     if args.rank != 0:
         return
@@ -27,11 +27,11 @@ def say_what_to_know_first(args: Namespace, settled: Settled) -> None:
         if slow is not None:
             print(slow, flush=True)
     if not args.skip_train:
-        for note in what_is_ruled_out(args, settled.backend, settled.dynmoe.routing):
+        for note in start_notes(args, settled.backend, settled.dynmoe.routing):
             print(NOTE + note, flush=True)
 
 
-def what_is_ruled_out(args: Namespace, plan: choice.BackEnd, routing: str) -> list[str]:
+def start_notes(args: Namespace, plan: choice.BackEnd, routing: str) -> list[str]:
     """Lines about what cannot be done later with a new run; empty if the run resumes.
 
     Args:
@@ -64,7 +64,7 @@ def what_is_ruled_out(args: Namespace, plan: choice.BackEnd, routing: str) -> li
     return notes
 
 
-def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool = True) -> str:
+def print_how_to_resume(args: Namespace, stopped_by: str | None = None, ends: bool = True) -> str:
     """Print, on the first rank, the state of the run and how to go on, once all ranks have written.
 
     A launch script has commands of its own and prints them itself; then this prints nothing.
@@ -77,7 +77,7 @@ def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool 
     Returns:
         The text for every rank, printed or not.
     """
-    words = how_to_go_on(args, stopped_by, ends)
+    words = how_to_resume(args, stopped_by, ends)
     if dist.is_initialized():
         dist.barrier()
     if args.rank == 0 and "ATTEMPT" not in os.environ:
@@ -85,7 +85,7 @@ def say_how_to_go_on(args: Namespace, stopped_by: str | None = None, ends: bool 
     return words
 
 
-def how_to_go_on(args: Namespace, stopped_by: str | None, ends: bool) -> str:
+def how_to_resume(args: Namespace, stopped_by: str | None, ends: bool) -> str:
     """The state of a run, and the command that resumes it."""
     # Upstream counts an iteration after its step; without a step it has the iteration it loaded.
     last = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration

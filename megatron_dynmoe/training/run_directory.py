@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
+from megatron_dynmoe.model.settled import Settled
 from megatron_dynmoe.runs import folder as names
 from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.folder import mark_finished
 from megatron_dynmoe.runs.live_plot import redrawing
 from megatron_dynmoe.runs.summary import write_summary_and_curves
-from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
@@ -112,19 +112,19 @@ def _remove_empty(*folders: Path) -> None:
 
 
 @contextmanager
-def recording(args: Namespace, resolved: DynMoEConfig, program_start: float) -> Iterator[None]:
+def recording(args: Namespace, settled: Settled, program_start: float) -> Iterator[None]:
     """Write into ``--run-dir``, if given, what the run is and, at its end, what it did.
 
     Args:
         args: Megatron's arguments.
-        resolved: settings with all defaults and computed values filled in.
+        settled: the run's settings.
         program_start: seconds since the epoch.
     """
     if args.run_dir is None:
         yield
         return
     run_dir = Path(args.run_dir)
-    before = _write_settings(run_dir, args, resolved) if args.rank == 0 else {}
+    before = _write_settings(run_dir, args, settled) if args.rank == 0 else {}
     plotting = args.live_plot and args.rank == args.world_size - 1  # the rank that writes events
     try:
         with redrawing(run_dir, get_tensorboard_writer) if plotting else nullcontext():
@@ -141,9 +141,7 @@ def recording(args: Namespace, resolved: DynMoEConfig, program_start: float) -> 
         mark_finished(run_dir, args.train_iters, args.train_samples)
 
 
-def _write_settings(
-    run_dir: Path, args: Namespace, resolved: DynMoEConfig
-) -> dict[str, bytes | None]:
+def _write_settings(run_dir: Path, args: Namespace, settled: Settled) -> dict[str, bytes | None]:
     """Write the command and the settings; return what the two files held before, None if new."""
     written = (COMMAND, names.RESOLVED)
     before = {
@@ -158,7 +156,7 @@ def _write_settings(
     with open(run_dir / COMMAND, "a") as file:  # a resumed run appends its own command
         file.write(command + "\n")
     settings = {
-        "dynamic_routing": resolved.to_dict(),
+        **settled.to_dict(),
         "megatron": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
     (run_dir / names.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -14,8 +14,8 @@ from typing import NoReturn
 import torch
 from megatron.training import global_vars
 
-from megatron_dynmoe.runs.folder import note_stop
-from megatron_dynmoe.settings.exits import tell_torchrun
+from megatron_dynmoe.runs.folder import mark_stopped
+from megatron_dynmoe.settings.exits import report_to_torchrun
 
 # If the parent ignores one of these (nohup, a script's background job), the run ignores it too.
 _OPTIONAL = (signal.SIGINT, signal.SIGHUP)
@@ -33,7 +33,7 @@ def add_flag(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def settle(args: Namespace) -> None:
+def disable_without_training(args: Namespace) -> None:
     """If nothing is trained, leave signals to the system: only training asks for them."""
     args.exit_signal_handler = args.exit_signal_handler and not args.skip_train
 
@@ -52,13 +52,13 @@ class StopSignals:
     def __init__(self, signum: int = signal.SIGTERM) -> None:
         """Listen for the given signal, and in any case for SIGTERM, SIGINT and SIGHUP."""
         self._always = {int(signum), int(signal.SIGTERM)}
-        self._heard = 0
+        self._received = 0
         self.agreed = 0
 
     def __enter__(self) -> StopSignals:
         wanted = {number for number in _OPTIONAL if signal.getsignal(number) != signal.SIG_IGN}
         for number in wanted | self._always:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._on_signal)
         if torch.utils.data.get_worker_info() is None:
             Finalize(None, _end_data_workers, exitpriority=0)
         return self
@@ -68,20 +68,22 @@ class StopSignals:
 
         All ranks take part in one small reduction.
         """
-        heard = torch.tensor([self._heard], dtype=torch.int32, device=torch.cuda.current_device())
+        heard = torch.tensor(
+            [self._received], dtype=torch.int32, device=torch.cuda.current_device()
+        )
         torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
         self.agreed = int(heard.item())
         return [self.agreed]
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A second signal changes nothing: torchrun sends its own after a Ctrl-C in the terminal.
-        if not self._heard and torch.utils.data.get_worker_info() is None:
+        if not self._received and torch.utils.data.get_worker_info() is None:
             name = signal.Signals(number).name
             saves = getattr(global_vars._GLOBAL_ARGS, "save", None)
             what = "with a checkpoint" if saves else "without a checkpoint, as --save is not given"
             text = f"\n{name}: ending after this step, {what} (Ctrl-\\ ends at once)\n"
             os.write(2, text.encode())  # the signal may have interrupted a print
-        self._heard = self._heard or number
+        self._received = self._received or number
 
 
 def _end_data_workers() -> None:
@@ -96,7 +98,7 @@ def _end_data_workers() -> None:
             child.kill()
 
 
-def that_stopped() -> str | None:
+def stop_signal() -> str | None:
     """The name of the signal that the ranks have agreed to end by; None if there is none."""
     handler = global_vars._GLOBAL_SIGNAL_HANDLER
     if not isinstance(handler, StopSignals) or not handler.agreed:
@@ -112,11 +114,11 @@ def exit_with_signal_code(reason: str) -> NoReturn:
     Args:
         reason: the text that torchrun prints about this rank.
     """
-    name = that_stopped()
+    name = stop_signal()
     if name is None:
         sys.exit(0)
     if torch.distributed.get_rank() == 0:
-        note_stop(name)
-    tell_torchrun(Stopped(reason))
+        mark_stopped(name)
+    report_to_torchrun(Stopped(reason))
     torch.distributed.barrier()  # once one rank fails, launchers end all; some may still write
     sys.exit(128 + signal.Signals[name])

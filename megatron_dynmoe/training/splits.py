@@ -125,7 +125,7 @@ def _check_read_once(args: Namespace, number: int, parts: list[Part]) -> None:
             )
 
 
-def refusing_no_token(count_epochs: Callable[..., int]) -> Callable[..., int]:
+def refusing_empty_epochs(count_epochs: Callable[..., int]) -> Callable[..., int]:
     """Wrap ``GPTDataset._get_num_epochs``, which never returns if an epoch has no token.
 
     This protects scripts that do not call :func:`check_splits`.

@@ -66,10 +66,10 @@ def check_token_files(args: Any) -> None:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
     if reads:
         training = splits.check_splits(args, on_all_ranks, per_split)[0]
-        _say_of_order(args, training)
+        _note_order(args, training)
 
 
-def _say_of_order(args: Any, training: list[splits.Part]) -> None:
+def _note_order(args: Any, training: list[splits.Part]) -> None:
     """Note the order of the training text for the checkpoints.
 
     Say so if the run reads the text often, or in another order than it began with.

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.upstream import optimizer_state
+from megatron_dynmoe import kernels
+from megatron_dynmoe.upstream import fewer_kernels, optimizer_state
 
 
 @functools.cache
@@ -22,15 +23,16 @@ def install() -> None:
     """Apply the patches that every run under Megatron 0.19 needs, once."""
     _use_the_packaged_dataset_helpers()
     _save_without_a_helper_process()
+    _step_with_few_kernels()
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
     _guard_checkpoints()
     _handle_every_signal()
-    _tell_data_workers_whose_they_are()
+    _end_data_workers_with_their_rank()
     _name_data_indexes_by_content()
-    _end_where_a_split_is_empty()
+    _refuse_empty_splits()
     _log_each_step_as_itself()
-    _begin_with_different_experts()
+    _initialize_experts_differently()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -70,6 +72,28 @@ def _save_without_a_helper_process() -> None:
     TorchDistSaveShardedStrategy.save = save_with_plain_queue
 
 
+def _step_with_few_kernels() -> None:
+    """``megatron/core/optimizer/__init__.py`` and ``clip_grads.py`` need Apex or TE to be fast.
+
+    Without these, AdamW is not fused, and the gradient's norm and clipping take one parameter after
+    another; the host waits for each one's norm. ``rope_utils.py`` takes twelve kernels to rotate
+    queries, and as many for keys. If upstream has Apex or Transformer Engine, their functions run.
+    See :mod:`megatron_dynmoe.upstream.fewer_kernels`.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = fewer_kernels.l2_norm
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = fewer_kernels.scale
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        build = "_get_megatron_optimizer_based_on_param_groups"
+        setattr(optimizer, build, fewer_kernels.fused(getattr(optimizer, build)))
+    if kernels.available(torch.device("cuda")):
+        fewer_kernels.use_rope_kernel()
+
+
 def _resume_the_distributed_optimizer() -> None:
     """``megatron/core/optimizer/distrib_optimizer.py`` loads no checkpoint with torch's AdamW.
 
@@ -103,8 +127,9 @@ def _resume_the_distributed_optimizer() -> None:
     def filled_state_dict(self):
         if optimizer_state.is_torch_adam(self.optimizer):
             self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values():
-                state.setdefault("step", torch.zeros(()))
+            for param, state in self.optimizer.state.items():
+                if "step" not in state:
+                    state["step"] = fewer_kernels.no_step(self.optimizer, param)
         return state_dict(self)
 
     @functools.wraps(load_state_dict)
@@ -161,6 +186,9 @@ def _resume_under_another_layout() -> None:
             loaded = optimizer_state.with_schedule_of(self.chained_optimizers, loaded)
         loaded = optimizer_state.restructured(loaded, self.chained_optimizers)
         load_state_dict(self, optimizer_state.with_step_of(self.chained_optimizers, loaded))
+        for inner in (part.optimizer for part in self.chained_optimizers):
+            if optimizer_state.is_torch_adam(inner):
+                fewer_kernels.keep_fused(inner)
 
     ChainedOptimizer.load_state_dict = load_restructured
 
@@ -198,10 +226,11 @@ def _guard_checkpoints() -> None:
 
     guard = save.SaveGuard()
     dist_checkpointing.save = guard.with_manifest(dist_checkpointing.save)
-    serialization.save_config = guard.with_error_kept(serialization.save_config)
+    serialization.save_config = guard.keeping_raised_error(serialization.save_config)
     writer = FileSystemWriterAsync
-    writer.finish = guard.with_error_kept(writer.finish)
-    writer.write_preloaded_data = staticmethod(guard.with_error_named(writer.write_preloaded_data))
+    writer.finish = guard.keeping_raised_error(writer.finish)
+    write = guard.keeping_returned_error(writer.write_preloaded_data)
+    writer.write_preloaded_data = staticmethod(write)
     checkpointing.save_checkpoint = guard.with_folder(checkpointing.save_checkpoint)
     training.save_checkpoint = checkpointing.save_checkpoint
     checkpointing.maybe_msc = save.TrackerFileWriter(checkpointing.maybe_msc)
@@ -224,7 +253,7 @@ def _handle_every_signal() -> None:
     data_samplers.DistributedSignalHandler = StopSignals  # this one is for data workers
 
 
-def _tell_data_workers_whose_they_are() -> None:
+def _end_data_workers_with_their_rank() -> None:
     """``torch/utils/data/_utils/worker.py``: a worker ends when its parent process changes.
 
     The worker reads its parent for the first time some moments after it was started. If its rank
@@ -256,14 +285,14 @@ def _name_data_indexes_by_content() -> None:
     from megatron_dynmoe.training import index_cache
 
     method = "_build_document_sample_shuffle_indices"
-    build = index_cache.written_whole(getattr(GPTDataset, method), index_cache.folder_of_gpt)
+    build = index_cache.written_atomically(getattr(GPTDataset, method), index_cache.folder_of_gpt)
     setattr(GPTDataset, method, index_cache.named_by_content(build))
-    BlendedDataset._build_indices = index_cache.written_whole(
+    BlendedDataset._build_indices = index_cache.written_atomically(
         BlendedDataset._build_indices, lambda dataset: dataset.config.path_to_cache
     )
 
 
-def _end_where_a_split_is_empty() -> None:
+def _refuse_empty_splits() -> None:
     """``megatron/core/datasets/gpt_dataset.py`` adds epochs until there are enough tokens.
 
     If an epoch has no tokens, it never stops. This happens, for example, if there are few documents
@@ -274,7 +303,7 @@ def _end_where_a_split_is_empty() -> None:
 
     from megatron_dynmoe.training import splits
 
-    GPTDataset._get_num_epochs = splits.refusing_no_token(GPTDataset._get_num_epochs)
+    GPTDataset._get_num_epochs = splits.refusing_empty_epochs(GPTDataset._get_num_epochs)
 
 
 def _log_each_step_as_itself() -> None:
@@ -297,7 +326,7 @@ def _log_each_step_as_itself() -> None:
     training.training_log = log_interval
 
 
-def _begin_with_different_experts() -> None:
+def _initialize_experts_differently() -> None:
     """``megatron/core/tensor_parallel/layers.py``: every expert-parallel rank has the same experts.
 
     With ``--use-cpu-initialization``, which the CPU layer needs, weights are drawn from torch's own

@@ -8,6 +8,13 @@ from tests.backends.model import config
 pytestmark = pytest.mark.megatron
 
 
+def choose_parts(backend, model, **given):
+    """The back end of a model's parts, as if the flag says ``backend``."""
+    from megatron_dynmoe.backends import choice
+
+    return choice.choose_parts(choice.choose_backend(backend, None), model, **given)
+
+
 @pytest.mark.parametrize(
     ("backend", "transformer_impl", "has_te", "expected"),
     [
@@ -29,14 +36,15 @@ pytestmark = pytest.mark.megatron
     ],
 )
 def test_the_two_settings_settle(monkeypatch, backend, transformer_impl, has_te, expected):
-    from megatron_dynmoe.backends import choice
+    from megatron_dynmoe.backends import choice, transformer_engine
 
     monkeypatch.setattr(choice, "has_transformer_engine", lambda: has_te)
+    monkeypatch.setattr(transformer_engine, "version_without_grouped_experts", lambda: None)
     if " " in expected:
         with pytest.raises(ValueError, match=expected):
             choice.choose_backend(backend, transformer_impl)
     else:
-        assert choice.choose_backend(backend, transformer_impl)[0] == expected
+        assert choice.choose_backend(backend, transformer_impl).backend == expected
 
 
 @pytest.mark.parametrize(
@@ -55,40 +63,37 @@ def test_a_part_stays_locals_where_it_must(settings, part):
     from megatron_dynmoe.backends import choice
 
     model = config(**settings)
-    plan = choice.choose_parts("auto", None, model)
+    plan = choose_parts("auto", model)
     assert list(plan.kept) == [part]
     assert f"{part}: upstream's local" in choice.describe(plan, model)
     with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
-        choice.choose_parts("torch_native", None, model)
+        choose_parts("torch_native", model)
 
 
 @pytest.mark.parametrize("backend", ("auto", "local"))
 def test_biases_that_upstreams_experts_stop_at_are_refused(backend):
-    from megatron_dynmoe.backends import choice
 
     for settings in ({}, {"expert_tensor_parallel_size": 1}):
         with pytest.raises(ValueError, match="give --disable-bias-linear"):
-            choice.choose_parts(backend, None, config(add_bias_linear=True, **settings))
+            choose_parts(backend, config(add_bias_linear=True, **settings))
     dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
     for settings in (dense, {"expert_model_parallel_size": 2}):
-        choice.choose_parts(backend, None, config(add_bias_linear=True, **settings))
+        choose_parts(backend, config(add_bias_linear=True, **settings))
 
 
 @pytest.mark.parametrize("backend", ("torch_native", "local"))
 def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
-    from megatron_dynmoe.backends import choice
 
     selective = {"recompute_granularity": "selective"}
     refused = config(**selective, recompute_modules=["core_attn", "layernorm"])
     with pytest.raises(ValueError, match=r"--recompute-modules is core_attn layernorm.*leave"):
-        choice.choose_parts(backend, None, refused)
-    choice.choose_parts(backend, None, config(**selective, recompute_modules=["core_attn"]))
+        choose_parts(backend, refused)
+    choose_parts(backend, config(**selective, recompute_modules=["core_attn"]))
 
 
 def test_an_optimizer_of_matrices_keeps_upstreams_experts():
-    from megatron_dynmoe.backends import choice
 
-    plan = choice.choose_parts("auto", None, config(), optimizer="muon")
+    plan = choose_parts("auto", config(), optimizer="muon")
     assert plan.kept == {"experts": "--optimizer muon"}
 
 
@@ -117,18 +122,16 @@ def test_an_optimizer_of_matrices_keeps_upstreams_experts():
     ids=str,
 )
 def test_a_sequence_that_cannot_be_split_is_refused(settings, backend, message):
-    from megatron_dynmoe.backends import choice
 
     # Some sizes are not those of a model, so nothing is built from them.
     split = config()
     for name, value in {"context_parallel_size": 2, **settings}.items():
         setattr(split, name, value)
     with pytest.raises(ValueError, match=message):
-        choice.choose_parts(backend, None, split)
+        choose_parts(backend, split)
 
 
 def test_heads_that_every_rank_gets_are_accepted():
-    from megatron_dynmoe.backends import choice
 
     split = config(context_parallel_size=2, cp_comm_type="a2a", num_query_groups=2)
-    assert not choice.choose_parts("torch_native", None, split).kept
+    assert not choose_parts("torch_native", split).kept

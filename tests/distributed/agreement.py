@@ -60,8 +60,10 @@ def _folder(files: Path, step: int) -> Path:
 
 
 def gradients(result: CaseResult, step: int = 0) -> dict[str, torch.Tensor]:
-    """The whole gradients of a step, and the routers' buffers, by name."""
-    return tensors(_folder(result.directory / f"{result.case.name}.files", step))
+    """The whole gradients of a step, and the routers' buffers, by torch_native's names."""
+    found = tensors(_folder(result.directory / f"{result.case.name}.files", step))
+    te, native = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
+    return {name.replace(te, native): tensor for name, tensor in found.items()}
 
 
 def assert_same_gradients(

@@ -41,7 +41,7 @@ SAME = {
     for name, ranks, flags in (
         ("dtop_p", 1, f"{DTOP_P} {ALLTOALL}"),
         ("ep2", 2, f"{DTOP_P} {ALLTOALL} {EP2} --moe-shared-expert-intermediate-size 32"),
-        ("gqa", 1, f"{TOP_P} {ALLGATHER} {GQA} --reset-attention-mask"),
+        ("gqa", 1, f"{TOP_P} {ALLGATHER} {GQA}"),
         ("top_k", 1, f"--moe-router-topk 2 {ALLTOALL} --apply-query-key-layer-scaling"),
     )
     for kind, backend in BACKENDS.items()

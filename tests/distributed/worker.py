@@ -97,7 +97,7 @@ class Recorder:
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
                 "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},
-                "counted": {layer: r.counters.tokens.item() for layer, r in routers.items()},
+                "counted": {layer: r.counters.sums.tokens.item() for layer, r in routers.items()},
             }
         )
 

@@ -18,8 +18,10 @@ WITH_DOUBLES = {
     "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/doubles'}",
     "DYNMOE_TEST_DOUBLES": "1",  # for tests/distributed/worker.py, which calls prepare()
 }
-# So that a process that has looked for a GPU can fork one that uses it.
-WITH_THE_ORIGINAL = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+WITH_THE_ORIGINAL = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a process that has looked for a GPU may fork
+    "NVIDIA_TF32_OVERRIDE": "0",  # it multiplies float32 in TF32 otherwise
+}
 # What the CPU layer turns off because it would need one of the packages.
 _NEEDS_THEM = (
     *("transformer_impl", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
@@ -39,12 +41,27 @@ def has_the_original() -> bool:
 
 def run_with_transformer_engine(cases: list[Case], directory: Path) -> dict[str, CaseResult]:
     """Results by the cases' names; on GPUs without the cases that need more of them."""
-    if not has_the_original():
-        return run_session(cases, directory, WITH_DOUBLES)
+    environment = WITH_THE_ORIGINAL if has_the_original() else WITH_DOUBLES
+    return run_session(possible(cases), directory, environment)
+
+
+def possible(cases: list[Case]) -> list[Case]:
+    """Those for which there are enough GPUs; all on the CPU."""
     import torch
 
-    possible = [case for case in cases if case.num_ranks <= torch.cuda.device_count()]
-    return run_session(possible, directory, WITH_THE_ORIGINAL)
+    if not has_the_original():
+        return cases
+    return [case for case in cases if case.num_ranks <= torch.cuda.device_count()]
+
+
+def main() -> None:
+    """Say why ``make test-te`` cannot ask the original, or nothing."""
+    if not has_the_original():
+        raise SystemExit(
+            "Transformer Engine is not installed here, or finds no CUDA device: use a container "
+            "that has it (NGC's PyTorch), or install the extra 'te' on a machine with a GPU. "
+            "Its double needs neither: make test runs the same tests with it."
+        )
 
 
 def prepare() -> None:
@@ -59,3 +76,7 @@ def prepare() -> None:
         del cpu.FORCED_SETTINGS[name]
     run.prepare()
     torch.cuda.get_device_capability = lambda *args: (9, 0)  # Megatron's grouped GEMM asks for 8
+
+
+if __name__ == "__main__":
+    main()

@@ -99,7 +99,17 @@ def test_a_setting_that_the_formula_does_not_know_is_run_all_the_same(requests):
         ("smoke --dry-run --gpus 3 --tensor-model-parallel-size 2", 1, "number of processes is 3"),
         ("smoke --dry-run --moe-dynamic-backend transformer_engine", 1, "use torch_native"),
         ("smoke --dry-run --transformer-impl transformer_engine", 1, "leave it out"),
-        ("smoke --dry-run --moe-token-dispatcher-type flex", 1, "use alltoall"),
+        (
+            "smoke --dry-run --moe-token-dispatcher-type flex "
+            "--moe-flex-dispatcher-backend hybridep",
+            1,
+            "--moe-flex-dispatcher-backend is hybridep, whose kernels nothing stands in for: use",
+        ),
+        ("smoke --dry-run --use-megatron-fsdp", 1, "whose code cannot run without a GPU: leave it"),
+        ("smoke --dry-run --fp8-format hybrid", 1, "whose code cannot run without a GPU: leave it"),
+        ("smoke --dry-run --moe-permute-fusion", 1, "whose code cannot run without a GPU: leave"),
+        ("smoke --dry-run --cuda-graph-impl local", 1, "cannot run without a GPU: leave it out"),
+        ("smoke --dry-run --optimizer-cpu-offload", 1, "cannot run without a GPU: leave it out"),
         ("smoke --dry-run --num-layer 2", 2, "did you mean --num-layers?"),
         ("smok --dry-run", 2, "did you mean smoke?"),
         ("@nothing --dry-run", 2, "there is no such file"),

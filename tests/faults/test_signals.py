@@ -17,7 +17,7 @@ import torch
 from megatron.training import global_vars
 
 from megatron_dynmoe.checkpoints.load import choose
-from megatron_dynmoe.training.signals import StopSignals, settle
+from megatron_dynmoe.training.signals import StopSignals, disable_without_training
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
 from tests.faults.kill_points import noted_pids
@@ -188,7 +188,7 @@ def test_the_first_signal_counts(dispositions, monkeypatch, capfd) -> None:
 def test_an_evaluation_alone_ends_at_once(asked: bool, skip_train: bool) -> None:
     """Nothing asks in it what was heard: it would go on to its end."""
     args = Namespace(exit_signal_handler=asked, skip_train=skip_train)
-    settle(args)
+    disable_without_training(args)
     assert args.exit_signal_handler is (asked and not skip_train)
 
 

@@ -248,6 +248,29 @@ def test_an_attention_of_ones_own_gets_the_keywords_of_its_own():
     assert seen == [(layer, None, "to myself") for layer in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"threshold": 0.5}, True),
+        ({"threshold": 0.5, "inference_max_experts_per_token": 3}, False),
+        ({"threshold": 0.5, "max_experts_per_token": 3}, False),
+        (ROUTINGS["top_k"], False),
+    ],
+)
+def test_an_engine_that_pads_without_a_cap_is_told_the_remedy(settings, warns, caplog):
+    AttentionInterface.register("engine", lambda *_, **__: None)
+    try:
+        tiny_model(attention="engine", **settings)
+        tiny_model(**settings)  # our own experts pay for no slot
+    finally:
+        del AttentionInterface._global_mapping["engine"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warns
+    if warns:
+        assert "all 8 experts for every token" in said[0]
+        assert "--hf-overrides '{\"inference_max_experts_per_token\": N}'" in said[0]
+
+
 # Masks of four dimensions
 
 

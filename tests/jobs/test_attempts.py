@@ -17,7 +17,7 @@ from megatron_dynmoe.jobs.attempts import (
     end,
     is_finished,
 )
-from megatron_dynmoe.runs.folder import mark_finished, note_stop
+from megatron_dynmoe.runs.folder import mark_finished, mark_stopped
 from megatron_dynmoe.settings.words import values_of
 
 
@@ -189,7 +189,7 @@ def test_how_it_ended_decides_what_follows(
         save(tmp_path / "run", saved)
     if isinstance(stopped, str):  # heard by the ranks alone
         monkeypatch.setenv("ATTEMPT", str(attempt))
-        note_stop(stopped)
+        mark_stopped(stopped)
     assert end(attempt, status, stopped is True) == verdict
     assert words in capsys.readouterr().out
     record = json.loads((attempt / "attempt.json").read_text())

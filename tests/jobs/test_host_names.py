@@ -37,7 +37,7 @@ def test_an_address_is_of_this_machine_or_not():
 
 def test_on_one_machine_the_address_is_replaced(names, capsys):
     names.setattr(os, "environ", {**ONE, "RANK": "0", "MASTER_ADDR": NOWHERE})
-    host_names.settle_master_address()
+    host_names.fix_master_address()
     assert os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1")
     assert NOWHERE in capsys.readouterr().out
 
@@ -45,14 +45,14 @@ def test_on_one_machine_the_address_is_replaced(names, capsys):
 def test_on_several_machines_nothing_is_guessed(names, capsys):
     names.setattr(os, "environ", {**SEVERAL, "RANK": "0", "MASTER_ADDR": NOWHERE})
     with pytest.raises(ValueError, match=f"MASTER_ADDR is {NOWHERE}.*--master-addr"):
-        host_names.settle_master_address(patience=0.01)
+        host_names.fix_master_address(patience=0.01)
     assert os.environ["MASTER_ADDR"] == NOWHERE
 
 
 @pytest.mark.parametrize("environment", [ONE, SEVERAL])
 def test_an_address_that_leads_somewhere_stays(names, environment):
     names.setattr(os, "environ", {**environment, "MASTER_ADDR": "node-1"})
-    host_names.settle_master_address()
+    host_names.fix_master_address()
     assert os.environ["MASTER_ADDR"] == "node-1"
 
 
@@ -67,7 +67,7 @@ def test_an_address_that_leads_somewhere_stays(names, environment):
 )
 def test_torchrun_is_given_an_address_on_one_machine_only(names, capsys, command, local_address):
     names.setattr(os, "environ", dict(os.environ))
-    torchrun_plugin.settle_local_address(command.split())
+    torchrun_plugin.fix_local_address(command.split())
     found = os.environ.get("PET_LOCAL_ADDR")
     assert found == local_address or (local_address and found == "localhost")
     assert ("give each torchrun --local-addr" in capsys.readouterr().err) is (

@@ -93,10 +93,10 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     tokenizer = resources.files("mistral_common") / "data" / "tokenizer.model.v1"
     flags = [*recipe_flags(name), "--mock-data", "--tokenizer-model", str(tokenizer)]
     monkeypatch.setattr("sys.argv", ["pretrain", *flags])
-    args, resolved = parse_command_line()
+    args, resolved, chosen = parse_command_line()
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
     config = gpt_config_from_args(args)
-    settled = settle_run(resolved, config.transformer, args.transformer_impl)
+    settled = settle_run(resolved, config.transformer, chosen)
     prepare_training(settled, config.transformer, args)
     config.transformer_layer_spec = partial(layer_spec, settled=settled)
     with torch.device("meta"):

@@ -9,13 +9,13 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_dynmoe.torchrun_plugin import briefly, rendezvous_handler
+from megatron_dynmoe.torchrun_plugin import in_few_lines, rendezvous_handler
 
 RANK = """
 import sys
 from torch.distributed.elastic.multiprocessing.errors import record
 from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.exits import ending_at_misuse, refusing_plainly, tell_torchrun
+from megatron_dynmoe.settings.exits import exiting_on_misuse, without_traceback, report_to_torchrun
 
 @record
 def main():
@@ -41,15 +41,15 @@ def seen(end: str, folder: Path, capsys: pytest.CaptureFixture) -> tuple[str, li
     failure = ProcessFailure(local_rank=1, pid=0, exitcode=done.returncode, error_file=str(file))
     error = ChildFailedError("megatron_dynmoe.pretrain", {3: failure})
     shown: list[object] = []
-    briefly(lambda *what: shown.append(what[1]))(ChildFailedError, error, None)
+    in_few_lines(lambda *what: shown.append(what[1]))(ChildFailedError, error, None)
     return capsys.readouterr().err, shown
 
 
 @pytest.mark.parametrize(
     ("end", "code"),
     [
-        ("tell_torchrun(UsageError('no such: flag')); sys.exit(143)", 143),
-        ("with refusing_plainly(): raise ValueError('no such: flag') from None", 1),
+        ("report_to_torchrun(UsageError('no such: flag')); sys.exit(143)", 143),
+        ("with without_traceback(): raise ValueError('no such: flag') from None", 1),
     ],
     ids=["told", "refused"],
 )
@@ -61,7 +61,7 @@ def test_a_rank_that_says_why_in_a_line_has_the_last_word(tmp_path, capsys, end,
 
 def test_torchrun_ends_as_its_ranks_where_the_command_line_is_to_blame(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        seen("with ending_at_misuse(): raise UsageError('no such: flag')", tmp_path, capsys)
+        seen("with exiting_on_misuse(): raise UsageError('no such: flag')", tmp_path, capsys)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "torchrun: rank 3 ended with exit code 2: no such: flag\n"
 
@@ -73,9 +73,9 @@ def test_a_stack_is_shown_as_ever(tmp_path, capsys) -> None:
 
 def test_an_end_by_a_signal_needs_no_words(capsys) -> None:
     shown: list[object] = []
-    briefly(lambda *what: shown.append(what))(SignalException, SignalException("", 2), None)
+    in_few_lines(lambda *what: shown.append(what))(SignalException, SignalException("", 2), None)
     assert capsys.readouterr().err == "" and not shown
-    briefly(lambda *what: shown.append(what))(OSError, OSError("a fault"), None)
+    in_few_lines(lambda *what: shown.append(what))(OSError, OSError("a fault"), None)
     assert len(shown) == 1
 
 

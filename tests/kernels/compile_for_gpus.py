@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dynmoe.kernels import grouped_gemm, permute, routing_triton
+from megatron_dynmoe.kernels import grouped_gemm, permute, rope, routing_triton
 
 # Compute capability to the shared memory of a block, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024}
@@ -34,6 +34,10 @@ def cases():
     for dtype in ("bf16", "fp32"):
         types = {"rows_ptr": dtype, "sums_ptr": dtype, "row_of_slot_ptr": "i64", "ends_ptr": "i64"}
         yield permute._sum_rows, types, {"BLOCK": permute.BLOCK}, 4
+    for dtype in ("bf16", "fp32"):
+        for back in (True, False):
+            settings = {"INTERLEAVED": False, "BACK": back, "HEADS": 32, "PAIRS": 64}
+            yield rope._rotate, {"values_ptr": dtype, "rotated_ptr": dtype}, settings, 4
     for width, top in ((2, 2), (16, 16), (64, 64), (128, 16), (512, 32)):
         # With all that a router may have, and with nothing of it.
         for full in (True, False):

@@ -22,7 +22,7 @@ SCRIPTS = list(DEFAULTS)
 # Programs of a cluster, as far as the scripts ask them: an sbatch that says what it got, a scontrol
 # that knows two jobs of which the first counts, a node with two interfaces, one without address.
 PROGRAMS = {
-    "sbatch": 'echo "sbatch $* in ${SBATCH_PARTITION:-none} as ${SBATCH_JOB_NAME:-written}"',
+    "sbatch": 'echo "sbatch $* in ${SBATCH_PARTITION:-none}"',
     "scontrol": 'printf "JobId=%s\\n   Command=%s\\n" 7 "$COMMAND" 8 "/no/b.sh x.sh y"',
     "ip": 'if [[ $* == *" dev "* && $* != *"dev ib0" ]]; then exit 1; fi\n'
     'echo "2: ib0    inet 10.1.2.3/16 brd 10.1.255.255 scope global ib0"',
@@ -192,16 +192,6 @@ def test_the_name_chooses_the_recipe_unless_one_is_named(
     answer = bash(str(called), *words, settings=settings, **variables)
     assert answer.returncode == 0, answer.stderr
     assert f" --parse {'smoke' if words == ['smoke'] else recipe} --" in answer.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_submitted_job_is_called_after_its_script(bash, script):
-    name = script.removeprefix("pretrain_").removesuffix(".sh")
-    answer = submit(bash, str(LAUNCH / script), "smoke")
-    # The #SBATCH line of the script that the others link to names it.
-    assert f" as {'written' if name == 'dtop_p' else name}\n" in answer.stdout
-    given = submit(bash, str(LAUNCH / script), "smoke", settings="export SBATCH_JOB_NAME=mine")
-    assert " as mine\n" in given.stdout
 
 
 @pytest.mark.parametrize(

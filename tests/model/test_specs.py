@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from tests.moe import one_rank
 
@@ -40,6 +41,20 @@ def test_every_chunk_gets_the_same_settings(tmp_path, monkeypatch, upstream, exp
         router = spec.layer_specs[0].submodules.mlp.keywords["submodules"].router
         dynmoe = router.keywords["dynmoe"]
         assert (dynmoe.balance_loss, dynmoe.balance_loss_coeff) == expected
+
+
+@pytest.mark.parametrize("backend", ["torch_native", "local"])
+def test_upstreams_default_contradicts_no_back_end(tmp_path, monkeypatch, backend):
+    from megatron_dynmoe.backends import choice
+    from megatron_dynmoe.specs import dynmoe_layer_spec
+
+    monkeypatch.setattr(choice, "has_transformer_engine", lambda: True)
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text(f"routing: top_p\nbackend: {backend}")
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
+    config = one_rank.transformer_config(transformer_impl="transformer_engine")
+    dynmoe_layer_spec(SimpleNamespace(transformer=config))
+    assert config.transformer_impl == "local"
 
 
 def test_without_settings_the_spec_says_what_to_set(monkeypatch):
@@ -88,33 +103,79 @@ def test_a_spec_is_made_of_settled_settings_and_changes_nothing():
     assert settled.dynmoe.threshold == 0.4 and settled.controller is None
 
 
-@pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
-def test_settings_are_settled_once_however_many_chunks_there_are(tmp_path, monkeypatch, routing):
-    from megatron_dynmoe import specs
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of what settles a part of a run's settings, by name."""
     from megatron_dynmoe.backends import choice
     from megatron_dynmoe.model import settled
     from megatron_dynmoe.settings.config import DynMoEConfig
 
-    file = tmp_path / "dynmoe.yaml"
-    file.write_text(
-        f"routing: {routing}\n" + "target_experts_per_token: 2\n" * (routing == "dtop_p")
-    )
-    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
-    calls = []
+    called = []
 
     def counting(owner, name):
         original = getattr(owner, name)
 
         def counted(*args, **kwargs):
-            calls.append(name)
+            called.append(name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, counted)
 
     counting(DynMoEConfig, "resolve")
     counting(settled, "settle")
+    counting(choice, "choose_backend")
     counting(choice, "choose_parts")
+    return called
+
+
+ONCE = ["choose_backend", "choose_parts", "resolve", "settle"]
+
+
+@pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
+def test_settings_are_settled_once_however_many_chunks_there_are(
+    tmp_path, monkeypatch, calls, routing
+):
+    from megatron_dynmoe import specs
+
+    file = tmp_path / "dynmoe.yaml"
+    file.write_text(
+        f"routing: {routing}\n" + "target_experts_per_token: 2\n" * (routing == "dtop_p")
+    )
+    monkeypatch.setenv("DYNMOE_CONFIG", str(file))
     config = one_rank.transformer_config()
     for stage in range(2):
         specs.dynmoe_layer_spec(SimpleNamespace(transformer=config), stage)
-    assert sorted(calls) == ["choose_parts", "resolve", "settle"]
+    assert sorted(calls) == ONCE
+
+
+def test_the_entry_point_settles_once_what_trains_and_is_written(tmp_path, monkeypatch, calls):
+    import megatron.training.arguments as megatron_arguments
+
+    from megatron_dynmoe.jobs.recipes import recipe_flags
+    from megatron_dynmoe.training import loop, run_directory
+
+    monkeypatch.delenv("DYNMOE_CONFIG", raising=False)
+    monkeypatch.setattr(
+        megatron_arguments,
+        "set_global_variables",  # would build the tokenizer, of which only the size counts here
+        lambda args: setattr(args, "padded_vocab_size", 128),
+    )
+    monkeypatch.setattr(run_directory, "get_tensorboard_writer", lambda: None)
+    run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(
+        "sys.argv", ["pretrain", *recipe_flags("smoke"), "--run-dir", run_dir, "--mock-data"]
+    )
+    trained = []
+
+    def pretrain(config, *_, **__):
+        trained.append(config.model.transformer_layer_spec.keywords["settled"])
+        raise KeyboardInterrupt  # before a step: what is written stays
+
+    monkeypatch.setattr(loop, "pretrain", pretrain)
+    monkeypatch.setattr(loop, "check_token_files", lambda args: None)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(0.0)
+    assert sorted(calls) == ONCE
+    written = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    assert {name: written[name] for name in trained[0].to_dict()} == trained[0].to_dict()
+    assert written["back_end"]["backend"] == "torch_native"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dynmoe.routing.counters import clear
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 from tests.oracles import routing as oracle
@@ -159,8 +160,8 @@ def test_one_expert(normalization):
     torch.testing.assert_close(weights, torch.ones(S * B, 1))
     weights.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
-    assert router.counters.balance_loss == pytest.approx(1)
-    assert router.counters.dynamic_loss == pytest.approx(0)
+    assert router.counters.sums.balance_loss == pytest.approx(1)
+    assert router.counters.sums.dynamic_loss == pytest.approx(0)
 
 
 # --- counts ---------------------------------------------------------------------------------------
@@ -176,31 +177,31 @@ def test_counts(padded):
         maps.append(routing_map[~mask.view(-1)] if padded else routing_map)
     counted = torch.cat(maps)
     counters, experts = router.counters, counted.sum(-1)
-    assert counters.tokens == len(counted) == (2 * 11 if padded else 2 * S * B)
-    assert torch.equal(counters.assignments, counted.sum(0))
-    assert counters.squared_experts == experts.square().sum()
-    assert counters.tokens_at_cap == (experts == 2).sum() > 0
-    assert counters.micro_batches == 2
-    assert router.evaluation_counters.tokens == 0
-    counters.clear()
-    assert all(not buffer.any() for buffer in counters.buffers())
+    assert counters.sums.tokens == len(counted) == (2 * 11 if padded else 2 * S * B)
+    assert counters.sums.assignments.tolist() == counted.sum(0).tolist()
+    assert counters.sums.squared_experts == experts.square().sum()
+    assert counters.sums.tokens_at_cap == (experts == 2).sum() > 0
+    assert counters.sums.micro_batches == 2
+    assert router.evaluation_counters.sums.tokens == 0
+    clear([counters])
+    assert not counters.row.any()
 
 
 def test_without_gradients_nothing_is_counted():
     router = one_rank.router(top_p())
     with torch.no_grad():
         router(hidden_states())
-    assert router.counters.tokens == router.evaluation_counters.tokens == 0
+    assert router.counters.sums.tokens == router.evaluation_counters.sums.tokens == 0
 
 
 def test_evaluation_is_counted_apart():
     router = one_rank.router(top_p()).eval()
     with torch.no_grad():
         _, routing_map = router(hidden_states())
-    assert router.counters.tokens == 0
-    assert router.counters.micro_batches == 0
-    assert router.evaluation_counters.tokens == S * B
-    assert torch.equal(router.evaluation_counters.assignments, routing_map.sum(0))
+    assert router.counters.sums.tokens == 0
+    assert router.counters.sums.micro_batches == 0
+    assert router.evaluation_counters.sums.tokens == S * B
+    assert router.evaluation_counters.sums.assignments.tolist() == routing_map.sum(0).tolist()
 
 
 def test_recomputation_counts_once_and_gives_the_same_gradients():
@@ -217,8 +218,8 @@ def test_recomputation_counts_once_and_gives_the_same_gradients():
         else:
             weights, _ = router(hidden)
         weights.square().sum().backward()
-        assert router.counters.tokens == S * B
-        assert router.counters.micro_batches == 1
+        assert router.counters.sums.tokens == S * B
+        assert router.counters.sums.micro_batches == 1
         gradients.append((router.weight.grad, hidden.grad))
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
@@ -231,14 +232,14 @@ def test_upstreams_recomputation_of_the_moe_layer_counts_once():
     assert layer.moe_layer_recompute
     output, _ = layer(hidden_states().requires_grad_())
     output.sum().backward()
-    assert layer.router.counters.tokens == S * B
+    assert layer.router.counters.sums.tokens == S * B
 
 
 def test_the_layers_padding_mask_reaches_the_router_the_right_way_round():
     """MoELayer takes [B, S], True for padding."""
     layer = one_rank.moe_layer(top_p())
     layer(hidden_states(), padding_mask=padding().T)
-    assert layer.router.counters.tokens == 11
+    assert layer.router.counters.sums.tokens == 11
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -257,8 +258,8 @@ def full_state(router) -> dict[str, torch.Tensor]:
     """A router with a state that bf16 and fp16 cannot hold."""
     router.threshold.fill_(0.2374)
     router.integral.fill_(-3.14159)
-    router.counters.assignments.fill_(2**40 + 1)
-    router.counters.balance_loss.fill_(1 / 3)
+    router.counters.sums.assignments.fill_(2**40 + 1)
+    router.counters.sums.balance_loss.fill_(1 / 3)
     return {name: buffer.clone() for name, buffer in router.named_buffers()}
 
 
@@ -267,8 +268,7 @@ def test_state_keeps_dtype_and_value_when_the_model_is_cast(cast):
     router = one_rank.router(top_p(normalization="drn"))
     before = full_state(router)
     assert before["threshold"].dtype == before["integral"].dtype == torch.float32
-    assert before["counters.tokens"].dtype == torch.int64
-    assert before["counters.balance_loss"].dtype == torch.float64
+    assert before["counters.row"].dtype == torch.float64
     CASTS[cast](router)
     for name, buffer in router.named_buffers():
         assert buffer.dtype == before[name].dtype, name
@@ -390,8 +390,8 @@ def test_gradient_of_the_losses_is_that_of_the_loops(scope, normalization, padde
     (coefficient * balance + 0.2 * dynamic).backward()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.double(), parameters[name].grad, rtol=1e-4, atol=1e-6)
-    assert router.counters.balance_loss.item() == pytest.approx(balance.item(), rel=1e-5)
-    assert router.counters.dynamic_loss.item() == pytest.approx(dynamic.item(), rel=1e-5)
+    assert router.counters.sums.balance_loss.item() == pytest.approx(balance.item(), rel=1e-5)
+    assert router.counters.sums.dynamic_loss.item() == pytest.approx(dynamic.item(), rel=1e-5)
 
 
 def test_the_losses_leave_weights_and_their_gradient_alone():
@@ -425,7 +425,7 @@ def test_the_global_loss_takes_its_fractions_from_the_global_batch_so_far():
     torch.testing.assert_close(
         router.weight.grad.double(), parameters["weight"].grad, rtol=1e-4, atol=1e-6
     )
-    router.counters.clear()
+    clear([router.counters])
     router.zero_grad()
     loss_gradients(router, second)
     alone, _, parameters = looped_losses(router, second, None, "global_aux_loss")
@@ -482,7 +482,9 @@ def test_upstreams_tracker_shows_the_balance_loss_under_the_name_it_asks_for(ask
     router(hidden_states())
     recorded = get_moe_metrics_tracker().metrics
     assert list(recorded) == [name]
-    assert recorded[name].values.tolist() == pytest.approx([router.counters.balance_loss.item(), 0])
+    assert recorded[name].values.tolist() == pytest.approx(
+        [router.counters.sums.balance_loss.item(), 0]
+    )
 
 
 def test_no_balance_loss_is_recorded_or_trained_where_there_is_none():
@@ -492,4 +494,4 @@ def test_no_balance_loss_is_recorded_or_trained_where_there_is_none():
     gradients = loss_gradients(router, hidden_states())
     assert not gradients["weight"].any()
     assert not get_moe_metrics_tracker().metrics
-    assert router.counters.balance_loss > 0, "still measured, for the log"
+    assert router.counters.sums.balance_loss > 0, "still measured, for the log"

@@ -13,6 +13,7 @@ from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
 from megatron_dynmoe.moe.rules import RULES, Rule, TopP
 from megatron_dynmoe.routing.route import Routing, route
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.refusals import SettingError
 from megatron_dynmoe.settings.routings import DYNAMIC
 from tests.moe import one_rank
 
@@ -46,6 +47,20 @@ def test_every_dynamic_routing_has_a_rule():
     assert set(RULES) == set(DYNAMIC)
 
 
+def test_a_rule_refuses_what_it_cannot_do_before_anything_is_built(monkeypatch):
+    class EvenCaps(TopP):
+        def __init__(self, dynmoe: DynMoEConfig, first: float | None) -> None:
+            super().__init__(dynmoe, first)
+            cap = dynmoe.max_experts_per_token
+            if cap is not None and cap % 2:
+                raise SettingError("max_experts_per_token", cap, " and odd", "use an even number")
+
+    monkeypatch.setitem(RULES, "top_p", EvenCaps)
+    with pytest.raises(SettingError, match="max_experts_per_token is 3 and odd: use an even"):
+        one_rank.moe_layer(DynMoEConfig(routing="top_p", max_experts_per_token=3), num_experts=E)
+    one_rank.moe_layer(DynMoEConfig(routing="top_p", max_experts_per_token=4), num_experts=E)
+
+
 def test_a_falling_count_has_the_same_response_turned_round(monkeypatch):
     rising = [(initial_threshold(E, k), plant_slope(E, k)) for k in (1, 2.5, E)]
     monkeypatch.setitem(RULES, "dtop_p", Thrift)
@@ -77,7 +92,7 @@ def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch):
     for _ in range(60):
         layer(torch.randn(64, 4, D, generator=generator))
         before = router.knob.clone()
-        means.append(float(router.counters.assignments.sum() / router.counters.tokens))
+        means.append(float(router.counters.sums.assignments.sum() / router.counters.sums.tokens))
         update([model])
         if abs(means[-1] - target) > 0.5:
             assert (router.knob > before) == (means[-1] > target)

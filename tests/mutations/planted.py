@@ -40,6 +40,7 @@ GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
+TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
 
 CONTROLLER = [
@@ -106,7 +107,7 @@ CONTROLLER = [
         "counters_not_cleared",
         "a batch's counts stay in the next one's",
         "control/update.py",
-        "(router.evaluation_counters if evaluation else router.counters).clear()",
+        "clear(counters)",
         "pass",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
         ("schedule",),
@@ -207,8 +208,8 @@ ROUTING = [
         "padding_counted",
         "padding counts as tokens",
         "routing/counters.py",
-        "self.tokens += experts_T.numel() if valid_T is None else valid_T.sum()",
-        "self.tokens += experts_T.numel()",
+        "sums.tokens.add_(experts_T.numel() if valid_T is None else valid_T.sum())",
+        "sums.tokens.add_(experts_T.numel())",
         (f"{ROUTER}::test_counts",),
     ),
     Mutation(
@@ -316,6 +317,40 @@ DISPATCHING = [
         ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
     ),
     Mutation(
+        "experts_one_after_another",
+        "without --moe-grouped-gemm Transformer Engine runs one expert after another",
+        "backends/transformer_engine.py",
+        "transformer.moe_grouped_gemm = bool(transformer.num_moe_experts)",
+        "pass",
+        (f"{TE}::test_experts_are_grouped_for_a_dynamic_routing[top_p]",),
+    ),
+    Mutation(
+        "permutation_without_rows_not_refused",
+        "a fused permutation that stops at a rank without rows is not refused",
+        "backends/transformer_engine.py",
+        "gathers and ranks > 1:",
+        "gathers and ranks > 2:",
+        (f"{TE}::test_what_its_experts_cannot_do_is_refused[permutation]",),
+    ),
+    Mutation(
+        "norms_not_found_under_other_names",
+        "the norm before experts is asked for by the running back end's name only",
+        "checkpoints/other_backends.py",
+        "value.key = next((name for name in _other_names(key) if name in stored), key)",
+        "pass",
+        (
+            "tests/checkpoints/test_other_backends.py::test_a_norm_is_asked_for_as_the_checkpoint_names_it",
+        ),
+    ),
+    Mutation(
+        "adam_of_another_back_end_starts_at_step_0",
+        "a run that goes on with another back end's Adam begins to count its steps again",
+        "upstream/optimizer_state.py",
+        "step = int(max(steps))",
+        "step = 0",
+        ("tests/upstream/test_optimizer_state.py",),
+    ),
+    Mutation(
         "kernel_writes_no_sum_of_no_rows",
         "the combine's kernel leaves the result of a token without experts as it found it",
         "kernels/permute.py",
@@ -397,6 +432,30 @@ WATCHING = [
         "seed",
         ("tests/distributed/test_doctor.py::test_models_that_were_just_made_are_clean[0-pp2ep2]",),
         ("fresh_pp2ep2",),
+    ),
+    Mutation(
+        "a_dry_run_reads_without_waiting",
+        "a dry run counts no wait if the host reads a number from the device",
+        "dry_run/recorder.py",
+        'self.wait("item")',
+        "pass",
+        ("tests/dry_run/test_rehearsal.py::test_a_planted_item_is_found_and_named",),
+    ),
+    Mutation(
+        "a_dry_run_overlooks_tensors_on_the_cpu",
+        "a dry run finds no tensor of a step that was made on the CPU",
+        "dry_run/recorder.py",
+        "self.off_device[self.moment, place, made] += 1",
+        "pass",
+        ("tests/dry_run/test_rehearsal.py::test_a_planted_tensor_on_the_cpu_is_found_and_named",),
+    ),
+    Mutation(
+        "a_dry_run_forgets_the_optimizers_state",
+        "the planner forgets the optimizer's state",
+        "planning/memory.py",
+        "return self.weights + self.gradients + self.optimizer",
+        "return self.weights + self.gradients",
+        ("tests/dry_run/test_rehearsal.py::test_the_planner_is_near",),
     ),
     Mutation(
         "two_copies_of_an_expert_are_none",

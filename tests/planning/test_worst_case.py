@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from megatron_dynmoe.planning.worst_case import ExpertSizes, layer_bound, worst_case_rows
+from megatron_dynmoe.planning.worst_case import (
+    ROUTER_BYTES,
+    ExpertSizes,
+    kept_row_bytes,
+    passing_row_bytes,
+    worst_case_rows,
+)
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.distributed.planning_cases import peak_bytes
 from tests.moe import one_rank
@@ -57,10 +63,22 @@ def test_a_layer_stays_within_its_bound(
     ) as profiler:
         step()
 
-    assert layer.router.counters.assignments.sum() == 2 * 512 * (cap or num_experts)
+    assert layer.router.counters.sums.assignments.sum() == 2 * 512 * (cap or num_experts)
     sizes = ExpertSizes(hidden, ffn, 2, num_experts, dtype.itemsize)
-    bound = layer_bound(sizes, 512, num_experts, 1, 1, cap)
+    bound = layer_bound(sizes, 512, num_experts, cap)
     assert peak_bytes(profiler) <= bound <= 1.6 * peak_bytes(profiler)
+
+
+def layer_bound(sizes: ExpertSizes, tokens: int, num_experts: int, cap: int | None) -> float:
+    """The most bytes of one layer in a step, from the parts that the planner adds up."""
+    rows = worst_case_rows(tokens, num_experts, 1, 1, cap)
+    # The tokens, the sums of their rows, and the gradients of both.
+    around = 4 * tokens * sizes.hidden * sizes.num_bytes
+    of_rows = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, rows, is_spread=False)
+    # Sorted probabilities; order, units and sums in int64. They are freed before there are rows.
+    selecting = tokens * num_experts * (4 + 4 * 8)
+    small = 1 << 16  # counts, splits, and other things that do not grow with rows
+    return around + tokens * num_experts * ROUTER_BYTES + max(of_rows, selecting) + small
 
 
 def brute_force_rows(tokens, num_experts, ranks, cap):

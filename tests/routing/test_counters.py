@@ -15,20 +15,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dynmoe.control import PIController
-from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, pack, unpack
+from megatron_dynmoe.routing.counters import RoutingCounters, clear, pack, unpack
 from megatron_dynmoe.routing.route import route
 
 TOKENS, LAYERS = 4 * 2**20, 24
 CPU = torch.device("cpu")
-WHOLE = ("tokens", "tokens_at_cap", "squared_experts", "assignments")
+WHOLE = ("tokens", "tokens_at_cap", "squared_experts")
 
 
-def statistics(assignments_E: list[int], tokens: int, squared: int) -> RoutingStatistics:
+def counted(assignments_E: list[int], tokens: int, squared: int) -> RoutingCounters:
     counters = RoutingCounters(len(assignments_E), CPU)
-    counters.assignments.copy_(torch.tensor(assignments_E))
-    counters.tokens.fill_(tokens)
-    counters.squared_experts.fill_(squared)
-    return counters.read(torch.ones(1), torch.tensor([0.4]), torch.zeros(1))
+    counters.sums.assignments.copy_(torch.tensor(assignments_E))
+    counters.sums.tokens.fill_(tokens)
+    counters.sums.squared_experts.fill_(squared)
+    return counters
+
+
+def packed_layers(counters: list[RoutingCounters], num_experts: int) -> Tensor:
+    """Those of layers 1, 2, ..., all with a theta of 1 and a threshold of 0.4."""
+    states_R3 = torch.tensor([1.0, 0.4, 0.0]).repeat(len(counters), 1)
+    numbers = list(range(1, len(counters) + 1))
+    return pack(numbers, counters, states_R3, LAYERS, num_experts, CPU)
 
 
 @settings(max_examples=10)
@@ -53,8 +60,8 @@ def test_sums_over_ranks_are_exact_in_any_order(
             squared = tokens * num_experts**2 if whole else chance.randint(0, tokens * 2**12)
             totals[layer] = [a + b for a, b in zip(totals[layer], chosen, strict=True)]
             squares[layer] += squared
-            rows.append((layer + 1, statistics(chosen, tokens, squared)))
-        packed.append(pack(rows, LAYERS, num_experts, CPU))
+            rows.append(counted(chosen, tokens, squared))
+        packed.append(packed_layers(rows, num_experts))
     for _ in range(3):
         reduced = unpack(added_up_in_some_order(list(packed), chance))
         assert reduced.assignments.tolist() == totals
@@ -84,11 +91,10 @@ def added_up_in_some_order(parts: list[Tensor], chance: random.Random) -> Tensor
 def test_micro_batches_are_counted_exactly(num_experts: int) -> None:
     """2,048 micro-batches of 2,048 tokens, on counters that hold more than float32 could count."""
     counters = RoutingCounters(num_experts, CPU)
-    dtypes = {name: buffer.dtype for name, buffer in counters.named_buffers()}
     generator = torch.Generator().manual_seed(3)
     before, tokens, cap, nothing_wrong = 2**24, 2048, num_experts // 2, torch.tensor(0)
-    counters.assignments.fill_(before)
-    expected = dict.fromkeys(WHOLE[:3], 0)
+    counters.sums.assignments.fill_(before)
+    expected = dict.fromkeys(WHOLE, 0)
     by_expert = [before] * num_experts
     kinds = [
         torch.rand(tokens, num_experts, generator=generator) < share for share in (0.1, 0.5, 0.9)
@@ -104,10 +110,26 @@ def test_micro_batches_are_counted_exactly(num_experts: int) -> None:
         expected["tokens_at_cap"] += times * experts.count(cap)
         chosen = map_TE.sum(dim=0).tolist()
         by_expert = [a + times * b for a, b in zip(by_expert, chosen, strict=True)]
-    assert counters.assignments.tolist() == by_expert
-    assert {name: getattr(counters, name).item() for name in expected} == expected
-    assert {name: buffer.dtype for name, buffer in counters.named_buffers()} == dtypes
-    assert all(dtypes[name] == torch.int64 for name in WHOLE)
+    assert counters.sums.assignments.tolist() == by_expert
+    assert {name: getattr(counters.sums, name).item() for name in expected} == expected
+    assert counters.row.dtype == torch.float64
+    clear([counters])
+    assert not counters.row.any()
+
+
+@pytest.mark.parametrize("numbers", [[], [2], [1, 3], [3, 1, 2]])
+def test_each_router_has_the_row_of_its_layer(numbers: list[int]) -> None:
+    counters = [counted([number, 2 * number], 10 * number, 0) for number in numbers]
+    states_R3 = torch.tensor([[1.5, 0.25, -number] for number in numbers]).reshape(-1, 3)
+    packed = unpack(pack(numbers, counters, states_R3, 3, 2, CPU))
+    has_router = [number in numbers for number in (1, 2, 3)]
+    assert packed.routers.tolist() == has_router
+    assert packed.thetas.tolist() == [1.5 * has for has in has_router]
+    assert packed.knobs.tolist() == [0.25 * has for has in has_router]
+    expected = [number * has for number, has in zip((1, 2, 3), has_router, strict=True)]
+    assert packed.integrals.neg().tolist() == expected
+    assert packed.tokens.tolist() == [10 * number for number in expected]
+    assert packed.assignments.tolist() == [[number, 2 * number] for number in expected]
 
 
 def test_one_more_assignment_reaches_the_controller() -> None:
@@ -115,9 +137,9 @@ def test_one_more_assignment_reaches_the_controller() -> None:
     law = PIController(16, 0.33, 0.13, 0.43)
     counts = []
     for more in (0, 2**10):  # 2.4e-6 experts per token, less than float32 resolves at 16
-        rows = [(layer, statistics([TOKENS] * 16, TOKENS, 0)) for layer in range(1, LAYERS + 1)]
-        rows[0][1].assignments[0] -= more
-        measured = unpack(pack(rows, LAYERS, 16, CPU)).pooled().mean_experts
+        rows = [counted([TOKENS] * 16, TOKENS, 0) for _ in range(LAYERS)]
+        rows[0].sums.assignments[0] -= more
+        measured = unpack(packed_layers(rows, 16)).pooled().mean_experts
         assert measured.dtype == torch.float64
         counts.append(measured.item())
         threshold, integral = law.step(torch.tensor([0.33]), torch.zeros(1), measured, 16.0)

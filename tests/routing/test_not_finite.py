@@ -76,19 +76,19 @@ def test_a_router_counts_once_and_tells_of_its_last_pass(recompute):
     hidden.requires_grad_()
     if recompute:
         weights = tensor_parallel.checkpoint(lambda h: router(h)[0], False, hidden)
-        assert router.counters.not_finite == 0  # without gradients nothing is counted yet,
+        assert router.counters.sums.not_finite == 0  # without gradients nothing is counted yet,
         assert router.last_not_finite == 1  # and is known all the same
     else:
         weights, _ = router(hidden)
     weights.nan_to_num().sum().backward()
-    assert router.counters.not_finite == router.last_not_finite == 1
-    assert router.evaluation_counters.not_finite == 0
+    assert router.counters.sums.not_finite == router.last_not_finite == 1
+    assert router.evaluation_counters.sums.not_finite == 0
 
     router.eval()
     with torch.no_grad():
         router(hidden)
         router(hidden.nan_to_num())
-    assert router.evaluation_counters.not_finite == 1
+    assert router.evaluation_counters.sums.not_finite == 1
     assert router.last_not_finite == 0
-    assert router.counters.not_finite == 1
+    assert router.counters.sums.not_finite == 1
     one_rank.forget_global_state()

@@ -42,6 +42,12 @@ def test_what_a_rule_does_not_read_is_refused(no_caps, name):
     assert DynMoEConfig(routing="top_p").resolve(8).inference_max_experts_per_token is None
 
 
+def test_rows_for_the_worst_case_need_a_rule_that_keeps_to_a_cap(no_caps):
+    refusal = "row_buffer is 'worst_case', but routing 'top_p' cannot .*: leave row_buffer out"
+    with pytest.raises(ValueError, match=refusal):
+        DynMoEConfig(routing="top_p", row_buffer="worst_case").resolve(8)
+
+
 def test_a_knob_has_the_range_of_its_routing(no_caps):
     assert DynMoEConfig(routing="top_p", threshold=-3).resolve(8).threshold == -3
     with pytest.raises(ValueError, match=r"threshold is 5\.0: use -4 to 4"):

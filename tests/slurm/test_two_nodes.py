@@ -127,6 +127,18 @@ def test_a_finished_run_is_not_trained_again(cluster, whole):
     assert len(list((whole / "attempts").iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["dtop_p", "dynamic", "topk", "dense"])
+def test_a_job_is_called_after_its_script(cluster, name):
+    """Links, too, of which Slurm copies the one file that they lead to."""
+    script = SCRIPT.with_name(f"pretrain_{name}.sh")
+    options = ["--parsable", "--hold", f"--chdir={cluster.folder}"]
+    job = cluster.command("sbatch", *options, str(script))
+    told = cluster.command("scontrol", "show", "job", job)
+    cluster.command("scancel", job)
+    assert f"JobName={script.name}\n" in told
+    assert f"StdOut={cluster.folder / script.name}-{job}.log" in told
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

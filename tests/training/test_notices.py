@@ -23,11 +23,11 @@ def ruled_out(
     **changes,
 ) -> str:
     from megatron_dynmoe.backends.choice import BackEnd
-    from megatron_dynmoe.training.notices import what_is_ruled_out
+    from megatron_dynmoe.training.notices import start_notes
 
     args = EXPORTABLE | {"save": "checkpoints", "load": None} | changes
     return "\n".join(
-        what_is_ruled_out(Namespace(**args), BackEnd(backend, "asked for", kept or {}), routing)
+        start_notes(Namespace(**args), BackEnd(backend, "asked for", kept or {}), routing)
     )
 
 
@@ -107,11 +107,11 @@ def test_without_save_there_is_one_note() -> None:
 
 
 def said_at_the_end(stopped_by: str | None = None, ends: bool = True, **changes) -> str:
-    from megatron_dynmoe.training.notices import how_to_go_on
+    from megatron_dynmoe.training.notices import how_to_resume
 
     args = {"run_dir": None, "save": None, "load": None, "curr_iteration": 5, "train_iters": 20}
     args |= {"train_samples": None, "lr_decay_iters": 20, "override_opt_param_scheduler": False}
-    return how_to_go_on(Namespace(**args | changes), stopped_by, ends)
+    return how_to_resume(Namespace(**args | changes), stopped_by, ends)
 
 
 def test_a_run_that_was_stopped_says_where_it_is_and_how_to_go_on(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dynmoe.jobs.attempts import is_finished
@@ -16,7 +18,14 @@ from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
 pytestmark = pytest.mark.megatron
 
-TOP_K = DynMoEConfig(routing="top_k").resolve(4)
+
+def settled() -> Any:
+    """What a run of top-k has settled."""
+    from megatron_dynmoe.backends.choice import BackEnd
+    from megatron_dynmoe.model.settled import Settled
+
+    why = "no Transformer Engine"
+    return Settled(DynMoEConfig(routing="top_k").resolve(4), BackEnd("torch_native", why))
 
 
 def arguments(run_dir: Path, skip_train: bool = False) -> Namespace:
@@ -31,7 +40,7 @@ def test_only_training_brings_a_run_to_its_end(tmp_path: Path, skip_train: bool)
     """After an evaluation of what there is so far, the launch scripts have to go on with it."""
     from megatron_dynmoe.training.run_directory import recording
 
-    with recording(arguments(tmp_path, skip_train), TOP_K, program_start=0.0):
+    with recording(arguments(tmp_path, skip_train), settled(), program_start=0.0):
         pass
     assert is_finished(tmp_path, {}) is not skip_train
 
@@ -43,7 +52,7 @@ def test_a_run_that_has_logged_nothing_ends_well_without_a_report(
 
     writer = SimpleNamespace(flush=lambda: None)
     monkeypatch.setattr(run_directory, "get_tensorboard_writer", lambda: writer)
-    with run_directory.recording(arguments(tmp_path), TOP_K, program_start=0.0):
+    with run_directory.recording(arguments(tmp_path), settled(), program_start=0.0):
         pass
     assert "no summary.json and curves.png: " in capsys.readouterr().out
     assert is_finished(tmp_path, {}) and not (tmp_path / SUMMARY).exists()
@@ -87,7 +96,7 @@ def fail(run_dir: Path, error: type[BaseException], **taken: int) -> None:
     with (
         pytest.raises(error),
         cleaning_up_failed_starts(),
-        recording(args, TOP_K, program_start=0.0),
+        recording(args, settled(), program_start=0.0),
     ):
         raise error
 
@@ -121,4 +130,7 @@ def test_what_was_logged_or_was_there_before_is_kept(tmp_path: Path, begun: Summ
 @pytest.mark.usefixtures("begun")
 def test_a_run_that_failed_at_a_step_keeps_its_settings(tmp_path: Path) -> None:
     fail(tmp_path / "run", RuntimeError, curr_iteration=0)
-    assert (tmp_path / "run" / "resolved.yaml").is_file()
+    written = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    assert written["dynamic_routing"]["routing"] == "top_k"
+    expected = {"backend": "torch_native", "why": "no Transformer Engine", "kept": {}}
+    assert written["back_end"] == expected

@@ -22,7 +22,7 @@ class Rule(ABC):
             The planner assumes it.
         first_state: the rule's state at the start of training, by name. The router holds each value
             as a float32 buffer [1] that is saved with the model, beside the controller's sum of
-            errors and the measured count. A controller's step commits all of these at once.
+            errors and the measured count. A controller's step commits the knob with these two.
         fixed: the part of ``first_state`` that the user has fixed. These values replace those of a
             checkpoint.
     """
@@ -40,6 +40,10 @@ class Rule(ABC):
             dynmoe: resolved settings.
             first: the knob's value in the first step: where the controller starts or, without one,
                 the setting ``threshold``, which is None if the routing has no such setting.
+
+        Raises:
+            SettingError: the rule cannot do what a setting asks for, such as a cap of this size.
+                Settings that it never reads are refused before (``settings/routings.py``).
         """
         self.dynmoe = dynmoe
         self.first_state = {} if self.knob is None or first is None else {self.knob: first}

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.gpu_first import publish
+from benchmarks.gpu_first import processes, publish
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 60  # seconds, on a busy machine
@@ -41,6 +41,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=processes.ending_with_parent(),  # also if the test is killed
         )
 
     def run(self, *flags: str, state: str = "state", seconds: float = PATIENCE) -> tuple[int, str]:

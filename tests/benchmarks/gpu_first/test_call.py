@@ -6,12 +6,13 @@ The stages are small scripts, the driver is the real one in a process of its own
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu_first import processes, state
-from tests.benchmarks.gpu_first.driver import Driver
+from tests.benchmarks.gpu_first.driver import PATIENCE, Driver
 
 pytestmark = pytest.mark.slow  # many processes, one after another
 
@@ -227,6 +228,30 @@ def test_no_call_begins_before_the_stages_of_a_killed_one_have_ended(driver):
     os.close(state.lock(driver.folder / "state"))
     assert not driver.left_over()
     process.communicate()
+
+
+def test_a_stage_ends_with_its_call_even_if_nobody_is_left_to_end_it(driver):
+    driver.plan("stays")
+    process = driver.start()
+    driver.wait_until_it_runs(process, "stays", "begins")
+    (guard,) = [pid for pid in driver.left_over() if "benchmarks.gpu_first.guard" in command(pid)]
+    os.kill(guard, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + PATIENCE
+    while any("stage.py" in command(pid) for pid in driver.left_over()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    for pid in driver.left_over():  # the stage's own child, in a session of its own
+        assert command(pid).startswith("sleep")
+        os.kill(pid, signal.SIGKILL)
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except FileNotFoundError:
+        return ""
 
 
 def test_one_call_at_a_time(tmp_path):

@@ -1,0 +1,92 @@
+"""The back end that is Transformer Engine's: what our layers need beside upstream's spec.
+
+Upstream takes attention, norms and linear layers from Transformer Engine. Its experts are one
+``GroupedLinear`` for all experts of a rank with ``--moe-grouped-gemm``, and one linear layer after
+another without. With a dynamic routing experts have few rows or many, so they are always grouped
+here. Weights, results and checkpoints are the same.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from megatron.core.utils import get_te_version, is_te_min_version
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+# The first whose GroupedLinear upstream uses (core/extensions/transformer_engine.py).
+FIRST_GROUPED = "1.9.0"
+
+
+def version_without_grouped_experts() -> str | None:
+    """The installed version, if it is too old to group experts; else None."""
+    return None if is_te_min_version(f"{FIRST_GROUPED}.dev0") else str(get_te_version())
+
+
+def check_version() -> None:
+    """Refuse a version that is too old to group experts.
+
+    Raises:
+        ValueError: the message names the version and the remedy.
+    """
+    if old := version_without_grouped_experts():
+        raise ValueError(
+            f"--moe-dynamic-backend is transformer_engine, and version {old} of Transformer Engine "
+            f"cannot group experts: install {FIRST_GROUPED} or later, or use auto or torch_native."
+        )
+
+
+def group_experts(transformer: TransformerConfig) -> None:
+    """Have upstream's spec take grouped experts, with or without ``--moe-grouped-gemm``."""
+    transformer.moe_grouped_gemm = bool(transformer.num_moe_experts)
+
+
+def check_experts(transformer: TransformerConfig) -> None:
+    """Refuse what its grouped experts cannot do.
+
+    Args:
+        transformer: upstream's config of a model on this back end.
+
+    Raises:
+        ValueError: the model has biases that upstream would stop at.
+    """
+    if transformer.add_bias_linear and transformer.bias_dropout_fusion:
+        raise ValueError(
+            "--disable-bias-linear is not given, and grouped experts of Transformer Engine take no "
+            "biases beside Megatron's fused bias and dropout: give --disable-bias-linear, or "
+            "--no-bias-dropout-fusion."
+        )
+
+
+def check_permutation(transformer: TransformerConfig) -> None:
+    """Refuse a dispatcher that gives Transformer Engine's permutation no rows, on any back end.
+
+    Raises:
+        ValueError: ``--moe-permute-fusion`` is given, and ranks without rows are possible.
+    """
+    ranks = transformer.expert_model_parallel_size
+    gathers = transformer.moe_token_dispatcher_type == "allgather"
+    if transformer.moe_permute_fusion and gathers and ranks > 1:
+        raise ValueError(
+            "--moe-permute-fusion is given with --moe-token-dispatcher-type allgather and "
+            f"--expert-model-parallel-size {ranks}, and Transformer Engine's permutation stops at "
+            "a rank whose experts no token chose: use alltoall, or leave --moe-permute-fusion out."
+        )
+
+
+def check_mask(args: Namespace) -> None:
+    """Refuse a mask that this attention would not read.
+
+    Upstream tells it that the mask is causal. Its fast kernels then read no mask, and in bf16
+    documents would see each other without an error.
+
+    Raises:
+        ValueError: ``--reset-attention-mask`` is given.
+    """
+    if args.reset_attention_mask:
+        raise ValueError(
+            "--reset-attention-mask is given, and the attention of transformer_engine reads no "
+            "mask but the causal one: use --moe-dynamic-backend torch_native, or leave it out."
+        )

@@ -1,0 +1,106 @@
+"""What Megatron computes in few kernels only with Apex or Transformer Engine.
+
+Without these, its optimizer works through one parameter after another: several kernels each, and
+for the norm a wait of the host. The functions here take all parameters at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dynmoe.backends import cpu
+from megatron_dynmoe.upstream.optimizer_state import is_torch_adam
+
+
+def l2_norm(
+    chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """The norm of all elements of a list of tensors; arguments as of ``amp_C.multi_tensor_l2norm``.
+
+    Returns:
+        [1] float32, on the tensors' device, and no norms of single tensors.
+    """
+    norms = torch._foreach_norm(tensor_lists[0])
+    return torch.stack(norms).norm().float().reshape(1), None
+
+
+def scale(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], by: float) -> None:
+    """Multiply a list of tensors, in place; arguments as of ``amp_C.multi_tensor_scale``.
+
+    Raises:
+        ValueError: the results are to be written to other tensors than those that are read.
+    """
+    sources, targets = tensor_lists
+    if any(source is not target for source, target in zip(sources, targets, strict=True)):
+        raise ValueError("multi_tensor_scale reads and writes different tensors.")
+    torch._foreach_mul_(targets, by)
+
+
+def is_on_gpu() -> bool:
+    """Whether parameters are on a GPU: on a CPU, fused steps round in another way."""
+    return torch.cuda.is_available() and not cpu.is_installed()
+
+
+def fused(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch's Adam, which upstream builds, take each step in one kernel per 100 parameters.
+
+    It then keeps no temporaries either; without, there are as many as gradients.
+    """
+
+    @functools.wraps(build)
+    def build_fused(*args: Any, **kwargs: Any) -> Any:
+        built = build(*args, **kwargs)
+        optimizer = getattr(built, "optimizer", built)
+        if is_torch_adam(optimizer) and is_on_gpu():
+            for settings in (optimizer.defaults, *optimizer.param_groups):
+                settings["fused"] = True
+        return built
+
+    return build_fused
+
+
+def keep_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Step as before a state was loaded, whatever the run that saved it did.
+
+    A fused Adam counts steps on the device, any other one on the CPU.
+    """
+    is_fused = optimizer.defaults["fused"]
+    for group in optimizer.param_groups:
+        group["fused"] = is_fused
+        for param in group["params"]:
+            state = optimizer.state.get(param, {})
+            if "step" in state:
+                state["step"] = state["step"].to(param.device if is_fused else "cpu")
+
+
+def no_step(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
+    """The number of steps of a parameter that has made none."""
+    return torch.zeros((), device=param.device if optimizer.defaults["fused"] else "cpu")
+
+
+def use_rope_kernel() -> None:
+    """Let upstream rotate queries and keys by our kernel, if it has no kernel of its own.
+
+    Sequences that are packed without a batch dimension are rotated as before.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_dynmoe.kernels.rope import rotate
+
+    def rotate_packed(
+        values: Tensor, ends: Tensor, angles: Tensor, *, interleaved: bool, **_: int
+    ) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        return rope_utils._apply_rotary_pos_emb_thd(
+            values, ends, angles, interleaved, cp_group=group
+        )
+
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotate
+        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed

@@ -1,0 +1,19 @@
+"""Whether the original or the double is asked."""
+
+import subprocess
+
+import pytest
+
+from tests.doubles import on_cpu
+
+
+def test_make_asks_the_original_or_ends_with_an_error():
+    commands = subprocess.run(["make", "-n", "test-te"], capture_output=True, text=True).stdout
+    assert commands.splitlines()[0].endswith("-m tests.doubles.on_cpu")
+    if on_cpu.has_the_original():
+        on_cpu.main()
+    else:
+        with pytest.raises(
+            SystemExit, match=r"Transformer Engine is not installed here.*extra 'te'"
+        ):
+            on_cpu.main()
