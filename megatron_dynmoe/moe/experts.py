@@ -233,15 +233,14 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bo
 class _WeightedSwiGLU(torch.autograd.Function):
     """probs * silu(gate) * up.
 
-    Only the inputs are kept for the backward pass; on a CPU silu(gate) is, too, since it takes
-    longer to compute than to read, and memory is cheap.
+    Only the inputs are kept for the backward pass, and on a CPU silu(gate).
     """
 
     @staticmethod
     def forward(ctx: Any, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
         gate, up = gate_up_R2F.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate)
-        if gate.device.type == "cpu" and ctx.needs_input_grad[0]:
+        if _keeps_activations(gate) and ctx.needs_input_grad[0]:
             ctx.save_for_backward(gate_up_R2F, probs_R, activated)
             return (activated * up).mul_(probs_R.unsqueeze(-1))
         ctx.save_for_backward(gate_up_R2F, probs_R)
@@ -261,6 +260,11 @@ class _WeightedSwiGLU(torch.autograd.Function):
             grad_activated.mul_(probs.unsqueeze(-1)), gate, grad_input=grad_gate
         )
         return grad_gate_up, grad_probs
+
+
+def _keeps_activations(gate: Tensor) -> bool:
+    """Whether silu(gate) is kept: on a CPU it takes longer to compute than to read."""
+    return gate.device.type == "cpu"
 
 
 class _GroupedLinear(torch.autograd.Function):
