@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
+    fractions,
     load_balance_loss,
     sum_by_sequence,
     sum_entropy,
@@ -319,14 +320,13 @@ def routing_loss(
     valid_T = None if valid_BS is None else valid_BS.t().reshape(-1)
 
     num_sequences = probs_BSE.shape[0] if losses.balance_loss == "seq_aux_loss" else 1
-    tokens_B = count_tokens(map_TE, num_sequences, valid_T)
-    loss = losses.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens_B)
+    tokens_B, tokens = count_tokens(map_TE, num_sequences, valid_T)
+    loss = losses.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens)
     if losses.balance_loss != "none":
         prob_sums_BE, assignments_BE = (
             sum_by_sequence(values_TE, num_sequences, valid_T) for values_TE in (probs_TE, map_TE)
         )
-        fractions_BE = assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
         loss = loss + losses.balance_loss_coeff * load_balance_loss(
-            prob_sums_BE, fractions_BE, tokens_B
+            prob_sums_BE, fractions(assignments_BE, tokens_B), tokens_B
         )
     return loss
