@@ -466,6 +466,14 @@ WATCHING = [
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
     ),
     Mutation(
+        "rows_of_two_ranks_left_unsorted",
+        "rows from several ranks go to the experts in the order of the ranks",
+        "upstream/fewer_kernels.py",
+        "order.tolist() == [*range(len(order))]",
+        "len(order) > 0",
+        ("tests/upstream/test_fewer_kernels.py::test_rows_are_sorted_only_if_they_are_not",),
+    ),
+    Mutation(
         "top_k_of_a_dynamic_checkpoint_unsaid",
         "a dynamic checkpoint is loaded into a top-k model without a word",
         "checkpoints/router_entries.py",
