@@ -513,14 +513,6 @@ WATCHING = [
         (f"{EVALUATION}::test_misuse_is_named_with_its_remedy",),
     ),
     Mutation(
-        "svamp_without_examples",
-        "SVAMP's examples are those of the test",
-        "use/tasks/svamp.yaml",
-        "fewshot_split: train",
-        "fewshot_split: test",
-        ("tests/use/test_evaluate.py::test_svamp",),
-    ),
-    Mutation(
         "padding_unsaid",
         "an engine that pads every token to all experts is not told so",
         "huggingface/modeling_dynmoe.py",
