@@ -489,6 +489,14 @@ WATCHING = [
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
     ),
     Mutation(
+        "rows_of_two_ranks_left_unsorted",
+        "rows from several ranks go to the experts in the order of the ranks",
+        "upstream/fewer_kernels.py",
+        "order.tolist() == [*range(len(order))]",
+        "len(order) > 0",
+        ("tests/upstream/test_fewer_kernels.py::test_rows_are_sorted_only_if_they_are_not",),
+    ),
+    Mutation(
         "top_k_of_a_dynamic_checkpoint_unsaid",
         "a dynamic checkpoint is loaded into a top-k model without a word",
         "checkpoints/router_entries.py",
@@ -522,14 +530,6 @@ WATCHING = [
         "if tokenizer is None and target.needs_tokenizer:",
         "if tokenizer is None and not load.exists():",
         (f"{EVALUATION}::test_misuse_is_named_with_its_remedy",),
-    ),
-    Mutation(
-        "svamp_without_examples",
-        "SVAMP's examples are those of the test",
-        "use/tasks/svamp.yaml",
-        "fewshot_split: train",
-        "fewshot_split: test",
-        ("tests/use/test_evaluate.py::test_svamp",),
     ),
     Mutation(
         "padding_unsaid",
