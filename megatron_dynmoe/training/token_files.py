@@ -61,7 +61,7 @@ def check_token_files(args: Any) -> None:
     named = _named_files(args)
     if not named:
         raise ValueError(
-            "--data-path is not given: name what tools/preprocess_data.py wrote, without .bin, or "
+            "--data-path is not given: name what dynmoe preprocess wrote, without .bin, or "
             "give --mock-data to try without data."
         )
     for prefix, flag in named.items():
@@ -119,7 +119,7 @@ def naming_the_cache(args: Any) -> Iterator[None]:
         args: Megatron's arguments.
 
     Raises:
-        ValueError: in place of an error of the block, where that is the cause.
+        ValueError: in place of an error of the block, if the cache is the cause.
     """
     try:
         yield

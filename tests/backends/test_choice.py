@@ -66,7 +66,7 @@ def test_a_part_stays_locals_where_it_must(settings, part):
     plan = choose_parts("auto", model)
     assert list(plan.kept) == [part]
     assert f"{part}: upstream's local" in choice.describe(plan, model)
-    with pytest.raises(ValueError, match=f"torch_native, whose {part} cannot do"):
+    with pytest.raises(ValueError, match=f"backend is 'torch_native', whose {part} cannot do"):
         choose_parts("torch_native", model)
 
 

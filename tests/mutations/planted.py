@@ -350,7 +350,9 @@ DISPATCHING = [
         "upstream/optimizer_state.py",
         "step = int(max(steps))",
         "step = 0",
-        ("tests/upstream/test_optimizer_state.py",),
+        (
+            "tests/upstream/test_optimizer_state.py::test_the_fourth_step_follows_from_three_of_any_adam",
+        ),
     ),
     Mutation(
         "kernel_writes_no_sum_of_no_rows",
@@ -509,6 +511,17 @@ WATCHING = [
         "fewshot_split: train",
         "fewshot_split: test",
         ("tests/use/test_evaluate.py::test_svamp",),
+    ),
+    Mutation(
+        "padding_unsaid",
+        "an engine that pads every token to all experts is not told so",
+        "huggingface/modeling_dynmoe.py",
+        "if serves_itself(config) and not str",
+        "if not serves_itself(config) and not str",
+        (
+            "tests/huggingface/test_interfaces.py::"
+            "test_an_engine_that_pads_without_a_cap_is_told_the_remedy",
+        ),
     ),
 ]
 
