@@ -116,6 +116,11 @@ def dry_run(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, whose code cannot run "
                 f"without a GPU: {remedy}."
             )
+    if args.reset_attention_mask:
+        raise ValueError(
+            "--reset-attention-mask is given, and a dry run knows no tokens, and so no documents: "
+            "leave it out. The dry run is then that of attention over whole rows, which takes more."
+        )
     expected = expected_counts(args, experts_per_token)
     _check_dispatcher(args, layout)
     experts, source = _experts_per_token(expected, counts, layout.num_experts)

@@ -115,6 +115,11 @@ def test_a_setting_that_the_formula_does_not_know_is_run_all_the_same(requests):
         ),
         ("smoke --dry-run --use-megatron-fsdp", 1, "whose code cannot run without a GPU: leave it"),
         ("smoke --dry-run --fp8-format hybrid", 1, "whose code cannot run without a GPU: leave it"),
+        (
+            "smoke --dry-run --reset-attention-mask",
+            1,
+            "knows no tokens, and so no documents: leave",
+        ),
         ("smoke --dry-run --moe-permute-fusion", 1, "whose code cannot run without a GPU: leave"),
         ("smoke --dry-run --cuda-graph-impl local", 1, "cannot run without a GPU: leave it out"),
         ("smoke --dry-run --optimizer-cpu-offload", 1, "cannot run without a GPU: leave it out"),

@@ -36,9 +36,18 @@ def assert_same(function, formula, *leaves: torch.Tensor) -> None:
         torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("groups", [HEADS, 2])
+@pytest.mark.parametrize(
+    ("groups", "value_width", "lengths"),
+    [
+        (HEADS, WIDTH, None),
+        (2, WIDTH, None),
+        (HEADS, WIDTH // 2, None),  # as in latent attention
+        (2, WIDTH, [S - 2, 2, 1, S - 1]),  # documents of two rows
+    ],
+    ids=["", "groups", "two sizes", "documents"],
+)
 @either_dtype
-def test_attention_is_causal_and_softmax_of_products(dtype, groups):
+def test_attention_is_causal_and_softmax_of_products(dtype, groups, value_width, lengths):
     from megatron.core.transformer.enums import AttnMaskType
 
     settings = {"hidden_size": HEADS * WIDTH, "num_attention_heads": HEADS}
@@ -48,16 +57,21 @@ def test_attention_is_causal_and_softmax_of_products(dtype, groups):
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
     )
+    ends = torch.tensor(lengths or [S] * B).cumsum(0)
+    document = torch.searchsorted(ends, torch.arange(B * S), right=True).view(B, 1, S)
+    others = (document.mT != document).unsqueeze(1).to(DEVICE)
 
     def formula(query, key, value):
         key, value = (x.repeat_interleave(HEADS // groups, dim=2) for x in (key, value))
         scores = torch.einsum("sbnh,tbnh->bnst", query, key) / math.sqrt(WIDTH)
         later = torch.ones(S, S, dtype=torch.bool, device=DEVICE).triu(1)
-        probs = scores.masked_fill(later, -math.inf).softmax(-1)
+        probs = scores.masked_fill(later | others, -math.inf).softmax(-1)
         return torch.einsum("bnst,tbnh->sbnh", probs, value).flatten(2)
 
-    leaves = [leaf(S, B, number, WIDTH, dtype=dtype) for number in (HEADS, groups, groups)]
-    assert_same(lambda *qkv: attention(*qkv, None), formula, *leaves)
+    sizes = (HEADS, WIDTH), (groups, WIDTH), (groups, value_width)
+    leaves = [leaf(S, B, *size, dtype=dtype) for size in sizes]
+    given = lengths and torch.tensor(lengths)
+    assert_same(lambda *qkv: attention(*qkv, given), formula, *leaves)
 
 
 @either_dtype

@@ -576,7 +576,7 @@ ATTENTION = [
         "backends/torch_native.py",
         "attention.module = LatentAttention",
         "attention.module = MLASelfAttention",
-        (f"{LATENT}::test_every_layout_trains_it_alike[tp2]",),
+        (f"{LATENT}::test_tensor_parallel_ranks_train_it_as_one",),
         ("latent_one", "latent_tp2"),
     ),
     Mutation(
