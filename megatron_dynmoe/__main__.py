@@ -29,7 +29,7 @@ COMMANDS = {
     "report": ("cli.report", "write summary.json and curves.png of a run"),
     "plot": ("cli.plot", "draw several runs in one picture"),
     "convert": ("cli.convert", "bring checkpoints to Hugging Face and back"),
-    "generate": ("use.generate", "continue a text, and show the experts of each token"),
+    "generate": ("cli.generate", "continue a text, and show the experts of each token"),
     "calibrate": ("cli.calibrate", "find the threshold for a mean number of experts"),
     "evaluate": ("cli.evaluate", "run lm-evaluation-harness, with the experts per token"),
     "analyze": ("cli.analyze", "see where a model's experts go, on one page"),

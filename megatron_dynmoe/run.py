@@ -27,7 +27,7 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prepare() -> None:
-    """Install the CPU layer where it is wanted, and the patches. Call before using Megatron.
+    """Install the CPU layer if it is wanted, and the patches. Call before using Megatron.
 
     On a GPU also let the allocator's segments expand, unless the environment has settings for it.
     Ends the process if a variable of the environment asks for what there is not.

@@ -19,7 +19,9 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.documents import check_masks
+from megatron_dynmoe.backends.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
+from megatron_dynmoe.settings.refusals import SettingError
 from megatron_dynmoe.settings.routings import AUTO
 
 if TYPE_CHECKING:
@@ -63,20 +65,25 @@ def choose_backend(backend: str | None, transformer_impl: str | None) -> BackEnd
             layers without Transformer Engine, so it allows ``torch_native`` and ``local``.
 
     Raises:
-        ValueError: the two contradict each other, or Transformer Engine is not installed or too
+        SettingError: the two contradict each other, or Transformer Engine is not installed or too
             old.
     """
     if backend is not None and backend != AUTO:
         chosen = BackEnd(backend, _ASKED_FOR)
         if transformer_impl not in (None, chosen.implementation):
-            raise ValueError(
-                f"--transformer-impl is {transformer_impl} and --moe-dynamic-backend is {backend}, "
-                f"which needs {chosen.implementation}: leave --transformer-impl out."
+            raise SettingError(
+                "backend",
+                backend,
+                f", which needs {chosen.implementation}, and --transformer-impl is "
+                f"{transformer_impl}",
+                "leave --transformer-impl out",
             )
         if backend == "transformer_engine" and not has_transformer_engine():
-            raise ValueError(
-                "--moe-dynamic-backend is transformer_engine, which is not installed or finds no "
-                "GPU: use auto or torch_native, or install the extra 'te' on a machine with one."
+            raise SettingError(
+                "backend",
+                backend,
+                ", which is not installed or finds no GPU",
+                "use auto or torch_native, or install the extra 'te' on a machine with one",
             )
         if backend == "transformer_engine":
             transformer_engine.check_version()
@@ -107,6 +114,7 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     check_norms(chosen.backend, config)
     check_recompute(config)
     if chosen.backend == "local":
+        check_latent_attention(config, "--moe-dynamic-backend local")
         check_biases(config)
         if config.context_parallel_size > 1:
             raise ValueError(_only_one_part(config, "local"))
@@ -121,10 +129,13 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     kept = {part: reason for part, reason in reasons.items() if reason is not None}
     if kept and chosen.why == _ASKED_FOR:
         part, reason = next(iter(kept.items()))
-        raise ValueError(
-            f"--moe-dynamic-backend is torch_native, whose {part} cannot do {reason}: leave that "
-            f"out, or use --moe-dynamic-backend auto, which takes upstream's {part} then."
+        raise SettingError(
+            "backend",
+            chosen.backend,
+            f", whose {part} cannot do {reason}",
+            f"leave that out, or use auto, which takes upstream's {part} then",
         )
+    check_latent_attention(config, kept.get("attention"))
     if "experts" in kept:
         check_biases(config)
     if config.context_parallel_size > 1:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from megatron_dynmoe.settings.refusals import SettingError
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -29,12 +31,14 @@ def check_version() -> None:
     """Refuse a version that is too old to group experts.
 
     Raises:
-        ValueError: the message names the version and the remedy.
+        SettingError: the message names the version and the remedy.
     """
     if old := version_without_grouped_experts():
-        raise ValueError(
-            f"--moe-dynamic-backend is transformer_engine, and version {old} of Transformer Engine "
-            f"cannot group experts: install {FIRST_GROUPED} or later, or use auto or torch_native."
+        raise SettingError(
+            "backend",
+            "transformer_engine",
+            f", and version {old} of Transformer Engine cannot group experts",
+            f"install {FIRST_GROUPED} or later, or use auto or torch_native",
         )
 
 

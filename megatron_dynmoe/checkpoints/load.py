@@ -98,7 +98,7 @@ def _check_first_start(args: Namespace, load: Path) -> None:
     flag = "--load" if load == Path(args.load or "") else "--pretrained-checkpoint"
     if (load / "config.json").is_file() or any(load.glob("*.safetensors")):
         raise ValueError(
-            f"{flag} is {load}, which is a Hugging Face folder: tools/convert_checkpoint.py "
+            f"{flag} is {load}, which is a Hugging Face folder: dynmoe convert "
             f"from-hf --model {load} --save DIR makes a checkpoint of it, for --load DIR."
         )
     if not _is_same(load, args.save):

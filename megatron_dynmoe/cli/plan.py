@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
+from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly, number
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Plan and print; exit with 0, 1 (it cannot work or does not fit) or 2 (usage)."""
+    """Plan and print; exit with 0, 1 (it does not fit) or 2 (it cannot work)."""
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     _check_together(parser, args)
@@ -24,15 +24,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     from megatron_dynmoe.jobs.plan import make_plan
 
     with ending_plainly(parser.prog, "no plan was made"):
-        plan = make_plan(
-            args.recipe,
-            flags,
-            args.gpus,
-            GPUS[args.gpu],
-            tokens=args.tokens,
-            utilization=0.4 if args.utilization is None else args.utilization,
-            experts_per_token=args.experts_per_token,
-        )
+        try:
+            plan = make_plan(
+                args.recipe,
+                flags,
+                args.gpus,
+                GPUS[args.gpu],
+                tokens=args.tokens,
+                utilization=0.4 if args.utilization is None else args.utilization,
+                experts_per_token=args.experts_per_token,
+            )
+        except ValueError as error:  # each is about a flag or a setting
+            raise UsageError(str(error)) from None
         print(json.dumps(to_json(plan), indent=2) if args.json else describe(plan), flush=True)
     sys.exit(0 if plan.fits else 1)
 
@@ -53,11 +56,14 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _dry_run(prog: str, args: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
-    from megatron_dynmoe.dry_run.launch import dry_run
-    from megatron_dynmoe.dry_run.report import describe
+    from megatron_dynmoe.dry_run import machine
 
     settings = {"both": ("0", "1"), None: (None,)}.get(args.kernels, (args.kernels,))
     with ending_plainly(prog, "nothing was counted"):
+        machine.check()
+        from megatron_dynmoe.dry_run.launch import dry_run
+        from megatron_dynmoe.dry_run.report import describe
+
         runs = [
             dry_run(
                 args.recipe,
@@ -129,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="for scripts; bytes, not GB")
     dry = parser.add_argument_group(
         "dry run: two real steps of one rank, on a GPU that does not exist",
-        "It takes about 20 seconds of processor time and 1 GB of memory.",
+        "It takes up to a minute of processor time and 1 GB of memory.",
     )
     dry.add_argument("--dry-run", action="store_true", help="count what a step does")
     dry.add_argument("--rank", type=int, metavar="N", help="of --gpus; default: one of the fullest")

@@ -213,4 +213,4 @@ def prefix_remedy(prefix: str) -> str:
     near = sorted(path.parent.glob(path.name + "*.idx")) if path.parent.is_dir() else []
     if near and not is_there:
         return f"did you mean {near[0].with_suffix('')}?"
-    return "make it with tools/preprocess_data.py, or copy both files again"
+    return "make it with dynmoe preprocess, or copy both files again"

@@ -78,7 +78,7 @@ def check_files(flags: Sequence[str]) -> None:
     given = [name for name in _DATA_FLAGS if name in values]
     if not given:
         raise ValueError(
-            "there is no data: give --data-path PREFIX (as tools/preprocess_data.py wrote it, "
+            "there is no data: give --data-path PREFIX (as dynmoe preprocess wrote it, "
             "without .bin), or --mock-data to try without."
         )
     for name in given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,13 +58,39 @@ def route(
         ValueError: the number of tokens is not a multiple of ``num_sequences``, or the cap is
             below 1.
     """
+    return route_by(
+        lambda probs_TE: select(probs_TE, threshold, max_experts),
+        logits_TE,
+        theta=theta,
+        renormalize=renormalize,
+        num_sequences=num_sequences,
+        valid_T=valid_T,
+    )
+
+
+def route_by(
+    select_experts: Callable[[Tensor], Tensor],
+    logits_TE: Tensor,
+    *,
+    theta: Tensor | None = None,
+    renormalize: bool = False,
+    num_sequences: int = 1,
+    valid_T: Tensor | None = None,
+) -> Routing:
+    """Route as :func:`route` does, with any way to select experts by their probabilities.
+
+    Args:
+        select_experts: from probabilities [T, E] to the routing map [T, E] bool, at least one True
+            per token, also if the probabilities are NaN. It needs no gradient.
+        logits_TE and the others: as for :func:`route`.
+    """
     check_positions(logits_TE, num_sequences)
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
     # 1. Normalize, softmax
     scaled_TE = logits_TE if theta is None else normalize(logits_TE, theta)
     probs_TE = scaled_TE.softmax(dim=-1)
     # 2. Select
-    map_TE = select(probs_TE, threshold, max_experts)
+    map_TE = select_experts(probs_TE)
     # 3. Weigh
     weights_TE = weigh(probs_TE, map_TE, renormalize)
     # 4. Sum up

@@ -70,7 +70,7 @@ class Unknown:
         """Forget what it was made from."""
 
     def __call__(self, *args: Any) -> Unknown:
-        """Do nothing, where a pickle calls what it has made."""
+        """Do nothing if a pickle calls what it has made."""
         return self
 
     def __setstate__(self, state: Any) -> None:

@@ -149,7 +149,8 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         run_directory.set_paths(args)
         signals.disable_without_training(args)
         dynmoe = settle_balance_loss(args, config_from_args(args))
-        chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
+        with naming_flags(args):
+            chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
         args.transformer_impl = chosen.implementation
         choice.adapt_arguments(args)
         choice.settle_masks(chosen.backend, args)

@@ -41,7 +41,7 @@ _OTHER_NAMES = {
 # These run after the start. They also read files, whose faults have messages of their own.
 _NOT_START_UP = {"train_step", "evaluate", "save_checkpoint"}
 _FILES = "megatron.core.dist_checkpointing"
-_TOKENIZERS = "megatron.core.tokenizers"  # where a path is a path, and no flag is in sight
+_TOKENIZERS = "megatron.core.tokenizers"  # their messages name a path and no flag
 
 
 def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> str | None:

@@ -16,7 +16,9 @@ MISTAKES = {
         "auto",
     ),
     "--moe-dynamic-backend transformer_engine": ("not installed", "use auto or torch_native"),
-    "--transformer-impl transformer_engine --moe-dynamic-backend local": ("which needs local",),
+    "--transformer-impl transformer_engine --moe-dynamic-backend local": (
+        "--moe-dynamic-backend is 'local', which needs local",
+    ),
     "--moe-expert-capacity-factor 1.0": ("fixed number", "--moe-dynamic-max-experts-per-token"),
     "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity": ("fixed number",),
     "--mtp-num-layers 1": ("top-k", "leave it out"),

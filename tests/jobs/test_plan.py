@@ -134,9 +134,10 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-dynamic-threshold 0.4", "threshold is 0.4"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(capsys, command, words):
+def test_mistakes_are_misuse_and_told(capsys, command, words):
+    """A plan that does not fit ends with 1."""
     code, _, error = run(capsys, command)
-    assert code == 1 and words in error
+    assert code == 2 and words in error
 
 
 def test_an_unknown_recipe_is_misuse(capsys):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
 from megatron_dynmoe.moe.rules import RULES, Rule, TopP
-from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.routing.route import Routing, route, route_by
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.refusals import SettingError
 from megatron_dynmoe.settings.routings import DYNAMIC
@@ -34,6 +34,27 @@ class Thrift(Rule):
     @staticmethod
     def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         return 1 - TopP.crossings(logits_TE, max_experts)
+
+
+class MinP(Rule):
+    """Experts with at least a share of the largest probability, and the first one for NaN."""
+
+    knob, direction = "share", -1
+
+    def route(
+        self, logits_TE: Tensor, state: Mapping[str, Tensor], *, training: bool, **batch: Any
+    ) -> Routing:
+        def select(probs_TE: Tensor) -> Tensor:
+            chosen_TE = probs_TE >= state["share"] * probs_TE.max(dim=-1, keepdim=True).values
+            first_TE = torch.arange(probs_TE.shape[1]).expand_as(probs_TE) == 0
+            return torch.where(chosen_TE.any(dim=-1, keepdim=True), chosen_TE, first_TE)
+
+        return route_by(select, logits_TE, renormalize=True, **batch)
+
+    @staticmethod
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
+        probs_TE = logits_TE.softmax(dim=-1).sort(dim=-1, descending=True).values
+        return probs_TE[:, 1:max_experts] / probs_TE[:, :1]
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +91,11 @@ def test_a_falling_count_has_the_same_response_turned_round(monkeypatch):
         assert other == pytest.approx(slope, rel=1e-3)
 
 
-def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch):
+@pytest.mark.parametrize("rule", [Thrift, MinP])
+def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch, rule):
     from megatron_dynmoe.control.update import GlobalBatchUpdate
 
-    monkeypatch.setitem(RULES, "dtop_p", Thrift)
+    monkeypatch.setitem(RULES, "dtop_p", rule)
     target = 3.0
     layer = one_rank.moe_layer(
         DynMoEConfig(routing="dtop_p", target_experts_per_token=target, initial_threshold=0.5),
@@ -82,7 +104,7 @@ def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch):
     )
     router, update = layer.router, layer.config.finalize_model_grads_func
     assert isinstance(update, GlobalBatchUpdate) and update.direction == -1
-    assert {"left_out", "integral", "measured"} <= set(router.state_dict())
+    assert {rule.knob, "integral", "measured"} <= set(router.state_dict())
     update.finalize = lambda *_: None
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
     model = torch.nn.ModuleList([layer])

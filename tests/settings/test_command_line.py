@@ -28,6 +28,7 @@ MISSPELLED = {
     "benchmarks/collect_logits.py": ("--modle x --output y", "--model"),
     "benchmarks/controller_step_response.py": ("--figrue x", "--figure"),
     "benchmarks/convert_checkpoint.py": ("--layres 2", "--layers"),
+    "benchmarks/dry_runs.py": ("--onyl smoke", "--only"),
     "benchmarks/layer.py": ("--ruonds 2", "--rounds"),
     "benchmarks/plot.py": ("--imgaes x", "--images"),
     "benchmarks/preprocess.py": ("--tokeniser-model x", "--tokenizer-model"),

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmoe.use import generate as command
+from megatron_dynmoe.cli import generate as command
+from megatron_dynmoe.use.generate import generate
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from megatron_dynmoe.use.token_display import (
     PALETTE,
@@ -247,7 +248,7 @@ def test_streams_while_it_generates(model: Any, tokenizer: Any) -> None:
     lengths = []
     hook = model.register_forward_hook(lambda *_: lengths.append(len("".join(written))))
     ids = tokenizer("and so they were")["input_ids"]
-    command.generate(model, ids, display, count_experts=False, max_new_tokens=8, do_sample=False)
+    generate(model, ids, display, count_experts=False, max_new_tokens=8, do_sample=False)
     hook.remove()
     assert lengths == sorted(lengths) and len(set(lengths)) > 4
     assert lengths[0] >= len("and so they")

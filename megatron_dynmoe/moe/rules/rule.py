@@ -89,6 +89,6 @@ class Rule(ABC):
 
         Returns:
             [T, K - 1] float64, K the most experts of a token: for its 2nd, ..., K-th expert the
-            value beyond which the token uses it.
+            value above which the token uses it or, if the count falls with the knob, below which.
         """
         raise NotImplementedError("a controlled routing needs its rule's crossings")
