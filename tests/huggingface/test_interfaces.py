@@ -260,8 +260,9 @@ def test_an_attention_of_ones_own_gets_the_keywords_of_its_own():
 def test_an_engine_that_pads_without_a_cap_is_told_the_remedy(settings, warns, caplog):
     AttentionInterface.register("engine", lambda *_, **__: None)
     try:
+        tiny_model(**settings)
+        assert not caplog.records  # our own experts pay for no slot
         tiny_model(attention="engine", **settings)
-        tiny_model(**settings)  # our own experts pay for no slot
     finally:
         del AttentionInterface._global_mapping["engine"]
     said = [record.getMessage() for record in caplog.records]
