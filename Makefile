@@ -11,7 +11,7 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
-	test-vllm test-faults soak mutations \
+	test-transformers test-vllm test-faults soak mutations \
 	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
@@ -50,6 +50,18 @@ test-avx2: setup ## make test with the instructions of an older processor (AVX2)
 
 test-wheel: setup ## builds the wheel and walks through dynmoe from it, in an empty environment
 	@bash tests/setup/wheel.sh
+
+# Theirs are a package named tests, too, so it comes first on the path, and ours stays out of sight.
+TRANSFORMERS = $(shell $(PYTHON_VENV) -c 'import importlib.metadata as m; print(m.version("transformers"))')
+test-transformers: setup ## Transformers' common tests on the exported model; TESTS=its tests folder
+	@test -f "$(TESTS)/causal_lm_tester.py" || { echo 'make test-transformers needs the tests of' \
+	  "Transformers $(TRANSFORMERS), which its package does not have:"; \
+	  echo "  git clone --depth 1 --branch v$(TRANSFORMERS)" \
+	  "https://github.com/huggingface/transformers ../transformers"; \
+	  echo '  make test-transformers TESTS=../transformers/tests'; exit 2; } >&2
+	@HF_HUB_OFFLINE=1 PYTHONPATH="$(abspath $(TESTS))/..:$(CURDIR)" $(TEST) -c /dev/null \
+	  --rootdir=tests/huggingface --noconftest --import-mode=importlib -p no:cacheprovider -W ignore \
+	  -n 2 -q -rxX tests/huggingface/common_suite.py
 
 # In an environment of its own, for vLLM needs another torch. Once it takes a network, and then none.
 VLLM_ENV ?= .venv/vllm

@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.layer_providers import start_megatron
 from megatron_dynmoe.settings.command_line import CommandParser
 
 CAUSAL = "causal"
@@ -46,11 +47,7 @@ def main() -> None:
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from tests.moe import one_rank
-
-    if not torch.cuda.is_available():
-        one_rank.megatron_on_cpu()
-    one_rank.world_of_one()
+    start_megatron()
     rows = measure.Rows(args.output / "documents.csv", "torch", "megatron-core")
     for mean in args.documents:
         compare(mean, args, rows)
@@ -73,8 +70,10 @@ def compare(mean: int, args, rows: measure.Rows) -> None:
             taken[name].append(seconds)
     workload = (
         f"{args.rows} rows of {args.sequence} tokens, {args.heads} heads of 64, {args.groups} "
-        f"groups, documents of {mean} tokens, float32, {torch.get_num_threads()} threads"
+        f"groups, documents of {mean} tokens, "
     )
+    is_gpu = measure.on_gpu()
+    workload += "bfloat16" if is_gpu else f"float32, {torch.get_num_threads()} threads"
     for name, seconds in taken.items():
         written = rows.put(
             {
@@ -96,12 +95,13 @@ def providers(tokens: torch.Tensor, args) -> dict[str, Callable[[], object]]:
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_dynmoe.backends.documents import document_lengths
     from megatron_dynmoe.backends.torch_native import ScaledDotProductAttention
-    from tests.moe import one_rank
 
-    config = one_rank.transformer_config(
+    config = TransformerConfig(
+        num_layers=1,
         hidden_size=64 * args.heads,
         num_attention_heads=args.heads,
         num_query_groups=args.groups,
@@ -125,11 +125,12 @@ def providers(tokens: torch.Tensor, args) -> dict[str, Callable[[], object]]:
         mask, _, positions = (torch.stack(part) for part in zip(*rows, strict=True))
         return mask, positions
 
-    mask, positions = masks()
+    place = {"device": "cuda", "dtype": torch.bfloat16} if measure.on_gpu() else {}
+    mask, positions = (made.to(place.get("device")) for made in masks())
     shape = (tokens.shape[1], tokens.shape[0])
-    query = torch.randn(*shape, args.heads, 64, requires_grad=True)
-    key, value = torch.randn(2, *shape, args.groups, 64).requires_grad_().unbind()
-    direction = torch.randn(*shape, 64 * args.heads)
+    query = torch.randn(*shape, args.heads, 64, requires_grad=True, **place)
+    key, value = torch.randn(2, *shape, args.groups, 64, **place).requires_grad_().unbind()
+    direction = torch.randn(*shape, 64 * args.heads, **place)
 
     def both_ways(attention: torch.nn.Module, what: torch.Tensor | None) -> None:
         output = attention(query, key, value, what)

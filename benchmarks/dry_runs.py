@@ -2,9 +2,9 @@
 
     python benchmarks/dry_runs.py [--only NAME ...] [--kernels 0 1] [--json DIR] [--output DIR]
 
-Each is `dynmoe plan --dry-run --json`, about half a minute of a processor and 1 GB, and no GPU.
-What a run prints is kept in --json, and a run whose file is there is not made again: empty the
-folder after a change of the code. All files together become dry_runs.csv in --output, of which
+Each is a `dynmoe plan --dry-run`, which takes about half a minute of a processor, 1 GB and no GPU.
+Its JSON is kept in --json, and a run whose file is there is not made again: empty the folder after
+a change of the code. All files together become dry_runs.csv in --output, of which
 `python tools/generate_docs.py` makes the table in docs/planning.md. Exit code: 1 if one failed.
 """
 
@@ -12,20 +12,27 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_dynmoe.cli.plan import dry_run_to_json
+from megatron_dynmoe.dry_run.launch import dry_run
 from megatron_dynmoe.jobs.recipes import recipe_names
+from megatron_dynmoe.planning.gpus import GPUS
 from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 
+GPU = "h200-141g"
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("forward", "backward", "optimizer")
-LONG = "--seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1 --cp-comm-type a2a"
+# As many tokens in a step as the recipe's.
+LONG = (
+    "--seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1 "
+    "--global-batch-size 128 --cp-comm-type a2a"
+)
 
 
 class Run(NamedTuple):
@@ -43,8 +50,8 @@ RUNS = {
         "dtop_p_64e8a",
         "--moe-token-dispatcher-type flex --moe-dynamic-max-experts-per-token 32",
     ),
-    "dtop_p_64e8a, 32 k tokens on 4 GPUs": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 4"),
-    "dtop_p_64e8a, 32 k tokens on 8 GPUs": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 8"),
+    "dtop_p_64e8a, 32 k over 4": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 4"),
+    "dtop_p_64e8a, 32 k over 8": Run("dtop_p_64e8a", f"{LONG} --context-parallel-size 8"),
 }
 
 
@@ -70,13 +77,14 @@ def main() -> None:
 
 def make(run: Run, kernels: str, file: Path) -> bool:
     """Make a dry run; returns whether it was counted. Else its error is on stderr."""
-    command = [sys.executable, "-m", "megatron_dynmoe", "plan", run.recipe, *run.flags.split()]
-    command += ["--dry-run", "--json", "--kernels", kernels]
-    command += ["--gpus", str(run.gpus)] if run.gpus else []
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.stdout:  # also of one that does not fit
-        replace_file(file, lambda partial: partial.write_text(done.stdout))
-    return bool(done.stdout)
+    try:
+        found = dry_run(run.recipe, run.flags.split(), run.gpus, GPUS[GPU], kernels=kernels)
+    except (ValueError, OSError) as error:
+        print(f"dry_runs: error: {error}", file=sys.stderr)
+        return False
+    text = json.dumps([dry_run_to_json(found)], indent=2)
+    replace_file(file, lambda partial: partial.write_text(text))
+    return True
 
 
 def write_rows(path: Path, folder: Path) -> None:

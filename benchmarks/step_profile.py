@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,26 +25,30 @@ class StepProfile(NamedTuple):
     Attributes:
         routing: the share that routers take after their gate, forward and backward: normalize,
             select, weigh, losses, counts.
-        control: the share for adding up the counts of the batch and moving the threshold.
+        control: the share for adding up the counts of the batch and moving the threshold. Both are
+            None for a reference.
         table: the costliest operations.
     """
 
-    routing: float
-    control: float
+    routing: float | None
+    control: float | None
     table: str
 
 
-def profiled_step(provider: Provider) -> StepProfile:
+def profiled_step(provider: Any) -> StepProfile:
     """Run one training step under PyTorch's profiler."""
     made_while_routing: set[int] = set()
+    is_ours = isinstance(provider, Provider)
     with (
-        _marked(provider, made_while_routing),
+        _marked(provider, made_while_routing) if is_ours else nullcontext(),
         profile(activities=activities(), acc_events=True) as profiler,
     ):
         step(provider)
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
     total = sum(_own_time(event) for event in events)
+    if not is_ours:
+        return StepProfile(None, None, table(profiler))
     by_name = {name: _total(events, name) for name in (ROUTING, CONTROL, FINALIZE)}
     backward = sum(
         _time(event)

@@ -14,8 +14,9 @@ times, in turns; ratios are then between medians. Confidence intervals (95 %) ar
 bootstrap. At the end one step of each runs under the profiler. Rows are appended to
 OUTPUT/train_step.csv, profiles to OUTPUT/train_step_profile.txt. A routing's number of experts is
 2, or follows an @. dense is an MLP as wide as that many experts. dtop_p/4 allocates rows for 4
-experts of every token, so that the host need not wait for their number. Further flags are
-Megatron's, and override the model's.
+experts of every token, so that the host need not wait for their number. --references adds
+Transformers' Mixtral of the same shape, with the same batches and PyTorch's AdamW; its experts are
+computed as in hf_grouped_mm or hf_eager. Further flags are Megatron's, and override the model's.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from benchmarks import ceilings, measure
 from benchmarks.places import Apart, Failed, Here, Turns
 from benchmarks.training import (
     MODELS,
+    REFERENCE,
     Routing,
     Step,
     build,
@@ -55,7 +57,8 @@ from megatron_dynmoe.settings.exits import exiting_on_misuse
 
 BACKENDS = ("local", "torch_native")
 ROUTINGS = ("top_k", "dtop_p")
-PACKAGES = ("torch", "megatron-core")
+REFERENCES = ("hf_grouped_mm", "hf_eager")
+PACKAGES = ("torch", "megatron-core", "transformers")
 
 
 @dataclass
@@ -80,6 +83,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"--routings: {error}") from error
     names = [f"{backend} {routing}" for routing in routings for backend in options.backends]
+    names += [f"{reference} top_k" for reference in options.references]
     path = None if options.no_append else options.output / "train_step.csv"
     rows = measure.Rows(path, *PACKAGES)
     options.apart |= measure.on_gpu() and "RANK" not in os.environ
@@ -104,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     add("--settle", type=int, default=60, help="steps before the first round")
     add("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     add("--routings", nargs="+", default=ROUTINGS, help="top_k, dtop_p, dense; dtop_p@1.82 ...")
+    add("--references", nargs="+", default=(), choices=REFERENCES, help="Transformers' Mixtral")
     add("--threads", type=int, default=1, help="of each process")
     add("--apart", action="store_true", help="one model at a time, in processes of their own")
     add("--visits", type=int, default=2, help="with --apart: of each provider")
@@ -259,8 +264,10 @@ def write(
     pairs = [(n, n.replace("local", "torch_native")) for n in measured if n.startswith("local")]
     pairs += [(n, o) for n in measured if n.endswith("top_k") for o in measured if o != n]
     for base, other in dict.fromkeys(pairs):
-        same_backend = base.split()[0] == other.split()[0]
-        if other in measured and (same_backend or base.split()[1] == other.split()[1]):
+        if other not in measured or other.startswith(REFERENCE):
+            continue
+        (of, by), (other_of, other_by) = base.split(), other.split()
+        if of == other_of or by == other_by or of.startswith(REFERENCE):
             rows.put(ratio_row(base, other, measured, paired=not options.apart), name=(base, other))
     if not options.no_append:
         with (options.output / "train_step_profile.txt").open("a") as file:

@@ -42,6 +42,8 @@ VOCAB_SIZES = {"small": 4096, "paper": 32000}  # of words, unless --run gives a 
 KINDS = ("book", "code", "reference", "dictionary")
 MEAN_EXPERTS = 2.0  # unless a routing gives another number
 BALANCE_LOSS = ("seq_aux_loss", 1e-2)
+# Begins the names of Transformers' Mixtral; its own name for how experts are computed follows.
+REFERENCE = "hf_"
 
 
 class Routing(NamedTuple):
@@ -132,6 +134,38 @@ class Provider:
     config: Any
     tracker: Any
 
+    def step(self) -> tuple[Any, ...]:
+        """One training step, on the next batch; returns what Megatron's ``train_step`` returns."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.rerun_state_machine import RerunDataIterator
+        from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+        from megatron.training import get_args
+        from megatron.training.training import train_step
+
+        from megatron_dynmoe.training.forward import forward_step
+
+        set_moe_metrics_tracker(self.tracker)
+        get_args().curr_iteration = 0  # the target does not change with it
+        result = train_step(
+            forward_step,
+            RerunDataIterator(iter(next(self.batches))),
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.config,
+            get_forward_backward_func(),
+            iteration=0,
+        )
+        self.tracker.clear()
+        return result
+
+    def experts_per_token(self) -> float:
+        """The mean over layers that the last step has measured, or else the routing's number."""
+        from megatron_dynmoe.control.update import routers_of
+
+        measured = [router.measured.item() for router in routers_of(self.model)]
+        return statistics.fmean(measured) if measured else self.routing.experts
+
 
 class Step(NamedTuple):
     """One measured training step."""
@@ -174,12 +208,13 @@ def start_megatron(model: str, run: Path | None, extra: list[str]) -> Any:
 
 def build(
     args: Any, batches: Iterable[list[dict[str, Any]]], backend: str, routing_text: str
-) -> Provider:
-    """A model with its optimizer, as Megatron's pretrain builds them.
+) -> Any:
+    """A model with its optimizer, as Megatron's pretrain builds them, or a Reference.
 
     Args:
         args: Megatron's.
         batches: of the steps, in their order.
+        backend: one of ours, or the name of a reference.
         routing_text: see :class:`Routing`.
     """
     from megatron.core.distributed import finalize_model_grads
@@ -199,6 +234,10 @@ def build(
     from megatron_dynmoe.model.spec import layer_spec
 
     routing = Routing.parse(routing_text)
+    if backend.startswith(REFERENCE):
+        from benchmarks.references import build_reference
+
+        return build_reference(args, batches, backend, routing)
     args, dynmoe = copy.copy(args), settings(routing, backend)
     args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
     if routing.kind == "top_k":
@@ -244,36 +283,13 @@ def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
     return [[next(iterator) for _ in range(get_num_microbatches())] for _ in range(number)]
 
 
-def step(provider: Provider) -> tuple[Any, ...]:
-    """One training step, on the next batch; returns what Megatron's ``train_step`` returns."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.rerun_state_machine import RerunDataIterator
-    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
-    from megatron.training import get_args
-    from megatron.training.training import train_step
-
-    from megatron_dynmoe.training.forward import forward_step
-
-    set_moe_metrics_tracker(provider.tracker)
-    get_args().curr_iteration = 0  # the target does not change with it
-    result = train_step(
-        forward_step,
-        RerunDataIterator(iter(next(provider.batches))),
-        provider.model,
-        provider.optimizer,
-        provider.scheduler,
-        provider.config,
-        get_forward_backward_func(),
-        iteration=0,
-    )
-    provider.tracker.clear()
-    return result
+def step(provider: Any) -> Any:
+    """One training step of a Provider or a Reference."""
+    return provider.step()
 
 
-def timed_step(provider: Provider) -> Step:
+def timed_step(provider: Any) -> Step:
     """One training step, timed on the slowest rank."""
-    from megatron_dynmoe.control.update import routers_of
-
     torch.distributed.barrier()
     torch.cuda.synchronize()
     started, processor = time.perf_counter(), time.process_time()
@@ -283,12 +299,10 @@ def timed_step(provider: Provider) -> Step:
         [time.perf_counter() - started, time.process_time() - processor], dtype=torch.float64
     ).to(torch.cuda.current_device())
     torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
-    measured = [router.measured.item() for router in routers_of(provider.model)]
-    experts = statistics.fmean(measured) if measured else provider.routing.experts
-    return Step(*seconds.tolist(), experts)
+    return Step(*seconds.tolist(), provider.experts_per_token())
 
 
-def flops_of_a_step(provider: Provider, experts_per_token: float) -> float:
+def flops_of_a_step(provider: Any, experts_per_token: float) -> float:
     """By Megatron's formula for this model."""
     from megatron_dynmoe.runs.metrics import floating_point_operations
 

@@ -1,38 +1,43 @@
 """Measures what padding to the cap costs in vLLM: throughput with several caps, in turns.
 
-    .venv/vllm/bin/python benchmarks/vllm_padding.py --model DIR [--caps 2 4 8 16] [--rounds 7]
+    .venv/vllm/bin/python benchmarks/vllm_padding.py --model DIR [--caps 2 4 8 16] [--rounds 20]
 
 vLLM has as many slots for every token as the cap allows, and computes all of them. The model reads
 its cap at every forward, so one engine measures all caps with the same weights. Each round runs
-each cap once, in another order. Printed are medians over the rounds, as parts of the throughput
-with the largest cap. The script needs the environment that ``make test-vllm`` makes.
+each cap once, in another order, and compares it with the largest. Printed are medians over the
+rounds. The script needs the environment that ``make test-vllm`` makes.
 
-Prefill: 16 prompts of 224 tokens, 1 new token. Decode: 16 prompts of 8 tokens, 32 new ones.
+Prefill: 4 prompts of 112 tokens, 1 new token. Decode: 4 prompts of 8 tokens, 16 new ones.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
-# The engine in this process, so that the model's settings can be reached; and nothing from a hub.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-WORKLOADS = {"prefill": (16, 224, 1), "decode": (16, 8, 32)}
+from megatron_dynmoe.settings.command_line import CommandParser, number
+
+WORKLOADS = {"prefill": (4, 112, 1), "decode": (4, 8, 16)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a folder of dynmoe convert")
-    parser.add_argument("--caps", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--caps", type=number(int, 1), nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--rounds", type=number(int, 2), default=20)
     args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model is {args.model}, which has no config.json: name an exported folder")
 
+    # The engine in this process, so that the model's settings can be reached; nothing from a hub.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     largest = max(args.caps)
@@ -61,15 +66,12 @@ def main() -> None:
                 llm.generate(prompts, sampling, use_tqdm=False)
                 if round_:  # the first one warms up
                     seconds[cap].append(time.perf_counter() - start)
-        base = statistics.median(seconds[largest])
         for cap in args.caps:
-            ratios = [
-                one / other for one, other in zip(seconds[largest], seconds[cap], strict=True)
-            ]
+            times = zip(seconds[largest], seconds[cap], strict=True)
+            low, middle, high = statistics.quantiles([one / other for one, other in times], n=4)
             print(
                 f"{name:8} cap {cap:3}: {statistics.median(seconds[cap]):7.3f} s, throughput "
-                f"{base / statistics.median(seconds[cap]):.2f} of that with {largest} "
-                f"(by rounds {min(ratios):.2f} to {max(ratios):.2f})",
+                f"{middle:.2f} of that with {largest} (quartiles {low:.2f} to {high:.2f})",
                 flush=True,
             )
 

@@ -146,22 +146,12 @@ def planning() -> str:
     """The text of docs/planning.md: what it says now, with the table of dry runs."""
     with (DOCS.parent / "benchmarks/results/dry_runs.csv").open(newline="") as file:
         found = {(row["run"], row["kernels"]): row for row in csv.DictReader(file)}
-    head = (
-        "",
-        "GPUs",
-        *PHASES,
-        "planner",
-        "",
-        "waits",
-        "a step",
-        "kernels",
-        "Triton's",
-        "sent, GB",
-    )
+    head = ["run", "GPUs", *PHASES, "planner", "", "waits", "of a step", "kernels"]
+    head += ["with Triton's", "sent, GB"]
     rows = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for (name, kernels), row in found.items():
         if kernels == "0":
-            fused = found.get((name, "1"), {}).get("kernels_of_a_step")
+            fused = found.get((name, "1"), {}).get("kernels_of_a_layer")
             cells = (
                 name,
                 row["gpus"],
@@ -170,7 +160,7 @@ def planning() -> str:
                 f"{float(row['planner_over']):+.1%}",
                 f"{float(row['waits_of_a_layer']):g}",
                 f"{float(row['waits_of_a_step']):,.0f}",
-                f"{float(row['kernels_of_a_step']):,.0f}",
+                f"{float(row['kernels_of_a_layer']):,.0f}",
                 f"{float(fused):,.0f}" if fused else "",
                 f"{float(row['sent_gb']):.3g}",
             )

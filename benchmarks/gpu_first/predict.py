@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_first.predict --output FILE [--known FILE] [--rehearse] [--only STAGE]
 
 For each training among the stages, `dynmoe plan --dry-run` trains the same model for two steps on
-a GPU that does not exist, about 20 seconds of a processor each. `make gpu-pack` runs this, and
+a GPU that does not exist, up to a minute of a processor each. `make gpu-pack` runs this, and
 --known takes its rows if they are of the same flags and code: then it costs no minute with a GPU.
 """
 

@@ -19,6 +19,7 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.documents import check_masks
+from megatron_dynmoe.backends.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.settings.refusals import SettingError
 from megatron_dynmoe.settings.routings import AUTO
@@ -113,6 +114,7 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     check_norms(chosen.backend, config)
     check_recompute(config)
     if chosen.backend == "local":
+        check_latent_attention(config, "--moe-dynamic-backend local")
         check_biases(config)
         if config.context_parallel_size > 1:
             raise ValueError(_only_one_part(config, "local"))
@@ -133,6 +135,7 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
             f", whose {part} cannot do {reason}",
             f"leave that out, or use auto, which takes upstream's {part} then",
         )
+    check_latent_attention(config, kept.get("attention"))
     if "experts" in kept:
         check_biases(config)
     if config.context_parallel_size > 1:

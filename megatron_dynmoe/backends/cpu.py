@@ -101,6 +101,10 @@ def is_installed() -> bool:
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
 
 
+# Functions that can name CUDA, or stand for it, without a keyword.
+_REWRITTEN = frozenset({"to", "cuda", "pin_memory", "record_stream", "random_", "type"})
+
+
 class _RedirectToCpu(TorchFunctionMode):
     """Rewrites every torch call that names CUDA so that it happens on the CPU.
 
@@ -116,8 +120,10 @@ class _RedirectToCpu(TorchFunctionMode):
         self.host_generator = host_generator
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if not kwargs and name not in _REWRITTEN:
+            return func(*args)
+        kwargs = dict(kwargs or {})
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         if name == "to" and len(args) > 1 and _names_cuda(args[1]):

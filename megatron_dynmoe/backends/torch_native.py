@@ -26,11 +26,13 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
 from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
 from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
+from megatron_dynmoe.backends.latent_attention import LatentAttention, needs_one_size, padded
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
@@ -105,8 +107,8 @@ class ScaledDotProductAttention(DotProductAttention):
         if are_lengths(attention_mask):
             mask, lengths = None, attention_mask
         value_size = value.shape[3]
-        if self._needs_one_size(query, value):
-            query, key, value = _padded(query, key, value)
+        if needs_one_size(self.config, query, value):
+            query, key, value = padded(query, key, value)
         if self.config.context_parallel_size > 1:
             if mask is not None:
                 raise ValueError(
@@ -114,12 +116,11 @@ class ScaledDotProductAttention(DotProductAttention):
                 )
             query, key, value = gather_sequence((query, key, value), self._context_group)
         dropout = self.attention_dropout.p if self.training else 0.0
+        whole = partial(self._attend, mask=mask, dropout=dropout)
         if lengths is None:
-            rows = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            attend = partial(self._attend, *rows, mask=mask, dropout=dropout)
+            attend = partial(whole, *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
         else:
-            one = partial(self._attend, mask=None, dropout=dropout)
-            attend = partial(attend_by_document, one, query, key, value, lengths)
+            attend = partial(attend_by_document, whole, query, key, value, lengths)
         if dropout and not self.config.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = attend()
@@ -131,18 +132,8 @@ class ScaledDotProductAttention(DotProductAttention):
             context = scatter_sequence(context, self._context_group)
         return context[..., :value_size].flatten(2)
 
-    def _needs_one_size(self, query: Tensor, value: Tensor) -> bool:
-        """Whether values of latent attention have to be as large as queries and keys.
-
-        On a CPU PyTorch's fused kernel takes one size only, and would leave others to code that
-        keeps all scores. Ranks that exchange heads send all three in one tensor.
-        """
-        if query.shape[3] == value.shape[3]:
-            return False
-        return query.device.type == "cpu" or self.config.context_parallel_size > 1
-
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, dropout: float
     ) -> Tensor:
         """Attend: [B, N, S, H] of queries to [B, N, S, Hv] of values."""
         added = None
@@ -172,12 +163,6 @@ class ScaledDotProductAttention(DotProductAttention):
         """Undo upstream's division of the scale by the layer number, as its own softmax does."""
         divided = self.config.apply_query_key_layer_scaling
         return self.softmax_scale * (self.layer_number if divided else 1)
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """Pad heads with zeros to the size of the largest, which changes neither scores nor values."""
-    size = max(tensor.shape[3] for tensor in tensors)
-    return [torch.nn.functional.pad(tensor, (0, size - tensor.shape[3])) for tensor in tensors]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -268,6 +253,8 @@ def with_native_modules(
 def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: TransformerConfig) -> Any:
     submodules = layer.submodules
     attention = copy.copy(submodules.self_attention)
+    if attention.module is MLASelfAttention:
+        attention.module = LatentAttention
     parts = {
         name: _norm_or(provider, getattr(attention.submodules, name))
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm")

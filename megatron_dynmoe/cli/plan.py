@@ -56,11 +56,14 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _dry_run(prog: str, args: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
-    from megatron_dynmoe.dry_run.launch import dry_run
-    from megatron_dynmoe.dry_run.report import describe
+    from megatron_dynmoe.dry_run import machine
 
     settings = {"both": ("0", "1"), None: (None,)}.get(args.kernels, (args.kernels,))
     with ending_plainly(prog, "nothing was counted"):
+        machine.check()
+        from megatron_dynmoe.dry_run.launch import dry_run
+        from megatron_dynmoe.dry_run.report import describe
+
         runs = [
             dry_run(
                 args.recipe,
@@ -132,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="for scripts; bytes, not GB")
     dry = parser.add_argument_group(
         "dry run: two real steps of one rank, on a GPU that does not exist",
-        "It takes about 20 seconds of processor time and 1 GB of memory.",
+        "It takes up to a minute of processor time and 1 GB of memory.",
     )
     dry.add_argument("--dry-run", action="store_true", help="count what a step does")
     dry.add_argument("--rank", type=int, metavar="N", help="of --gpus; default: one of the fullest")

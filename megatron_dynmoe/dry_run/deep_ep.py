@@ -124,8 +124,8 @@ class Buffer:
         num_experts = len(num_tokens_per_expert)
         copies = ranks_of_a_token(num_experts, num_ranks, experts_per_token)
         received = round(len(x) * copies * imbalance)
-        rows = round(len(x) * experts_per_token * imbalance)
-        self.recorder.num_true[received] = rows
+        num_rows = round(len(x) * experts_per_token * imbalance)
+        self.recorder.num_true[received] = num_rows
         sent = [x, topk_idx, topk_weights]
         tokens, ids, weights = self._transfer("dispatch", sent, received)
         self.recorder.wait("deep_ep dispatch")
@@ -133,7 +133,7 @@ class Buffer:
             places = is_token_in_rank.new_empty(is_token_in_rank.shape, dtype=torch.int32)
             sources = places.new_empty(received)
         self.recorder.keep((places, sources))
-        counts = known.split(rows, num_experts // num_ranks).tolist()
+        counts = known.split(num_rows, num_experts // num_ranks).tolist()
         handle = Handle(is_token_in_rank, places, sources)
         return tokens, ids, weights, counts, handle, _Event()
 

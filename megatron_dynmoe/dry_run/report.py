@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from megatron_dynmoe.dry_run.launch import DryRun
-from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result, Sent
+from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result
 
 NOT_SEEN = (
     "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "
@@ -110,15 +110,14 @@ def _sent(result: Result) -> Iterator[str]:
     yield _row(["ranks", "calls", ""], "sent in a step")
     for sent in result.sent:
         cells = [f"{sent.size}", f"{sent.calls:g}", _size(sent.num_bytes)]
-        yield _row(cells, f"{sent.kind}, {_group(sent.group)}, {_course(sent)}")
-
-
-def _course(sent: Sent) -> str:
-    """Where it starts, and who waits for it."""
-    start = f"{' and '.join(sent.phases)}: {_place(sent.line, sent.caller)}"
-    if not sent.is_async:
-        return f"{start}, awaited at once"
-    return f"{start}, awaited by {', '.join(map(_short, sent.awaited)) or 'nobody'}"
+        phases = " and ".join(sent.phases)
+        yield _row(cells, f"{sent.kind}, {_group(sent.group)}, {phases}:")
+        place = _place(sent.line, sent.caller)
+        if not sent.is_async:
+            yield _row([], f"  {place}, awaited at once")
+            continue
+        yield _row([], f"  {place}")
+        yield _row([], f"  awaited by {', '.join(map(_short, sent.awaited)) or 'nobody'}")
 
 
 def _mistakes(result: Result) -> Iterator[str]:

@@ -28,6 +28,7 @@ ON_THE_HOST = {
     "megatron/core/optimizer/clip_grads.py": ("", "the gradient's norm"),
     "megatron/core/optimizer/optimizer.py": ("", "the number of the step"),
     "megatron/core/rerun_state_machine.py": ("", "the batch, or a number for other ranks"),
+    "megatron/core/transformer/moe/fused_a2a.py": ("", "counts of rows"),
     "megatron/core/transformer/moe/moe_utils.py": ("", "counts of rows"),
     "megatron/core/transformer/moe/token_dispatcher.py": ("", "counts of rows"),
     "megatron/core/utils.py": ("", "the gradient's norm"),

@@ -258,19 +258,22 @@ class DynMoEModelConfig(PreTrainedConfig):
         Raises:
             ValueError: the threshold is missing or not in [0, 1].
         """
-        if not training and self.inference_threshold is not None:
-            threshold = _checked_threshold("inference_threshold", self.inference_threshold)
-        elif isinstance(self.threshold, (list, tuple)):
-            threshold = _checked_threshold("threshold", self.threshold[layer], layer)
+        given = vars(self)  # every layer asks, and reading an attribute of a config takes long
+        threshold, inference_threshold = given["threshold"], given["inference_threshold"]
+        if not training and inference_threshold is not None:
+            threshold = _checked_threshold("inference_threshold", inference_threshold)
+        elif isinstance(threshold, (list, tuple)):
+            threshold = _checked_threshold("threshold", threshold[layer], layer)
         else:
-            threshold = _checked_threshold("threshold", self.threshold)
+            threshold = _checked_threshold("threshold", threshold)
         return threshold, self.cap(training)
 
     def cap(self, training: bool) -> int | None:
         """The most experts that a token may use; None: no cap."""
-        if not training and self.inference_max_experts_per_token is not None:
-            return self.inference_max_experts_per_token
-        return self.max_experts_per_token
+        given = vars(self)
+        if not training and given["inference_max_experts_per_token"] is not None:
+            return given["inference_max_experts_per_token"]
+        return given["max_experts_per_token"]
 
     def validate_dynmoe(self) -> None:
         """Check all settings; call it again after you change some.

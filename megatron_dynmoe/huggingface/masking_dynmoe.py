@@ -21,7 +21,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 # Only flash attention reads these. They describe packed documents.
 _OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What Transformers' own wrappers read, or what has no meaning for this model at these values.
-_READ_ELSEWHERE = ("output_attentions", "output_hidden_states", "return_dict", "cache_position")
+# `transformers serve` gives every generation its tokenizer, for strings that end a text.
+_READ_ELSEWHERE = (
+    *("output_attentions", "output_hidden_states", "return_dict", "cache_position", "tokenizer"),
+)
 
 
 class Rows(NamedTuple):

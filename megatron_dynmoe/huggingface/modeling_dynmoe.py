@@ -91,16 +91,17 @@ class DynMoERouter(Gate):
 
     def choice(self) -> Choice:
         """See :class:`Choice`."""
-        config, threshold = self.config, None
-        most: int | None = config.num_experts_per_tok
-        if config.routing != "top_k":
+        config, given = self.config, vars(self.config)
+        if given["routing"] == "top_k":
+            threshold, most = None, config.num_experts_per_tok
+        else:
             threshold, most = config.threshold_and_cap(self.layer, self.training)
         return Choice(
             threshold,
             most,
-            normalized=config.normalization == "drn",
-            renormalize=config.weights == "renormalized",
-            dtype=getattr(torch, config.router_dtype),
+            normalized=given["normalization"] == "drn",
+            renormalize=given["weights"] == "renormalized",
+            dtype=getattr(torch, given["router_dtype"]),
         )
 
 
@@ -208,7 +209,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_BSD + self._dropout(mlp_BSD), logits_BSE, counts_BS, loss
 
     def _dropout(self, values: Tensor) -> Tensor:
-        return F.dropout(values, self.hidden_dropout, self.training)
+        return F.dropout(values, self.hidden_dropout) if self.training else values
 
 
 class DynMoEPreTrainedModel(PreTrainedModel):
@@ -403,6 +404,16 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Count, with padding at the position before it, so that what follows it goes on there.
+
+        Upstream puts padding at 0, and text that follows padding on the right at 1.
+        """
+        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return positions.cummax(dim=-1).values if positions.dim() == 2 else positions
+
     @can_return_tuple
     def forward(
         self,
@@ -412,6 +423,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -423,6 +435,8 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, S] int64, the input's own tokens, which are shifted here; -100: no loss. No
                 token predicts the first one of the next packed document, whatever its label.
+            shift_labels: [B, S] int64, what each token has to predict, already shifted, as Trainer
+                gives it if a sequence is split over devices; used instead of ``labels``.
             logits_to_keep: how many of the last positions get logits, or which; 0: all.
             num_items_in_batch: predicted tokens of all batches whose losses will be added up; then
                 the loss is this batch's share and not its mean.
@@ -441,15 +455,18 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
-            output_aux_loss=labels is not None,
+            output_aux_loss=labels is not None or shift_labels is not None,
             **(kwargs | {"return_dict": True}),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            targets = next_tokens(labels, position_ids, attention_mask).to(logits.device)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+        targets, predicting = shift_labels, logits
+        if targets is None and labels is not None:
+            targets, predicting = next_tokens(labels, position_ids, attention_mask), logits[:, :-1]
+        if targets is not None:
+            targets = targets.to(logits.device)
+            loss = F.cross_entropy(predicting.flatten(0, 1).float(), targets.flatten())
             if outputs.aux_loss is not None:
                 loss = loss + outputs.aux_loss.to(loss.device)
             if num_items_in_batch is not None:

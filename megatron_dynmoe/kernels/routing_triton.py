@@ -93,10 +93,17 @@ class _RouteFused(torch.autograd.Function):
         ctx.save_for_backward(logits_TE, map_TE, theta, valid_T)
         ctx.num_sequences, ctx.renormalize = num_sequences, renormalize
         ctx.mark_non_differentiable(map_TE, experts_T)
-        assignments_BE = assignments.sum(dim=0)  # PyTorch sums int32 into int64
-        counts = assignments_BE, not_finite.sum()
-        ctx.mark_non_differentiable(*counts)
-        return weights_TE, map_TE, experts_T, prob_sums.sum(dim=0), entropies.sum(), *counts
+        prob_sums_BE, entropy = torch.empty_like(prob_sums[0]), entropies.new_empty(())
+        assignments_BE = torch.empty_like(assignments[0], dtype=torch.int64)
+        num_not_finite = assignments_BE.new_empty(())
+        add_up_parts(
+            prob_sums, entropies, assignments, not_finite,
+            prob_sums_BE, entropy, assignments_BE, num_not_finite,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(assignments_BE, num_not_finite)
+        return (
+            weights_TE, map_TE, experts_T, prob_sums_BE, entropy, assignments_BE, num_not_finite
+        )  # fmt: skip
 
     @staticmethod
     @once_differentiable
@@ -173,6 +180,22 @@ def route_forward(
         weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
         most, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
         TOP=max(2, triton.next_power_of_2(most)),
+    )  # fmt: skip
+
+
+@operator("prob_sums_BE", "entropy", "assignments_BE", "num_not_finite")
+def add_up_parts(
+    prob_sums: Tensor, entropies: Tensor, assignments: Tensor, not_finite: Tensor,
+    prob_sums_BE: Tensor, entropy: Tensor, assignments_BE: Tensor, num_not_finite: Tensor,
+) -> None:  # fmt: skip
+    """Add up what the programs of :func:`route_forward` have summed, in a fixed order."""
+    num_parts, num_sequences, num_experts = prob_sums.shape
+    width = _width(num_experts)
+    _add_up_parts[(num_sequences,)](
+        prob_sums, entropies, assignments, not_finite,
+        prob_sums_BE, entropy, assignments_BE, num_not_finite,
+        num_parts, num_sequences, num_experts,
+        PARTS=max(1, ELEMENTS_PER_PROGRAM // width), WIDTH=width,
     )  # fmt: skip
 
 
@@ -314,6 +337,38 @@ def _forward(
     tl.store(prob_sums_ptr + sums_at, prob_sums, mask=real)
     assignments = tl.sum((counted & chosen).to(tl.int32), axis=0)
     tl.store(assignments_ptr + sums_at, assignments, mask=real)
+
+
+@triton.jit
+def _add_up_parts(
+    prob_sums_ptr, entropies_ptr, assignments_ptr, not_finite_ptr,
+    prob_sums_out, entropy_out, assignments_out, not_finite_out,
+    num_parts, num_sequences, num_experts, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    columns = tl.arange(0, WIDTH)
+    prob_sums = tl.zeros([WIDTH], tl.float32)
+    assignments = tl.zeros([WIDTH], tl.int64)
+    for start in range(0, num_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        inside = (parts < num_parts)[:, None] & (columns < num_experts)[None, :]
+        offsets = (parts[:, None] * num_sequences + sequence) * num_experts + columns[None, :]
+        prob_sums += tl.sum(tl.load(prob_sums_ptr + offsets, mask=inside, other=0.0), axis=0)
+        chosen = tl.load(assignments_ptr + offsets, mask=inside, other=0)
+        assignments += tl.sum(chosen.to(tl.int64), axis=0)
+    at = sequence * num_experts + columns
+    tl.store(prob_sums_out + at, prob_sums, mask=columns < num_experts)
+    tl.store(assignments_out + at, assignments, mask=columns < num_experts)
+    if sequence == 0:  # the numbers of all sequences
+        entropies = tl.zeros([PARTS], tl.float32)
+        not_finite = tl.zeros([PARTS], tl.int64)
+        for start in range(0, num_parts * num_sequences, PARTS):
+            parts = start + tl.arange(0, PARTS)
+            inside = parts < num_parts * num_sequences
+            entropies += tl.load(entropies_ptr + parts, mask=inside, other=0.0)
+            not_finite += tl.load(not_finite_ptr + parts, mask=inside, other=0).to(tl.int64)
+        tl.store(entropy_out, tl.sum(entropies, axis=0))
+        tl.store(not_finite_out, tl.sum(not_finite, axis=0))
 
 
 @triton.jit

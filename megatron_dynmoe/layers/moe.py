@@ -16,6 +16,7 @@ Dimension letters, in names as a suffix (``probs_TE``):
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
+    fractions,
     load_balance_loss,
     sum_by_sequence,
     sum_entropy,
@@ -96,7 +98,11 @@ class Gate(nn.Module):
         """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router."""
         choice = self.choice()
         # 1. Gate, normalize, softmax
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        kind = hidden_TD.device.type
+        exact: AbstractContextManager[object] = nullcontext()
+        if torch.is_autocast_enabled(kind):
+            exact = torch.autocast(kind, enabled=False)
+        with exact:
             logits_TE = F.linear(hidden_TD.to(choice.dtype), self.weight.to(choice.dtype))
         if choice.normalized:
             logits_TE = normalize(logits_TE, self.theta).to(choice.dtype)
@@ -138,30 +144,57 @@ class Experts(nn.Module):
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum each token's experts with their weights, in the order of the experts.
 
-        Slots of weight 0 cost nothing. The experts run one after another, so each adds to a token
-        at most once: the order of the sum is fixed on every device, and a token's result does not
-        depend on the rest of the batch.
+        Slots of weight 0 cost nothing. The order of the sum is fixed on every device, and a token's
+        result does not depend on the rest of the batch.
 
         Returns:
             [T, D], dtype of ``hidden_TD``; summed in float32 at least, and rounded once.
         """
+        if hidden_TD.shape[0] == 1 and hidden_TD.device.type == "cpu":
+            return self._forward_of_one(hidden_TD, ids_TK, weights_TK)
+        # 1. The slots that are used, in the order of their experts
+        slots_A = weights_TK.flatten().nonzero().squeeze(-1)
+        experts_A, order_A = ids_TK.flatten().index_select(0, slots_A).sort(stable=True)
+        slots_A = slots_A.index_select(0, order_A)
+        tokens_A = slots_A // ids_TK.shape[1]
+        rows = experts_A.bincount(minlength=self.num_experts).tolist()
+
+        # 2. Compute and weigh
+        rows_AD = hidden_TD.index_select(0, tokens_A)
+        gate_AF, up_AF = _multiply(rows_AD, self.gate_up_proj, rows).chunk(2, dim=-1)
+        rows_AD = _multiply(F.silu(gate_AF) * up_AF, self.down_proj, rows)
+        rows_AD = rows_AD * weights_TK.flatten().index_select(0, slots_A).unsqueeze(-1)
+
+        # 3. Add up. An expert has a token at most once, so nothing is added at once to one place,
+        # as on a GPU it would be in any order. A CPU adds row after row.
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
-        tokens_A, slots_A = weights_TK.nonzero(as_tuple=True)
-        experts_A, order_A = ids_TK[tokens_A, slots_A].sort(stable=True)
-        tokens_A, slots_A = tokens_A[order_A], slots_A[order_A]
-        rows_per_expert = experts_A.bincount(minlength=self.num_experts).tolist()
-        tokens = tokens_A.split(rows_per_expert)
-        weights = weights_TK[tokens_A, slots_A].unsqueeze(-1).split(rows_per_expert)
-        # With unbind, the gradient of experts[i] is not a tensor of zeros for all experts.
-        projections = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        for expert, (gate_up, down) in enumerate(projections):
-            if rows_per_expert[expert]:
-                rows_AD = hidden_TD.index_select(0, tokens[expert])
-                gate_AF, up_AF = F.linear(rows_AD, gate_up).chunk(2, dim=-1)
-                rows_AD = F.linear(F.silu(gate_AF) * up_AF, down) * weights[expert]
-                output_TD.index_add_(0, tokens[expert], rows_AD.to(dtype))
+        parts = [len(slots_A)] if output_TD.device.type == "cpu" else rows
+        for tokens, part in zip(tokens_A.split(parts), rows_AD.to(dtype).split(parts), strict=True):
+            output_TD.index_add_(0, tokens, part)
         return output_TD.to(hidden_TD.dtype)
+
+    def _forward_of_one(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same for one token, which has no rows to sort, nor to collect."""
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
+        ids, weights = ids_TK[0].tolist(), weights_TK[0].tolist()
+        used = sorted((expert, slot) for slot, expert in enumerate(ids) if weights[slot])
+        for expert, slot in used:
+            gate_AF, up_AF = F.linear(hidden_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            row_AD = F.linear(F.silu(gate_AF) * up_AF, self.down_proj[expert])
+            output_TD = output_TD + (row_AD * weights_TK[:, slot : slot + 1]).to(dtype)
+        return output_TD.to(hidden_TD.dtype)
+
+
+def _multiply(rows_AI: Tensor, weights_EOI: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """Multiply rows, which are in the order of their experts, by their experts' weights: [A, O]."""
+    # With unbind, the gradient of an expert is not a tensor of zeros for all experts.
+    weights = weights_EOI.unbind() if torch.is_grad_enabled() else weights_EOI
+    used = [(expert, rows) for expert, rows in enumerate(rows_per_expert) if rows]
+    parts = rows_AI.split([rows for _, rows in used])
+    done = [F.linear(part, weights[expert]) for part, (expert, _) in zip(parts, used, strict=True)]
+    return torch.cat(done) if done else rows_AI.new_zeros(0, weights_EOI.shape[1])
 
 
 class Losses(NamedTuple):
@@ -287,14 +320,13 @@ def routing_loss(
     valid_T = None if valid_BS is None else valid_BS.t().reshape(-1)
 
     num_sequences = probs_BSE.shape[0] if losses.balance_loss == "seq_aux_loss" else 1
-    tokens_B = count_tokens(map_TE, num_sequences, valid_T)
-    loss = losses.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens_B)
+    tokens_B, tokens = count_tokens(map_TE, num_sequences, valid_T)
+    loss = losses.dynamic_loss_coeff * dynamic_loss(sum_entropy(probs_TE, valid_T), tokens)
     if losses.balance_loss != "none":
         prob_sums_BE, assignments_BE = (
             sum_by_sequence(values_TE, num_sequences, valid_T) for values_TE in (probs_TE, map_TE)
         )
-        fractions_BE = assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
         loss = loss + losses.balance_loss_coeff * load_balance_loss(
-            prob_sums_BE, fractions_BE, tokens_B
+            prob_sums_BE, fractions(assignments_BE, tokens_B), tokens_B
         )
     return loss

@@ -38,6 +38,11 @@ def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder
         all_used: False if ``num_rows`` is only an upper bound.
     """
     num_tokens, num_experts = map_TE.shape
+    if kernels.available(map_TE.device):
+        from megatron_dynmoe.kernels.permute import order_by_expert
+
+        token_R, weight_R, *slots = order_by_expert(map_TE, num_rows, all_used)
+        return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
     by_expert = map_TE.t().reshape(-1)
     if map_TE.is_cpu and all_used:
         flat_R = by_expert.nonzero().squeeze(-1)

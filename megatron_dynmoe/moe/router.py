@@ -15,7 +15,12 @@ from torch import Tensor
 
 from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
-from megatron_dynmoe.routing.losses import count_tokens, dynamic_loss, load_balance_loss
+from megatron_dynmoe.routing.losses import (
+    count_tokens,
+    dynamic_loss,
+    fractions,
+    load_balance_loss,
+)
 from megatron_dynmoe.routing.route import Routing
 
 if TYPE_CHECKING:
@@ -168,15 +173,18 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """Attach both losses to the weights, so that their gradients reach the router."""
         dynmoe, group = self.dynmoe, self.tp_cp_group
         assignments_BE = routed.assignments_BE
-        tokens_B = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
-        num_local_tokens = tokens_B.sum()
+        tokens_B, num_local_tokens = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
         if group.size() > 1:
             torch.distributed.all_reduce(assignments_BE, group=group)
-            torch.distributed.all_reduce(tokens_B, group=group)
+            if isinstance(tokens_B, Tensor):
+                torch.distributed.all_reduce(tokens_B, group=group)
+            else:  # without padding, all ranks have as many
+                tokens_B *= group.size()
+        tokens = tokens_B.sum() if isinstance(tokens_B, Tensor) else tokens_B * len(assignments_BE)
         fractions_BE = self._fractions(assignments_BE, tokens_B)
 
         balance = load_balance_loss(routed.prob_sums_BE, fractions_BE, tokens_B)
-        dynamic = dynamic_loss(routed.entropy, tokens_B)
+        dynamic = dynamic_loss(routed.entropy, tokens)
         self.counters.add_losses(balance.detach(), dynamic.detach(), group.size())
         asked_for = self.config.moe_router_load_balancing_type
         shown_as = UPSTREAM_LOSS_NAMES.get(
@@ -192,23 +200,29 @@ class DynamicRouter(KeepDtype, TopKRouter):
             )
 
         coefficients = dynmoe.loss_coefficients
-        loss = coefficients.dynamic * dynamic
-        if dynmoe.balance_loss != "none":
-            loss = loss + coefficients.balance * balance
+        parts = []
+        if coefficients.dynamic:
+            parts.append(coefficients.dynamic * dynamic)
+        if dynmoe.balance_loss != "none" and coefficients.balance:
+            parts.append(coefficients.balance * balance)
+        if not parts:
+            return routed.weights_TE
+        loss = sum(parts[1:], start=parts[0])
         if self.calculate_per_token_loss:
             # Upstream divides all gradients by the tokens of the global batch in this case; see
             # attach_and_log_load_balancing_loss there.
             loss = loss * num_local_tokens * group.size()
         return MoEAuxLossAutoScaler.apply(routed.weights_TE, loss)
 
-    def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor) -> Tensor:
-        """Compute f of equation (7), [B, E] float32, at the scope of the balance loss."""
+    def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor | int) -> Tensor:
+        """Compute f of equation 7, [B, E] float32, at the scope of the balance loss."""
         if self.dynmoe.balance_loss == "global_aux_loss":
             sums = self.counters.sums
             counted = torch.cat([sums.assignments, sums.tokens.view(1)])
             torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)
+            counted = counted.float()
             assignments_BE, tokens_B = counted[:-1].unsqueeze(0), counted[-1:]
-        return assignments_BE.float() / tokens_B.clamp(min=1).unsqueeze(-1)
+        return fractions(assignments_BE, tokens_B)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load. A value that the user has fixed is a setting and replaces the checkpoint's."""

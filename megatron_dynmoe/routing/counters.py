@@ -40,7 +40,8 @@ class RoutingStatistics(NamedTuple):
 
     def pooled(self) -> RoutingStatistics:
         """Sum over layers (dimension 0)."""
-        return RoutingStatistics(*(value.sum(dim=0) for value in self))
+        *columns, assignments_LE = self
+        return unpack(torch.cat([torch.stack(columns, dim=-1), assignments_LE], dim=-1).sum(dim=0))
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:  # type: ignore[override]
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))

@@ -8,37 +8,63 @@ import torch
 from torch import Tensor
 
 
-def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor) -> Tensor:
+def fractions(
+    assignments_BE: Tensor, tokens_B: Tensor | int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``f_i`` of equation 7: the fraction of a sequence's tokens that chose expert i.
+
+    Args:
+        assignments_BE: [B, E], the valid tokens that chose each expert.
+        tokens_B: as for :func:`load_balance_loss`.
+
+    Returns:
+        [B, E] of the dtype.
+    """
+    if dtype != torch.get_default_dtype():  # which whole numbers become by division
+        assignments_BE = assignments_BE.to(dtype)
+    return (assignments_BE / _per_sequence(tokens_B)).to(dtype)
+
+
+def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tensor | int) -> Tensor:
     """``N * sum_i f_i Q_i``, averaged over sequences (equations 6 to 8 of Dynamic MoE).
 
-    ``f_i`` is the fraction of a sequence's tokens that chose expert i. It is not divided by the
-    number of experts that a token uses: a balanced router that uses k experts has a loss of k.
+    ``f_i`` is not divided by the number of experts that a token uses: a balanced router that uses k
+    experts has a loss of k.
 
     Args:
         prob_sums_BE: [B, E], the probabilities, summed over this part's valid tokens.
         fractions_BE: [B, E], f over all tokens of a sequence, including those on other ranks.
-        tokens_B: [B], the number of valid tokens of each sequence, including those on other ranks.
-            Sequences without tokens do not count.
+        tokens_B: [B], the number of valid tokens of each sequence, including those on other ranks,
+            or one number if all have as many. Sequences without tokens do not count.
 
     Returns:
         A scalar: this part's share of the loss. Gradients flow through Q only.
     """
-    mean_probs_BE = prob_sums_BE / tokens_B.clamp(min=1).unsqueeze(-1)
+    mean_probs_BE = prob_sums_BE / _per_sequence(tokens_B)
     loss_B = fractions_BE.shape[-1] * (fractions_BE * mean_probs_BE).sum(dim=-1)
-    return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
+    if isinstance(tokens_B, Tensor):
+        return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
+    return loss_B.sum() / len(loss_B)
 
 
-def dynamic_loss(entropy: Tensor, tokens_B: Tensor) -> Tensor:
+def _per_sequence(tokens_B: Tensor | int) -> Tensor | int:
+    """A divisor of [B, E] that is never zero."""
+    if isinstance(tokens_B, Tensor):
+        return tokens_B.clamp(min=1).unsqueeze(-1)
+    return max(tokens_B, 1)
+
+
+def dynamic_loss(entropy: Tensor, tokens: Tensor | int) -> Tensor:
     """Mean entropy of the router's distribution, in nats (equation 5 of Dynamic MoE).
 
     Args:
         entropy: a scalar, the sum over this part's valid tokens.
-        tokens_B: as for :func:`load_balance_loss`.
+        tokens: the number of valid tokens of all sequences, including those on other ranks.
 
     Returns:
         A scalar: this part's share of the mean over tokens.
     """
-    return entropy / tokens_B.sum().clamp(min=1)
+    return entropy / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))
 
 
 def sum_by_sequence(values_TE: Tensor, num_sequences: int, valid_T: Tensor | None) -> Tensor:
@@ -65,9 +91,16 @@ def sum_entropy(probs_TE: Tensor, valid_T: Tensor | None) -> Tensor:
     return (entropy_T if valid_T is None else entropy_T * valid_T).sum()
 
 
-def count_tokens(values_TE: Tensor, num_sequences: int, valid_T: Tensor | None) -> Tensor:
-    """The valid tokens of each sequence, [B] int64; arguments as for :func:`sum_by_sequence`."""
-    if valid_T is not None:
-        return valid_T.view(-1, num_sequences).sum(dim=0)
-    tokens = len(values_TE) // num_sequences
-    return values_TE.new_full((num_sequences,), tokens, dtype=torch.int64)
+def count_tokens(
+    values_TE: Tensor, num_sequences: int, valid_T: Tensor | None
+) -> tuple[Tensor | int, Tensor | int]:
+    """Count valid tokens; arguments as for :func:`sum_by_sequence`.
+
+    Returns:
+        Those of each sequence, and those of all. Without padding the host knows both numbers, and
+        the device has nothing to compute; else they are [B] and a scalar, int64.
+    """
+    if valid_T is None:
+        return len(values_TE) // num_sequences, len(values_TE)
+    tokens_B = valid_T.view(-1, num_sequences).sum(dim=0)
+    return tokens_B, tokens_B.sum()

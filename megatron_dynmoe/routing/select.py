@@ -1,5 +1,8 @@
 """Top-p selection: how many experts a token uses, which ones, and with what weight."""
 
+import struct
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -50,14 +53,36 @@ def choose(
     if probs_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
     most = most_experts(probs_TE.shape[-1], max_experts)
+    one_on_the_host = probs_TE.shape[0] == 1 and probs_TE.device.type == "cpu"
+    if one_on_the_host and isinstance(threshold, float) and not torch.compiler.is_compiling():
+        return _choose_for_one(probs_TE, threshold, most)
     is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
 
     # An expert is used if the sum of those before it does not exceed the threshold yet. The first
     # expert is always used.
     order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))
     wanted_TK = before_TE[:, :most] <= threshold_in_units(threshold, probs_TE)
-    used_TK = (wanted_TK & ~is_nan_T1) | (torch.arange(most, device=probs_TE.device) == 0)
+    used_TK = wanted_TK & ~is_nan_T1
+    used_TK[:, 0] = True
     return order_TE[:, :most], used_TK
+
+
+def _choose_for_one(probs_TE: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:
+    """Choose for one token in plain numbers: to launch a tensor's operations takes longer.
+
+    Units are exact in Python, too: a double times a power of two, and whole numbers of any size.
+    """
+    (probs,) = probs_TE.tolist()
+    limit = int(threshold_in_units(threshold, probs_TE))
+    if any(prob != prob for prob in probs):
+        probs, limit = [0.0] * len(probs), -1
+    order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)[:most]  # stable
+    total, number = 0, 0
+    while number < most and (number == 0 or total <= limit):
+        total += int(probs[order[number]] * 2**FIXED_POINT_BITS)
+        number += 1
+    used = [True] * number + [False] * (most - number)
+    return torch.tensor([order]), torch.tensor([used])
 
 
 @torch.no_grad()
@@ -117,11 +142,23 @@ def most_experts(num_experts: int, max_experts: int | None) -> int:
     return min(num_experts, max_experts)
 
 
-def threshold_in_units(threshold: Tensor | float, probs_TE: Tensor) -> Tensor:
+def threshold_in_units(threshold: Tensor | float, probs_TE: Tensor) -> Tensor | int:
     """Return the threshold in units of 2**-60, int64; negative for NaN, so every sum exceeds it."""
+    is_number = isinstance(threshold, float) and probs_TE.dtype == torch.float32
+    if is_number and not torch.compiler.is_compiling():
+        return _number_in_units(threshold)
     threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype, device=probs_TE.device)
     units = _in_units(threshold.nan_to_num(nan=-1).clamp(min=-1, max=1))
     return torch.where(threshold >= 1, NEVER_EXCEEDED, units)
+
+
+@lru_cache(maxsize=1024)
+def _number_in_units(threshold: float) -> int:
+    """The same without a tensor's launches, which one token feels: a number rounded to float32."""
+    if threshold != threshold:
+        return -(2**FIXED_POINT_BITS)
+    (rounded,) = struct.unpack("f", struct.pack("f", min(max(threshold, -1.0), 1.0)))
+    return NEVER_EXCEEDED if rounded == 1 else int(rounded * 2**FIXED_POINT_BITS)
 
 
 def _in_units(values: Tensor) -> Tensor:

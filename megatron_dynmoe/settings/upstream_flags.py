@@ -41,6 +41,10 @@ class Ignored:
 _FIXED_K = "it takes a fixed number of experts per token for granted"
 _CAP = "use --moe-dynamic-max-experts-per-token to bound the worst case"
 _TOP_K_ONLY = "it belongs to upstream's top-k selection"
+_GROUPS = (
+    "top-p takes the most probable experts until their sum exceeds the threshold, and these may "
+    "lie outside the groups or devices that a token is limited to"
+)
 _FLEX = "only used by the flex dispatcher"
 _NCCLEP = "only used by ncclep, which is refused"
 _LEAVE_OUT = "leave it out"
@@ -92,15 +96,21 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_router_force_load_balancing": Works("random logits, for benchmarks"),
     "moe_router_force_biased": Works("biased random logits, for benchmarks"),
     "moe_router_score_function": Refused(
-        ("softmax",), "top-p needs probabilities that sum to 1", "use softmax"
+        ("softmax",),
+        "top-p needs probabilities that sum to 1. Sigmoid scores do if each is divided by their "
+        "sum, but no kernel, no export and no first threshold knows such a rule yet",
+        "use softmax",
     ),
-    "moe_router_num_groups": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
-    "moe_router_group_topk": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
-    "moe_router_topk_limited_devices": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
+    "moe_router_num_groups": Refused((None,), _GROUPS, _LEAVE_OUT),
+    "moe_router_group_topk": Refused((None,), _GROUPS, _LEAVE_OUT),
+    "moe_router_topk_limited_devices": Refused((None,), _GROUPS, _LEAVE_OUT),
     "moe_router_topk_scaling_factor": Refused((None,), _TOP_K_ONLY, _LEAVE_OUT),
     "moe_router_pre_softmax": Ignored("dynamic routing always selects after the softmax"),
     "moe_router_enable_expert_bias": Refused(
-        (False,), "its update steers top-k selection", "balance with --moe-aux-loss-coeff"
+        (False,),
+        "with a bias for selection alone the probabilities that are taken need not exceed the "
+        "threshold, which is top-p's rule",
+        "balance with --moe-aux-loss-coeff",
     ),
     "moe_router_bias_update_rate": Ignored("only used with expert bias, which is refused"),
     "moe_router_quantile_balancing_ema": Ignored("only used by quantile_balancing"),

@@ -20,6 +20,7 @@ _FROM_1 = (
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "moe_router_topk"),
     *("global_batch_size", "eval_global_batch_size", "eval_micro_batch_size"),
     *("recompute_num_layers", "lr_decay_iters", "lr_decay_samples"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     "distributed_timeout_minutes",
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),

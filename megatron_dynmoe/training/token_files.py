@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets import gpt_dataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dynmoe.checkpoints.collective import cause
 from megatron_dynmoe.data.check import Vocabulary, check_dataset
-from megatron_dynmoe.data.finding import FAILED
+from megatron_dynmoe.data.finding import FAILED, WARNING
 from megatron_dynmoe.training import data_order, splits
 
 # The check at start-up reads about this many bytes of each .bin file.
@@ -28,6 +29,8 @@ _DATA_FLAGS = (
     *("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"),
     "per_split_data_args_path",
 )
+# Flags that tell documents apart, which upstream does by the token that ends each of them.
+_BY_EOD = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 _OTHER_TOKENIZER = "preprocess the text with the tokenizer of the run"
 
 
@@ -43,12 +46,15 @@ def check_token_files(args: Any) -> None:
 
     Raises:
         ValueError: a file is missing or damaged, or holds an id that the model has no embedding
-            for; the message gives the file's name, the position and the remedy.
+            for, or documents are to be told apart and do not end with eod; the message gives the
+            file's name, the position and the remedy.
     """
     if args.mock_data:
         return
     reads = os.environ.get("LOCAL_RANK", "0") == "0"
-    vocabulary = Vocabulary(args.padded_vocab_size, None, "the model's embedding")
+    by_eod = [flag for flag in _BY_EOD if getattr(args, flag, False)]
+    eod = build_tokenizer(args).eod if by_eod and reads else None
+    vocabulary = Vocabulary(args.padded_vocab_size, eod, "the model's embedding")
     on_all_ranks, per_split = _blends(args)
     for flag, blend in _flags_of(args, on_all_ranks, per_split):
         splits.check_weights(flag, blend)
@@ -64,6 +70,12 @@ def check_token_files(args: Any) -> None:
         check = check_dataset(prefix, vocabulary, BYTES_LOOKED_AT)
         if check.state == FAILED:
             raise ValueError(f"{flag}: {check.found}. Remedy: {check.remedy}.")
+        if check.state == WARNING:
+            asked_for = f"--{by_eod[0].replace('_', '-')}"
+            raise ValueError(
+                f"{asked_for} is given, which knows documents by eod, the id {eod}. {flag}: "
+                f"{check.found}. Remedy: {check.remedy}, or leave {asked_for} out."
+            )
     if reads:
         training = splits.check_splits(args, on_all_ranks, per_split)[0]
         _note_order(args, training)

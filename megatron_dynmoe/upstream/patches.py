@@ -24,6 +24,7 @@ def install() -> None:
     _use_the_packaged_dataset_helpers()
     _save_without_a_helper_process()
     _step_with_few_kernels()
+    _leave_sorted_rows()
     _resume_the_distributed_optimizer()
     _resume_under_another_layout()
     _guard_checkpoints()
@@ -92,6 +93,19 @@ def _step_with_few_kernels() -> None:
         setattr(optimizer, build, fewer_kernels.fused(getattr(optimizer, build)))
     if kernels.available(torch.device("cuda")):
         fewer_kernels.use_rope_kernel()
+
+
+def _leave_sorted_rows() -> None:
+    """``megatron/core/transformer/moe/token_dispatcher.py`` sorts rows by rank and expert.
+
+    It does so if there is but one rank, too: it splits them by expert and puts them together again
+    as they were, twice in each layer and direction.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_dynmoe.upstream.fewer_kernels import sort_of_ranks
+
+    token_dispatcher.sort_chunks_by_idxs = sort_of_ranks(token_dispatcher.sort_chunks_by_idxs)
 
 
 def _resume_the_distributed_optimizer() -> None:

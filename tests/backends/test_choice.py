@@ -131,6 +131,26 @@ def test_a_sequence_that_cannot_be_split_is_refused(settings, backend, message):
         choose_parts(backend, split)
 
 
+@pytest.mark.parametrize(
+    ("settings", "backend", "message"),
+    [
+        ({}, "local", "runs because of --moe-dynamic-backend local, takes no heads of two sizes"),
+        ({"softmax_type": "off-by-one"}, "auto", "runs because of softmax_type off-by-one, takes"),
+        ({"qk_pos_emb_head_dim": 3}, "auto", "--qk-pos-emb-head-dim is 3.*give an even number"),
+        ({"q_lora_rank": None}, "auto", "without --q-lora-rank.*give --q-lora-rank, or leave"),
+        ({"cache_mla_latents": True}, "auto", "--cache-mla-latents is given.*leave it out"),
+    ],
+    ids=str,
+)
+def test_latent_attention_that_cannot_be_built_is_refused(settings, backend, message):
+    latent = {"multi_latent_attention": True, "q_lora_rank": 8, "qk_pos_emb_head_dim": 4}
+    model = config(qk_layernorm=True)
+    for name, value in (latent | settings).items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=message):
+        choose_parts(backend, model)
+
+
 def test_heads_that_every_rank_gets_are_accepted():
 
     split = config(context_parallel_size=2, cp_comm_type="a2a", num_query_groups=2)

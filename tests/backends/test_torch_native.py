@@ -53,6 +53,18 @@ def padded_mask() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mask", [None, padded_mask], ids=["causal", "mask"])
+@pytest.mark.parametrize("value_size", [4, 12])
+def test_heads_of_two_sizes_attend_as_in_local(value_size, mask):
+    """Local's knows its output by the size of its heads, which are the values'."""
+    ours, theirs = attentions({"kv_channels": value_size})
+    ours.softmax_scale = theirs.softmax_scale = 0.3
+    generator = torch.Generator().manual_seed(1)
+    qkv = [torch.randn(S, B, 4, size, generator=generator) for size in (8, 8, value_size)]
+    mask = mask and mask()
+    assert_alike(lambda *qkv: ours(*qkv, mask), lambda *qkv: theirs(*qkv, mask), *qkv)
+
+
+@pytest.mark.parametrize("mask", [None, padded_mask], ids=["causal", "mask"])
 @pytest.mark.parametrize(
     "settings",
     [

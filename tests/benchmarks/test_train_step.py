@@ -3,9 +3,11 @@
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import measure, text, train_step
 from benchmarks.places import Failed
@@ -16,7 +18,7 @@ from benchmarks.training import BALANCE_LOSS, Routing, Step, flags_of_training, 
 @pytest.mark.megatron
 def test_it_runs_and_writes_its_rows(tmp_path):
     command = """benchmarks/train_step.py --model paper --backends torch_native
-        --routings top_k dtop_p@1.5/4 dense --settle 1 --rounds 2
+        --routings top_k dtop_p@1.5/4 dense --references hf_grouped_mm --settle 1 --rounds 2
         --num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 2
         --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4"""
     subprocess.run(
@@ -28,8 +30,11 @@ def test_it_runs_and_writes_its_rows(tmp_path):
     with (tmp_path / "train_step.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}
     names = [f"torch_native {routing}" for routing in ("top_k", "dtop_p@1.5/4", "dense")]
-    assert list(rows) == [*names, f"{names[1]} / {names[0]}", f"{names[2]} / {names[0]}"]
+    theirs = "hf_grouped_mm top_k"
+    ratios = [f"{name} / {names[0]}" for name in names[1:]]
+    assert list(rows) == [*names, theirs, *ratios, *(f"{name} / {theirs}" for name in names)]
     top_k, dtop_p, dense = (rows[name] for name in names)
+    assert float(rows[theirs]["experts_per_token"]) == 2 and rows[theirs]["routing_share"] == ""
     assert all(row["workload"].startswith("train: 2 layers, hidden 32") for row in rows.values())
     assert float(top_k["experts_per_token"]) == 2
     assert 1 < float(dtop_p["experts_per_token"]) < 2.2
@@ -43,7 +48,37 @@ def test_it_runs_and_writes_its_rows(tmp_path):
         of_ceiling = float(row["tflops_per_s"]) / float(row["ceiling_tflops_per_s"])
         assert float(row["of_ceiling"]) == pytest.approx(of_ceiling, abs=1e-3)
     profile = (tmp_path / "train_step_profile.txt").read_text()
-    assert profile.count("Self CPU time total") == 3
+    assert profile.count("Self CPU time total") == 4
+
+
+@pytest.mark.megatron
+def test_the_reference_is_a_mixtral_that_learns():
+    from transformers import MixtralForCausalLM
+
+    from benchmarks.training import build
+
+    args = SimpleNamespace(
+        **{"world_size": 1, "seed": 3, "padded_vocab_size": 50, "hidden_size": 16, "num_layers": 2},
+        **{"ffn_hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 16},
+        **{"layernorm_epsilon": 1e-5, "num_experts": 4, "params_dtype": torch.float32},
+        **{"weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8},
+        **{"lr": 1e-2, "min_lr": 1e-3, "lr_warmup_iters": 0, "train_iters": 10, "clip_grad": 1.0},
+    )
+    text = torch.arange(36).view(2, 2, 9) % 50  # two micro-batches of two sequences
+    batch = [{"tokens": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in text]
+    reference = build(args, [batch] * 5, "hf_eager", "top_k")
+    assert isinstance(reference.model, MixtralForCausalLM)
+    losses = []
+    for _ in range(5):
+        with torch.no_grad():
+            logits = torch.cat([reference.model(part["tokens"]).logits for part in batch])
+        labels = text[..., 1:].flatten()
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels).item())
+        reference.step()
+    assert losses == sorted(losses, reverse=True)
+    assert reference.model.config.router_aux_loss_coef == pytest.approx(1e-2)
+    with pytest.raises(ValueError, match="hf_eager routes by top_k"):
+        build(args, [], "hf_eager", "dtop_p")
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def first_run_of_a_step_is_wrong(recorder: Any) -> Iterator[None]:
         calls.append(None)
         if len(calls) % 2 == 1:
             for router in routers_of(model):
-                router.counters.sums.assignments += 1000
+                router.counters.sums.assignments.add_(1000)
         update(self, model, *args, **kwargs)
 
     with replaced(GlobalBatchUpdate, "__call__", wrong_at_first):

@@ -1,8 +1,9 @@
 """Transformer Engine through Megatron's loop: trainings as on torch_native, and checkpoints.
 
 Without a GPU its double runs (tests/doubles); ``make test-te`` asks the original. Whether it is
-installed is settled when Megatron is imported. So there are three sessions: one without it, which
-saves what all trainings begin with; one with it; and one without it that goes on from there.
+installed is settled when Megatron is imported. So three sessions follow each other: that of all
+modules, without it, which saves what trainings begin with; one with it; and, among the long tests,
+one without it that goes on from there.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.agreement import tensors as tensors_of
-from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
-from tests.doubles.on_cpu import possible, run_with_transformer_engine
+from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add, run_session
+from tests.doubles.on_cpu import has_the_original, possible, run_with_transformer_engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -44,7 +45,7 @@ FLAGS = {  # what a training on Transformer Engine is named after
 }
 RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Tensor parallelism pads the vocabulary to a multiple of this times its ranks.
-MODEL = f"{TINY} --make-vocab-size-divisible-by 16"
+MODEL = f"{TINY} --num-layers 2 --make-vocab-size-divisible-by 16"
 MODELS = {
     "dtop_p": f"{MODEL} {DTOP_P}",
     "shared": f"{MODEL} --moe-dynamic-routing top_p --moe-dynamic-threshold 0.3 --qk-layernorm "
@@ -60,8 +61,9 @@ AFTER: list[Case] = []
 
 
 def case(session: list[Case], name: str, num_ranks: int, flags: str, **fields: Any) -> Case:
-    session.append(Case(name, num_ranks, flags, **fields))
-    return session[-1]
+    one = Case(f"te_{name}" if session is BEFORE else name, num_ranks, flags, **fields)
+    session.append(one if session is not BEFORE or has_the_original() else add(one))
+    return one
 
 
 def loading(folder: str) -> str:
@@ -79,7 +81,7 @@ WEIGHTS = {
         BEFORE,
         f"weights_{model}",
         1,
-        f"{flags} {ALLTOALL} {NATIVE} --train-iters 1 --save {{dir}}/weights_{model} "
+        f"{flags} {ALLTOALL} {NATIVE} --train-iters 1 --save {{dir}}/te_weights_{model} "
         "--save-interval 1",
     )
     for model, flags in MODELS.items()
@@ -89,7 +91,7 @@ ON_NATIVE = {
         BEFORE,
         f"native_{model}",
         1,
-        f"{flags} {ALLTOALL} {NATIVE} {fresh('{dir}/weights_' + model)}",
+        f"{flags} {ALLTOALL} {NATIVE} {FLAGS['grouped']} {fresh('{dir}/te_weights_' + model)}",
         hooks=GRADIENTS,
         after=(WEIGHTS[model],),
     )
@@ -99,7 +101,7 @@ ON_NATIVE = {
 
 def on_te(session: list[Case], model: str, words: str = "", num_ranks: int = 1) -> Case:
     flags = " ".join((MODELS[model], ALLTOALL, TE, *(FLAGS[word] for word in words.split())))
-    flags += f" {fresh('{before}/weights_' + model)}"
+    flags += f" {fresh('{before}/te_weights_' + model)}"
     return case(session, "_".join((model, *words.split())), num_ranks, flags, hooks=GRADIENTS)
 
 
@@ -108,9 +110,7 @@ TRAINED = [
     on_te(WITH_TE, "dtop_p", "grouped"),
     on_te(WITH_TE, "dtop_p", "fused"),
     on_te(WITH_TE, "dtop_p", "fused ep2", 2),
-    on_te(WITH_TE, "dtop_p", "allgather ep2", 2),
     on_te(WITH_TE, "dtop_p", "pp2", 2),
-    on_te(WITH_TE, "shared"),
     on_te(WITH_TE, "shared", "fused tp2", 2),
     on_te(WITH_TE, "shared", "ep2", 2),
 ]
@@ -154,7 +154,7 @@ ON_LOCAL, *BIASED_ON_TE = (
     for name, flags in (
         ("biased_local", f"{EP2} --transformer-impl local"),
         ("biased_ep2", f"{EP2} {TE}"),
-        ("biased_tp2", f"{FLAGS['tp2']} {TE}"),
+        ("biased_tp2", f"{FLAGS['tp2']} {EP2} {FLAGS['whole']} {TE}"),  # upstream refuses others
     )
 )
 
@@ -163,31 +163,44 @@ ON_LOCAL, *BIASED_ON_TE = (
 LAYOUTS = {"one": (1, ""), "ep2": (2, f"{EP2} {RESHARDABLE}")}
 
 
-def whole(session: list[Case], backend: str, layout: str) -> Case:
+def takes_steps(session: list[Case], name: str, backend: str, layout: str, **fields: Any) -> Case:
     num_ranks, flags = LAYOUTS[layout]
-    name = f"{backend.split('_')[-1]}_{layout}"
     flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {flags} --train-iters {STEPS}"
-    return case(session, name, num_ranks, f"{flags} --save {{dir}}/{name} --save-interval {HALF}")
+    return case(session, f"{name}_{layout}", num_ranks, f"{flags} {fields.pop('more')}", **fields)
 
 
-def goes_on(session: list[Case], backend: str, origin: Case, where: str, layout: str) -> Case:
-    num_ranks, flags = LAYOUTS[layout]
-    name = f"{backend.split('_')[-1]}_{layout}_from_{origin.name}"
-    flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {flags} --train-iters {STEPS}"
-    flags += f" {loading(f'{{{where}}}/{origin.name}')} --ckpt-step {HALF}"
-    return case(session, name, num_ranks, flags, after=(origin,) if where == "dir" else ())
+def saves(session: list[Case], name: str, backend: str) -> dict[str, Case]:
+    """By layout."""
+    folder = f"te_{name}" if session is BEFORE else name
+    more = f"--save-interval {HALF} --save {{dir}}/{folder}_"
+    return {
+        layout: takes_steps(session, name, backend, layout, more=more + layout)
+        for layout in LAYOUTS
+    }
 
 
-SAVED_BY_NATIVE = {layout: whole(BEFORE, NATIVE, layout) for layout in LAYOUTS}
-SAVED_BY_TE = {layout: whole(WITH_TE, TE, layout) for layout in LAYOUTS}
+def goes_on(
+    session: list[Case], name: str, backend: str, layout: str, origin: Case, where: str
+) -> tuple[Case, Case]:
+    more = f"{loading(f'{{{where}}}/{origin.name}')} --ckpt-step {HALF}"
+    after = (origin,) if where == "dir" else ()
+    return origin, takes_steps(session, name, backend, layout, more=more, after=after)
+
+
+SAVED_BY_NATIVE, SAVED_BY_TE = saves(BEFORE, "native", NATIVE), saves(WITH_TE, "saved", TE)
 EXCHANGED = {
-    f"{layout}, {way}": (origin[layout], goes_on(session, backend, origin[layout], where, layout))
-    for layout in LAYOUTS
-    for way, origin, session, backend, where in (
-        ("te to te", SAVED_BY_TE, WITH_TE, TE, "dir"),
-        ("native to te", SAVED_BY_NATIVE, WITH_TE, TE, "before"),
-        ("te to native", SAVED_BY_TE, AFTER, NATIVE, "te"),
+    f"{name}_{layout}": goes_on(WITH_TE, name, backend, layout, origin[layout], where)
+    for name, backend, layout, origin, where in (
+        ("te_to_te", TE, "ep2", SAVED_BY_TE, "dir"),
+        ("native_to_te", TE, "one", SAVED_BY_NATIVE, "before"),
+        ("native_to_te", TE, "ep2", SAVED_BY_NATIVE, "before"),
+        ("te_to_native", NATIVE, "ep2", SAVED_BY_TE, "dir"),
     )
+}
+# Now with PyTorch's Adam.
+EXCHANGED_LONG = {
+    f"te_to_native_{layout}": goes_on(AFTER, "native", NATIVE, layout, SAVED_BY_TE[layout], "te")
+    for layout in LAYOUTS
 }
 
 
@@ -199,37 +212,33 @@ def converts(session: list[Case], name: str, flags: str, *origins: Case) -> Case
 
 
 def trains_on(session: list[Case], backend: str, where: str) -> Case:
-    flags = f"{MODELS['dtop_p']} {ALLTOALL} {backend} {loading('{' + where + '}/imported')}"
-    after = (IMPORTED,) if where == "dir" else ()
-    return case(session, f"{backend.split('_')[-1]}_from_hf", 1, flags, after=after)
+    flags = f"{MODELS['shared']} {ALLTOALL} {backend} {loading('{' + where + '}/te_imported')}"
+    return case(session, "from_hf", 1, flags, after=(IMPORTED,) if where == "dir" else ())
 
 
-EXPORTED = {
-    model: converts(
-        BEFORE,
-        f"hf_{model}",
-        f"to-hf --load {{dir}}/weights_{model} --output {{dir}}/hf_{model}",
-        WEIGHTS[model],
-    )
-    for model in MODELS
-}
+EXPORTED = converts(
+    BEFORE,
+    "hf",
+    "to-hf --load {dir}/te_weights_shared --output {dir}/te_hf",
+    WEIGHTS["shared"],
+)
 IMPORTED = converts(
     BEFORE,
     "imported",
-    "from-hf --model {dir}/hf_dtop_p --save {dir}/imported",
-    EXPORTED["dtop_p"],
+    "from-hf --model {dir}/te_hf --save {dir}/te_imported",
+    EXPORTED,
 )
 FROM_HF = trains_on(BEFORE, NATIVE, "dir"), trains_on(WITH_TE, TE, "before")
 SAME_WEIGHTS = case(
     WITH_TE,
     "same_weights",
     1,
-    f"{MODELS['shared']} {ALLTOALL} {TE} {fresh('{before}/weights_shared')} {UNCHANGED} "
+    f"{MODELS['shared']} {ALLTOALL} {TE} {fresh('{before}/te_weights_shared')} {UNCHANGED} "
     "--save {dir}/same_weights --save-interval 1 --eval-iters 1 --eval-interval 1",
     hooks=(f"{CASES}:computed",),
 )
 EXPORTED_AGAIN = converts(
-    AFTER, "hf_again", "to-hf --load {te}/same_weights --output {dir}/hf_again"
+    WITH_TE, "hf", "to-hf --load {dir}/same_weights --output {dir}/hf", SAME_WEIGHTS
 )
 
 
@@ -237,8 +246,10 @@ Runs = dict[str, CaseResult]
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_session(possible(BEFORE), tmp_path_factory.mktemp("before_te"))
+def before(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    if has_the_original():
+        return run_session(possible(BEFORE), tmp_path_factory.mktemp("before_te"))
+    return {one.name: results.any(one) for one in BEFORE}
 
 
 @pytest.fixture(scope="module")
@@ -301,25 +312,35 @@ def test_biases_are_those_of_upstreams_local_experts(with_te_long, trained: Case
     assert_same_training(result(with_te_long, ON_LOCAL), result(with_te_long, trained))
 
 
-def test_a_flag_for_grouped_experts_changes_nothing(with_te) -> None:
+def test_a_flag_for_grouped_experts_changes_nothing(before, with_te) -> None:
     plain, flag = (result(with_te, one) for one in (UNGROUPED, GROUPED))
     assert plain.losses == flag.losses
     described = "> back end: transformer_engine (asked for) | experts: its grouped GEMMs"
     assert described in plain.log(0) and described in flag.log(0)
+    if not has_the_original():
+        native = result(before, ON_NATIVE["dtop_p"])
+        assert "--moe-grouped-gemm needs a GPU and becomes False" in native.log(0)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGED)
-def test_a_run_goes_on_from_the_checkpoint_of_either_back_end(
-    before, with_te, after, exchange: str
-) -> None:
-    results = before | with_te | after
-    whole, resumed = (result(results, one) for one in EXCHANGED[exchange])
+def assert_goes_on(whole: CaseResult, resumed: CaseResult) -> None:
     assert len(whole.losses) == STEPS
     # The last loss follows from the step before, so from the optimizer's state.
     assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)
     assert resumed.thresholds == pytest.approx(whole.thresholds[HALF:], abs=1e-4)
-    if exchange.endswith("te to te"):
+
+
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_a_run_goes_on_from_the_checkpoint_of_either_back_end(before, with_te, exchange) -> None:
+    whole, resumed = (result(before | with_te, one) for one in EXCHANGED[exchange])
+    assert_goes_on(whole, resumed)
+    if "te_to_te" in exchange and not has_the_original():  # a GPU may add in another order
         assert resumed.losses == whole.losses[HALF:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("exchange", EXCHANGED_LONG)
+def test_a_run_goes_on_without_transformer_engine(with_te, after, exchange) -> None:
+    assert_goes_on(*(result(with_te | after, one) for one in EXCHANGED_LONG[exchange]))
 
 
 def test_names_in_a_checkpoint(with_te, before) -> None:
@@ -331,8 +352,8 @@ def test_names_in_a_checkpoint(with_te, before) -> None:
             if name.startswith("decoder.layers")
         }
         for folder in (
-            result(with_te, SAVED_BY_TE["one"]).directory / SAVED_BY_TE["one"].name,
-            result(before, SAVED_BY_NATIVE["one"]).directory / SAVED_BY_NATIVE["one"].name,
+            result(with_te, SAVED_BY_TE["one"]).directory / "saved_one",
+            result(before, SAVED_BY_NATIVE["one"]).directory / "te_native_one",
         )
     )
     moved = te.pop("decoder.layers.pre_mlp_layernorm.weight")
@@ -350,30 +371,30 @@ def test_a_converted_checkpoint_trains_on(before, with_te) -> None:
     assert_same_training(native, te)
 
 
-def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te, after) -> None:
-    result(with_te, SAME_WEIGHTS)
-    folders = [
-        result(results, one).directory / one.name
-        for results, one in ((before, EXPORTED["shared"]), (after, EXPORTED_AGAIN))
-    ]
+def test_its_checkpoint_is_converted_to_the_same_folder(before, with_te) -> None:
+    folders = (
+        result(before, EXPORTED).directory / "te_hf",
+        result(with_te, EXPORTED_AGAIN).directory / "hf",
+    )
     one, two = (load_file(folder / "model.safetensors") for folder in folders)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     one, two = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    del one["measured_experts_per_token"]  # of the step before
+    (measured,) = result(with_te, SAME_WEIGHTS).by_layer("measured")
+    assert two.pop("measured_experts_per_token") == pytest.approx([*measured.values()])
     assert one == two
 
 
-def test_the_converted_model_computes_what_it_computed(before, with_te, after) -> None:
+def test_the_converted_model_computes_what_it_computed(before, with_te) -> None:
     from transformers import AutoModelForCausalLM
 
     import megatron_dynmoe.huggingface  # noqa: F401
 
-    result(with_te, SAME_WEIGHTS)
+    exported = result(with_te, EXPORTED_AGAIN).directory / "hf"
     # Beside what it loaded.
-    folder = result(before, WEIGHTS["shared"]).directory
-    computed = torch.load(folder / "weights_shared.computed.pt")
-    exported = result(after, EXPORTED_AGAIN)
-    model = AutoModelForCausalLM.from_pretrained(exported.directory / EXPORTED_AGAIN.name)
+    path = result(before, WEIGHTS["shared"]).directory / "te_weights_shared.computed.pt"
+    computed = torch.load(path, map_location="cpu")
     with torch.no_grad():
-        logits = model.eval()(computed["tokens"].cpu()).logits
-    torch.testing.assert_close(logits, computed["logits"].float().cpu(), rtol=0, atol=1e-4)
+        logits = AutoModelForCausalLM.from_pretrained(exported).eval()(computed["tokens"]).logits
+    torch.testing.assert_close(logits, computed["logits"].float(), rtol=0, atol=1e-4)

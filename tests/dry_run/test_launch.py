@@ -1,12 +1,14 @@
 """What a dry run is asked for, and what it refuses before it starts."""
 
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
 
 from megatron_dynmoe.cli.plan import main
-from megatron_dynmoe.dry_run import launch
+from megatron_dynmoe.dry_run import launch, machine
 from megatron_dynmoe.planning.gpus import GPUS
 from tests.helpers.commands import exit_code_of
 
@@ -105,6 +107,12 @@ def test_a_setting_that_the_formula_does_not_know_is_run_all_the_same(requests):
             1,
             "--moe-flex-dispatcher-backend is hybridep, whose kernels nothing stands in for: use",
         ),
+        (
+            "smoke --dry-run --moe-token-dispatcher-type flex --tensor-model-parallel-size 2 "
+            "--sequence-parallel",
+            1,
+            "flex: give --expert-tensor-parallel-size 1, or --moe-token-dispatcher-type alltoall.",
+        ),
         ("smoke --dry-run --use-megatron-fsdp", 1, "whose code cannot run without a GPU: leave it"),
         ("smoke --dry-run --fp8-format hybrid", 1, "whose code cannot run without a GPU: leave it"),
         ("smoke --dry-run --moe-permute-fusion", 1, "whose code cannot run without a GPU: leave"),
@@ -130,9 +138,18 @@ def test_the_cpu_is_refused(requests, monkeypatch, capsys):
 
 def test_too_little_memory_is_told_before_the_start(requests, monkeypatch, capsys):
     memory = namedtuple("memory", "available")(10**9)
-    monkeypatch.setattr(launch.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
     assert exit_code_of(main, ["smoke", "--dry-run"]) == 1
     assert "1.0 GB of this machine's memory are free, and a dry run" in capsys.readouterr().err
+
+
+def test_too_few_addresses_are_told_before_torch_wants_them():
+    """In a shell of its own: a limit cannot be taken back."""
+    command = f"ulimit -v 2000000; exec {sys.executable} -m megatron_dynmoe plan smoke --dry-run"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "limits a process to 2.0 GB of addresses" in done.stderr
+    assert "ulimit -v unlimited" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_missing_compiler_is_told_before_the_start(requests, monkeypatch, capsys):

@@ -28,8 +28,9 @@ ELSEWHERE = {
 }
 
 
-def dry_run(recipe, flags="", kernels="0"):
-    return launch.dry_run(recipe, flags.split(), None, GPUS["h200-141g"], kernels=kernels)
+def dry_run(recipe, flags="", **options):
+    options = {"kernels": "0"} | options
+    return launch.dry_run(recipe, flags.split(), None, GPUS["h200-141g"], **options)
 
 
 def waits_of_a_layer(run):
@@ -52,3 +53,17 @@ def test_what_users_add(name):
         assert waits_of_a_layer(run) == (0 if name == "worst case" else 1)
     if name != "DeepEP":
         assert run.formula.total == pytest.approx(run.result.peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "more", [{"counts": "cap"}, {"experts_per_token": 4}, {"imbalance": 2}, {"imbalance": 0.5}]
+)
+def test_more_rows_take_more_memory(more):
+    """As many as the planner says, for a model most of whose memory are rows."""
+    flags = "--expert-model-parallel-size 2 --ffn-hidden-size 512 --seq-length 128"
+    flags += " --max-position-embeddings 128 --moe-dynamic-max-experts-per-token 6"
+    usual, other = dry_run("smoke", flags), dry_run("smoke", flags, **more)
+    added = other.result.peak - usual.result.peak
+    assert (added < 0) == (more.get("imbalance", 1) < 1) and added != 0
+    assert added == pytest.approx(other.formula.total - usual.formula.total, rel=0.25)
+    assert waits_of_a_layer(other) == 1

@@ -34,6 +34,13 @@ def cases():
     for dtype in ("bf16", "fp32"):
         types = {"rows_ptr": dtype, "sums_ptr": dtype, "row_of_slot_ptr": "i64", "ends_ptr": "i64"}
         yield permute._sum_rows, types, {"BLOCK": permute.BLOCK}, 4
+    for width in (16, 512):
+        block = permute._tokens_per_program(width)
+        settings = {"BLOCK": block, "WIDTH": width}
+        types = {"map_ptr": "i1", "counts_ptr": "i32", "experts_ptr": "i64"}
+        yield permute._count_chosen, types, settings, 4
+        rows = dict.fromkeys(["ends_ptr", "token_ptr", "weight_ptr", "row_of_slot_ptr"], "i64")
+        yield permute._number_rows, {"map_ptr": "i1", "counted_ptr": "i64"} | rows, settings, 4
     for dtype in ("bf16", "fp32"):
         for back in (True, False):
             settings = {"INTERLEAVED": False, "BACK": back, "HEADS": 32, "PAIRS": 64}
@@ -50,13 +57,16 @@ def cases():
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
             yield routing_triton._forward, types, settings | {"TOP": top}, 4
             yield routing_triton._backward, types, settings, 4
+        parts = {"assignments_ptr": "i32", "not_finite_ptr": "i32"}
+        parts |= {"assignments_out": "i64", "not_finite_out": "i64"}
+        yield routing_triton._add_up_parts, parts, {"PARTS": block, "WIDTH": width}, 4
 
 
 def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name.endswith("_ptr"):
+        if name.endswith(("_ptr", "_out")):
             return "*" + types.get(name, "fp32")
         return "fp32" if name == "epsilon" else "i32"
 

@@ -7,7 +7,7 @@ from megatron_dynmoe.moe import permute as plain
 from tests.kernels.device import DEVICE
 
 pytest.importorskip("triton")
-from megatron_dynmoe.kernels.permute import sum_rows
+from megatron_dynmoe.kernels.permute import order_by_expert, sum_rows
 
 T, E = 9, 5
 
@@ -54,6 +54,27 @@ def test_there_and_back_with_weights_is_the_weighted_sum_and_so_are_its_gradient
         results.append((output, tokens.grad, weights.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unused", [0, 3])
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(T, E), (1, 1), (300, 16), (9, 512), (2049, 1), (0, 4)]
+)
+@pytest.mark.triton
+def test_the_kernels_order_rows_as_nonzero_does(tokens: int, experts: int, unused: int) -> None:
+    for share in (0.0, 0.2, 1.0):
+        drawn = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1))
+        routing_map = (drawn < share).to(DEVICE)
+        num_rows = int(routing_map.sum())
+        got = order_by_expert(routing_map, num_rows + unused, all_used=not unused)
+        token_R, weight_R, row_of_slot, end_T = got
+        chosen = routing_map.t().nonzero()  # in the order of experts, and of tokens within
+        filler = torch.tensor([tokens, tokens * experts], device=DEVICE).expand(unused, 2)
+        want = torch.stack([chosen[:, 1], chosen[:, 1] * experts + chosen[:, 0]], dim=1)
+        assert torch.equal(torch.stack([token_R, weight_R], dim=1), torch.cat([want, filler]))
+        slots, ends = plain._by_token(routing_map, want[:, 0])
+        assert torch.equal(row_of_slot[:num_rows], slots)
+        assert torch.equal(end_T, ends)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

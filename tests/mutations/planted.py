@@ -39,6 +39,8 @@ SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+APART = "tests/distributed/test_documents.py"
+LATENT = "tests/distributed/test_latent_attention.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
@@ -348,7 +350,9 @@ DISPATCHING = [
         "upstream/optimizer_state.py",
         "step = int(max(steps))",
         "step = 0",
-        ("tests/upstream/test_optimizer_state.py",),
+        (
+            "tests/upstream/test_optimizer_state.py::test_the_fourth_step_follows_from_three_of_any_adam",
+        ),
     ),
     Mutation(
         "kernel_writes_no_sum_of_no_rows",
@@ -508,6 +512,62 @@ WATCHING = [
         "fewshot_split: test",
         ("tests/use/test_evaluate.py::test_svamp",),
     ),
+    Mutation(
+        "padding_unsaid",
+        "an engine that pads every token to all experts is not told so",
+        "huggingface/modeling_dynmoe.py",
+        "if serves_itself(config) and not str",
+        "if not serves_itself(config) and not str",
+        (
+            "tests/huggingface/test_interfaces.py::"
+            "test_an_engine_that_pads_without_a_cap_is_told_the_remedy",
+        ),
+    ),
 ]
 
-MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *WATCHING]
+ATTENTION = [
+    Mutation(
+        "documents_see_each_other",
+        "documents that are to be kept apart are one",
+        "backends/documents.py",
+        ".split(lengths.tolist())",
+        ".split([int(lengths.sum())])",
+        ("tests/backends/test_documents.py::test_attention_is_that_of_each_document",),
+    ),
+    Mutation(
+        "stages_without_lengths",
+        "stages between the first and the last do not know where documents begin",
+        "training/forward.py",
+        "if not (has_lengths or is_first_or_last_pipeline_stage(vp_stage)):",
+        "if not is_first_or_last_pipeline_stage(vp_stage):",
+        (f"{APART}::test_documents_stay_apart_under_every_layout[pp2]",),
+        ("documents_native", "documents_pp2"),
+    ),
+    Mutation(
+        "data_without_ends_taken",
+        "documents are to be told apart in data that do not mark their ends",
+        "training/token_files.py",
+        "if check.state == WARNING:",
+        "if check.state == WARNING and not by_eod:",
+        ("tests/training/test_token_files.py::test_documents_without_an_end_cannot_be_told_apart",),
+    ),
+    Mutation(
+        "latent_positions_not_summed",
+        "the gradient of the keys' positions is not summed over tensor-parallel ranks",
+        "backends/torch_native.py",
+        "attention.module = LatentAttention",
+        "attention.module = MLASelfAttention",
+        (f"{LATENT}::test_every_layout_trains_it_alike[tp2]",),
+        ("latent_one", "latent_tp2"),
+    ),
+    Mutation(
+        "latent_values_cut",
+        "padded values of latent attention keep the size of the keys",
+        "backends/torch_native.py",
+        "return context[..., :value_size].flatten(2)",
+        "return context.flatten(2)",
+        ("tests/backends/test_torch_native.py::test_heads_of_two_sizes_attend_as_in_local",),
+    ),
+]
+
+MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *ATTENTION, *WATCHING]

@@ -8,6 +8,7 @@ from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
+    fractions,
     load_balance_loss,
     sum_by_sequence,
     sum_entropy,
@@ -27,13 +28,12 @@ def routing(logits, theta, values, threshold, renormalize, valid, normalized):
     probs = logits.softmax(-1)
     routing_map = select(probs, threshold)
     weights = weigh(probs, routing_map, renormalize)
-    tokens = count_tokens(routing_map, B, valid)
-    assignments = sum_by_sequence(routing_map, B, valid)
-    fractions = assignments.double() / tokens.clamp(min=1).unsqueeze(-1)
+    tokens, total = count_tokens(routing_map, B, valid)
+    f = fractions(sum_by_sequence(routing_map, B, valid), tokens, probs.dtype)
     return (
         (weights * values).sum().tanh(),
-        load_balance_loss(sum_by_sequence(probs, B, valid), fractions, tokens),
-        dynamic_loss(sum_entropy(probs, valid), tokens),
+        load_balance_loss(sum_by_sequence(probs, B, valid), f, tokens),
+        dynamic_loss(sum_entropy(probs, valid), total),
     )
 
 

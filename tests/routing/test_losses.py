@@ -8,6 +8,7 @@ import torch
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
+    fractions,
     load_balance_loss,
     sum_by_sequence,
     sum_entropy,
@@ -33,14 +34,13 @@ def random_valid(seed: int = 1) -> torch.Tensor:
 
 
 def balance(probs, routing_map, num_sequences=B, valid=None):
-    tokens = count_tokens(routing_map, num_sequences, valid)
-    assignments = sum_by_sequence(routing_map, num_sequences, valid)
-    fractions = assignments.double() / tokens.clamp(min=1).unsqueeze(-1)
-    return load_balance_loss(sum_by_sequence(probs, num_sequences, valid), fractions, tokens)
+    tokens, _ = count_tokens(routing_map, num_sequences, valid)
+    f = fractions(sum_by_sequence(routing_map, num_sequences, valid), tokens, probs.dtype)
+    return load_balance_loss(sum_by_sequence(probs, num_sequences, valid), f, tokens)
 
 
 def dynamic(probs, valid=None, tokens=None):
-    tokens = count_tokens(probs, 1, valid) if tokens is None else tokens
+    tokens = count_tokens(probs, 1, valid)[1] if tokens is None else tokens
     return dynamic_loss(sum_entropy(probs, valid), tokens)
 
 
@@ -152,20 +152,21 @@ def test_the_parts_of_a_split_sequence_add_up(padded):
     """As under tensor and context parallelism: positions on two ranks, counts of the whole."""
     probs, routing_map = random_routing()
     valid = random_valid() if padded else torch.ones(S * B, dtype=torch.bool)
-    tokens = count_tokens(routing_map, B, valid)
-    fractions = sum_by_sequence(routing_map, B, valid).double() / tokens.unsqueeze(-1)
+    tokens, total = count_tokens(routing_map, B, valid)
+    f = fractions(sum_by_sequence(routing_map, B, valid), tokens, probs.dtype)
     cut = 5 * B
     parts = [(probs[:cut], valid[:cut]), (probs[cut:], valid[cut:])]
-    shares = [load_balance_loss(sum_by_sequence(p, B, v), fractions, tokens) for p, v in parts]
+    shares = [load_balance_loss(sum_by_sequence(p, B, v), f, tokens) for p, v in parts]
     torch.testing.assert_close(sum(shares), balance(probs, routing_map, valid=valid))
-    shares = [dynamic(p, v, tokens) for p, v in parts]
+    shares = [dynamic(p, v, total) for p, v in parts]
     torch.testing.assert_close(sum(shares), dynamic(probs, valid))
 
 
 def test_counts_are_per_sequence_and_without_padding():
     _, routing_map = random_routing()
     valid = random_valid()
-    tokens = count_tokens(routing_map, B, valid)
+    tokens, total = count_tokens(routing_map, B, valid)
+    assert total == valid.sum()
     assignments = sum_by_sequence(routing_map, B, valid)
     assert assignments.dtype == tokens.dtype == torch.int64
     for b, (chosen, keep) in enumerate(zip(*map(sequences, (routing_map, valid)), strict=True)):
@@ -192,3 +193,11 @@ def test_one_hot_rows_have_no_entropy_and_a_finite_gradient(dtype):
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.isfinite().all()
+
+
+def test_padding_that_is_none_and_no_padding_are_the_same():
+    probs, routing_map = random_routing()
+    nothing_padded = torch.ones(S * B, dtype=torch.bool)
+    assert balance(probs, routing_map) == balance(probs, routing_map, valid=nothing_padded)
+    assert dynamic(probs) == dynamic(probs, nothing_padded)
+    assert count_tokens(probs, B, None) == (S, S * B)

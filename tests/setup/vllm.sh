@@ -21,7 +21,8 @@ fail() {
         "that is mended: what is already there is kept." >&2
     exit 1
 }
-[[ -x $venv/bin/python ]] || .venv/bin/python -m venv "$venv"
+# An interrupted `python -m venv` leaves an interpreter without pip.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || .venv/bin/python -m venv "$venv"
 # pip itself looks for a set of versions for many minutes; uv needs one.
 [[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv ||
     fail "could not install uv."

@@ -170,6 +170,19 @@ def test_an_id_that_has_no_embedding_is_found_at_start_up(tmp_path, wrong):
         check(path)
 
 
+@pytest.mark.parametrize("flag", ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"))
+def test_documents_without_an_end_cannot_be_told_apart(tmp_path, monkeypatch, flag):
+    from megatron_dynmoe.training import token_files
+
+    monkeypatch.setattr(token_files, "build_tokenizer", lambda args: SimpleNamespace(eod=0))
+    check(write(tmp_path / "ended", DOCUMENTS), **{flag: True})
+    path = write(tmp_path / "joined", [document[:-1] for document in DOCUMENTS if document])
+    check(path)
+    message = f"^--{flag.replace('_', '-')} is given, .* id 0. --data-path: .*joined.* --append-eod"
+    with pytest.raises(ValueError, match=message):
+        check(path, **{flag: True})
+
+
 def test_an_index_is_compared_in_blocks(tmp_path, monkeypatch):
     from megatron_dynmoe.data import check as data_check
 

@@ -72,6 +72,25 @@ def test_loading_does_not_change_how_steps_are_made(fewer_kernels, is_fused) -> 
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_rows_are_sorted_only_if_they_are_not(fewer_kernels, order: list[int]) -> None:
+    from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+
+    def sort(*given):
+        assert order != [0, 1, 2]
+        return sort_chunks_by_idxs(*given[:3], probs=given[3], fused=given[4])
+
+    rows, probs = torch.arange(12.0).view(6, 2), torch.arange(6.0)
+    sizes = torch.tensor([3, 0, 3])
+    expected = sort_chunks_by_idxs(rows, sizes, torch.tensor(order), probs=probs)
+    sort_rows = fewer_kernels.sort_of_ranks(
+        lambda rows, sizes, order, probs, fused: sort(rows, sizes, order, probs, fused)
+    )
+    found = sort_rows(rows, sizes, torch.tensor(order), probs=probs)
+    assert all(map(torch.equal, found, expected))
+    assert sort_rows(rows, sizes, torch.tensor(order))[1] is None
+
+
 def test_upstream_calls_them(fewer_kernels) -> None:
     """If this fails, upstream has changed, and the patch does nothing."""
     from megatron.core import optimizer

@@ -4,6 +4,7 @@ Nothing here runs without ``DYNMOE_VLLM``, the folder of vLLM's environment, whi
 ``make test-vllm`` makes and names.
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -19,33 +20,30 @@ from tests.vllm import reference
 from tests.vllm.server import Server, serving
 
 QUICKSTART = Path("runs/quickstart/checkpoints")
-CAP = 4
 
 
 class Case(NamedTuple):
     """One way to serve.
 
     Attributes:
-        export: the name of the model, see :func:`exported`.
+        export: the name of the model, see :func:`export`.
         flags: of the server, as a user types them.
         settings: of the reference, to the same effect.
     """
 
     export: str
-    flags: str = "--trust-remote-code"
+    flags: str
     settings: dict[str, Any] = {}  # noqa: RUF012
 
 
+CAP = {"inference_max_experts_per_token": 2}
+OURS = "--trust-remote-code --enforce-eager"
 CASES = {
-    "quickstart": Case("quickstart"),
-    "quickstart-cap": Case(
-        "quickstart",
-        f"--trust-remote-code --hf-overrides '{{\"inference_max_experts_per_token\": {CAP}}}'",
-        {"inference_max_experts_per_token": CAP},
-    ),
+    "quickstart": Case("quickstart", OURS),
+    "quickstart-cap": Case("quickstart", f"{OURS} --hf-overrides '{json.dumps(CAP)}'", CAP),
     # No theta, so that nothing but its layout tells its router from one of a fixed number.
-    "top-p": Case("top-p"),
-    "mixtral": Case("mixtral", ""),
+    "top-p": Case("top-p", OURS),
+    "mixtral": Case("mixtral", "--enforce-eager"),
 }
 
 
@@ -78,21 +76,24 @@ def served(
     from transformers import AutoTokenizer
 
     case = CASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    exported = export(case.export, folder)
+    log = tmp_path_factory.mktemp(request.param) / "server.log"
+    exported = export(case.export, tmp_path_factory.getbasetemp() / f"model-{case.export}")
     model = reference.load(exported, **case.settings)
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    with serving(environment, exported, folder / "server.log", shlex.split(case.flags)) as server:
+    with serving(environment, exported, log, shlex.split(case.flags)) as server:
         yield Served(server, model, tokenizer, case)
 
 
 def export(name: str, folder: Path) -> Path:
-    """Write a model as ``dynmoe convert`` does; return its folder.
+    """Write a model as ``dynmoe convert`` does, unless an earlier case did; return its folder.
 
     ``quickstart`` is a model of ``make quickstart``, from a short run if there is none yet. The
     others have random weights.
     """
     output = folder / name
+    if output.exists():
+        return output
+    folder.mkdir(exist_ok=True)
     if name == "quickstart":
         convert("to-hf", "--load", trained(folder), "--output", output)
         return output
@@ -105,7 +106,7 @@ def export(name: str, folder: Path) -> Path:
         export_tiny(folder / "ours", tokenizer, **shape)
         convert("to-hf", "--load", folder / "ours", "--format", "mixtral", "--output", output)
         return output
-    shape |= {"routing": "top_p", "threshold": 0.4, "qk_norm": True}
+    shape |= {"routing": "top_p", "threshold": 0.8, "qk_norm": True}
     shape |= {"shared_expert_intermediate_size": 16, "shared_expert_gate": True}
     export_tiny(folder / "ours", tokenizer, **shape)
     convert("from-hf", "--model", folder / "ours", "--save", folder / "checkpoint")

@@ -1,0 +1,105 @@
+"""Transformers serves an exported folder: over HTTP it gives what the model gives here."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dynmoe.conversion.convert import Target, to_hf
+from megatron_dynmoe.huggingface.encoding import encode_prompt
+from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
+from tests.helpers.ports import reserved_port
+from tests.helpers.tiny_export import command_environment, export_tiny, make_tokenizer
+
+NEEDED = ("fastapi", "openai", "uvicorn")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] lacks {', '.join(MISSING)}"),
+]
+PROMPTS = ("It is a truth universally acknowledged", "She was")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported folder with its settings of generation and a real tokenizer."""
+    given, folder = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("serve") / "model"
+    export_tiny(given, make_tokenizer(given), threshold=0.6, max_position_embeddings=128)
+    to_hf(given, Target(folder))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["", "--continuous-batching"], ids=["", "batching"])
+def url(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """Where a server listens, without and with continuous batching."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    more = [request.param, "--cb-num-blocks", "16"] if request.param else []
+    keeper, port = reserved_port()
+    with keeper, log.open("w") as file:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "megatron_dynmoe.huggingface", "serve", str(folder)),
+                *("--device", "cpu", *more),
+                *("--host", "127.0.0.1", "--port", port),
+            ],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=command_environment(),
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(url, server, log)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: int = 240) -> None:
+    until = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(f"no server:\n{log.read_text()[-3000:]}")
+
+
+def post(url: str, path: str, **fields: Any) -> dict[str, Any]:
+    body = json.dumps(fields).encode()
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=240) as response:
+        return json.load(response)
+
+
+def test_completions_are_those_of_generate(folder: Path, url: str) -> None:
+    tokenizer, model = load_tokenizer(folder), load_model(folder, load_config(folder))
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        assert ids[0].tolist() == encode_prompt(tokenizer, prompt)  # what dynmoe generate reads
+        how = {"do_sample": False, "max_new_tokens": 12}
+        expected = model.generate(ids, **how)[0, ids.shape[1] :]
+        answer = post(
+            url, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=12, temperature=0
+        )
+        (choice,) = answer["choices"]
+        assert choice["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+        assert answer["usage"]["completion_tokens"] == len(expected)
