@@ -193,7 +193,7 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     knobs, integrals = (
         torch.cat([getattr(router, name) for router in routers]) for name in ("knob", "integral")
     )
-    offsets = [router.theta_offset for router in routers if router.theta_offset is not None]
+    offsets: list[Tensor] = [r.theta_offset for r in routers if r.theta_offset is not None]
     thetas = 1 + torch.cat(offsets).float() if offsets else torch.ones_like(integrals)
     return torch.stack([thetas, knobs, integrals], dim=1)
 

@@ -41,8 +41,8 @@ def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder
     if kernels.available(map_TE.device):
         from megatron_dynmoe.kernels.permute import order_by_expert
 
-        token_R, weight_R, *slots = order_by_expert(map_TE, num_rows, all_used)
-        return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
+        token_R, weight_R, row_of_slot, end_T = order_by_expert(map_TE, num_rows, all_used)
+        return RowOrder(token_R, weight_R, num_tokens, all_used, row_of_slot, end_T)
     by_expert = map_TE.t().reshape(-1)
     if map_TE.is_cpu and all_used:
         flat_R = by_expert.nonzero().squeeze(-1)

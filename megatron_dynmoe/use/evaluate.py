@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_dynmoe.use.counting_lm import CountingLM
 
 # Names for the tasks of the papers: the folder of lm-eval, and the task's name there.
-PRESETS = {
+PRESETS: dict[str, tuple[str | Path, str]] = {
     "arc-c": ("arc", "arc_challenge"),
     "arc-e": ("arc", "arc_easy"),
     "bbh": ("bbh/cot_fewshot", "bbh_cot_fewshot"),
