@@ -36,7 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    to_hf = commands.add_parser("to-hf", help="a Megatron checkpoint to a Hugging Face folder")
+    to_hf = commands.add_parser(
+        "to-hf",
+        help="a Megatron checkpoint to a Hugging Face folder",
+        example="dynmoe convert to-hf --load runs/quickstart/checkpoints --output my-model",
+    )
     to_hf.add_argument(
         "--load",
         type=Path,
@@ -72,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         help="SentencePiece model or Hugging Face folder (default: what the training used)",
     )
 
-    from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a Megatron checkpoint")
+    from_hf = commands.add_parser(
+        "from-hf",
+        help="a Hugging Face folder to a Megatron checkpoint",
+        example="dynmoe convert from-hf --model my-model --save runs/more/checkpoints",
+    )
     from_hf.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="folder of any of the formats"
     )

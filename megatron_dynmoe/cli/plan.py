@@ -64,20 +64,23 @@ def _dry_run(prog: str, args: argparse.Namespace, flags: Sequence[str]) -> NoRet
         from megatron_dynmoe.dry_run.launch import dry_run
         from megatron_dynmoe.dry_run.report import describe
 
-        runs = [
-            dry_run(
-                args.recipe,
-                flags,
-                args.gpus,
-                GPUS[args.gpu or "h200-141g"],
-                rank=args.rank,
-                counts=args.counts or "mean",
-                imbalance=args.imbalance or 1.0,
-                experts_per_token=args.experts_per_token,
-                kernels=setting,
-            )
-            for setting in settings
-        ]
+        try:
+            runs = [
+                dry_run(
+                    args.recipe,
+                    flags,
+                    args.gpus,
+                    GPUS[args.gpu or "h200-141g"],
+                    rank=args.rank,
+                    counts=args.counts or "mean",
+                    imbalance=args.imbalance or 1.0,
+                    experts_per_token=args.experts_per_token,
+                    kernels=setting,
+                )
+                for setting in settings
+            ]
+        except ValueError as error:  # each is about a flag or a setting
+            raise UsageError(str(error)) from None
         if args.json:
             print(json.dumps([dry_run_to_json(run) for run in runs], indent=2), flush=True)
         else:

@@ -482,7 +482,8 @@ def warn_of_slots(config: DynMoEModelConfig) -> None:
             f"inference_max_experts_per_token is not set, so this engine computes all "
             f"{config.num_experts} experts for every token, however few it uses: set it in "
             "config.json, or start vLLM with --hf-overrides "
-            "'{\"inference_max_experts_per_token\": N}' (docs/serving.md: which N)."
+            "'{\"inference_max_experts_per_token\": N}' "
+            "(megatron-dynmoe's docs/serving.md says which N)."
         )
 
 

@@ -89,8 +89,15 @@ class Controller:
         Args:
             counts: the experts of each token, of all layers and micro-batches since the last
                 update: a tensor of any shape, or several. 0 stands for padding.
+
+        Raises:
+            ValueError: there are no counts.
         """
         several = [counts] if isinstance(counts, Tensor) else list(counts)
+        if not several:
+            raise ValueError(
+                "counts is empty: give the experts of each token of at least one layer."
+            )
         experts, tokens = (
             torch.stack([sums.double() for sums in each]).sum()
             for each in zip(*((one.sum(), (one > 0).sum()) for one in several), strict=True)

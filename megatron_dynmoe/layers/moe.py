@@ -197,6 +197,20 @@ def _multiply(rows_AI: Tensor, weights_EOI: Tensor, rows_per_expert: list[int]) 
     return torch.cat(done) if done else rows_AI.new_zeros(0, weights_EOI.shape[1])
 
 
+def _check_fit(router: Gate, experts: Experts) -> None:
+    num_experts, hidden_size = router.weight.shape
+    if num_experts != experts.num_experts:
+        raise ValueError(
+            f"the router has {num_experts} experts and Experts has {experts.num_experts}: give "
+            "both the same number."
+        )
+    if hidden_size != experts.gate_up_proj.shape[-1]:
+        raise ValueError(
+            f"the router's hidden size is {hidden_size} and that of Experts is "
+            f"{experts.gate_up_proj.shape[-1]}: give both the same."
+        )
+
+
 class Losses(NamedTuple):
     """The losses of a router: their scope and their coefficients.
 
@@ -258,8 +272,13 @@ class MoELayer(nn.Module):
             router: maps [T, D] to :class:`Routed`.
             experts: maps hidden states [T, D], ids and weights [T, K] to [T, D].
             losses: which losses the router is trained with; None: the defaults, DTop-p's.
+
+        Raises:
+            ValueError: router and experts are made for other numbers of experts or other sizes.
         """
         super().__init__()
+        if isinstance(router, Gate) and isinstance(experts, Experts):
+            _check_fit(router, experts)
         self.router, self.experts = router, experts
         self.losses = Losses() if losses is None else losses
         self.shared_expert = self.shared_expert_gate = None

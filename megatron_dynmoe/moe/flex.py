@@ -7,6 +7,8 @@ marks none as missing, which is wrong without an error if tokens use different n
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import fused_a2a
@@ -15,6 +17,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 DEEPEP_MOST_IDS = 32  # of one token; csrc/kernels/legacy of DeepEP asserts it
+DEEPEP_ALIGNMENT = 16  # bytes of a row; csrc/legacy/buffer.hpp asserts it
+# What Megatron-Core 0.19.2 passes by name (core/transformer/moe/fused_a2a.py).
+_PASSED = {
+    "deepep": (
+        *("topk_idx", "topk_weights", "num_tokens_per_rank", "num_tokens_per_rdma_rank"),
+        *("is_token_in_rank", "num_tokens_per_expert", "handle", "previous_event"),
+        *("async_finish", "allocate_on_comm_stream"),
+    ),
+    "hybridep": (
+        *("hidden", "routing_map", "probs", "scaling_factor", "num_of_experts_per_rank"),
+        *("pad_multiple", "num_permuted_tokens", "non_blocking"),
+    ),
+}
 
 
 class VariableKFlexTokenDispatcher(MoEFlexTokenDispatcher):
@@ -69,7 +84,8 @@ def check_flex(transformer: TransformerConfig, cap: int | None) -> None:
         cap: the most experts that a token may use; None: all.
 
     Raises:
-        ValueError: a package is missing, or DeepEP cannot take so many experts or so few ranks.
+        ValueError: a package is missing or has another interface, or cannot take the model's
+            type or size, so many experts or so few ranks.
     """
     backend, elsewhere = transformer.moe_flex_dispatcher_backend, "use alltoall"
     given = f"--moe-token-dispatcher-type is flex with --moe-flex-dispatcher-backend {backend}"
@@ -85,17 +101,53 @@ def check_flex(transformer: TransformerConfig, cap: int | None) -> None:
             f"{given}, and the package deep_ep cannot be imported: install DeepEP{branch}, or "
             f"{elsewhere}."
         )
+    _check_interface(backend, given)
+    if backend == "deepep":
+        _check_deepep(transformer, cap, given, elsewhere)
+    if transformer.params_dtype != torch.bfloat16:
+        dtype = str(transformer.params_dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{given}, whose kernels take bf16, and the model is {dtype}: give --bf16, or "
+            f"{elsewhere}."
+        )
+
+
+def _check_interface(backend: str, given: str) -> None:
+    """Refuse a version of the package whose function does not take what Megatron passes."""
+    function = (
+        fused_a2a.Buffer.dispatch
+        if backend == "deepep"
+        else fused_a2a.HybridEPBuffer.dispatch_with_permute
+    )
+    takes = inspect.signature(function).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    missing = [name for name in _PASSED[backend] if name not in takes]
+    if missing and not takes_any:
+        raise ValueError(
+            f"{given}, and {function.__qualname__} of the installed deep_ep does not take "
+            f"{', '.join(missing)}, which Megatron-Core passes: install its newest version, or use "
+            "alltoall."
+        )
+
+
+def _check_deepep(
+    transformer: TransformerConfig, cap: int | None, given: str, elsewhere: str
+) -> None:
     tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
-    if backend != "deepep":
-        return
     if tensor * transformer.expert_model_parallel_size == 1:
         raise ValueError(f"{given}, which needs more than one expert-parallel rank: {elsewhere}.")
     ids = tensor * (cap or transformer.num_moe_experts)
     if ids > DEEPEP_MOST_IDS:
         experts = f"{cap or 'not given'}, so a token may use {cap or transformer.num_moe_experts}"
         per_rank = "" if tensor == 1 else f" on each of {tensor} tensor-parallel ranks"
+        most = DEEPEP_MOST_IDS // tensor
+        remedy = f"give at most {most}, for inference, too, or {elsewhere}" if most else elsewhere
         raise ValueError(
             f"--moe-dynamic-max-experts-per-token is {experts}{per_rank}, and DeepEP takes at most "
-            f"{DEEPEP_MOST_IDS} ids per token: give at most {DEEPEP_MOST_IDS // tensor}, for "
-            f"inference, too, or {elsewhere}."
+            f"{DEEPEP_MOST_IDS} ids per token: {remedy}."
+        )
+    if transformer.hidden_size * torch.bfloat16.itemsize % DEEPEP_ALIGNMENT:
+        raise ValueError(
+            f"--hidden-size is {transformer.hidden_size}, and DeepEP sends rows of bf16 in whole "
+            f"pieces of {DEEPEP_ALIGNMENT} bytes: use a multiple of 8, or {elsewhere}."
         )

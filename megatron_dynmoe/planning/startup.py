@@ -61,7 +61,7 @@ def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> st
         "no max_experts_per_token is set" if cap is None else f"max_experts_per_token is {cap}"
     )
     remedy = (
-        f"{fitting} is the largest that cannot"
+        f"{fitting} is the largest with which it always fits"
         if fitting is not None
         else "no value rules it out: try a lower --micro-batch-size or --recompute-granularity full"
     )

@@ -10,8 +10,6 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from megatron_dynmoe.runs import metric_names as names
 from megatron_dynmoe.runs.folder import EVENT_FILES, RESOLVED, TENSORBOARD, has_events
 from megatron_dynmoe.settings.command_line import UsageError
@@ -116,6 +114,8 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Series]]:
             f"{run_dir} is not the folder of a run: {reason}. Give the folder that training was "
             "given as --run-dir."
         )
+    import yaml  # a benchmark on a bare machine imports this module and reads no run
+
     resolved = yaml.safe_load(resolved_file.read_text())
     named = resolved.get("megatron", {}).get("tensorboard_dir")
     scalars = read_scalars(run_dir, Path(named) if named else None)

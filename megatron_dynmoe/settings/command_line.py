@@ -106,8 +106,10 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, example: str | None = None, **kwargs: Any) -> None:
         """Build the parser; ``example`` is a command line that ends its help."""
         kwargs = {"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs}
-        if sys.argv[0].startswith("dynmoe "):  # so does the command of that name
-            kwargs["prog"] = sys.argv[0]
+        started = sys.argv[0]
+        is_part = kwargs.get("prog", "").startswith(f"{started} ")  # such as `convert to-hf`
+        if started.startswith("dynmoe ") and not is_part:  # so does the command of that name
+            kwargs["prog"] = started
         super().__init__(*args, **kwargs)
         if example is not None:
             self.epilog = f"{self.epilog or ''}\n{EXAMPLE}{example}".lstrip()

@@ -13,7 +13,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_dynmoe.model.settled import Settled
@@ -159,6 +158,8 @@ def _write_settings(run_dir: Path, args: Namespace, settled: Settled) -> dict[st
         **settled.to_dict(),
         "megatron": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
+    import yaml  # a benchmark on a bare machine imports this module and has no such folder
+
     (run_dir / names.RESOLVED).write_text(yaml.safe_dump(settings, sort_keys=False))
     return before
 

@@ -1,1 +1,5 @@
-"""The only place that changes Megatron: every patch, with its reason and its end."""
+"""Every patch of Megatron that a training on a GPU needs, each with its reason.
+
+``backends/cpu.py`` replaces more functions without a GPU, ``dry_run/`` in its own process, and
+``checkpoints/load.py`` one while it loads.
+"""

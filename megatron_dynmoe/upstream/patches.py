@@ -1,4 +1,4 @@
-"""The only place that patches upstream or depends on its version.
+"""Every patch of upstream that a training on a GPU needs.
 
 Each patch says what upstream does, in which file, and why that does not work here. A test fails if
 upstream changes so that a patch is no longer needed.

@@ -80,7 +80,8 @@ def read_tokens(
 ) -> Tensor:
     """Read the first tokens of some files, packed into sequences as for training.
 
-    Each document is encoded as in training, one after another: see :mod:`.huggingface.encoding`.
+    Each document is encoded as in training, one after another: see
+    :mod:`megatron_dynmoe.huggingface.encoding`.
 
     Args:
         data: files of text, folders or globs; see :mod:`megatron_dynmoe.data.readers`.

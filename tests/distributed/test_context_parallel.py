@@ -25,6 +25,7 @@ LARGE = "--moe-aux-loss-coeff 1.0 --moe-dynamic-dynamic-loss-coeff 1.0"
 VOCABULARY = "--make-vocab-size-divisible-by 16"
 BY_SEQUENCE = "--moe-router-load-balancing-type seq_aux_loss"
 BY_BATCH = "--moe-router-load-balancing-type global_aux_loss"
+BY_MICRO_BATCH = "--moe-router-load-balancing-type aux_loss"
 PER_TOKEN = "--calculate-per-token-loss"
 
 # name: flags of both, then ranks and flags of the layouts
@@ -35,7 +36,7 @@ TRAININGS: dict[str, tuple[str, dict[str, tuple[int, str]]]] = {
     ),
     "by_batch": (f"{LARGE} {BY_BATCH}", {"cp4_ep2": (4, f"{CP4} {EP2}")}),
     "per_token": (f"{LARGE} {PER_TOKEN} {BY_SEQUENCE}", {"cp2_pp2": (4, f"{CP2} {PP2}")}),
-    "tp2": (f"{LARGE} {VOCABULARY}", {"cp2_tp2": (4, f"{CP2} {TP2} {EP2}")}),
+    "tp2": (f"{LARGE} {VOCABULARY} {BY_MICRO_BATCH} {GQA}", {"cp2_tp2": (4, f"{CP2} {TP2} {EP2}")}),
 }
 
 

@@ -70,6 +70,13 @@ REFUSED = {
     "--make-vocab-size-divisible-by 16": "token is 20, so a token may use 20 on each of 2 "
     "tensor-parallel ranks, and DeepEP takes at most 32 ids per token: give at most 16",
 }
+REFUSED |= {
+    f"{flex(backend)} {EP2}": "whose kernels take bf16, and the model is float32: give --bf16"
+    for backend in BACKENDS
+}
+REFUSED[f"{flex('deepep')} {EP2} --bf16 --num-attention-heads 2 --hidden-size 36"] = (
+    "--hidden-size is 36, and DeepEP sends rows of bf16 in whole pieces of 16 bytes: use a multiple"
+)
 REFUSALS = {
     flags: case(f"refused_{number}", 1 + ("parallel-size 2" in flags), f"{TINY} {DTOP_P} {flags}")
     for number, flags in enumerate(REFUSED)

@@ -25,7 +25,7 @@ MISTAKES = {
     "--moe-token-dispatcher-type flex": ("deep_ep cannot be imported", "use alltoall"),
     "--moe-router-load-balancing-type sinkhorn": ("sinkhorn", "seq_aux_loss"),
     "--moe-router-score-function sigmoid": ("sum to 1", "use softmax"),
-    "--moe-router-enable-expert-bias": ("top-k",),
+    "--moe-router-enable-expert-bias": ("top-p's rule", "balance with --moe-aux-loss-coeff"),
     "--moe-dynamic-target-experts-per-token 9": ("use 1 to 8",),
     "--moe-dynamic-max-experts-per-token 0": ("use 1 to 8",),
     "--moe-dynamic-threshold 0.4": ("use --moe-dynamic-initial-threshold",),

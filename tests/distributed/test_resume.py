@@ -290,7 +290,7 @@ def test_weights_of_a_top_k_run_can_be_loaded(results: Results) -> None:
     ids=["ep", "distributed"],
 )
 def test_upstream_still_needs_the_patches(results: Results, case: Case, error: str) -> None:
-    assert error in (results.any(case).error or "it resumes: remove the patch from compat.py")
+    assert error in (results.any(case).error or "it resumes: remove the patch")
 
 
 def test_parameter_groups_without_counterpart_are_refused() -> None:

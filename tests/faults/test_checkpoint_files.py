@@ -270,7 +270,7 @@ def test_upstream_still_needs_the_patches() -> None:
     from megatron.training import checkpointing, dist_signal_handler
 
     save = inspect.getsource(inspect.unwrap(checkpointing.save_checkpoint))
-    assert "maybe_msc.open(tracker_filename, 'w')" in save, "it may be safe: see compat.py"
+    assert "maybe_msc.open(tracker_filename, 'w')" in save, "it may be safe: see patches.py"
     read = inspect.getsource(checkpointing.read_metadata)
     assert "sys.exit()" in read
     assert inspect.signature(dist_signal_handler.DistributedSignalHandler).parameters["sig"]

@@ -126,6 +126,9 @@ def test_all_routers_of_a_model_share_the_threshold_and_it_is_saved_with_them(tm
         (lambda: Controller(layer(), target=9), "target_experts_per_token is 9.*use 1 to 8"),
         (lambda: Controller(layer(), target=2, min_treshold=0.1), "did you mean min_threshold"),
         (lambda: Controller(nn.Linear(2, 2), target=2), "no megatron_dynmoe.Router"),
+        (lambda: Controller(layer(), target=2).update([]), "counts is empty"),
+        (lambda: MoELayer(Router(8, 4), Experts(8, 5, 8)), "4 experts and Experts has 5"),
+        (lambda: MoELayer(Router(8, 4), Experts(6, 4, 8)), "hidden size is 8 .* is 6"),
         (
             lambda: Controller(nn.Sequential(layer(), layer(max_experts_per_token=2)), target=2),
             "2 routers differ in size, cap",

@@ -1,5 +1,7 @@
 """What DeepEP gets from a routing map, against plain loops."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,3 +38,19 @@ def test_ids_and_weights_are_those_of_the_map(most):
         assert weights_TK[token].tolist() == expected
     weights_TK.sum().backward()
     assert torch.equal(probs_TE.grad, map_TE.float())
+
+
+def test_a_version_with_another_interface_is_refused(monkeypatch):
+    from megatron.core.transformer.moe import fused_a2a
+
+    from megatron_dynmoe.moe.flex import check_flex
+
+    class Buffer:
+        def dispatch(self, x, topk_idx, topk_weights, handle):
+            raise AssertionError
+
+    monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
+    monkeypatch.setattr(fused_a2a, "Buffer", Buffer, raising=False)
+    transformer = SimpleNamespace(moe_flex_dispatcher_backend="deepep")
+    with pytest.raises(ValueError, match=r"Buffer\.dispatch .* does not take num_tokens_per_rank"):
+        check_flex(transformer, 2)

@@ -184,6 +184,5 @@ def _few(checks: Iterable[Check]) -> Iterator[Check]:
             yield check
     for name, found in seen.items():
         if more := found[_SHOWN:]:
-            yield Check(
-                name, FAILED, f"and {len(more)} more findings of this kind", more[-1].remedy
-            )
+            state = FAILED if any(check.state == FAILED for check in more) else more[-1].state
+            yield Check(name, state, f"and {len(more)} more findings of this kind", more[-1].remedy)
