@@ -36,7 +36,7 @@ TRAININGS: dict[str, tuple[str, dict[str, tuple[int, str]]]] = {
     ),
     "by_batch": (f"{LARGE} {BY_BATCH}", {"cp4_ep2": (4, f"{CP4} {EP2}")}),
     "per_token": (f"{LARGE} {PER_TOKEN} {BY_SEQUENCE}", {"cp2_pp2": (4, f"{CP2} {PP2}")}),
-    "tp2": (f"{LARGE} {VOCABULARY} {BY_MICRO_BATCH} {GQA}", {"cp2_tp2": (4, f"{CP2} {TP2} {EP2}")}),
+    "tp2": (f"{LARGE} {VOCABULARY} {BY_MICRO_BATCH}", {"cp2_tp2": (4, f"{CP2} {TP2} {EP2}")}),
 }
 
 
