@@ -36,7 +36,7 @@ Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they 
 same command continues from there, or after a crash from the last checkpoint. A run is not trained
 again if its flags, its text and the code that trains are the same (comments and docstrings do not
 count); `--any-code` also takes finished runs of other code. The runs are in `runs/study`;
-`python tools/plot_run.py runs/study/dtop_p-seed1-* runs/study/top2-seed1-*` draws two of them into
+`dynmoe plot runs/study/dtop_p-seed1-* runs/study/top2-seed1-*` draws two of them into
 one picture.
 
 The size for a GPU ({gpu}) has not been run yet.

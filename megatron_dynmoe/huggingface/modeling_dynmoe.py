@@ -423,7 +423,6 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -435,17 +434,20 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, S] int64, the input's own tokens, which are shifted here; -100: no loss. No
                 token predicts the first one of the next packed document, whatever its label.
-            shift_labels: [B, S] int64, what each token has to predict, already shifted, as Trainer
-                gives it if a sequence is split over devices; used instead of ``labels``.
             logits_to_keep: how many of the last positions get logits, or which; 0: all.
             num_items_in_batch: predicted tokens of all batches whose losses will be added up; then
                 the loss is this batch's share and not its mean.
+            shift_labels: [B, S] int64, what each token has to predict, already shifted, as Trainer
+                gives it if a sequence is split over devices; used instead of ``labels``. (It has no
+                place among the arguments, because Trainer takes each one with that word for a
+                label that every batch has.)
             The others: see :meth:`DynMoEModel.forward`.
 
         Raises:
             TypeError: a keyword is unknown.
             ValueError: the inputs do not fit together, or the attention cannot honor one.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         check_keywords(kwargs, self.config, type(self).forward)
         outputs = self.model(
             input_ids=input_ids,

@@ -231,40 +231,28 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bo
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """probs * silu(gate) * up.
-
-    Only the inputs are kept for the backward pass, and on a CPU silu(gate).
-    """
+    """probs * silu(gate) * up; only the inputs are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
-        gate, up = gate_up_R2F.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
-        if _keeps_activations(gate) and ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gate_up_R2F, probs_R, activated)
-            return (activated * up).mul_(probs_R.unsqueeze(-1))
         ctx.save_for_backward(gate_up_R2F, probs_R)
-        return activated.mul_(up).mul_(probs_R.unsqueeze(-1))
+        gate, up = gate_up_R2F.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up).mul_(probs_R.unsqueeze(-1))
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, probs, *kept = ctx.saved_tensors
+        gate_up, probs = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        activated = kept[0] if kept else torch.nn.functional.silu(gate)
+        activated = torch.nn.functional.silu(gate)
         grad_activated = grad_RF * up
         grad_probs = torch.linalg.vecdot(grad_activated.to(probs.dtype), activated.to(probs.dtype))
-        torch.mul(activated, probs.unsqueeze(-1), out=grad_up).mul_(grad_RF)
+        torch.mul(grad_RF, activated.mul_(probs.unsqueeze(-1)), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(
             grad_activated.mul_(probs.unsqueeze(-1)), gate, grad_input=grad_gate
         )
         return grad_gate_up, grad_probs
-
-
-def _keeps_activations(gate: Tensor) -> bool:
-    """Whether silu(gate) is kept: on a CPU it takes longer to compute than to read."""
-    return gate.device.type == "cpu"
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -295,13 +283,19 @@ def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
     on the host, there is a pass only if an expert has no row, and on a CPU only over its part.
     """
     device = grad_weight_EOI.device
-    if unused_E.device.type == "cpu" and not unused_E.any():
-        return grad_weight_EOI
-    if device.type == "cpu":
-        grad_weight_EOI[unused_E] = 0
-        return grad_weight_EOI
+    if _are_on_host(unused_E):
+        if not unused_E.any():
+            return grad_weight_EOI
+        if device.type == "cpu":
+            grad_weight_EOI[unused_E] = 0
+            return grad_weight_EOI
     unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
     return grad_weight_EOI.masked_fill_(unused, 0)
+
+
+def _are_on_host(counts_E: Tensor) -> bool:
+    """Whether looking at the counts takes no wait for a device."""
+    return counts_E.device.type == "cpu"
 
 
 class _KernelLinear(torch.autograd.Function):

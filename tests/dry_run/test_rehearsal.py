@@ -33,8 +33,8 @@ ON_CPU = (
 )
 ALL_REDUCE = (
     "moe/router.py",
-    "num_local_tokens = tokens_B.sum()",
-    f"torch.distributed.all_reduce(num_local_tokens.clone(), group={GROUP})",
+    "fractions_BE = self._fractions(assignments_BE, tokens_B)",
+    f"torch.distributed.all_reduce(routed.entropy.detach().clone(), group={GROUP})",
 )
 
 

@@ -126,22 +126,6 @@ def test_on_a_cpu_only_the_gradients_of_unused_experts_are_touched(counts):
     assert torch.equal(_zero_unused(gradient, torch.tensor(counts) == 0), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_activation_that_is_kept_has_the_bits_of_one_that_is_computed_again(dtype, monkeypatch):
-    from megatron_dynmoe.moe import experts as module
-
-    gate_up, grad = torch.randn(7, 12).to(dtype), torch.randn(7, 6).to(dtype)
-    probs = torch.rand(7)
-
-    def both(keeps: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(module, "_keeps_activations", lambda _: keeps)
-        inputs = gate_up.clone().requires_grad_(), probs.clone().requires_grad_()
-        output = module._WeightedSwiGLU.apply(*inputs)
-        return [output.detach(), *torch.autograd.grad(output, inputs, grad.to(output.dtype))]
-
-    assert all(map(torch.equal, both(True), both(False)))
-
-
 def test_upstreams_fused_activation_agrees():
     native = experts("torch_native", moe_ffn_hidden_size=16)
     rows, probs = torch.randn(6, D), torch.rand(6)
