@@ -1,7 +1,8 @@
 """What Megatron computes in few kernels only with Apex or Transformer Engine.
 
 Without these, its optimizer works through one parameter after another: several kernels each, and
-for the norm a wait of the host. The functions here take all parameters at once.
+for the norm a wait of the host. The functions here take all parameters at once. Rotary positions
+get a kernel of ours, and rows that are in order are not sorted on a CPU.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def is_on_gpu() -> bool:
 
 
 def fused(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch's Adam, which upstream builds, take each step in one kernel per 100 parameters.
+    """Let torch's Adam, which upstream builds, take each step of all parameters in a few kernels.
 
-    It then keeps no temporaries either; without, there are as many as gradients.
+    It then needs no temporaries, which otherwise are as large as the parameters that it updates.
     """
 
     @functools.wraps(build)

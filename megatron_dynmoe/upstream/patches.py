@@ -1,7 +1,8 @@
 """Every patch of upstream that a training on a GPU needs.
 
-Each patch says what upstream does, in which file, and why that does not work here. A test fails if
-upstream changes so that a patch is no longer needed.
+Each patch says what upstream does, in which file, and why that does not work here. For resuming
+optimizers, the tracker, signals and the functions in few kernels, a test fails if upstream changes
+so that the patch is no longer needed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.doctor.__main__ import main
-from megatron_dynmoe.doctor.checkpoint.look import look
+from megatron_dynmoe.doctor.checkpoint.look import _few, look
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron
@@ -324,6 +324,13 @@ def test_a_save_that_was_cut_short(folder: Path) -> None:
     (folder / ".metadata").unlink()
     (found,) = look(folder.parent)
     assert found.state == FAILED and "cut short" in found.found
+
+
+@pytest.mark.parametrize("worst", [WARNING, FAILED])
+def test_the_rest_of_many_findings_is_as_bad_as_its_worst(worst: str) -> None:
+    found = [Check("copies", state, "found") for state in [WARNING] * 7 + [worst, WARNING]]
+    *_, rest = _few(found)
+    assert rest.state == worst and "3 more findings" in rest.found
 
 
 def test_many_findings_are_counted(folder: Path) -> None:
