@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
@@ -142,61 +143,77 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         Megatron's arguments; our settings with their defaults filled in; and the back end, on which
         some of Megatron's arguments depend.
     """
-    found: list[tuple[DynMoEConfig, choice.BackEnd]] = []
-    validate = megatron_arguments.validate_args
-
-    def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        run_directory.set_paths(args)
-        signals.disable_without_training(args)
-        dynmoe = settle_balance_loss(args, config_from_args(args))
-        with naming_flags(args):
-            chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
-        args.transformer_impl = chosen.implementation
-        choice.adapt_arguments(args)
-        choice.settle_masks(chosen.backend, args)
-        choice.check_norms(chosen.backend, args)
-        if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
-            transformer_engine.check_mask(args)
-        for mode, meaning in _OTHER_BATCHES.items():
-            if getattr(args, mode, None):
-                raise ValueError(
-                    f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
-                    "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
-                    "dynmoe_layer_spec and DYNMOE_CONFIG."
-                )
-        if dynmoe.is_dynamic or dynmoe.backend == "torch_native":
-            for name in _OTHER_MODELS:
-                if getattr(args, name, None):
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                        f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
-                        "builds the model's layers itself. Leave it out."
-                    )
-        check_intervals(args)
-        check_arguments(args)
-        check_query_groups(args)
-        if dynmoe.is_dynamic:
-            check_upstream_settings(args)
-        else:
-            check_top_k(args)
-        with naming_flags(args):
-            resolved = dynmoe.resolve(args.num_experts)
-        load.check_paths(args)
-        agree_with_checkpoint(args)
-        found.append((resolved, chosen))
-        return validate(args, defaults or {})
-
-    megatron_arguments.validate_args = validate_all
-    try:
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
-    finally:
-        megatron_arguments.validate_args = validate
-    if not found:
+    args = megatron_arguments.parse_args(add_flags)
+    if args.yaml_cfg is not None:
         raise ValueError(
             f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
             "checks of this entry point. Give flags instead."
         )
-    return args, *found[0]
+    if args.use_checkpoint_args:
+        _take_arguments_of_checkpoint(args)
+    resolved, chosen = _check(args)
+    # From the module, because on a CPU another function takes its place.
+    megatron_arguments.validate_args(args, {})
+    megatron_arguments.set_global_variables(args)
+    return args, resolved, chosen
+
+
+def _take_arguments_of_checkpoint(args: Namespace) -> None:
+    """Obey ``--use-checkpoint-args``, as upstream's ``parse_and_validate_args`` does."""
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError(
+            "--use-checkpoint-args is given without --load, so there are none: give --load, or "
+            "leave it out."
+        )
+    if args.non_persistent_ckpt_type == "local":
+        raise ValueError(
+            "--non-persistent-ckpt-type is local, which --use-checkpoint-args cannot read: leave "
+            "one of them out."
+        )
+    for source in ("pretrained_checkpoint", "load"):
+        load_args_from_checkpoint(args, load_arg=source)
+
+
+def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
+    """Check and complete the arguments before upstream does."""
+    run_directory.set_paths(args)
+    signals.disable_without_training(args)
+    dynmoe = settle_balance_loss(args, config_from_args(args))
+    with naming_flags(args):
+        chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
+    args.transformer_impl = chosen.implementation
+    choice.adapt_arguments(args)
+    choice.settle_masks(chosen.backend, args)
+    choice.check_norms(chosen.backend, args)
+    if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
+        transformer_engine.check_mask(args)
+    for mode, meaning in _OTHER_BATCHES.items():
+        if getattr(args, mode, None):
+            raise ValueError(
+                f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
+                "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
+                "dynmoe_layer_spec and DYNMOE_CONFIG."
+            )
+    if dynmoe.is_dynamic or dynmoe.backend == "torch_native":
+        for name in _OTHER_MODELS:
+            if getattr(args, name, None):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
+                    f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
+                    "builds the model's layers itself. Leave it out."
+                )
+    check_intervals(args)
+    check_arguments(args)
+    check_query_groups(args)
+    if dynmoe.is_dynamic:
+        check_upstream_settings(args)
+    else:
+        check_top_k(args)
+    with naming_flags(args):
+        resolved = dynmoe.resolve(args.num_experts)
+    load.check_paths(args)
+    agree_with_checkpoint(args)
+    return resolved, chosen
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:
