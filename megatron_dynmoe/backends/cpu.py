@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
 from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.refusals import FlagError
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,6 @@ FORCED_SETTINGS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
-    "persist_layer_norm": False,
     "no_persist_layer_norm": True,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": False,
@@ -223,16 +223,15 @@ def refuse_what_needs_a_gpu(args: Namespace) -> None:
     """Refuse settings for which there is no substitute on a CPU.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        FlagError: the message names the flag, its value and the remedy.
     """
     for name, (possible, reason) in _NEEDS_A_GPU.items():
         value = getattr(args, name, possible)
         if value != possible:
-            raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
+            raise FlagError(name, value, " on the CPU", reason)
     if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
-        raise ValueError(
-            "--profile is given on the CPU: it marks steps for a profiler of CUDA. Leave it out."
-        )
+        remedy = "it marks steps for a profiler of CUDA. Leave it out"
+        raise FlagError("profile", True, " on the CPU", remedy)
 
 
 def _all_gather(

@@ -36,6 +36,7 @@ from megatron_dynmoe.settings.arguments import (
 )
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
@@ -145,9 +146,11 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
     """
     args = megatron_arguments.parse_args(add_flags)
     if args.yaml_cfg is not None:
-        raise ValueError(
-            f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
-            "checks of this entry point. Give flags instead."
+        raise FlagError(
+            "yaml_cfg",
+            args.yaml_cfg,
+            ", and Megatron's experimental YAML arguments pass by the checks of this entry point",
+            "give flags instead",
         )
     if args.use_checkpoint_args:
         _take_arguments_of_checkpoint(args)
@@ -161,14 +164,15 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
 def _take_arguments_of_checkpoint(args: Namespace) -> None:
     """Obey ``--use-checkpoint-args``, as upstream's ``parse_and_validate_args`` does."""
     if args.load is None and args.pretrained_checkpoint is None:
-        raise ValueError(
-            "--use-checkpoint-args is given without --load, so there are none: give --load, or "
-            "leave it out."
+        raise FlagError(
+            "use_checkpoint_args", True, " without --load", "give --load, or leave it out"
         )
     if args.non_persistent_ckpt_type == "local":
-        raise ValueError(
-            "--non-persistent-ckpt-type is local, which --use-checkpoint-args cannot read: leave "
-            "one of them out."
+        raise FlagError(
+            "non_persistent_ckpt_type",
+            "local",
+            ", which --use-checkpoint-args cannot read",
+            "leave one of them out",
         )
     for source in ("pretrained_checkpoint", "load"):
         load_args_from_checkpoint(args, load_arg=source)
@@ -189,18 +193,22 @@ def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
         transformer_engine.check_mask(args)
     for mode, meaning in _OTHER_BATCHES.items():
         if getattr(args, mode, None):
-            raise ValueError(
-                f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
-                "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
-                "dynmoe_layer_spec and DYNMOE_CONFIG."
+            raise FlagError(
+                mode,
+                getattr(args, mode),
+                f", but {meaning} is not part of this entry point",
+                "use Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
+                "dynmoe_layer_spec and DYNMOE_CONFIG",
             )
     if dynmoe.is_dynamic or dynmoe.backend == "torch_native":
         for name in _OTHER_MODELS:
             if getattr(args, name, None):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                    f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
-                    "builds the model's layers itself. Leave it out."
+                raise FlagError(
+                    name,
+                    getattr(args, name),
+                    f", but with routing {dynmoe.routing!r} and back end {chosen.backend!r} this "
+                    "entry point builds the model's layers itself",
+                    "leave it out",
                 )
     check_intervals(args)
     check_arguments(args)

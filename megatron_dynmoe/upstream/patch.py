@@ -9,6 +9,7 @@ from typing import Any
 
 # What each function or class was before its first patch, by full name.
 _replaced: dict[str, Any] = {}
+_applied: set[str] = set()  # names of patches
 
 
 def _always() -> bool:
@@ -35,13 +36,15 @@ class Patch:
     applies: Callable[[], bool] = _always
 
     def apply(self) -> None:
-        """Replace the functions, in the order of ``wraps``, if this process needs that."""
-        if self.applies():
-            for full_name, wrap in self.wraps.items():
-                owner, name = _find(full_name)
-                found = getattr(owner, name)
-                _replaced.setdefault(full_name, found)
-                setattr(owner, name, wrap(found))
+        """Replace the functions, in the order of ``wraps``, once and if this process needs it."""
+        if self.name in _applied or not self.applies():
+            return
+        _applied.add(self.name)
+        for full_name, wrap in self.wraps.items():
+            owner, name = _find(full_name)
+            found = getattr(owner, name)
+            _replaced.setdefault(full_name, found)
+            setattr(owner, name, wrap(found))
 
 
 def upstreams(full_name: str) -> Any:

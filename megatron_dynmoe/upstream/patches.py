@@ -6,7 +6,6 @@ the row is no longer needed.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -261,9 +260,8 @@ PATCHES = (
 )
 
 
-@functools.cache
 def install() -> None:
-    """Apply the patches that this process needs, once."""
+    """Apply the patches that this process needs and does not have yet."""
     for patch in PATCHES:
         patch.apply()
 
