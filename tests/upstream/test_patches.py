@@ -82,8 +82,6 @@ def optimizers_take_one_parameter_after_another(_: Path) -> bool:
         and operations(utils.local_multi_tensor_scale, *scale) > 9
         and operations(fewer_kernels.l2_norm, *norm) < 9
         and operations(fewer_kernels.scale, *scale) < 9
-        and "fused"
-        not in source("megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups")
     )
 
 
