@@ -1,5 +1,8 @@
 """Converts checkpoints to Hugging Face folders and back.
 
+A checkpoint of either kind enters, as files that nobody has vouched for; a whole folder of the other
+kind leaves, or an error that names what is wrong. ``use`` and ``doctor`` open checkpoints here, too.
+
 formats/              the layouts of Hugging Face folders, one file each
 names.py              the parameters of a model, and their names in Megatron's checkpoints
 shapes.py             their shapes, and how entries are cut and put together

@@ -19,9 +19,9 @@ from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dynmoe.dry_run.counts import Counts
 from megatron_dynmoe.dry_run.recorder import Recorder
 from megatron_dynmoe.dry_run.request import Request
+from megatron_dynmoe.dry_run.rows import BalancedRows
 from megatron_dynmoe.dry_run.schedule import MicroBatches, Watch
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
@@ -60,8 +60,8 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
     if args.num_experts:
         share = request.experts_per_token / args.num_experts
         recorder.share_of_experts = share * request.imbalance
-    counts = Counts(request.experts_per_token, request.imbalance)
-    _watch(recorder, args, micro_batches, counts)
+    rows = BalancedRows(request.experts_per_token, request.imbalance)
+    _watch(recorder, args, micro_batches, rows)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         upstream.pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -93,7 +93,7 @@ def _set_number(args: Namespace, micro_batches: int) -> None:
 
 
 def _watch(
-    recorder: Recorder, args: Namespace, micro_batches: MicroBatches, counts: Counts
+    recorder: Recorder, args: Namespace, micro_batches: MicroBatches, rows: BalancedRows
 ) -> None:
     watch = Watch(recorder)
 
@@ -114,7 +114,7 @@ def _watch(
 
         return step
 
-    patches.watching(stepping, watch.forward, watch.backward, counts.telling).apply()
+    patches.watching(stepping, watch.forward, watch.backward, rows.telling).apply()
 
 
 def _batches(_: object, vp_stage: int | None = None) -> tuple[Iterator[Any], None, None]:

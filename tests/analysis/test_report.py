@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis import figures
-from megatron_dynmoe.analysis.counts import Counts, Shape
+from megatron_dynmoe.analysis.counts import RoutingCounts, Shape
 from megatron_dynmoe.cli import analyze as analyze_command
 from megatron_dynmoe.storage.manifest import write_manifest
 from tests.helpers.commands import exit_code_of
@@ -200,7 +200,9 @@ def test_the_star_says_whose_threshold_it_marks(
 
 
 def test_groups_that_are_not_drawn_are_said(report: Path) -> None:
-    counts = Counts.from_json(Shape(**content(report)["shape"]), content(report)["groups"]["prose"])
+    counts = RoutingCounts.from_json(
+        Shape(**content(report)["shape"]), content(report)["groups"]["prose"]
+    )
     for number, title in ((2, "kind of text"), (13, "(the 12 largest groups of 13)")):
         groups = {f"g{i}": counts for i in range(number)}
         assert figures._specialization(groups, [1, 3])[1].endswith(title)

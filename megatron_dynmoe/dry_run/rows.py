@@ -16,7 +16,7 @@ from megatron_dynmoe.dry_run import known
 
 
 @dataclass(frozen=True)
-class Counts:
+class BalancedRows:
     """How many rows go where.
 
     Attributes:
