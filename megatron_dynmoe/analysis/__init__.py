@@ -1,7 +1,6 @@
 """Shows which text uses which experts: a page for a browser, and the numbers behind it.
 
-A model that ``use`` has opened and text files enter; a folder with ``routing.json``, figures and one
-HTML page leaves.
+A model and text files enter. A folder with ``routing.json``, figures and one HTML page leaves.
 
 windows.py     cuts text files into windows of tokens, by named groups
 vocabulary.py  checks that a tokenizer is the model's

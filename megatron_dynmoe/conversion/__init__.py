@@ -1,7 +1,7 @@
 """Converts checkpoints to Hugging Face folders and back.
 
-A checkpoint of either kind enters, as files that nobody has vouched for; a whole folder of the other
-kind leaves, or an error that names what is wrong. ``use`` and ``doctor`` open checkpoints here, too.
+A checkpoint of either kind enters, as files that nobody has vouched for. A whole folder of the
+other kind leaves, or an error that names what is wrong. ``use`` opens checkpoints here, too.
 
 formats/              the layouts of Hugging Face folders, one file each
 names.py              the parameters of a model, and their names in Megatron's checkpoints
