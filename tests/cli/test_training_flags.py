@@ -16,7 +16,7 @@ from megatron_dynmoe.jobs import parse
 from megatron_dynmoe.jobs.recipes import recipe_flags
 
 pytestmark = pytest.mark.megatron
-VALUES = ("1", "0.5", "x")  # one of them is right for any type
+VALUES = ("1", "0.5", "attn")  # one of them is right for any type; the last is an enum's
 
 
 class Parsed(BaseException):
@@ -26,9 +26,10 @@ class Parsed(BaseException):
 def value_of(action: Any) -> str:
     """A value that this flag takes."""
     if action.choices:
-        return str(next(iter(action.choices)))
+        first = next(iter(action.choices))
+        return getattr(first, "name", str(first))  # of an enum
     for value in VALUES:
-        with suppress(ValueError, TypeError, ArgumentTypeError, SyntaxError, AssertionError):
+        with suppress(ValueError, TypeError, ArgumentTypeError, LookupError, AssertionError):
             if action.type is not None:
                 action.type(value)
             return value
@@ -62,6 +63,8 @@ def test_the_parser_of_a_training_takes_every_flag(words, monkeypatch) -> None:
 
     from megatron_dynmoe.training.flags import add_flags
 
+    at = words.index("--yaml-cfg")  # it would be read at once, and is refused by its name
+    words = words[:at] + words[at + 2 :]
     monkeypatch.setattr("sys.argv", ["pretrain", *words])
     found, expected = vars(parse_args(add_flags)), vars(parse.parse(words))
     assert expected.items() <= {name: found[name] for name in expected}.items()
