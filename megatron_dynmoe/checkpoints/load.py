@@ -23,6 +23,7 @@ from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_lo
 from megatron_dynmoe.checkpoints.faults import faults
 from megatron_dynmoe.checkpoints.other_backends import adopt_names
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import (
@@ -67,9 +68,11 @@ def check_paths(args: Namespace) -> None:
         if args.save_retain_interval and tracker.is_file():
             text = tracker.read_text(errors="replace").strip()
             if not text.isdigit() and (text == RELEASE or not args.ckpt_fallback):
-                raise ValueError(
-                    f"--save-retain-interval is {args.save_retain_interval}, but {tracker} holds "
-                    f"{text[:40]!r}, from which Megatron cannot count: name another --save."
+                raise FlagError(
+                    "save_retain_interval",
+                    args.save_retain_interval,
+                    f", but {tracker} holds {text[:40]!r}, from which Megatron cannot count",
+                    "name another --save",
                 )
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
@@ -77,9 +80,8 @@ def check_paths(args: Namespace) -> None:
     for name in ("ckpt_fallback", "ckpt_step", "exit_on_missing_checkpoint", "skip_train"):
         if getattr(args, name) and not load:
             what = "would evaluate random weights" if name == "skip_train" else "would start anew"
-            raise ValueError(
-                f"--{name.replace('_', '-')} is given without --load, so the run {what}: give "
-                "--load, or leave it out."
+            raise FlagError(
+                name, True, f" without --load, so the run {what}", "give --load, or leave it out"
             )
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback

@@ -61,8 +61,11 @@ class FlagError(SettingError):
 
 
 def flag(name: str) -> str:
-    """The flag that sets one of Megatron's arguments."""
-    return "--" + name.replace("_", "-")
+    """The flag that sets one of Megatron's arguments, or what people call it if there is none."""
+    return _WITHOUT_A_FLAG.get(name) or "--" + name.replace("_", "-")
+
+
+_WITHOUT_A_FLAG = {"world_size": "the number of processes"}  # torchrun's --nproc-per-node and so on
 
 
 class UnknownSettingError(SettingError):
