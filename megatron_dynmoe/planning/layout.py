@@ -144,8 +144,8 @@ def check_layout(layout: Layout) -> None:
     """
     for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         if (size := getattr(layout, name)) < 1:
-            model = "" if name in ("context", "expert_tensor") else "_model"
-            raise FlagError(f"{name}{model}_parallel_size", size, "", "use 1 or more")
+            middle = "" if name in ("context", "expert_tensor") else "_model"
+            raise FlagError(f"{name}{middle}_parallel_size", size, "", "use 1 or more")
     world, model = layout.world_size, layout.model_size
     if world < 1:
         raise FlagError("world_size", world, "", "use 1 or more")
