@@ -3,7 +3,6 @@
 A model and text files enter. A folder with ``routing.json``, figures and one HTML page leaves.
 
 windows.py     cuts text files into windows of tokens, by named groups
-vocabulary.py  checks that a tokenizer is the model's
 collect.py     runs the model on windows and counts its routing (counts.py: exact integers)
 measure.py     measures a whole model, with a sweep over thresholds
 statistics.py  computes the numbers of the report from the counts

@@ -60,13 +60,13 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from megatron_dynmoe.analysis import measure, vocabulary
+    from megatron_dynmoe.analysis import measure
     from megatron_dynmoe.analysis import write_report as report
     from megatron_dynmoe.analysis.collect import collect, shape_of
     from megatron_dynmoe.analysis.tokens import letters_of, token_text
     from megatron_dynmoe.analysis.windows import Reading, check_text, name_groups, read_windows
     from megatron_dynmoe.conversion.convert import has_tokenizer
-    from megatron_dynmoe.use import load
+    from megatron_dynmoe.use import load, vocabulary
 
     load.be_quiet()
     files = name_groups(args.data, args.group, args.source_key)

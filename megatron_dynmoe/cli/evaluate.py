@@ -69,9 +69,9 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
 
 
 def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
-    from megatron_dynmoe.analysis.vocabulary import check_given
     from megatron_dynmoe.use import load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
+    from megatron_dynmoe.use.vocabulary import check_given
 
     load.be_quiet()
     tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading
