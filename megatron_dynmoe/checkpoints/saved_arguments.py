@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_dynmoe.checkpoints.load import candidates
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.settings.refusals import FlagError, flag
 from megatron_dynmoe.storage.megatron_names import checkpoint_name
 

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
     """Refuse what can be refused before tasks and weights are read; return the folder to read."""
-    from megatron_dynmoe.conversion.folder import check_is_model
-    from megatron_dynmoe.conversion.megatron import checkpoint_folder
+    from megatron_dynmoe.conversion.hugging_face.folder import check_is_model
+    from megatron_dynmoe.conversion.megatron.checkpoint import checkpoint_folder
 
     for flag in ("iteration", "tokenizer"):
         if args.load is None and getattr(args, flag) is not None:

@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 import torch
 
-from megatron_dynmoe.analysis import collect as collecting
-from megatron_dynmoe.analysis.collect import collect, shape_of
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting import collect as collecting
+from megatron_dynmoe.analysis.counting.collect import collect, shape_of
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
     RoutingCounts,
     Shape,
@@ -23,10 +23,10 @@ from megatron_dynmoe.analysis.counts import (
     loss_bins,
     loss_of_bin,
 )
-from megatron_dynmoe.analysis.measure import SweepWindows, sweep
-from megatron_dynmoe.analysis.statistics import spearman
-from megatron_dynmoe.analysis.tokens import letters_of
-from megatron_dynmoe.analysis.windows import TextFile, Window, read_windows
+from megatron_dynmoe.analysis.counting.measure import SweepWindows, sweep
+from megatron_dynmoe.analysis.counting.tokens import letters_of
+from megatron_dynmoe.analysis.counting.windows import TextFile, Window, read_windows
+from megatron_dynmoe.analysis.report.statistics import spearman
 from megatron_dynmoe.routing.select import choose
 
 LENGTH = 32

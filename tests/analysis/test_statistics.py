@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_dynmoe.analysis.counts import NUM_BAGS, RoutingCounts, Shape
-from megatron_dynmoe.analysis.statistics import (
+from megatron_dynmoe.analysis.counting.counts import NUM_BAGS, RoutingCounts, Shape
+from megatron_dynmoe.analysis.report.statistics import (
     MIN_DOCUMENTS,
     correlation,
     distribution,

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.analysis import figures, page
-from megatron_dynmoe.analysis.collect import Collected
-from megatron_dynmoe.analysis.counts import RoutingCounts, Shape
-from megatron_dynmoe.analysis.statistics import MIN_DOCUMENTS, summarize
-from megatron_dynmoe.analysis.tokens import pieces_of
-from megatron_dynmoe.analysis.windows import OTHER
+from megatron_dynmoe.analysis.counting.collect import Collected
+from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
+from megatron_dynmoe.analysis.counting.tokens import pieces_of
+from megatron_dynmoe.analysis.counting.windows import OTHER
+from megatron_dynmoe.analysis.report import figures, page
+from megatron_dynmoe.analysis.report.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import read_json

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
     RoutingCounts,
     Shape,
@@ -25,8 +25,8 @@ from megatron_dynmoe.analysis.counts import (
     expert_bins,
     loss_bins,
 )
-from megatron_dynmoe.analysis.tokens import Letters, whole_words
-from megatron_dynmoe.analysis.windows import Window, in_blocks
+from megatron_dynmoe.analysis.counting.tokens import Letters, whole_words
+from megatron_dynmoe.analysis.counting.windows import Window, in_blocks
 from megatron_dynmoe.routing.select import choose, choose_top_k
 
 BLOCK_TOKENS = 4096
@@ -84,7 +84,7 @@ def collect(
     Args:
         model: a causal language model of ours, with routers, in evaluation mode.
         windows: windows of at most ``shape.positions`` tokens.
-        letters: those of the tokenizer, see :mod:`megatron_dynmoe.analysis.tokens`.
+        letters: those of the tokenizer, see :mod:`megatron_dynmoe.analysis.counting.tokens`.
         sample_tokens: how many tokens of each group's first window to keep.
         on_tokens: called with the number of tokens that were counted since the last call.
 

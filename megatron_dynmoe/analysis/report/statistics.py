@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
     RoutingCounts,
     add_up,

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from megatron_dynmoe.analysis.counts import RoutingCounts, add_up
-from megatron_dynmoe.analysis.statistics import describe_correlation, lift
+from megatron_dynmoe.analysis.counting.counts import RoutingCounts, add_up
+from megatron_dynmoe.analysis.report.statistics import describe_correlation, lift
 
 INK, FAINT = "#1c2733", "#c9d1da"
 BLUE, ORANGE = "#3b7dd8", "#e0732c"
