@@ -117,7 +117,7 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --num-experts 12 "
          "--expert-model-parallel-size 5", "--num-experts is 12"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --global-batch-size 30", "--global-batch-size is 30"),
-        ("dtop_p_16e --gpus 8 --gpu a800-80g --recompute-granularity full", "recompute-method is"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --recompute-granularity full", "granularity is full"),
         ("moe_top2 --gpus 8 --gpu a800-80g --moe-router-topk 17", "--moe-router-topk is 17"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --moe-layer-freq [0,1]", "each of the 24 layers"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --hidden-size 1000", "--hidden-size is 1000"),
@@ -126,7 +126,7 @@ def test_a_dense_model_has_no_experts_to_speak_of(capsys):
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens inf", "--tokens is inf"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --tokens 1e300", "more than 1e+18 tokens"),
         (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-iters 1{'0' * 18}", "more than 1e+18"),
-        (f"dtop_p_16e --gpus 8 --gpu a800-80g --train-samples 1{'0' * 18}", "more than 1e+18"),
+        ("dtop_p_16e --gpus 8 --gpu a800-80g --train-samples 9", "iteration-based training"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --step-batch-size-schedule 0:32", "schedule is 0:32"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --utilization 40", "--utilization is 40"),
         ("dtop_p_16e --gpus 8 --gpu a800-80g --utilisation 40", "--utilization is 40"),
