@@ -118,6 +118,8 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
         check_biases(config)
         if config.context_parallel_size > 1:
             raise ValueError(_only_one_part(config, "local"))
+    if chosen.backend == "transformer_engine":
+        transformer_engine.check_context_parallel(config)
     if chosen.backend != "torch_native":
         return chosen
     reasons = {

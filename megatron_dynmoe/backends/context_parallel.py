@@ -36,14 +36,29 @@ def check_context_parallel(transformer: TransformerConfig) -> None:
     Raises:
         ValueError: ``--cp-comm-type`` asks for another exchange, or there are too few heads.
     """
-    asked_for = transformer.cp_comm_type or "p2p"
-    kinds = [asked_for] if isinstance(asked_for, str) else asked_for
-    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
+    kinds = kinds_of_exchange(transformer)
     if any(kind != EXCHANGE for kind in kinds):
         raise ValueError(
             f"--cp-comm-type is {' '.join(kinds)}, and without Transformer Engine ranks of "
-            f"--context-parallel-size {context} exchange heads: give --cp-comm-type {EXCHANGE}."
+            f"--context-parallel-size {transformer.context_parallel_size} exchange heads: give "
+            f"--cp-comm-type {EXCHANGE}."
         )
+    check_heads(transformer)
+
+
+def kinds_of_exchange(transformer: TransformerConfig) -> list[str]:
+    """``--cp-comm-type``: one for all layers, or one for each."""
+    asked_for = transformer.cp_comm_type or "p2p"
+    return [asked_for] if isinstance(asked_for, str) else list(asked_for)
+
+
+def check_heads(transformer: TransformerConfig) -> None:
+    """Refuse heads that context- and tensor-parallel ranks cannot share.
+
+    Raises:
+        ValueError: the message names the flag, its value and the remedy.
+    """
+    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
     for name, number in (
         ("num-attention-heads", transformer.num_attention_heads),
         ("num-query-groups", transformer.num_query_groups),
