@@ -184,7 +184,9 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         load.check_paths(args)
         agree_with_checkpoint(args)
         found.append((resolved, chosen))
-        return validate(args, defaults or {})
+        validated = validate(args, defaults or {})
+        choice.group_recomputed_experts(chosen.backend, args)  # the CPU layer turns the flag off
+        return validated
 
     megatron_arguments.validate_args = validate_all
     try:
