@@ -1,8 +1,8 @@
 """Activations of experts that the backward pass computes again, instead of keeping them.
 
 ``--recompute-granularity selective --recompute-modules moe_act`` is upstream's flag for the
-experts' activations. With it the stacked experts keep neither these nor, if one rank has all experts,
-their input rows: only the first GEMM's output is left.
+experts' activations. With it the stacked experts keep neither these nor, if one rank has all
+experts, their input rows: only the first GEMM's output is left.
 """
 
 from __future__ import annotations

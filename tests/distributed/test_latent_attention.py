@@ -20,7 +20,8 @@ SIZES = (
     "--qk-pos-emb-head-dim 4 --v-head-dim 6 --kv-channels 6 --qk-layernorm "
     "--moe-shared-expert-intermediate-size 32"
 )
-LATENT = f"{TINY} {DTOP_P} {SIZES} --moe-token-dispatcher-type alltoall --make-vocab-size-divisible-by 16"
+LATENT = f"{TINY} {DTOP_P} {SIZES} --moe-token-dispatcher-type alltoall"
+LATENT += " --make-vocab-size-divisible-by 16"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full "
 TP2 += "--recompute-method uniform --recompute-num-layers 1"
 TO_SAVE = "--train-iters 2 --save-interval 1 --lr-decay-iters 2"

@@ -97,8 +97,8 @@ def test_what_a_layer_of_the_papers_model_keeps_of_its_rows():
 def layer_bound(sizes: ExpertSizes, tokens: int, num_experts: int, cap: int | None) -> float:
     """The most bytes of one layer in a step, from the parts that the planner adds up."""
     rows = worst_case_rows(tokens, num_experts, 1, 1, cap)
-    # The tokens, the sums of their rows, and the gradients of both. While the activation is at work,
-    # there is a further copy, for which rows that are kept, but free by then, make room.
+    # The tokens, the sums of their rows, and the gradients of both. While the activation is at
+    # work, there is a further copy, for which rows that are kept, but free by then, make room.
     around = (5 - sizes.keeps_rows) * tokens * sizes.hidden * sizes.num_bytes
     of_rows = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, rows, is_spread=False)
     # Sorted probabilities; order, units and sums in int64. They are freed before there are rows.
