@@ -21,6 +21,7 @@ from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.backends.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
+from megatron_dynmoe.moe.recompute import MODULE, recomputes_activations
 from megatron_dynmoe.settings.refusals import FlagError, SettingError
 from megatron_dynmoe.settings.routings import AUTO
 
@@ -116,8 +117,11 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     if chosen.backend == "local":
         check_latent_attention(config, "--moe-dynamic-backend local")
         check_biases(config)
+        check_recomputed_experts(config, "local")
         if config.context_parallel_size > 1:
             raise _only_one_part(config, "local")
+    if chosen.backend == "transformer_engine":
+        transformer_engine.check_context_parallel(config)
     if chosen.backend != "torch_native":
         return chosen
     reasons = {
@@ -138,6 +142,7 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     check_latent_attention(config, kept.get("attention"))
     if "experts" in kept:
         check_biases(config)
+        check_recomputed_experts(config, f"local, which {kept['experts']} needs")
     if config.context_parallel_size > 1:
         if "attention" in kept:
             raise _only_one_part(config, f"local, which {kept['attention']} needs,")
@@ -209,6 +214,35 @@ def check_recompute(settings: Any) -> None:
             ", and Megatron cannot recompute layernorm without Transformer Engine",
             "leave layernorm out",
         )
+
+
+def check_recomputed_experts(settings: Any, experts: str) -> None:
+    """Refuse to recompute activations of experts that keep them: upstream's, one after another.
+
+    Args:
+        settings: Megatron's arguments or a TransformerConfig.
+        experts: whose they are.
+
+    Raises:
+        ValueError: ``--recompute-modules`` names moe_act.
+    """
+    if recomputes_activations(settings):
+        raise ValueError(
+            f"--recompute-modules is {' '.join(settings.recompute_modules)}, and the experts of "
+            f"{experts}, cannot recompute {MODULE}: leave it out, or use --moe-dynamic-backend "
+            "torch_native."
+        )
+
+
+def group_recomputed_experts(backend: str, args: Any) -> None:
+    """Let upstream accept ``moe_act``, which it ties to its own flag for grouped experts.
+
+    Args:
+        backend: the chosen back end. Experts of ``torch_native`` are grouped without that flag.
+        args: Megatron's arguments, which are changed.
+    """
+    if backend == "torch_native" and recomputes_activations(args):
+        args.moe_grouped_gemm = True
 
 
 def check_norms(backend: str, settings: Any) -> None:

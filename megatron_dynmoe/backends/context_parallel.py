@@ -38,17 +38,31 @@ def check_context_parallel(transformer: TransformerConfig) -> None:
     Raises:
         FlagError: ``--cp-comm-type`` asks for another exchange, or there are too few heads.
     """
-    asked_for = transformer.cp_comm_type or "p2p"
-    kinds = [asked_for] if isinstance(asked_for, str) else asked_for
-    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
+    kinds = kinds_of_exchange(transformer)
     if any(kind != EXCHANGE for kind in kinds):
         raise FlagError(
             "cp_comm_type",
             kinds,
-            f", and without Transformer Engine ranks of --context-parallel-size {context} exchange "
-            "heads",
+            ", and without Transformer Engine ranks of --context-parallel-size "
+            f"{transformer.context_parallel_size} exchange heads",
             f"give --cp-comm-type {EXCHANGE}",
         )
+    check_heads(transformer)
+
+
+def kinds_of_exchange(transformer: TransformerConfig) -> list[str]:
+    """``--cp-comm-type``: one for all layers, or one for each."""
+    asked_for = transformer.cp_comm_type or "p2p"
+    return [asked_for] if isinstance(asked_for, str) else list(asked_for)
+
+
+def check_heads(transformer: TransformerConfig) -> None:
+    """Refuse heads that context- and tensor-parallel ranks cannot share.
+
+    Raises:
+        ValueError: the message names the flag, its value and the remedy.
+    """
+    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
     for name, number in (
         ("num_attention_heads", transformer.num_attention_heads),
         ("num_query_groups", transformer.num_query_groups),

@@ -138,6 +138,7 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
     resolved, chosen = _check(args)
     # From the module, because on a CPU another function takes its place.
     megatron_arguments.validate_args(args, {})
+    choice.group_recomputed_experts(chosen.backend, args)  # the CPU layer turns the flag off
     megatron_arguments.set_global_variables(args)
     return args, resolved, chosen
 
