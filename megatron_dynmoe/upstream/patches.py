@@ -83,6 +83,7 @@ def _step_with_few_kernels() -> None:
     See :mod:`megatron_dynmoe.upstream.fewer_kernels`.
     """
     from megatron.core import optimizer, utils
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
@@ -94,6 +95,8 @@ def _step_with_few_kernels() -> None:
         setattr(optimizer, build, fewer_kernels.fused(getattr(optimizer, build)))
     if kernels.available(torch.device("cuda")):
         fewer_kernels.use_rope_kernel()
+    rotate = "_apply_rotary_pos_emb_bshd"
+    setattr(rope_utils, rotate, fewer_kernels.rotating_halves(getattr(rope_utils, rotate)))
 
 
 def _leave_sorted_rows() -> None:
