@@ -18,7 +18,7 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.checkpoints.load import LoadGuard
 from megatron_dynmoe.checkpoints.save import SaveGuard, TrackerFileWriter
-from megatron_dynmoe.training import index_cache, splits
+from megatron_dynmoe.training.datasets import index_cache, splits
 from megatron_dynmoe.training.signals import StopSignals
 from megatron_dynmoe.upstream import distributed_optimizer, fewer_kernels, wrappers
 from megatron_dynmoe.upstream.patch import Patch
@@ -199,7 +199,7 @@ PATCHES = (
         "data indexes named by content",
         "megatron/core/datasets/{gpt,blended}_dataset.py name cached indexes by path alone. If new "
         "tokens are written under the same path, they are read with the index of the old ones. See "
-        "training/index_cache.py.",
+        "training/datasets/index_cache.py.",
         "The name of a cached index depends on the content of the token files, and its files are "
         "replaced whole.",
         {

@@ -605,7 +605,7 @@ ATTENTION = [
     Mutation(
         "data_without_ends_taken",
         "documents are to be told apart in data that do not mark their ends",
-        "training/token_files.py",
+        "training/datasets/token_files.py",
         "if check.state == WARNING:",
         "if check.state == WARNING and not by_eod:",
         ("tests/training/test_token_files.py::test_documents_without_an_end_cannot_be_told_apart",),
