@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.__main__ import left_out
-from tests.mutations.mutation import Mutation
-from tests.mutations.planted import MUTATIONS
+from tests.mutations.planted import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
