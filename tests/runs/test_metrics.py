@@ -204,7 +204,8 @@ def test_names_written_are_those_that_the_routing_has():
 
 def test_a_rule_without_a_knob_reports_no_threshold(monkeypatch):
     from megatron_dynmoe.moe.rules import RULES, TopP
-    from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
+    from megatron_dynmoe.runs.metrics import scalars, summarize
+    from megatron_dynmoe.runs.tensorboard import tensorboard_layout
 
     class Fixed(TopP):
         knob = None
@@ -311,7 +312,8 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe, has_rank
     from torch.utils.tensorboard import SummaryWriter
 
     from megatron_dynmoe.runs.metric_names import MEANINGS
-    from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
+    from megatron_dynmoe.runs.metrics import scalars, summarize
+    from megatron_dynmoe.runs.tensorboard import tensorboard_layout
 
     with SummaryWriter(str(tmp_path)) as events:
         events.add_custom_scalars(tensorboard_layout(dynmoe, has_ranks))
@@ -369,7 +371,7 @@ def test_a_heat_map_that_fails_stops_no_training(tracker, capsys):
 
 def test_the_history_of_a_long_run_stays_small():
     from megatron_dynmoe.runs.curves import MAX_COLUMNS
-    from megatron_dynmoe.runs.metrics import LayerHistory
+    from megatron_dynmoe.runs.tensorboard import LayerHistory
 
     history = LayerHistory()
     assert history.draw() is None
