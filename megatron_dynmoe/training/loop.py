@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
@@ -31,6 +32,7 @@ from megatron_dynmoe.runs.metrics import summarize
 from megatron_dynmoe.settings.arguments import naming_flags
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.flags import add_flags, training_parser
@@ -123,28 +125,49 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         Megatron's arguments; our settings with their defaults filled in; and the back end, on which
         some of Megatron's arguments depend.
     """
-    found: list[tuple[DynMoEConfig, choice.BackEnd]] = []
-    validate = megatron_arguments.validate_args
-
-    def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        run_directory.set_paths(args)
-        signals.disable_without_training(args)
-        found.append(settle_arguments(args))
-        load.check_paths(args)
-        agree_with_checkpoint(args)
-        return validate(args, defaults or {})
-
-    megatron_arguments.validate_args = validate_all
-    try:
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
-    finally:
-        megatron_arguments.validate_args = validate
-    if not found:
-        raise ValueError(
-            f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
-            "checks of this entry point. Give flags instead."
+    args = megatron_arguments.parse_args(add_flags)
+    if args.yaml_cfg is not None:
+        raise FlagError(
+            "yaml_cfg",
+            args.yaml_cfg,
+            ", and Megatron's experimental YAML arguments pass by the checks of this entry point",
+            "give flags instead",
         )
-    return args, *found[0]
+    if args.use_checkpoint_args:
+        _take_arguments_of_checkpoint(args)
+    resolved, chosen = _check(args)
+    # From the module, because on a CPU another function takes its place.
+    megatron_arguments.validate_args(args, {})
+    choice.group_recomputed_experts(chosen.backend, args)  # the CPU layer turns the flag off
+    megatron_arguments.set_global_variables(args)
+    return args, resolved, chosen
+
+
+def _take_arguments_of_checkpoint(args: Namespace) -> None:
+    """Obey ``--use-checkpoint-args``, as upstream's ``parse_and_validate_args`` does."""
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise FlagError(
+            "use_checkpoint_args", True, " without --load", "give --load, or leave it out"
+        )
+    if args.non_persistent_ckpt_type == "local":
+        raise FlagError(
+            "non_persistent_ckpt_type",
+            "local",
+            ", which --use-checkpoint-args cannot read",
+            "leave one of them out",
+        )
+    for source in ("pretrained_checkpoint", "load"):
+        load_args_from_checkpoint(args, load_arg=source)
+
+
+def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
+    """Check and complete the arguments before upstream does."""
+    run_directory.set_paths(args)
+    signals.disable_without_training(args)
+    resolved, chosen = settle_arguments(args)
+    load.check_paths(args)
+    agree_with_checkpoint(args)
+    return resolved, chosen
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

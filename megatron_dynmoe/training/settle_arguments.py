@@ -15,6 +15,7 @@ from megatron_dynmoe.settings.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
 from megatron_dynmoe.training.intervals import check_intervals
@@ -78,17 +79,21 @@ def _check_modes(args: Namespace, dynmoe: DynMoEConfig, chosen: choice.BackEnd) 
     """Refuse what needs other batches, or other models with our layers."""
     for mode, meaning in _OTHER_BATCHES.items():
         if getattr(args, mode, None):
-            raise ValueError(
-                f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
-                "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
-                "dynmoe_layer_spec and DYNMOE_CONFIG."
+            raise FlagError(
+                mode,
+                getattr(args, mode),
+                f", but {meaning} is not part of this entry point",
+                "use Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
+                "dynmoe_layer_spec and DYNMOE_CONFIG",
             )
     if not (dynmoe.is_dynamic or dynmoe.backend == "torch_native"):
         return
     for name in OTHER_MODELS:
         if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
-                "builds the model's layers itself. Leave it out."
+            raise FlagError(
+                name,
+                getattr(args, name),
+                f", but with routing {dynmoe.routing!r} and back end {chosen.backend!r} this entry "
+                "point builds the model's layers itself",
+                "leave it out",
             )

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from megatron_dynmoe.cli.plan import main
-from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.planning.gpus import GPUS
 
 pytestmark = pytest.mark.megatron
@@ -160,17 +159,3 @@ def test_a_flag_of_the_training_is_misuse_like_one_of_its_own(capsys, flags, say
 @pytest.mark.parametrize("command", ["", "dtop_p_16e", "dtop_p_16e --gpus 8 --gpu v100"])
 def test_usage(capsys, command):
     assert run(capsys, command)[0] == 2
-
-
-@pytest.mark.megatron
-def test_the_planner_reads_every_flag_of_the_training(tmp_path) -> None:
-    """By the same parser, so also those that the plan does not need, and @FILE."""
-    from megatron_dynmoe.jobs.parse import read_args
-    from megatron_dynmoe.training.flags import training_parser
-
-    for action in training_parser()._actions:
-        if action.nargs == 0 and action.default is not action.const and action.dest != "help":
-            read_args([*recipe_flags("smoke"), action.option_strings[-1]])
-    file = tmp_path / "my.flags"
-    file.write_text("--seed 7 # a comment\n--ckpt-fallback\n")
-    assert read_args([*recipe_flags("smoke"), f"@{file}"]).seed == 7
