@@ -44,7 +44,12 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         _ROWS,
     ),
     (_DISPATCHER, "MoEAlltoAllTokenDispatcher.dispatch_postprocess"): (("view",), _ROWS),
-    (f"{_CORE}/transformer/moe/fused_a2a.py", "FusedDispatch.forward"): (("lift_fresh",), _ROWS),
+    (_DISPATCHER, "_DeepepManager._indices_to_multihot"): (("lift_fresh []",), _CONSTANT),
+    (_DISPATCHER, "_DeepepManager.get_permuted_hidden_states_by_experts"): (("sum []",), _ROWS),
+    (f"{_CORE}/transformer/moe/fused_a2a.py", "FusedDispatch.forward"): (
+        ("lift_fresh", "zeros"),
+        _ROWS,
+    ),
     (f"{_CORE}/optimizer/clip_grads.py", "get_grad_norm_fp32"): (("lift_fresh",), _NORM),
     (f"{_CORE}/optimizer/optimizer.py", "ChainedOptimizer.get_loss_scale"): (
         ("lift_fresh",),
