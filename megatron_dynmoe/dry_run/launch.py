@@ -53,6 +53,7 @@ class DryRun:
         stage: its pipeline rank.
         experts_per_token: the mean count of every layer, 0 without experts.
         counts: where it comes from.
+        expected: the counts that the routing's settings imply: mean, first steps', cap.
         imbalance: how many times their share the experts of this rank get.
         kernels: DYNMOE_KERNELS, 0 or 1.
         formula: the planner's memory, None if it does not know a setting.
@@ -66,6 +67,7 @@ class DryRun:
     stage: int
     experts_per_token: float
     counts: str
+    expected: ExpertCounts
     imbalance: float
     kernels: str
     formula: Memory | None
@@ -152,6 +154,7 @@ def dry_run(
         stage=stage,
         experts_per_token=experts,
         counts=source,
+        expected=expected,
         imbalance=imbalance,
         kernels=setting,
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
