@@ -474,11 +474,27 @@ WATCHING = [
     Mutation(
         "ranks_begin_with_the_same_experts",
         "the experts of all expert-parallel ranks begin with the same weights",
-        "upstream/patches.py",
+        "upstream/wrappers.py",
         "seed + parallel_state.get_expert_model_parallel_rank()",
         "seed",
         ("tests/distributed/test_doctor.py::test_models_that_were_just_made_are_clean[0-pp2ep2]",),
         ("fresh_pp2ep2",),
+    ),
+    Mutation(
+        "patches_of_a_cpu_everywhere",
+        "a patch is applied to a process that does not need it",
+        "upstream/patch.py",
+        "if self.name in _applied or not self.applies():",
+        "if self.name in _applied:",
+        ("tests/upstream/test_patches.py::test_every_patch_that_applies_takes_effect",),
+    ),
+    Mutation(
+        "a_plan_without_flags_in_files",
+        "a plan does not read @FILE, which a training takes",
+        "jobs/recipes.py",
+        'words += recipe_flags(flag) if flag.startswith("@") else [flag]',
+        "words.append(flag)",
+        ("tests/cli/test_training_flags.py::test_a_command_takes_every_flag",),
     ),
     Mutation(
         "a_dry_run_reads_without_waiting",
