@@ -100,7 +100,7 @@ class GroupedExperts(MegatronModule):
         """
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
         weighted_RF = self._activated(gate_up, probs_R)
-        again = contextlib.nullcontext()
+        again: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if recomputes_activations(self.config):
             inputs = gate_up.detach(), probs_R.detach()
             again = computed_again(weighted_RF, partial(self._activated, *inputs))

@@ -60,7 +60,7 @@ class DynMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Run the experts as upstream does, without keeping rows that can be gathered again."""
-        keeping = contextlib.nullcontext()
+        keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(self.token_dispatcher, VariableKAlltoAllTokenDispatcher):
             keeping = self.token_dispatcher.keeping_no_rows(hidden_states)
         with keeping:
