@@ -26,9 +26,11 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     Attributes:
         rows_per_token: the most rows of any token, for which there is room; None: rows are counted.
+        rows_of_local_experts: of the last dispatch, [number of local experts] int64 on the device.
     """
 
     rows_per_token: int | None = None
+    rows_of_local_experts: torch.Tensor
     # The first two are upstream's; row_order is kept between dispatch and combine.
     num_out_tokens: torch.Tensor | int
     tokens_per_expert: torch.Tensor | None
@@ -46,6 +48,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             The number of tokens of each local expert, [number of local experts] int64.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
+        self.rows_of_local_experts = tokens_per_local_expert
         if self.rows_per_token is None:
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
