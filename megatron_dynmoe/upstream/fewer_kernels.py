@@ -128,6 +128,12 @@ def rotating_halves(rotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rotated
 
 
+def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float32, and the largest of each token, without its place; as upstream's."""
+    wide = logits.float()
+    return wide, wide.amax(dim=-1)
+
+
 def sort_of_ranks(sort: Callable[..., Any]) -> Callable[..., Any]:
     """Leave rows as they are that come from a single rank, in the order of its experts already."""
 
