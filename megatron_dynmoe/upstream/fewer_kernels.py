@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.kernels.rope_cpu import rotate_halves, rotates_all
 from megatron_dynmoe.upstream.optimizer_state import is_torch_adam
@@ -53,14 +54,15 @@ def fused(build: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch's Adam, which upstream builds, take each step of all parameters in a few kernels.
 
     It then needs no temporaries, which otherwise are as large as the parameters that it updates. On
-    a CPU it goes through large parameters in blocks.
+    a CPU it does so if it is asked for, because the last bit differs; otherwise it goes through
+    large parameters in blocks.
     """
 
     @functools.wraps(build)
     def build_fused(*args: Any, **kwargs: Any) -> Any:
         built = build(*args, **kwargs)
         optimizer = getattr(built, "optimizer", built)
-        if is_torch_adam(optimizer) and is_on_gpu():
+        if is_torch_adam(optimizer) and (is_on_gpu() or kernels.asked_for() == "1"):
             for settings in (optimizer.defaults, *optimizer.param_groups):
                 settings["fused"] = True
         elif is_torch_adam(optimizer):
