@@ -2,8 +2,12 @@
 
 Megatron addresses its device as ``torch.cuda`` throughout. :func:`install` makes the CPU stand in
 for it. Calls that ask for a tensor on ``"cuda"`` get one on the CPU, streams and events do nothing,
-and memory figures are zero. Settings that need a GPU are replaced when Megatron validates its
-arguments. Importing this module changes nothing, and a run on CUDA never installs it.
+and memory figures are zero. Importing this module changes nothing, and a run on CUDA never installs
+it.
+
+This replaces functions of PyTorch. Those of Megatron are replaced by ``upstream/patches.py``, which
+takes what stands in for them on a CPU from here: :func:`with_settings_of_a_cpu`,
+:func:`set_random_state` and :func:`to_host`.
 
 It does not imitate concurrency (a stream runs in order with everything else), nor the arithmetic of
 a GPU's reduced precisions.
@@ -20,10 +24,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils import _device as contexts
 
 from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
 from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.refusals import FlagError
 
 CPU = torch.device("cpu")
 
@@ -41,7 +46,6 @@ FORCED_SETTINGS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
-    "persist_layer_norm": False,
     "no_persist_layer_norm": True,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": False,
@@ -89,9 +93,14 @@ def install() -> None:
 
     host_generator = torch.Generator().manual_seed(torch.initial_seed())
     _answer_for_torch_cuda(host_generator)
-    _RedirectToCpu(host_generator).__enter__()
+    _redirect_torch(host_generator)
     replace(torch.nn.Module, cuda=lambda self, device=None: self)
-    _redirect_megatron()
+    # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
+    replace(
+        torch.distributed,
+        all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
+        reduce_scatter=_reduce_scatter,
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
 
@@ -101,12 +110,24 @@ def is_installed() -> bool:
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
 
 
-# Functions that can name CUDA, or stand for it, without a keyword.
-_REWRITTEN = frozenset({"to", "cuda", "pin_memory", "record_stream", "random_", "type"})
+# Functions of torch, and methods of its tensors, that take a device.
+MAKE_TENSORS = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full"),
+    *("linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range", "tensor"),
+    *("scalar_tensor", "tril_indices", "triu_indices", "zeros"),
+    *(f"{name}_like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+)
+MAKE_TENSORS_LIKE = tuple(
+    f"new_{name}" for name in ("empty", "empty_strided", "full", "ones", "tensor", "zeros")
+)
 
 
-class _RedirectToCpu(TorchFunctionMode):
-    """Rewrites every torch call that names CUDA so that it happens on the CPU.
+def _redirect_torch(host_generator: torch.Generator) -> None:
+    """Let calls that name CUDA happen on the CPU.
+
+    These are PyTorch's functions that make tensors and methods of tensors, each replaced by one
+    that looks at its device. (A mode for all functions would see 8,000 calls in a step of the
+    quickstart, most of which cannot name a device.)
 
     Two generators stay separate, as on a GPU: the model draws from torch's default generator, which
     stands in for CUDA's, and the host draws from ``host_generator``, which stands in for the CPU's.
@@ -114,33 +135,58 @@ class _RedirectToCpu(TorchFunctionMode):
     uninterrupted one. If those draws changed the model's generator, a resume with dropout would not
     be bitwise equal.
     """
+    contexts._device_constructors()  # for ``with torch.device(...)`` it keeps PyTorch's own ones
+    enter = contexts.DeviceContext.__init__
+    replace(
+        contexts.DeviceContext,
+        __init__=lambda self, device: enter(self, CPU if _names_cuda(device) else device),
+    )
+    replace(torch, **{name: _on_cpu(getattr(torch, name)) for name in MAKE_TENSORS})
+    tensor = torch.Tensor
+    replace(tensor, **{name: _on_cpu(getattr(tensor, name)) for name in MAKE_TENSORS_LIKE})
+    to, draw, type_of = tensor.to, tensor.random_, tensor.type
 
-    def __init__(self, host_generator: torch.Generator) -> None:
-        super().__init__()
-        self.host_generator = host_generator
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if not kwargs and name not in _REWRITTEN:
-            return func(*args)
-        kwargs = dict(kwargs or {})
-        if _names_cuda(kwargs.get("device")):
+    @functools.wraps(to)
+    def to_cpu(self, *args, **kwargs):
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        elif kwargs and _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        if name == "to" and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        elif name in ("cuda", "pin_memory") and isinstance(args[0], torch.Tensor):
-            return args[0]
-        elif name == "record_stream":
-            return None
-        elif name == "random_" and kwargs.get("generator") is None:
-            # Data loaders draw the seeds of their workers this way.
-            kwargs["generator"] = self.host_generator
-        elif name == "type" and len(args) == 1 and not kwargs:
-            # Gradient clipping asserts the name of a CUDA tensor type.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return func(*args, **kwargs)
+        return to(self, *args, **kwargs)
+
+    @functools.wraps(draw)
+    def draw_on_host(self, *args, generator=None, **kwargs):
+        # Data loaders draw the seeds of their workers this way.
+        return draw(self, *args, generator=generator or host_generator, **kwargs)
+
+    @functools.wraps(type_of)
+    def type_on_cuda(self, *args, **kwargs):
+        # Gradient clipping asserts the name of a CUDA tensor type.
+        found = type_of(self, *args, **kwargs)
+        return found if args or kwargs else found.replace("torch.", "torch.cuda.", 1)
+
+    replace(tensor, to=to_cpu, random_=draw_on_host, type=type_on_cuda)
+    replace(tensor, cuda=_itself(tensor.cuda), pin_memory=_itself(tensor.pin_memory))
+    replace(tensor, record_stream=lambda self, stream: None)
+
+
+def _on_cpu(function):
+    """Wrap a function that makes a tensor, on the device that a keyword names."""
+
+    @functools.wraps(function)
+    def make(*args, **kwargs):
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return make
+
+
+def _itself(method):
+    return functools.wraps(method)(lambda self, *args, **kwargs: self)
 
 
 def _names_cuda(device: object) -> bool:
@@ -169,7 +215,7 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
         "device_count": returns(1),
         "current_device": returns(CPU),
         "_lazy_call": lambda function, **kwargs: function(),
-        # random numbers: see _RedirectToCpu
+        # random numbers: see _redirect_torch
         "get_rng_state": lambda *args, **kwargs: default.get_state(),
         "set_rng_state": lambda state, *args, **kwargs: default.set_state(state),
         "manual_seed": lambda seed: _discard(default.manual_seed(int(seed))),
@@ -210,15 +256,19 @@ _NEEDS_A_GPU = {
 }
 
 
-def _refuse_what_needs_a_gpu(args: Namespace) -> None:
+def refuse_what_needs_a_gpu(args: Namespace) -> None:
+    """Refuse settings for which there is no substitute on a CPU.
+
+    Raises:
+        FlagError: the message names the flag, its value and the remedy.
+    """
     for name, (possible, reason) in _NEEDS_A_GPU.items():
         value = getattr(args, name, possible)
         if value != possible:
-            raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
+            raise FlagError(name, value, " on the CPU", reason)
     if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
-        raise ValueError(
-            "--profile is given on the CPU: it marks steps for a profiler of CUDA. Leave it out."
-        )
+        remedy = "it marks steps for a profiler of CUDA. Leave it out"
+        raise FlagError("profile", True, " on the CPU", remedy)
 
 
 def _all_gather(
@@ -256,34 +306,22 @@ def _reduce_scatter(
             output.copy_(summed)
 
 
-def _to_host(tensor, as_numpy=False, record_stream=False):
+def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Stand in for ``maybe_move_tensor_to_cpu``: obey ``as_numpy`` on the CPU, too."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
-def _redirect_megatron() -> None:
-    import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
-    import megatron.training.arguments as megatron_arguments
+def set_random_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+    """Stand in for ``_set_cuda_rng_state``."""
+    torch.cuda.set_rng_state(state)
 
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(
-        state
-    )
 
-    # Upstream converts splits to numpy arrays only when it copies them from a GPU.
-    megatron_dispatcher.maybe_move_tensor_to_cpu = _to_host
+def with_settings_of_a_cpu(validate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``validate_args``: first refuse or replace settings that need a GPU."""
 
-    # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
-    replace(
-        torch.distributed,
-        all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
-        reduce_scatter=_reduce_scatter,
-    )
-
-    validate = megatron_arguments.validate_args
-
-    def validate_for_cpu(args, defaults=None):
-        _refuse_what_needs_a_gpu(args)
+    @functools.wraps(validate)
+    def validate_for_cpu(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        refuse_what_needs_a_gpu(args)
         for name, value in FORCED_SETTINGS.items():
             flag = "--" + name.replace("_", "-")
             if flag in sys.argv and getattr(args, name) != value and args.rank == 0:
@@ -292,4 +330,4 @@ def _redirect_megatron() -> None:
                 setattr(args, name, value)
         return validate(args, defaults or {})
 
-    megatron_arguments.validate_args = validate_for_cpu
+    return validate_for_cpu

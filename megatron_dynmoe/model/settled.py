@@ -64,7 +64,10 @@ class Settled:
 
 
 def settle_run(
-    resolved: DynMoEConfig, transformer: TransformerConfig, chosen: choice.BackEnd | None = None
+    resolved: DynMoEConfig,
+    transformer: TransformerConfig,
+    chosen: choice.BackEnd | None = None,
+    here: bool = True,
 ) -> Settled:
     """Settle the settings of a run with its model, before anything is built.
 
@@ -73,6 +76,7 @@ def settle_run(
         transformer: upstream's config of the model. It is not changed.
         chosen: the result of :func:`choice.choose_backend`; None chooses here, as without
             ``--transformer-impl``.
+        here: whether the run is on this machine, which then needs its packages.
 
     Raises:
         ValueError: one of our or of upstream's settings contradicts the model.
@@ -94,9 +98,27 @@ def settle_run(
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
     if settled.rows_per_token is not None:
         _check_worst_case_rows(settled, transformer)
+    _check_controlled_quantity(dynmoe, transformer)
     if transformer.moe_token_dispatcher_type == "flex":
-        check_flex(transformer, settled.most_experts)
+        check_flex(transformer, settled.most_experts, here)
     return settled
+
+
+def _check_controlled_quantity(dynmoe: DynMoEConfig, transformer: TransformerConfig) -> None:
+    """Refuse to hold the rows of the busiest rank with a dispatcher that does not count them."""
+    dispatcher = transformer.moe_token_dispatcher_type
+    if (
+        dynmoe.controlled_quantity == "busiest_rank"
+        and transformer.expert_model_parallel_size > 1
+        and dispatcher != "alltoall"
+    ):
+        raise SettingError(
+            "controlled_quantity",
+            dynmoe.controlled_quantity,
+            f", and --moe-token-dispatcher-type is {dispatcher}, which does not count the rows of "
+            "each rank",
+            "use alltoall, or leave {controlled_quantity} out (experts)",
+        )
 
 
 def _check_worst_case_rows(settled: Settled, transformer: TransformerConfig) -> None:

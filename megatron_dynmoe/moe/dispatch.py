@@ -4,10 +4,14 @@ Upstream's all-gather dispatcher derives every count from the map and needs no c
 all-to-all dispatcher assumes that it sends ``tokens * moe_router_topk`` rows.
 """
 
+import contextlib
+from functools import partial
+
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_dynmoe.moe.permute import RowOrder, order_rows, permute, unpermute
+from megatron_dynmoe.moe.permute import RowOrder, order_rows, permute, rows_of, unpermute
+from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
 
 
 class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -22,13 +26,17 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     Attributes:
         rows_per_token: the most rows of any token, for which there is room; None: rows are counted.
+        rows_of_local_experts: of the last dispatch, [number of local experts] int64 on the device.
     """
 
     rows_per_token: int | None = None
+    rows_of_local_experts: torch.Tensor
     # The first two are upstream's; row_order is kept between dispatch and combine.
     num_out_tokens: torch.Tensor | int
     tokens_per_expert: torch.Tensor | None
     row_order: RowOrder | None
+    # Those that are permuted, [T, D], from dispatch to the experts if they gather rows again.
+    tokens: torch.Tensor | None = None
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Compute the counts and splits of one dispatch.
@@ -40,6 +48,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             The number of tokens of each local expert, [number of local experts] int64.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
+        self.rows_of_local_experts = tokens_per_local_expert
         if self.rows_per_token is None:
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
@@ -74,7 +83,22 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.row_order = order_rows(
             routing_map, int(self.num_out_tokens), all_used=self.rows_per_token is None
         )
+        self.tokens = tokens_TD.detach() if self.gathers_again else None
         return permute(tokens_TD, probs, self.row_order)
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether the backward pass gathers the rows again: they came from no other rank."""
+        alone = self.ep_size * self.tp_size == 1 and not self.config.moe_permute_fusion
+        return alone and recomputes_activations(self.config)
+
+    def keeping_no_rows(self, rows_RD: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Let the experts, which run within, keep the tokens instead of their rows, if possible."""
+        tokens_TD, self.tokens = self.tokens, None
+        if tokens_TD is None:
+            return contextlib.nullcontext()
+        assert self.row_order is not None
+        return computed_again(rows_RD, partial(rows_of, tokens_TD, self.row_order))
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
