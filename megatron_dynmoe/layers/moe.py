@@ -349,8 +349,8 @@ class MoELayer(nn.Module):
             loss = routing_loss(self.losses, probs_BSE, map_BSE, valid_BS)
         return MoEOutput(
             output_BSD,
-            routed.logits_TE.unflatten(0, (batch, length)),
-            map_TE.sum(dim=-1).unflatten(0, (batch, length)),
+            routed.logits_TE.view(batch, length, -1),
+            map_TE.sum(dim=-1).view(batch, length),
             loss,
         )
 
