@@ -130,8 +130,8 @@ ROUTING = [
         "at_the_threshold_enough",
         "a sum that only reaches the threshold stops the selection (< for <=)",
         "routing/select.py",
-        "before_TE[:, :most] <= threshold_in_units",
-        "before_TE[:, :most] < threshold_in_units",
+        "_sum_before(sorted_TE)[:, :most] <= threshold_in_units",
+        "_sum_before(sorted_TE)[:, :most] < threshold_in_units",
         (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
     ),
     Mutation(
@@ -173,9 +173,18 @@ ROUTING = [
         "ties_by_the_highest_index",
         "of equal probabilities the last expert is chosen, not the first",
         "routing/select.py",
-        "order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))",
-        "order_TE, before_TE = rank(probs_TE.flip(-1)); order_TE = len(probs_TE[0]) - 1 - order_TE",
+        "return probs_TE.sort(dim=-1, descending=True, stable=True)",
+        "values, order = probs_TE.flip(-1).sort(dim=-1, descending=True, stable=True); "
+        "return values, probs_TE.shape[-1] - 1 - order",
         (f"{SELECT}::test_whole_tensors_equal_a_stable_sort_with_ties_and_boundaries",),
+    ),
+    Mutation(
+        "quick_sort_of_anything",
+        "the quick sort of a CPU is taken although a token has NaN or a tie",
+        "routing/select.py",
+        "falls = (sorted_TE[:, 1:] < sorted_TE[:, :-1]).all()",
+        "falls = True",
+        (f"{SELECT}::test_rows_of_nan_get_one_expert_and_leave_the_others_alone",),
     ),
     Mutation(
         "cap_off_by_one",
