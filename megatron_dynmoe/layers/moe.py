@@ -34,7 +34,6 @@ from megatron_dynmoe.routing.losses import (
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import choose, choose_top_k, weigh
 
-
 GROUPED_BYTES = 16  # what grouped_mm wants weights and their rows to be a multiple of
 
 
