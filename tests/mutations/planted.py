@@ -41,6 +41,7 @@ CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test
 INVARIANCE = "tests/distributed/test_invariance.py"
 APART = "tests/distributed/test_documents.py"
 LATENT = "tests/distributed/test_latent_attention.py"
+BUSIEST = "tests/distributed/test_busiest_rank.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
@@ -53,6 +54,24 @@ CONTROLLER = [
         "(target - measured) / self.num_experts",
         "(measured - target) / self.num_experts",
         (f"{PI}::test_steps_by_hand",),
+    ),
+    Mutation(
+        "mean_of_the_busiest_rank",
+        "the mean is held where the busiest rank was asked for",
+        "control/update.py",
+        "measured = measured * statistics.rank_imbalance",
+        "pass",
+        (f"{BUSIEST}::test_the_target_is_that_of_the_busiest_rank[ep4]",),
+        ("busiest_ep4",),
+    ),
+    Mutation(
+        "busiest_rank_over_all_dispatches",
+        "the busiest rank is that of all dispatches together, though each of them waits",
+        "routing/counters.py",
+        "view(len(counters), -1)",
+        "view(len(counters), -1).sum(1, keepdim=True)",
+        (f"{BUSIEST}::test_the_busiest_rank_of_each_dispatch_is_counted[ep2_pp2]",),
+        ("busiest_ep2_pp2",),
     ),
     Mutation(
         "no_anti_windup",
