@@ -25,7 +25,7 @@ CAPS = ("max_experts_per_token", "inference_max_experts_per_token")
 # The settings of a controller.
 CONTROLLER = (
     *("target_experts_per_token", "scope", "proportional_gain", "integral_gain"),
-    *("initial_threshold", "min_threshold", "max_threshold"),
+    *("initial_threshold", "min_threshold", "max_threshold", "row_buffer_margin"),
 )
 
 
@@ -73,6 +73,7 @@ _CONTROLLER_DEFAULTS = {
     "initial_threshold": AUTO,
     "min_threshold": 0.0,
     "max_threshold": 1.0,
+    "row_buffer_margin": 0.1,
 }
 
 ROUTINGS: dict[str, RoutingSettings] = {
