@@ -1,4 +1,4 @@
-"""``--moe-dynamic-row-buffer target``: whatever the margin, the bits of a run that counts its rows."""
+"""``--moe-dynamic-row-buffer target``: with any margin, the bits of a run that counts its rows."""
 
 from __future__ import annotations
 
