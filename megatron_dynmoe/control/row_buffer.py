@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.utils import log_single_rank
+from megatron.core.utils import get_model_config, log_single_rank
 
+from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.moe.layer import DynMoELayer
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.control.update import GlobalBatchUpdate
     from megatron_dynmoe.routing.counters import RoutingStatistics
 
 logger = logging.getLogger(__name__)
@@ -40,17 +40,15 @@ logger = logging.getLogger(__name__)
 class RowBuffer:
     """One of Megatron's schedules (``forward_backward_func``), run again if a buffer overflows.
 
+    Without a margin, and in evaluations, it is the schedule itself.
+
     Attributes:
         steps: global batches that have been trained on.
         repeated: how many of them have been run again.
     """
 
-    def __init__(self, update: GlobalBatchUpdate, schedule: Callable[..., Any]) -> None:
-        """Wrap a schedule; ``update`` ends its global batches, and knows the margin."""
-        margin = update.dynmoe.row_buffer_margin
-        assert margin is not None
-        self.update, self.schedule, self.margin = update, schedule, margin
-        self.most = update.settled.most_experts or torch.inf
+    def __init__(self, schedule: Callable[..., Any]) -> None:
+        self.schedule = schedule
         self.steps = self.repeated = 0
         self._means_L: list[float] = []
 
@@ -59,17 +57,20 @@ class RowBuffer:
     ) -> Any:
         """Run a global batch; arguments and result are those of upstream's schedules."""
         run = functools.partial(self.schedule, model=model, forward_only=forward_only, **given)
-        if forward_only:  # an evaluation counts its rows
-            return run(data_iterator=data_iterator)
         chunks = model if isinstance(model, list) else [model]
+        # A wrapper may stand around the update.
+        update = inspect.unwrap(get_model_config(chunks[0]).finalize_model_grads_func)
+        margin = update.dynmoe.row_buffer_margin if isinstance(update, GlobalBatchUpdate) else None
+        if margin is None or forward_only:  # an evaluation counts its rows
+            return run(data_iterator=data_iterator)
         batches, again = _twice(data_iterator)
         restore = _state_of_host()
-        self._make_room(chunks)
+        self._make_room(chunks, 1 + margin)
         losses = run(data_iterator=batches)
         for layer in _layers(chunks):
             layer.token_dispatcher.count_rows()
         self.steps += 1
-        full = self._read()
+        full = self._read(update)
         if full:
             self.repeated += 1
             restore()
@@ -77,46 +78,43 @@ class RowBuffer:
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             losses = run(data_iterator=again)
-            self._read()
-            self._tell(full)
+            self._read(update)
+            self._tell(full, margin)
         return losses
 
-    def _make_room(self, chunks: list[torch.nn.Module]) -> None:
+    def _make_room(self, chunks: list[torch.nn.Module], times: float) -> None:
         for layer in _layers(chunks):
             mean = self._means_L[layer.layer_number - 1] if self._means_L else 0.0
             if mean > 0:  # it is NaN if no token was counted
-                rows_per_token = min((1 + self.margin) * mean, self.most)
+                most = layer.router.rule.cap(training=True) or layer.router.num_experts
+                rows_per_token = min(times * mean, most)
                 layer.token_dispatcher.make_room(rows_per_token, layer.router.counters)
 
-    def _read(self) -> list[int]:
+    def _read(self, update: GlobalBatchUpdate) -> list[int]:
         """Keep the means, and return the numbers of the layers whose buffer overflowed."""
-        assert self.update.statistics is not None
-        overflows_L, self._means_L = read(self.update.statistics)
+        assert update.statistics is not None
+        overflows_L, self._means_L = read(update.statistics)
         return [number for number, overflows in enumerate(overflows_L, 1) if overflows]
 
-    def _tell(self, full: list[int]) -> None:
+    def _tell(self, full: list[int], margin: float) -> None:
         layers = f"layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))}"
         log_single_rank(
             logger,
             logging.WARNING,
             f"more rows than room in {layers}: the step was run again with counted rows, as "
             f"{self.repeated} of {self.steps} steps of this process (row_buffer_margin is "
-            f"{self.margin:g})",
+            f"{margin:g})",
         )
 
 
-def install(update: GlobalBatchUpdate) -> None:
-    """Let Megatron's training loop run its schedules in a :class:`RowBuffer`.
+def with_row_buffer(get_schedule: Callable[..., Any]) -> Callable[..., RowBuffer]:
+    """Wrap upstream's ``get_forward_backward_func``."""
 
-    ``megatron/training/training.py`` has no hook around a schedule, so this replaces the function
-    by which it gets one. A user's own loop calls upstream's function, and there rows are counted.
-    """
-    from megatron.training import training
+    @functools.wraps(get_schedule)
+    def get_schedule_with_row_buffer(*args: Any, **kwargs: Any) -> RowBuffer:
+        return RowBuffer(get_schedule(*args, **kwargs))
 
-    def get_schedule(**given: Any) -> RowBuffer:
-        return RowBuffer(update, get_forward_backward_func(**given))
-
-    training.get_forward_backward_func = get_schedule
+    return get_schedule_with_row_buffer
 
 
 def read(statistics: RoutingStatistics) -> tuple[list[float], list[float]]:

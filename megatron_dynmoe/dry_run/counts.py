@@ -14,6 +14,7 @@ import numpy as np
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_dynmoe.backends.no_driver import replace
+from megatron_dynmoe.control import row_buffer
 from megatron_dynmoe.dry_run import known
 from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
 
@@ -34,12 +35,22 @@ class Counts:
         """Let Megatron's dispatcher and ours read these counts."""
         for dispatcher in (MoEAlltoAllTokenDispatcher, VariableKAlltoAllTokenDispatcher):
             replace(dispatcher, preprocess=self._telling(dispatcher.preprocess))
+        replace(row_buffer, read=self.means(row_buffer.read))
 
     def _telling(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
         def run(dispatcher: Any, routing_map: Any) -> Any:
             per_expert = preprocess(dispatcher, routing_map)
             self._tell(dispatcher, len(routing_map), per_expert)
             return per_expert
+
+        return run
+
+    def means(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the function by which a row buffer reads the means: no layer overflows."""
+
+        def run(statistics: Any) -> tuple[list[float], list[float]]:
+            num_layers = len(read(statistics)[0])
+            return [0.0] * num_layers, [self.experts_per_token] * num_layers
 
         return run
 

@@ -126,7 +126,7 @@ def dry_run(
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
     _check_imbalance(imbalance, layout)
     model, note = _memory_model(args, layout)
-    rows_per_token = expected.room or experts
+    rows_per_token = expected.rows_with_room(experts)
     if rank is None:
         rank = _first_rank(model.fullest(rows_per_token)[0], layout, args) if model else 0
     if not 0 <= rank < layout.world_size:

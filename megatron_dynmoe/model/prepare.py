@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_dynmoe.backends import choice, transformer_engine
-from megatron_dynmoe.control import row_buffer
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.settled import Settled
@@ -36,10 +35,9 @@ def prepare_training(
     if settled.backend.backend == "transformer_engine":
         transformer_engine.group_experts(transformer)
     transformer.moe_router_dtype = "fp32"
-    update = GlobalBatchUpdate(settled, transformer.finalize_model_grads_func)
-    transformer.finalize_model_grads_func = update
-    if settled.dynmoe.row_buffer == "target":
-        row_buffer.install(update)
+    transformer.finalize_model_grads_func = GlobalBatchUpdate(
+        settled, transformer.finalize_model_grads_func
+    )
     install_metrics_tracker(settled.dynmoe)
     if args is not None:
         # Megatron saves its arguments with the model, but these lack settings from a YAML file.

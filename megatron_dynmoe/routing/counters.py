@@ -23,11 +23,11 @@ class RoutingStatistics(NamedTuple):
     tokens: Tensor
     tokens_at_cap: Tensor
     squared_experts: Tensor  # sum over tokens of (experts of the token) ** 2
+    overflows: Tensor  # passes with more rows than there was room for
     balance_loss: Tensor
     dynamic_loss: Tensor
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
     not_finite: Tensor  # tokens with a logit that is NaN or infinite
-    overflows: Tensor  # passes with more rows than there was room for
     thetas: Tensor  # this and the next two are sums over the routers that contribute
     knobs: Tensor  # the numbers that the controller moves; for top-p they are thresholds
     integrals: Tensor

@@ -35,6 +35,7 @@ def install() -> None:
     _refuse_empty_splits()
     _log_each_step_as_itself()
     _initialize_experts_differently()
+    _make_room_for_rows()
 
 
 def _use_the_packaged_dataset_helpers() -> None:
@@ -374,3 +375,16 @@ def _initialize_experts_differently() -> None:
 
     for cls in (layers.ColumnParallelLinear, layers.RowParallelLinear):
         cls.__init__ = differing(cls.__init__)
+
+
+def _make_room_for_rows() -> None:
+    """``megatron/training/training.py`` has no hook around the schedule of a global batch.
+
+    See :mod:`megatron_dynmoe.control.row_buffer`. A training loop of one's own calls upstream's
+    function from elsewhere, and its layers count their rows.
+    """
+    from megatron.training import training
+
+    from megatron_dynmoe.control.row_buffer import with_row_buffer
+
+    training.get_forward_backward_func = with_row_buffer(training.get_forward_backward_func)
