@@ -49,7 +49,9 @@ def overflowed(result: CaseResult) -> int:
 
 def reported(result: CaseResult) -> list[str]:
     """What the log says of losses, counts and the validation, without times."""
-    lines = [line for line in result.log().splitlines() if re.search(r" loss: |validation", line)]
+    lines = [
+        line for line in result.log().splitlines() if re.search(r"lm loss|validation experts", line)
+    ]
     return [re.sub(r"elapsed time.*?\||(tokens|TFLOP)/s.*|\[.*?\]", "", line) for line in lines]
 
 
