@@ -55,6 +55,7 @@ class DryRun:
         counts: where it comes from.
         imbalance: how many times their share the experts of this rank get.
         kernels: DYNMOE_KERNELS, 0 or 1.
+        row_buffer: the setting, None without dynamic routing.
         formula: the planner's memory, None if it does not know a setting.
         formula_note: which setting that is.
     """
@@ -68,6 +69,7 @@ class DryRun:
     counts: str
     imbalance: float
     kernels: str
+    row_buffer: str | None
     formula: Memory | None
     formula_note: str
     result: Result
@@ -154,6 +156,7 @@ def dry_run(
         counts=source,
         imbalance=imbalance,
         kernels=setting,
+        row_buffer=resolved_from_args(args, layout.num_experts).row_buffer,
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
         result=_run(request, setting),
