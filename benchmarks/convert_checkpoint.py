@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from megatron_dynmoe.conversion import megatron_settings
-from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
+from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.settings.command_line import CommandParser

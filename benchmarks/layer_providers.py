@@ -90,7 +90,7 @@ class Provider:
         self.clear()
         return measure.timed(self.forward, self.backward)
 
-    def memory(self) -> profiling.Memory:
+    def memory(self) -> profiling.PassMemory:
         self.clear()
         return profiling.memory(self.forward, self.backward)
 

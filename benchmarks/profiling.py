@@ -13,14 +13,14 @@ from benchmarks import measure
 TABLE_ROWS = 30
 
 
-class Memory(NamedTuple):
+class PassMemory(NamedTuple):
     """Bytes beyond those that were allocated before."""
 
     held: int  # between forward and backward pass
     peak: int  # at any time in either
 
 
-def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
+def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> PassMemory:
     """The memory that PyTorch's allocator hands out in the two passes.
 
     On the CPU the allocator keeps no account, so this uses the profiler's record.
@@ -33,10 +33,10 @@ def memory(forward: Callable[[], Any], backward: Callable[[], Any]) -> Memory:
         held = torch.cuda.memory_allocated() - before
         backward()
         torch.cuda.synchronize()
-        return Memory(held, torch.cuda.max_memory_allocated() - before)
+        return PassMemory(held, torch.cuda.max_memory_allocated() - before)
     forward_held, forward_peak = _profiled(forward)
     _, backward_peak = _profiled(backward)
-    return Memory(forward_held, max(forward_peak, forward_held + backward_peak))
+    return PassMemory(forward_held, max(forward_peak, forward_held + backward_peak))
 
 
 def _profiled(function: Callable[[], Any]) -> tuple[int, int]:

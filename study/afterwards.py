@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.analysis.write_report import FORMAT, ROUTING
+from megatron_dynmoe.analysis.report.write_report import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import replace_file

@@ -32,7 +32,7 @@ class Call:
 
     def __init__(self, args: argparse.Namespace, table: Sequence[Stage]) -> None:
         self.args, self.table = args, table
-        self.begun = time.monotonic()
+        self.begun = processes.clock()
         self.signal: signal.Signals | None = None
         self.running = ""  # the stage
         self.written = 0.0  # when the files were
@@ -175,7 +175,7 @@ class Call:
         self.call["seconds"] = round(self._elapsed(), 1)
         self.state.save()
         publish.publish(self.state, self.table, self.args.output, self._again(), self.running)
-        self.written = time.monotonic()
+        self.written = processes.clock()
 
     def _again(self) -> summary.Again:
         """The commands that go on, as make takes them."""
@@ -190,12 +190,12 @@ class Call:
         return f"the call got {self.signal.name}" if self.signal else ""
 
     def _watched(self) -> str:
-        if time.monotonic() - self.written > EVERY:
+        if processes.clock() - self.written > EVERY:
             self._write_files()
         return self._stopped()
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self.begun
+        return processes.clock() - self.begun
 
     def _say(self, text: str) -> None:
         print(f"[{self._elapsed():4.0f} s] {text}", flush=True)

@@ -25,6 +25,7 @@ PATIENCE = 8.0  # seconds after SIGKILL: a process may have a GPU's memory to gi
 MAX_LOG = 4 * 2**20  # bytes: a command that prints more is ended
 POLL = 0.2  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+clock = time.monotonic  # seconds, by which all limits go; tests of limits put one of theirs here
 
 
 class Ended(NamedTuple):
@@ -61,7 +62,7 @@ def run(
         mark: what all its processes carry.
         watch: called every fifth of a second; returns a reason to end the command, or "".
     """
-    begun = time.monotonic()
+    begun = clock()
     with log.open("ab", buffering=0) as file:
         file.write(f"$ {' '.join(command)}\n".encode())
         try:
@@ -79,7 +80,7 @@ def run(
             )
         except OSError as error:
             file.write(f"{error}\n".encode())
-            return Ended(127, "", time.monotonic() - begun)
+            return Ended(127, "", clock() - begun)
         assert process.stdout is not None
         with process.stdout as pipe, selectors.DefaultSelector() as selector:
             os.set_blocking(pipe.fileno(), False)
@@ -93,7 +94,7 @@ def run(
                     room -= file.write(said or b"")
                 if room == 0:
                     why = f"printed more than {MAX_LOG / 2**20:g} MB"
-                elif time.monotonic() - begun > seconds:
+                elif clock() - begun > seconds:
                     why = f"not done after {seconds:.0f} s"
                 else:
                     why = watch()
@@ -106,7 +107,7 @@ def run(
             file.write(f"these processes cannot be ended: {left}\n".encode())
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
-    return Ended(None if why else process.returncode, why, time.monotonic() - begun)
+    return Ended(None if why else process.returncode, why, clock() - begun)
 
 
 def ending_with_parent() -> Callable[[], None]:

@@ -21,7 +21,8 @@ from megatron_dynmoe.backends.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.documents import check_masks
 from megatron_dynmoe.backends.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.moe.recompute import MODULE, recomputes_activations
+from megatron_dynmoe.settings.refusals import FlagError, SettingError
 from megatron_dynmoe.settings.routings import AUTO
 
 if TYPE_CHECKING:
@@ -108,16 +109,19 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
         optimizer: upstream's ``--optimizer``.
 
     Raises:
-        ValueError: the settings contradict each other, or the back end that they ask for cannot do
-            what the model needs.
+        SettingError: the settings contradict each other, or the back end that they ask for cannot
+            do what the model needs.
     """
     check_norms(chosen.backend, config)
     check_recompute(config)
     if chosen.backend == "local":
         check_latent_attention(config, "--moe-dynamic-backend local")
         check_biases(config)
+        check_recomputed_experts(config, "local")
         if config.context_parallel_size > 1:
-            raise ValueError(_only_one_part(config, "local"))
+            raise _only_one_part(config, "local")
+    if chosen.backend == "transformer_engine":
+        transformer_engine.check_context_parallel(config)
     if chosen.backend != "torch_native":
         return chosen
     reasons = {
@@ -138,17 +142,20 @@ def choose_parts(chosen: BackEnd, config: TransformerConfig, optimizer: str = "a
     check_latent_attention(config, kept.get("attention"))
     if "experts" in kept:
         check_biases(config)
+        check_recomputed_experts(config, f"local, which {kept['experts']} needs")
     if config.context_parallel_size > 1:
         if "attention" in kept:
-            raise ValueError(_only_one_part(config, f"local, which {kept['attention']} needs"))
+            raise _only_one_part(config, f"local, which {kept['attention']} needs,")
         check_context_parallel(config)
     return dataclasses.replace(chosen, kept=kept)
 
 
-def _only_one_part(config: TransformerConfig, attention: str) -> str:
-    return (
-        f"--context-parallel-size is {config.context_parallel_size}, and the attention of "
-        f"{attention}, cannot split a sequence: use 1, or --moe-dynamic-backend torch_native."
+def _only_one_part(config: TransformerConfig, attention: str) -> FlagError:
+    return FlagError(
+        "context_parallel_size",
+        config.context_parallel_size,
+        f", and the attention of {attention} cannot split a sequence",
+        "use 1, or --moe-dynamic-backend torch_native",
     )
 
 
@@ -159,14 +166,17 @@ def check_biases(config: TransformerConfig) -> None:
     is no such problem if a collective between ranks has made the output a tensor of its own.
 
     Raises:
-        ValueError: the experts cannot be trained with biases.
+        FlagError: the experts cannot be trained with biases.
     """
     tensor_parallel_size = getattr(config, "expert_tensor_parallel_size", None) or 1
     num_ranks = config.expert_model_parallel_size * tensor_parallel_size
     if _have_biases(config) and num_ranks == 1:
-        raise ValueError(
-            "--disable-bias-linear is not given, and upstream's local experts cannot be trained "
-            "with biases without expert parallelism: give --disable-bias-linear."
+        raise FlagError(
+            "disable_bias_linear",
+            None,
+            ", and upstream's local experts cannot be trained with biases without expert "
+            "parallelism",
+            "give --disable-bias-linear",
         )
 
 
@@ -193,15 +203,46 @@ def check_recompute(settings: Any) -> None:
         settings: Megatron's arguments or a TransformerConfig.
 
     Raises:
-        ValueError: ``--recompute-modules`` names layernorm.
+        FlagError: ``--recompute-modules`` names layernorm.
     """
     modules = getattr(settings, "recompute_modules", None) or ()
     is_selective = settings.recompute_granularity == "selective"
     if is_selective and "layernorm" in modules and not has_transformer_engine():
-        raise ValueError(
-            f"--recompute-modules is {' '.join(modules)}, and Megatron cannot recompute layernorm "
-            "without Transformer Engine: leave layernorm out."
+        raise FlagError(
+            "recompute_modules",
+            modules,
+            ", and Megatron cannot recompute layernorm without Transformer Engine",
+            "leave layernorm out",
         )
+
+
+def check_recomputed_experts(settings: Any, experts: str) -> None:
+    """Refuse to recompute activations of experts that keep them: upstream's, one after another.
+
+    Args:
+        settings: Megatron's arguments or a TransformerConfig.
+        experts: whose they are.
+
+    Raises:
+        ValueError: ``--recompute-modules`` names moe_act.
+    """
+    if recomputes_activations(settings):
+        raise ValueError(
+            f"--recompute-modules is {' '.join(settings.recompute_modules)}, and the experts of "
+            f"{experts}, cannot recompute {MODULE}: leave it out, or use --moe-dynamic-backend "
+            "torch_native."
+        )
+
+
+def group_recomputed_experts(backend: str, args: Any) -> None:
+    """Let upstream accept ``moe_act``, which it ties to its own flag for grouped experts.
+
+    Args:
+        backend: the chosen back end. Experts of ``torch_native`` are grouped without that flag.
+        args: Megatron's arguments, which are changed.
+    """
+    if backend == "torch_native" and recomputes_activations(args):
+        args.moe_grouped_gemm = True
 
 
 def check_norms(backend: str, settings: Any) -> None:
@@ -212,17 +253,19 @@ def check_norms(backend: str, settings: Any) -> None:
         settings: Megatron's arguments or a TransformerConfig.
 
     Raises:
-        ValueError: the norms cannot run sequence-parallel.
+        FlagError: the norms cannot run sequence-parallel.
     """
     unsupported = "local" if backend == "local" else None
     if backend == "torch_native" and (reason := _unsupported(settings, _NORM)):
         unsupported = f"torch_native with {reason}"
     has_apex = importlib.util.find_spec("apex") is not None
     if unsupported and settings.sequence_parallel and not has_apex:
-        raise ValueError(
-            f"--sequence-parallel is given, which an MoE layer needs under tensor parallelism, but "
-            f"the norms of {unsupported} cannot run so without Apex or Transformer Engine: use "
-            "--moe-dynamic-backend torch_native, with RMSNorm or LayerNorm."
+        raise FlagError(
+            "sequence_parallel",
+            True,
+            ", which an MoE layer needs under tensor parallelism, but the norms of "
+            f"{unsupported} cannot run so without Apex or Transformer Engine",
+            "use --moe-dynamic-backend torch_native, with RMSNorm or LayerNorm",
         )
 
 
@@ -247,7 +290,7 @@ def settle_masks(backend: str, args: Any) -> None:
         args: Megatron's arguments, which are changed.
 
     Raises:
-        ValueError: upstream's attention runs, and a mask would not reach all of its layers.
+        FlagError: upstream's attention runs, and a mask would not reach all of its layers.
     """
     kept = _unsupported(args, _ATTENTION) if backend == "torch_native" else None
     if backend == "torch_native" and not (kept and args.reset_attention_mask):

@@ -20,6 +20,8 @@ import torch
 from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.distributed import ProcessGroup
@@ -34,25 +36,45 @@ def check_context_parallel(transformer: TransformerConfig) -> None:
         transformer: the model's config, with ``context_parallel_size`` above 1.
 
     Raises:
-        ValueError: ``--cp-comm-type`` asks for another exchange, or there are too few heads.
+        FlagError: ``--cp-comm-type`` asks for another exchange, or there are too few heads.
     """
-    asked_for = transformer.cp_comm_type or "p2p"
-    kinds = [asked_for] if isinstance(asked_for, str) else asked_for
-    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
+    kinds = kinds_of_exchange(transformer)
     if any(kind != EXCHANGE for kind in kinds):
-        raise ValueError(
-            f"--cp-comm-type is {' '.join(kinds)}, and without Transformer Engine ranks of "
-            f"--context-parallel-size {context} exchange heads: give --cp-comm-type {EXCHANGE}."
+        raise FlagError(
+            "cp_comm_type",
+            kinds,
+            ", and without Transformer Engine ranks of --context-parallel-size "
+            f"{transformer.context_parallel_size} exchange heads",
+            f"give --cp-comm-type {EXCHANGE}",
         )
+    check_heads(transformer)
+
+
+def kinds_of_exchange(transformer: TransformerConfig) -> list[str]:
+    """``--cp-comm-type``: one for all layers, or one for each."""
+    asked_for = transformer.cp_comm_type or "p2p"
+    return [asked_for] if isinstance(asked_for, str) else list(asked_for)
+
+
+def check_heads(transformer: TransformerConfig) -> None:
+    """Refuse heads that context- and tensor-parallel ranks cannot share.
+
+    Raises:
+        ValueError: the message names the flag, its value and the remedy.
+    """
+    context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
     for name, number in (
-        ("num-attention-heads", transformer.num_attention_heads),
-        ("num-query-groups", transformer.num_query_groups),
+        ("num_attention_heads", transformer.num_attention_heads),
+        ("num_query_groups", transformer.num_query_groups),
     ):
         if number % (context * tensor):
             per_rank = "" if tensor == 1 else f" times --tensor-model-parallel-size {tensor}"
-            raise ValueError(
-                f"--{name} is {number}, which --context-parallel-size {context}{per_rank} does not "
-                "divide, so that ranks cannot share the heads: change one of them."
+            raise FlagError(
+                name,
+                number,
+                f", which --context-parallel-size {context}{per_rank} does not divide, so that "
+                "ranks cannot share the heads",
+                "change one of them",
             )
 
 

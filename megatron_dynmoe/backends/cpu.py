@@ -2,8 +2,12 @@
 
 Megatron addresses its device as ``torch.cuda`` throughout. :func:`install` makes the CPU stand in
 for it. Calls that ask for a tensor on ``"cuda"`` get one on the CPU, streams and events do nothing,
-and memory figures are zero. Settings that need a GPU are replaced when Megatron validates its
-arguments. Importing this module changes nothing, and a run on CUDA never installs it.
+and memory figures are zero. Importing this module changes nothing, and a run on CUDA never installs
+it.
+
+This replaces functions of PyTorch. Those of Megatron are replaced by ``upstream/patches.py``, which
+takes what stands in for them on a CPU from here: :func:`with_settings_of_a_cpu`,
+:func:`set_random_state` and :func:`to_host`.
 
 It does not imitate concurrency (a stream runs in order with everything else), nor the arithmetic of
 a GPU's reduced precisions.
@@ -24,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
 from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.refusals import FlagError
 
 CPU = torch.device("cpu")
 
@@ -41,7 +46,6 @@ FORCED_SETTINGS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
-    "persist_layer_norm": False,
     "no_persist_layer_norm": True,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": False,
@@ -91,7 +95,12 @@ def install() -> None:
     _answer_for_torch_cuda(host_generator)
     _RedirectToCpu(host_generator).__enter__()
     replace(torch.nn.Module, cuda=lambda self, device=None: self)
-    _redirect_megatron()
+    # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
+    replace(
+        torch.distributed,
+        all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
+        reduce_scatter=_reduce_scatter,
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"> megatron_dynmoe: running Megatron on the CPU over gloo ({why})", file=sys.stderr)
 
@@ -210,15 +219,19 @@ _NEEDS_A_GPU = {
 }
 
 
-def _refuse_what_needs_a_gpu(args: Namespace) -> None:
+def refuse_what_needs_a_gpu(args: Namespace) -> None:
+    """Refuse settings for which there is no substitute on a CPU.
+
+    Raises:
+        FlagError: the message names the flag, its value and the remedy.
+    """
     for name, (possible, reason) in _NEEDS_A_GPU.items():
         value = getattr(args, name, possible)
         if value != possible:
-            raise ValueError(f"--{name.replace('_', '-')} is {value} on the CPU: {reason}.")
+            raise FlagError(name, value, " on the CPU", reason)
     if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
-        raise ValueError(
-            "--profile is given on the CPU: it marks steps for a profiler of CUDA. Leave it out."
-        )
+        remedy = "it marks steps for a profiler of CUDA. Leave it out"
+        raise FlagError("profile", True, " on the CPU", remedy)
 
 
 def _all_gather(
@@ -256,34 +269,22 @@ def _reduce_scatter(
             output.copy_(summed)
 
 
-def _to_host(tensor, as_numpy=False, record_stream=False):
+def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Stand in for ``maybe_move_tensor_to_cpu``: obey ``as_numpy`` on the CPU, too."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
-def _redirect_megatron() -> None:
-    import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
-    import megatron.training.arguments as megatron_arguments
+def set_random_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+    """Stand in for ``_set_cuda_rng_state``."""
+    torch.cuda.set_rng_state(state)
 
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(
-        state
-    )
 
-    # Upstream converts splits to numpy arrays only when it copies them from a GPU.
-    megatron_dispatcher.maybe_move_tensor_to_cpu = _to_host
+def with_settings_of_a_cpu(validate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``validate_args``: first refuse or replace settings that need a GPU."""
 
-    # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
-    replace(
-        torch.distributed,
-        all_gather=functools.partial(_all_gather, original=torch.distributed.all_gather),
-        reduce_scatter=_reduce_scatter,
-    )
-
-    validate = megatron_arguments.validate_args
-
-    def validate_for_cpu(args, defaults=None):
-        _refuse_what_needs_a_gpu(args)
+    @functools.wraps(validate)
+    def validate_for_cpu(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        refuse_what_needs_a_gpu(args)
         for name, value in FORCED_SETTINGS.items():
             flag = "--" + name.replace("_", "-")
             if flag in sys.argv and getattr(args, name) != value and args.rank == 0:
@@ -292,4 +293,4 @@ def _redirect_megatron() -> None:
                 setattr(args, name, value)
         return validate(args, defaults or {})
 
-    megatron_arguments.validate_args = validate_for_cpu
+    return validate_for_cpu

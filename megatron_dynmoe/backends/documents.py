@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 # With one of these, a rank holds layers from several places.
 _INTERLEAVED = (
     *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
@@ -94,22 +96,26 @@ def check_masks(args: Any, what: str) -> None:
         what: the attention that needs a mask, in words.
 
     Raises:
-        ValueError: there is no mask, or a pipeline stage between the first and the last, for which
+        FlagError: there is no mask, or a pipeline stage between the first and the last, for which
             upstream loads no data.
     """
     if not args.reset_attention_mask:
         return
     if not args.create_attention_mask_in_dataloader:
-        raise ValueError(
-            f"--reset-attention-mask and --no-create-attention-mask-in-dataloader are given, and "
-            f"the attention of {what} knows documents only by a mask: leave the second out, or "
-            "use --moe-dynamic-backend torch_native."
+        raise FlagError(
+            "reset_attention_mask",
+            True,
+            " with --no-create-attention-mask-in-dataloader, and the attention of "
+            f"{what} knows documents only by a mask",
+            "leave the second out, or use --moe-dynamic-backend torch_native",
         )
     is_interleaved = any(getattr(args, name, None) for name in _INTERLEAVED)
     if args.pipeline_model_parallel_size > (1 if is_interleaved else 2):
-        raise ValueError(
-            f"--reset-attention-mask is given, and --pipeline-model-parallel-size is "
-            f"{args.pipeline_model_parallel_size}: Megatron gives no mask to layers between the "
-            f"first stage and the last, and the attention of {what} needs one. Use "
-            "--moe-dynamic-backend torch_native, or 2 stages that are not interleaved."
+        raise FlagError(
+            "reset_attention_mask",
+            True,
+            f", and --pipeline-model-parallel-size is {args.pipeline_model_parallel_size}, but "
+            "Megatron gives no mask to layers between the first stage and the last, and the "
+            f"attention of {what} needs one",
+            "use --moe-dynamic-backend torch_native, or 2 stages that are not interleaved",
         )

@@ -54,6 +54,20 @@ class LatentAttention(MLASelfAttention):
         return queries, torch.cat([latent_part, position_part], dim=-1)
 
 
+def names_in_checkpoints(local: dict[str, str]) -> dict[str, str]:
+    """Name norms in checkpoints as with Transformer Engine, so that either back end loads them.
+
+    Args:
+        local: upstream's mapping for its local layers, of prefixes to those in checkpoints. It is
+            made for other attention: the norm before the layer is in no linear layer here.
+    """
+    names = {own: saved for own, saved in local.items() if own != "input_layernorm."}
+    for part in ("q", "kv"):
+        norm = f"self_attention.{part}_layernorm."
+        names[norm] = f"self_attention.linear_{part}_up_proj.layer_norm_"
+    return names
+
+
 def padded(*tensors: Tensor) -> list[Tensor]:
     """Pad heads with zeros to the size of the largest, which changes neither scores nor values.
 

@@ -32,7 +32,12 @@ from torch import Tensor
 
 from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
 from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
-from megatron_dynmoe.backends.latent_attention import LatentAttention, needs_one_size, padded
+from megatron_dynmoe.backends.latent_attention import (
+    LatentAttention,
+    names_in_checkpoints,
+    needs_one_size,
+    padded,
+)
 from megatron_dynmoe.moe.experts import GroupedExperts
 
 if TYPE_CHECKING:
@@ -253,8 +258,10 @@ def with_native_modules(
 def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: TransformerConfig) -> Any:
     submodules = layer.submodules
     attention = copy.copy(submodules.self_attention)
+    names = submodules.sharded_state_dict_keys_map
     if attention.module is MLASelfAttention:
         attention.module = LatentAttention
+        names = names_in_checkpoints(names)
     parts = {
         name: _norm_or(provider, getattr(attention.submodules, name))
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
@@ -276,6 +283,7 @@ def _native_layer(layer: Any, provider: TorchNativeSpecProvider, config: Transfo
         mlp=mlp,
         input_layernorm=_norm_or(provider, submodules.input_layernorm),
         pre_mlp_layernorm=_norm_or(provider, submodules.pre_mlp_layernorm),
+        sharded_state_dict_keys_map=names,
     )
     return layer
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from megatron_dynmoe.backends.context_parallel import EXCHANGE, check_heads, kinds_of_exchange
 from megatron_dynmoe.settings.refusals import SettingError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # The first whose GroupedLinear upstream uses (core/extensions/transformer_engine.py).
 FIRST_GROUPED = "1.9.0"
+# How its attention splits a sequence; upstream's help calls the second one allgather.
+_EXCHANGES = ("p2p", "all_gather", EXCHANGE, "a2a+p2p")
 
 
 def version_without_grouped_experts() -> str | None:
@@ -62,6 +66,35 @@ def check_experts(transformer: TransformerConfig) -> None:
             "biases beside Megatron's fused bias and dropout: give --disable-bias-linear, or "
             "--no-bias-dropout-fusion."
         )
+
+
+def check_context_parallel(transformer: TransformerConfig) -> None:
+    """Refuse a split of sequences at which its attention would stop in the first step.
+
+    Args:
+        transformer: upstream's config of a model on this back end.
+
+    Raises:
+        ValueError: the message names the flag, its value and the remedy.
+    """
+    context = transformer.context_parallel_size
+    if context == 1:
+        return
+    kinds = kinds_of_exchange(transformer)
+    for kind in kinds:
+        if kind not in _EXCHANGES:
+            raise ValueError(
+                f"--cp-comm-type is {kind}, and Transformer Engine splits sequences by "
+                f"{', '.join(_EXCHANGES)}: use one of these."
+            )
+    if transformer.params_dtype == torch.float32:
+        raise ValueError(
+            f"--context-parallel-size is {context} and the model is in float32, which the "
+            "attention of Transformer Engine splits in 16 bits only: give --bf16, or use "
+            f"--moe-dynamic-backend torch_native --cp-comm-type {EXCHANGE}."
+        )
+    if EXCHANGE in kinds:
+        check_heads(transformer)
 
 
 def check_permutation(transformer: TransformerConfig) -> None:

@@ -64,7 +64,7 @@ def _faults_without_manifest(folder: Path, looks_closer: bool) -> list[str]:
     if not is_other_format and not (folder / COMPLETE).is_file():
         return [f"{folder} is incomplete: without {COMPLETE}, its save was cut short"]
     if looks_closer and not is_other_format:
-        from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+        from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 
         try:
             MegatronCheckpoint(folder)  # looks for every file and checks that it is long enough

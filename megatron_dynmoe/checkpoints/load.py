@@ -23,6 +23,7 @@ from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_lo
 from megatron_dynmoe.checkpoints.faults import faults
 from megatron_dynmoe.checkpoints.other_backends import adopt_names
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import (
@@ -67,9 +68,11 @@ def check_paths(args: Namespace) -> None:
         if args.save_retain_interval and tracker.is_file():
             text = tracker.read_text(errors="replace").strip()
             if not text.isdigit() and (text == RELEASE or not args.ckpt_fallback):
-                raise ValueError(
-                    f"--save-retain-interval is {args.save_retain_interval}, but {tracker} holds "
-                    f"{text[:40]!r}, from which Megatron cannot count: name another --save."
+                raise FlagError(
+                    "save_retain_interval",
+                    args.save_retain_interval,
+                    f", but {tracker} holds {text[:40]!r}, from which Megatron cannot count",
+                    "name another --save",
                 )
     load = args.load
     if args.pretrained_checkpoint and not (load and (Path(load) / TRACKER).is_file()):
@@ -77,9 +80,8 @@ def check_paths(args: Namespace) -> None:
     for name in ("ckpt_fallback", "ckpt_step", "exit_on_missing_checkpoint", "skip_train"):
         if getattr(args, name) and not load:
             what = "would evaluate random weights" if name == "skip_train" else "would start anew"
-            raise ValueError(
-                f"--{name.replace('_', '-')} is given without --load, so the run {what}: give "
-                "--load, or leave it out."
+            raise FlagError(
+                name, True, f" without --load, so the run {what}", "give --load, or leave it out"
             )
     if load and _is_checked(args, load):
         step, fallback = args.ckpt_step, args.ckpt_fallback
@@ -123,32 +125,65 @@ def _check_first_start(args: Namespace, load: Path) -> None:
         )
 
 
-def checking(load_base: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``_load_base_checkpoint``, through which every load goes, twice."""
-    chosen: dict[str, Name | None] = {}
+class LoadGuard:
+    """Wraps Megatron's load, so that it reads the checkpoint that was chosen and checked."""
 
-    @functools.wraps(load_base)
-    def checked(load_dir: Any, args: Namespace, rank0: bool = False, **kwargs: Any) -> Any:
-        if load_dir is None or not _is_checked(args, load_dir):
-            return load_base(load_dir, args, rank0=rank0, **kwargs)
-        if rank0 or load_dir not in chosen:
-            chosen[load_dir] = choose(
-                Path(load_dir),
-                args.ckpt_step,
-                fallback=getattr(args, "ckpt_fallback", False),
-                is_required=args.exit_on_missing_checkpoint,
-                # One rank is to write it, and which one is known once the ranks can talk.
-                corrects_tracker=dist.is_initialized() and _is_same(load_dir, args.save),
-            )
-        name, state_dict = chosen[load_dir], kwargs.get("sharded_state_dict")
-        if name is not None and state_dict is not None and not rank0:
-            folder = Path(load_dir) / checkpoint_name(name)
-            check_router_entries(folder, state_dict, args.dist_ckpt_strictness)
-            adopt_names(folder, state_dict)
-        with _pinned(args, name, Path(load_dir)):
-            return load_base(load_dir, args, rank0=rank0, **kwargs)
+    def __init__(self) -> None:
+        self._chosen: dict[str, Name | None] = {}
+        # The tracker that Megatron is about to read, and what it is to find there.
+        self._pinned: tuple[Path, tuple[int, bool]] | None = None
 
-    return checked
+    def checking(self, load_base: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``_load_base_checkpoint``, through which every load goes, twice."""
+
+        @functools.wraps(load_base)
+        def checked(load_dir: Any, args: Namespace, rank0: bool = False, **kwargs: Any) -> Any:
+            if load_dir is None or not _is_checked(args, load_dir):
+                return load_base(load_dir, args, rank0=rank0, **kwargs)
+            if rank0 or load_dir not in self._chosen:
+                self._chosen[load_dir] = choose(
+                    Path(load_dir),
+                    args.ckpt_step,
+                    fallback=getattr(args, "ckpt_fallback", False),
+                    is_required=args.exit_on_missing_checkpoint,
+                    # One rank is to write it, and which one is known once the ranks can talk.
+                    corrects_tracker=dist.is_initialized() and _is_same(load_dir, args.save),
+                )
+            name, state_dict = self._chosen[load_dir], kwargs.get("sharded_state_dict")
+            if name is not None and state_dict is not None and not rank0:
+                folder = Path(load_dir) / checkpoint_name(name)
+                check_router_entries(folder, state_dict, args.dist_ckpt_strictness)
+                adopt_names(folder, state_dict)
+            with self._pinning(args, name, Path(load_dir)):
+                return load_base(load_dir, args, rank0=rank0, **kwargs)
+
+        return checked
+
+    def choosing(self, read_metadata: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Wrap ``read_metadata``: whatever the tracker names, Megatron loads what was chosen."""
+
+        @functools.wraps(read_metadata)
+        def read(path: Any) -> Any:
+            if self._pinned is not None and _is_same(path, self._pinned[0]):
+                return self._pinned[1]
+            return read_metadata(path)
+
+        return read
+
+    @contextmanager
+    def _pinning(self, args: Namespace, name: Name | None, load: Path) -> Iterator[None]:
+        if name is None:
+            yield
+            return
+        step = args.ckpt_step
+        if isinstance(name, int):
+            self._pinned, args.ckpt_step = (load / TRACKER, (name, False)), name
+        else:
+            self._pinned, args.ckpt_step = (load / TRACKER, (0, True)), None
+        try:
+            yield
+        finally:
+            self._pinned, args.ckpt_step = None, step
 
 
 def choose(
@@ -274,26 +309,6 @@ def _fall_back(load: Path, problems: list[str], name: Name, corrects_tracker: bo
     )
     if corrects_tracker:  # else the next save would take the damaged one for its predecessor
         replace_file(load / TRACKER, lambda partial: partial.write_text(str(name)))
-
-
-@contextmanager
-def _pinned(args: Namespace, name: Name | None, load: Path) -> Iterator[None]:
-    """Let Megatron load this checkpoint, whatever the tracker names."""
-    from megatron.training import checkpointing
-
-    if name is None:
-        yield
-        return
-    read, step = checkpointing.read_metadata, args.ckpt_step
-    found = (0, True) if name == RELEASE else (name, False)
-    checkpointing.read_metadata = lambda path: (
-        found if _is_same(path, load / TRACKER) else read(path)
-    )
-    args.ckpt_step = None if name == RELEASE else name
-    try:
-        yield
-    finally:
-        checkpointing.read_metadata, args.ckpt_step = read, step
 
 
 def _is_checked(args: Namespace, load: Any) -> bool:

@@ -12,7 +12,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_dynmoe.checkpoints.load import candidates
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
+from megatron_dynmoe.settings.refusals import FlagError, flag
 from megatron_dynmoe.storage.megatron_names import checkpoint_name
 
 # These are sizes of parameters. If one is not given, Megatron derives it from the others.
@@ -40,7 +41,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
         args: Megatron's arguments, not yet validated; ``padded_vocab_size`` is set.
 
     Raises:
-        ValueError: the message names the flag, both values and the remedy.
+        FlagError: the message names the flag, both values and the remedy.
     """
     setattr(args, _TOKENIZER, _hash_of_tokenizer(args))
     saved = saved_arguments(args)
@@ -51,9 +52,11 @@ def agree_with_checkpoint(args: Namespace) -> None:
         if name == "num_query_groups" and not args.group_query_attention:
             here = None  # here upstream's default says nothing
         if here is not None and there is not None and here != there:
-            raise ValueError(
-                f"{_flag(name)} is {here}, and the model in {args.load} has {there}: give "
-                f"{_flag(name)} {there}, or start anew without --load."
+            raise FlagError(
+                name,
+                here,
+                f", and the model in {args.load} has {there}",
+                f"give {flag(name)} {there}, or start anew without --load",
             )
     _keep_padded_vocabulary(args, saved)
     tell_other_tokenizer(args, saved)
@@ -79,9 +82,12 @@ def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:
     if padded is None or args.padded_vocab_size is not None:
         return
     if padded % tensor:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {tensor}, which does not divide the {padded} rows of "
-            f"the embedding in {args.load} (the vocabulary with its padding): use a size that does."
+        raise FlagError(
+            "tensor_model_parallel_size",
+            tensor,
+            f", which does not divide the {padded} rows of the embedding in {args.load} (the "
+            "vocabulary with its padding)",
+            "use a size that does",
         )
     args.padded_vocab_size = padded
 
@@ -122,7 +128,7 @@ def _check_schedule(args: Namespace, saved: Namespace) -> None:
     for name in _SCHEDULE:
         here, there = getattr(args, name), getattr(saved, name, None)
         if here is not None and there is not None and here != there:
-            _refuse(args, _flag(name), here, there)
+            _refuse(args, name, here, there)
     for unit in ("iters", "samples"):
         values = []
         for run in (args, saved):
@@ -130,17 +136,15 @@ def _check_schedule(args: Namespace, saved: Namespace) -> None:
             values.append(getattr(run, f"train_{unit}", None) if decay is None else decay)
         if None not in values and values[0] != values[1]:
             is_given = getattr(args, f"lr_decay_{unit}") is not None
-            _refuse(args, f"--{'lr-decay' if is_given else 'train'}-{unit}", *values)
+            _refuse(args, f"{'lr_decay' if is_given else 'train'}_{unit}", *values)
 
 
-def _refuse(args: Namespace, flag: str, here: object, there: object) -> None:
-    decay = flag.replace("--train-", "--lr-decay-")
-    raise ValueError(
-        f"{flag} is {here}, and the run in {args.load} has {there}: give "
-        f"--override-opt-param-scheduler to go on with the new schedule, or {decay} {there} for "
-        "the old one."
+def _refuse(args: Namespace, name: str, here: object, there: object) -> None:
+    decay = flag(name.replace("train_", "lr_decay_"))
+    raise FlagError(
+        name,
+        here,
+        f", and the run in {args.load} has {there}",
+        f"give --override-opt-param-scheduler to go on with the new schedule, or {decay} {there} "
+        "for the old one",
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -51,7 +51,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_dynmoe.analysis.write_report import merge, write_report
+    from megatron_dynmoe.analysis.report.write_report import merge, write_report
 
     measured = merge(args.merge) if args.merge else _measure(args)
     return write_report(args.output, measured, min_count=args.min_count, overwrite=args.overwrite)
@@ -60,13 +60,18 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from megatron_dynmoe.analysis import measure, vocabulary
-    from megatron_dynmoe.analysis import write_report as report
-    from megatron_dynmoe.analysis.collect import collect, shape_of
-    from megatron_dynmoe.analysis.tokens import letters_of, token_text
-    from megatron_dynmoe.analysis.windows import Reading, check_text, name_groups, read_windows
+    from megatron_dynmoe.analysis.counting import measure
+    from megatron_dynmoe.analysis.counting.collect import collect, shape_of
+    from megatron_dynmoe.analysis.counting.tokens import letters_of, token_text
+    from megatron_dynmoe.analysis.counting.windows import (
+        Reading,
+        check_text,
+        name_groups,
+        read_windows,
+    )
+    from megatron_dynmoe.analysis.report import write_report as report
     from megatron_dynmoe.conversion.convert import has_tokenizer
-    from megatron_dynmoe.use import load
+    from megatron_dynmoe.use import load, vocabulary
 
     load.be_quiet()
     files = name_groups(args.data, args.group, args.source_key)
@@ -195,7 +200,7 @@ def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> Non
 
 
 def _print(content: dict[str, Any], output: Path) -> None:
-    from megatron_dynmoe.analysis.write_report import shorten
+    from megatron_dynmoe.analysis.report.write_report import shorten
 
     statistics = content["statistics"]
     # A name comes from a field that may hold anything, of any length.

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
     """Refuse what can be refused before tasks and weights are read; return the folder to read."""
-    from megatron_dynmoe.conversion.folder import check_is_model
-    from megatron_dynmoe.conversion.megatron import checkpoint_folder
+    from megatron_dynmoe.conversion.hugging_face.folder import check_is_model
+    from megatron_dynmoe.conversion.megatron.checkpoint import checkpoint_folder
 
     for flag in ("iteration", "tokenizer"):
         if args.load is None and getattr(args, flag) is not None:
@@ -69,9 +69,9 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
 
 
 def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
-    from megatron_dynmoe.analysis.vocabulary import check_given
     from megatron_dynmoe.use import load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
+    from megatron_dynmoe.use.vocabulary import check_given
 
     load.be_quiet()
     tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading

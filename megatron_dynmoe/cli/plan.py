@@ -61,8 +61,8 @@ def _dry_run(prog: str, args: argparse.Namespace, flags: Sequence[str]) -> NoRet
     settings = {"both": ("0", "1"), None: (None,)}.get(args.kernels, (args.kernels,))
     with ending_plainly(prog, "nothing was counted"):
         machine.check()
+        from megatron_dynmoe.dry_run.display import describe
         from megatron_dynmoe.dry_run.launch import dry_run
-        from megatron_dynmoe.dry_run.report import describe
 
         try:
             runs = [

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion import card, megatron_settings, routing_settings, words
-from megatron_dynmoe.conversion.folder import WEIGHT_DTYPES, Entry, write_shards
+from megatron_dynmoe.conversion import routing_settings
 from megatron_dynmoe.conversion.formats import OURS, format_named
 from megatron_dynmoe.conversion.formats.format import Format
-from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
+from megatron_dynmoe.conversion.hugging_face import card, words
+from megatron_dynmoe.conversion.hugging_face.folder import WEIGHT_DTYPES, Entry, write_shards
+from megatron_dynmoe.conversion.hugging_face.words import CONFIG
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
+from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import TOKEN_IDS
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
 from megatron_dynmoe.conversion.shapes import Block, Shapes
@@ -36,7 +39,6 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
-from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.storage.atomic import check_target, new_folder
@@ -275,7 +277,10 @@ def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
 
 def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
     import megatron_dynmoe.huggingface  # noqa: F401 - or transformers wonders about our config.json
-    from megatron_dynmoe.conversion.tokenizer import export_tokenizer, special_token_ids
+    from megatron_dynmoe.conversion.hugging_face.tokenizer import (
+        export_tokenizer,
+        special_token_ids,
+    )
 
     try:
         differing = export_tokenizer(tokenizer, folder)

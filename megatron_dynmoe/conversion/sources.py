@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dynmoe.conversion import card, megatron_settings, routing_settings, words
-from megatron_dynmoe.conversion.folder import ModelFolder, cast
+from megatron_dynmoe.conversion import routing_settings
 from megatron_dynmoe.conversion.formats import format_in
 from megatron_dynmoe.conversion.formats.common import dtype_name
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint, checkpoint_folder
+from megatron_dynmoe.conversion.hugging_face import card, words
+from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, cast
+from megatron_dynmoe.conversion.hugging_face.words import CONFIG
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint, checkpoint_folder
 from megatron_dynmoe.conversion.model_settings import check_config
 from megatron_dynmoe.conversion.names import (
     MEGATRON,
@@ -29,7 +32,6 @@ from megatron_dynmoe.conversion.names import (
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
-from megatron_dynmoe.conversion.words import CONFIG
 from megatron_dynmoe.storage.manifest import check_manifest
 
 _NO_STATE: routing_settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}

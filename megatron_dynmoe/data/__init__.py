@@ -1,5 +1,7 @@
 """Turns text into Megatron's token files without importing torch or Megatron.
 
+Text files and a tokenizer enter; a ``.bin`` and an ``.idx`` file leave, whole or not at all.
+
 The modules, in the order in which the data flows: `inputs` (the files that are named), `records`
 and `readers` (JSON lines, plain text and Parquet), `tokenizer` (SentencePiece and Hugging Face),
 `indexed` (the .bin/.idx pair), `preprocess` (the pipeline over all of these), `train_tokenizer` (a

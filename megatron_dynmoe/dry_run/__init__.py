@@ -2,5 +2,5 @@
 
 A request enters (``launch.py``), and a child process (``__main__.py``) trains for two steps with
 Megatron's own loop, on fake tensors (``rehearse.py``). A recorder watches every operation
-(``recorder.py``), and a report leaves (``report.py``).
+(``recorder.py``), and a result leaves (``result.py``), which ``display.py`` shows.
 """

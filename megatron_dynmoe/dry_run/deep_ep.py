@@ -1,7 +1,7 @@
 """DeepEP on devices that do not exist, for ``--moe-token-dispatcher-type flex``.
 
 A token travels once to each rank that has an expert of it. How many do is made up for a balanced
-load, as in :mod:`~.counts`. DeepEP's own buffers, which it takes from CUDA itself, are left out.
+load, as in :mod:`~.rows`. DeepEP's own buffers, which it takes from CUDA itself, are left out.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megatron_dynmoe.dry_run.places import Place
 GRANULARITY = 512  # bytes to which CUDA's caching allocator rounds a tensor
 
 
-class Holder(NamedTuple):
+class LiveStorages(NamedTuple):
     """The storages of one line that are alive at a moment."""
 
     place: Place
@@ -26,15 +26,15 @@ class Peak(NamedTuple):
 
     Attributes:
         place: where the allocation was made that reached it.
-        holders: the largest first.
+        storages: the largest first.
     """
 
     num_bytes: int
     place: Place
-    holders: list[Holder]
+    storages: list[LiveStorages]
 
 
-class Memory:
+class AllocationJournal:
     """A journal of allocations and releases.
 
     Attributes:
@@ -79,7 +79,7 @@ class Memory:
                 now += self._change(entry)
                 highest[phase] = max(highest[phase], (now, entry + 1))
         return {
-            phase: Peak(num_bytes, self._place_before(until), self._holders(until))
+            phase: Peak(num_bytes, self._place_before(until), self._storages(until))
             for phase, (num_bytes, until) in highest.items()
         }
 
@@ -94,7 +94,7 @@ class Memory:
         places = (self._journal[entry][1] for entry in range(until - 1, -1, -1))
         return next((place for place in places if isinstance(place, Place)), Place("nothing"))
 
-    def _holders(self, until: int) -> list[Holder]:
+    def _storages(self, until: int) -> list[LiveStorages]:
         alive: set[int] = set()
         for entry, (num_bytes, allocation) in enumerate(self._journal[:until]):
             if num_bytes is not None:
@@ -106,5 +106,5 @@ class Memory:
             num_bytes, place = self._journal[entry]
             assert num_bytes is not None and isinstance(place, Place)
             sizes[place._replace(layer=0)].append(num_bytes)
-        holders = [Holder(place, sum(each), len(each)) for place, each in sizes.items()]
-        return sorted(holders, key=lambda holder: -holder.num_bytes)
+        found = [LiveStorages(place, sum(each), len(each)) for place, each in sizes.items()]
+        return sorted(found, key=lambda storages: -storages.num_bytes)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dynmoe.dry_run import flops, known
 from megatron_dynmoe.dry_run.collectives import Collective, Collectives
-from megatron_dynmoe.dry_run.memory import Memory
+from megatron_dynmoe.dry_run.memory import AllocationJournal
 from megatron_dynmoe.dry_run.places import Place, Places
 
 _aten = torch.ops.aten
@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
         """
         super().__init__()
         self.share_of_experts = share_of_experts
-        self.memory, self.places = Memory(), Places()
+        self.memory, self.places = AllocationJournal(), Places()
         self.collectives = Collectives(self.places)
         self.kernels: Counter[tuple[Moment, Place, str]] = Counter()
         self.flops: Counter[tuple[Moment, Place]] = Counter()

@@ -71,7 +71,7 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
 def _holders(peaks: Mapping[str, Peak]) -> list[Holder]:
     """The largest holders at the highest peak, with what they hold at the others."""
     held = {
-        phase: {(each.place.line, each.place.caller): each for each in peak.holders}
+        phase: {(each.place.line, each.place.caller): each for each in peak.storages}
         for phase, peak in peaks.items()
     }
     highest = max(peaks, key=lambda phase: peaks[phase].num_bytes)

@@ -7,28 +7,27 @@ group), the batches, and what the host reads from the device. The log is not wri
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import megatron.training.training as upstream
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dynmoe.backends.no_driver import replace, returns
-from megatron_dynmoe.dry_run.counts import Counts
 from megatron_dynmoe.dry_run.recorder import Recorder
 from megatron_dynmoe.dry_run.request import Request
+from megatron_dynmoe.dry_run.rows import BalancedRows
 from megatron_dynmoe.dry_run.schedule import MicroBatches, Watch
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
 from megatron_dynmoe.training import loop
 from megatron_dynmoe.training.forward import forward_step
+from megatron_dynmoe.upstream import patches
 
 _WITHOUT_A_GPU = ("torch_native", "local")
 
@@ -61,8 +60,8 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
     if args.num_experts:
         share = request.experts_per_token / args.num_experts
         recorder.share_of_experts = share * request.imbalance
-        Counts(request.experts_per_token, request.imbalance).tell()
-    _watch(recorder, args, micro_batches)
+    rows = BalancedRows(request.experts_per_token, request.imbalance)
+    _watch(recorder, args, micro_batches, rows)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         upstream.pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -93,30 +92,29 @@ def _set_number(args: Namespace, micro_batches: int) -> None:
     )
 
 
-def _watch(recorder: Recorder, args: Namespace, micro_batches: MicroBatches) -> None:
+def _watch(
+    recorder: Recorder, args: Namespace, micro_batches: MicroBatches, rows: BalancedRows
+) -> None:
     watch = Watch(recorder)
-    train_step = upstream.train_step
 
-    def step(*given: Any, **named: Any) -> Any:
-        model, optimizer, _, config = given[2:6]
-        if not watch.steps:
-            layers = (part for chunk in model for part in chunk.modules())
-            recorder.places.watch(part for part in layers if isinstance(part, TransformerLayer))
-            optimizer.step = watch.during(optimizer.step, "optimizer")
-            finalize = config.finalize_model_grads_func
-            config.finalize_model_grads_func = watch.after_passes(finalize)
-        watch.begin_step()
-        result = train_step(*given, **named)
-        watch.end_step()
-        _set_number(args, micro_batches.run)
-        return result
+    def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*given: Any, **named: Any) -> Any:
+            model, optimizer, _, config = given[2:6]
+            if not watch.steps:
+                layers = (part for chunk in model for part in chunk.modules())
+                recorder.places.watch(part for part in layers if isinstance(part, TransformerLayer))
+                optimizer.step = watch.during(optimizer.step, "optimizer")
+                finalize = config.finalize_model_grads_func
+                config.finalize_model_grads_func = watch.after_passes(finalize)
+            watch.begin_step()
+            result = train_step(*given, **named)
+            watch.end_step()
+            _set_number(args, micro_batches.run)
+            return result
 
-    replace(upstream, train_step=step, training_log=returns(False))
-    replace(
-        schedules,
-        forward_step=watch.forward(schedules.forward_step),
-        backward_step=watch.backward(schedules.backward_step),
-    )
+        return step
+
+    patches.watching(stepping, watch.forward, watch.backward, rows.telling, rows.means).apply()
 
 
 def _batches(_: object, vp_stage: int | None = None) -> tuple[Iterator[Any], None, None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import command_words
+from megatron_dynmoe.jobs.refusals import check_start
 from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
 from megatron_dynmoe.planning.gpus import GPU
 from megatron_dynmoe.planning.layout import Layout, check_layout
@@ -97,6 +98,7 @@ def make_plan(
     check_layout(layout)
     if not 0 < utilization <= 1:
         raise ValueError(f"--utilization is {utilization:g}: use more than 0, at most 1.")
+    check_start(words, num_gpus, gpu)
     args = read_args(words)
     counts = expected_counts(args, experts_per_token)
     model = _memory_model(args, layout)
@@ -108,7 +110,7 @@ def make_plan(
     steps = _steps(args, layout, tokens)
 
     def remedies(needed: Callable[[MemoryModel], float]) -> tuple[str, ...]:
-        return tuple(_remedies(words, num_gpus, lambda model: needed(model) <= gpu.memory))
+        return tuple(_remedies(words, num_gpus, gpu, lambda model: needed(model) <= gpu.memory))
 
     return Plan(
         recipe=recipe,
@@ -187,7 +189,7 @@ def _flops(args: Namespace, num_samples: int, experts_per_token: float) -> float
 
 
 def _remedies(
-    words: Sequence[str], num_gpus: int, fits: Callable[[MemoryModel], bool]
+    words: Sequence[str], num_gpus: int, gpu: GPU, fits: Callable[[MemoryModel], bool]
 ) -> Iterator[str]:
     """Flags with which the run would fit, the smallest change first."""
     found = 0
@@ -196,9 +198,12 @@ def _remedies(
         layout = Layout.from_flags(changed, num_gpus)
         try:
             check_layout(layout)
+            does = fits(_memory_model(read_args(changed), layout))
+            if does:
+                check_start(changed, num_gpus, gpu)
         except ValueError:
             continue
-        if fits(_memory_model(read_args(changed), layout)):
+        if does:
             yield change
             found += 1
             if found == MAX_REMEDIES:

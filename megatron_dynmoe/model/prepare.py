@@ -10,7 +10,7 @@ from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.settled import Settled
-from megatron_dynmoe.planning.startup import memory_report
+from megatron_dynmoe.planning.startup import memory_line
 from megatron_dynmoe.runs.metrics import install_metrics_tracker
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def describe(
     if settled.rule is None:
         return
     if args is not None:
-        yield memory_report(args, settled.dynmoe, settled.backend)
+        yield memory_line(args, settled.dynmoe, settled.backend)
     settings = ", ".join(
         f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in settled.dynmoe.to_dict().items()

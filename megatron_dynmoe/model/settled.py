@@ -64,7 +64,10 @@ class Settled:
 
 
 def settle_run(
-    resolved: DynMoEConfig, transformer: TransformerConfig, chosen: choice.BackEnd | None = None
+    resolved: DynMoEConfig,
+    transformer: TransformerConfig,
+    chosen: choice.BackEnd | None = None,
+    here: bool = True,
 ) -> Settled:
     """Settle the settings of a run with its model, before anything is built.
 
@@ -73,6 +76,7 @@ def settle_run(
         transformer: upstream's config of the model. It is not changed.
         chosen: the result of :func:`choice.choose_backend`; None chooses here, as without
             ``--transformer-impl``.
+        here: whether the run is on this machine, which then needs its packages.
 
     Raises:
         ValueError: one of our or of upstream's settings contradicts the model.
@@ -95,7 +99,7 @@ def settle_run(
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)
     if transformer.moe_token_dispatcher_type == "flex":
-        check_flex(transformer, settled.most_experts)
+        check_flex(transformer, settled.most_experts, here)
     return settled
 
 

@@ -4,12 +4,22 @@ Upstream's all-gather dispatcher derives every count from the map and needs no c
 all-to-all dispatcher assumes that it sends ``tokens * moe_router_topk`` rows.
 """
 
+import contextlib
 import math
+from functools import partial
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_dynmoe.moe.permute import RowOrder, fit_rows, order_rows, permute, unpermute
+from megatron_dynmoe.moe.permute import (
+    RowOrder,
+    fit_rows,
+    order_rows,
+    permute,
+    rows_of,
+    unpermute,
+)
+from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
 from megatron_dynmoe.routing.counters import RoutingCounters
 
 
@@ -35,6 +45,8 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     num_out_tokens: torch.Tensor | int
     tokens_per_expert: torch.Tensor | None
     row_order: RowOrder | None
+    # Those that are permuted, [T, D], from dispatch to the experts if they gather rows again.
+    tokens: torch.Tensor | None = None
 
     def make_room(self, rows_per_token: float, counters: RoutingCounters) -> None:
         """Make room in the passes that follow for this mean, and count those that need more."""
@@ -96,7 +108,22 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.row_order = order_rows(
             routing_map, int(self.num_out_tokens), all_used=self.rows_per_token is None
         )
+        self.tokens = tokens_TD.detach() if self.gathers_again else None
         return permute(tokens_TD, probs, self.row_order)
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether the backward pass gathers the rows again: they came from no other rank."""
+        alone = self.ep_size * self.tp_size == 1 and not self.config.moe_permute_fusion
+        return alone and recomputes_activations(self.config)
+
+    def keeping_no_rows(self, rows_RD: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Let the experts, which run within, keep the tokens instead of their rows, if possible."""
+        tokens_TD, self.tokens = self.tokens, None
+        if tokens_TD is None:
+            return contextlib.nullcontext()
+        assert self.row_order is not None
+        return computed_again(rows_RD, partial(rows_of, tokens_TD, self.row_order))
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor

@@ -6,6 +6,8 @@ SequentialMLP, which holds two linear layers for each expert and runs one expert
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from megatron_dynmoe import kernels
+from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
 
 ALIGNMENT_BYTES = 16  # grouped_mm wants rows whose size is a multiple of this
 _EXTRA_STATE = "_extra_state"
@@ -96,12 +99,19 @@ class GroupedExperts(MegatronModule):
             [R, D] in the input's dtype, and None for a bias.
         """
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
-        # As in upstream, the weights multiply the activations and not the outputs.
+        weighted_RF = self._activated(gate_up, probs_R)
+        again = contextlib.nullcontext()
+        if recomputes_activations(self.config):
+            inputs = gate_up.detach(), probs_R.detach()
+            again = computed_again(weighted_RF, partial(self._activated, *inputs))
+        with again:
+            return grouped_linear(weighted_RF, self.weight2, tokens_per_expert), None
+
+    def _activated(self, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
+        """As in upstream, the weights multiply the activations and not the outputs."""
         if self.config.bias_activation_fusion:
-            weighted_RF = weighted_bias_swiglu_impl(gate_up, None, probs_R.unsqueeze(-1))
-        else:
-            weighted_RF = _WeightedSwiGLU.apply(gate_up, probs_R)
-        return grouped_linear(weighted_RF, self.weight2, tokens_per_expert), None
+            return weighted_bias_swiglu_impl(gate_up_R2F, None, probs_R.unsqueeze(-1))
+        return _WeightedSwiGLU.apply(gate_up_R2F, probs_R)
 
     def sharded_state_dict(
         self,

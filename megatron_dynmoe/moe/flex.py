@@ -76,12 +76,13 @@ class _VariableKDeepEP(_DeepepManager):
         self.token_indices = ids_TK.masked_fill(~used_TK, -1)
 
 
-def check_flex(transformer: TransformerConfig, cap: int | None) -> None:
+def check_flex(transformer: TransformerConfig, cap: int | None, here: bool = True) -> None:
     """Refuse the flex dispatcher if it cannot run as it is set.
 
     Args:
         transformer: the model's config, with ``moe_token_dispatcher_type`` flex.
         cap: the most experts that a token may use; None: all.
+        here: whether it runs on this machine, which then needs the package.
 
     Raises:
         ValueError: a package is missing or has another interface, or cannot take the model's
@@ -95,13 +96,14 @@ def check_flex(transformer: TransformerConfig, cap: int | None) -> None:
             f"{given}, whose buffers are sized by a fixed number of experts per token: use deepep "
             f"or hybridep, or {elsewhere} as dispatcher."
         )
-    if not installed[backend]:
+    if here and not installed[backend]:
         branch = "" if backend == "deepep" else ", from its branch hybrid-ep"
         raise ValueError(
             f"{given}, and the package deep_ep cannot be imported: install DeepEP{branch}, or "
             f"{elsewhere}."
         )
-    _check_interface(backend, given)
+    if here:
+        _check_interface(backend, given)
     if backend == "deepep":
         _check_deepep(transformer, cap, given, elsewhere)
     if transformer.params_dtype != torch.bfloat16:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -52,3 +55,13 @@ class DynMoELayer(MoELayer):
             )
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Run the experts as upstream does, without keeping rows that can be gathered again."""
+        keeping = contextlib.nullcontext()
+        if isinstance(self.token_dispatcher, VariableKAlltoAllTokenDispatcher):
+            keeping = self.token_dispatcher.keeping_no_rows(hidden_states)
+        with keeping:
+            return super().routed_experts_compute(hidden_states, probs)

@@ -107,7 +107,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return _rows_of(tokens_TD, order)
+        return rows_of(tokens_TD, order)
 
     @staticmethod
     @once_differentiable
@@ -124,10 +124,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sums_TD: Tensor) -> tuple[Tensor, None]:
-        return _rows_of(d_sums_TD, ctx.order), None
+        return rows_of(d_sums_TD, ctx.order), None
 
 
-def _rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
+def rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
+    """Gather the rows, [R, D], without a gradient; see :func:`permute`."""
     token_R = order.token_R if order.all_used else order.token_R.clamp(max=order.num_tokens - 1)
     return tokens_TD.index_select(0, token_R)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_dynmoe.control.calibrate import initial_experts_per_token
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.arguments import resolved_from_args
+from megatron_dynmoe.settings.refusals import FlagError
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
     cap = dynmoe.max_experts_per_token
     most = cap or num_experts
     if experts_per_token is not None and not 1 <= experts_per_token <= most:
-        raise ValueError(f"--experts-per-token is {experts_per_token:g}: use 1 to {most}.")
+        shown = f"{experts_per_token:g}"
+        raise FlagError("experts_per_token", shown, "", f"use 1 to {most}")
     if not dynmoe.is_dynamic:
         k = args.moe_router_topk
         if not 1 <= k <= num_experts:
-            raise ValueError(f"--moe-router-topk is {k}: use 1 to {num_experts}, the experts.")
+            raise FlagError("moe_router_topk", k, "", f"use 1 to {num_experts}, the experts")
         return ExpertCounts(k, k, k, "top-k")
 
     def routed(knob: float | None) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.settings.words import values_of, whole_number
 
 
@@ -139,22 +140,21 @@ def check_layout(layout: Layout) -> None:
     """Refuse a layout that cannot work.
 
     Raises:
-        ValueError: the layout cannot work. The message names the value and the remedy.
+        FlagError: the layout cannot work. The message names the value and the remedy.
     """
     for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         if (size := getattr(layout, name)) < 1:
-            flag = (
-                f"--{name.replace('_', '-')}-{'' if name == 'context' else 'model-'}parallel-size"
-            )
-            flag = flag.replace("expert-tensor-model", "expert-tensor")
-            raise ValueError(f"{flag} is {size}: use 1 or more.")
+            middle = "" if name in ("context", "expert_tensor") else "_model"
+            raise FlagError(f"{name}{middle}_parallel_size", size, "", "use 1 or more")
     world, model = layout.world_size, layout.model_size
     if world < 1:
-        raise ValueError(f"the number of processes is {world}: use 1 or more.")
+        raise FlagError("world_size", world, "", "use 1 or more")
     if world % model:
-        raise ValueError(
-            f"the number of processes is {world}, which {_product(layout)} does not divide: use a "
-            f"multiple of {model} processes, or a smaller {_parallel_flags(layout)}."
+        raise FlagError(
+            "world_size",
+            world,
+            f", which {_product(layout)} does not divide",
+            f"use a multiple of {model} processes, or a smaller {_parallel_flags(layout)}",
         )
     _check_experts(layout)
     _check_pipeline(layout)
@@ -163,10 +163,12 @@ def check_layout(layout: Layout) -> None:
     if layout.global_batch % per_step:
         lower = layout.global_batch // per_step * per_step
         near = f"{lower} or {lower + per_step}" if lower else f"{per_step}"
-        raise ValueError(
-            f"--global-batch-size is {layout.global_batch}, which --micro-batch-size "
-            f"{layout.micro_batch} times {layout.data} data-parallel ranks does not divide: use "
-            f"{near}, or another micro-batch or number of processes."
+        raise FlagError(
+            "global_batch_size",
+            layout.global_batch,
+            f", which --micro-batch-size {layout.micro_batch} times {layout.data} data-parallel "
+            "ranks does not divide",
+            f"use {near}, or another micro-batch or number of processes",
         )
     if layout.stages_per_rank > 1 and layout.num_micro_batches % layout.pipeline:
         raise ValueError(
@@ -179,67 +181,82 @@ def check_layout(layout: Layout) -> None:
 def _check_experts(layout: Layout) -> None:
     if not layout.num_experts:
         if layout.expert > 1:
-            raise ValueError(
-                f"--expert-model-parallel-size is {layout.expert}, but the model has no experts: "
-                "leave it out."
+            raise FlagError(
+                "expert_model_parallel_size",
+                layout.expert,
+                ", but the model has no experts",
+                "leave it out",
             )
         return
     if layout.num_experts % layout.expert:
-        raise ValueError(
-            f"--num-experts is {layout.num_experts}, which --expert-model-parallel-size "
-            f"{layout.expert} does not divide: use one of "
-            f"{_divisors(layout.num_experts, layout.world_size)}."
+        raise FlagError(
+            "num_experts",
+            layout.num_experts,
+            f", which --expert-model-parallel-size {layout.expert} does not divide",
+            f"use one of {_divisors(layout.num_experts, layout.world_size)}",
         )
     group = layout.expert_tensor * layout.expert * layout.pipeline
     if layout.world_size % group:
-        raise ValueError(
-            f"the number of processes is {layout.world_size}, which expert parallel "
-            f"{layout.expert} x pipeline {layout.pipeline} x expert tensor {layout.expert_tensor} "
-            f"= {group} does not divide: use a multiple of {group} processes, or a smaller "
-            "--expert-model-parallel-size."
+        raise FlagError(
+            "world_size",
+            layout.world_size,
+            f", which expert parallel {layout.expert} x pipeline {layout.pipeline} x expert tensor "
+            f"{layout.expert_tensor} = {group} does not divide",
+            f"use a multiple of {group} processes, or a smaller --expert-model-parallel-size",
         )
     if layout.tensor > 1 and not layout.sequence_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {layout.tensor} with experts: add "
-            "--sequence-parallel, which Megatron needs for both together."
+        raise FlagError(
+            "tensor_model_parallel_size",
+            layout.tensor,
+            " with experts",
+            "add --sequence-parallel, which Megatron needs for both together",
         )
 
 
 def _check_pipeline(layout: Layout) -> None:
     if layout.stages_per_rank > 1 and layout.pipeline == 1:
-        raise ValueError(
-            f"--num-virtual-stages-per-pipeline-rank is {layout.stages_per_rank} without a "
-            "pipeline: set --pipeline-model-parallel-size, or leave it out."
+        raise FlagError(
+            "num_virtual_stages_per_pipeline_rank",
+            layout.stages_per_rank,
+            " without a pipeline",
+            "set --pipeline-model-parallel-size, or leave it out",
         )
     stages = layout.pipeline * layout.stages_per_rank
     if not layout.has_own_split and layout.num_layers % stages:
         virtual = (
             f" x {layout.stages_per_rank} virtual stages" if layout.stages_per_rank > 1 else ""
         )
-        raise ValueError(
-            f"--num-layers is {layout.num_layers}, which --pipeline-model-parallel-size "
-            f"{layout.pipeline}{virtual} does not divide: use one of "
-            f"{_divisors(layout.num_layers, layout.world_size)} stages in all, or place the layers "
-            "with --pipeline-model-parallel-layout."
+        raise FlagError(
+            "num_layers",
+            layout.num_layers,
+            f", which --pipeline-model-parallel-size {layout.pipeline}{virtual} does not divide",
+            f"use one of {_divisors(layout.num_layers, layout.world_size)} stages in all, or place "
+            "the layers with --pipeline-model-parallel-layout",
         )
 
 
 def _check_split_of_layers(layout: Layout) -> None:
     if layout.num_attention_heads % layout.tensor:
-        raise ValueError(
-            f"--num-attention-heads is {layout.num_attention_heads}, which "
-            f"--tensor-model-parallel-size {layout.tensor} does not divide: use one of "
-            f"{_divisors(layout.num_attention_heads, layout.world_size)}."
+        raise FlagError(
+            "num_attention_heads",
+            layout.num_attention_heads,
+            f", which --tensor-model-parallel-size {layout.tensor} does not divide",
+            f"use one of {_divisors(layout.num_attention_heads, layout.world_size)}",
         )
     if layout.sequence_parallel and layout.seq_length % layout.tensor:
-        raise ValueError(
-            f"--seq-length is {layout.seq_length}, which --tensor-model-parallel-size "
-            f"{layout.tensor} does not divide as --sequence-parallel needs it: change one."
+        raise FlagError(
+            "seq_length",
+            layout.seq_length,
+            f", which --tensor-model-parallel-size {layout.tensor} does not divide as "
+            "--sequence-parallel needs it",
+            "change one",
         )
     if layout.context > 1 and layout.seq_length % (2 * layout.context):
-        raise ValueError(
-            f"--seq-length is {layout.seq_length}: --context-parallel-size {layout.context} needs "
-            f"a multiple of {2 * layout.context}."
+        raise FlagError(
+            "seq_length",
+            layout.seq_length,
+            "",
+            f"--context-parallel-size {layout.context} needs a multiple of {2 * layout.context}",
         )
 
 

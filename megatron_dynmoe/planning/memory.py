@@ -240,6 +240,9 @@ class MemoryModel:
     @property
     def _experts(self) -> ExpertSizes:
         shape, layout = self.shape, self.layout
+        recomputed = "moe_act" in self.recompute.modules
+        # Rows that came from other ranks cannot be gathered again.
+        is_spread = layout.expert * layout.expert_tensor > 1 or self.gathers_tokens
         return ExpertSizes(
             shape.hidden,
             shape.expert_ffn // layout.expert_tensor,
@@ -247,6 +250,8 @@ class MemoryModel:
             shape.num_experts // layout.expert,
             self.precision.activation,
             self.fuses_activation,
+            keeps_rows=is_spread or not recomputed,
+            keeps_activations=not recomputed,
         )
 
     @property

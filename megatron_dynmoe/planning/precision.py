@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -32,8 +34,8 @@ class Precision:
             ValueError: the optimizer's state is not known.
         """
         if args.optimizer not in ("adam", "sgd"):
-            raise ValueError(
-                f"--optimizer is {args.optimizer}, whose state is not known: use adam or sgd."
+            raise FlagError(
+                "optimizer", args.optimizer, ", whose state is not known", "use adam or sgd"
             )
         is_half = args.bf16 or args.fp16
         gradient = 4
@@ -76,9 +78,11 @@ class Recompute:
         if args.recompute_granularity == "full":
             for name in ("recompute_method", "recompute_num_layers"):
                 if not getattr(args, name):
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is missing, which --recompute-granularity "
-                        "full needs: use --recompute-method uniform --recompute-num-layers 1."
+                    raise FlagError(
+                        name,
+                        None,
+                        ", which --recompute-granularity full needs",
+                        "use --recompute-method uniform --recompute-num-layers 1",
                     )
             return cls(method=args.recompute_method, num_layers=args.recompute_num_layers)
         if args.recompute_granularity == "selective":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_dynmoe.planning.layout import Layout
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Settings of Megatron that change the model in ways that this module does not know, and the values
@@ -101,9 +102,11 @@ class ModelShape:
         for name, known in _UNKNOWN.items():
             value = getattr(args, name, known[0])
             if value not in known:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {value}: parameters and memory are not known "
-                    "with it. Leave it out to plan without."
+                raise FlagError(
+                    name,
+                    value,
+                    "",
+                    "parameters and memory are not known with it. Leave it out to plan without",
                 )
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         return cls(

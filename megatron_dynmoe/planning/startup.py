@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_dynmoe.backends.choice import BackEnd
 
 
-def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
+def memory_line(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
     """Compare the most memory that a run can need on its fullest device with this device's memory.
 
     The report warns and does not stop the run. Its bound assumes that all tokens of all ranks go to
@@ -51,7 +51,7 @@ def memory_report(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
 
 
 def describe_bound(model: MemoryModel, cap: int | None, device_bytes: int) -> str:
-    """Write the line of :func:`memory_report`."""
+    """Write the line of :func:`memory_line`."""
     most = model.worst_case(cap)[1].total
     sizes = f"{most / 1e9:.2f} GB of {device_bytes / 1e9:.2f} GB"
     if most <= device_bytes:

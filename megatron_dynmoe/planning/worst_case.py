@@ -28,6 +28,8 @@ class ExpertSizes(NamedTuple):
         num_local: number of experts on this GPU.
         num_bytes: bytes of an activation: 2 in bf16, 4 in fp32.
         is_fused: whether the activation function is one kernel, forward and backward.
+        keeps_rows, keeps_activations: whether the GEMMs' inputs are kept for the backward pass,
+            which otherwise computes them again.
     """
 
     hidden: int
@@ -36,6 +38,8 @@ class ExpertSizes(NamedTuple):
     num_local: int
     num_bytes: int
     is_fused: bool = False
+    keeps_rows: bool = True
+    keeps_activations: bool = True
 
 
 def worst_case_rows(
@@ -69,7 +73,8 @@ def kept_row_bytes(sizes: ExpertSizes, rows: float) -> float:
 
     It keeps the experts' inputs, the first GEMM's outputs and the second GEMM's inputs.
     """
-    width = sizes.hidden + (sizes.gate_factor + 1) * sizes.ffn
+    width = sizes.hidden * sizes.keeps_rows
+    width += (sizes.gate_factor + sizes.keeps_activations) * sizes.ffn
     return rows * (width * sizes.num_bytes + BYTES_PER_ROW)
 
 
@@ -96,8 +101,9 @@ def passing_row_bytes(sizes: ExpertSizes, rows: float, sent_rows: float, is_spre
     travel = (4 * rows + 3 * sent_rows) * hidden * size if is_spread else 0.0
     steps = (
         2 * rows * hidden * size,  # dispatch and combine, either way
-        rows * (hidden + ffn) * size + weight,  # second GEMM, backward
-        rows * activation,  # activation, backward
-        rows * (gate_up + hidden) * size + sizes.gate_factor * weight,  # first GEMM, backward
+        # Second GEMM, activation and first GEMM, backward.
+        rows * (hidden + (2 - sizes.keeps_activations) * ffn) * size + weight,
+        rows * activation + weight,
+        rows * (gate_up + (2 - sizes.keeps_rows) * hidden) * size + sizes.gate_factor * weight,
     )
     return max(steps) + travel

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_dynmoe.settings.config import BALANCE_LOSSES, SETTINGS, DynMoEConfig
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.refusals import FlagError, SettingError, flag
 
 PREFIX = "moe_dynamic_"
 
@@ -125,27 +125,31 @@ def adopt_upstream_balance_loss(
             differ.
     """
     given: dict[str, Any] = {}
-    for name, flag, value in (
-        ("balance_loss", "--moe-router-load-balancing-type", kinds),
-        ("balance_loss_coeff", "--moe-aux-loss-coeff", coefficients),
+    for name, upstreams, value in (
+        ("balance_loss", "moe_router_load_balancing_type", kinds),
+        ("balance_loss_coeff", "moe_aux_loss_coeff", coefficients),
     ):
         if isinstance(value, list | tuple):
             if len(value) != 1:
-                raise ValueError(
-                    f"{flag} is {list(value)}: dynamic routing takes one balance loss; give one."
-                )
+                remedy = "dynamic routing takes one balance loss; give one"
+                raise FlagError(upstreams, str(list(value)), "", remedy)
             value = value[0]
         ours = getattr(config, name)
         if value is None:
             continue
         if name == "balance_loss" and value not in BALANCE_LOSSES:
-            raise ValueError(
-                f"{flag} is {value}, which dynamic routing does not have: use one of "
-                f"{', '.join(BALANCE_LOSSES)}."
+            raise FlagError(
+                upstreams,
+                value,
+                ", which dynamic routing does not have",
+                f"use one of {', '.join(BALANCE_LOSSES)}",
             )
         if ours is not None and ours != value:
             raise SettingError(
-                name, ours, f" and {flag} is {value}", "they set the same thing; give one"
+                name,
+                ours,
+                f" and {flag(upstreams)} is {value}",
+                "they set the same thing; give one",
             )
         given[name] = value
     return dataclasses.replace(config, **given)

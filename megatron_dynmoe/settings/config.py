@@ -7,7 +7,6 @@ the YAML file that ``DYNMOE_CONFIG`` names. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -15,26 +14,17 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from megatron_dynmoe.settings.checks import check_settings
 from megatron_dynmoe.settings.refusals import SettingError, UnknownSettingError
 from megatron_dynmoe.settings.routings import (
-    AUTO,
-    DYNAMIC,
     ROUTINGS,
     STOCK,
     RoutingSettings,
     routings_with,
 )
 from megatron_dynmoe.settings.schedule import TargetSchedule
+from megatron_dynmoe.settings.setting import Setting, coerce, described
 
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case", "target")
-
-
-class Setting(NamedTuple):
-    """The kind of a field's value, its help text and its choices; see :data:`SETTINGS`."""
-
-    kind: str
-    help: str
-    choices: tuple[str, ...] = ()
 
 
 class LossCoefficients(NamedTuple):
@@ -224,7 +214,7 @@ class DynMoEConfig:
         for name, setting in SETTINGS.items():
             value = getattr(self, name)
             if value is not None or name == "routing":
-                object.__setattr__(self, name, _coerce(name, setting, value))
+                object.__setattr__(self, name, coerce(name, setting, value))
 
     @property
     def is_dynamic(self) -> bool:
@@ -363,57 +353,8 @@ class DynMoEConfig:
             )
 
 
-def _described(name: str, setting: Setting) -> Setting:
-    """Add to a help text which routings have the setting, and their defaults."""
-    if name == "routing":
-        return setting
-    kinds = {routing: kind for routing, kind in DYNAMIC.items() if name in kind.takes}
-    words = [setting.help]
-    if len(kinds) < len(DYNAMIC):
-        words.append(f"Only with {', '.join(kinds)}.")
-    routings_of: dict[Any, list[str]] = {}
-    for routing, kind in kinds.items():
-        if name in kind.defaults:
-            routings_of.setdefault(kind.defaults[name], []).append(routing)
-    if len(routings_of) == 1:
-        words.append(f"Default: {_shown(next(iter(routings_of)))}.")
-    elif routings_of:
-        each = [f"{_shown(value)} for {', '.join(names)}" for value, names in routings_of.items()]
-        words.append(f"Default: {', '.join(each)}.")
-    return setting._replace(help=" ".join(words))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # Kind, help and choices of every field by its name, in order.
 SETTINGS: dict[str, Setting] = {
-    name: _described(name, hint.__metadata__[0])
+    name: described(name, hint.__metadata__[0])
     for name, hint in get_type_hints(DynMoEConfig, include_extras=True).items()
 }
-
-
-def _coerce(name: str, setting: Setting, value: Any) -> Any:
-    """Convert one value from the command line, YAML or Python to its kind."""
-    kind, choices = setting.kind, setting.choices
-    if kind == "choice":
-        if value not in choices:
-            raise SettingError(name, value, "", f"use one of {', '.join(choices)}")
-        return value
-    if kind == "schedule":
-        return value if isinstance(value, TargetSchedule) else TargetSchedule.parse(value)
-    if kind == "float_or_auto" and value == AUTO:
-        return AUTO
-    wanted = "a whole number" if kind == "int" else "a number"
-    if kind == "float_or_auto":
-        wanted += " or 'auto'"
-    try:
-        number = float(value)
-        if isinstance(value, bool) or not math.isfinite(number):
-            raise ValueError
-        if kind == "int" and number != int(number):
-            raise ValueError
-    except (OverflowError, TypeError, ValueError):
-        raise SettingError(name, value, "", f"use {wanted}") from None
-    return int(number) if kind == "int" else number

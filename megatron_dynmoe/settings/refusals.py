@@ -27,13 +27,45 @@ class SettingError(ValueError):
 
     def worded(self, name_of: Callable[[str], str]) -> str:
         """Return the whole sentence; ``name_of`` gives the name of each setting in it."""
-        value = repr(self.value) if isinstance(self.value, str) else self.value
-        said = "not set" if self.value is None else value
         rest = re.sub(r"\{(\w+)\}", lambda m: name_of(m[1]), f"{self.problem}: {self.remedy}.")
-        return f"{name_of(self.field)} is {said}{rest}"
+        return f"{name_of(self.field)} is {self._said()}{rest}"
+
+    def _said(self) -> str:
+        """Return the value as a message shows it."""
+        if self.value is None:
+            return "not set"
+        return repr(self.value) if isinstance(self.value, str) else str(self.value)
 
     def __str__(self) -> str:
         return self.worded(lambda name: name)
+
+
+class FlagError(SettingError):
+    """A flag of Megatron's that is wrong by itself or beside another one.
+
+    It is named as a flag everywhere: Megatron has no other way to set it. ``field`` is its name
+    among Megatron's arguments.
+    """
+
+    def worded(self, name_of: Callable[[str], str]) -> str:
+        return super().worded(lambda name: flag(name) if name == self.field else name_of(name))
+
+    def _said(self) -> str:
+        if self.value is None:
+            return "not given"
+        if self.value is True:
+            return "given"
+        if isinstance(self.value, list) and all(isinstance(word, str) for word in self.value):
+            return " ".join(self.value)
+        return str(self.value)
+
+
+def flag(name: str) -> str:
+    """The flag that sets one of Megatron's arguments, or what people call it if there is none."""
+    return _WITHOUT_A_FLAG.get(name) or "--" + name.replace("_", "-")
+
+
+_WITHOUT_A_FLAG = {"world_size": "the number of processes"}  # torchrun's --nproc-per-node and so on
 
 
 class UnknownSettingError(SettingError):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 
 @dataclass(frozen=True)
 class Works:
@@ -22,7 +24,7 @@ class Works:
 class Refused:
     """The setting stops the run at start-up if its value is not one of ``unused``.
 
-    ``flag`` is upstream's flag, if it differs from the setting's name.
+    ``flag`` is the name of the flag, if it differs from the setting's name.
     """
 
     unused: tuple[Any, ...]
@@ -206,10 +208,10 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "inference_moe_disable_fused_quant_kernels": Ignored("only used by inference_optimized"),
     "inference_moe_token_dispatcher_type": Ignored("only used by inference_optimized"),
     "fp8": Refused(
-        (None,), "low-precision experts are untested with it", "train in bf16", "--fp8-format"
+        (None,), "low-precision experts are untested with it", "train in bf16", "fp8_format"
     ),
     "fp4": Refused(
-        (None,), "low-precision experts are untested with it", "train in bf16", "--fp4-format"
+        (None,), "low-precision experts are untested with it", "train in bf16", "fp4_format"
     ),
 }
 
@@ -238,19 +240,19 @@ def check_upstream_settings(settings: Any) -> None:
         settings: upstream's argument namespace or TransformerConfig.
 
     Raises:
-        ValueError: names the flag, its value, the reason and the remedy.
+        FlagError: names the flag, its value, the reason and the remedy.
     """
     for name, entry in UPSTREAM_FLAGS.items():
         value = getattr(settings, name, None)
         if hasattr(settings, name) and isinstance(entry, Refused) and value not in entry.unused:
-            _refuse(entry.flag or _flag(name), value, entry.reason, entry.remedy)
+            _refuse(entry.flag or name, value, entry.reason, entry.remedy)
         for single in value if isinstance(value, list) else [value]:
             if isinstance(single, str) and (name, single) in _REFUSED_VALUES:
-                _refuse(_flag(name), single, *_REFUSED_VALUES[name, single])
+                _refuse(name, single, *_REFUSED_VALUES[name, single])
     check_sequence_parallel(settings)
     frequency = getattr(settings, "moe_layer_freq", None)
     if isinstance(frequency, list) and not any(frequency):
-        _refuse(_flag("moe_layer_freq"), frequency, "no layer has experts", "put a 1 into it")
+        _refuse("moe_layer_freq", frequency, "no layer has experts", "put a 1 into it")
 
 
 def check_sequence_parallel(settings: Any) -> None:
@@ -260,15 +262,17 @@ def check_sequence_parallel(settings: Any) -> None:
         settings: upstream's argument namespace or TransformerConfig.
 
     Raises:
-        ValueError: ``--sequence-parallel`` is missing.
+        FlagError: ``--sequence-parallel`` is missing.
     """
     size = getattr(settings, "tensor_model_parallel_size", 1)
     # Megatron's arguments and its config have different names for it.
     has_experts = any(getattr(settings, name, None) for name in ("num_experts", "num_moe_experts"))
     if has_experts and size > 1 and not settings.sequence_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {size} without --sequence-parallel, which Megatron "
-            "wants if there are experts: give --sequence-parallel."
+        raise FlagError(
+            "tensor_model_parallel_size",
+            size,
+            " without --sequence-parallel, which Megatron wants if there are experts",
+            "give --sequence-parallel",
         )
 
 
@@ -276,13 +280,15 @@ def check_query_groups(args: Any) -> None:
     """Refuse query groups that do not divide the heads; Megatron would fail in the first step.
 
     Raises:
-        ValueError: the groups do not divide the heads.
+        FlagError: the groups do not divide the heads.
     """
     groups, heads = args.num_query_groups, args.num_attention_heads
     if args.group_query_attention and heads and (groups < 1 or heads % groups):
-        raise ValueError(
-            f"--num-query-groups is {groups}, which does not divide --num-attention-heads "
-            f"({heads}): every group has as many heads."
+        raise FlagError(
+            "num_query_groups",
+            groups,
+            f", which does not divide --num-attention-heads ({heads})",
+            "every group has as many heads",
         )
 
 
@@ -308,11 +314,5 @@ def layers_with_experts(
     return tuple(map(bool, frequency))
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _refuse(flag: str, value: Any, reason: str, remedy: str) -> None:
-    raise ValueError(
-        f"{flag} is {value}, which dynamic routing refuses: {reason}. Remedy: {remedy}."
-    )
+def _refuse(name: str, value: Any, reason: str, remedy: str) -> None:
+    raise FlagError(name, value, f", which dynamic routing refuses: {reason}. Remedy", remedy)

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from megatron_dynmoe.data.tokenizer import SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.command_line import LARGEST, number
+from megatron_dynmoe.settings.refusals import FlagError
 
 # These numbers have to be at least 1. Upstream checks few of them: it divides by them, or trains
 # with them. All other numbers have to be at least 0, except those that mean something below 0.
@@ -55,7 +56,7 @@ def check_arguments(args: Namespace) -> None:
         args: Megatron's arguments, parsed and not yet validated.
 
     Raises:
-        ValueError: the message names the flag that was typed, its value and the remedy.
+        FlagError: the message names the flag that was typed, its value and the remedy.
     """
     _check_given(args)
     # If the sizes of the model come from elsewhere, upstream checks them.
@@ -64,21 +65,24 @@ def check_arguments(args: Namespace) -> None:
         check_layout(Layout.from_args(args))
     _check_schedule(args)
     if isinstance(args.moe_layer_freq, int) and args.moe_layer_freq < 1:
-        raise ValueError(
-            f"--moe-layer-freq is {args.moe_layer_freq}: every how many layers has experts? Give a "
-            "whole number from 1, or leave out --num-experts for a dense model."
+        raise FlagError(
+            "moe_layer_freq",
+            args.moe_layer_freq,
+            "",
+            "every how many layers has experts? Give a whole number from 1, or leave out "
+            "--num-experts for a dense model",
         )
     for name in _BETAS:
         if (beta := getattr(args, name)) >= 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {beta}: use a number from 0 and below 1."
-            )
+            raise FlagError(name, beta, "", "use a number from 0 and below 1")
     if args.bf16 and args.fp16:
-        raise ValueError("--bf16 and --fp16 are given: give one of them.")
+        raise FlagError("bf16", True, " and --fp16, too", "give one of them")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"--wandb-project is {args.wandb_project}, and the package wandb is not installed: "
-            "pip install wandb, or leave the flag out."
+        raise FlagError(
+            "wandb_project",
+            args.wandb_project,
+            ", and the package wandb is not installed",
+            "pip install wandb, or leave the flag out",
         )
 
 
@@ -88,52 +92,56 @@ def _check_given(args: Namespace) -> None:
     Upstream notices late that they are missing, or does not name the flag.
     """
     if args.tokenizer_type is None and not args.use_checkpoint_args:
-        raise ValueError(
-            "--tokenizer-type is not given: give that of --tokenizer-model, SentencePieceTokenizer "
-            "for a .model file or HuggingFaceTokenizer for a folder."
+        raise FlagError(
+            "tokenizer_type",
+            None,
+            "",
+            "give that of --tokenizer-model, SentencePieceTokenizer for a .model file or "
+            "HuggingFaceTokenizer for a folder",
         )
     if args.tokenizer_type in SENTENCEPIECE_TYPES and not args.use_checkpoint_args:
         if args.tokenizer_model is None:
-            raise ValueError(
-                f"--tokenizer-model is not given: --tokenizer-type {args.tokenizer_type} needs a "
-                ".model file."
-            )
+            remedy = f"--tokenizer-type {args.tokenizer_type} needs a .model file"
+            raise FlagError("tokenizer_model", None, "", remedy)
         build_tokenizer(args.tokenizer_type, args.tokenizer_model)  # says what it is if it is none
     if args.skip_train:
         return
     if args.train_iters is None and args.train_samples is None:
-        raise ValueError("--train-iters is not given: give the number of steps.")
+        raise FlagError("train_iters", None, "", "give the number of steps")
     if args.lr is None and not args.use_checkpoint_opt_param_scheduler:
-        raise ValueError("--lr is not given: give the highest learning rate, such as 3e-4.")
+        raise FlagError("lr", None, "", "give the highest learning rate, such as 3e-4")
 
 
 def _check_sizes(args: Namespace) -> None:
     for name in _NEEDED:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        value = getattr(args, name)
         if value is None or value < 1:
-            found = "not given" if value is None else value
-            raise ValueError(f"{flag} is {found}: give a whole number from 1.")
+            raise FlagError(name, value, "", "give a whole number from 1")
     positions = args.max_position_embeddings
     if positions is None or positions < args.seq_length:
-        found = "not given" if positions is None else positions
-        raise ValueError(
-            f"--max-position-embeddings is {found}, and --seq-length is {args.seq_length}: give "
-            f"{args.seq_length} positions or more."
+        raise FlagError(
+            "max_position_embeddings",
+            positions,
+            f", and --seq-length is {args.seq_length}",
+            f"give {args.seq_length} positions or more",
         )
     width, tensor = args.ffn_hidden_size, args.tensor_model_parallel_size
     if args.swiglu and args.bias_swiglu_fusion and width and (width // tensor) % 2:
-        raise ValueError(
-            f"--ffn-hidden-size is {width}, which Megatron's fused --swiglu cannot halve on each "
-            f"of {tensor} tensor-parallel ranks: use a multiple of {2 * tensor}, or add "
-            "--no-bias-swiglu-fusion."
+        raise FlagError(
+            "ffn_hidden_size",
+            width,
+            f", which Megatron's fused --swiglu cannot halve on each of {tensor} tensor-parallel "
+            "ranks",
+            f"use a multiple of {2 * tensor}, or add --no-bias-swiglu-fusion",
         )
     heads = args.num_attention_heads
     if args.kv_channels is None and args.hidden_size % heads:
-        raise ValueError(
-            f"--hidden-size is {args.hidden_size}, which --num-attention-heads {heads} does not "
-            "divide: change one, or give the size of a head with --kv-channels."
+        raise FlagError(
+            "hidden_size",
+            args.hidden_size,
+            f", which --num-attention-heads {heads} does not divide",
+            "change one, or give the size of a head with --kv-channels",
         )
-
     _check_rotary(args)
 
 
@@ -147,12 +155,15 @@ def _check_rotary(args: Namespace) -> None:
     head = args.kv_channels or args.hidden_size // args.num_attention_heads
     turned = int(head * args.rotary_percent)
     if turned % 2:
-        given = f"--kv-channels is {args.kv_channels}"
+        name, heads = "kv_channels", ""
         if args.kv_channels is None:
-            given = f"--hidden-size is {args.hidden_size} of {args.num_attention_heads} heads"
-        raise ValueError(
-            f"{given} with --rotary-percent {args.rotary_percent:g}, which turns {turned} numbers "
-            "of each head: rotary positions turn pairs, so change one, or give --kv-channels."
+            name, heads = "hidden_size", f" of {args.num_attention_heads} heads"
+        raise FlagError(
+            name,
+            getattr(args, name),
+            f"{heads} with --rotary-percent {args.rotary_percent:g}, which turns {turned} numbers "
+            "of each head",
+            "rotary positions turn pairs, so change one, or give --kv-channels",
         )
 
 
@@ -160,28 +171,34 @@ def check_top_k(args: Namespace) -> None:
     """Refuse more experts per token than there are. This concerns only stock top-k.
 
     Raises:
-        ValueError: the message names both flags and their values.
+        FlagError: the message names both flags and their values.
     """
     k, experts = args.moe_router_topk, args.num_experts
     if experts and k > experts:
-        raise ValueError(
-            f"--moe-router-topk is {k} (2 if it is not given), and --num-experts is {experts}: a "
-            f"token can use {experts} at most."
+        raise FlagError(
+            "moe_router_topk",
+            k,
+            f" (2 if it is not given), and --num-experts is {experts}",
+            f"a token can use {experts} at most",
         )
 
 
 def _check_schedule(args: Namespace) -> None:
     if args.rampup_batch_size is not None:
-        raise ValueError(
-            f"--rampup-batch-size is {' '.join(map(str, args.rampup_batch_size))}, which Megatron "
-            "0.19 ignores: use --step-batch-size-schedule in its place, or leave it out."
+        raise FlagError(
+            "rampup_batch_size",
+            " ".join(map(str, args.rampup_batch_size)),
+            ", which Megatron 0.19 ignores",
+            "use --step-batch-size-schedule in its place, or leave it out",
         )
     for unit in ("iters", "samples"):
         warmup, train = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
         decay = getattr(args, f"lr_decay_{unit}")
         last, flag = (train, "train") if decay is None else (decay, "lr-decay")
         if warmup and last is not None and warmup >= last:
-            raise ValueError(
-                f"--lr-warmup-{unit} is {warmup}, which is not below --{flag}-{unit} ({last}): "
-                "warm up for less, or train for longer."
+            raise FlagError(
+                f"lr_warmup_{unit}",
+                warmup,
+                f", which is not below --{flag}-{unit} ({last})",
+                "warm up for less, or train for longer",
             )

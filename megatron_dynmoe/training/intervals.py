@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 _DIVIDES = "since Megatron divides by it"
 
 
@@ -19,7 +21,7 @@ def check_intervals(args: Namespace) -> None:
     but Megatron still divides by it after a load.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        FlagError: the message names the flag, its value and the remedy.
     """
     if args.skip_train:
         args.eval_interval = args.eval_interval or 1
@@ -33,22 +35,28 @@ def check_intervals(args: Namespace) -> None:
     for name, reason in needed.items():
         value = getattr(args, name)
         if value is None or value < 1:
-            found = "not given" if value is None else value
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {found}: use 1 or more steps, {reason}.")
+            raise FlagError(name, value, "", f"use 1 or more steps, {reason}")
     if args.multiple_validation_sets and not args.full_validation:
-        raise ValueError(
-            "--multiple-validation-sets is on without --full-validation, which Megatron 0.19 does "
-            "not do: add --full-validation, or leave it out."
+        raise FlagError(
+            "multiple_validation_sets",
+            True,
+            " without --full-validation, which Megatron 0.19 does not do",
+            "add --full-validation, or leave it out",
         )
     if args.full_validation and not args.multiple_validation_sets:
-        raise ValueError(
-            "--full-validation is on without --multiple-validation-sets, with which alone Megatron "
-            "0.19 gets through an evaluation: add it, with --valid-data-path without weights."
+        raise FlagError(
+            "full_validation",
+            True,
+            " without --multiple-validation-sets, with which alone Megatron 0.19 gets through an "
+            "evaluation",
+            "add it, with --valid-data-path without weights",
         )
     retain = args.save_retain_interval
     if args.save and retain is not None and (retain < 1 or retain % args.save_interval):
-        raise ValueError(
-            f"--save-retain-interval is {retain}: use a multiple of --save-interval "
-            f"({args.save_interval}), or leave it out to keep every checkpoint."
+        raise FlagError(
+            "save_retain_interval",
+            retain,
+            "",
+            f"use a multiple of --save-interval ({args.save_interval}), or leave it out to keep "
+            "every checkpoint",
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import megatron.training.arguments as megatron_arguments
 import torch
@@ -16,10 +16,11 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.backends import choice, transformer_engine
+from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
@@ -28,42 +29,20 @@ from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
 from megatron_dynmoe.runs import metric_names
 from megatron_dynmoe.runs.metrics import summarize
-from megatron_dynmoe.settings.arguments import (
-    config_from_args,
-    naming_flags,
-    settle_balance_loss,
-)
+from megatron_dynmoe.settings.arguments import naming_flags
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
+from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.training import notices, run_directory, signals
-from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
 from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
 from megatron_dynmoe.training.flags import add_flags, training_parser
 from megatron_dynmoe.training.forward import forward_step
-from megatron_dynmoe.training.intervals import check_intervals
+from megatron_dynmoe.training.settle_arguments import OTHER_MODELS, settle_arguments
 from megatron_dynmoe.training.token_files import check_token_files
 from megatron_dynmoe.training.upstream_refusals import in_flags
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
-
-# These modes of upstream's script need batches and losses of their own.
-_OTHER_BATCHES = {
-    "sft": "fine-tuning on packed sequences",
-    "fim_data": "fill-in-the-middle data",
-    "dataloader_inter_document_masking": "masking between packed documents",
-    "hybrid_context_parallel": "hybrid context parallelism",
-    "logits_load_dir": "distillation from cached logits",
-}
-# These settings build a model that dynamic routing cannot be put into.
-_OTHER_MODELS = (
-    "spec",
-    "hybrid_layer_pattern",
-    "heterogeneous_layers_config_path",
-    "heterogeneous_layers_config_encoded_json",
-    "experimental_attention_variant",
-)
 
 
 def train(program_start: float) -> None:
@@ -114,7 +93,7 @@ def _build_and_train(
 
 def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
-    is_other_model = any(getattr(args, name, None) for name in _OTHER_MODELS)
+    is_other_model = any(getattr(args, name, None) for name in OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
     if not (settled.dynmoe.is_dynamic or is_native):
         return False
@@ -124,12 +103,16 @@ def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settl
 
 
 @contextmanager
-def refusing_in_flags() -> Iterator[None]:
-    """State in one line, in terms of flags, why a run is refused; active until the first step."""
+def refusing_in_flags(words: Sequence[str] | None = None) -> Iterator[None]:
+    """State in one line, in terms of flags, why a run is refused; active until the first step.
+
+    Args:
+        words: the command line; None: this process's.
+    """
     try:
         yield
     except Exception as error:
-        refusal = in_flags(error, training_parser(), sys.argv[1:])
+        refusal = in_flags(error, training_parser(), sys.argv[1:] if words is None else words)
         if refusal is None:
             raise
         raise UsageError(refusal) from None
@@ -142,61 +125,49 @@ def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
         Megatron's arguments; our settings with their defaults filled in; and the back end, on which
         some of Megatron's arguments depend.
     """
-    found: list[tuple[DynMoEConfig, choice.BackEnd]] = []
-    validate = megatron_arguments.validate_args
-
-    def validate_all(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        run_directory.set_paths(args)
-        signals.disable_without_training(args)
-        dynmoe = settle_balance_loss(args, config_from_args(args))
-        with naming_flags(args):
-            chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
-        args.transformer_impl = chosen.implementation
-        choice.adapt_arguments(args)
-        choice.settle_masks(chosen.backend, args)
-        choice.check_norms(chosen.backend, args)
-        if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
-            transformer_engine.check_mask(args)
-        for mode, meaning in _OTHER_BATCHES.items():
-            if getattr(args, mode, None):
-                raise ValueError(
-                    f"--{mode.replace('_', '-')} ({meaning}) is not part of this entry point. Use "
-                    "Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
-                    "dynmoe_layer_spec and DYNMOE_CONFIG."
-                )
-        if dynmoe.is_dynamic or dynmoe.backend == "torch_native":
-            for name in _OTHER_MODELS:
-                if getattr(args, name, None):
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is {getattr(args, name)}, but with routing "
-                        f"{dynmoe.routing!r} and back end {chosen.backend!r} this entry point "
-                        "builds the model's layers itself. Leave it out."
-                    )
-        check_intervals(args)
-        check_arguments(args)
-        check_query_groups(args)
-        if dynmoe.is_dynamic:
-            check_upstream_settings(args)
-        else:
-            check_top_k(args)
-        with naming_flags(args):
-            resolved = dynmoe.resolve(args.num_experts)
-        load.check_paths(args)
-        agree_with_checkpoint(args)
-        found.append((resolved, chosen))
-        return validate(args, defaults or {})
-
-    megatron_arguments.validate_args = validate_all
-    try:
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_flags)
-    finally:
-        megatron_arguments.validate_args = validate
-    if not found:
-        raise ValueError(
-            f"--yaml-cfg is {args.yaml_cfg}: Megatron's experimental YAML arguments pass by the "
-            "checks of this entry point. Give flags instead."
+    args = megatron_arguments.parse_args(add_flags)
+    if args.yaml_cfg is not None:
+        raise FlagError(
+            "yaml_cfg",
+            args.yaml_cfg,
+            ", and Megatron's experimental YAML arguments pass by the checks of this entry point",
+            "give flags instead",
         )
-    return args, *found[0]
+    if args.use_checkpoint_args:
+        _take_arguments_of_checkpoint(args)
+    resolved, chosen = _check(args)
+    # From the module, because on a CPU another function takes its place.
+    megatron_arguments.validate_args(args, {})
+    choice.group_recomputed_experts(chosen.backend, args)  # the CPU layer turns the flag off
+    megatron_arguments.set_global_variables(args)
+    return args, resolved, chosen
+
+
+def _take_arguments_of_checkpoint(args: Namespace) -> None:
+    """Obey ``--use-checkpoint-args``, as upstream's ``parse_and_validate_args`` does."""
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise FlagError(
+            "use_checkpoint_args", True, " without --load", "give --load, or leave it out"
+        )
+    if args.non_persistent_ckpt_type == "local":
+        raise FlagError(
+            "non_persistent_ckpt_type",
+            "local",
+            ", which --use-checkpoint-args cannot read",
+            "leave one of them out",
+        )
+    for source in ("pretrained_checkpoint", "load"):
+        load_args_from_checkpoint(args, load_arg=source)
+
+
+def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
+    """Check and complete the arguments before upstream does."""
+    run_directory.set_paths(args)
+    signals.disable_without_training(args)
+    resolved, chosen = settle_arguments(args)
+    load.check_paths(args)
+    agree_with_checkpoint(args)
+    return resolved, chosen
 
 
 def report_evaluation(model: list[torch.nn.Module]) -> None:

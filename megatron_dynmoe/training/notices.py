@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_dynmoe.backends import bf16, choice, cpu
 from megatron_dynmoe.checkpoints.collective import is_local
-from megatron_dynmoe.conversion.megatron_settings import obstacles
+from megatron_dynmoe.conversion.megatron.settings import obstacles
 from megatron_dynmoe.model.settled import Settled
 from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.storage.megatron_names import TRACKER

@@ -1,5 +1,6 @@
-"""Every patch of Megatron that a training on a GPU needs, each with its reason.
+"""Every change to Megatron's own functions: one table in ``patches.py``, each row with its reason.
 
-``backends/cpu.py`` replaces more functions without a GPU, ``dry_run/`` in its own process, and
-``checkpoints/load.py`` one while it loads.
+``run.py`` applies it before anything uses Megatron. Rows name functions of Megatron and what takes
+their place; each says which change of upstream ends it. Other rooms replace nothing of Megatron's.
+(``backends/cpu.py`` and ``dry_run/`` replace functions of PyTorch, to stand in for ``torch.cuda``.)
 """

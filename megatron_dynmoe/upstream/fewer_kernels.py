@@ -85,14 +85,16 @@ def no_step(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
     return torch.zeros((), device=param.device if optimizer.defaults["fused"] else "cpu")
 
 
-def use_rope_kernel() -> None:
-    """Let upstream rotate queries and keys by our kernel, if it has no kernel of its own.
-
-    Sequences that are packed without a batch dimension are rotated as before.
-    """
-    from megatron.core.models.common.embeddings import rope_utils
-
+def rotation(found: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Let upstream rotate queries and keys by our kernel, if it has found no kernel of its own."""
     from megatron_dynmoe.kernels.rope import rotate
+
+    return found or rotate
+
+
+def packed_rotation(found: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Rotate sequences that are packed without a batch dimension as without a kernel."""
+    from megatron.core.models.common.embeddings import rope_utils
 
     def rotate_packed(
         values: Tensor, ends: Tensor, angles: Tensor, *, interleaved: bool, **_: int
@@ -102,9 +104,7 @@ def use_rope_kernel() -> None:
             values, ends, angles, interleaved, cp_group=group
         )
 
-    if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = rotate
-        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
+    return found or rotate_packed
 
 
 def sort_of_ranks(sort: Callable[..., Any]) -> Callable[..., Any]:

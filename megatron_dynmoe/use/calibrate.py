@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.control.calibrate import mean_experts_per_token, threshold_for_target
-from megatron_dynmoe.conversion.card import CARD, update_routing
-from megatron_dynmoe.conversion.words import CONFIG
+from megatron_dynmoe.conversion.hugging_face.card import CARD, update_routing
+from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.huggingface.encoding import encode_document
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json

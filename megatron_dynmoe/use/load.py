@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from megatron_dynmoe.conversion.convert import Target, to_hf
-from megatron_dynmoe.conversion.folder import ModelFolder, check_is_model
 from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_in
+from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, check_is_model
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json

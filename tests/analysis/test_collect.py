@@ -11,11 +11,11 @@ import pytest
 import scipy.stats
 import torch
 
-from megatron_dynmoe.analysis import collect as collecting
-from megatron_dynmoe.analysis.collect import collect, shape_of
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting import collect as collecting
+from megatron_dynmoe.analysis.counting.collect import collect, shape_of
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
-    Counts,
+    RoutingCounts,
     Shape,
     add_up,
     bag_of,
@@ -23,10 +23,10 @@ from megatron_dynmoe.analysis.counts import (
     loss_bins,
     loss_of_bin,
 )
-from megatron_dynmoe.analysis.measure import SweepWindows, sweep
-from megatron_dynmoe.analysis.statistics import spearman
-from megatron_dynmoe.analysis.tokens import letters_of
-from megatron_dynmoe.analysis.windows import TextFile, Window, read_windows
+from megatron_dynmoe.analysis.counting.measure import SweepWindows, sweep
+from megatron_dynmoe.analysis.counting.tokens import letters_of
+from megatron_dynmoe.analysis.counting.windows import TextFile, Window, read_windows
+from megatron_dynmoe.analysis.report.statistics import spearman
 from megatron_dynmoe.routing.select import choose
 
 LENGTH = 32
@@ -38,12 +38,12 @@ def windows(loaded: tuple[Any, Any], texts: dict[str, Path]) -> list[Window]:
     return list(read_windows(files, loaded[1], LENGTH, limit=600))
 
 
-def counted(model: Any, tokenizer: Any, windows: list[Window]) -> dict[str, Counts]:
+def counted(model: Any, tokenizer: Any, windows: list[Window]) -> dict[str, RoutingCounts]:
     letters = letters_of(tokenizer, model.config.vocab_size)
     return collect(model, windows, shape_of(model.config, LENGTH), letters).groups
 
 
-def as_json(groups: dict[str, Counts]) -> dict[str, Any]:
+def as_json(groups: dict[str, RoutingCounts]) -> dict[str, Any]:
     return {name: counts.to_json() for name, counts in groups.items()}
 
 
@@ -179,7 +179,7 @@ def test_a_group_does_not_depend_on_the_others(
 def test_counts_of_parts_add_up(loaded: tuple[Any, Any], windows: list[Window]) -> None:
     # Cut where a block ends, so that the same windows are read together.
     whole = add_up(counted(*loaded, windows))
-    parts = Counts(whole.shape)
+    parts = RoutingCounts(whole.shape)
     cut = collecting.BLOCK_TOKENS // LENGTH
     for part in (windows[:cut], windows[cut:]):
         if part:
@@ -190,9 +190,9 @@ def test_counts_of_parts_add_up(loaded: tuple[Any, Any], windows: list[Window]) 
 def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Window]) -> None:
     counts = add_up(counted(*loaded, windows))
     content = counts.to_json()
-    assert Counts.from_json(counts.shape, content).to_json() == content
+    assert RoutingCounts.from_json(counts.shape, content).to_json() == content
     with pytest.raises(ValueError, match="incomplete"):
-        Counts.from_json(counts.shape, {k: v for k, v in content.items() if k != "load_LE"})
+        RoutingCounts.from_json(counts.shape, {k: v for k, v in content.items() if k != "load_LE"})
     for changed, message in (
         ({"tokens": -5}, "tokens is -5: a count is a whole number"),
         ({"tokens": 1.5}, r"tokens is 1\.5"),
@@ -203,9 +203,9 @@ def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Windo
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            Counts.from_json(counts.shape, content | changed)
+            RoutingCounts.from_json(counts.shape, content | changed)
     with pytest.raises(ValueError, match="do not add up"):
-        counts += Counts(counts.shape._replace(experts=9))
+        counts += RoutingCounts(counts.shape._replace(experts=9))
 
 
 def test_a_router_of_nan_is_named(loaded: tuple[Any, Any], windows: list[Window]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_dynmoe.analysis import figures
-from megatron_dynmoe.analysis.counts import Counts, Shape
+from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
+from megatron_dynmoe.analysis.report import figures
 from megatron_dynmoe.cli import analyze as analyze_command
 from megatron_dynmoe.storage.manifest import write_manifest
 from tests.helpers.commands import exit_code_of
@@ -44,7 +44,7 @@ def analyze(output: Path, model: Path, *data: Path, flags: tuple[str, ...] = ())
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figures out, which take most of the time."""
-    monkeypatch.setattr("megatron_dynmoe.analysis.figures.draw_all", lambda *_: {})
+    monkeypatch.setattr("megatron_dynmoe.analysis.report.figures.draw_all", lambda *_: {})
 
 
 def content(report: Path) -> dict[str, Any]:
@@ -200,7 +200,9 @@ def test_the_star_says_whose_threshold_it_marks(
 
 
 def test_groups_that_are_not_drawn_are_said(report: Path) -> None:
-    counts = Counts.from_json(Shape(**content(report)["shape"]), content(report)["groups"]["prose"])
+    counts = RoutingCounts.from_json(
+        Shape(**content(report)["shape"]), content(report)["groups"]["prose"]
+    )
     for number, title in ((2, "kind of text"), (13, "(the 12 largest groups of 13)")):
         groups = {f"g{i}": counts for i in range(number)}
         assert figures._specialization(groups, [1, 3])[1].endswith(title)
@@ -254,7 +256,7 @@ def test_another_tokenizer_is_refused_or_marked(
     tmp_path: Path, exported: Path, texts: dict[str, Path], capsys: Any
 ) -> None:
     """Of the same size, and, where the model brings none to compare with, of half of it."""
-    from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+    from megatron_dynmoe.conversion.hugging_face.tokenizer import export_tokenizer
     from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 
     other, small = tmp_path / "other", tmp_path / "small"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_dynmoe.analysis.counts import NUM_BAGS, Counts, Shape
-from megatron_dynmoe.analysis.statistics import (
+from megatron_dynmoe.analysis.counting.counts import NUM_BAGS, RoutingCounts, Shape
+from megatron_dynmoe.analysis.report.statistics import (
     MIN_DOCUMENTS,
     correlation,
     distribution,
@@ -82,7 +82,7 @@ def test_guessing_learns_while_it_reads() -> None:
 
 
 def test_a_single_expert_has_no_partner() -> None:
-    counts = Counts(Shape(1, 1, 2, 1), windows=1, tokens=2)
+    counts = RoutingCounts(Shape(1, 1, 2, 1), windows=1, tokens=2)
     for name in ("load_LE", "together_LEE", "vocab_V", "vocab_experts_V"):
         getattr(counts, name)[:] = 2
     counts.position_S[:] = counts.position_LS[:] = 1
@@ -108,7 +108,7 @@ def test_mutual_information() -> None:
 
 def test_lift_compares_with_all_text() -> None:
     shape = Shape(1, 2, 4, 5)
-    one, all_text = Counts(shape), Counts(shape)
+    one, all_text = RoutingCounts(shape), RoutingCounts(shape)
     one.tokens, all_text.tokens = 10, 40
     one.load_LE[:] = [[10, 0]]
     all_text.load_LE[:] = [[20, 0]]
@@ -118,7 +118,7 @@ def test_lift_compares_with_all_text() -> None:
 
 
 def test_extreme_tokens_are_frequent_ones() -> None:
-    counts = Counts(Shape(2, 4, 8, 6))
+    counts = RoutingCounts(Shape(2, 4, 8, 6))
     counts.vocab_V[:] = [50, 50, 50, 50, 3, 0]
     counts.vocab_experts_V[:] = [100, 400, 200, 300, 24, 0]
     counts.vocab_judged_V[:] = 40

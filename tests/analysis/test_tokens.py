@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.analysis.tokens import letters_of, pieces_of, token_text, whole_words
+from megatron_dynmoe.analysis.counting.tokens import letters_of, pieces_of, token_text, whole_words
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dynmoe.analysis.windows import (
+from megatron_dynmoe.analysis.counting.windows import (
     MAX_GROUPS,
     OTHER,
     Reading,

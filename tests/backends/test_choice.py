@@ -91,6 +91,19 @@ def test_norms_that_only_transformer_engine_recomputes_are_refused(backend):
     choose_parts(backend, config(**selective, recompute_modules=["core_attn"]))
 
 
+@pytest.mark.parametrize(
+    ("backend", "settings"), [("local", {}), ("auto", {"moe_apply_probs_on_input": True})]
+)
+def test_experts_that_keep_their_activations_are_refused(backend, settings):
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    model = config(**recompute, moe_grouped_gemm=True)
+    for name, value in settings.items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=r"--recompute-modules is moe_act, .*leave it out, or use"):
+        choose_parts(backend, model)
+    choose_parts("torch_native", config(**recompute, moe_grouped_gemm=True))
+
+
 def test_an_optimizer_of_matrices_keeps_upstreams_experts():
 
     plan = choose_parts("auto", config(), optimizer="muon")

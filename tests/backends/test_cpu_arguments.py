@@ -18,15 +18,15 @@ UNUSED = {"cuda_graph_impl": "none", "enable_cuda_graph": False}
 def test_cuda_graphs_are_refused(used):
     """Also with stock top-k: Megatron ends in an AttributeError of a generator."""
     (flag,) = used
-    cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED))
+    cpu.refuse_what_needs_a_gpu(Namespace(**UNUSED))
     with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} is .* Leave it out"):
-        cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED | used))
+        cpu.refuse_what_needs_a_gpu(Namespace(**UNUSED | used))
 
 
 def test_a_profiler_of_cuda_is_refused():
     with pytest.raises(ValueError, match=r"^--profile is given on the CPU.*Leave it out"):
-        cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True))
-    cpu._refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True, use_pytorch_profiler=True))
+        cpu.refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True))
+    cpu.refuse_what_needs_a_gpu(Namespace(**UNUSED, profile=True, use_pytorch_profiler=True))
 
 
 @pytest.fixture(scope="module")

@@ -251,7 +251,7 @@ def test_only_attention_that_needs_a_mask_gets_one(backend, given, makes_mask):
         (
             "local",
             {"pipeline_model_parallel_size": 4},
-            "--pipeline-model-parallel-size is 4.*Use --moe-dynamic-backend torch_native",
+            "--pipeline-model-parallel-size is 4.*use --moe-dynamic-backend torch_native",
         ),
         (
             "local",
@@ -266,7 +266,7 @@ def test_only_attention_that_needs_a_mask_gets_one(backend, given, makes_mask):
         (
             "local",
             {"create_attention_mask_in_dataloader": False},
-            "--no-create-attention-mask-in-dataloader .* leave the second out",
+            "--no-create-attention-mask-in-dataloader, .* leave the second out",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
 from tests.backends.model import config
 
@@ -95,6 +96,48 @@ def test_what_its_experts_cannot_do_is_refused(te, settings, message):
     settle("top_k", **settings)  # which is upstream's own
     for name in settings:  # each one is needed
         settle(**{other: value for other, value in settings.items() if other != name})
+
+
+SPLIT = {
+    "context_parallel_size": 2,
+    "cp_comm_type": ["p2p"],
+    "params_dtype": torch.bfloat16,
+    "num_query_groups": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"params_dtype": torch.float32},
+            r"--context-parallel-size is 2 and .* float32, .*give --bf16, or use .*torch_native",
+        ),
+        # As upstream's help spells it.
+        ({"cp_comm_type": "allgather"}, "--cp-comm-type is allgather, .*p2p, all_gather, a2a, "),
+        (
+            {"cp_comm_type": ["p2p", "a2a"], "num_query_groups": 1},
+            "--num-query-groups is 1, which --context-parallel-size 2 does not divide",
+        ),
+    ],
+    ids=["float32", "kind", "heads"],
+)
+def test_a_sequence_that_it_cannot_split_is_refused(te, settings, message):
+    from megatron_dynmoe.model.settled import settle_run
+    from megatron_dynmoe.settings.config import DynMoEConfig
+
+    def settle(**settings):
+        model = config()
+        for name, value in settings.items():
+            setattr(model, name, value)
+        settle_run(DynMoEConfig(routing="top_p").resolve(4), model)
+
+    with pytest.raises(ValueError, match=message):
+        settle(**SPLIT | settings)
+    settle(**settings)  # one rank has whole sequences
+    for kind in ("p2p", "all_gather", "a2a", "a2a+p2p"):
+        settle(**SPLIT | {"cp_comm_type": kind})
+    settle(**SPLIT | {"num_query_groups": 1})  # keys and values travel, and not heads
 
 
 def test_a_mask_that_is_not_read_is_refused(te):

@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from megatron_dynmoe.settings.command_line import UsageError, ending_plainly
 from megatron_dynmoe.settings.words import format_flags
 
 ROOT = Path(__file__).resolve().parents[2]
+
+PIPE_SIZE = 2**16  # bytes that Linux keeps of what nobody has read yet
 
 
 def dynmoe(*words: str, **settings) -> subprocess.CompletedProcess:
@@ -157,7 +158,9 @@ def test_ctrl_c_ends_a_command_without_a_stack(tmp_path) -> None:
          "--tokenizer-model", "/dev/stdin"],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
-    time.sleep(1.5)
+    assert running.stdin is not None
+    running.stdin.write("x" * PIPE_SIZE + "\n")  # a full pipe is emptied by a command at work
+    running.stdin.flush()
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)
     assert running.returncode == 130, error

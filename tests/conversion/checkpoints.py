@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.conversion.formats.format import Format
-from megatron_dynmoe.conversion.megatron_writer import MegatronWriter
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
+from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import NO_ROUTING
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
 from megatron_dynmoe.conversion.shapes import Block, Shapes

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.conversion.card import CARD, about_training, update_routing, write_card
+from megatron_dynmoe.conversion.hugging_face.card import (
+    CARD,
+    about_training,
+    update_routing,
+    write_card,
+)
 
 CONFIG = {
     "num_hidden_layers": 3,

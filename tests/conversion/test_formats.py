@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_named, format_of
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.model_settings import check_config
 from megatron_dynmoe.conversion.routing_settings import router_state
 from tests.conversion.checkpoints import (

@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from megatron_dynmoe.conversion.tokenizer import (
+from megatron_dynmoe.conversion.hugging_face.tokenizer import (
     HARD_TEXTS,
     ORDINARY_TEXTS,
     export_tokenizer,
@@ -203,7 +203,9 @@ def test_a_difference_is_returned_or_refused(
         COMBINING,
         "e\u0301\u0323\u0302 is not",
     ]
-    monkeypatch.setattr("megatron_dynmoe.conversion.tokenizer.ORDINARY_TEXTS", (COMBINING,))
+    monkeypatch.setattr(
+        "megatron_dynmoe.conversion.hugging_face.tokenizer.ORDINARY_TEXTS", (COMBINING,)
+    )
     with pytest.raises(ValueError, match=r"any name\.model: its export gives 'e"):
         export_tokenizer(model, tmp_path)
 

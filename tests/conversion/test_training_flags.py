@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dynmoe.conversion.formats import FORMATS
-from megatron_dynmoe.conversion.megatron_settings import (
+from megatron_dynmoe.conversion.megatron.settings import (
     args_from_config,
     config_from_megatron,
     training_flags,

@@ -14,7 +14,7 @@ import torch
 
 from megatron_dynmoe.cli import convert as convert_command
 from megatron_dynmoe.conversion.convert import FLAGS, Target, from_hf, to_hf
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.use.calibrate import Calibration, write_calibration
 from megatron_dynmoe.use.load import load_config
 from tests.conversion.checkpoints import DTOP_P, TOP_K, TOP_P, model_config, write_megatron

@@ -12,10 +12,10 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from megatron_dynmoe.conversion import megatron_settings
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS
-from megatron_dynmoe.conversion.words import WITHOUT_MEANING
+from megatron_dynmoe.conversion.hugging_face.words import WITHOUT_MEANING
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.huggingface import DynMoEModelConfig
 from megatron_dynmoe.layers.moe import routing_loss
 from megatron_dynmoe.storage.manifest import write_manifest

@@ -42,7 +42,7 @@ REORDERED = [
     case("native_allgather", f"{NATIVE} {ALLGATHER} --micro-batch-size 8"),
 ]
 # The same arithmetic once more: the same bits. Upstream's other kinds need Transformer Engine
-# (layernorm, moe_act) or belong to other attentions (mla_up_proj, gdn_norm_out).
+# (layernorm) or belong to other attentions (mla_up_proj, gdn_norm_out).
 RECOMPUTED = [
     (PLAIN, case(name, flags))
     for name, flags in (
@@ -58,6 +58,7 @@ RECOMPUTED = [
 RECOMPUTED += [
     (PLAIN_NATIVE, case("native_full_block", f"{NATIVE} {FULL} block --recompute-num-layers 3")),
     (PLAIN_NATIVE, case("native_moe_shared", f"{NATIVE} {SELECTIVE} moe shared_experts")),
+    (PLAIN_NATIVE, case("native_activations", f"{NATIVE} {SELECTIVE} moe_act core_attn")),
 ]
 
 GLOBAL = "--moe-dynamic-balance-loss global_aux_loss --moe-dynamic-balance-loss-coeff 1"

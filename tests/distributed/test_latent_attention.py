@@ -15,12 +15,13 @@ from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
-LATENT = (
-    f"{TINY} {DTOP_P} --moe-token-dispatcher-type alltoall --multi-latent-attention "
-    "--q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 "
-    "--kv-channels 6 --qk-layernorm --make-vocab-size-divisible-by 16 "
+SIZES = (
+    "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 6 --kv-channels 6 --qk-layernorm "
     "--moe-shared-expert-intermediate-size 32"
 )
+LATENT = f"{TINY} {DTOP_P} {SIZES} --moe-token-dispatcher-type alltoall"
+LATENT += " --make-vocab-size-divisible-by 16"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full "
 TP2 += "--recompute-method uniform --recompute-num-layers 1"
 TO_SAVE = "--train-iters 2 --save-interval 1 --lr-decay-iters 2"

@@ -8,8 +8,10 @@ one without it that goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from safetensors.torch import load_file
 
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.agreement import tensors as tensors_of
+from tests.distributed.faults import replaced
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add, run_session
+from tests.distributed.test_latent_attention import SIZES as LATENT
 from tests.doubles.on_cpu import has_the_original, possible, run_with_transformer_engine
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -42,6 +46,10 @@ FLAGS = {  # what a training on Transformer Engine is named after
     "norms": f"{SELECTIVE} layernorm",
     "activations": f"{SELECTIVE} moe_act --moe-grouped-gemm",
     "native": NATIVE,
+    "cp2": "--context-parallel-size 2",  # p2p is upstream's default
+    "cp4": "--context-parallel-size 4",
+    "gathered": "--cp-comm-type all_gather",
+    "heads": "--cp-comm-type a2a",
 }
 RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Tensor parallelism pads the vocabulary to a multiple of this times its ranks.
@@ -50,6 +58,8 @@ MODELS = {
     "dtop_p": f"{MODEL} {DTOP_P}",
     "shared": f"{MODEL} --moe-dynamic-routing top_p --moe-dynamic-threshold 0.3 --qk-layernorm "
     "--group-query-attention --num-query-groups 2 --moe-shared-expert-intermediate-size 32",
+    # Fused, its rotary positions are a Triton kernel of Megatron.
+    "latent": f"{MODEL} {DTOP_P} {LATENT} --no-rope-fusion",
 }
 UNCHANGED = "--lr 0 --min-lr 0 --weight-decay 0 --train-iters 1"
 HALF, STEPS = 2, 4
@@ -99,10 +109,26 @@ ON_NATIVE = {
 }
 
 
+@contextlib.contextmanager
+def splits_float32(recorder: Any) -> Iterator[None]:
+    """The attention of the double splits float32, which that of the original does not."""
+    from transformer_engine.pytorch.attention import context_parallel
+
+    from megatron_dynmoe.backends import transformer_engine
+
+    with (
+        replaced(context_parallel, "SPLITS_FLOAT32", True),
+        replaced(transformer_engine, "check_context_parallel", lambda transformer: None),
+    ):
+        yield
+
+
 def on_te(session: list[Case], model: str, words: str = "", num_ranks: int = 1) -> Case:
+    splits = (f"{__name__}:splits_float32",) if "cp" in words else ()
     flags = " ".join((MODELS[model], ALLTOALL, TE, *(FLAGS[word] for word in words.split())))
     flags += f" {fresh('{before}/te_weights_' + model)}"
-    return case(session, "_".join((model, *words.split())), num_ranks, flags, hooks=GRADIENTS)
+    name = "_".join((model, *words.split()))
+    return case(session, name, num_ranks, flags, hooks=(*splits, *GRADIENTS))
 
 
 TRAINED = [
@@ -113,12 +139,14 @@ TRAINED = [
     on_te(WITH_TE, "dtop_p", "pp2", 2),
     on_te(WITH_TE, "shared", "fused tp2", 2),
     on_te(WITH_TE, "shared", "ep2", 2),
+    on_te(WITH_TE, "shared", "cp2 ep2", 2),
+    on_te(WITH_TE, "latent", "cp2 fused", 2),
 ]
 UNGROUPED, GROUPED, *_ = TRAINED
 TRAINED_LONG = [
     *(
         on_te(LONG, model, f"{dispatch} {layout}", num_ranks)
-        for model in MODELS
+        for model in ("dtop_p", "shared")
         for dispatch in ("", "allgather", "fused")
         for num_ranks, layout in (
             (2, "tp2"),
@@ -130,12 +158,26 @@ TRAINED_LONG = [
     ),
     *(
         on_te(LONG, model, f"ep2 {recompute}", 2)
-        for model in MODELS
+        for model in ("dtop_p", "shared")
         for recompute in ("all", "moe", "norms", "activations")
     ),
     on_te(LONG, "shared", "ep2 overlap", 2),
     on_te(LONG, "dtop_p", "allgather fused tp2", 2),
     on_te(LONG, "dtop_p", "fused ep2 native", 2),
+    *(
+        on_te(LONG, model, layout, num_ranks)
+        for model in MODELS
+        for num_ranks, layout in (
+            (2, "cp2 heads"),
+            (2, "cp2 gathered"),
+            (4, "cp4 ep2"),
+            (4, "cp2 tp2 ep2"),
+            (4, "cp2 pp2"),
+            (4, "cp2 ep2"),
+        )
+        if (model, layout) != ("shared", "cp2 ep2")
+    ),
+    *(on_te(LONG, "latent", layout, 2) for layout in ("ep2", "tp2", "pp2", "all")),
 ]
 
 # Experts with biases, which torch_native leaves to upstream's local ones.
@@ -289,7 +331,7 @@ def placed(cases: list[Case], **results: dict[str, CaseResult]) -> list[Case]:
 
 
 def assert_as_on_native(before: Runs, runs: Runs, trained: Case) -> None:
-    model = "shared" if "shared" in trained.name else "dtop_p"
+    model = next(name for name in MODELS if trained.name.startswith(name))
     native, te = result(before, ON_NATIVE[model]), result(runs, trained)
     assert_same_training(native, te)
     assert_same_gradients(native, te)

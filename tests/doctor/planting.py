@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from megatron_dynmoe.storage.unpickle import StoredTensor, Unknown
 

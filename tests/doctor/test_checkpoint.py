@@ -28,6 +28,7 @@ PROJ = "decoder.layers.self_attention.linear_proj.weight"
 NORM = "decoder.final_layernorm.weight"
 ROUTER = "decoder.layers.mlp.router."
 MASTER = "optimizer.state.param."
+EXP_AVG = "optimizer.state.exp_avg."
 
 
 @pytest.fixture
@@ -107,6 +108,24 @@ def one_rank(folder: Path) -> None:
 def one_layer(folder: Path) -> None:
     for key in (PROJ, MASTER + PROJ):
         edit(folder, key, lambda whole: whole[1].copy_(whole[0]))
+
+
+def moments_of_one_expert(folder: Path) -> None:
+    """Everything but the weights."""
+    for key in (EXP_AVG + FC1, "optimizer.state.exp_avg_sq." + FC2):
+        edit(folder, key, lambda whole: whole[1, 3].copy_(whole[1, 0]))
+
+
+def moments_of_one_rank(folder: Path) -> None:
+    edit(folder, EXP_AVG + FC1, lambda whole: whole[:, 2:].copy_(whole[:, :2]))
+
+
+def moments_of_one_layer(folder: Path) -> None:
+    edit(folder, EXP_AVG + PROJ, lambda whole: whole[1].copy_(whole[0]))
+
+
+def masters_of_one_expert(folder: Path) -> None:
+    edit(folder, MASTER + FC2, lambda whole: whole[0, 2].copy_(whole[0, 1]))
 
 
 def zeroed(folder: Path) -> None:
@@ -210,6 +229,20 @@ OTHER_STEP = ("router state", "they are not of one step")
         (one_expert, "copies", f"expert 3 is a copy of expert 0 in layer 1: {FC1}, {FC2} (__"),
         (one_rank, "copies", "experts 2, 3 are copies of experts 0, 1 in layers 0, 1"),
         (one_layer, "copies", f"layer 1 holds copies of layer 0: {PROJ} (__"),
+        (
+            moments_of_one_expert,
+            "copies",
+            f"expert 3 is a copy of expert 0 in layer 1: {EXP_AVG}{FC1}, "
+            f"optimizer.state.exp_avg_sq.{FC2} (__",
+        ),
+        (
+            moments_of_one_rank,
+            "copies",
+            f"experts 2, 3 are copies of experts 0, 1 in layers 0, 1: {EXP_AVG}{FC1} (__",
+        ),
+        (moments_of_one_layer, "copies", f"layer 1 holds copies of layer 0: {EXP_AVG}{PROJ} (__"),
+        (masters_of_one_expert, "copies", f"expert 2 is a copy of expert 1 in layer 0: {FC2} (__"),
+        (masters_of_one_expert, "values", "is not the optimizer's own copy of it"),
         (zeroed, "values", f"{FC2} of layer 1, expert 2 is all zero (__"),
         (norm_of_zeros, "values", f"{NORM} is all zero (__"),
         (constant, "values", "output_layer.weight is all 1 (__"),

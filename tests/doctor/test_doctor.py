@@ -68,9 +68,12 @@ def test_a_hanging_import_is_a_line(monkeypatch):
     command = ["sh", "-c", f"{said}; exec sleep 600"]
     popen = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda _, **options: popen(command, **options))
-    first, second, *rest = software.look(timeout=3)  # by then a shell has spoken, however busy
+    for seconds in (1, 10, 900):  # until the machine is not too busy for a shell to speak
+        first, second, *rest = software.look(seconds)
+        if first.state == PASSED:
+            break
     assert first == Check("Python", PASSED, "3")
-    assert second[:3] == ("megatron-dynmoe", FAILED, "no answer within 3 s")
+    assert second[:3] == ("megatron-dynmoe", FAILED, f"no answer within {seconds} s")
     assert {check.state for check in rest} == {FAILED}
 
 

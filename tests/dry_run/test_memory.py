@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from megatron_dynmoe.dry_run.memory import GRANULARITY, Memory
+from megatron_dynmoe.dry_run.memory import GRANULARITY, AllocationJournal
 from megatron_dynmoe.dry_run.places import Place
 
 A, B = Place("a.py:1", "x.py:1"), Place("b.py:2")
@@ -15,7 +15,7 @@ def blocks(number: int) -> torch.Tensor:
 
 
 def test_the_peak_of_each_phase_and_who_holds_it():
-    memory = Memory()
+    memory = AllocationJournal()
     memory.enter("build")
     weights = blocks(10)
     memory.add(weights, A)
@@ -36,7 +36,7 @@ def test_the_peak_of_each_phase_and_who_holds_it():
     }
     held = [
         (each.place, each.num_bytes // GRANULARITY, each.tensors)
-        for each in peaks["forward"].holders
+        for each in peaks["forward"].storages
     ]
     assert held == [(A, 10, 1), (B, 8, 2)]
     assert peaks["forward"].place.layer == 7 and peaks["backward"].place.derived
@@ -44,7 +44,7 @@ def test_the_peak_of_each_phase_and_who_holds_it():
 
 
 def test_a_view_and_the_storage_itself_count_once_and_as_a_whole():
-    memory = Memory()
+    memory = AllocationJournal()
     memory.enter("forward")
     whole = blocks(4)
     memory.add(whole, A)
@@ -57,7 +57,7 @@ def test_a_view_and_the_storage_itself_count_once_and_as_a_whole():
 
 
 def test_sizes_are_rounded_as_the_allocator_does():
-    memory = Memory()
+    memory = AllocationJournal()
     memory.enter("forward")
     memory.add(tensor := torch.empty(GRANULARITY + 1, dtype=torch.uint8), A)
     assert memory.num_bytes == 2 * GRANULARITY and tensor.numel()
@@ -65,7 +65,7 @@ def test_sizes_are_rounded_as_the_allocator_does():
 
 def test_any_order_of_allocations_and_releases():
     draw = random.Random(0)
-    memory, alive, highest = Memory(), [], {}
+    memory, alive, highest = AllocationJournal(), [], {}
     for step in range(300):
         phase = ("forward", "backward")[step // 20 % 2]
         if step % 20 == 0:
@@ -81,4 +81,4 @@ def test_any_order_of_allocations_and_releases():
     peaks = memory.peaks()
     assert {phase: peak.num_bytes for phase, peak in peaks.items()} == highest
     for peak in peaks.values():
-        assert sum(each.num_bytes for each in peak.holders) == peak.num_bytes
+        assert sum(each.num_bytes for each in peak.storages) == peak.num_bytes

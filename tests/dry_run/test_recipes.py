@@ -22,6 +22,10 @@ ELSEWHERE = {
     "target": ("dtop_p_16e", "--moe-dynamic-row-buffer target"),
     "tensor": ("dtop_p_16e", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "interleaved": ("moe_top2", "--num-virtual-stages-per-pipeline-rank 3"),
+    "activations": (
+        "dtop_p_16e",
+        "--recompute-granularity selective --recompute-modules moe_act",
+    ),
     "recomputed": (
         "dtop_p_16e",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",

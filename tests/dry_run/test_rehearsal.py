@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_dynmoe
-from megatron_dynmoe.dry_run import launch, report
+from megatron_dynmoe.dry_run import display, launch
 from megatron_dynmoe.planning.gpus import GPUS
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
@@ -97,7 +97,7 @@ def waits_in_layers(run):
 def test_no_tensor_of_a_step_is_off_the_device_but_those_of_a_list(spread, alone):
     for run in (spread, alone):
         assert run.result.mistakes == []
-        assert "MISTAKE" not in report.describe(run)
+        assert "MISTAKE" not in display.describe(run)
     assert {made.why for made in spread.result.off_device} >= {"counts of rows", "a single number"}
 
 
@@ -164,9 +164,9 @@ def test_what_is_sent_by_whom_and_who_waits_for_it(spread):
 
 
 def test_the_text_says_units_that_suit_and_last_what_it_cannot_see(spread):
-    *_, verdict, last = report.describe(spread).splitlines()
+    *_, verdict, last = display.describe(spread).splitlines()
     assert re.fullmatch(r"Fits: [1-9][\d.]* [kM]B of 141 GB\.", verdict)
-    assert last == report.NOT_SEEN
+    assert last == display.NOT_SEEN
 
 
 def test_a_planted_item_is_found_and_named(planted, spread):
@@ -195,4 +195,4 @@ def test_a_planted_all_reduce_is_found_and_named(planted, spread):
 def _is_named(found, line, run):
     """It is of this line, which stands in the text, too."""
     assert found.line == f"megatron_dynmoe/{line}"
-    assert line in report.describe(run)
+    assert line in display.describe(run)

@@ -5,7 +5,6 @@ Most tests use folders that look like checkpoints; the long ones train on two ra
 
 from __future__ import annotations
 
-import inspect
 import json
 import random
 import shutil
@@ -263,17 +262,6 @@ def test_paths_are_checked_before_anything_is_built(load: Path) -> None:
     (load / TRACKER).write_text("7")
     with pytest.raises(ValueError, match="iter_0000007 is missing"):
         check_paths(args)
-
-
-@pytest.mark.megatron
-def test_upstream_still_needs_the_patches() -> None:
-    from megatron.training import checkpointing, dist_signal_handler
-
-    save = inspect.getsource(inspect.unwrap(checkpointing.save_checkpoint))
-    assert "maybe_msc.open(tracker_filename, 'w')" in save, "it may be safe: see patches.py"
-    read = inspect.getsource(checkpointing.read_metadata)
-    assert "sys.exit()" in read
-    assert inspect.signature(dist_signal_handler.DistributedSignalHandler).parameters["sig"]
 
 
 # --- two ranks ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 def export_tiny(folder: Path, tokenizer_model: Path, *, seed: int = 0, **settings: Any) -> Any:
     """Write a model of 3 layers, the second of them dense, and return it."""
-    from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+    from megatron_dynmoe.conversion.hugging_face.tokenizer import export_tokenizer
     from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 
     config = {

@@ -35,7 +35,7 @@ def seen(end: str, folder: Path, capsys: pytest.CaptureFixture) -> tuple[str, li
         [sys.executable, "-c", RANK.format(end=end)],
         env={"TORCHELASTIC_ERROR_FILE": str(file), "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode and "message" in json.loads(file.read_text())
     failure = ProcessFailure(local_rank=1, pid=0, exitcode=done.returncode, error_file=str(file))

@@ -76,10 +76,9 @@ def test_megatron_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it calls Transformer Engine's, so that the signature fits."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_dynmoe.upstream.fewer_kernels import use_rope_kernel
+    from megatron_dynmoe.upstream.fewer_kernels import rotation
 
-    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
-    use_rope_kernel()
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", rotation(None))
     config = SimpleNamespace(apply_rope_fusion=True, mrope_section=None, rotary_interleaved=False)
     values, angles = drawn(S, B, 2, 8).float(), drawn(S, 1, 1, 8, seed=2).float()
     rotated = rope_utils.apply_rotary_pos_emb(

@@ -114,7 +114,7 @@ def test_the_first_pipeline_rank_holds_most_micro_batches(memory_model):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--multi-latent-attention", "--multi-latent-attention is True"),
+        ("--multi-latent-attention", "--multi-latent-attention is given"),
         ("--optimizer muon", "--optimizer is muon"),
         ("--num-layers-per-virtual-pipeline-stage 2", "per-virtual-pipeline-stage is 2"),
     ],

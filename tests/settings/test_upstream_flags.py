@@ -89,7 +89,8 @@ def test_what_is_refused_names_flag_value_reason_and_remedy(name):
     entry = REFUSED[name]
     message = _message(SimpleNamespace(**{name: _used(entry)}))
     assert message.startswith("--" + name.replace("_", "-"))
-    assert f" is {_used(entry)}," in message
+    shown = "given" if _used(entry) is True else _used(entry)
+    assert f" is {shown}," in message
     assert entry.reason in message
     assert f"Remedy: {entry.remedy}." in message
     for value in entry.unused:

@@ -64,7 +64,7 @@ def test_what_a_run_needs_is_named(flag, monkeypatch):
         ("--lr-warmup-iters 5 --lr-decay-iters 5", 1, ("--lr-decay-iters (5)",)),
         ("--moe-layer-freq 0", 1, ("--moe-layer-freq is 0", "from 1")),
         ("--adam-beta2 1", 1, ("--adam-beta2 is 1.0", "below 1")),
-        ("--bf16 --fp16", 1, ("--bf16 and --fp16",)),
+        ("--bf16 --fp16", 1, ("--bf16 is given", "--fp16")),
         ("--rampup-batch-size 2 2 8", 1, ("is 2 2 8", "--step-batch-size-schedule")),
     ],
 )

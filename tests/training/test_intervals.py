@@ -56,10 +56,10 @@ def test_an_evaluation_alone_needs_none(value: int | None, becomes: int) -> None
 def test_full_validation_of_one_set_fails_in_megatron() -> None:
     """At the first evaluation, which may be hours later."""
     full = GOOD | {"full_validation": True}
-    with pytest.raises(ValueError, match=r"^--full-validation is on .*--multiple-validation-sets"):
+    with pytest.raises(ValueError, match=r"^--full-validation is given .*--multiple-validation"):
         check_intervals(Namespace(**full))
     several = GOOD | {"multiple_validation_sets": True}
-    with pytest.raises(ValueError, match=r"^--multiple-validation-sets is on without --full-val"):
+    with pytest.raises(ValueError, match=r"^--multiple-validation-sets is given without --full"):
         check_intervals(Namespace(**several))
     check_intervals(Namespace(**full | several | {"full_validation": True}))
     check_intervals(Namespace(**full | {"multiple_validation_sets": True}))

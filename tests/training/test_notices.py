@@ -60,7 +60,7 @@ def test_a_routing_that_no_format_has_is_said(monkeypatch) -> None:
 
 
 def test_the_note_and_the_converter_agree_on_every_setting() -> None:
-    from megatron_dynmoe.conversion.megatron_settings import (
+    from megatron_dynmoe.conversion.megatron.settings import (
         NEEDED_OF_MEGATRON,
         config_from_megatron,
     )
@@ -77,7 +77,7 @@ def test_every_remedy_names_a_flag_of_megatrons_for_that_setting() -> None:
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_dynmoe.conversion.megatron_settings import NEEDED_OF_MEGATRON
+    from megatron_dynmoe.conversion.megatron.settings import NEEDED_OF_MEGATRON
 
     parser = add_megatron_arguments(ArgumentParser())
     for needed in NEEDED_OF_MEGATRON:

@@ -92,7 +92,6 @@ def test_rows_are_sorted_only_if_they_are_not(fewer_kernels, order: list[int]) -
 
 
 def test_upstream_calls_them(fewer_kernels) -> None:
-    """If this fails, upstream has changed, and the patch does nothing."""
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads
 

@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+from megatron_dynmoe.conversion.hugging_face.tokenizer import export_tokenizer
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 from megatron_dynmoe.settings.command_line import UsageError

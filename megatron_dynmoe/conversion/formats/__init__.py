@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dynmoe.conversion.formats import dynamic_moe, dynmoe, mixtral
 from megatron_dynmoe.conversion.formats.format import Format
-from megatron_dynmoe.conversion.words import CONFIG
+from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.storage.json_files import read_json
 
 # The order is that of --help and of the docs. A folder has the first format that recognizes it. The

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_dynmoe.conversion.hugging_face.words import CARRIED, DEFAULT_IDS
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     TOKEN_IDS,
@@ -12,7 +13,6 @@ from megatron_dynmoe.conversion.model_settings import (
     shown,
 )
 from megatron_dynmoe.conversion.names import row
-from megatron_dynmoe.conversion.words import CARRIED, DEFAULT_IDS
 
 ATTENTION = "model.layers.{layer}.self_attn."
 MLP = "model.layers.{layer}.mlp."

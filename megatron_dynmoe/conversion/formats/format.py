@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.conversion import words
+from megatron_dynmoe.conversion.hugging_face import words
 from megatron_dynmoe.conversion.model_settings import (
     Needed,
     check_config,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, Check
 from megatron_dynmoe.doctor.checkpoint.parts import numbers

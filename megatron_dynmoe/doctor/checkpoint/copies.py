@@ -1,4 +1,8 @@
-"""Experts and layers that hold the same numbers: after training no two are alike."""
+"""Experts and layers that hold the same numbers: after training no two are alike.
+
+The same is true of what the optimizer keeps of them, as far as its entries have names. It takes
+other ways than the weights through a save, so that each of both may be copied alone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.doctor.checkpoint.parts import WEIGHT, numbers
+from megatron_dynmoe.doctor.checkpoint.parts import numbers
 from megatron_dynmoe.doctor.checkpoint.values import Block, Place, Values, files_in_words
 
 _REMEDY = "take an earlier iteration, or convert again from the source with another converter"
@@ -27,22 +31,22 @@ def check_copies(values: Values, is_upcycled: bool) -> Iterator[Check]:
     found = [*_experts(values), *_layers(values)]
     yield from (Check("copies", state, text, remedy) for text in found)
     if not found:
-        num_experts = {e for _, blocks in _weights(values) for _, e in blocks if e is not None}
+        num_experts = {e for _, blocks in _compared(values) for _, e in blocks if e is not None}
         what = f"experts 0 to {max(num_experts)} differ in every layer, and " if num_experts else ""
         yield Check("copies", PASSED, f"{what}the layers differ from each other")
 
 
-def _weights(values: Values) -> Iterator[tuple[str, dict[Place, Block]]]:
+def _compared(values: Values) -> Iterator[tuple[str, dict[Place, Block]]]:
     """The rows that say whether two layers or experts are alike: not those that begin as ones."""
-    for (kind, row), blocks in values.blocks.items():
-        if kind == WEIGHT and row in values.matrices:
+    for (_, row), blocks in values.blocks.items():
+        if row in values.matrices:
             yield row, blocks
 
 
 def _experts(values: Values) -> Iterator[str]:
-    alike: dict[Groups, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    alike: dict[Groups, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     files: dict[Groups, set[str]] = defaultdict(set)
-    for row, blocks in _weights(values):
+    for row, blocks in _compared(values):
         by_layer: dict[int | None, dict[int, Block]] = defaultdict(dict)
         for (layer, expert), block in blocks.items():
             if expert is not None:
@@ -50,7 +54,7 @@ def _experts(values: Values) -> Iterator[str]:
         for layer, experts in by_layer.items():
             groups = _groups((block, expert) for expert, block in sorted(experts.items()))
             if groups:
-                alike[groups][row].append(layer or 0)
+                alike[groups][row].add(layer or 0)
                 copied = (experts[number] for group in groups for number in group)
                 files[groups] |= {file for block in copied for file in block.files}
     for groups, rows in alike.items():
@@ -67,7 +71,7 @@ def _experts(values: Values) -> Iterator[str]:
 def _layers(values: Values) -> Iterator[str]:
     alike: dict[tuple[int, ...], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     files: dict[tuple[int, ...], set[str]] = defaultdict(set)
-    for row, blocks in _weights(values):
+    for row, blocks in _compared(values):
         by_signature: dict[object, list[tuple[Place, Block]]] = defaultdict(list)
         for place, block in blocks.items():
             if block.signature is not None and place[0] is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.data.finding import FAILED, Check
 from megatron_dynmoe.doctor.checkpoint.parts import (
     MASTER,

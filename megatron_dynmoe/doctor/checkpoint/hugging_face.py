@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.conversion.folder import ModelFolder
+from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder
 from megatron_dynmoe.data.finding import Check
 from megatron_dynmoe.doctor.checkpoint.parts import WEIGHT, Part, is_stacked, place_of, unread
 

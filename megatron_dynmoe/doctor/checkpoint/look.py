@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_dynmoe.conversion.megatron_settings import obstacles
+from megatron_dynmoe.conversion.megatron.settings import obstacles
 from megatron_dynmoe.conversion.sources import FromFolder, FromMegatron, progress_bar
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.doctor.checkpoint.controller import check_router_state

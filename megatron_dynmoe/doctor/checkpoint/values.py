@@ -113,6 +113,8 @@ class Values:
             return
         if part.kind == WEIGHT or (part.kind == MASTER and weight_dtype is not None):
             self._remember(part, block, tensor if part.kind == WEIGHT else tensor.to(weight_dtype))
+        elif part.kind == MOMENT and part.layer is not None and not is_constant:
+            self._remember(part, block, tensor)
 
     def checks(self) -> Iterator[Check]:
         """What was found, the same fault of many layers and experts in one line."""

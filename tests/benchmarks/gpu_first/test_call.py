@@ -1,6 +1,7 @@
 """The driver of the first minutes on a GPU: killed in every way, it loses nothing and goes on.
 
-The stages are small scripts, the driver is the real one in a process of its own.
+The stages are small scripts, the driver is the real one in a process of its own. Its clock is a
+file that a stage moves when it has done what it was to do, so no machine is too slow for a limit.
 """
 
 import json
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_first import processes, state
-from tests.benchmarks.gpu_first.driver import PATIENCE, Driver
+from tests.benchmarks.gpu_first.driver import PATIENCE, Clocked
 
 pytestmark = pytest.mark.slow  # many processes, one after another
 
-# A stage of these tests: what it does, and where it writes.
+# A stage of these tests: what it does, and where it writes. One that goes on moves the clock by
+# 100 s after its first rows.
 SCRIPT = """
 import ctypes, os, signal, subprocess, sys, time
 does, folder = sys.argv[1:]
+began = os.path.getsize(os.environ["CLOCK"])
 rows = open(os.path.join(folder, "rows.csv"), "w", buffering=1)
 rows.write("number,text\\n")
 rows.write('1,"a, b"\\n')
@@ -41,6 +44,9 @@ while does in ("stays", "writes"):
     rows.write("2,more\\n")
     rows.write("3,cut")  # a row that is not whole, whenever it is killed
     rows.flush()
+    if os.path.getsize(os.environ["CLOCK"]) < began + 100:
+        with open(os.environ["CLOCK"], "a") as clock:
+            clock.write("." * 100)
     time.sleep(0.05)
     rows.write(" short\\n")
 """
@@ -51,7 +57,7 @@ def driver(tmp_path):
     return Planned(tmp_path)
 
 
-class Planned(Driver):
+class Planned(Clocked):
     """The driver, on stages that do as their names say."""
 
     def __init__(self, folder: Path) -> None:
@@ -136,21 +142,21 @@ def test_a_killed_call_leaves_whole_files_and_no_process_and_the_next_one_goes_o
 
 
 def test_a_stage_that_hangs_is_ended_at_its_limit(driver):
-    driver.plan("stays", "ends", seconds=1)
+    driver.plan("stays", "ends", seconds=99)
     code, _ = driver.run()
     assert code == 1 and driver.states() == {"stays": "failed", "ends": "done"}
-    assert "- `stays`: not done after 1 s" in driver.summary()
+    assert "- `stays`: not done after 99 s" in driver.summary()
     assert {"stage": "stays", "file": "rows.csv", "number": "2", "text": "more"} in driver.rows()
     driver.assert_whole()
 
 
 def test_when_the_time_is_used_up_the_rest_is_left_for_the_next_call(driver):
     driver.plan("works", "writes", "ends", least=1)
-    code, said = driver.run("--minutes", "0.24")  # 14.4 s, of which 12 are for the end
+    code, said = driver.run("--minutes", "1.75")  # 105 s, of which 12 are for the end
     assert code == 0 and "the time is used up" in said
     assert driver.states() == {"works": "done", "writes": "cut"}
     assert "| `ends` | ends? | not reached |  |" in driver.summary()
-    assert f"make gpu-first OUTPUT={driver.output} MINUTES=0.24 DEVICE=cpu\n" in driver.summary()
+    assert f"make gpu-first OUTPUT={driver.output} MINUTES=1.75 DEVICE=cpu\n" in driver.summary()
     driver.assert_whole()
     (driver.output / "rows.csv").unlink()  # between two calls it may be emptied
     driver.plan("works", "ends", "ends2")
@@ -225,7 +231,7 @@ def test_no_call_begins_before_the_stages_of_a_killed_one_have_ended(driver):
     process = driver.start()
     driver.wait_until_it_runs(process, "stays", "begins")
     process.kill()
-    os.close(state.lock(driver.folder / "state"))
+    os.close(state.lock(driver.folder / "state", PATIENCE))
     assert not driver.left_over()
     process.communicate()
 

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.gpu_first import pack, preflight
-from tests.benchmarks.gpu_first.driver import ROOT, Driver
+from tests.benchmarks.gpu_first.driver import ROOT, Clocked
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_wheel_that_was_packed_is_there_for_the_stages(tmp_path):
         "commit",
         "lacking-1.0-py3-none-any.whl",
     ]
-    driver = Driver(tmp_path)
+    driver = Clocked(tmp_path)
     table = tmp_path / "stages.toml"
     command = "{python} -c 'import lacking; print(lacking.it)'"
     table.write_text(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.cli import convert as convert_command
-from megatron_dynmoe.conversion import folder
+from megatron_dynmoe.conversion.hugging_face import folder
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from tests.helpers.commands import exit_code_of
 

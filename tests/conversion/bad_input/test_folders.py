@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dynmoe.conversion import folder, megatron_settings, shapes, sources
+from megatron_dynmoe.conversion import shapes, sources
 from megatron_dynmoe.conversion.formats import FORMATS
-from megatron_dynmoe.conversion.words import WITHOUT_MEANING
+from megatron_dynmoe.conversion.hugging_face import folder
+from megatron_dynmoe.conversion.hugging_face.words import WITHOUT_MEANING
+from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.storage.manifest import MANIFEST, write_manifest
 from tests.conversion.bad_input.damage import (
     SHARD,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...not_stood_for import NotStoodFor, refuse
-from ..module.base import TransformerEngineBaseModule
+from ..module.base import TransformerEngineBaseModule, group_size
+from .context_parallel import Gathered, check_split, positions
 
 # ``csrc/extensions/softmax.cpp`` and attention_mask_func in utils.py: what a masked score becomes.
 MASKED_SCORE = -10000.0
@@ -43,10 +44,14 @@ class DotProductAttention(TransformerEngineBaseModule):
         attention_type: str = "self",
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
+        cp_group: Any = None,
+        cp_global_ranks: list[int] | None = None,
+        cp_stream: Any = None,
+        cp_comm_type: str = "p2p",
         **unused: Any,
     ) -> None:
         super().__init__()
-        refuse(softmax_type=softmax_type != "vanilla", **unused)  # windows, context parallelism ...
+        refuse(softmax_type=softmax_type != "vanilla", **unused)  # windows ...
         assert attention_type in ("self", "cross"), f"attention_type {attention_type} not supported"
         self.set_up_tensor_parallel(tp_group, tp_size, sequence_parallel)
         groups = num_attention_heads if num_gqa_groups is None else num_gqa_groups
@@ -56,6 +61,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.num_gqa_groups_per_partition = groups // self.tp_size
         self.head_dims = (kv_channels,) * 2 if isinstance(kv_channels, int) else kv_channels
         self.attn_mask_type, self.qkv_format = attn_mask_type, qkv_format
+        self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(self.head_dims[0])
         self.layer_number = layer_number
         self.attention_dropout = torch.nn.Dropout(attention_dropout)
@@ -99,6 +105,15 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert key.shape[2] == self.num_gqa_groups_per_partition, (
             f"Keys and values must have num_gqa_group = {self.num_gqa_groups_per_partition} heads!"
         )
+        later = _later(query)
+        if self.cp_group is not None and group_size(self.cp_group) > 1:
+            check_split(query, key, self.cp_comm_type, group_size(self.cp_group))
+            refuse(attention_dropout=self.training and self.attention_dropout.p)
+            if attention_mask is not None:
+                raise NotStoodFor("a mask beside context parallelism")
+            key, value = (Gathered.apply(part, self.cp_group) for part in (key, value))
+            order = positions(len(query), self.cp_group, query.device)
+            later = order[self.cp_group.rank()][:, None] < order.flatten()
         repeats = query.shape[2] // key.shape[2]
         key, value = (part.repeat_interleave(repeats, dim=2) for part in (key, value))
         # [B * N, S, H]
@@ -108,9 +123,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         )
         batch, heads = query.shape[1:3]
         scores = scores.unflatten(0, (batch, heads))
-        masked = _masked(scores, kind, attention_mask if query.dtype == torch.float32 else None)
-        if masked is not None:
-            scores = scores.masked_fill(masked, MASKED_SCORE)
+        read = attention_mask if query.dtype == torch.float32 else None
+        masks = [mask for mask in (read, later if kind == "causal" else None) if mask is not None]
+        for mask in masks:  # get_full_mask
+            scores = scores.masked_fill(mask, MASKED_SCORE)
         probs = scores.float().softmax(dim=-1).to(query.dtype)
         with self.dropout_context():
             probs = self.attention_dropout(probs)
@@ -118,12 +134,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def _masked(scores: Tensor, kind: str, mask: Tensor | None) -> Tensor | None:
-    """``get_full_mask``: a causal mask is aligned to the top left corner."""
-    if kind == "no_mask":
-        return mask
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return later if mask is None else later | mask
+def _later(query: Tensor) -> Tensor:
+    """Which keys come after a query, [S, S] bool, aligned to the top left corner."""
+    length = len(query)
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
 
 
 __all__ = ["DotProductAttention"]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.analysis import figures, page
-from megatron_dynmoe.analysis.collect import Collected
-from megatron_dynmoe.analysis.counts import Counts, Shape
-from megatron_dynmoe.analysis.statistics import MIN_DOCUMENTS, summarize
-from megatron_dynmoe.analysis.tokens import pieces_of
-from megatron_dynmoe.analysis.windows import OTHER
+from megatron_dynmoe.analysis.counting.collect import Collected
+from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
+from megatron_dynmoe.analysis.counting.tokens import pieces_of
+from megatron_dynmoe.analysis.counting.windows import OTHER
+from megatron_dynmoe.analysis.report import figures, page
+from megatron_dynmoe.analysis.report.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import read_json
@@ -100,7 +100,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
         ValueError: a file is not a ``routing.json``, or the files are not of the same model.
     """
     merged: dict[str, Any] = {}
-    groups: dict[str, Counts] = {}
+    groups: dict[str, RoutingCounts] = {}
     seen: dict[str, Path] = {}
     for path in paths:
         if not path.is_file():
@@ -123,8 +123,8 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
             if not content["groups"]:
                 raise ValueError("it has no groups, so nothing was counted")
             for name, counts in content["groups"].items():
-                groups.setdefault(name, Counts(shape))
-                groups[name] += Counts.from_json(shape, counts)
+                groups.setdefault(name, RoutingCounts(shape))
+                groups[name] += RoutingCounts.from_json(shape, counts)
             if not merged:
                 merged = content | {"skipped_records": 0}
             merged["skipped_records"] += content.get("skipped_records", 0)
@@ -150,7 +150,9 @@ def write_report(
         ValueError: the folder exists and is not empty, and ``overwrite`` is not given.
     """
     shape = Shape(**measured["shape"])
-    groups = {name: Counts.from_json(shape, counts) for name, counts in measured["groups"].items()}
+    groups = {
+        name: RoutingCounts.from_json(shape, counts) for name, counts in measured["groups"].items()
+    }
     texts = {int(token): text for token, text in measured["token_texts"].items()}
     statistics = summarize(groups, measured["model"]["moe_layers"], texts, min_count)
     content = measured | {"statistics": statistics}

@@ -63,8 +63,8 @@ def _own(model: Path, given: Path) -> tuple[Path, Any] | None:
     if (model / "config.json").is_file():
         differs = has_tokenizer(model) and not model.samefile(given)
         return (model, load.load_tokenizer(model)) if differs else None
-    from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
-    from megatron_dynmoe.conversion.tokenizer import export_tokenizer
+    from megatron_dynmoe.conversion.hugging_face.tokenizer import export_tokenizer
+    from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 
     named = getattr(MegatronCheckpoint(model).args, "tokenizer_model", None)
     if not isinstance(named, str) or not Path(named).exists() or Path(named).samefile(given):

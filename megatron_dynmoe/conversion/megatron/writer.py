@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_dynmoe.conversion.megatron import COMMON_STATE
+from megatron_dynmoe.conversion.megatron.checkpoint import COMMON_STATE
 from megatron_dynmoe.conversion.shapes import Block
 from megatron_dynmoe.storage.manifest import write_manifest
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER

@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_dynmoe.backends.no_driver import replace
-from megatron_dynmoe.control import row_buffer
 from megatron_dynmoe.dry_run import known
-from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
 
 
 @dataclass(frozen=True)
-class Counts:
+class BalancedRows:
     """How many rows go where.
 
     Attributes:
@@ -31,13 +27,9 @@ class Counts:
     experts_per_token: float
     imbalance: float
 
-    def tell(self) -> None:
-        """Let Megatron's dispatcher and ours read these counts."""
-        for dispatcher in (MoEAlltoAllTokenDispatcher, VariableKAlltoAllTokenDispatcher):
-            replace(dispatcher, preprocess=self._telling(dispatcher.preprocess))
-        replace(row_buffer, read=self.means(row_buffer.read))
+    def telling(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a dispatcher's ``preprocess``, so that it reads these counts."""
 
-    def _telling(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
         def run(dispatcher: Any, routing_map: Any) -> Any:
             per_expert = preprocess(dispatcher, routing_map)
             self._tell(dispatcher, len(routing_map), per_expert)

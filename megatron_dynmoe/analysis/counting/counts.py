@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 
 @dataclass
-class Counts:
+class RoutingCounts:
     """The counts of a group's tokens. Every entry is a sum over tokens, int64."""
 
     shape: Shape
@@ -148,12 +148,12 @@ NUMBERS = ("documents", "windows", "tokens", "predicted", "loss")
 
 def array_names() -> list[str]:
     """The names of the fields that are arrays."""
-    return [field.name for field in fields(Counts) if not field.init]
+    return [field.name for field in fields(RoutingCounts) if not field.init]
 
 
-def add_up(groups: dict[str, Counts]) -> Counts:
+def add_up(groups: dict[str, RoutingCounts]) -> RoutingCounts:
     """The counts of all groups together; at least one."""
-    total = Counts(next(iter(groups.values())).shape)
+    total = RoutingCounts(next(iter(groups.values())).shape)
     for counts in groups.values():
         total += counts
     return total

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dynmoe.conversion.words import CONFIG
+from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import current_umask
 from megatron_dynmoe.storage.json_files import read_json, write_json

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.analysis.collect import Collected, collect
-from megatron_dynmoe.analysis.counts import LOSS_UNIT, Shape, add_up
-from megatron_dynmoe.analysis.tokens import Letters
-from megatron_dynmoe.analysis.windows import Window
+from megatron_dynmoe.analysis.counting.collect import Collected, collect
+from megatron_dynmoe.analysis.counting.counts import LOSS_UNIT, Shape, add_up
+from megatron_dynmoe.analysis.counting.tokens import Letters
+from megatron_dynmoe.analysis.counting.windows import Window
 from megatron_dynmoe.use.calibrate import set_threshold
 
 # The thresholds to try if none are given. The first are always tried, the others until the model's

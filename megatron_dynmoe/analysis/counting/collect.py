@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
-    Counts,
+    RoutingCounts,
     Shape,
     bag_of,
     expert_bins,
     loss_bins,
 )
-from megatron_dynmoe.analysis.tokens import Letters, whole_words
-from megatron_dynmoe.analysis.windows import Window, in_blocks
+from megatron_dynmoe.analysis.counting.tokens import Letters, whole_words
+from megatron_dynmoe.analysis.counting.windows import Window, in_blocks
 from megatron_dynmoe.routing.select import choose, choose_top_k
 
 BLOCK_TOKENS = 4096
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 class Collected:
     """What the model did with some windows."""
 
-    groups: dict[str, Counts]
+    groups: dict[str, RoutingCounts]
     samples: dict[str, Sample]
 
 
@@ -84,21 +84,21 @@ def collect(
     Args:
         model: a causal language model of ours, with routers, in evaluation mode.
         windows: windows of at most ``shape.positions`` tokens.
-        letters: those of the tokenizer, see :mod:`megatron_dynmoe.analysis.tokens`.
+        letters: those of the tokenizer, see :mod:`megatron_dynmoe.analysis.counting.tokens`.
         sample_tokens: how many tokens of each group's first window to keep.
         on_tokens: called with the number of tokens that were counted since the last call.
 
     Raises:
         ValueError: routers or output give NaN or infinity.
     """
-    groups: dict[str, Counts] = {}
+    groups: dict[str, RoutingCounts] = {}
     samples: dict[str, Sample] = {}
 
     def in_order() -> Iterator[Window]:
         """Order the groups as in the text, because the only block of a small group comes last."""
         for window in windows:
             if window.group not in groups:
-                groups[window.group] = Counts(shape)
+                groups[window.group] = RoutingCounts(shape)
             yield window
 
     for result in _in_workers(model, in_blocks(in_order(), BLOCK_TOKENS)):
@@ -109,7 +109,7 @@ def collect(
     return Collected(groups, {group: samples[group] for group in groups})
 
 
-def _count(counts: Counts, result: _BlockResult, letters: Letters) -> None:
+def _count(counts: RoutingCounts, result: _BlockResult, letters: Letters) -> None:
     """Add a block's windows, all of them at once: workers wait for each call."""
     shape, tokens_WS, loss_WS = counts.shape, result.tokens_WS, result.loss_WS
     lengths_W = np.array([len(window.tokens) for window in result.windows])

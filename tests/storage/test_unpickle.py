@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_dynmoe.cli.convert import main
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.storage import unpickle
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.unpickle import StoredTensor, Unknown, load_metadata, load_objects

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.conversion import sentencepiece_json
-from megatron_dynmoe.conversion.sentencepiece_json import CONTROL, UNUSED, USER_DEFINED
+from megatron_dynmoe.conversion.hugging_face import sentencepiece_json
+from megatron_dynmoe.conversion.hugging_face.sentencepiece_json import CONTROL, UNUSED, USER_DEFINED
 from megatron_dynmoe.data.tokenizer import Tokenizer, build_tokenizer
 
 # Text as corpora hold it: an export that gives other ids for one of these is refused.

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.analysis.counts import (
+from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
-    Counts,
+    RoutingCounts,
     add_up,
     expert_bins,
     loss_of_bin,
@@ -29,7 +29,10 @@ EXTREMES = 100
 
 
 def summarize(
-    groups: dict[str, Counts], moe_layers: list[int], token_texts: dict[int, str], min_count: int
+    groups: dict[str, RoutingCounts],
+    moe_layers: list[int],
+    token_texts: dict[int, str],
+    min_count: int,
 ) -> dict[str, Any]:
     """All numbers that follow from the counts; a number that is not defined is None.
 
@@ -54,7 +57,7 @@ def summarize(
     }
 
 
-def _of_tokens(counts: Counts) -> dict[str, Any]:
+def _of_tokens(counts: RoutingCounts) -> dict[str, Any]:
     layers = counts.shape.layers
     experts = distribution(counts.total_K)
     return {
@@ -156,7 +159,7 @@ def _mean_ranks(counts: np.ndarray) -> np.ndarray:
     return ranks - (counts.sum() + 1) / 2
 
 
-def experts_by_loss(counts: Counts, table_BKN: np.ndarray) -> list[dict[str, float]]:
+def experts_by_loss(counts: RoutingCounts, table_BKN: np.ndarray) -> list[dict[str, float]]:
     """Mean experts per token by loss, over bins of loss with the same number of tokens each.
 
     Tokens of one fine bin stay together, so the numbers of tokens differ a little.
@@ -187,7 +190,7 @@ def _point(members: list[int], table_KN: np.ndarray, centers_K: np.ndarray) -> d
     }
 
 
-def _experts_of_bins(counts: Counts) -> np.ndarray:
+def _experts_of_bins(counts: RoutingCounts) -> np.ndarray:
     """Mean experts per layer that a bin of experts stands for."""
     bins = expert_bins(counts.shape)
     totals = np.arange(len(bins))
@@ -196,7 +199,7 @@ def _experts_of_bins(counts: Counts) -> np.ndarray:
 
 
 def _of_layers(
-    total: Counts, groups: dict[str, Counts], moe_layers: list[int]
+    total: RoutingCounts, groups: dict[str, RoutingCounts], moe_layers: list[int]
 ) -> list[dict[str, Any]]:
     loads_GLE = np.stack([counts.load_LE for counts in groups.values()])
     rows = []
@@ -228,7 +231,7 @@ def mutual_information(load_GE: np.ndarray) -> float | None:
     return max(0.0, float((joint_GE[there] * np.log2(joint_GE[there] / apart_GE[there])).sum()))
 
 
-def lift(total: Counts, group: Counts) -> np.ndarray:
+def lift(total: RoutingCounts, group: RoutingCounts) -> np.ndarray:
     """How much likelier a group's token is to use an expert than any token, [L, E].
 
     A group whose tokens use more experts has a larger lift on the whole. NaN for unused experts.
@@ -238,7 +241,7 @@ def lift(total: Counts, group: Counts) -> np.ndarray:
 
 
 def _of_experts(
-    total: Counts, groups: dict[str, Counts], moe_layers: list[int]
+    total: RoutingCounts, groups: dict[str, RoutingCounts], moe_layers: list[int]
 ) -> list[dict[str, Any]]:
     lifts = {name: lift(total, counts) for name, counts in groups.items()}
     rows = []
@@ -265,7 +268,7 @@ def _of_experts(
     return rows
 
 
-def _of_positions(total: Counts) -> list[dict[str, Any]]:
+def _of_positions(total: RoutingCounts) -> list[dict[str, Any]]:
     """In at most 64 stretches of a window; positions that no window reaches are left out."""
     reached = int((total.position_S > 0).sum())
     edges = np.unique(np.linspace(0, reached, min(reached, 64) + 1).round().astype(int))
@@ -285,7 +288,7 @@ def _of_positions(total: Counts) -> list[dict[str, Any]]:
     return rows
 
 
-def extreme_tokens(total: Counts, texts: dict[int, str], min_count: int) -> dict[str, Any]:
+def extreme_tokens(total: RoutingCounts, texts: dict[int, str], min_count: int) -> dict[str, Any]:
     """The tokens that use most and fewest experts on average, and how many are whole words.
 
     A token counts as a word if most of its appearances are whole words.
@@ -305,7 +308,7 @@ def extreme_tokens(total: Counts, texts: dict[int, str], min_count: int) -> dict
 
 
 def _token_row(
-    total: Counts, token: int, texts: dict[int, str], mean_V: np.ndarray
+    total: RoutingCounts, token: int, texts: dict[int, str], mean_V: np.ndarray
 ) -> dict[str, Any]:
     judged, predicted = int(total.vocab_judged_V[token]), int(total.vocab_predicted_V[token])
     return {

@@ -28,11 +28,12 @@ def test_segments_expand_unless_the_environment_has_settings(monkeypatch, given,
 
 def test_only_a_gpus_allocator_is_set(monkeypatch):
     code = (
-        "import os, torch\n"
+        "import os, sys, torch\n"
+        "from types import SimpleNamespace\n"
         "from megatron_dynmoe import run\n"
         "from megatron_dynmoe.backends import cpu\n"
-        "from megatron_dynmoe.upstream import patches\n"
-        "patches.install = lambda: None\n"
+        "patches = SimpleNamespace(install=lambda: None)\n"
+        "sys.modules['megatron_dynmoe.upstream.patches'] = patches\n"  # it imports Megatron
         "cpu.install = lambda: None\n"
         "for wanted in (True, False):\n"
         "    cpu.wanted = lambda: wanted\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_dynmoe.conversion.hugging_face.words import carried_in
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     TOKEN_IDS,
@@ -22,7 +23,6 @@ from megatron_dynmoe.conversion.routing_settings import (
     routing_config,
     settings_from_config,
 )
-from megatron_dynmoe.conversion.words import carried_in
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Config's name, name among Megatron's arguments, flag.

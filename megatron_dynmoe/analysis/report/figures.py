@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from megatron_dynmoe.analysis.counts import Counts, add_up
-from megatron_dynmoe.analysis.statistics import describe_correlation, lift
+from megatron_dynmoe.analysis.counting.counts import RoutingCounts, add_up
+from megatron_dynmoe.analysis.report.statistics import describe_correlation, lift
 
 INK, FAINT = "#1c2733", "#c9d1da"
 BLUE, ORANGE = "#3b7dd8", "#e0732c"
@@ -63,7 +63,9 @@ class Drawn(NamedTuple):
     svg: bytes
 
 
-def draw_all(content: dict[str, Any], groups: dict[str, Counts], folder: Path) -> dict[str, Drawn]:
+def draw_all(
+    content: dict[str, Any], groups: dict[str, RoutingCounts], folder: Path
+) -> dict[str, Drawn]:
     """Draw every figure that has something to show, and save it under its name."""
     total = add_up(groups)
     statistics = content["statistics"]
@@ -118,7 +120,7 @@ def _layers(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     return figure, "Experts per token, layer by layer", alt
 
 
-def _distribution(statistics: dict[str, Any], total: Counts) -> tuple[Figure, str, str]:
+def _distribution(statistics: dict[str, Any], total: RoutingCounts) -> tuple[Figure, str, str]:
     layers = total.shape.layers
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -243,7 +245,7 @@ def _point(point: dict[str, Any]) -> str:
     return f"{point['experts']:.2f} experts{loss}"
 
 
-def _load(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
+def _load(total: RoutingCounts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     mean_L1 = total.load_LE.mean(axis=1, keepdims=True)
     figure, axes = _figure(5.4, 1.6 + 0.22 * min(len(moe_layers), 40))
     ratio_LE = total.load_LE / mean_L1
@@ -259,7 +261,7 @@ def _load(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     return figure, "Load of each expert", alt
 
 
-def _together(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
+def _together(total: RoutingCounts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     shown = np.unique(
         np.linspace(0, len(moe_layers) - 1, min(len(moe_layers), MAX_PANELS)).round().astype(int)
     )
@@ -289,7 +291,9 @@ def _together(total: Counts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     return figure, "Experts that are used together", alt
 
 
-def _specialization(groups: dict[str, Counts], moe_layers: list[int]) -> tuple[Figure, str, str]:
+def _specialization(
+    groups: dict[str, RoutingCounts], moe_layers: list[int]
+) -> tuple[Figure, str, str]:
     total = add_up(groups)
     largest = sorted(groups, key=lambda name: -groups[name].tokens)[:MAX_PANELS]
     shown = [name for name in groups if name in largest]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_dynmoe.conversion.megatron import MegatronCheckpoint
+from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from tests.conversion.checkpoints import DTOP_P, model_config, write_megatron
 
 ROUTER = "decoder.layers.mlp.router.weight"

@@ -1,0 +1,81 @@
+"""Small replacements for functions of Megatron and PyTorch that belong to no other room.
+
+The table in :mod:`.patches` says why each is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def with_plain_queue(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a save that is not asynchronous pass its results through a queue of this process."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    @functools.wraps(save)
+    def save_with_plain_queue(self, *args, **kwargs):
+        kept, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            filesystem_async._results_queue = kept
+
+    return save_with_plain_queue
+
+
+def knowing_its_parent(watchdog: type) -> type:
+    """Let a data worker know its parent from the start, not from its first look."""
+
+    class Watchdog(watchdog):
+        def __init__(self) -> None:
+            super().__init__()
+            parent = multiprocessing.parent_process()
+            if parent is not None and parent.pid is not None:
+                self.manager_pid = parent.pid
+
+    return Watchdog
+
+
+def counting_once(log: Callable[..., Any]) -> Callable[..., Any]:
+    """Log the first step as any other if it ends an interval."""
+    from megatron.training import get_args
+
+    @functools.wraps(log)
+    def log_interval(*args, is_first_iteration=False, **kwargs):
+        iteration = kwargs.get("iteration", args[3] if len(args) > 3 else 0)
+        ends_interval = iteration % get_args().log_interval == 0
+        return log(*args, is_first_iteration=is_first_iteration and not ends_interval, **kwargs)
+
+    return log_interval
+
+
+def differing_by_rank(init: Callable[..., None]) -> Callable[..., None]:
+    """Draw the experts of a rank by a seed that includes the rank.
+
+    A run with one expert-parallel rank draws as upstream does.
+    """
+    from megatron.core import parallel_state
+
+    @functools.wraps(init)
+    def init_by_rank(self, *args, **kwargs):
+        num_ranks = parallel_state.get_expert_model_parallel_world_size()
+        by_rank = kwargs.get("is_expert") and kwargs["config"].use_cpu_initialization
+        if not by_rank or num_ranks == 1:
+            return init(self, *args, **kwargs)
+        generator = torch.default_generator
+        # All ranks draw this number, so they go on alike with what is not an expert.
+        seed = int(torch.randint(2**48, (), generator=generator))
+        state = generator.get_state()
+        generator.manual_seed(seed + parallel_state.get_expert_model_parallel_rank())
+        try:
+            return init(self, *args, **kwargs)
+        finally:
+            generator.set_state(state)
+
+    return init_by_rank
