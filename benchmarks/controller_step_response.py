@@ -25,6 +25,7 @@ from megatron_dynmoe.control import (
     plant_slope,
 )
 from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_LOOP_GAIN
+from megatron_dynmoe.routing.select import select
 from megatron_dynmoe.settings.command_line import CommandParser
 
 GRANULARITIES = ((16, 2), (64, 8), (128, 16))
@@ -50,6 +51,7 @@ def main() -> None:
     print_loop_gains()
     print_lag()
     print_noise()
+    print_busiest_rank()
     draw_step_responses(figure)
 
 
@@ -172,6 +174,63 @@ def print_noise() -> None:
     print_table("Measurement noise, relative to the target, tokens independent", columns, rows)
 
 
+def print_busiest_rank() -> None:
+    """The loop that holds the busiest rank at 8 of 64 experts, with experts of any popularity."""
+    experts, target, step = 64, 8.0, 0.01
+    start, gains = initial_threshold(experts, target), default_gains(experts, target)
+    controller, nominal = PIController(experts, start, *gains), plant_slope(experts, target)
+    rows = []
+    for popularity in (0.0, 0.3, 1.0):
+        for ranks in (2, 8, 64):
+            plant = Ranks(experts, ranks, popularity)
+            low, high = 0.0, 1.0
+            while high - low > 1e-6:
+                threshold = (low + high) / 2
+                mean, imbalance = plant.measure(threshold)
+                low, high = (low, threshold) if mean * imbalance > target else (threshold, high)
+            mean, imbalance = plant.measure(threshold)
+            around = [plant.measure(threshold + side * step) for side in (-1, 1)]
+            slope = (around[1][0] * around[1][1] - around[0][0] * around[0][1]) / (2 * step)
+            first, integral, deviations = torch.tensor([start]), torch.zeros(1), []
+            for _ in range(200):
+                count, ratio = plant.measure(float(first))
+                deviations.append(count * ratio / target - 1)
+                first, integral = controller.step(
+                    first, integral, torch.tensor(count * ratio), target
+                )
+            rows.append(
+                (popularity, ranks, f"{imbalance:.2f}", f"{mean:.2f}", f"{threshold:.3f}",
+                 f"{slope / nominal:.2f}", settled_from(deviations))
+            )  # fmt: skip
+    print_table(
+        "busiest rank at 8 of 64 experts: imbalance, mean experts, threshold, the loop gain over "
+        "the default one, steps to 2 %",
+        ("popularity", "ranks", "imbalance", "mean", "threshold", "loop gain", "steps"),
+        rows,
+    )
+
+
+class Ranks:
+    """Layers whose experts differ in popularity, on expert-parallel ranks, with the same tokens.
+
+    Args:
+        popularity: standard deviation over experts of what is added to their logits, whose
+            deviation over tokens is 1 before they are normalized.
+    """
+
+    def __init__(self, experts: int, ranks: int, popularity: float, num_tokens: int = 8192) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shift_E = popularity * torch.randn(experts, generator=generator)
+        self.probs_TE = normal_probs(experts, num_tokens, generator, shift_E)
+        self.ranks = ranks
+
+    def measure(self, threshold: float) -> tuple[float, float]:
+        """The mean number of experts per token, and the busiest rank over the mean rank."""
+        rows_R = select(self.probs_TE, threshold).sum(dim=0).view(self.ranks, -1).sum(dim=1)
+        mean = float(rows_R.sum() / len(self.probs_TE))
+        return mean, float(rows_R.max() * self.ranks / rows_R.sum())
+
+
 def draw_step_responses(path: str) -> None:
     """Count and threshold against step for 64 experts, target 8."""
     experts, target, steps = 64, 8.0, 150
@@ -254,6 +313,8 @@ def linear_response(
 
 def settled_from(deviations: list[float], band: float = 0.02) -> int | str:
     outside = [step for step, value in enumerate(deviations) if not abs(value) <= band]
+    if not outside:
+        return 0
     return "never" if outside[-1] == len(deviations) - 1 else outside[-1] + 1
 
 
@@ -280,9 +341,14 @@ def simulated_noise_gain(kappa_p: float, kappa_i: float) -> float:
     return float(np.var(counts[200:]))
 
 
-def normal_probs(num_experts: int, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+def normal_probs(
+    num_experts: int,
+    num_tokens: int,
+    generator: torch.Generator,
+    shift_E: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
     """[T, E]: softmax of logits of mean 0 and standard deviation 1 for every token, as with DRN."""
-    logits_TE = torch.randn(num_tokens, num_experts, generator=generator)
+    logits_TE = torch.randn(num_tokens, num_experts, generator=generator) + shift_E
     variance, mean = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
     return ((logits_TE - mean) * torch.rsqrt(variance + 1e-6)).softmax(-1)
 

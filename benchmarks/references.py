@@ -24,15 +24,8 @@ class Reference:
     scheduler: Any
 
     def step(self) -> None:
-        """One training step, on the next batch.
-
-        Without the mode by which the CPU layer stands in for CUDA: whoever trains with Transformers
-        does not have it, and it costs a few microseconds for each call.
-        """
-        with torch._C.DisableTorchFunction():
-            self._step(next(self.batches))
-
-    def _step(self, batch: list[dict[str, Any]]) -> None:
+        """One training step, on the next batch."""
+        batch = next(self.batches)
         for micro_batch in batch:
             labels = micro_batch["labels"]
             outputs = self.model(

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils import _device as contexts
 
 from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
 from megatron_dynmoe.settings.command_line import UsageError
@@ -93,7 +93,7 @@ def install() -> None:
 
     host_generator = torch.Generator().manual_seed(torch.initial_seed())
     _answer_for_torch_cuda(host_generator)
-    _RedirectToCpu(host_generator).__enter__()
+    _redirect_torch(host_generator)
     replace(torch.nn.Module, cuda=lambda self, device=None: self)
     # Under tensor parallelism, the ranks of one expert hold different numbers of rows.
     replace(
@@ -110,12 +110,24 @@ def is_installed() -> bool:
     return getattr(torch.cuda, "_dynmoe_cpu_layer", False)
 
 
-# Functions that can name CUDA, or stand for it, without a keyword.
-_REWRITTEN = frozenset({"to", "cuda", "pin_memory", "record_stream", "random_", "type"})
+# Functions of torch, and methods of its tensors, that take a device.
+MAKE_TENSORS = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full"),
+    *("linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range", "tensor"),
+    *("scalar_tensor", "tril_indices", "triu_indices", "zeros"),
+    *(f"{name}_like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+)
+MAKE_TENSORS_LIKE = tuple(
+    f"new_{name}" for name in ("empty", "empty_strided", "full", "ones", "tensor", "zeros")
+)
 
 
-class _RedirectToCpu(TorchFunctionMode):
-    """Rewrites every torch call that names CUDA so that it happens on the CPU.
+def _redirect_torch(host_generator: torch.Generator) -> None:
+    """Let calls that name CUDA happen on the CPU.
+
+    These are PyTorch's functions that make tensors and methods of tensors, each replaced by one
+    that looks at its device. (A mode for all functions would see 8,000 calls in a step of the
+    quickstart, most of which cannot name a device.)
 
     Two generators stay separate, as on a GPU: the model draws from torch's default generator, which
     stands in for CUDA's, and the host draws from ``host_generator``, which stands in for the CPU's.
@@ -123,33 +135,58 @@ class _RedirectToCpu(TorchFunctionMode):
     uninterrupted one. If those draws changed the model's generator, a resume with dropout would not
     be bitwise equal.
     """
+    contexts._device_constructors()  # for ``with torch.device(...)`` it keeps PyTorch's own ones
+    enter = contexts.DeviceContext.__init__
+    replace(
+        contexts.DeviceContext,
+        __init__=lambda self, device: enter(self, CPU if _names_cuda(device) else device),
+    )
+    replace(torch, **{name: _on_cpu(getattr(torch, name)) for name in MAKE_TENSORS})
+    tensor = torch.Tensor
+    replace(tensor, **{name: _on_cpu(getattr(tensor, name)) for name in MAKE_TENSORS_LIKE})
+    to, draw, type_of = tensor.to, tensor.random_, tensor.type
 
-    def __init__(self, host_generator: torch.Generator) -> None:
-        super().__init__()
-        self.host_generator = host_generator
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if not kwargs and name not in _REWRITTEN:
-            return func(*args)
-        kwargs = dict(kwargs or {})
-        if _names_cuda(kwargs.get("device")):
+    @functools.wraps(to)
+    def to_cpu(self, *args, **kwargs):
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        elif kwargs and _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        if name == "to" and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        elif name in ("cuda", "pin_memory") and isinstance(args[0], torch.Tensor):
-            return args[0]
-        elif name == "record_stream":
-            return None
-        elif name == "random_" and kwargs.get("generator") is None:
-            # Data loaders draw the seeds of their workers this way.
-            kwargs["generator"] = self.host_generator
-        elif name == "type" and len(args) == 1 and not kwargs:
-            # Gradient clipping asserts the name of a CUDA tensor type.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return func(*args, **kwargs)
+        return to(self, *args, **kwargs)
+
+    @functools.wraps(draw)
+    def draw_on_host(self, *args, generator=None, **kwargs):
+        # Data loaders draw the seeds of their workers this way.
+        return draw(self, *args, generator=generator or host_generator, **kwargs)
+
+    @functools.wraps(type_of)
+    def type_on_cuda(self, *args, **kwargs):
+        # Gradient clipping asserts the name of a CUDA tensor type.
+        found = type_of(self, *args, **kwargs)
+        return found if args or kwargs else found.replace("torch.", "torch.cuda.", 1)
+
+    replace(tensor, to=to_cpu, random_=draw_on_host, type=type_on_cuda)
+    replace(tensor, cuda=_itself(tensor.cuda), pin_memory=_itself(tensor.pin_memory))
+    replace(tensor, record_stream=lambda self, stream: None)
+
+
+def _on_cpu(function):
+    """Wrap a function that makes a tensor, on the device that a keyword names."""
+
+    @functools.wraps(function)
+    def make(*args, **kwargs):
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return make
+
+
+def _itself(method):
+    return functools.wraps(method)(lambda self, *args, **kwargs: self)
 
 
 def _names_cuda(device: object) -> bool:
@@ -178,7 +215,7 @@ def _answer_for_torch_cuda(host_generator: torch.Generator) -> None:
         "device_count": returns(1),
         "current_device": returns(CPU),
         "_lazy_call": lambda function, **kwargs: function(),
-        # random numbers: see _RedirectToCpu
+        # random numbers: see _redirect_torch
         "get_rng_state": lambda *args, **kwargs: default.get_state(),
         "set_rng_state": lambda state, *args, **kwargs: default.set_state(state),
         "manual_seed": lambda seed: _discard(default.manual_seed(int(seed))),

@@ -96,6 +96,8 @@ class GlobalBatchUpdate:
         if self.dynmoe.scope == "global":
             statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
         measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
+        if self.dynmoe.controlled_quantity == "busiest_rank":
+            measured = measured * statistics.rank_imbalance
         # The state of all routers is reduced with the counts, so that every rank computes the same
         # step. The mean of equal values is exact in float64. The values differ only after a run
         # with scope layer is resumed with scope global.

@@ -35,6 +35,9 @@ from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import choose, choose_top_k, weigh
 
 
+GROUPED_BYTES = 16  # what grouped_mm wants weights and their rows to be a multiple of
+
+
 class Choice(NamedTuple):
     """How a router chooses, at one forward.
 
@@ -157,19 +160,28 @@ class Experts(nn.Module):
         experts_A, order_A = ids_TK.flatten().index_select(0, slots_A).sort(stable=True)
         slots_A = slots_A.index_select(0, order_A)
         tokens_A = slots_A // ids_TK.shape[1]
-        rows = experts_A.bincount(minlength=self.num_experts).tolist()
+        rows_E = experts_A.bincount(minlength=self.num_experts)
 
         # 2. Compute and weigh
         rows_AD = hidden_TD.index_select(0, tokens_A)
-        gate_AF, up_AF = _multiply(rows_AD, self.gate_up_proj, rows).chunk(2, dim=-1)
-        rows_AD = _multiply(F.silu(gate_AF) * up_AF, self.down_proj, rows)
-        rows_AD = rows_AD * weights_TK.flatten().index_select(0, slots_A).unsqueeze(-1)
+        weights_A1 = weights_TK.flatten().index_select(0, slots_A).unsqueeze(-1)
+        if _can_group(rows_AD, self.gate_up_proj, self.down_proj):
+            ends_E = rows_E.cumsum(0, dtype=torch.int32)
+            rows_AG = F.grouped_mm(rows_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
+            gate_AF, up_AF = rows_AG.chunk(2, dim=-1)
+            rows_AF = F.silu(gate_AF, inplace=True).mul_(up_AF)
+            rows_AD = F.grouped_mm(rows_AF, self.down_proj.transpose(1, 2), offs=ends_E)
+            rows_AD = rows_AD.mul_(weights_A1)
+        else:
+            rows = rows_E.tolist()
+            gate_AF, up_AF = _multiply(rows_AD, self.gate_up_proj, rows).chunk(2, dim=-1)
+            rows_AD = _multiply(F.silu(gate_AF) * up_AF, self.down_proj, rows) * weights_A1
 
         # 3. Add up. An expert has a token at most once, so nothing is added at once to one place,
         # as on a GPU it would be in any order. A CPU adds row after row.
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
-        parts = [len(slots_A)] if output_TD.device.type == "cpu" else rows
+        parts = [len(slots_A)] if output_TD.device.type == "cpu" else rows_E.tolist()
         for tokens, part in zip(tokens_A.split(parts), rows_AD.to(dtype).split(parts), strict=True):
             output_TD.index_add_(0, tokens, part)
         return output_TD.to(hidden_TD.dtype)
@@ -195,6 +207,25 @@ def _multiply(rows_AI: Tensor, weights_EOI: Tensor, rows_per_expert: list[int]) 
     parts = rows_AI.split([rows for _, rows in used])
     done = [F.linear(part, weights[expert]) for part, (expert, _) in zip(parts, used, strict=True)]
     return torch.cat(done) if done else rows_AI.new_zeros(0, weights_EOI.shape[1])
+
+
+def _can_group(rows_AI: Tensor, *weights_EOI: Tensor) -> bool:
+    """Whether PyTorch multiplies all experts' rows in one call, with the bits of :func:`_multiply`.
+
+    So it does on a CPU, row by row of experts. Its derivative is another, and autocast leaves it out.
+    """
+    kind = rows_AI.device.type
+    if kind != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+        return False
+    if not hasattr(F, "grouped_mm") or rows_AI.dtype == torch.float64:
+        return False
+    return all(
+        weights.dtype == rows_AI.dtype
+        and not weights.data_ptr() % GROUPED_BYTES
+        and not weights.shape[1] * weights.element_size() % GROUPED_BYTES
+        and not weights.shape[2] * weights.element_size() % GROUPED_BYTES
+        for weights in weights_EOI
+    )
 
 
 def _check_fit(router: Gate, experts: Experts) -> None:

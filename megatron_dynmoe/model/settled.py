@@ -98,9 +98,27 @@ def settle_run(
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)
+    _check_controlled_quantity(dynmoe, transformer)
     if transformer.moe_token_dispatcher_type == "flex":
         check_flex(transformer, settled.most_experts, here)
     return settled
+
+
+def _check_controlled_quantity(dynmoe: DynMoEConfig, transformer: TransformerConfig) -> None:
+    """Refuse to hold the rows of the busiest rank with a dispatcher that does not count them."""
+    dispatcher = transformer.moe_token_dispatcher_type
+    if (
+        dynmoe.controlled_quantity == "busiest_rank"
+        and transformer.expert_model_parallel_size > 1
+        and dispatcher != "alltoall"
+    ):
+        raise SettingError(
+            "controlled_quantity",
+            dynmoe.controlled_quantity,
+            f", and --moe-token-dispatcher-type is {dispatcher}, which does not count the rows of "
+            "each rank",
+            "use alltoall, or leave {controlled_quantity} out (experts)",
+        )
 
 
 def _check_uncounted_rows(settled: Settled, transformer: TransformerConfig) -> None:

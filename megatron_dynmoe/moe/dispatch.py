@@ -37,10 +37,12 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     Attributes:
         rows_per_token: how many there is room for in the mean over tokens; None: rows are counted.
         counters: where overflows are counted; None: no token has more than ``rows_per_token``.
+        rows_of_local_experts: of the last dispatch, [number of local experts] int64 on the device.
     """
 
     rows_per_token: float | None = None
     counters: RoutingCounters | None = None
+    rows_of_local_experts: torch.Tensor
     # The first two are upstream's; row_order is kept between dispatch and combine.
     num_out_tokens: torch.Tensor | int
     tokens_per_expert: torch.Tensor | None
@@ -71,6 +73,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             The number of tokens of each local expert, [number of local experts] int64.
         """
         tokens_per_local_expert = super().preprocess(routing_map)
+        self.rows_of_local_experts = tokens_per_local_expert
         room = self._room(len(routing_map))
         self.num_out_tokens = routing_map.sum() if room is None else room
         if room is None:

@@ -100,7 +100,7 @@ class GroupedExperts(MegatronModule):
         """
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
         weighted_RF = self._activated(gate_up, probs_R)
-        again = contextlib.nullcontext()
+        again: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if recomputes_activations(self.config):
             inputs = gate_up.detach(), probs_R.detach()
             again = computed_again(weighted_RF, partial(self._activated, *inputs))
@@ -297,8 +297,8 @@ def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
         if not unused_E.any():
             return grad_weight_EOI
         if device.type == "cpu":
-            grad_weight_EOI[unused_E] = 0
-            return grad_weight_EOI
+            # Assigning with the mask as index would pass over all of it.
+            return grad_weight_EOI.index_fill_(0, unused_E.nonzero().squeeze(-1), 0)
     unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
     return grad_weight_EOI.masked_fill_(unused, 0)
 

@@ -9,9 +9,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
 from megatron_dynmoe.moe.flex import VariableKFlexTokenDispatcher
+from megatron_dynmoe.moe.router import DynamicRouter
 
 
 class DynMoELayer(MoELayer):
@@ -55,12 +57,31 @@ class DynMoELayer(MoELayer):
             )
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+        if isinstance(self.router, DynamicRouter) and self.ep_group.size() > 1:
+            self.router.counters.ep_group = self.ep_group
 
-    def routed_experts_compute(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Permute the tokens, as upstream does, and note the rows that this rank will receive.
+
+        The first pass of a layer that is recomputed runs without gradients and is not counted.
+        """
+        rows = super().preprocess(hidden_states, probs, routing_map)
+        router, dispatcher = self.router, self.token_dispatcher
+        if (
+            isinstance(router, DynamicRouter)
+            and isinstance(dispatcher, VariableKAlltoAllTokenDispatcher)
+            and router.counters.ep_group is not None
+            and self.training
+            and torch.is_grad_enabled()
+        ):
+            router.counters.received.append(dispatcher.rows_of_local_experts)
+        return rows
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Run the experts as upstream does, without keeping rows that can be gathered again."""
-        keeping = contextlib.nullcontext()
+        keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(self.token_dispatcher, VariableKAlltoAllTokenDispatcher):
             keeping = self.token_dispatcher.keeping_no_rows(hidden_states)
         with keeping:

@@ -2,7 +2,8 @@
 
 One all-reduce carries everything that the controller and the logs need. Its tensor is float64 and
 has the same shape on every rank, ``[num_layers, NUM_STATISTICS + E]``. Integers up to 2**53 stay
-exact in it, and a pipeline stage without routers contributes zeros.
+exact in it, and a pipeline stage without routers contributes zeros. Under expert parallelism, a
+small one between the ranks of a group finds the busiest of them before.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class RoutingStatistics(NamedTuple):
     dynamic_loss: Tensor
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
     not_finite: Tensor  # tokens with a logit that is NaN or infinite
+    # Sums over dispatches and ranks; zero without expert parallelism, where no rows travel.
+    dispatches: Tensor
+    rows: Tensor  # that the rank received
+    busiest_rows: Tensor  # that the busiest rank of its expert-parallel group received
     thetas: Tensor  # this and the next two are sums over the routers that contribute
     knobs: Tensor  # the numbers that the controller moves; for top-p they are thresholds
     integrals: Tensor
@@ -39,6 +44,11 @@ class RoutingStatistics(NamedTuple):
         """Experts per token; NaN if no token was counted."""
         return self.assignments.sum(dim=-1) / self.tokens
 
+    @property
+    def rank_imbalance(self) -> Tensor:
+        """Rows of the busiest expert-parallel rank over the mean of the ranks, from 1 on."""
+        return torch.where(self.rows > 0, self.busiest_rows / self.rows, 1.0)
+
     def pooled(self) -> RoutingStatistics:
         """Sum over layers (dimension 0)."""
         *columns, assignments_LE = self
@@ -49,6 +59,7 @@ class RoutingStatistics(NamedTuple):
 
 
 NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # each takes one column, except assignments
+_FIRST_OF_ROWS = RoutingStatistics._fields.index("dispatches")
 _FIRST_OF_STATE = RoutingStatistics._fields.index("thetas")
 
 
@@ -76,6 +87,8 @@ def pack(
     if not counters:
         return empty.repeat(num_layers, 1)
     rows = torch.stack([each.row for each in counters])
+    if (received_R3 := _received_rows(counters)) is not None:
+        rows[:, _FIRST_OF_ROWS : _FIRST_OF_ROWS + 3] = received_R3
     rows[:, _FIRST_OF_STATE : _FIRST_OF_STATE + 3] = states_R3
     rows[:, _FIRST_OF_STATE + 3] = 1  # each is one router
     by_layer = dict(zip(layer_numbers, rows.unbind(), strict=True))
@@ -111,14 +124,20 @@ class RoutingCounters(KeepDtype):
     Attributes:
         row: [NUM_STATISTICS + E] float64, laid out as :func:`unpack` reads it. Whole numbers up to
             2**53 stay exact.
+        ep_group: the expert-parallel ranks between which rows travel; None if there is one rank.
+        received: for each dispatch of this global batch, the rows of each local expert,
+            [number of local experts] int64.
     """
 
     row: Tensor
+    ep_group: torch.distributed.ProcessGroup | None = None
+    received: list[Tensor]
 
     def __init__(self, num_experts: int, device: torch.device | int) -> None:
         super().__init__()
         zeros = torch.zeros(NUM_STATISTICS + num_experts, dtype=torch.float64, device=device)
         self.register_buffer("row", zeros, persistent=False)
+        self.received = []
 
     @property
     def sums(self) -> RoutingStatistics:
@@ -161,6 +180,29 @@ class RoutingCounters(KeepDtype):
         sums.micro_batches.add_(1 / group_size)
 
 
+def _received_rows(counters: list[RoutingCounters]) -> Tensor | None:
+    """Count the rows that this rank received, and those of the busiest rank of its group.
+
+    A layer waits for the busiest rank of each dispatch, so the maximum is taken for each dispatch
+    and then summed. All layers of a rank dispatch equally often, so one collective suffices.
+
+    Returns:
+        [R, 3] int64: dispatches, rows, rows of the busiest rank. None without expert parallelism.
+    """
+    received = [rows for each in counters for rows in each.received]
+    if not received:
+        return None
+    rows_RM = torch.stack(received).sum(dim=1).view(len(counters), -1)
+    busiest_RM = rows_RM.clone()
+    torch.distributed.all_reduce(
+        busiest_RM, op=torch.distributed.ReduceOp.MAX, group=counters[0].ep_group
+    )
+    each_RM = torch.stack([torch.ones_like(rows_RM), rows_RM, busiest_RM])
+    return each_RM.sum(dim=-1).T
+
+
 def clear(counters: list[RoutingCounters]) -> None:
     """Start a new global batch."""
     torch._foreach_zero_([each.row for each in counters])
+    for each in counters:
+        each.received.clear()

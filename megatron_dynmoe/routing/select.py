@@ -53,16 +53,20 @@ def choose(
     if probs_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
     most = most_experts(probs_TE.shape[-1], max_experts)
-    one_on_the_host = probs_TE.shape[0] == 1 and probs_TE.device.type == "cpu"
-    if one_on_the_host and isinstance(threshold, float) and not torch.compiler.is_compiling():
+    on_the_host = _may_look(probs_TE)
+    if on_the_host and probs_TE.shape[0] == 1 and isinstance(threshold, float):
         return _choose_for_one(probs_TE, threshold, most)
-    is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
+    is_nan_T1 = None
+    if not on_the_host or probs_TE.sum().isnan():
+        is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
+        probs_TE = probs_TE.masked_fill(is_nan_T1, 0)
 
     # An expert is used if the sum of those before it does not exceed the threshold yet. The first
     # expert is always used.
-    order_TE, before_TE = rank(probs_TE.masked_fill(is_nan_T1, 0))
-    wanted_TK = before_TE[:, :most] <= threshold_in_units(threshold, probs_TE)
-    used_TK = wanted_TK & ~is_nan_T1
+    order_TE, before_TE = rank(probs_TE)
+    used_TK = before_TE[:, :most] <= threshold_in_units(threshold, probs_TE)
+    if is_nan_T1 is not None:
+        used_TK &= ~is_nan_T1
     used_TK[:, 0] = True
     return order_TE[:, :most], used_TK
 
@@ -92,8 +96,7 @@ def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Returns:
         As :func:`choose`; every slot is used.
     """
-    order_TE = probs_TE.sort(dim=-1, descending=True, stable=True).indices
-    ids_TK = order_TE[:, :num_experts]
+    ids_TK = _sort(probs_TE)[1][:, :num_experts]
     return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 
 
@@ -104,7 +107,7 @@ def rank(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         The expert in each place of the order, and the sum of the probabilities in the places before
         it, exact in units of 2**-60; both [T, E] int64.
     """
-    probs_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    probs_TE, order_TE = _sort(probs_TE)
     units_TE = _in_units(probs_TE)
     return order_TE, units_TE.cumsum(dim=-1) - units_TE
 
@@ -159,6 +162,21 @@ def _number_in_units(threshold: float) -> int:
         return -(2**FIXED_POINT_BITS)
     (rounded,) = struct.unpack("f", struct.pack("f", min(max(threshold, -1.0), 1.0)))
     return NEVER_EXCEEDED if rounded == 1 else int(rounded * 2**FIXED_POINT_BITS)
+
+
+def _sort(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order and their experts, ties by expert index, both [T, E]."""
+    if _may_look(probs_TE):
+        # A CPU sorts about three times as fast if it need not keep the order of ties.
+        sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True)
+        if not (sorted_TE[:, 1:] >= sorted_TE[:, :-1]).any():
+            return sorted_TE, order_TE
+    return probs_TE.sort(dim=-1, descending=True, stable=True)
+
+
+def _may_look(values: Tensor) -> bool:
+    """Whether values may decide what is computed: a GPU would wait, and a graph cannot branch."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _in_units(values: Tensor) -> Tensor:

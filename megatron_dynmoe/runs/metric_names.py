@@ -28,6 +28,12 @@ SHARE_NOT_FINITE = "dynmoe/share_of_tokens_not_finite"
 BALANCE_LOSS = "dynmoe/balance_loss"
 DYNAMIC_LOSS = "dynmoe/dynamic_loss"
 MAX_OVER_MEAN_LOAD = "dynmoe/max_over_mean_load"
+MEDIAN_LOAD = "dynmoe/max_over_mean_load_median"
+HIGH_LOAD = "dynmoe/max_over_mean_load_95th_percentile"
+MAX_VIOLATION = "dynmoe/max_violation"
+BUSIEST_RANK = "dynmoe/busiest_rank_experts_per_token"
+BUSIEST_RANK_ROWS = "dynmoe/busiest_rank_rows"
+SHARE_WAITING = "dynmoe/share_of_step_waiting"
 TOKENS_PER_SECOND = "dynmoe/tokens_per_second"
 TFLOPS_PER_SECOND = "dynmoe/tflops_per_second"
 HEAT_MAP = "dynmoe/experts_per_token_by_layer"  # an image
@@ -54,6 +60,13 @@ MEANINGS = {
     THRESHOLD: "the threshold during the step, the mean over layers",
     SHARE_AT_CAP: "share of tokens that use as many experts as the cap allows",
     MAX_OVER_MEAN_LOAD: "tokens of a layer's busiest expert over its mean, in the worst layer",
+    MEDIAN_LOAD: "the same in the median layer",
+    HIGH_LOAD: "the same at the 95th percentile of the layers",
+    MAX_VIOLATION: "MaxVio of the global batch: the same, less 1, in the mean over the layers",
+    BUSIEST_RANK: "experts per token times the rows of the busiest expert-parallel rank over the "
+    "mean rank's: what `busiest_rank` holds",
+    BUSIEST_RANK_ROWS: "rows of the busiest rank in a dispatch of one layer, the mean",
+    SHARE_WAITING: "the share of a step in which the mean rank waits for the busiest one, by FLOPs",
     BALANCE_LOSS: "the balance loss without its coefficient",
     DYNAMIC_LOSS: "the dynamic loss (the mean entropy of the router, nats) without its coefficient",
     SHARE_NOT_FINITE: "share of tokens with a NaN or infinite logit, if there are any",

@@ -44,10 +44,25 @@ class RoutingSummary(NamedTuple):
     max_over_mean_load: (
         float  # the busiest expert of a layer against that layer's mean, worst layer
     )
+    median_load: float  # the same in the median layer, and at the 95th percentile of layers
+    high_load: float
+    max_violation: float  # the same less 1, mean over layers
+    rank_imbalance: float  # rows of the busiest expert-parallel rank over the mean rank's
+    busiest_rank_rows: float  # of a dispatch; NaN without expert parallelism
     share_at_cap: float
     share_not_finite: float  # share of tokens with a logit that is NaN or infinite
     first_not_finite: int  # number of the first layer with such a token, 0 if there is none
     tokens: float  # token-layer pairs / MoE layers: tokens that entered the model
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether rows travelled between expert-parallel ranks."""
+        return not math.isnan(self.busiest_rank_rows)
+
+    @property
+    def busiest_rank_experts(self) -> float:
+        """Experts per token, if every rank had as many rows as the busiest one."""
+        return self.experts_per_token * self.rank_imbalance
 
 
 def summarize(statistics: RoutingStatistics) -> RoutingSummary:
@@ -64,7 +79,9 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
     mean = pooled.mean_experts
     variance = pooled.squared_experts / pooled.tokens - mean.square()
     load_LE = layer.assignments[has_experts]
-    imbalance_L = load_LE.amax(dim=-1) / load_LE.mean(dim=-1)
+    load_L = load_LE.amax(dim=-1) / load_LE.mean(dim=-1)
+    if not len(load_L):
+        load_L = torch.full((1,), torch.nan)
     return RoutingSummary(
         experts_per_token=mean.item(),
         std_experts_per_token=variance.clamp(min=0).sqrt().item(),
@@ -74,7 +91,12 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
         theta_by_layer=(layer.thetas / layer.routers).tolist(),
         balance_loss=(pooled.balance_loss / pooled.micro_batches).item(),
         dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
-        max_over_mean_load=imbalance_L.max().item() if len(load_LE) else float("nan"),
+        max_over_mean_load=load_L.max().item(),
+        median_load=load_L.quantile(0.5).item(),
+        high_load=load_L.quantile(0.95).item(),
+        max_violation=load_L.mean().item() - 1,
+        rank_imbalance=pooled.rank_imbalance.item(),
+        busiest_rank_rows=(pooled.busiest_rows / pooled.dispatches).item(),
         share_at_cap=(pooled.tokens_at_cap / pooled.tokens).item(),
         share_not_finite=(pooled.not_finite / pooled.tokens).item(),
         first_not_finite=next((n for n, count in enumerate(layer.not_finite, 1) if count), 0),
@@ -95,6 +117,12 @@ def scalars(
     yield names.BALANCE_LOSS, summary.balance_loss
     yield names.DYNAMIC_LOSS, summary.dynamic_loss
     yield names.MAX_OVER_MEAN_LOAD, summary.max_over_mean_load
+    yield names.MEDIAN_LOAD, summary.median_load
+    yield names.HIGH_LOAD, summary.high_load
+    yield names.MAX_VIOLATION, summary.max_violation
+    if summary.has_ranks:
+        yield names.BUSIEST_RANK, summary.busiest_rank_experts
+        yield names.BUSIEST_RANK_ROWS, summary.busiest_rank_rows
     if dynmoe.max_experts_per_token is not None:
         yield names.SHARE_AT_CAP, summary.share_at_cap
     if summary.first_not_finite:
@@ -110,8 +138,14 @@ def scalars(
                 yield names.of_layer(quantity, index + 1), value
 
 
-def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's page "custom scalars": groups of charts, each of tags (regular expressions)."""
+def tensorboard_layout(
+    dynmoe: DynMoEConfig, has_ranks: bool = False
+) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's page "custom scalars": groups of charts, each of tags (regular expressions).
+
+    Args:
+        has_ranks: see :attr:`RoutingSummary.has_ranks`.
+    """
 
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -137,6 +171,11 @@ def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
         layers["theta of the normalization"] = by_layer(names.THETA_OF_LAYER)
     if dynmoe.scope == "layer":
         layers["threshold"] = by_layer(names.THRESHOLD_OF_LAYER)
+    ranks = {
+        "experts per token, times busiest rank over mean": chart(names.BUSIEST_RANK),
+        "rows of the busiest rank": chart(names.BUSIEST_RANK_ROWS),
+        "share of the step waiting for it": chart(names.SHARE_WAITING),
+    }
     return {
         "training": {
             "loss": chart(names.LOSS, names.VALIDATION_LOSS),
@@ -146,10 +185,14 @@ def tensorboard_layout(dynmoe: DynMoEConfig) -> dict[str, dict[str, list[Any]]]:
         "routing": routing,
         "routing by layer": layers,
         "balance and losses of the router": {
-            "busiest expert over mean": chart(names.MAX_OVER_MEAN_LOAD),
+            "busiest expert over mean": chart(
+                names.MAX_OVER_MEAN_LOAD, names.HIGH_LOAD, names.MEDIAN_LOAD
+            ),
+            "MaxVio": chart(names.MAX_VIOLATION),
             "balance loss": chart(names.BALANCE_LOSS),
             "dynamic loss (entropy)": chart(names.DYNAMIC_LOSS),
         },
+        **({"expert-parallel ranks": ranks} if has_ranks else {}),
         "speed": {
             "tokens per second": chart(names.TOKENS_PER_SECOND),
             "TFLOP/s from measured experts": chart(names.TFLOPS_PER_SECOND),
@@ -255,6 +298,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             names.TOKENS_PER_SECOND: tokens / seconds,
             names.TFLOPS_PER_SECOND: flops / seconds / 1e12,
         }
+        if summary.has_ranks:
+            rates[names.SHARE_WAITING] = share_of_step_waiting(args, summary)
         self._write(rates, iteration, writer, wandb_writer)
         self._history.add(iteration, summary.experts_per_token_by_layer)
         print(_layer_table(summary, self.dynmoe), flush=True)
@@ -267,13 +312,19 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             if summary.first_not_finite
             else ""
         )
+        waiting = (
+            f" busiest rank / mean: {summary.rank_imbalance:.3f} |"
+            f" waiting for it: {rates[names.SHARE_WAITING]:.1%} |"
+            if summary.has_ranks
+            else ""
+        )
         at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
         threshold = f" threshold: {summary.threshold:.5f} |" if _has_knob(self.dynmoe) else ""
         return (
             f" experts per token: {summary.experts_per_token:.4f}{aim} |{threshold}"
             f" balance loss: {summary.balance_loss:.4f} |"
             f" dynamic loss: {summary.dynamic_loss:.4f} |"
-            f" max/mean load: {summary.max_over_mean_load:.2f} |{at_cap}{not_finite}"
+            f" max/mean load: {summary.max_over_mean_load:.2f} |{waiting}{at_cap}{not_finite}"
             f" tokens/s: {tokens / seconds:.0f} |"
             f" TFLOP/s from measured experts: {flops / seconds / 1e12:.3g} |"
         )
@@ -282,10 +333,11 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self, step: RoutingStatistics, iteration: int, writer: Any, wandb_writer: Any
     ) -> None:
         if writer is not None or wandb_writer is not None:  # on no other rank does the host read
-            values = dict(scalars(summarize(step), self.dynmoe, iteration))
+            summary = summarize(step)
+            values = dict(scalars(summary, self.dynmoe, iteration))
             self._write(values, iteration, writer, wandb_writer)
         if writer is not None and not self._has_layout:
-            writer.add_custom_scalars(tensorboard_layout(self.dynmoe))
+            writer.add_custom_scalars(tensorboard_layout(self.dynmoe, summary.has_ranks))
             self._has_layout = True
 
     def _write_heat_map(self, iteration: int, writer: Any) -> None:
@@ -337,3 +389,16 @@ def floating_point_operations(args: Any, num_samples: int, experts_per_token: fl
     measured = copy.copy(args)
     measured.moe_router_topk = experts_per_token
     return num_floating_point_operations(measured, num_samples)
+
+
+def share_of_step_waiting(args: Any, summary: RoutingSummary) -> float:
+    """The share of a step's time in which the mean rank waits for the busiest one, 0 to 1.
+
+    Time is taken as floating-point operations: those of the routed experts take as much longer as
+    the busiest rank has more rows, and everything else takes as long on every rank.
+    """
+    fixed, mean = (
+        floating_point_operations(args, 1, experts) for experts in (0.0, summary.experts_per_token)
+    )
+    lost = (mean - fixed) * (summary.rank_imbalance - 1)
+    return lost / (mean + lost)

@@ -25,6 +25,7 @@ from megatron_dynmoe.settings.setting import Setting, coerce, described
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case", "target")
+CONTROLLED_QUANTITIES = ("experts", "busiest_rank")
 
 
 class LossCoefficients(NamedTuple):
@@ -81,6 +82,17 @@ class DynMoEConfig:
     max_experts_per_token: Annotated[
         int | None,
         Setting("int", "No token uses more experts than this. Default: no cap."),
+    ] = None
+    controlled_quantity: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "What is held at the target: experts (the mean number of experts per token), or "
+            "busiest_rank (this mean times the rows of the busiest expert-parallel rank over those "
+            "of the mean rank: what a step waits for). The second needs the alltoall dispatcher if "
+            "there are several such ranks; with one, both are the same.",
+            CONTROLLED_QUANTITIES,
+        ),
     ] = None
     scope: Annotated[
         str | None,

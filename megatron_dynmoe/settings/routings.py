@@ -24,7 +24,8 @@ WEIGHTS = ("weights",)
 CAPS = ("max_experts_per_token", "inference_max_experts_per_token")
 # The settings of a controller.
 CONTROLLER = (
-    *("target_experts_per_token", "scope", "proportional_gain", "integral_gain"),
+    *("target_experts_per_token", "controlled_quantity", "scope"),
+    *("proportional_gain", "integral_gain"),
     *("initial_threshold", "min_threshold", "max_threshold", "row_buffer_margin"),
 )
 
@@ -67,6 +68,7 @@ _CONTROLLER_REQUIRED = {
     "target_experts_per_token": "give the mean number of experts per token to hold, such as 2"
 }
 _CONTROLLER_DEFAULTS = {
+    "controlled_quantity": "experts",
     "scope": "global",
     "proportional_gain": AUTO,
     "integral_gain": AUTO,

@@ -2,7 +2,7 @@
 
 Without these, its optimizer works through one parameter after another: several kernels each, and
 for the norm a wait of the host. The functions here take all parameters at once. Rotary positions
-get a kernel of ours, and rows that are in order are not sorted on a CPU.
+get a kernel of ours, also on a CPU, on which rows that are in order are not sorted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dynmoe.backends import cpu
+from megatron_dynmoe.kernels.rope_cpu import rotate_halves, rotates_all
 from megatron_dynmoe.upstream.optimizer_state import is_torch_adam
 
 
@@ -105,6 +106,26 @@ def packed_rotation(found: Callable[..., Any] | None) -> Callable[..., Any]:
         )
 
     return found or rotate_packed
+
+
+def rotating_halves(rotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let upstream's rotation of queries or keys do the common case on a CPU in fewer calls."""
+
+    @functools.wraps(rotate)
+    def rotated(
+        values: Tensor,
+        angles: Tensor,
+        rotary_interleaved: bool = False,
+        mla_rotary_interleaved: bool = False,
+        mscale: float = 1.0,
+        **other: Any,
+    ) -> Tensor:
+        is_plain = not (rotary_interleaved or mla_rotary_interleaved or other)
+        if is_plain and rotates_all(values, angles):
+            return rotate_halves(values, angles, mscale)
+        return rotate(values, angles, rotary_interleaved, mla_rotary_interleaved, mscale, **other)
+
+    return rotated
 
 
 def sort_of_ranks(sort: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,6 +97,15 @@ PATCHES = (
         lambda: kernels.available(torch.device("cuda")),
     ),
     Patch(
+        "rotary positions in few calls",
+        "megatron/core/models/common/embeddings/rope_utils.py appends what does not rotate, which "
+        "is usually an empty tensor; concatenating it is slow on a CPU. Autograd "
+        "then goes through every part of the formula again.",
+        "Upstream concatenates nothing if everything rotates.",
+        {f"{_ROPE}:_apply_rotary_pos_emb_bshd": fewer_kernels.rotating_halves},
+        cpu.is_installed,
+    ),
+    Patch(
         "rows in order are not sorted",
         "megatron/core/transformer/moe/token_dispatcher.py sorts rows by rank and expert. It does "
         "so if there is but one rank, too: it splits them by expert and puts them together again "

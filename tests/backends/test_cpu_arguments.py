@@ -1,4 +1,4 @@
-"""What only CUDA has."""
+"""What only CUDA has, and what names it."""
 
 import os
 import subprocess
@@ -12,6 +12,25 @@ from megatron_dynmoe.backends import cpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNUSED = {"cuda_graph_impl": "none", "enable_cuda_graph": False}
+# True on the CPU layer, if x is a tensor and context() a context of a device.
+REDIRECTED = (
+    *(f"torch.{make}, device='cuda', pin_memory=True).is_cpu" for make in ("ones(2", "empty((2,)")),
+    *(f"torch.{make}, device='cuda').is_cpu" for make in ("tensor(2", "as_tensor(2", "randperm(2")),
+    "torch.zeros_like(x, device=torch.device('cuda', 0)).is_cpu",
+    "x.new_tensor([2], device='cuda:0').is_cpu and x.new_zeros(2, device='cuda').is_cpu",
+    "x.to('cuda') is x and x.to(device='cuda') is x and x.cuda() is x and x.pin_memory() is x",
+    "x.to('cuda', torch.float64).dtype == torch.float64 and x.to('meta').is_meta",
+    "x.type() == 'torch.cuda.FloatTensor' and x.type(torch.float64).dtype == torch.float64",
+    "x.record_stream(torch.cuda.current_stream()) is None",
+    "torch.nn.Linear(2, 2, device='cuda').to('cuda').weight.is_cpu",
+    "inside('cuda', lambda: torch.zeros(2)).is_cpu",
+    "inside('meta', lambda: torch.nn.Linear(2, 2).weight).is_meta",
+    "torch.zeros is not torch.ones and torch.zeros.__name__ == 'zeros'",
+    # a data loader's draws: not from the model's generator
+    "same(torch.cuda.get_rng_state, lambda: torch.empty(2).random_())",
+    "not same(torch.get_rng_state, lambda: torch.empty(2).random_())",
+    "same(torch.get_rng_state, lambda: torch.rand(2, device='cuda'))",
+)
 
 
 @pytest.mark.parametrize("used", [{"cuda_graph_impl": "local"}, {"enable_cuda_graph": True}])
@@ -37,7 +56,14 @@ def imported():
         "from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER\n"
         "from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available\n"
         "from megatron_dynmoe.backends.choice import has_transformer_engine\n"
-        "print(USING_PYTORCH_OPTIMIZER, _grad_accum_fusion_available, has_transformer_engine())"
+        "print(USING_PYTORCH_OPTIMIZER, _grad_accum_fusion_available, has_transformer_engine())\n"
+        "import torch; x = torch.ones(2)\n"
+        "def inside(device, make):\n"
+        "    with torch.device(device): return make()\n"
+        "def same(state, call):\n"
+        "    before = state().clone(); call(); return torch.equal(state(), before)\n"
+        f"print([each for each in {REDIRECTED!r} if not eval(each)])\n"
+        "import torch._dynamo"  # it refuses one function under two names
     )
     variables = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/doubles'}"}
     done = subprocess.run(
@@ -55,4 +81,8 @@ def test_nothing_is_said_of_what_is_for_gpus(imported):
 
 def test_packages_for_cuda_are_as_if_they_were_not_installed(imported):
     """Megatron would take layers and optimizers from them, which stop at tensors of a CPU."""
-    assert imported.stdout.split() == ["True", "False", "False"]
+    assert imported.stdout.split()[:3] == ["True", "False", "False"]
+
+
+def test_what_names_cuda_happens_on_the_cpu(imported):
+    assert imported.stdout.splitlines()[1:] == ["[]"]

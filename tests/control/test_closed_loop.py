@@ -16,6 +16,7 @@ from megatron_dynmoe.control import (
     mean_experts_per_token,
 )
 from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_LOOP_GAIN
+from megatron_dynmoe.routing.select import select
 
 GRANULARITIES = [(16, 2), (64, 8), (128, 16)]
 SEED = 7
@@ -37,15 +38,24 @@ class DriftingRouters:
         self.popularity = 0.3 * torch.randn(num_layers, num_experts, generator=self.generator)
 
     def count(self, threshold: Tensor, step: int) -> Tensor:
+        return torch.stack(
+            [
+                mean_experts_per_token(self._probs(layer, step), threshold[layer])
+                for layer in range(len(self.sharpness))
+            ]
+        )
+
+    def rows(self, threshold: Tensor, step: int) -> Tensor:
+        """Tokens of each expert in the first layer, [E]."""
+        return select(self._probs(0, step), threshold[0]).sum(dim=0)
+
+    def _probs(self, layer: int, step: int) -> Tensor:
         progress = step / STEPS
         theta = 0.9 + 0.11 * progress
-        counts = []
-        for layer, sharpness in enumerate(self.sharpness):
-            normal = torch.randn(self.shape, generator=self.generator)
-            bent = normal * (1 + 0.015 * progress * normal.square())
-            logits = theta * sharpness * (bent + self.popularity[layer])
-            counts.append(mean_experts_per_token(logits.softmax(-1), threshold[layer]))
-        return torch.stack(counts)
+        normal = torch.randn(self.shape, generator=self.generator)
+        bent = normal * (1 + 0.015 * progress * normal.square())
+        logits = theta * self.sharpness[layer] * (bent + self.popularity[layer])
+        return logits.softmax(-1)
 
 
 def default_law(num_experts: int, target: float) -> PIController:
@@ -107,6 +117,23 @@ def test_holds_the_target_in_every_layer() -> None:
     start = torch.full((num_layers,), law.initial_threshold)
     counts = close_loop(law, plant, target, start, torch.zeros(num_layers), 400)
     assert_holds(counts)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_holds_the_busiest_rank_with_the_same_gains(num_ranks: int) -> None:
+    """Experts of different popularity: what is held is the mean times busiest over mean rank."""
+    num_experts, target = 64, 8
+    law, plant = default_law(num_experts, target), DriftingRouters(num_experts, num_layers=1)
+    threshold, integral = torch.tensor([law.initial_threshold]), torch.zeros(1)
+    held, means = [], []
+    for step in range(400):
+        rows_R = plant.rows(threshold, step).view(num_ranks, -1).sum(dim=1)
+        busiest = rows_R.max() * num_ranks / plant.shape[0]
+        held.append(busiest.reshape(1))
+        means.append(rows_R.sum().item() / plant.shape[0])
+        threshold, integral = law.step(threshold, integral, held[-1], target)
+    assert_holds(torch.stack(held) / target)
+    assert sum(means[200:]) / 200 < 0.97 * target  # the ranks are not equally busy
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import training
 
 from megatron_dynmoe.control.update import GlobalBatchUpdate, routers_of
+from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
 from megatron_dynmoe.moe.router import DynamicRouter
 
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -139,4 +140,21 @@ def gathered_elements(recorder: Any) -> Iterator[None]:
         return gather(output, *args, **kwargs)
 
     with replaced(param_and_grad_buffer, "dist_all_gather_func", counted):
+        yield
+
+
+@contextlib.contextmanager
+def tokens_of_each_expert(recorder: Any) -> Iterator[None]:
+    """Record what each dispatch of a training step sends: layer's dispatcher, tokens per expert."""
+    preprocess = VariableKAlltoAllTokenDispatcher.preprocess
+    sent = recorder.result["sent"] = []
+    order: dict[int, int] = {}  # of the layers, as the first micro-batch meets them
+
+    def recorded(dispatcher, routing_map):
+        if torch.is_grad_enabled():
+            layer = order.setdefault(id(dispatcher), len(order))
+            sent.append((layer, routing_map.sum(dim=0).tolist()))
+        return preprocess(dispatcher, routing_map)
+
+    with replaced(VariableKAlltoAllTokenDispatcher, "preprocess", recorded):
         yield

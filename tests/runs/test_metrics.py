@@ -3,6 +3,7 @@
 import math
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,7 +83,37 @@ def test_summary_equals_numpy():
     assert summary.max_over_mean_load == pytest.approx(
         max(n.max() / n.mean() for n in load.values())
     )
+    loads = [n.max() / n.mean() for n in load.values()]
+    assert summary.median_load == pytest.approx(np.median(loads))
+    assert summary.high_load == pytest.approx(np.percentile(loads, 95))
+    assert summary.max_violation == pytest.approx(np.mean(loads) - 1)
     assert summary.tokens == 50
+
+
+def test_the_busiest_rank_is_reported_if_rows_travel():
+    from megatron_dynmoe.runs.metrics import scalars, share_of_step_waiting, summarize
+
+    alone = summarize(statistics_of(random_maps()))
+    assert not alone.has_ranks and alone.rank_imbalance == 1
+    # Of two layers, as a sum over two ranks.
+    statistics = statistics_of(random_maps())
+    for name, values in (("dispatches", [2, 4]), ("rows", [80, 40]), ("busiest_rows", [100, 50])):
+        getattr(statistics, name)[[0, 2]] = torch.tensor(values, dtype=torch.float64)
+    summary = summarize(statistics)
+    assert summary.rank_imbalance == pytest.approx(150 / 120)
+    assert summary.busiest_rank_rows == pytest.approx(150 / 6)
+    written = dict(scalars(summary, TOP_P, 1))
+    assert written["dynmoe/busiest_rank_experts_per_token"] == pytest.approx(
+        summary.experts_per_token * 1.25
+    )
+    assert written["dynmoe/busiest_rank_rows"] == 25
+
+    def flops(args, samples, experts):  # the routed experts do half of the work
+        return samples * (summary.experts_per_token + experts)
+
+    with mock.patch("megatron_dynmoe.runs.metrics.floating_point_operations", flops):
+        # Of 1 + 1.25 units of time, 0.25 are waiting.
+        assert share_of_step_waiting(None, summary) == pytest.approx(0.25 / 2.25)
 
 
 def test_steps_and_ranks_add_up_before_anything_is_divided():
@@ -157,7 +188,8 @@ def test_names_written_are_those_that_the_routing_has():
         f"dynmoe/{name}"
         for name in (
             "experts_per_token", "std_experts_per_token", "threshold", "balance_loss",
-            "dynamic_loss", "max_over_mean_load",
+            "dynamic_loss", "max_over_mean_load", "max_over_mean_load_median",
+            "max_over_mean_load_95th_percentile", "max_violation",
         )
     }  # fmt: skip
     layers = {f"dynmoe_layers/experts_per_token_layer_{n}" for n in (1, 3, 4)}
@@ -270,8 +302,9 @@ def test_tracker_writes_each_step_and_reports_each_interval(tracker, capsys):
     assert f"experts per token: {summarize(first).experts_per_token:.4f}" in report(tracker, 4)
 
 
+@pytest.mark.parametrize("has_ranks", [False, True])
 @pytest.mark.parametrize("dynmoe", [TOP_P, BY_LAYER], ids=["top_p", "layer, cap, drn"])
-def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
+def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe, has_ranks):
     """As its plugin reads the layout: each expression must match some tag, each tag of ours one."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -281,7 +314,7 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     from megatron_dynmoe.runs.metrics import scalars, summarize, tensorboard_layout
 
     with SummaryWriter(str(tmp_path)) as events:
-        events.add_custom_scalars(tensorboard_layout(dynmoe))
+        events.add_custom_scalars(tensorboard_layout(dynmoe, has_ranks))
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (tag,) = accumulator.Tags()["tensors"]
@@ -291,11 +324,16 @@ def test_tensorboard_groups_every_metric_and_no_other(tmp_path, dynmoe):
     patterns = [
         tag for category in categories for chart in category.chart for tag in chart.multiline.tag
     ]
-    tags = {name for name, _ in scalars(summarize(statistics_of(random_maps())), dynmoe, 1)} | {
+    statistics = statistics_of(random_maps())
+    if has_ranks:
+        statistics.dispatches.fill_(1)
+    tags = {name for name, _ in scalars(summarize(statistics), dynmoe, 1)} | {
         "lm loss", "lm loss validation", "learning-rate", "grad-norm",
         "dynmoe/tokens_per_second", "dynmoe/tflops_per_second",
         "dynmoe/validation_experts_per_token", "dynmoe/validation_std_experts_per_token",
     }  # fmt: skip
+    if has_ranks:
+        tags.add("dynmoe/share_of_step_waiting")
     for pattern in patterns:
         assert any(re.match(pattern, tag) for tag in tags), f"{pattern} matches nothing"
     for tag in tags:

@@ -91,6 +91,15 @@ def no_kernel_rotates(_: Path) -> bool:
     return upstreams(f"{rope}:fused_apply_rotary_pos_emb") is None
 
 
+def nothing_is_appended(_: Path) -> bool:
+    rotate = upstreams(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd"
+    )
+    with torch.profiler.profile() as profile:
+        rotate(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))
+    return sum(event.name == "aten::cat" for event in profile.events()) > 1
+
+
 def rows_in_order_are_sorted(_: Path) -> bool:
     sort = upstreams("megatron.core.transformer.moe.token_dispatcher:sort_chunks_by_idxs")
     rows = torch.ones(4, 2)
@@ -200,6 +209,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "saving without a helper process": a_save_starts_a_manager,
     "optimizer in few kernels": optimizers_take_one_parameter_after_another,
     "rotary positions in one kernel": no_kernel_rotates,
+    "rotary positions in few calls": nothing_is_appended,
     "rows in order are not sorted": rows_in_order_are_sorted,
     "guarded saves": the_tracker_is_overwritten,
     "checked loads": an_unreadable_tracker_is_exit_code_0,
