@@ -188,6 +188,7 @@ def test_defaults_of_dtop_p_are_those_of_the_paper():
     assert config(**DTOP_P).resolve(16).to_dict() == {
         "routing": "dtop_p",
         "target_experts_per_token": "2",
+        "controlled_quantity": "experts",
         "scope": "global",
         "proportional_gain": "auto",
         "integral_gain": "auto",
