@@ -107,6 +107,20 @@ def test_a_layer_that_needs_more_rows_than_there_is_room_for_says_so(monkeypatch
             assert torch.equal(found[name], want), name
 
 
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_counts_of_an_overflowed_pass_move_nothing(overflows):
+    """Not even on a rank without an optimizer, which commits before the step is run again."""
+    layer = layer_of(TARGET)
+    one_step(layer)
+    before = layer.router.measured.item(), layer.router.threshold.item()
+    layer.router.counters.sums.overflows.add_(overflows)
+    with mock.patch("megatron_dynmoe.control.update.finished_iterations", return_value=0):
+        layer.config.finalize_model_grads_func.finalize = lambda model: None
+        layer.config.finalize_model_grads_func([layer])
+    after = layer.router.measured.item(), layer.router.threshold.item()
+    assert (after == before) is bool(overflows)
+
+
 @pytest.mark.parametrize(
     ("dynmoe", "room", "waits"),
     [(MEASURED, None, WAITS_FOR_COUNT), (WORST_CASE, None, {}), (MEASURED, 2.5, {})],
