@@ -77,6 +77,7 @@ class RowBuffer:
             get_moe_metrics_tracker().clear()
             for chunk in chunks:
                 chunk.zero_grad_buffer()
+                chunk.zero_grad()  # what lies in no buffer
             losses = run(data_iterator=again)
             self._read(update)
             self._tell(full, margin)
