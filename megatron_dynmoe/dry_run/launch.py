@@ -56,6 +56,7 @@ class DryRun:
         expected: the counts that the routing's settings imply: mean, first steps', cap.
         imbalance: how many times their share the experts of this rank get.
         kernels: DYNMOE_KERNELS, 0 or 1.
+        row_buffer: the setting, None without dynamic routing.
         formula: the planner's memory, None if it does not know a setting.
         formula_note: which setting that is.
     """
@@ -70,6 +71,7 @@ class DryRun:
     expected: ExpertCounts
     imbalance: float
     kernels: str
+    row_buffer: str | None
     formula: Memory | None
     formula_note: str
     result: Result
@@ -128,7 +130,7 @@ def dry_run(
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
     _check_imbalance(imbalance, layout)
     model, note = _memory_model(args, layout)
-    rows_per_token = expected.room or experts
+    rows_per_token = expected.rows_with_room(experts)
     if rank is None:
         rank = _first_rank(model.fullest(rows_per_token)[0], layout, args) if model else 0
     if not 0 <= rank < layout.world_size:
@@ -157,6 +159,7 @@ def dry_run(
         expected=expected,
         imbalance=imbalance,
         kernels=setting,
+        row_buffer=resolved_from_args(args, layout.num_experts).row_buffer,
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
         result=_run(request, setting),

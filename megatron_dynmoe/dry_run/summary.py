@@ -24,6 +24,7 @@ from megatron_dynmoe.dry_run.result import (
 from megatron_dynmoe.dry_run.schedule import BETWEEN, MicroBatches
 
 NUM_HOLDERS = 10
+_PASSES = ("forward", "backward")
 _PER = ("layer and micro-batch", "micro-batch", "step")
 
 
@@ -41,7 +42,8 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
         peak_bytes={phase: peak.num_bytes for phase, peak in peaks.items()},
         peak_lines={phase: peak.place.line for phase, peak in peaks.items()},
         holders=_holders(peaks),
-        waits=step.waits(),
+        waits=step.waits(recorder.waits),
+        graph_breaks=step.graph_breaks(),
         kernel_layer=layer,
         kernels=step.kernels_of_layer(layer),
         kernels_outside=step.kernels_outside(),
@@ -96,18 +98,18 @@ class _Step:
         sums = _sums((key[0].phase, count) for key, count in self.whole(counter))
         return {phase: sums[phase] for phase in (*PHASES, BETWEEN) if phase in sums}
 
-    def waits(self) -> list[Wait]:
+    def waits(self, counter: Mapping[Any, int]) -> list[Wait]:
         """Host waits: those of layers first, and the most frequent first."""
 
         def by_line(counted: Iterable[tuple[Any, float]]) -> dict[tuple[str, str, str], float]:
             return _sums(((at.line, at.caller, call), count) for (_, at, call), count in counted)
 
         layers = defaultdict(set)
-        for (_, place, call), _count in self.whole(self.recorder.waits):
+        for (_, place, call), _count in self.whole(counter):
             layers[place.line, place.caller, call].add(place.layer)
-        in_sample = by_line(self.sample(self.recorder.waits))
+        in_sample = by_line(self.sample(counter))
         waits = []
-        for key, per_step in by_line(self.whole(self.recorder.waits)).items():
+        for key, per_step in by_line(self.whole(counter)).items():
             line, caller, call = key
             per, count = "step", per_step
             if in_sample.get(key, 0) * self.micro_batches.planned == per_step:
@@ -116,6 +118,12 @@ class _Step:
                     per, count = f"layer and {per}", count / len(layers[key])
             waits.append(Wait(line, caller, call, per, count, per_step))
         return sorted(waits, key=lambda wait: (_PER.index(wait.per), -wait.count))
+
+    def graph_breaks(self) -> list[Wait]:
+        """Waits and blocking copies of the passes, in the order of :meth:`waits`."""
+        copies = {(*key, "copy to the device"): n for key, n in self.recorder.copies.items()}
+        both = {**self.recorder.waits, **copies}
+        return self.waits({key: n for key, n in both.items() if key[0].phase in _PASSES})
 
     def layer_to_show(self) -> int:
         """The last one of those with most kernels, which are those with experts; 0: no layers."""

@@ -18,6 +18,7 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.checkpoints.load import LoadGuard
 from megatron_dynmoe.checkpoints.save import SaveGuard, TrackerFileWriter
+from megatron_dynmoe.control.row_buffer import with_row_buffer
 from megatron_dynmoe.training.datasets import index_cache, splits
 from megatron_dynmoe.training.signals import StopSignals
 from megatron_dynmoe.upstream import distributed_optimizer, fewer_kernels, wrappers
@@ -253,6 +254,14 @@ PATCHES = (
         },
     ),
     Patch(
+        "room for rows",
+        "megatron/training/training.py has no hook around the schedule of a global batch, so that "
+        "nothing could run it again. See control/row_buffer.py. A training loop of one's own gets "
+        "its schedule elsewhere, and its layers count their rows.",
+        "The training loop calls a hook that may run a global batch again.",
+        {"megatron.training.training:get_forward_backward_func": with_row_buffer},
+    ),
+    Patch(
         "settings of a CPU",
         "megatron/training/arguments.py takes settings that need a GPU, and has no others for a "
         "machine without one.",
@@ -290,11 +299,13 @@ def watching(
     forward: Callable[[Any], Any],
     backward: Callable[[Any], Any],
     preprocess: Callable[[Any], Any],
+    read_means: Callable[[Any], Any],
 ) -> Patch:
     """Patch Megatron for a dry run, in a process that trains nothing.
 
     Args:
-        step, forward, backward, preprocess: take upstream's function and return what replaces it.
+        step, forward, backward, preprocess, read_means: take a function and return what replaces
+            it.
     """
     schedules = "megatron.core.pipeline_parallel.schedules"
     return Patch(
@@ -311,5 +322,6 @@ def watching(
             f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.preprocess": preprocess,
             # Ours inherits from it, and has a method of its own.
             "megatron_dynmoe.moe.dispatch:VariableKAlltoAllTokenDispatcher.preprocess": preprocess,
+            "megatron_dynmoe.control.row_buffer:read": read_means,
         },
     )

@@ -39,6 +39,8 @@ SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+ROWS = "tests/moe/test_row_buffer.py"
+ROOM = "tests/distributed/test_row_buffer.py::test_not_a_bit_depends_on_the_room"
 APART = "tests/distributed/test_documents.py"
 LATENT = "tests/distributed/test_latent_attention.py"
 BUSIEST = "tests/distributed/test_busiest_rank.py"
@@ -325,6 +327,49 @@ DISPATCHING = [
         "self.num_out_tokens = routing_map.sum()",
         "self.num_out_tokens = len(routing_map) * self.config.moe_router_topk",
         ("tests/moe/test_row_buffer.py::test_as_many_rows_are_asked_for_as_are_routed",),
+    ),
+    Mutation(
+        "rows_beyond_the_room",
+        "rows that do not fit a buffer are listed beyond its end",
+        "moe/dispatch.py",
+        "routing_map, overflows = fit_rows(routing_map, room)",
+        "overflows = fit_rows(routing_map, room)[1]",
+        (f"{ROWS}::test_a_layer_that_needs_more_rows_than_there_is_room_for_says_so",),
+    ),
+    Mutation(
+        "overflow_moves_the_controller",
+        "counts of a step in which rows were left out move the controller",
+        "control/update.py",
+        "statistics.not_finite.sum() + statistics.overflows.sum() == 0",
+        "statistics.not_finite.sum() == 0",
+        (f"{ROWS}::test_counts_of_an_overflowed_pass_move_nothing",),
+    ),
+    Mutation(
+        "overflow_ignored",
+        "a step in which rows were left out is not run again",
+        "control/row_buffer.py",
+        "        if full:\n",
+        "        if not full:\n",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
+    ),
+    Mutation(
+        "random_state_not_taken_back",
+        "a step that is run again goes on with the random numbers of its first run",
+        "control/row_buffer.py",
+        "            restore()\n",
+        "",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
+    ),
+    Mutation(
+        "gradients_of_an_overflow_kept",
+        "a step that is run again adds to the gradients of its first run",
+        "control/row_buffer.py",
+        "                chunk.zero_grad_buffer()\n",
+        "                pass\n",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
     ),
     Mutation(
         "split_sizes_swapped",
