@@ -59,6 +59,10 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         ("lift_fresh", "linalg_vector_norm []"),
         _NORM,
     ),
+    ("megatron/training/utils/common_utils.py", "_compute_norm_2"): (
+        ("lift_fresh",),
+        "the parameters' norm",
+    ),
     ("megatron/training/utils/common_utils.py", "logical_and_across_model_parallel_group"): (
         ("lift_fresh",),
         _OTHER_RANKS,
