@@ -89,7 +89,7 @@ class GlobalBatchUpdate:
     def _stage(self, statistics: RoutingStatistics) -> None:
         # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
         # the state as it is.
-        is_invalid = statistics.not_finite.sum() + statistics.overflows.sum() != 0
+        is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
         mean_L = statistics.mean_experts
         self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
         if self.controller is None:
@@ -202,7 +202,7 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     if not offsets:
         offsets = [torch.zeros(len(routers), device=device)]
     states_3R = torch.cat([*offsets, *knobs_and_integrals]).view(3, -1)
-    states_3R[0] += 1
+    states_3R[0].add_(1)  # theta
     return states_3R.t()
 
 
