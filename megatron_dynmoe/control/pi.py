@@ -74,7 +74,7 @@ class PIController:
         error = ((target - measured) / self.num_experts).to(integral.dtype)
         next_integral = (integral + error).clamp(*self.integral_bounds)
         next_threshold = self.threshold_at(error, next_integral)
-        finite = error.isfinite()
+        finite = error - error == 0  # two kernels; isfinite takes four
         return (
             torch.where(finite, next_threshold, threshold),
             torch.where(finite, next_integral, integral),

@@ -89,25 +89,28 @@ class GlobalBatchUpdate:
     def _stage(self, statistics: RoutingStatistics) -> None:
         # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
         # the state as it is.
-        is_valid = statistics.not_finite.sum() + statistics.overflows.sum() == 0
-        self._measured = torch.where(is_valid, statistics.mean_experts.nan_to_num(), torch.nan)
+        is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
+        mean_L = statistics.mean_experts
+        self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
         if self.controller is None:
             return
         if self.dynmoe.scope == "global":
-            statistics = RoutingStatistics(*(value.unsqueeze(0) for value in statistics.pooled()))
-        measured = torch.where(is_valid, statistics.mean_experts, torch.nan)
+            statistics = statistics.pooled(keepdim=True)
+            mean_L = statistics.mean_experts
+        measured = mean_L.masked_fill(is_invalid, torch.nan)
         if self.dynmoe.controlled_quantity == "busiest_rank":
             measured = measured * statistics.rank_imbalance
         # The state of all routers is reduced with the counts, so that every rank computes the same
         # step. The mean of equal values is exact in float64. The values differ only after a run
         # with scope layer is resumed with scope global.
-        knob = (statistics.knobs / statistics.routers).float()
-        integral = (statistics.integrals / statistics.routers).float()
+        states = torch.stack([statistics.knobs, statistics.integrals]) / statistics.routers
+        knob, integral = states.float()
         target = self.dynmoe.control.target.at(finished_iterations())
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
-        sign = self.direction
-        self._staged = self.controller.step(knob, integral, sign * measured, sign * target)
+        if self.direction < 0:
+            measured, target = -measured, -target
+        self._staged = self.controller.step(knob, integral, measured, target)
 
     def _commit_after(self, grad_scale_func: Any) -> bool:
         """Register the commit to run after the step of Megatron's optimizer.
@@ -194,12 +197,13 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     """Theta, knob and integral of each router, [R, 3] float32, in one go for all routers."""
     if not routers:
         return torch.empty(0, 3, device=device)
-    knobs, integrals = (
-        torch.cat([getattr(router, name) for router in routers]) for name in ("knob", "integral")
-    )
+    knobs_and_integrals = [getattr(r, name) for name in ("knob", "integral") for r in routers]
     offsets: list[Tensor] = [r.theta_offset for r in routers if r.theta_offset is not None]
-    thetas = 1 + torch.cat(offsets).float() if offsets else torch.ones_like(integrals)
-    return torch.stack([thetas, knobs, integrals], dim=1)
+    if not offsets:
+        offsets = [torch.zeros(len(routers), device=device)]
+    states_3R = torch.cat([*offsets, *knobs_and_integrals]).view(3, -1)
+    states_3R[0].add_(1)  # theta
+    return states_3R.t()
 
 
 def finished_iterations() -> int:

@@ -25,6 +25,7 @@ from megatron_dynmoe.planning.memory import Memory, MemoryModel
 from megatron_dynmoe.settings.arguments import resolved_from_args
 from megatron_dynmoe.settings.command_line import UsageError
 
+_CHILD = "megatron_dynmoe.dry_run"
 COUNTS = ("mean", "first", "cap")
 ERROR = "dynmoe plan: error: "
 # A launcher's variables, and one with which Triton's kernels would be interpreted.
@@ -250,7 +251,7 @@ def _run(request: Request, kernels: str) -> Result:
         file, log = Path(folder, "result.json"), Path(folder, "log.txt")
         with log.open("w") as output:
             child = subprocess.run(
-                [sys.executable, "-m", "megatron_dynmoe.dry_run", str(file)],
+                [sys.executable, "-m", _CHILD, str(file)],
                 input=request.to_json(),
                 text=True,
                 stdout=output,

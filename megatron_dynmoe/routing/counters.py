@@ -49,10 +49,11 @@ class RoutingStatistics(NamedTuple):
         """Rows of the busiest expert-parallel rank over the mean of the ranks, from 1 on."""
         return torch.where(self.rows > 0, self.busiest_rows / self.rows, 1.0)
 
-    def pooled(self) -> RoutingStatistics:
-        """Sum over layers (dimension 0)."""
+    def pooled(self, keepdim: bool = False) -> RoutingStatistics:
+        """Sum over layers (dimension 0), which ``keepdim`` keeps as a dimension of 1."""
         *columns, assignments_LE = self
-        return unpack(torch.cat([torch.stack(columns, dim=-1), assignments_LE], dim=-1).sum(dim=0))
+        packed = torch.cat([torch.stack(columns, dim=-1), assignments_LE], dim=-1)
+        return unpack(packed.sum(dim=0, keepdim=keepdim))
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:  # type: ignore[override]
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
@@ -83,15 +84,17 @@ def pack(
     Returns:
         [num_layers, NUM_STATISTICS + E] float64; rows without a router are zero.
     """
-    empty = torch.zeros(NUM_STATISTICS + num_experts, dtype=torch.float64, device=device)
     if not counters:
-        return empty.repeat(num_layers, 1)
+        width = NUM_STATISTICS + num_experts
+        return torch.zeros(num_layers, width, dtype=torch.float64, device=device)
     rows = torch.stack([each.row for each in counters])
     if (received_R3 := _received_rows(counters)) is not None:
         rows[:, _FIRST_OF_ROWS : _FIRST_OF_ROWS + 3] = received_R3
     rows[:, _FIRST_OF_STATE : _FIRST_OF_STATE + 3] = states_R3
     rows[:, _FIRST_OF_STATE + 3] = 1  # each is one router
-    by_layer = dict(zip(layer_numbers, rows.unbind(), strict=True))
+    if layer_numbers == list(range(1, num_layers + 1)):
+        return rows
+    empty, by_layer = rows.new_zeros(rows.shape[1]), dict(zip(layer_numbers, rows, strict=True))
     return torch.stack([by_layer.get(number, empty) for number in range(1, num_layers + 1)])
 
 

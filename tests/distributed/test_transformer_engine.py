@@ -109,6 +109,9 @@ ON_NATIVE = {
 }
 
 
+FLOAT32 = (f"{__name__}:splits_float32",)
+
+
 @contextlib.contextmanager
 def splits_float32(recorder: Any) -> Iterator[None]:
     """The attention of the double splits float32, which that of the original does not."""
@@ -124,7 +127,7 @@ def splits_float32(recorder: Any) -> Iterator[None]:
 
 
 def on_te(session: list[Case], model: str, words: str = "", num_ranks: int = 1) -> Case:
-    splits = (f"{__name__}:splits_float32",) if "cp" in words else ()
+    splits = FLOAT32 if "cp" in words else ()
     flags = " ".join((MODELS[model], ALLTOALL, TE, *(FLAGS[word] for word in words.split())))
     flags += f" {fresh('{before}/te_weights_' + model)}"
     name = "_".join((model, *words.split()))
@@ -314,7 +317,7 @@ def after(with_te: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def result(runs: Runs, one: Case) -> CaseResult:
     if one.name not in runs:
-        pytest.skip(f"needs {one.num_ranks} GPUs")
+        pytest.skip(f"needs {one.num_ranks} GPUs, or is in float32 for the double")
     return runs[one.name].check()
 
 
@@ -322,6 +325,8 @@ def placed(cases: list[Case], **results: dict[str, CaseResult]) -> list[Case]:
     """With the folders of earlier sessions in place of their names."""
     placed = []
     for one in cases:
+        if has_the_original() and set(FLOAT32) & set(one.hooks):
+            continue
         flags = one.flags
         for name, result in results.items():
             folder = next(iter(result.values())).directory
