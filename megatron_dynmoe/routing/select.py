@@ -184,8 +184,12 @@ def _sum_before(sorted_TE: Tensor) -> Tensor:
 
 
 def _may_look(values: Tensor) -> bool:
-    """Whether values may decide what is computed: a GPU would wait, and a graph cannot branch."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may decide what is computed: a GPU would wait, and a graph cannot branch.
+
+    A fake tensor, which is on the CPU by its own word, has none.
+    """
+    is_real = type(values) is Tensor and values.device.type == "cpu"
+    return is_real and not torch.compiler.is_compiling()
 
 
 def _in_units(values: Tensor) -> Tensor:

@@ -73,6 +73,18 @@ def test_steps_in_blocks_have_the_bits_of_whole_ones(fewer_kernels, monkeypatch,
         assert all(torch.equal(state[name], our_state[name]) for name in state)
 
 
+@pytest.mark.parametrize("setting", ["0", "1"])
+def test_on_a_cpu_a_fused_step_is_asked_for(fewer_kernels, monkeypatch, setting) -> None:
+    """It rounds in another way."""
+    monkeypatch.setenv("DYNMOE_KERNELS", setting)
+    monkeypatch.setattr(fewer_kernels, "is_on_gpu", lambda: False)
+    params = [torch.nn.Parameter(grad) for grad in gradients()]
+    optimizer = fewer_kernels.fused(torch.optim.AdamW)(params)
+    is_fused = setting == "1"
+    assert [bool(group["fused"]) for group in optimizer.param_groups] == [is_fused]
+    assert ("_init_group" in vars(optimizer)) is not is_fused
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_loading_does_not_change_how_steps_are_made(fewer_kernels, is_fused) -> None:
     def stepped(fused: bool) -> torch.optim.AdamW:
