@@ -39,7 +39,7 @@ def _summary(run: DryRun) -> Iterator[str]:
     layout, result = run.layout, run.result
     yield f"{run.recipe} on {layout.world_size} x {run.gpu.label}, a dry run of rank {run.rank}"
     yield ""
-    layers = f"layers {_range(result.layers)}" if result.layers else "no layers"
+    layers = _layers(result.layers)
     if layout.pipeline > 1:
         layers = f"pipeline rank {run.stage} of {layout.pipeline}, {layers}"
     yield _line("rank", layers)
@@ -169,11 +169,15 @@ def _count(number: float) -> str:
     return f"{number:,.0f}" if number < 1e9 else f"{number:.3g}"
 
 
-def _range(numbers: list[int]) -> str:
+def _layers(numbers: list[int]) -> str:
+    if not numbers:
+        return "no layers"
     first, last = numbers[0], numbers[-1]
+    if first == last:
+        return f"layer {first}"
     if numbers == [*range(first, last + 1)]:
-        return f"{first} to {last}"
-    return ", ".join(map(str, numbers))
+        return f"layers {first} to {last}"
+    return f"layers {', '.join(map(str, numbers))}"
 
 
 def _line(name: str, text: str) -> str:

@@ -53,6 +53,7 @@ class DryRun:
         stage: its pipeline rank.
         experts_per_token: the mean count of every layer, 0 without experts.
         counts: where it comes from.
+        expected: the counts that the routing's settings imply: mean, first steps', cap.
         imbalance: how many times their share the experts of this rank get.
         kernels: DYNMOE_KERNELS, 0 or 1.
         row_buffer: the setting, None without dynamic routing.
@@ -67,6 +68,7 @@ class DryRun:
     stage: int
     experts_per_token: float
     counts: str
+    expected: ExpertCounts
     imbalance: float
     kernels: str
     row_buffer: str | None
@@ -154,6 +156,7 @@ def dry_run(
         stage=stage,
         experts_per_token=experts,
         counts=source,
+        expected=expected,
         imbalance=imbalance,
         kernels=setting,
         row_buffer=resolved_from_args(args, layout.num_experts).row_buffer,

@@ -74,11 +74,13 @@ class OffDevice:
     """Tensors of a step that are made on the host.
 
     Attributes:
+        function: of the line.
         why: why that is right; empty if it is a mistake.
     """
 
     line: str
     caller: str
+    function: str
     made: str
     per_step: float
     why: str

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dynmoe.dry_run.collectives import Collective
 from megatron_dynmoe.dry_run.memory import Peak
+from megatron_dynmoe.dry_run.on_host import why_on_host
 from megatron_dynmoe.dry_run.places import Place
 from megatron_dynmoe.dry_run.recorder import Recorder
 from megatron_dynmoe.dry_run.result import (
@@ -23,20 +24,6 @@ from megatron_dynmoe.dry_run.result import (
 from megatron_dynmoe.dry_run.schedule import BETWEEN, MicroBatches
 
 NUM_HOLDERS = 10
-# Files that make tensors on the host in every step, by which operations, and what these are.
-ON_THE_HOST = {
-    "megatron/core/optimizer/clip_grads.py": ("", "the gradient's norm"),
-    "megatron/core/optimizer/optimizer.py": ("", "the number of the step"),
-    "megatron/core/rerun_state_machine.py": ("", "the batch, or a number for other ranks"),
-    "megatron/core/transformer/moe/fused_a2a.py": ("", "counts of rows"),
-    "megatron/core/transformer/moe/moe_utils.py": ("", "counts of rows"),
-    "megatron/core/transformer/moe/token_dispatcher.py": ("", "counts of rows"),
-    "megatron/core/utils.py": ("", "the gradient's norm"),
-    "megatron/training/utils/common_utils.py": ("", "a number for other ranks"),
-    "megatron_dynmoe/moe/experts.py": ("eq", "which experts have no rows"),
-    "megatron_dynmoe/training/signals.py": ("lift_fresh", "a number for other ranks"),
-}
-SINGLE_NUMBER = "a single number"
 _PASSES = ("forward", "backward")
 _PER = ("layer and micro-batch", "micro-batch", "step")
 
@@ -204,12 +191,12 @@ class _Step:
     def off_device(self) -> list[OffDevice]:
         """Tensors that are made on the host, mistakes first."""
         counted = _sums(
-            ((place.file, place.line, place.caller, made), count)
+            ((place.file, place.line, place.caller, place.function, made), count)
             for (_, place, made), count in self.whole(self.recorder.off_device)
         )
         found = [
-            OffDevice(line, caller, made, count, _why_on_host(file, made))
-            for (file, line, caller, made), count in counted.items()
+            OffDevice(line, caller, function, made, count, why_on_host(file, function, made))
+            for (file, line, caller, function, made), count in counted.items()
         ]
         return sorted(found, key=lambda each: bool(each.why))
 
@@ -226,10 +213,3 @@ def _kind(collective: Collective) -> Collective:
     """What is the same in all layers, in both directions and for every size."""
     place = Place(collective.place.line, collective.place.caller)
     return collective._replace(place=place, num_bytes=0)
-
-
-def _why_on_host(file: str, made: str) -> str:
-    if made.endswith("[]"):
-        return SINGLE_NUMBER
-    operation, why = ON_THE_HOST.get(file, ("", ""))
-    return why if made.startswith(operation) else ""

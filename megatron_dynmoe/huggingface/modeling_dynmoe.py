@@ -31,6 +31,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeMLP,
     Glm4MoeRotaryEmbedding,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -153,7 +154,8 @@ class DynMoERotaryEmbedding(Glm4MoeRotaryEmbedding):
 class DynMoEAttention(Glm4MoeAttention):
     """Causal attention with grouped queries and rotary positions in the first part of a head.
 
-    Transformers' own, except for the norms of queries and keys, which round once.
+    Transformers' own: Mixtral's if that is all there is, for GLM's splits and joins heads even if
+    all of a head turns. Only the norms of queries and keys are not, because they round once.
     """
 
     def __init__(self, config: DynMoEModelConfig, layer_idx: int) -> None:
@@ -161,6 +163,14 @@ class DynMoEAttention(Glm4MoeAttention):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        part = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        self.is_as_in_mixtral = not config.qk_norm and part == 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend, as the attention of any model in Transformers."""
+        if self.is_as_in_mixtral:
+            return MixtralAttention.forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 class DynMoEDecoderLayer(GradientCheckpointingLayer):

@@ -34,7 +34,6 @@ from megatron_dynmoe.routing.losses import (
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import choose, choose_top_k, weigh
 
-
 GROUPED_BYTES = 16  # what grouped_mm wants weights and their rows to be a multiple of
 
 
@@ -210,9 +209,9 @@ def _multiply(rows_AI: Tensor, weights_EOI: Tensor, rows_per_expert: list[int]) 
 
 
 def _can_group(rows_AI: Tensor, *weights_EOI: Tensor) -> bool:
-    """Whether PyTorch multiplies all experts' rows in one call, with the bits of :func:`_multiply`.
+    """Whether PyTorch multiplies the rows of all experts at once, to the bits of :func:`_multiply`.
 
-    So it does on a CPU, row by row of experts. Its derivative is another, and autocast leaves it out.
+    It does so on a CPU. Its derivative is another, and autocast leaves it out.
     """
     kind = rows_AI.device.type
     if kind != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
@@ -350,8 +349,8 @@ class MoELayer(nn.Module):
             loss = routing_loss(self.losses, probs_BSE, map_BSE, valid_BS)
         return MoEOutput(
             output_BSD,
-            routed.logits_TE.unflatten(0, (batch, length)),
-            map_TE.sum(dim=-1).unflatten(0, (batch, length)),
+            routed.logits_TE.view(batch, length, -1),
+            map_TE.sum(dim=-1).view(batch, length),
             loss,
         )
 

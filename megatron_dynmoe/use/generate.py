@@ -53,20 +53,24 @@ def generate(
         hook = model.register_forward_hook(take_counts)
     ids = torch.tensor([prompt_ids], device=model.device)
     try:
-        sequences = model.generate(
+        generated = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **sampling),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, return_dict_in_generate=True, **sampling
+            ),
             streamer=None if has_beams else Streamer(),
         )
     finally:
         if hook is not None:
             hook.remove()
     if has_beams:
-        display.add_tokens(sequences[0].tolist())
+        display.add_tokens(generated.sequences[0].tolist())
     if count_experts and num_counted < len(display.tokens):
         # The model has not read the last token. Beams were reordered, so none of theirs counts.
+        cache = generated.past_key_values if num_counted else None
+        num_cached = 0 if cache is None else cache.get_seq_length()
         with torch.no_grad():
-            counts_LT = model(sequences).experts_per_token[:, 0]
-        display.add_counts(counts_LT[:, num_counted:])
+            output = model(generated.sequences[:, num_cached:], past_key_values=cache)
+        display.add_counts(output.experts_per_token[:, 0, num_counted - num_cached :])
     display.finish()

@@ -100,6 +100,19 @@ def nothing_is_appended(_: Path) -> bool:
     return sum(event.name == "aten::cat" for event in profile.events()) > 1
 
 
+def the_largest_logit_has_a_place(_: Path) -> bool:
+    from megatron_dynmoe.upstream.fewer_kernels import largest_logits
+
+    name = "megatron.core.tensor_parallel.cross_entropy:VocabParallelCrossEntropy"
+    find = upstreams(f"{name}.calculate_logits_max")
+    logits = torch.randn(3, 2, 9).bfloat16()
+    for theirs, ours in zip(find(logits), largest_logits(logits), strict=True):
+        assert torch.equal(theirs, ours) and theirs.dtype == ours.dtype
+    with torch.profiler.profile() as profile:
+        find(logits)
+    return any(event.name == "aten::max" for event in profile.events())
+
+
 def rows_in_order_are_sorted(_: Path) -> bool:
     sort = upstreams("megatron.core.transformer.moe.token_dispatcher:sort_chunks_by_idxs")
     rows = torch.ones(4, 2)
@@ -210,6 +223,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "optimizer in few kernels": optimizers_take_one_parameter_after_another,
     "rotary positions in one kernel": no_kernel_rotates,
     "rotary positions in few calls": nothing_is_appended,
+    "the largest logit without its place": the_largest_logit_has_a_place,
     "rows in order are not sorted": rows_in_order_are_sorted,
     "guarded saves": the_tracker_is_overwritten,
     "checked loads": an_unreadable_tracker_is_exit_code_0,

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] lacks {', '.join(MISSING)}"),
 ]
-PROMPTS = ("It is a truth universally acknowledged", "She was")
+PROMPTS = (
+    *("It is a truth universally acknowledged", "She was", "The house", "He had never been"),
+    *("In the evening", "There is no", "A letter from my sister came in the morning", "What"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +94,26 @@ def post(url: str, path: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_completions_are_those_of_generate(folder: Path, url: str) -> None:
+    """One by one, and all at once: requests that wait for each other lose or mix nothing."""
     tokenizer, model = load_tokenizer(folder), load_model(folder, load_config(folder))
-    for prompt in PROMPTS:
+
+    def ask(prompt: str) -> dict[str, Any]:
+        return post(
+            url, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=12, temperature=0
+        )
+
+    def check(prompt: str, answer: dict[str, Any]) -> None:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         assert ids[0].tolist() == encode_prompt(tokenizer, prompt)  # what dynmoe generate reads
         how = {"do_sample": False, "max_new_tokens": 12}
         expected = model.generate(ids, **how)[0, ids.shape[1] :]
-        answer = post(
-            url, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=12, temperature=0
-        )
         (choice,) = answer["choices"]
         assert choice["text"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert answer["usage"]["prompt_tokens"] == ids.shape[1]
         assert answer["usage"]["completion_tokens"] == len(expected)
+
+    for prompt in PROMPTS[:2]:
+        check(prompt, ask(prompt))
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for prompt, answer in zip(PROMPTS, pool.map(ask, PROMPTS), strict=True):
+            check(prompt, answer)
