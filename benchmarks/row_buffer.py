@@ -15,28 +15,29 @@ it counts rows. Rows are appended to OUTPUT/row_buffer.csv.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure
+from benchmarks import measure, routed
 from megatron_dynmoe.settings.command_line import CommandParser
 
 
 def main() -> None:
-    own, _, flags = " ".join(sys.argv[1:]).partition(" -- ")
     parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--name", required=True, help="of the training, for the rows")
     add("--margins", nargs="+", type=float, default=[0, 0.01, 0.02, 0.05, 0.1, 0.25])
     add("--output", type=Path, default=measure.RESULTS, help="folder (default: %(default)s)")
-    args = parser.parse_args(own.split())
+    add("flags", nargs="+", help="of the training, after --")
+    args = parser.parse_args()
     rows = measure.Rows(args.output / "row_buffer.csv", "torch", "megatron-core")
-    steps_SLQ, tokens = train(flags.split())
+    steps_SLQ = torch.stack(routed.train(args.flags)).sum(dim=-1)
+    from megatron.training import get_args  # not before the CPU layer stands under it
+
+    tokens = get_args().seq_length
     num_sequences = steps_SLQ.shape[-1]
     for size in (n for n in range(1, num_sequences + 1) if num_sequences % n == 0):
         needed_S = room_needed(steps_SLQ, size)
@@ -70,38 +71,6 @@ def room_needed(rows_SLQ: torch.Tensor, size: int) -> torch.Tensor:
     means_SLM = rows_SLQ.double().unflatten(-1, (-1, size)).mean(dim=-1)
     before_SL = means_SLM.mean(dim=-1)[:-1]
     return (means_SLM[1:].amax(dim=-1) / before_SL).amax(dim=-1)
-
-
-def train(flags: list[str]) -> tuple[torch.Tensor, int]:
-    """Train; returns the rows by step, layer and sequence, and the tokens of a sequence."""
-    from megatron_dynmoe.run import prepare
-
-    sys.argv = ["pretrain", *flags]
-    prepare()
-    from megatron.training import get_args, training
-
-    from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher as Dispatcher
-    from megatron_dynmoe.training import loop
-
-    steps: list[dict[int, list[torch.Tensor]]] = []
-    train_step, dispatch = training.train_step, Dispatcher.dispatch_preprocess
-
-    def noting_step(*given: Any, **named: Any) -> Any:
-        steps.append({})
-        return train_step(*given, **named)
-
-    def noting(self: Any, hidden: torch.Tensor, routing_map: torch.Tensor, probs: Any) -> Any:
-        if torch.is_grad_enabled():  # no evaluation, and once with recomputation
-            rows_B = routing_map.view(*hidden.shape[:2], -1).sum(dim=(0, 2)).cpu()
-            steps[-1].setdefault(id(self), []).append(rows_B)
-        return dispatch(self, hidden, routing_map, probs)
-
-    training.train_step, Dispatcher.dispatch_preprocess = noting_step, noting
-    loop.train(time.time())
-    rows = torch.stack(
-        [torch.stack([torch.cat(parts) for parts in step.values()]) for step in steps]
-    )
-    return rows, get_args().seq_length
 
 
 if __name__ == "__main__":

@@ -91,7 +91,10 @@ def _waits(waits: list[Wait], copies: dict[str, float]) -> Iterator[str]:
 def _graphs(run: DryRun) -> Iterator[str]:
     sizes = _SIZES.get(run.row_buffer or "", "none change")
     yield f"  A CUDA graph of the passes could not hold (sizes: {sizes}):"
-    yield from map(_wait_row, run.result.graph_breaks)
+    breaks = run.result.graph_breaks
+    yield from map(_wait_row, breaks)
+    if not breaks:
+        yield "            no wait and no copy that blocks"
 
 
 def _wait_row(wait: Wait) -> str:

@@ -294,11 +294,10 @@ def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
     """
     device = grad_weight_EOI.device
     if _are_on_host(unused_E):
-        unused = unused_E.nonzero().flatten().tolist()
-        if not unused:
+        if not unused_E.any():
             return grad_weight_EOI
         if device.type == "cpu":
-            for expert in unused:
+            for expert in unused_E.nonzero().flatten().tolist():
                 grad_weight_EOI[expert].zero_()
             return grad_weight_EOI
     is_unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
