@@ -1,6 +1,6 @@
 """Writes a trained router's logits on real text, for the other benchmarks.
 
-    python tools/convert_checkpoint.py to-hf --load runs/quickstart/checkpoints --output MODEL
+    dynmoe convert to-hf --load runs/quickstart/checkpoints --output MODEL
     python benchmarks/collect_logits.py --model MODEL --output logits.pt
     python benchmarks/select_experts.py --logits logits.pt
 

@@ -275,7 +275,7 @@ def text_batches(args: Any, number: int) -> list[list[dict[str, Any]]]:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training.training import build_train_valid_test_data_iterators
 
-    from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
+    from megatron_dynmoe.training.datasets.provider import train_valid_test_datasets_provider
 
     args.iteration, args.consumed_train_samples, args.consumed_valid_samples = 0, 0, 0
     args.train_iters = max(args.train_iters, number)

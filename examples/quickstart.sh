@@ -27,13 +27,13 @@ fi
 mkdir -p "$RUN/data"
 
 say "1/4  a tokenizer of 4096 pieces from examples/data"
-show python tools/train_tokenizer.py --input "examples/data/*.jsonl.gz" --vocab-size 4096 \
+show dynmoe tokenizer --input "examples/data/*.jsonl.gz" --vocab-size 4096 \
   --output "$RUN/data/tokenizer"
 
 say "2/4  text to token files"
 data=()
 for kind in "${KINDS[@]}"; do # one data set a kind, so that validation holds out a part of each
-  show python tools/preprocess_data.py --input "examples/data/$kind.jsonl.gz" --append-eod \
+  show dynmoe preprocess --input "examples/data/$kind.jsonl.gz" --append-eod \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/data/tokenizer.model" \
     --output-prefix "$RUN/data/$kind"
   data+=("$RUN/data/${kind}_text_document")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dynmoe.data.indexed import token_dtype
-from megatron_dynmoe.data.inputs import expand_inputs, name_without_endings
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import Unreadable
+from megatron_dynmoe.data.text.inputs import expand_inputs, name_without_endings
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import Unreadable
 from megatron_dynmoe.storage.atomic import new_folder
 from study.fingerprint import ROOT, of_files
 

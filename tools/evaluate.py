@@ -1,4 +1,4 @@
-"""The same as ``dynmoe evaluate``: see --help and docs/huggingface.md."""
+"""The same as ``dynmoe evaluate``: see --help and docs/evaluate.md."""
 
 import sys
 from pathlib import Path

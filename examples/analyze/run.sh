@@ -4,7 +4,7 @@
 #   RUN      folder of the run             (runs/quickstart)
 #   TOKENS   read of each kind of text     (100000)
 #
-# Further arguments are passed on to tools/analyze_routing.py.
+# Further arguments are passed on to dynmoe analyze.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -17,6 +17,6 @@ if [ ! -d "$RUN/checkpoints" ]; then
   exit 1
 fi
 
-show python tools/analyze_routing.py --model "$RUN/checkpoints" \
+show dynmoe analyze --model "$RUN/checkpoints" \
   --data examples/data/{book,code,dictionary,reference}.jsonl.gz --tokens "$TOKENS" \
   --output "$RUN/report" --overwrite "$@"

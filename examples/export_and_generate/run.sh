@@ -18,13 +18,13 @@ if [ ! -d "$RUN/checkpoints" ]; then
 fi
 
 say "1/3  the checkpoint as a Hugging Face folder"
-show python tools/convert_checkpoint.py to-hf --load "$RUN/checkpoints" \
+show dynmoe convert to-hf --load "$RUN/checkpoints" \
   --output "$RUN/huggingface" --overwrite
 
 say "2/3  which threshold gives how many experts, and what it costs"
-show python tools/calibrate_threshold.py --model "$RUN/huggingface" \
+show dynmoe calibrate --model "$RUN/huggingface" \
   --data examples/data/book.jsonl.gz --target 2 --tokens 8192
 
 say "3/3  text, with the experts that each token used"
-show python -m megatron_dynmoe.generate --model "$RUN/huggingface" --prompt "$PROMPT" \
+show dynmoe generate --model "$RUN/huggingface" --prompt "$PROMPT" \
   --max-new-tokens 60 --temperature 0.8 "$@"

@@ -224,13 +224,14 @@ def check_recomputed_experts(settings: Any, experts: str) -> None:
         experts: whose they are.
 
     Raises:
-        ValueError: ``--recompute-modules`` names moe_act.
+        FlagError: ``--recompute-modules`` names moe_act.
     """
     if recomputes_activations(settings):
-        raise ValueError(
-            f"--recompute-modules is {' '.join(settings.recompute_modules)}, and the experts of "
-            f"{experts}, cannot recompute {MODULE}: leave it out, or use --moe-dynamic-backend "
-            "torch_native."
+        raise FlagError(
+            "recompute_modules",
+            settings.recompute_modules,
+            f", and the experts of {experts}, cannot recompute {MODULE}",
+            "leave it out, or use --moe-dynamic-backend torch_native",
         )
 
 

@@ -60,7 +60,7 @@ def check_heads(transformer: TransformerConfig) -> None:
     """Refuse heads that context- and tensor-parallel ranks cannot share.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        FlagError: the message names the flag, its value and the remedy.
     """
     context, tensor = transformer.context_parallel_size, transformer.tensor_model_parallel_size
     for name, number in (

@@ -15,7 +15,7 @@ import torch
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_dynmoe.backends.context_parallel import EXCHANGE, check_heads, kinds_of_exchange
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.refusals import FlagError, SettingError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,13 +58,15 @@ def check_experts(transformer: TransformerConfig) -> None:
         transformer: upstream's config of a model on this back end.
 
     Raises:
-        ValueError: the model has biases that upstream would stop at.
+        FlagError: the model has biases that upstream would stop at.
     """
     if transformer.add_bias_linear and transformer.bias_dropout_fusion:
-        raise ValueError(
-            "--disable-bias-linear is not given, and grouped experts of Transformer Engine take no "
-            "biases beside Megatron's fused bias and dropout: give --disable-bias-linear, or "
-            "--no-bias-dropout-fusion."
+        raise FlagError(
+            "disable_bias_linear",
+            None,
+            ", and grouped experts of Transformer Engine take no biases beside Megatron's fused "
+            "bias and dropout",
+            "give --disable-bias-linear, or --no-bias-dropout-fusion",
         )
 
 
@@ -75,7 +77,7 @@ def check_context_parallel(transformer: TransformerConfig) -> None:
         transformer: upstream's config of a model on this back end.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        FlagError: the message names the flag, its value and the remedy.
     """
     context = transformer.context_parallel_size
     if context == 1:
@@ -83,15 +85,19 @@ def check_context_parallel(transformer: TransformerConfig) -> None:
     kinds = kinds_of_exchange(transformer)
     for kind in kinds:
         if kind not in _EXCHANGES:
-            raise ValueError(
-                f"--cp-comm-type is {kind}, and Transformer Engine splits sequences by "
-                f"{', '.join(_EXCHANGES)}: use one of these."
+            raise FlagError(
+                "cp_comm_type",
+                kind,
+                f", and Transformer Engine splits sequences by {', '.join(_EXCHANGES)}",
+                "use one of these",
             )
     if transformer.params_dtype == torch.float32:
-        raise ValueError(
-            f"--context-parallel-size is {context} and the model is in float32, which the "
-            "attention of Transformer Engine splits in 16 bits only: give --bf16, or use "
-            f"--moe-dynamic-backend torch_native --cp-comm-type {EXCHANGE}."
+        raise FlagError(
+            "context_parallel_size",
+            context,
+            ", and the model is in float32, but the attention of Transformer Engine splits "
+            "sequences in 16 bits only",
+            f"give --bf16, or use --moe-dynamic-backend torch_native --cp-comm-type {EXCHANGE}",
         )
     if EXCHANGE in kinds:
         check_heads(transformer)
@@ -101,15 +107,18 @@ def check_permutation(transformer: TransformerConfig) -> None:
     """Refuse a dispatcher that gives Transformer Engine's permutation no rows, on any back end.
 
     Raises:
-        ValueError: ``--moe-permute-fusion`` is given, and ranks without rows are possible.
+        FlagError: ``--moe-permute-fusion`` is given, and ranks without rows are possible.
     """
     ranks = transformer.expert_model_parallel_size
     gathers = transformer.moe_token_dispatcher_type == "allgather"
     if transformer.moe_permute_fusion and gathers and ranks > 1:
-        raise ValueError(
-            "--moe-permute-fusion is given with --moe-token-dispatcher-type allgather and "
-            f"--expert-model-parallel-size {ranks}, and Transformer Engine's permutation stops at "
-            "a rank whose experts no token chose: use alltoall, or leave --moe-permute-fusion out."
+        raise FlagError(
+            "moe_permute_fusion",
+            True,
+            " with --moe-token-dispatcher-type allgather and --expert-model-parallel-size "
+            f"{ranks}, and Transformer Engine's permutation stops at a rank whose experts no "
+            "token chose",
+            "use alltoall, or leave --moe-permute-fusion out",
         )
 
 
@@ -120,10 +129,12 @@ def check_mask(args: Namespace) -> None:
     documents would see each other without an error.
 
     Raises:
-        ValueError: ``--reset-attention-mask`` is given.
+        FlagError: ``--reset-attention-mask`` is given.
     """
     if args.reset_attention_mask:
-        raise ValueError(
-            "--reset-attention-mask is given, and the attention of transformer_engine reads no "
-            "mask but the causal one: use --moe-dynamic-backend torch_native, or leave it out."
+        raise FlagError(
+            "reset_attention_mask",
+            True,
+            ", and the attention of transformer_engine reads no mask but the causal one",
+            "use --moe-dynamic-backend torch_native, or leave it out",
         )

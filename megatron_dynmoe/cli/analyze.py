@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.cli.reading import add_key_flag, add_reading_flags
-from megatron_dynmoe.data.records import Limits, Unreadable
+from megatron_dynmoe.data.text.records import Limits, Unreadable
 from megatron_dynmoe.settings.command_line import (
     CommandParser,
     UsageError,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.cli.reading import add_input_flags
-from megatron_dynmoe.data.records import Limits
+from megatron_dynmoe.data.text.records import Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
 from megatron_dynmoe.settings.command_line import (
     CommandParser,

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megatron_dynmoe.data.records import DEFAULT_LIMITS
+from megatron_dynmoe.data.text.records import DEFAULT_LIMITS
 from megatron_dynmoe.settings.command_line import number
 
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from megatron_dynmoe.cli.reading import add_input_flags
-from megatron_dynmoe.data.records import Limits
+from megatron_dynmoe.data.text.records import Limits
 from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
 
 

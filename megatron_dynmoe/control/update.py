@@ -55,6 +55,7 @@ class GlobalBatchUpdate:
         self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
         self.direction = settled.rule.direction
         self.finalize = finalize or finalize_model_grads
+        self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
         self._staged: tuple[Tensor, Tensor] | None = None
         self._routers: list[DynamicRouter] = []
@@ -66,7 +67,7 @@ class GlobalBatchUpdate:
         self.finalize(model, *args, **kwargs)
         self._routers = list(routers_of(model))
         config = get_model_config(model[0])
-        statistics = reduce_statistics(
+        self.statistics = statistics = reduce_statistics(
             self._routers, config.num_layers, config.num_moe_experts, evaluation=False
         )
         tracker = get_moe_metrics_tracker()
@@ -86,8 +87,9 @@ class GlobalBatchUpdate:
             check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
 
     def _stage(self, statistics: RoutingStatistics) -> None:
-        # If a logit is not finite, the counts mean nothing. NaN then keeps the state as it is.
-        is_valid = statistics.not_finite.sum() == 0
+        # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
+        # the state as it is.
+        is_valid = statistics.not_finite.sum() + statistics.overflows.sum() == 0
         self._measured = torch.where(is_valid, statistics.mean_experts.nan_to_num(), torch.nan)
         if self.controller is None:
             return

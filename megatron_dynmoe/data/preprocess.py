@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dynmoe.data.indexed import IndexedDatasetWriter, token_dtype
-from megatron_dynmoe.data.inputs import expand_inputs
 from megatron_dynmoe.data.progress import Progress
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
+from megatron_dynmoe.data.text.inputs import expand_inputs
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
 from megatron_dynmoe.settings.command_line import UsageError
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from megatron_dynmoe.data.records import Reader
+from megatron_dynmoe.data.text.records import Reader
 
 SECONDS_BETWEEN_LINES = 30.0
 BAR = "{percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left, {postfix}"

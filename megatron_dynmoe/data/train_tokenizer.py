@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dynmoe.data.inputs import expand_inputs
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
+from megatron_dynmoe.data.text.inputs import expand_inputs
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.storage.atomic import replace_file
 

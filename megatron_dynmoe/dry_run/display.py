@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from megatron_dynmoe.dry_run.launch import DryRun
-from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result
+from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result, Wait
 
 NOT_SEEN = (
     "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "
     "fragmentation take."
 )
+_SIZES = {
+    "measured": "rows are counted anew in every layer and pass",
+    "target": "the room for rows changes from step to step",
+}
 _KERNELS = {"0": "plain PyTorch", "1": "Triton's"}
 
 
@@ -21,7 +25,8 @@ def describe(run: DryRun) -> str:
     sections: list[Iterator[str]] = [
         _summary(run),
         _memory(run),
-        _waits(result),
+        _waits(result.waits, result.copies),
+        _graphs(run),
         _kernels(result),
         _sent(result),
         _mistakes(result),
@@ -34,7 +39,7 @@ def _summary(run: DryRun) -> Iterator[str]:
     layout, result = run.layout, run.result
     yield f"{run.recipe} on {layout.world_size} x {run.gpu.label}, a dry run of rank {run.rank}"
     yield ""
-    layers = f"layers {_range(result.layers)}" if result.layers else "no layers"
+    layers = _layers(result.layers)
     if layout.pipeline > 1:
         layers = f"pipeline rank {run.stage} of {layout.pipeline}, {layers}"
     yield _line("rank", layers)
@@ -75,16 +80,23 @@ def _memory(run: DryRun) -> Iterator[str]:
     )
 
 
-def _waits(result: Result) -> Iterator[str]:
+def _waits(waits: list[Wait], copies: dict[str, float]) -> Iterator[str]:
     yield "  The host waits for the device:"
-    rows = [
-        (wait.count, wait.per, f"{wait.call:<22} {_place(wait.line, wait.caller)}")
-        for wait in result.waits
-    ]
-    if result.copies:
-        rows.append((sum(result.copies.values()), "step", "copies to the device that block"))
-    for count, per, text in rows:
-        yield f"  {f'{count:g}':>8}  per {per:<24}{text}"
+    yield from map(_wait_row, waits)
+    if copies:
+        count = sum(copies.values())
+        yield f"  {f'{count:g}':>8}  per {'step':<24}copies to the device that block"
+
+
+def _graphs(run: DryRun) -> Iterator[str]:
+    sizes = _SIZES.get(run.row_buffer or "", "none change")
+    yield f"  A CUDA graph of the passes could not hold (sizes: {sizes}):"
+    yield from map(_wait_row, run.result.graph_breaks)
+
+
+def _wait_row(wait: Wait) -> str:
+    place = _place(wait.line, wait.caller)
+    return f"  {f'{wait.count:g}':>8}  per {wait.per:<24}{wait.call:<22} {place}"
 
 
 def _kernels(result: Result) -> Iterator[str]:
@@ -157,11 +169,15 @@ def _count(number: float) -> str:
     return f"{number:,.0f}" if number < 1e9 else f"{number:.3g}"
 
 
-def _range(numbers: list[int]) -> str:
+def _layers(numbers: list[int]) -> str:
+    if not numbers:
+        return "no layers"
     first, last = numbers[0], numbers[-1]
+    if first == last:
+        return f"layer {first}"
     if numbers == [*range(first, last + 1)]:
-        return f"{first} to {last}"
-    return ", ".join(map(str, numbers))
+        return f"layers {first} to {last}"
+    return f"layers {', '.join(map(str, numbers))}"
 
 
 def _line(name: str, text: str) -> str:

@@ -53,8 +53,10 @@ class DryRun:
         stage: its pipeline rank.
         experts_per_token: the mean count of every layer, 0 without experts.
         counts: where it comes from.
+        expected: the counts that the routing's settings imply: mean, first steps', cap.
         imbalance: how many times their share the experts of this rank get.
         kernels: DYNMOE_KERNELS, 0 or 1.
+        row_buffer: the setting, None without dynamic routing.
         formula: the planner's memory, None if it does not know a setting.
         formula_note: which setting that is.
     """
@@ -66,8 +68,10 @@ class DryRun:
     stage: int
     experts_per_token: float
     counts: str
+    expected: ExpertCounts
     imbalance: float
     kernels: str
+    row_buffer: str | None
     formula: Memory | None
     formula_note: str
     result: Result
@@ -126,7 +130,7 @@ def dry_run(
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
     _check_imbalance(imbalance, layout)
     model, note = _memory_model(args, layout)
-    rows_per_token = expected.room or experts
+    rows_per_token = expected.rows_with_room(experts)
     if rank is None:
         rank = _first_rank(model.fullest(rows_per_token)[0], layout, args) if model else 0
     if not 0 <= rank < layout.world_size:
@@ -152,8 +156,10 @@ def dry_run(
         stage=stage,
         experts_per_token=experts,
         counts=source,
+        expected=expected,
         imbalance=imbalance,
         kernels=setting,
+        row_buffer=resolved_from_args(args, layout.num_experts).row_buffer,
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
         result=_run(request, setting),

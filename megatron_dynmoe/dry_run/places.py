@@ -39,6 +39,7 @@ class Place(NamedTuple):
         layer: number of the transformer layer, 0 outside of layers.
         part: a part of the layer, one of :data:`PARTS`.
         derived: whether a derivative runs.
+        function: of the line, with its class, as Python qualifies it.
     """
 
     line: str
@@ -46,6 +47,7 @@ class Place(NamedTuple):
     layer: int = 0
     part: str = ""
     derived: bool = False
+    function: str = ""
 
     @property
     def file(self) -> str:
@@ -94,23 +96,23 @@ class Places:
         The engine runs derivatives of PyTorch's own operations without any line of Python. Their
         place is that of the operation in the forward pass.
         """
-        line, caller = self._lines(sys._getframe(1))
+        line, caller, function = self._lines(sys._getframe(1))
         layer, part = self._running[-1]
         node: Any = torch._C._current_autograd_node()
         if node is None:
-            place = Place(line or "torch", caller, layer, part)
+            place = Place(line or "torch", caller, layer, part, function=function)
             # If the operation has a node, that is the one that was made last.
             self._of_nodes.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
             return place
         if hasattr(node, "variable"):  # it accumulates the gradient of a parameter
             layer, part = self._of_parameters.get(id(node.variable), (0, ""))
-            return Place(line or "torch", caller, layer, part, derived=True)
+            return Place(line or "torch", caller, layer, part, True, function)
         forward = self._of_nodes.get(node._sequence_nr(), Place("torch"))
         if line is None:
             return forward._replace(derived=True)
         if not layer:
             layer, part = forward.layer, forward.part
-        return Place(line, caller or forward.caller, layer, part, derived=True)
+        return Place(line, caller or forward.caller, layer, part, True, function)
 
     def of_error(self, error: BaseException) -> str:
         """Find the innermost line of Megatron or ours that leads to an error."""
@@ -126,9 +128,10 @@ class Places:
         """Forget the operations of a step that has ended."""
         self._of_nodes.clear()
 
-    def _lines(self, frame: FrameType | None) -> tuple[str | None, str]:
-        """The innermost line of the packages, and the next one in another file."""
+    def _lines(self, frame: FrameType | None) -> tuple[str | None, str, str]:
+        """The innermost line of the packages, the next one in another file, and whose it is."""
         inner = inner_name = None
+        function = ""
         while frame is not None:
             code = frame.f_code
             if code is _ENGINE:
@@ -137,10 +140,10 @@ class Places:
             if name is not None and name != inner_name:
                 line = f"{name}:{frame.f_lineno}"
                 if inner is not None:
-                    return inner, line
-                inner, inner_name = line, name
+                    return inner, line, function
+                inner, inner_name, function = line, name, code.co_qualname
             frame = frame.f_back
-        return inner, ""
+        return inner, "", function
 
     def _name(self, code: CodeType) -> str | None:
         file, name = code.co_filename, None

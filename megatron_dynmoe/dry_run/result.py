@@ -24,7 +24,7 @@ class Wait:
     """A place where the host waits for the device.
 
     Attributes:
-        call: what waits.
+        call: what waits, or copies.
         per: ``layer and micro-batch``, ``micro-batch`` or ``step``.
         count: how often, per that.
         per_step: how often in a whole step.
@@ -74,11 +74,13 @@ class OffDevice:
     """Tensors of a step that are made on the host.
 
     Attributes:
+        function: of the line.
         why: why that is right; empty if it is a mistake.
     """
 
     line: str
     caller: str
+    function: str
     made: str
     per_step: float
     why: str
@@ -94,6 +96,7 @@ class Result:
         state_bytes: what is alive between steps.
         peak_bytes, peak_lines: of each phase, and the line that reached it.
         holders: the largest first, by the highest peak.
+        graph_breaks: what a CUDA graph of a pass cannot hold: waits, and copies that block.
         kernel_layer: the layer whose kernels are listed, 0 if there is none.
         kernels: by part of that layer.
         kernels_outside: of a micro-batch, outside of layers.
@@ -110,6 +113,7 @@ class Result:
     peak_lines: dict[str, str]
     holders: list[Holder]
     waits: list[Wait]
+    graph_breaks: list[Wait]
     kernel_layer: int
     kernels: list[Kernels]
     kernels_outside: Kernels
@@ -146,6 +150,7 @@ class Result:
 _LISTS: dict[str, Any] = {
     "holders": Holder,
     "waits": Wait,
+    "graph_breaks": Wait,
     "kernels": Kernels,
     "sent": Sent,
     "off_device": OffDevice,

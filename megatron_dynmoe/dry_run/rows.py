@@ -37,6 +37,15 @@ class BalancedRows:
 
         return run
 
+    def means(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the function by which a row buffer reads the means: no layer overflows."""
+
+        def run(statistics: Any) -> tuple[list[float], list[float]]:
+            num_layers = len(read(statistics)[0])
+            return [0.0] * num_layers, [self.experts_per_token] * num_layers
+
+        return run
+
     def _tell(self, dispatcher: Any, num_tokens: int, per_expert: Any) -> None:
         ranks, slices = dispatcher.ep_size, dispatcher.tp_size
         local = dispatcher.num_local_experts

@@ -6,6 +6,7 @@ few are run, and one of the middle stands for those that are not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,7 @@ class Watch:
     def after_passes(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function that follows on all passes of a step."""
 
+        @functools.wraps(function)  # so that Megatron's loop still finds what ends a global batch
         def run(*args: Any, **kwargs: Any) -> Any:
             self.recorder.enter(Moment(self.phase(BETWEEN)))
             return function(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dynmoe.dry_run.collectives import Collective
 from megatron_dynmoe.dry_run.memory import Peak
+from megatron_dynmoe.dry_run.on_host import why_on_host
 from megatron_dynmoe.dry_run.places import Place
 from megatron_dynmoe.dry_run.recorder import Recorder
 from megatron_dynmoe.dry_run.result import (
@@ -23,20 +24,7 @@ from megatron_dynmoe.dry_run.result import (
 from megatron_dynmoe.dry_run.schedule import BETWEEN, MicroBatches
 
 NUM_HOLDERS = 10
-# Files that make tensors on the host in every step, by which operations, and what these are.
-ON_THE_HOST = {
-    "megatron/core/optimizer/clip_grads.py": ("", "the gradient's norm"),
-    "megatron/core/optimizer/optimizer.py": ("", "the number of the step"),
-    "megatron/core/rerun_state_machine.py": ("", "the batch, or a number for other ranks"),
-    "megatron/core/transformer/moe/fused_a2a.py": ("", "counts of rows"),
-    "megatron/core/transformer/moe/moe_utils.py": ("", "counts of rows"),
-    "megatron/core/transformer/moe/token_dispatcher.py": ("", "counts of rows"),
-    "megatron/core/utils.py": ("", "the gradient's norm"),
-    "megatron/training/utils/common_utils.py": ("", "a number for other ranks"),
-    "megatron_dynmoe/moe/experts.py": ("eq", "which experts have no rows"),
-    "megatron_dynmoe/training/signals.py": ("lift_fresh", "a number for other ranks"),
-}
-SINGLE_NUMBER = "a single number"
+_PASSES = ("forward", "backward")
 _PER = ("layer and micro-batch", "micro-batch", "step")
 
 
@@ -54,7 +42,8 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
         peak_bytes={phase: peak.num_bytes for phase, peak in peaks.items()},
         peak_lines={phase: peak.place.line for phase, peak in peaks.items()},
         holders=_holders(peaks),
-        waits=step.waits(),
+        waits=step.waits(recorder.waits),
+        graph_breaks=step.graph_breaks(),
         kernel_layer=layer,
         kernels=step.kernels_of_layer(layer),
         kernels_outside=step.kernels_outside(),
@@ -109,18 +98,18 @@ class _Step:
         sums = _sums((key[0].phase, count) for key, count in self.whole(counter))
         return {phase: sums[phase] for phase in (*PHASES, BETWEEN) if phase in sums}
 
-    def waits(self) -> list[Wait]:
+    def waits(self, counter: Mapping[Any, int]) -> list[Wait]:
         """Host waits: those of layers first, and the most frequent first."""
 
         def by_line(counted: Iterable[tuple[Any, float]]) -> dict[tuple[str, str, str], float]:
             return _sums(((at.line, at.caller, call), count) for (_, at, call), count in counted)
 
         layers = defaultdict(set)
-        for (_, place, call), _count in self.whole(self.recorder.waits):
+        for (_, place, call), _count in self.whole(counter):
             layers[place.line, place.caller, call].add(place.layer)
-        in_sample = by_line(self.sample(self.recorder.waits))
+        in_sample = by_line(self.sample(counter))
         waits = []
-        for key, per_step in by_line(self.whole(self.recorder.waits)).items():
+        for key, per_step in by_line(self.whole(counter)).items():
             line, caller, call = key
             per, count = "step", per_step
             if in_sample.get(key, 0) * self.micro_batches.planned == per_step:
@@ -129,6 +118,12 @@ class _Step:
                     per, count = f"layer and {per}", count / len(layers[key])
             waits.append(Wait(line, caller, call, per, count, per_step))
         return sorted(waits, key=lambda wait: (_PER.index(wait.per), -wait.count))
+
+    def graph_breaks(self) -> list[Wait]:
+        """Waits and blocking copies of the passes, in the order of :meth:`waits`."""
+        copies = {(*key, "copy to the device"): n for key, n in self.recorder.copies.items()}
+        both = {**self.recorder.waits, **copies}
+        return self.waits({key: n for key, n in both.items() if key[0].phase in _PASSES})
 
     def layer_to_show(self) -> int:
         """The last one of those with most kernels, which are those with experts; 0: no layers."""
@@ -196,12 +191,12 @@ class _Step:
     def off_device(self) -> list[OffDevice]:
         """Tensors that are made on the host, mistakes first."""
         counted = _sums(
-            ((place.file, place.line, place.caller, made), count)
+            ((place.file, place.line, place.caller, place.function, made), count)
             for (_, place, made), count in self.whole(self.recorder.off_device)
         )
         found = [
-            OffDevice(line, caller, made, count, _why_on_host(file, made))
-            for (file, line, caller, made), count in counted.items()
+            OffDevice(line, caller, function, made, count, why_on_host(file, function, made))
+            for (file, line, caller, function, made), count in counted.items()
         ]
         return sorted(found, key=lambda each: bool(each.why))
 
@@ -218,10 +213,3 @@ def _kind(collective: Collective) -> Collective:
     """What is the same in all layers, in both directions and for every size."""
     place = Place(collective.place.line, collective.place.caller)
     return collective._replace(place=place, num_bytes=0)
-
-
-def _why_on_host(file: str, made: str) -> str:
-    if made.endswith("[]"):
-        return SINGLE_NUMBER
-    operation, why = ON_THE_HOST.get(file, ("", ""))
-    return why if made.startswith(operation) else ""

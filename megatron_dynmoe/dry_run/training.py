@@ -114,7 +114,7 @@ def _watch(
 
         return step
 
-    patches.watching(stepping, watch.forward, watch.backward, rows.telling).apply()
+    patches.watching(stepping, watch.forward, watch.backward, rows.telling, rows.means).apply()
 
 
 def _batches(_: object, vp_stage: int | None = None) -> tuple[Iterator[Any], None, None]:

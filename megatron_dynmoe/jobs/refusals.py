@@ -34,8 +34,8 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
 
     from megatron_dynmoe.model.settled import settle_run
     from megatron_dynmoe.settings.arguments import naming_flags
+    from megatron_dynmoe.training.checks.settle_arguments import settle_arguments
     from megatron_dynmoe.training.loop import refusing_in_flags
-    from megatron_dynmoe.training.settle_arguments import settle_arguments
 
     args.rank, args.world_size = 0, num_gpus
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None

@@ -1,8 +1,7 @@
-"""On a CPU: rotary position embedding (RoPE) with Megatron's own bits, in a tenth of its time.
+"""On a CPU: rotary position embedding (RoPE) with Megatron's own bits, in fewer calls.
 
-Upstream appends what does not rotate by a concatenation. If everything rotates, that is an empty
-tensor, for which PyTorch's concatenation takes a slow path; and autograd goes through every part of
-the formula again.
+Upstream negates, concatenates, and appends what does not rotate even if that is nothing; autograd
+then goes through every part of the formula again.
 """
 
 from __future__ import annotations

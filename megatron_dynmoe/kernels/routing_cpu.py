@@ -41,6 +41,8 @@ def route_in_blocks(
     check_positions(logits_TE, num_sequences)
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
     most_experts(logits_TE.shape[-1], max_experts)
+    if isinstance(threshold, Tensor) and threshold.numel() == 1:
+        threshold = threshold.item()  # in units of the sums as a number, not by seven calls
     return Routing(
         *_RouteInBlocks.apply(
             logits_TE, threshold, theta, max_experts, renormalize, num_sequences, valid_T

@@ -96,8 +96,8 @@ def settle_run(
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
-    if settled.rows_per_token is not None:
-        _check_worst_case_rows(settled, transformer)
+    if dynmoe.row_buffer != "measured":
+        _check_uncounted_rows(settled, transformer)
     _check_controlled_quantity(dynmoe, transformer)
     if transformer.moe_token_dispatcher_type == "flex":
         check_flex(transformer, settled.most_experts, here)
@@ -121,8 +121,8 @@ def _check_controlled_quantity(dynmoe: DynMoEConfig, transformer: TransformerCon
         )
 
 
-def _check_worst_case_rows(settled: Settled, transformer: TransformerConfig) -> None:
-    """Refuse ``row_buffer`` worst_case if the host needs the number of rows."""
+def _check_uncounted_rows(settled: Settled, transformer: TransformerConfig) -> None:
+    """Refuse any ``row_buffer`` but measured if the host needs the number of rows."""
     remedy, plan = "leave {row_buffer} out (measured)", settled.backend
     if plan.backend != "torch_native" or "experts" in plan.kept:
         reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"

@@ -5,13 +5,22 @@ all-to-all dispatcher assumes that it sends ``tokens * moe_router_topk`` rows.
 """
 
 import contextlib
+import math
 from functools import partial
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_dynmoe.moe.permute import RowOrder, order_rows, permute, rows_of, unpermute
+from megatron_dynmoe.moe.permute import (
+    RowOrder,
+    fit_rows,
+    order_rows,
+    permute,
+    rows_of,
+    unpermute,
+)
 from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
+from megatron_dynmoe.routing.counters import RoutingCounters
 
 
 class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -21,15 +30,18 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     token at every expert. It costs one device-to-host copy before the permutation, as upstream's
     does with a capacity factor. It needs no copy if it makes room for ``rows_per_token`` rows per
     token instead of counting them; that requires a single rank, and experts that take their counts
-    on the device. On a single rank the rows are already in the order of the experts, so it skips
-    upstream's second permutation.
+    on the device. Tokens that do not fit are left out, and ``counters`` tell of it. On a single
+    rank the rows are already in the order of the experts, so it skips upstream's second
+    permutation.
 
     Attributes:
-        rows_per_token: the most rows of any token, for which there is room; None: rows are counted.
+        rows_per_token: how many there is room for in the mean over tokens; None: rows are counted.
+        counters: where overflows are counted; None: no token has more than ``rows_per_token``.
         rows_of_local_experts: of the last dispatch, [number of local experts] int64 on the device.
     """
 
-    rows_per_token: int | None = None
+    rows_per_token: float | None = None
+    counters: RoutingCounters | None = None
     rows_of_local_experts: torch.Tensor
     # The first two are upstream's; row_order is kept between dispatch and combine.
     num_out_tokens: torch.Tensor | int
@@ -37,6 +49,19 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     row_order: RowOrder | None
     # Those that are permuted, [T, D], from dispatch to the experts if they gather rows again.
     tokens: torch.Tensor | None = None
+
+    def make_room(self, rows_per_token: float, counters: RoutingCounters) -> None:
+        """Make room in the passes that follow for this mean, and count those that need more."""
+        self.rows_per_token, self.counters = rows_per_token, counters
+
+    def count_rows(self) -> None:
+        """Count the rows in the passes that follow."""
+        self.rows_per_token = self.counters = None
+
+    def _room(self, num_tokens: int) -> int | None:
+        if self.rows_per_token is None:
+            return None
+        return math.ceil(num_tokens * self.rows_per_token)
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Compute the counts and splits of one dispatch.
@@ -49,11 +74,10 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         tokens_per_local_expert = super().preprocess(routing_map)
         self.rows_of_local_experts = tokens_per_local_expert
-        if self.rows_per_token is None:
-            self.num_out_tokens = routing_map.sum()
+        room = self._room(len(routing_map))
+        self.num_out_tokens = routing_map.sum() if room is None else room
+        if room is None:
             self._maybe_update_cuda_sync_point("before_permutation_1")
-        else:
-            self.num_out_tokens = len(routing_map) * self.rows_per_token
         return tokens_per_local_expert
 
     def dispatch_preprocess(
@@ -71,6 +95,10 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         if self.config.moe_permute_fusion:  # Transformer Engine's kernels
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        room = self._room(len(routing_map))
+        if self.counters is not None and room is not None:
+            routing_map, overflows = fit_rows(routing_map, room)
+            self.counters.sums.overflows.add_(overflows)
         self.hidden_shape = hidden_states.shape
         self.probs, self.routing_map = probs, routing_map
         tokens_TD = hidden_states.reshape(-1, self.hidden_shape[-1])

@@ -294,13 +294,15 @@ def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
     """
     device = grad_weight_EOI.device
     if _are_on_host(unused_E):
-        if not unused_E.any():
+        unused = unused_E.nonzero().flatten().tolist()
+        if not unused:
             return grad_weight_EOI
         if device.type == "cpu":
-            # Assigning with the mask as index would pass over all of it.
-            return grad_weight_EOI.index_fill_(0, unused_E.nonzero().squeeze(-1), 0)
-    unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
-    return grad_weight_EOI.masked_fill_(unused, 0)
+            for expert in unused:
+                grad_weight_EOI[expert].zero_()
+            return grad_weight_EOI
+    is_unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
+    return grad_weight_EOI.masked_fill_(is_unused, 0)
 
 
 def _are_on_host(counts_E: Tensor) -> bool:

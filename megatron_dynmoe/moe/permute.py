@@ -58,6 +58,20 @@ def order_rows(map_TE: Tensor, num_rows: int, all_used: bool = True) -> RowOrder
     return RowOrder(token_R, weight_R, num_tokens, all_used, *slots)
 
 
+def fit_rows(map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Leave out the last tokens of a routing map with more rows than there is room for.
+
+    Args:
+        map_TE: [T, E], bool, at least one token.
+        num_rows: the room.
+
+    Returns:
+        The map, unchanged if it fits, and whether it does not, scalar bool on the device.
+    """
+    end_T = map_TE.sum(dim=-1).cumsum(dim=0)
+    return map_TE & (end_T <= num_rows).unsqueeze(-1), end_T[-1] > num_rows
+
+
 def scatters_in_order(device: torch.device) -> bool:
     """Whether ``scatter_add_`` adds in a fixed order there."""
     return device.type == "cpu"

@@ -21,7 +21,8 @@ class ExpertCounts:
         first_steps: the mean over the first steps.
         cap: the most experts that a token may use; None for no cap.
         source: the setting or assumption that gives the mean.
-        room: rows per token for which memory is allocated, used or not; None: only for used rows.
+        room: rows per token for which memory is allocated, used or not; None: ``margin`` says it.
+        margin: the room beyond the rows that are used in the mean, as a share of them.
     """
 
     mean: float
@@ -29,11 +30,18 @@ class ExpertCounts:
     cap: int | None
     source: str
     room: int | None = None
+    margin: float = 0.0
 
     @property
     def rows_per_token(self) -> tuple[float, float]:
         """Rows per token that take memory, with a balanced load: at the mean and at the start."""
-        return (self.mean, self.first_steps) if self.room is None else (self.room, self.room)
+        return self.rows_with_room(self.mean), self.rows_with_room(self.first_steps)
+
+    def rows_with_room(self, experts_per_token: float) -> float:
+        """Rows per token that take memory, if tokens use so many experts in the mean."""
+        if self.room is not None:
+            return self.room
+        return min((1 + self.margin) * experts_per_token, self.cap or math.inf)
 
 
 def expected_counts(args: Namespace, experts_per_token: float | None = None) -> ExpertCounts:
@@ -86,4 +94,4 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
     if experts_per_token is not None:
         mean, source = experts_per_token, "--experts-per-token"
     room = cap if dynmoe.row_buffer == "worst_case" else None
-    return ExpertCounts(mean, first, cap, source, room)
+    return ExpertCounts(mean, first, cap, source, room, dynmoe.row_buffer_margin or 0.0)

@@ -24,6 +24,7 @@ class RoutingStatistics(NamedTuple):
     tokens: Tensor
     tokens_at_cap: Tensor
     squared_experts: Tensor  # sum over tokens of (experts of the token) ** 2
+    overflows: Tensor  # passes with more rows than there was room for
     balance_loss: Tensor
     dynamic_loss: Tensor
     micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens

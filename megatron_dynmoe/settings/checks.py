@@ -47,6 +47,21 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
             f"{num_experts} experts for every token",
             "set {max_experts_per_token}, or leave {row_buffer} out",
         )
+    if dynmoe.row_buffer == "target" and not kind.is_controlled:
+        raise SettingError(
+            "row_buffer",
+            "target",
+            f", but {{routing}} {dynmoe.routing!r} holds no target, so the next step may need far "
+            "more rows than the last",
+            "leave {row_buffer} out",
+        )
+    if dynmoe.row_buffer_margin is not None and dynmoe.row_buffer_margin < 0:
+        raise SettingError(
+            "row_buffer_margin",
+            dynmoe.row_buffer_margin,
+            "",
+            "use 0 (room for the mean alone) or a positive share, such as 0.1",
+        )
     if dynmoe.check_ranks is not None and dynmoe.check_ranks < 1:
         raise SettingError(
             "check_ranks",

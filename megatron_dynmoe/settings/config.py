@@ -24,7 +24,7 @@ from megatron_dynmoe.settings.setting import Setting, coerce, described
 
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
-ROW_BUFFERS = ("measured", "worst_case")
+ROW_BUFFERS = ("measured", "worst_case", "target")
 CONTROLLED_QUANTITIES = ("experts", "busiest_rank")
 
 
@@ -180,8 +180,18 @@ class DynMoEConfig:
             "Room for the rows that a layer dispatches (a row is one token at one expert). "
             "measured: as many as were routed; the host waits for their number. "
             "worst_case: as many as max_experts_per_token allows; this takes more memory, but the "
-            "host never waits. It needs one expert-parallel rank and torch_native's grouped GEMMs.",
+            "host never waits. target: as many as the layer had in the step before and a margin; "
+            "the host waits once a step, and a step that needs more is run again. The last two "
+            "need one expert-parallel rank and torch_native's grouped GEMMs.",
             ROW_BUFFERS,
+        ),
+    ] = None
+    row_buffer_margin: Annotated[
+        float | None,
+        Setting(
+            "float",
+            "With row_buffer target: the room beyond the rows of the step before, as a share of "
+            "them.",
         ),
     ] = None
     backend: Annotated[
@@ -313,6 +323,15 @@ class DynMoEConfig:
                     "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
+        if self.row_buffer != "target":
+            if self.row_buffer_margin is not None:
+                raise SettingError(
+                    "row_buffer_margin",
+                    self.row_buffer_margin,
+                    f" and {{row_buffer}} is {self.row_buffer or 'measured'!r}",
+                    "set {row_buffer} to 'target', or leave the margin out",
+                )
+            defaults.pop("row_buffer_margin", None)
         if "inference_max_experts_per_token" in kind.takes:
             defaults["inference_max_experts_per_token"] = self.max_experts_per_token
         resolved = dataclasses.replace(

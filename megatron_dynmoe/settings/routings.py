@@ -26,7 +26,7 @@ CAPS = ("max_experts_per_token", "inference_max_experts_per_token")
 CONTROLLER = (
     *("target_experts_per_token", "controlled_quantity", "scope"),
     *("proportional_gain", "integral_gain"),
-    *("initial_threshold", "min_threshold", "max_threshold"),
+    *("initial_threshold", "min_threshold", "max_threshold", "row_buffer_margin"),
 )
 
 
@@ -75,6 +75,7 @@ _CONTROLLER_DEFAULTS = {
     "initial_threshold": AUTO,
     "min_threshold": 0.0,
     "max_threshold": 1.0,
+    "row_buffer_margin": 0.1,
 }
 
 ROUTINGS: dict[str, RoutingSettings] = {

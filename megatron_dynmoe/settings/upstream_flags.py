@@ -42,6 +42,7 @@ class Ignored:
 
 _FIXED_K = "it takes a fixed number of experts per token for granted"
 _CAP = "use --moe-dynamic-max-experts-per-token to bound the worst case"
+_ROOM = "use --moe-dynamic-row-buffer target, which needs one expert-parallel rank"
 _TOP_K_ONLY = "it belongs to upstream's top-k selection"
 _GROUPS = (
     "top-p takes the most probable experts until their sum exceeds the threshold, and these may "
@@ -135,12 +136,12 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_latent_size": Works("needs Transformer Engine in upstream, too"),
     # dropping
     "moe_expert_capacity_factor": Refused((None,), _FIXED_K, _CAP),
-    "moe_expert_rank_capacity_factor": Refused((None,), _FIXED_K, _CAP),
+    "moe_expert_rank_capacity_factor": Refused((None,), _FIXED_K, _ROOM),
     "moe_pad_expert_input_to_capacity": Refused((False,), _FIXED_K, _CAP),
     "moe_pad_experts_for_cuda_graph_inference": Refused((False,), _FIXED_K, _CAP),
     "moe_token_dropping": Refused((False,), _FIXED_K, _CAP),
     "moe_token_drop_policy": Ignored("only used with a capacity factor, which is refused"),
-    "moe_paged_stash": Refused((False,), _FIXED_K, _LEAVE_OUT),
+    "moe_paged_stash": Refused((False,), _FIXED_K, _ROOM),
     "moe_paged_stash_page_size": Ignored("only used by the paged stash, which is refused"),
     "moe_paged_stash_buffer_size_factor_cuda": Ignored("as above"),
     "moe_paged_stash_buffer_size_factor_cpu": Ignored("as above"),

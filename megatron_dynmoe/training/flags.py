@@ -18,7 +18,7 @@ from megatron_dynmoe.settings.arguments import (
 from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
 from megatron_dynmoe.settings.words import text_of
 from megatron_dynmoe.training import run_directory, signals
-from megatron_dynmoe.training.argument_checks import bound_numbers
+from megatron_dynmoe.training.checks.argument_checks import bound_numbers
 
 
 def training_parser() -> ArgumentParser:

@@ -34,12 +34,12 @@ from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.training import notices, run_directory, signals
-from megatron_dynmoe.training.datasets import train_valid_test_datasets_provider
+from megatron_dynmoe.training.checks.settle_arguments import OTHER_MODELS, settle_arguments
+from megatron_dynmoe.training.checks.upstream_refusals import in_flags
+from megatron_dynmoe.training.datasets.provider import train_valid_test_datasets_provider
+from megatron_dynmoe.training.datasets.token_files import check_token_files
 from megatron_dynmoe.training.flags import add_flags, training_parser
 from megatron_dynmoe.training.forward import forward_step
-from megatron_dynmoe.training.settle_arguments import OTHER_MODELS, settle_arguments
-from megatron_dynmoe.training.token_files import check_token_files
-from megatron_dynmoe.training.upstream_refusals import in_flags
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig

@@ -18,7 +18,8 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
 from megatron_dynmoe.checkpoints.load import LoadGuard
 from megatron_dynmoe.checkpoints.save import SaveGuard, TrackerFileWriter
-from megatron_dynmoe.training import index_cache, splits
+from megatron_dynmoe.control.row_buffer import with_row_buffer
+from megatron_dynmoe.training.datasets import index_cache, splits
 from megatron_dynmoe.training.signals import StopSignals
 from megatron_dynmoe.upstream import distributed_optimizer, fewer_kernels, wrappers
 from megatron_dynmoe.upstream.patch import Patch
@@ -97,12 +98,22 @@ PATCHES = (
     ),
     Patch(
         "rotary positions in few calls",
-        "megatron/core/models/common/embeddings/rope_utils.py appends what does not rotate, which "
-        "is usually an empty tensor; concatenating it is slow on a CPU. Autograd "
-        "then goes through every part of the formula again.",
+        "megatron/core/models/common/embeddings/rope_utils.py rotates in eighteen calls, and "
+        "autograd goes through each of them again. The last one appends what does not rotate, "
+        "which is usually an empty tensor.",
         "Upstream concatenates nothing if everything rotates.",
         {f"{_ROPE}:_apply_rotary_pos_emb_bshd": fewer_kernels.rotating_halves},
         cpu.is_installed,
+    ),
+    Patch(
+        "the largest logit without its place",
+        "megatron/core/tensor_parallel/cross_entropy.py takes the maximum along the vocabulary "
+        "with its index, which it does not use; on a CPU this takes more than twice the time.",
+        "Upstream takes the maximum alone.",
+        {
+            "megatron.core.tensor_parallel.cross_entropy:VocabParallelCrossEntropy"
+            ".calculate_logits_max": lambda _: staticmethod(fewer_kernels.largest_logits)
+        },
     ),
     Patch(
         "rows in order are not sorted",
@@ -199,7 +210,7 @@ PATCHES = (
         "data indexes named by content",
         "megatron/core/datasets/{gpt,blended}_dataset.py name cached indexes by path alone. If new "
         "tokens are written under the same path, they are read with the index of the old ones. See "
-        "training/index_cache.py.",
+        "training/datasets/index_cache.py.",
         "The name of a cached index depends on the content of the token files, and its files are "
         "replaced whole.",
         {
@@ -243,6 +254,14 @@ PATCHES = (
         },
     ),
     Patch(
+        "room for rows",
+        "megatron/training/training.py has no hook around the schedule of a global batch, so that "
+        "nothing could run it again. See control/row_buffer.py. A training loop of one's own gets "
+        "its schedule elsewhere, and its layers count their rows.",
+        "The training loop calls a hook that may run a global batch again.",
+        {"megatron.training.training:get_forward_backward_func": with_row_buffer},
+    ),
+    Patch(
         "settings of a CPU",
         "megatron/training/arguments.py takes settings that need a GPU, and has no others for a "
         "machine without one.",
@@ -280,11 +299,13 @@ def watching(
     forward: Callable[[Any], Any],
     backward: Callable[[Any], Any],
     preprocess: Callable[[Any], Any],
+    read_means: Callable[[Any], Any],
 ) -> Patch:
     """Patch Megatron for a dry run, in a process that trains nothing.
 
     Args:
-        step, forward, backward, preprocess: take upstream's function and return what replaces it.
+        step, forward, backward, preprocess, read_means: take a function and return what replaces
+            it.
     """
     schedules = "megatron.core.pipeline_parallel.schedules"
     return Patch(
@@ -301,5 +322,6 @@ def watching(
             f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.preprocess": preprocess,
             # Ours inherits from it, and has a method of its own.
             "megatron_dynmoe.moe.dispatch:VariableKAlltoAllTokenDispatcher.preprocess": preprocess,
+            "megatron_dynmoe.control.row_buffer:read": read_means,
         },
     )

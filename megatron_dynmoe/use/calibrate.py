@@ -84,7 +84,7 @@ def read_tokens(
     :mod:`megatron_dynmoe.huggingface.encoding`.
 
     Args:
-        data: files of text, folders or globs; see :mod:`megatron_dynmoe.data.readers`.
+        data: files of text, folders or globs; see :mod:`megatron_dynmoe.data.text.readers`.
         num_tokens: the number of tokens, rounded down to whole sequences (one at least).
         sequence_length: S; it is shorter if the whole text is shorter.
         text_key: the field or column that holds the text; not for ``.txt``.
@@ -321,9 +321,9 @@ def _float32(value: float) -> float:
 
 
 def _documents(data: Sequence[str], text_key: str) -> Iterator[str]:
-    from megatron_dynmoe.data.inputs import expand_inputs
-    from megatron_dynmoe.data.readers import open_reader
-    from megatron_dynmoe.data.records import Unreadable
+    from megatron_dynmoe.data.text.inputs import expand_inputs
+    from megatron_dynmoe.data.text.readers import open_reader
+    from megatron_dynmoe.data.text.records import Unreadable
 
     def stop(unreadable: Unreadable) -> None:
         raise unreadable

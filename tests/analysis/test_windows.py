@@ -18,7 +18,7 @@ from megatron_dynmoe.analysis.counting.windows import (
     name_groups,
     read_windows,
 )
-from megatron_dynmoe.data.records import Limits
+from megatron_dynmoe.data.text.records import Limits
 
 BY_SOURCE = Reading(source_key="source")
 
@@ -84,7 +84,7 @@ def test_long_plain_text_is_read_in_pieces(
 ) -> None:
     file = TextFile(texts["figures"], "figures")
     whole = read(loaded[1], file)
-    monkeypatch.setattr("megatron_dynmoe.data.readers.TXT_PIECE", 200)
+    monkeypatch.setattr("megatron_dynmoe.data.text.readers.TXT_PIECE", 200)
     seen: list[int] = []
     pieces = read(loaded[1], file, on_read=seen.append)
     tokens = [sum(len(window.tokens) for window in windows) for windows in (whole, pieces)]
@@ -120,7 +120,7 @@ def test_a_long_line_is_cut_before_it_is_encoded(
 def test_plain_text_without_lines_is_cut_at_words(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_dynmoe.data.readers.TXT_PIECE", 50)
+    monkeypatch.setattr("megatron_dynmoe.data.text.readers.TXT_PIECE", 50)
     monkeypatch.setattr("io.DEFAULT_BUFFER_SIZE", 16)
     for text in ("a house of stone " * 20, "x" * 120, "short", "line one\n" * 20):
         (tmp_path / "a.txt").write_text(text)

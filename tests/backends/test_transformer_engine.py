@@ -111,7 +111,7 @@ SPLIT = {
     [
         (
             {"params_dtype": torch.float32},
-            r"--context-parallel-size is 2 and .* float32, .*give --bf16, or use .*torch_native",
+            r"--context-parallel-size is 2, and .* float32, .*give --bf16, or use .*torch_native",
         ),
         # As upstream's help spells it.
         ({"cp_comm_type": "allgather"}, "--cp-comm-type is allgather, .*p2p, all_gather, a2a, "),

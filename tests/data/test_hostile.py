@@ -14,9 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmoe.data import readers, records
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import HARMLESS, Limits, Unreadable
+from megatron_dynmoe.data.text import readers, records
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import HARMLESS, Limits, Unreadable
 
 from .conftest import Run
 

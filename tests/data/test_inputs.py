@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.data import readers, records
-from megatron_dynmoe.data.inputs import expand_inputs
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import Limits, Unreadable
+from megatron_dynmoe.data.text import readers, records
+from megatron_dynmoe.data.text.inputs import expand_inputs
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import Limits, Unreadable
 from megatron_dynmoe.settings.command_line import UsageError
 
 from .conftest import Run, outputs, write_jsonl

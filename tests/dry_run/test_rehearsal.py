@@ -31,11 +31,19 @@ ON_CPU = (
     "self.probs, self.routing_map = probs, routing_map",
     "torch.arange(len(routing_map), device='cpu')",
 )
+# In a function that may make something else on the host, and a single number.
+ON_CPU_TOO = ("moe/experts.py", "device = rows_RI.device", "torch.arange(3, device='cpu')")
+NUMBER = (
+    "moe/dispatch.py",
+    "self.probs, self.routing_map = probs, routing_map",
+    "torch.zeros((), device='cpu')",
+)
 ALL_REDUCE = (
     "moe/router.py",
     "fractions_BE = self._fractions(assignments_BE, tokens_B)",
     f"torch.distributed.all_reduce(routed.entropy.detach().clone(), group={GROUP})",
 )
+PLANTED = (ITEM, ON_CPU, ON_CPU_TOO, NUMBER, ALL_REDUCE)
 
 
 def dry_run(flags, gpus, kernels):
@@ -56,7 +64,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """The first of these dry runs, of a copy of the package in which there are three mistakes.
+    """The first of these dry runs, of a copy of the package with a few mistakes.
 
     Returns:
         It, and the file and line of each mistake.
@@ -65,11 +73,11 @@ def planted(tmp_path_factory):
     package = Path(megatron_dynmoe.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / package.name, symlinks=True, ignore=ignored)
-    for file, after, mistake in (ITEM, ON_CPU, ALL_REDUCE):
+    for file, after, mistake in PLANTED:
         _plant(folder / package.name / file, after, mistake)
     lines = {
         mistake: f"{file}:{_line_of(folder / package.name / file, mistake)}"
-        for file, _, mistake in (ITEM, ON_CPU, ALL_REDUCE)
+        for file, _, mistake in PLANTED
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # from which `python -m` imports first
@@ -98,7 +106,7 @@ def test_no_tensor_of_a_step_is_off_the_device_but_those_of_a_list(spread, alone
     for run in (spread, alone):
         assert run.result.mistakes == []
         assert "MISTAKE" not in display.describe(run)
-    assert {made.why for made in spread.result.off_device} >= {"counts of rows", "a single number"}
+    assert {made.why for made in spread.result.off_device} >= {"counts of rows", "the batch"}
 
 
 def test_the_host_waits_once_a_layer_for_the_counts(spread):
@@ -179,9 +187,17 @@ def test_a_planted_item_is_found_and_named(planted, spread):
 
 def test_a_planted_tensor_on_the_cpu_is_found_and_named(planted):
     run, lines = planted
-    (mistake,) = run.result.mistakes
-    _is_named(mistake, lines[ON_CPU[2]], run)
-    assert mistake.made == "arange [32]" and mistake.per_step == 4
+    mistakes = {mistake.line: mistake for mistake in run.result.mistakes}
+    assert len(mistakes) == len(run.result.mistakes) == 3
+    # A step has two layers and two micro-batches; the experts' function runs twice in each.
+    for planted_one, made, per_step in (
+        (ON_CPU, "arange [32]", 4),
+        (ON_CPU_TOO, "arange [3]", 8),
+        (NUMBER, "zeros []", 4),
+    ):
+        mistake = mistakes[f"megatron_dynmoe/{lines[planted_one[2]]}"]
+        _is_named(mistake, lines[planted_one[2]], run)
+        assert (mistake.made, mistake.per_step) == (made, per_step)
 
 
 def test_a_planted_all_reduce_is_found_and_named(planted, spread):

@@ -64,10 +64,14 @@ def assert_alike(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
         )
 
 
-def with_room_for_the_worst_case(dtype: torch.dtype):
+def with_room(dtype: torch.dtype, room: str = "worst_case"):
+    """A layer that does not count its rows; ``overflow`` has too little room for them."""
     if not has_grouped_gemm(torch.device(DEVICE), dtype, D, FFN):
         pytest.skip("no grouped GEMM here: it needs Hopper or later, or DYNMOE_KERNELS=1")
-    return layer_of(dtype, row_buffer="worst_case")
+    layer = layer_of(dtype, row_buffer="worst_case")
+    if room == "overflow":
+        layer.token_dispatcher.make_room(1.1, layer.router.counters)
+    return layer
 
 
 @either_dtype
@@ -89,22 +93,23 @@ def test_the_compiled_activation_changes_no_result(dtype):
 
 @either_dtype
 def test_room_for_the_worst_case_changes_no_result(setting, dtype):
-    assert_alike(one_step(with_room_for_the_worst_case(dtype)), one_step(layer_of(dtype)))
+    assert_alike(one_step(with_room(dtype)), one_step(layer_of(dtype)))
 
 
-@pytest.mark.parametrize("room", ["measured", "worst_case"])
+@pytest.mark.parametrize("room", ["measured", "worst_case", "overflow"])
 @either_dtype
 def test_no_result_depends_on_memory_that_nothing_wrote(setting, poisoned_memory, dtype, room):
-    layer = layer_of(dtype) if room == "measured" else with_room_for_the_worst_case(dtype)
+    layer = layer_of(dtype) if room == "measured" else with_room(dtype, room)
     want = one_step(layer)
     with poisoned_memory():
         got = one_step(layer)
     assert_alike(got, want)
 
 
+@pytest.mark.parametrize("room", ["worst_case", "overflow"])
 @either_dtype
-def test_with_room_for_the_worst_case_the_host_never_waits(setting, never_waiting, dtype):
-    layer = with_room_for_the_worst_case(dtype)
+def test_the_host_never_waits_for_the_number_of_rows(setting, never_waiting, dtype, room):
+    layer = with_room(dtype, room)
     one_step(layer)  # kernels are compiled, memory is taken
     layer.zero_grad(set_to_none=True)
     hidden = torch.randn(S, B, D, device=DEVICE, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Room for the worst case: the same results as with counted rows, and no wait for the device."""
+"""Room for the worst case or the mean: the results of counted rows, and no wait for the device."""
 
 import dataclasses
 from collections import Counter
@@ -20,6 +20,9 @@ MEASURED = DynMoEConfig(
     routing="top_p", threshold=0.6, max_experts_per_token=CAP, backend="torch_native"
 )
 WORST_CASE = dataclasses.replace(MEASURED, row_buffer="worst_case")
+TARGET = DynMoEConfig(
+    routing="dtop_p", target_experts_per_token=2, row_buffer="target", backend="torch_native"
+)
 # What makes the host wait for a device.
 SYNCS = ("aten._local_scalar_dense", "aten.nonzero.", "aten.masked_select", "aten.is_nonzero")
 # The number of rows; and on a CPU, which need not be told it, the look for them.
@@ -78,11 +81,58 @@ def test_as_many_rows_are_asked_for_as_are_routed(monkeypatch):
     assert asked == routed != [S * B * layer.config.moe_router_topk]
 
 
-@pytest.mark.parametrize(("dynmoe", "waits"), [(MEASURED, WAITS_FOR_COUNT), (WORST_CASE, {})])
-def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, waits):
-    monkeypatch.setenv("DYNMOE_KERNELS", "0")  # this and the next as on a device
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_layer_that_needs_more_rows_than_there_is_room_for_says_so(monkeypatch, missing):
+    """The rows that are left out are in no list: elsewhere they would be written past its end."""
+    layer = layer_of(MEASURED)
+    measured = one_step(layer)
+    rows = int(layer.router.counters.sums.assignments.sum())
+    layer = layer_of(MEASURED)
+    layer.token_dispatcher.make_room((rows - missing) / (S * B), layer.router.counters)
+    asked = []
+
+    def spy(routing_map, num_rows, **kwargs):
+        asked.append((int(routing_map.sum()), num_rows))
+        return order_rows(routing_map, num_rows, **kwargs)
+
+    monkeypatch.setattr("megatron_dynmoe.moe.dispatch.order_rows", spy)
+    found = one_step(layer)
+    assert layer.router.counters.sums.overflows == missing
+    assert all(torch.isfinite(value).all() for value in found.values())
+    ((listed, room),) = asked
+    assert listed <= room <= rows
+    if not missing:
+        assert listed == rows
+        for name, want in measured.items():
+            assert torch.equal(found[name], want), name
+
+
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_counts_of_an_overflowed_pass_move_nothing(overflows):
+    """Not even on a rank without an optimizer, which commits before the step is run again."""
+    layer = layer_of(TARGET)
+    one_step(layer)
+    before = layer.router.measured.item(), layer.router.threshold.item()
+    layer.router.counters.sums.overflows.add_(overflows)
+    with mock.patch("megatron_dynmoe.control.update.finished_iterations", return_value=0):
+        layer.config.finalize_model_grads_func.finalize = lambda model: None
+        layer.config.finalize_model_grads_func([layer])
+    after = layer.router.measured.item(), layer.router.threshold.item()
+    assert (after == before) is bool(overflows)
+
+
+@pytest.mark.parametrize(
+    ("dynmoe", "room", "waits"),
+    [(MEASURED, None, WAITS_FOR_COUNT), (WORST_CASE, None, {}), (MEASURED, 2.5, {})],
+    ids=["measured", "worst_case", "target"],
+)
+def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, room, waits):
+    monkeypatch.setenv("DYNMOE_KERNELS", "0")  # this and the next two as on a device
     monkeypatch.setattr("megatron_dynmoe.moe.experts._are_on_host", lambda counts: False)
+    monkeypatch.setattr("megatron_dynmoe.routing.select._may_look", lambda values: False)
     layer = layer_of(dynmoe)
+    if room is not None:
+        layer.token_dispatcher.make_room(room, layer.router.counters)
     found = Counter()
 
     class Counting(TorchDispatchMode):
@@ -95,6 +145,7 @@ def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, wai
     assert +found == waits
 
 
+@pytest.mark.parametrize("dynmoe", [WORST_CASE, TARGET], ids=["worst_case", "target"])
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -103,11 +154,10 @@ def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, wai
         ({"activation_func": torch.nn.functional.gelu}, "upstream's"),
     ],
 )
-def test_what_needs_the_number_on_the_host_is_refused(settings, reason):
-    dynmoe = dataclasses.replace(WORST_CASE, backend="auto")
-    with pytest.raises(
-        ValueError, match=rf"row_buffer is 'worst_case'.*{reason}.*leave row_buffer"
-    ):
+def test_what_needs_the_number_on_the_host_is_refused(dynmoe, settings, reason):
+    refusal = rf"row_buffer is '{dynmoe.row_buffer}'.*{reason}.*leave row_buffer"
+    dynmoe = dataclasses.replace(dynmoe, backend="auto")
+    with pytest.raises(ValueError, match=refusal):
         one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D, **settings)
 
 

@@ -39,8 +39,11 @@ SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
 CONTROL, DISPATCH = "tests/distributed/test_control.py", "tests/distributed/test_dispatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+ROWS = "tests/moe/test_row_buffer.py"
+ROOM = "tests/distributed/test_row_buffer.py::test_not_a_bit_depends_on_the_room"
 APART = "tests/distributed/test_documents.py"
 LATENT = "tests/distributed/test_latent_attention.py"
+BUSIEST = "tests/distributed/test_busiest_rank.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
@@ -53,6 +56,24 @@ CONTROLLER = [
         "(target - measured) / self.num_experts",
         "(measured - target) / self.num_experts",
         (f"{PI}::test_steps_by_hand",),
+    ),
+    Mutation(
+        "mean_of_the_busiest_rank",
+        "the mean is held where the busiest rank was asked for",
+        "control/update.py",
+        "measured = measured * statistics.rank_imbalance",
+        "pass",
+        (f"{BUSIEST}::test_the_target_is_that_of_the_busiest_rank[ep4]",),
+        ("busiest_ep4",),
+    ),
+    Mutation(
+        "busiest_rank_over_all_dispatches",
+        "the busiest rank is that of all dispatches together, though each of them waits",
+        "routing/counters.py",
+        "view(len(counters), -1)",
+        "view(len(counters), -1).sum(1, keepdim=True)",
+        (f"{BUSIEST}::test_the_busiest_rank_of_each_dispatch_is_counted[ep2_pp2]",),
+        ("busiest_ep2_pp2",),
     ),
     Mutation(
         "no_anti_windup",
@@ -308,6 +329,49 @@ DISPATCHING = [
         ("tests/moe/test_row_buffer.py::test_as_many_rows_are_asked_for_as_are_routed",),
     ),
     Mutation(
+        "rows_beyond_the_room",
+        "rows that do not fit a buffer are listed beyond its end",
+        "moe/dispatch.py",
+        "routing_map, overflows = fit_rows(routing_map, room)",
+        "overflows = fit_rows(routing_map, room)[1]",
+        (f"{ROWS}::test_a_layer_that_needs_more_rows_than_there_is_room_for_says_so",),
+    ),
+    Mutation(
+        "overflow_moves_the_controller",
+        "counts of a step in which rows were left out move the controller",
+        "control/update.py",
+        "statistics.not_finite.sum() + statistics.overflows.sum() == 0",
+        "statistics.not_finite.sum() == 0",
+        (f"{ROWS}::test_counts_of_an_overflowed_pass_move_nothing",),
+    ),
+    Mutation(
+        "overflow_ignored",
+        "a step in which rows were left out is not run again",
+        "control/row_buffer.py",
+        "        if full:\n",
+        "        if not full:\n",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
+    ),
+    Mutation(
+        "random_state_not_taken_back",
+        "a step that is run again goes on with the random numbers of its first run",
+        "control/row_buffer.py",
+        "            restore()\n",
+        "",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
+    ),
+    Mutation(
+        "gradients_of_an_overflow_kept",
+        "a step that is run again adds to the gradients of its first run",
+        "control/row_buffer.py",
+        "                chunk.zero_grad_buffer()\n",
+        "                pass\n",
+        (f"{ROOM}[overflows]",),
+        ("rows_counted", "rows_overflow"),
+    ),
+    Mutation(
         "split_sizes_swapped",
         "what an expert-parallel rank sends and what it receives are confused",
         "moe/dispatch.py",
@@ -530,12 +594,52 @@ WATCHING = [
         ("tests/dry_run/test_rehearsal.py::test_the_planner_is_near",),
     ),
     Mutation(
+        "a_dry_run_excuses_whole_functions",
+        "a dry run excuses whatever a function makes on the CPU that may make something there",
+        "dry_run/on_host.py",
+        'return why if name in operations or made in operations else ""',
+        "return why",
+        ("tests/dry_run/test_rehearsal.py::test_a_planted_tensor_on_the_cpu_is_found_and_named",),
+    ),
+    Mutation(
+        "a_plan_passes_what_no_training_takes",
+        "the planner does not run the training's checks",
+        "jobs/plan.py",
+        "check_start(words, num_gpus, gpu)",
+        "pass",
+        ("tests/jobs/test_refusals.py::test_a_refused_plan_is_misuse_in_one_line",),
+    ),
+    Mutation(
+        "copied_moments_are_overlooked",
+        "the doctor does not compare the optimizer's moments of two experts",
+        "doctor/checkpoint/values.py",
+        "part.kind == MOMENT and part.layer is not None",
+        "False",
+        ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
+    ),
+    Mutation(
         "two_copies_of_an_expert_are_none",
         "the doctor calls experts copies only if there are three of one kind",
         "doctor/checkpoint/copies.py",
         "if len(group) > 1)",
         "if len(group) > 2)",
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
+    ),
+    Mutation(
+        "every_block_counts_a_step",
+        "a parameter's step of AdamW in blocks counts once for each block",
+        "upstream/fewer_kernels.py",
+        "of_block = (*part, step.clone() if number else step)",
+        "of_block = (*part, step)",
+        ("tests/upstream/test_fewer_kernels.py::test_steps_in_blocks_have_the_bits_of_whole_ones",),
+    ),
+    Mutation(
+        "rotation_not_turned_back",
+        "the gradient of rotary positions on a CPU is rotated forward",
+        "kernels/rope_cpu.py",
+        "return (d_rotated * sin).roll(half, -1)",
+        "return (d_rotated.roll(half, -1) * sin)",
+        ("tests/kernels/test_rope_cpu.py::test_values_and_gradients_have_megatrons_bits",),
     ),
     Mutation(
         "rows_of_two_ranks_left_unsorted",
@@ -614,7 +718,7 @@ ATTENTION = [
     Mutation(
         "data_without_ends_taken",
         "documents are to be told apart in data that do not mark their ends",
-        "training/token_files.py",
+        "training/datasets/token_files.py",
         "if check.state == WARNING:",
         "if check.state == WARNING and not by_eod:",
         ("tests/training/test_token_files.py::test_documents_without_an_end_cannot_be_told_apart",),

@@ -62,3 +62,10 @@ def test_room_for_the_worst_case_is_taken_from_the_start():
     assert counts("dtop_p_16e").rows_per_token == (2, 2)
     assert counts("dtop_p_16e", flags).rows_per_token == (4, 4)
     assert DynMoEConfig().row_buffer is None
+
+
+def test_room_for_the_target_has_a_margin_up_to_the_cap():
+    flags = "--moe-dynamic-row-buffer target --moe-dynamic-row-buffer-margin 0.25"
+    assert counts("dtop_p_16e", flags).rows_per_token == (2.5, 2.5)
+    capped = f"{flags} --moe-dynamic-max-experts-per-token 2"
+    assert counts("dtop_p_16e", capped).rows_per_token == (2, 2)

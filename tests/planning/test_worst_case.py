@@ -103,7 +103,7 @@ def layer_bound(sizes: ExpertSizes, tokens: int, num_experts: int, cap: int | No
     of_rows = kept_row_bytes(sizes, rows) + passing_row_bytes(sizes, rows, rows, is_spread=False)
     # Sorted probabilities; order, units and sums in int64. They are freed before there are rows.
     selecting = tokens * num_experts * (4 + 4 * 8)
-    small = 1 << 16  # counts, splits, and other things that do not grow with rows
+    small = 80_000  # counts, splits, and other things that do not grow with rows
     return around + tokens * num_experts * ROUTER_BYTES + max(of_rows, selecting) + small
 
 

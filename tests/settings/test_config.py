@@ -188,6 +188,7 @@ def test_defaults_of_dtop_p_are_those_of_the_paper():
     assert config(**DTOP_P).resolve(16).to_dict() == {
         "routing": "dtop_p",
         "target_experts_per_token": "2",
+        "controlled_quantity": "experts",
         "scope": "global",
         "proportional_gain": "auto",
         "integral_gain": "auto",
@@ -202,6 +203,13 @@ def test_defaults_of_dtop_p_are_those_of_the_paper():
         "row_buffer": "measured",
         "backend": "auto",
     }
+
+
+def test_only_a_buffer_for_the_target_has_a_margin():
+    resolved = config(**DTOP_P, row_buffer="target").resolve(16)
+    assert resolved.row_buffer_margin == 0.1
+    assert resolved.resolve(16) == resolved
+    assert config(**DTOP_P).resolve(16).row_buffer_margin is None
 
 
 def test_top_k_has_a_back_end():
@@ -301,6 +309,7 @@ REFUSED = [
     (TOP_P | {"initial_threshold": 0.3}, "initial_threshold is 0.3", "'dtop_p'"),
     (TOP_P | {"min_threshold": 0.1}, "min_threshold is 0.1", "'dtop_p'"),
     (TOP_P | {"max_threshold": 0.9}, "max_threshold is 0.9", "'dtop_p'"),
+    (TOP_P | {"row_buffer_margin": 0.1}, "row_buffer_margin is 0.1", "'dtop_p'"),
     (DTOP_P | {"threshold": 0.4}, "threshold is 0.4", "use initial_threshold"),
     # out of range
     (TOP_P | {"threshold": -0.1}, "threshold is -0.1", "0 (one expert) to 1"),
@@ -319,7 +328,22 @@ REFUSED = [
     ),
     (TOP_P | {"dynamic_loss_coeff": -1}, "dynamic_loss_coeff is -1.0", "0 (off) or a positive"),
     (TOP_P | {"balance_loss_coeff": -1}, "balance_loss_coeff is -1.0", "0 (off) or a positive"),
+    (
+        DTOP_P | {"row_buffer": "target", "row_buffer_margin": -0.1},
+        "row_buffer_margin is -0.1",
+        "use 0 (room for the mean alone)",
+    ),
     # together
+    (
+        TOP_P | {"row_buffer": "target"},
+        "row_buffer is 'target', but routing 'top_p' holds no target",
+        "leave row_buffer out",
+    ),
+    (
+        DTOP_P | {"row_buffer_margin": 0.1},
+        "row_buffer_margin is 0.1 and row_buffer is 'measured'",
+        "set row_buffer to 'target'",
+    ),
     (
         TOP_P | {"balance_loss": "none", "balance_loss_coeff": 0.01},
         "balance_loss_coeff is 0.01 and balance_loss is 'none'",

@@ -18,7 +18,7 @@ SIZES = (
 def check(flags: str, world_size: int = 1) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_dynmoe.training.argument_checks import check_arguments
+    from megatron_dynmoe.training.checks.argument_checks import check_arguments
     from megatron_dynmoe.training.flags import add_flags
 
     parser = add_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
@@ -132,7 +132,7 @@ def test_a_head_that_rotary_positions_cannot_turn(flags, part):
 
 
 def test_more_experts_for_a_token_than_there_are():
-    from megatron_dynmoe.training.argument_checks import check_top_k
+    from megatron_dynmoe.training.checks.argument_checks import check_top_k
 
     with pytest.raises(ValueError, match=r"--moe-router-topk is 2 .*--num-experts is 1: .* 1 at"):
         check_top_k(Namespace(moe_router_topk=2, num_experts=1))

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.megatron
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Start a run that loads what the one before has left; gives what it says."""
-    from megatron_dynmoe.training import data_order
+    from megatron_dynmoe.training.datasets import data_order
 
     left: list[Namespace] = []
     monkeypatch.setattr(data_order, "saved_arguments", lambda args: left[-1] if left else None)

@@ -6,7 +6,7 @@ pytestmark = pytest.mark.megatron
 
 
 def check(*args):
-    from megatron_dynmoe.training.datasets import check_lengths
+    from megatron_dynmoe.training.datasets.provider import check_lengths
 
     check_lengths(*args)
 

@@ -38,7 +38,7 @@ def build(blend, cache: Path | None, split: str | None = "60,30,10", per_split=N
         BlendedMegatronDatasetBuilder,
     )
 
-    from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset
+    from megatron_dynmoe.training.datasets.token_files import DatasetConfig, GPTDataset
 
     tokenizer = SimpleNamespace(eod=0, pad=0, vocab_size=100, unique_identifiers={"class": "none"})
     config = DatasetConfig(

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_dynmoe.training.intervals import check_intervals
+from megatron_dynmoe.training.checks.intervals import check_intervals
 
 GOOD = {
     "skip_train": False,

@@ -22,7 +22,7 @@ def write(prefix: Path, lengths: list[int]) -> str:
 
 def check(**changes) -> Namespace:
     """Look at the data of a run with these changes of its arguments; gives them as they end up."""
-    from megatron_dynmoe.training.token_files import check_token_files
+    from megatron_dynmoe.training.datasets.token_files import check_token_files
 
     names = ("data_path", "data_args_path", "train_data_path", "valid_data_path")
     args = dict.fromkeys((*names, "test_data_path", "per_split_data_args_path"))

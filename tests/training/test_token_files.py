@@ -27,7 +27,7 @@ def write(prefix: Path, documents: list[list[int]], dtype=np.int32) -> str:
 
 
 def check(*data_path: str, **changes) -> None:
-    from megatron_dynmoe.training.token_files import check_token_files
+    from megatron_dynmoe.training.datasets.token_files import check_token_files
 
     paths = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path")
     names = dict.fromkeys((*paths, "per_split_data_args_path"))
@@ -172,7 +172,7 @@ def test_an_id_that_has_no_embedding_is_found_at_start_up(tmp_path, wrong):
 
 @pytest.mark.parametrize("flag", ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"))
 def test_documents_without_an_end_cannot_be_told_apart(tmp_path, monkeypatch, flag):
-    from megatron_dynmoe.training import token_files
+    from megatron_dynmoe.training.datasets import token_files
 
     monkeypatch.setattr(token_files, "build_tokenizer", lambda args: SimpleNamespace(eod=0))
     check(write(tmp_path / "ended", DOCUMENTS), **{flag: True})
@@ -203,7 +203,7 @@ def dataset(prefix: str, num_embeddings: int = NUM_EMBEDDINGS):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    from megatron_dynmoe.training.token_files import DatasetConfig, GPTDataset
+    from megatron_dynmoe.training.datasets.token_files import DatasetConfig, GPTDataset
 
     config = DatasetConfig(
         random_seed=1,
@@ -245,14 +245,14 @@ def test_an_id_that_has_no_embedding_is_found_where_it_is_read(tmp_path, wrong):
 def test_the_cache_is_upstreams(tmp_path):
     from megatron.core.datasets import gpt_dataset
 
-    from megatron_dynmoe.training.token_files import GPTDataset
+    from megatron_dynmoe.training.datasets.token_files import GPTDataset
 
     assert GPTDataset.__name__ == gpt_dataset.GPTDataset.__name__
 
 
 @pytest.mark.parametrize("has_path", [True, False], ids=["--data-cache-path", "default"])
 def test_an_index_that_a_killed_run_left_half_written_is_named(tmp_path, has_path):
-    from megatron_dynmoe.training.token_files import naming_the_cache
+    from megatron_dynmoe.training.datasets.token_files import naming_the_cache
 
     prefix = tmp_path / "good"
     folder = tmp_path / "cache" if has_path else prefix / "cache" / "GPTDataset_indices"
@@ -284,7 +284,7 @@ def test_an_index_that_a_killed_run_left_half_written_is_named(tmp_path, has_pat
     ],
 )
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, path, says):
-    from megatron_dynmoe.training.token_files import naming_the_cache
+    from megatron_dynmoe.training.datasets.token_files import naming_the_cache
 
     with (
         pytest.raises(ValueError, match=says + r"\(is a directory: .*: give a folder"),

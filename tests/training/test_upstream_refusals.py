@@ -18,7 +18,7 @@ def parser() -> ArgumentParser:
 
 
 def said_of(words: str, call: Callable[..., Any], **fields: Any) -> str | None:
-    from megatron_dynmoe.training.upstream_refusals import in_flags
+    from megatron_dynmoe.training.checks.upstream_refusals import in_flags
 
     with pytest.raises((AssertionError, ValueError, TypeError)) as raised:
         call(**fields)

@@ -53,6 +53,26 @@ def test_scaling_has_the_bits_of_upstreams_and_is_in_place(fewer_kernels) -> Non
         fewer_kernels.scale(0, None, [ours, theirs], 0.3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"weight_decay": 0.0}], ids=str)
+def test_steps_in_blocks_have_the_bits_of_whole_ones(fewer_kernels, monkeypatch, settings) -> None:
+    monkeypatch.setattr(fewer_kernels, "BLOCK_ELEMENTS", 100)
+    optimizers = []
+    for wrap in (lambda found: found, fewer_kernels.in_blocks):
+        params = [torch.nn.Parameter(grad) for grad in gradients()]
+        optimizer = torch.optim.AdamW(params, lr=0.1, **settings)
+        optimizer._init_group = wrap(optimizer._init_group)
+        for scale in (1.0, -0.3, 2.0):
+            for param, grad in zip(params, gradients(), strict=True):
+                param.grad = None if len(param) == 7 else scale * grad
+            optimizer.step()
+        optimizers.append(optimizer)
+    whole, blocks = (optimizer.state for optimizer in optimizers)
+    assert len(whole) == len(blocks) == len(SIZES) - 1
+    for (param, state), (ours, our_state) in zip(whole.items(), blocks.items(), strict=True):
+        assert torch.equal(param, ours) and state.keys() == our_state.keys()
+        assert all(torch.equal(state[name], our_state[name]) for name in state)
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_loading_does_not_change_how_steps_are_made(fewer_kernels, is_fused) -> None:
     def stepped(fused: bool) -> torch.optim.AdamW:

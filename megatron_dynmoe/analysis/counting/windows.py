@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.data.inputs import expand_inputs, is_plain_text, name_without_endings
-from megatron_dynmoe.data.readers import open_reader
-from megatron_dynmoe.data.records import DEFAULT_LIMITS, NAME_IT, Limits, OnUnreadable, Unreadable
+from megatron_dynmoe.data.text.inputs import expand_inputs, is_plain_text, name_without_endings
+from megatron_dynmoe.data.text.readers import open_reader
+from megatron_dynmoe.data.text.records import (
+    DEFAULT_LIMITS,
+    NAME_IT,
+    Limits,
+    OnUnreadable,
+    Unreadable,
+)
 from megatron_dynmoe.huggingface.encoding import around_document, encode_text
 
 # Groups need memory; further values of a source field are counted together.

@@ -11,7 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_dynmoe.checkpoints.saved_arguments import saved_arguments
-from megatron_dynmoe.training.splits import Part
+from megatron_dynmoe.training.datasets.splits import Part
 
 # The description of a run's data lies in its checkpoints, as this one of Megatron's arguments.
 NAME = "dynmoe_data_order"

@@ -21,7 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_dynmoe.checkpoints.collective import cause
 from megatron_dynmoe.data.check import Vocabulary, check_dataset
 from megatron_dynmoe.data.finding import FAILED, WARNING
-from megatron_dynmoe.training import data_order, splits
+from megatron_dynmoe.training.datasets import data_order, splits
 
 # The check at start-up reads about this many bytes of each .bin file.
 BYTES_LOOKED_AT = 1 << 26

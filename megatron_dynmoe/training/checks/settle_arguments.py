@@ -17,8 +17,8 @@ from megatron_dynmoe.settings.arguments import (
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
-from megatron_dynmoe.training.argument_checks import check_arguments, check_top_k
-from megatron_dynmoe.training.intervals import check_intervals
+from megatron_dynmoe.training.checks.argument_checks import check_arguments, check_top_k
+from megatron_dynmoe.training.checks.intervals import check_intervals
 
 # These modes of upstream's script need batches and losses of their own.
 _OTHER_BATCHES = {

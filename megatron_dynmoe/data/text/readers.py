@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dynmoe.data.inputs import COMPRESSED, is_plain_text
-from megatron_dynmoe.data.records import (
+from megatron_dynmoe.data.text.inputs import COMPRESSED, is_plain_text
+from megatron_dynmoe.data.text.records import (
     DEFAULT_LIMITS,
     HARMLESS,
     NAME_IT,

@@ -2,8 +2,8 @@
 
 A command line can reach some three hundred of upstream's assertions. Many have no message; others
 name an attribute, or omit the values. Those that people meet often have a check of their own in
-:mod:`~megatron_dynmoe.training.argument_checks`, which names the remedy. For all others this module
-reads the condition out of upstream's source and replaces names of attributes by flags.
+:mod:`.argument_checks`, which names the remedy. Nothing better can be had for the others: this
+module reads the condition out of upstream's source and replaces names of attributes by flags.
 """
 
 from __future__ import annotations
