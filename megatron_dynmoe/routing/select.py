@@ -184,8 +184,12 @@ def _sum_before(sorted_TE: Tensor) -> Tensor:
 
 
 def _may_look(values: Tensor) -> bool:
-    """Whether values may decide what is computed: a GPU would wait, and a graph cannot branch."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may decide what is computed.
+
+    A GPU would wait, a graph cannot branch, and a training on a CPU stands in for one on a GPU.
+    """
+    is_free = values.device.type == "cpu" and not values.requires_grad
+    return is_free and not torch.compiler.is_compiling()
 
 
 def _in_units(values: Tensor) -> Tensor:
