@@ -154,8 +154,7 @@ class DynMoERotaryEmbedding(Glm4MoeRotaryEmbedding):
 class DynMoEAttention(Glm4MoeAttention):
     """Causal attention with grouped queries and rotary positions in the first part of a head.
 
-    Transformers' own: Mixtral's if that is all there is, for GLM's splits and joins heads even if
-    all of a head turns. Only the norms of queries and keys are not, because they round once.
+    Transformers' own, except for the norms of queries and keys, which round once.
     """
 
     def __init__(self, config: DynMoEModelConfig, layer_idx: int) -> None:
@@ -163,14 +162,15 @@ class DynMoEAttention(Glm4MoeAttention):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        part = config.rope_parameters.get("partial_rotary_factor", 1.0)
-        self.is_as_in_mixtral = not config.qk_norm and part == 1
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attend, as the attention of any model in Transformers."""
-        if self.is_as_in_mixtral:
-            return MixtralAttention.forward(self, *args, **kwargs)
-        return super().forward(*args, **kwargs)
+
+class DynMoEPlainAttention(DynMoEAttention):
+    """The same without norms if all of a head turns: GLM's would split and join heads for nothing.
+
+    vLLM reads the source of a class's own ``forward``, so none of ours may stand in between.
+    """
+
+    forward = MixtralAttention.forward
 
 
 class DynMoEDecoderLayer(GradientCheckpointingLayer):
@@ -180,7 +180,9 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = DynMoEAttention(config, layer_idx)
+        turned = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        attention = DynMoEPlainAttention if turned == 1 and not config.qk_norm else DynMoEAttention
+        self.self_attn = attention(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_sparse = config.is_sparse(layer_idx)
         if self.is_sparse:

@@ -184,12 +184,13 @@ def _sum_before(sorted_TE: Tensor) -> Tensor:
 
 
 def _may_look(values: Tensor) -> bool:
-    """Whether values may decide what is computed: a GPU would wait, and a graph cannot branch.
+    """Whether values may decide what is computed.
 
-    A fake tensor, which is on the CPU by its own word, has none.
+    A GPU would wait, a graph cannot branch, a fake tensor, which is on the CPU by its own word, has
+    none, and a training on a CPU stands in for one on a GPU.
     """
     is_real = type(values) is Tensor and values.device.type == "cpu"
-    return is_real and not torch.compiler.is_compiling()
+    return is_real and not values.requires_grad and not torch.compiler.is_compiling()
 
 
 def _in_units(values: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ def test_experts_get_valid_ids_and_no_weight_in_unused_slots(name, recorded):
         assert torch.equal(ids_TK[valid_TK], first_TK[valid_TK])  # no other expert is read
 
 
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}], ids=["plain", "with norms"])
+def test_the_source_of_the_attention_calls_the_interface(settings):
+    """So vLLM finds the modules that attend: it reads their classes' ``forward``."""
+    attention = type(tiny_model(**settings).model.layers[0].self_attn)
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(attention.forward)
+
+
 def test_a_cap_set_later_is_the_number_of_slots(recorded):
     model = tiny_model(threshold=0.9)
     model.set_experts_implementation("recorder")

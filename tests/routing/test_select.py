@@ -58,7 +58,8 @@ def test_float32_cumsum_agrees_away_from_the_threshold(num_experts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sum_that_only_reaches_the_threshold_does_not_stop(dtype):
-    probs = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]], dtype=dtype)
+    row = [0.125, 0.5, 0.0625, 0.25, 0.0625]
+    probs = torch.tensor([row, row], dtype=dtype)  # of one token other lines choose
     for threshold, experts in [
         (0.499, {1}),
         (0.5, {1, 3}),
@@ -66,7 +67,7 @@ def test_a_sum_that_only_reaches_the_threshold_does_not_stop(dtype):
         (0.875, {0, 1, 2, 3}),  # the tie of experts 2 and 4 goes to the lower index
         (0.9375, {0, 1, 2, 3, 4}),
     ]:
-        assert oracle.choices_of(select(probs, threshold)) == [experts], threshold
+        assert oracle.choices_of(select(probs, threshold)) == [experts, experts], threshold
 
 
 @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
