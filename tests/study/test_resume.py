@@ -53,7 +53,7 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
             if re.search(r"step +7/60", line):
                 first.send_signal(signal.SIGTERM)
     assert first.returncode == 128 + signal.SIGTERM, "".join(seen)
-    assert "a study is under way" in busy
+    assert "another study runs in" in busy
     assert "stopped. The same command goes on." in seen[-1]
     (folder,) = tmp_path.glob("dtop_p-seed1-*")
     saved = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
