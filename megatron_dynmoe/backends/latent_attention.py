@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -100,26 +102,33 @@ def check_latent_attention(config: Any, local: str | None) -> None:
         local: why upstream's local attention runs, in words; None: that of ``torch_native`` does.
 
     Raises:
-        ValueError: the message names the flag, its value and the remedy.
+        FlagError: it names the flag, its value and the remedy.
     """
     if not getattr(config, "multi_latent_attention", False):
         return
     if local is not None:
-        raise ValueError(
-            f"--multi-latent-attention is given, and upstream's local attention, which runs "
-            f"because of {local}, takes no heads of two sizes: use --moe-dynamic-backend "
-            "torch_native with its own attention."
+        raise FlagError(
+            "multi_latent_attention",
+            True,
+            f", and upstream's local attention, which runs because of {local}, takes no heads of "
+            "two sizes",
+            "use --moe-dynamic-backend torch_native with its own attention",
         )
     if config.qk_pos_emb_head_dim % 2:
-        raise ValueError(
-            f"--qk-pos-emb-head-dim is {config.qk_pos_emb_head_dim}: rotary positions turn pairs, "
-            "so give an even number."
+        raise FlagError(
+            "qk_pos_emb_head_dim",
+            config.qk_pos_emb_head_dim,
+            "",
+            "rotary positions turn pairs, so give an even number",
         )
     if config.qk_layernorm and config.q_lora_rank is None:
-        raise ValueError(
-            "--qk-layernorm is given with --multi-latent-attention and without --q-lora-rank, so "
-            "there is no latent query to normalize: give --q-lora-rank, or leave --qk-layernorm "
-            "out. (Transformer Engine normalizes the keys alone.)"
+        raise FlagError(
+            "qk_layernorm",
+            True,
+            " with --multi-latent-attention and without --q-lora-rank, so there is no latent query "
+            "to normalize",
+            "give --q-lora-rank, or leave --qk-layernorm out (Transformer Engine normalizes the "
+            "keys alone)",
         )
     if getattr(config, "cache_mla_latents", False):
-        raise ValueError("--cache-mla-latents is given, which is for inference: leave it out.")
+        raise FlagError("cache_mla_latents", True, ", which is for inference", "leave it out")

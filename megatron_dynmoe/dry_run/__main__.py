@@ -1,4 +1,4 @@
-"""The process that runs a dry run: a :class:`~.request.Request` in, a :class:`~.result.Result` out.
+"""The process that runs a dry run: a Request in, a Result out.
 
     python -m megatron_dynmoe.dry_run RESULT_FILE < request.json
 
@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_dynmoe.dry_run import shim
+from megatron_dynmoe.dry_run.devices import shim
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.settings.command_line import ending_plainly
 
@@ -21,9 +21,9 @@ def main() -> None:
     request, file = Request.from_json(sys.stdin.read()), Path(sys.argv[1])
     with ending_plainly("dynmoe plan", "nothing was counted"):
         shim.load()
-        from megatron_dynmoe.dry_run.places import Places
+        from megatron_dynmoe.dry_run.recording.places import Places
         from megatron_dynmoe.dry_run.rehearse import rehearse
-        from megatron_dynmoe.dry_run.summary import summarize
+        from megatron_dynmoe.dry_run.reporting.summary import summarize
 
         try:
             recorder, micro_batches = rehearse(request)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from megatron_dynmoe.dry_run.launch import DryRun
-from megatron_dynmoe.dry_run.result import PHASES, Kernels, Result, Wait
+from megatron_dynmoe.dry_run.reporting.result import PHASES, Kernels, Result, Wait
 
 NOT_SEEN = (
     "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "

@@ -14,8 +14,8 @@ from math import lcm
 from pathlib import Path
 
 from megatron_dynmoe.dry_run.machine import NEEDED_BYTES
+from megatron_dynmoe.dry_run.reporting.result import Result
 from megatron_dynmoe.dry_run.request import Request
-from megatron_dynmoe.dry_run.result import Result
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import command_words
 from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
@@ -168,7 +168,7 @@ def dry_run(
 
 
 def _check_dispatcher(args: Namespace, layout: Layout) -> None:
-    """Refuse what :mod:`~.deep_ep` does not stand in for."""
+    """Refuse what :mod:`~.stand_ins.deep_ep` does not stand in for."""
     if args.moe_token_dispatcher_type != "flex":
         return
     backend, remedy = args.moe_flex_dispatcher_backend, "--moe-token-dispatcher-type alltoall."

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_dynmoe.dry_run import deep_ep, device, substitutes
-from megatron_dynmoe.dry_run.recorder import Recorder
+from megatron_dynmoe.dry_run.devices import device
+from megatron_dynmoe.dry_run.recording.recorder import Recorder
+from megatron_dynmoe.dry_run.recording.schedule import NUM_STEPS, MicroBatches
 from megatron_dynmoe.dry_run.request import Request
-from megatron_dynmoe.dry_run.schedule import NUM_STEPS, MicroBatches
+from megatron_dynmoe.dry_run.stand_ins import deep_ep, substitutes
 from megatron_dynmoe.settings.words import values_of
 
 # Flags of a run's files, data, schedule, reports and end: nothing is read or written.

@@ -19,10 +19,10 @@ from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dynmoe.dry_run.recorder import Recorder
+from megatron_dynmoe.dry_run.recording.recorder import Recorder
+from megatron_dynmoe.dry_run.recording.schedule import MicroBatches, Watch
 from megatron_dynmoe.dry_run.request import Request
-from megatron_dynmoe.dry_run.rows import BalancedRows
-from megatron_dynmoe.dry_run.schedule import MicroBatches, Watch
+from megatron_dynmoe.dry_run.stand_ins.rows import BalancedRows
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
 from megatron_dynmoe.training import loop

@@ -16,6 +16,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dynmoe.settings.refusals import FlagError
+
 DEEPEP_MOST_IDS = 32  # of one token; csrc/kernels/legacy of DeepEP asserts it
 DEEPEP_ALIGNMENT = 16  # bytes of a row; csrc/legacy/buffer.hpp asserts it
 # What Megatron-Core 0.19.2 passes by name (core/transformer/moe/fused_a2a.py).
@@ -85,36 +87,43 @@ def check_flex(transformer: TransformerConfig, cap: int | None, here: bool = Tru
         here: whether it runs on this machine, which then needs the package.
 
     Raises:
-        ValueError: a package is missing or has another interface, or cannot take the model's
+        FlagError: a package is missing or has another interface, or cannot take the model's
             type or size, so many experts or so few ranks.
     """
     backend, elsewhere = transformer.moe_flex_dispatcher_backend, "use alltoall"
-    given = f"--moe-token-dispatcher-type is flex with --moe-flex-dispatcher-backend {backend}"
     installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
     if backend not in installed:
-        raise ValueError(
-            f"{given}, whose buffers are sized by a fixed number of experts per token: use deepep "
-            f"or hybridep, or {elsewhere} as dispatcher."
+        raise _flex_with(
+            backend,
+            "whose buffers are sized by a fixed number of experts per token",
+            f"use deepep or hybridep, or {elsewhere} as dispatcher",
         )
     if here and not installed[backend]:
         branch = "" if backend == "deepep" else ", from its branch hybrid-ep"
-        raise ValueError(
-            f"{given}, and the package deep_ep cannot be imported: install DeepEP{branch}, or "
-            f"{elsewhere}."
+        raise _flex_with(
+            backend,
+            "and the package deep_ep cannot be imported",
+            f"install DeepEP{branch}, or {elsewhere}",
         )
     if here:
-        _check_interface(backend, given)
+        _check_interface(backend)
     if backend == "deepep":
-        _check_deepep(transformer, cap, given, elsewhere)
+        _check_deepep(transformer, cap, elsewhere)
     if transformer.params_dtype != torch.bfloat16:
         dtype = str(transformer.params_dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{given}, whose kernels take bf16, and the model is {dtype}: give --bf16, or "
-            f"{elsewhere}."
+        raise _flex_with(
+            backend,
+            f"whose kernels take bf16, and the model is {dtype}",
+            f"give --bf16, or {elsewhere}",
         )
 
 
-def _check_interface(backend: str, given: str) -> None:
+def _flex_with(backend: str, problem: str, remedy: str) -> FlagError:
+    beside = f" with --moe-flex-dispatcher-backend {backend}, {problem}"
+    return FlagError("moe_token_dispatcher_type", "flex", beside, remedy)
+
+
+def _check_interface(backend: str) -> None:
     """Refuse a version of the package whose function does not take what Megatron passes."""
     function = (
         fused_a2a.Buffer.dispatch
@@ -125,31 +134,34 @@ def _check_interface(backend: str, given: str) -> None:
     takes_any = any(each.kind is each.VAR_KEYWORD for each in takes.values())
     missing = [name for name in _PASSED[backend] if name not in takes]
     if missing and not takes_any:
-        raise ValueError(
-            f"{given}, and {function.__qualname__} of the installed deep_ep does not take "
-            f"{', '.join(missing)}, which Megatron-Core passes: install its newest version, or use "
-            "alltoall."
+        raise _flex_with(
+            backend,
+            f"and {function.__qualname__} of the installed deep_ep does not take "
+            f"{', '.join(missing)}, which Megatron-Core passes",
+            "install its newest version, or use alltoall",
         )
 
 
-def _check_deepep(
-    transformer: TransformerConfig, cap: int | None, given: str, elsewhere: str
-) -> None:
+def _check_deepep(transformer: TransformerConfig, cap: int | None, elsewhere: str) -> None:
     tensor = transformer.expert_tensor_parallel_size or transformer.tensor_model_parallel_size
     if tensor * transformer.expert_model_parallel_size == 1:
-        raise ValueError(f"{given}, which needs more than one expert-parallel rank: {elsewhere}.")
+        raise _flex_with("deepep", "which needs more than one expert-parallel rank", elsewhere)
     ids = tensor * (cap or transformer.num_moe_experts)
     if ids > DEEPEP_MOST_IDS:
-        experts = f"{cap or 'not given'}, so a token may use {cap or transformer.num_moe_experts}"
+        experts = f", so a token may use {cap or transformer.num_moe_experts}"
         per_rank = "" if tensor == 1 else f" on each of {tensor} tensor-parallel ranks"
         most = DEEPEP_MOST_IDS // tensor
         remedy = f"give at most {most}, for inference, too, or {elsewhere}" if most else elsewhere
-        raise ValueError(
-            f"--moe-dynamic-max-experts-per-token is {experts}{per_rank}, and DeepEP takes at most "
-            f"{DEEPEP_MOST_IDS} ids per token: {remedy}."
+        raise FlagError(
+            "moe_dynamic_max_experts_per_token",
+            cap,
+            f"{experts}{per_rank}, and DeepEP takes at most {DEEPEP_MOST_IDS} ids per token",
+            remedy,
         )
     if transformer.hidden_size * torch.bfloat16.itemsize % DEEPEP_ALIGNMENT:
-        raise ValueError(
-            f"--hidden-size is {transformer.hidden_size}, and DeepEP sends rows of bf16 in whole "
-            f"pieces of {DEEPEP_ALIGNMENT} bytes: use a multiple of 8, or {elsewhere}."
+        raise FlagError(
+            "hidden_size",
+            transformer.hidden_size,
+            f", and DeepEP sends rows of bf16 in whole pieces of {DEEPEP_ALIGNMENT} bytes",
+            f"use a multiple of 8, or {elsewhere}",
         )

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_dynmoe.dry_run.deep_ep import ranks_of_a_token
+from megatron_dynmoe.dry_run.stand_ins.deep_ep import ranks_of_a_token
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dynmoe.dry_run import known
+from megatron_dynmoe.dry_run.devices import known
 
 
 class Following(TorchDispatchMode):

@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from megatron_dynmoe.dry_run.memory import GRANULARITY, AllocationJournal
-from megatron_dynmoe.dry_run.places import Place
+from megatron_dynmoe.dry_run.recording.memory import GRANULARITY, AllocationJournal
+from megatron_dynmoe.dry_run.recording.places import Place
 
 A, B = Place("a.py:1", "x.py:1"), Place("b.py:2")
 

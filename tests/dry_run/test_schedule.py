@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_dynmoe.dry_run.recorder import Moment
-from megatron_dynmoe.dry_run.schedule import MicroBatches
+from megatron_dynmoe.dry_run.recording.recorder import Moment
+from megatron_dynmoe.dry_run.recording.schedule import MicroBatches
 
 
 @pytest.mark.parametrize(

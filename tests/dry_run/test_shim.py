@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_dynmoe.dry_run import shim
+from megatron_dynmoe.dry_run.devices import shim
 
 
 def test_without_a_compiler_the_remedy_is_named(monkeypatch):
@@ -38,11 +38,11 @@ def test_a_torch_without_cuda_needs_none(monkeypatch, tmp_path):
 def test_autograd_runs_on_a_device_that_does_not_exist():
     """And by it alone: without the library the engine stops."""
     program = """
-from megatron_dynmoe.dry_run import shim
+from megatron_dynmoe.dry_run.devices import shim
 shim.load()
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from megatron_dynmoe.dry_run import device
+from megatron_dynmoe.dry_run.devices import device
 device.install("none", (9, 0), 10**9, print)
 with FakeTensorMode():
     weight = torch.ones(4, 4, device="cuda", requires_grad=True)

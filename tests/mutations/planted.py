@@ -572,7 +572,7 @@ WATCHING = [
     Mutation(
         "a_dry_run_reads_without_waiting",
         "a dry run counts no wait if the host reads a number from the device",
-        "dry_run/recorder.py",
+        "dry_run/recording/recorder.py",
         'self.wait("item")',
         "pass",
         ("tests/dry_run/test_rehearsal.py::test_a_planted_item_is_found_and_named",),
@@ -580,7 +580,7 @@ WATCHING = [
     Mutation(
         "a_dry_run_overlooks_tensors_on_the_cpu",
         "a dry run finds no tensor of a step that was made on the CPU",
-        "dry_run/recorder.py",
+        "dry_run/recording/recorder.py",
         "self.off_device[self.moment, place, made] += 1",
         "pass",
         ("tests/dry_run/test_rehearsal.py::test_a_planted_tensor_on_the_cpu_is_found_and_named",),
@@ -596,7 +596,7 @@ WATCHING = [
     Mutation(
         "a_dry_run_excuses_whole_functions",
         "a dry run excuses whatever a function makes on the CPU that may make something there",
-        "dry_run/on_host.py",
+        "dry_run/reporting/on_host.py",
         'return why if name in operations or made in operations else ""',
         "return why",
         ("tests/dry_run/test_rehearsal.py::test_a_planted_tensor_on_the_cpu_is_found_and_named",),

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_dynmoe.backends.no_driver import replace, returns
-from megatron_dynmoe.dry_run import known
+from megatron_dynmoe.dry_run.devices import known
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.dry_run.recorder import Recorder
+    from megatron_dynmoe.dry_run.recording.recorder import Recorder
 
 _aten = torch.ops.aten
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)  # of flash attention

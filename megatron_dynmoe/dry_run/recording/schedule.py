@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megatron_dynmoe.dry_run.recorder import Moment, Recorder
+from megatron_dynmoe.dry_run.recording.recorder import Moment, Recorder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dynmoe.dry_run.places import Place
+from megatron_dynmoe.dry_run.recording.places import Place
 
 GRANULARITY = 512  # bytes to which CUDA's caching allocator rounds a tensor
 

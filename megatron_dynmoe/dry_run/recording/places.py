@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_dynmoe.dry_run.device import run_backward_here
+from megatron_dynmoe.dry_run.devices.device import run_backward_here
 
 # Modules of a layer, and what they are called. The dispatcher is no module, so that its operations
 # are those of the MoE layer itself; and so are residuals those of the transformer layer.
@@ -26,7 +26,7 @@ PARTS = {
     "mlp.shared_experts": "shared experts",
 }
 DISPATCH = "dispatch, combine"
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])  # the whole of dry_run
 _ENGINE = run_backward_here.__code__
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import fake_tensor
 
 from megatron_dynmoe.backends.no_driver import Event, Stream, answers, replace, returns
-from megatron_dynmoe.dry_run import shim
+from megatron_dynmoe.dry_run.devices import shim
 
 DEVICE = torch.device("cuda", 0)
 _engine: Any = torch.autograd.Variable._execution_engine

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_dynmoe.dry_run import flops, known
-from megatron_dynmoe.dry_run.collectives import Collective, Collectives
-from megatron_dynmoe.dry_run.memory import AllocationJournal
-from megatron_dynmoe.dry_run.places import Place, Places
+from megatron_dynmoe.dry_run.devices import known
+from megatron_dynmoe.dry_run.recording import flops
+from megatron_dynmoe.dry_run.recording.collectives import Collective, Collectives
+from megatron_dynmoe.dry_run.recording.memory import AllocationJournal
+from megatron_dynmoe.dry_run.recording.places import Place, Places
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from megatron_dynmoe.dry_run.collectives import Collective
-from megatron_dynmoe.dry_run.memory import Peak
-from megatron_dynmoe.dry_run.on_host import why_on_host
-from megatron_dynmoe.dry_run.places import Place
-from megatron_dynmoe.dry_run.recorder import Recorder
-from megatron_dynmoe.dry_run.result import (
+from megatron_dynmoe.dry_run.recording.collectives import Collective
+from megatron_dynmoe.dry_run.recording.memory import Peak
+from megatron_dynmoe.dry_run.recording.places import Place
+from megatron_dynmoe.dry_run.recording.recorder import Recorder
+from megatron_dynmoe.dry_run.recording.schedule import BETWEEN, MicroBatches
+from megatron_dynmoe.dry_run.reporting.on_host import why_on_host
+from megatron_dynmoe.dry_run.reporting.result import (
     PHASES,
     Holder,
     Kernels,
@@ -21,7 +22,6 @@ from megatron_dynmoe.dry_run.result import (
     Sent,
     Wait,
 )
-from megatron_dynmoe.dry_run.schedule import BETWEEN, MicroBatches
 
 NUM_HOLDERS = 10
 _PASSES = ("forward", "backward")

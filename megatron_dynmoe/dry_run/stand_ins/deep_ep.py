@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.backends.no_driver import returns
-from megatron_dynmoe.dry_run import known
+from megatron_dynmoe.dry_run.devices import known
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.dry_run.recorder import Recorder
+    from megatron_dynmoe.dry_run.recording.recorder import Recorder
 
 
 class Handle(NamedTuple):

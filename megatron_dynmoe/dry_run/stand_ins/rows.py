@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.dry_run import known
+from megatron_dynmoe.dry_run.devices import known
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_leaves
 
 from megatron_dynmoe.backends.no_driver import replace
-from megatron_dynmoe.dry_run.places import Place
+from megatron_dynmoe.dry_run.recording.places import Place
 
 # Names of the operations of PyTorch, and of what they are.
 _KINDS = {

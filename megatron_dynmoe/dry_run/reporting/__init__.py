@@ -1,0 +1,1 @@
+"""From what was recorded to a result that leaves the process."""
