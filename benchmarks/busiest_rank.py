@@ -34,7 +34,7 @@ from benchmarks import measure, routed
 from benchmarks.text import words_as_tokens
 from benchmarks.training import MODELS
 from megatron_dynmoe.runs import metric_names as names
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 VOCAB_SIZE = 4096
 TARGET = 2.0

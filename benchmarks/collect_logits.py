@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.use.calibrate import read_tokens
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 

@@ -26,7 +26,7 @@ from megatron_dynmoe.control import (
 )
 from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_LOOP_GAIN
 from megatron_dynmoe.routing.select import select
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 GRANULARITIES = ((16, 2), (64, 8), (128, 16))
 SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)

@@ -26,7 +26,7 @@ from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
 from megatron_dynmoe.conversion.shapes import Block, Shapes
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 RESULTS = measure.RESULTS / "convert_checkpoint.csv"
 PAPER = {

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from benchmarks.layer_providers import start_megatron
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 CAUSAL = "causal"
 EOD, TOKEN = 0, 1
@@ -97,7 +97,7 @@ def providers(tokens: torch.Tensor, args) -> dict[str, Callable[[], object]]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dynmoe.backends.documents import document_lengths
+    from megatron_dynmoe.backends.attention.documents import document_lengths
     from megatron_dynmoe.backends.torch_native import ScaledDotProductAttention
 
     config = TransformerConfig(

@@ -22,7 +22,7 @@ from megatron_dynmoe.cli.plan import dry_run_to_json
 from megatron_dynmoe.dry_run.launch import dry_run
 from megatron_dynmoe.jobs.recipes import recipe_names
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 
 GPU = "h200-141g"

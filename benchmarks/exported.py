@@ -25,7 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from benchmarks import measure
 from benchmarks.places import take_turns
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.use.generate import generate
 
 RESULTS = measure.RESULTS / "exported.csv"

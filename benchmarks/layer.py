@@ -48,7 +48,7 @@ from benchmarks.layer_providers import (
     logits_for,
 )
 from benchmarks.places import Failed, Turns, new_place
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 PACKAGES = ("torch", "megatron-core")
 

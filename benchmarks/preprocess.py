@@ -29,7 +29,7 @@ from benchmarks.places import take_turns
 from benchmarks.text import corpus
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizer import build_tokenizer
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 RESULTS = measure.RESULTS / "preprocess.csv"
 THREADS = 2

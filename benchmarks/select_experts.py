@@ -36,7 +36,7 @@ from megatron_dynmoe import kernels
 from megatron_dynmoe.control.calibrate import threshold_for_target
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.route import Routing, route
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 TARGETS = {16: 2, 64: 8, 128: 16, 256: 16}  # mean experts per token; stock's k
 STOCK, OURS, READABLE = "stock top-k", "ours", "ours, readable"

@@ -52,8 +52,8 @@ from benchmarks.training import (
     timed_step,
 )
 from benchmarks.training import step as train_one_step
-from megatron_dynmoe.settings.command_line import CommandParser
-from megatron_dynmoe.settings.exits import exiting_on_misuse
+from megatron_dynmoe.settings.messages.command_line import CommandParser
+from megatron_dynmoe.settings.messages.exits import exiting_on_misuse
 
 BACKENDS = ("local", "torch_native")
 ROUTINGS = ("top_k", "dtop_p")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_dynmoe.settings.command_line import CommandParser, number
+from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 
 WORKLOADS = {"prefill": (4, 112, 1), "decode": (4, 8, 16)}
 

@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_dynmoe.run import prepare
-from megatron_dynmoe.settings.exits import exiting_on_misuse
+from megatron_dynmoe.settings.messages.exits import exiting_on_misuse
 
 
 @record  # so that torchrun, which speaks last, repeats what a rank died of

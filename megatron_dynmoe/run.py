@@ -18,8 +18,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from megatron_dynmoe.jobs.host_names import fix_master_address
-from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
-from megatron_dynmoe.settings.exits import exiting_on_misuse, without_traceback
+from megatron_dynmoe.settings.messages.command_line import RaisingParser, UsageError
+from megatron_dynmoe.settings.messages.exits import exiting_on_misuse, without_traceback
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Megatron looks at the second name only, when it warns of what goes badly with these settings.

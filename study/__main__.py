@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.settings.command_line import CommandParser, number
+from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 from study import corpus, document, fingerprint, results, runs
 from study.queue import Queue
 from study.variants import SIZES, VARIANTS, Size

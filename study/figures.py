@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from megatron_dynmoe.runs.curves import save_figure
+from megatron_dynmoe.runs.drawing.curves import save_figure
 from study.results import Results
 from study.variants import TARGET, VARIANTS
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dynmoe.runs import metric_names, overlay
+from megatron_dynmoe.runs import metric_names
+from megatron_dynmoe.runs.drawing import overlay
 from megatron_dynmoe.runs.events import layers, read_run
 from megatron_dynmoe.runs.summary import TAIL, summarize_run
 from megatron_dynmoe.storage.atomic import replace_file

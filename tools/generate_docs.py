@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.runs.metric_names import MEANINGS
-from megatron_dynmoe.settings.command_line import CommandParser
 from megatron_dynmoe.settings.config import SETTINGS
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.settings.routings import DYNAMIC, RoutingSettings
 from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.gpu_first import stages
 from benchmarks.gpu_first.call import Call
 from benchmarks.gpu_first.state import ROOT
-from megatron_dynmoe.settings.command_line import CommandParser, number
+from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 
 
 def main() -> None:

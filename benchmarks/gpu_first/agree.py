@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.layer_providers import WORKLOADS, Provider, Workload, make_provider
 from benchmarks.places import in_one_line
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 PACKAGES = ("torch", "megatron-core")
 ERROR_RATIO, ROUNDING = 1.5, 0.5  # of plain PyTorch's error; of bf16's machine epsilon

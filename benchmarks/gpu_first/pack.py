@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.gpu_first.preflight import requirements
 from benchmarks.gpu_first.state import ROOT, commit
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import new_folder
 
 PACKAGES = ("megatron-core",)

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import measure, train_step
 from benchmarks.gpu_first import outcome, stages, state
 from benchmarks.training import Routing, flags_of_training
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 GPU = "h200-141g"
 PACKAGES = ("torch", "megatron-core")

@@ -17,12 +17,12 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import transformer_engine
-from megatron_dynmoe.backends.context_parallel import check_context_parallel
-from megatron_dynmoe.backends.documents import check_masks
-from megatron_dynmoe.backends.latent_attention import check_latent_attention
+from megatron_dynmoe.backends.attention.context_parallel import check_context_parallel
+from megatron_dynmoe.backends.attention.documents import check_masks
+from megatron_dynmoe.backends.attention.latent_attention import check_latent_attention
 from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.moe.recompute import MODULE, recomputes_activations
-from megatron_dynmoe.settings.refusals import FlagError, SettingError
+from megatron_dynmoe.settings.messages.refusals import FlagError, SettingError
 from megatron_dynmoe.settings.routings import AUTO
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def settle_masks(backend: str, args: Any) -> None:
     """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
 
     That attention applies the causal mask by itself, and gets the lengths of documents that are
-    kept apart; see :mod:`megatron_dynmoe.backends.documents`.
+    kept apart; see :mod:`megatron_dynmoe.backends.attention.documents`.
 
     Args:
         backend: the chosen back end.

@@ -27,8 +27,8 @@ import torch
 from torch.utils import _device as contexts
 
 from megatron_dynmoe.backends.no_driver import Stream, answers, replace, returns
-from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 CPU = torch.device("cpu")
 

@@ -30,9 +30,9 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
-from megatron_dynmoe.backends.context_parallel import gather_sequence, scatter_sequence
-from megatron_dynmoe.backends.documents import are_lengths, attend_by_document
-from megatron_dynmoe.backends.latent_attention import (
+from megatron_dynmoe.backends.attention.context_parallel import gather_sequence, scatter_sequence
+from megatron_dynmoe.backends.attention.documents import are_lengths, attend_by_document
+from megatron_dynmoe.backends.attention.latent_attention import (
     LatentAttention,
     names_in_checkpoints,
     needs_one_size,
@@ -56,7 +56,7 @@ class ScaledDotProductAttention(DotProductAttention):
 
     Arguments, masks and dropout are upstream's. Dropout applies to the attention probabilities and
     draws from the generator of upstream's tracker. Grouped queries are not expanded. Under context
-    parallelism ranks exchange heads; see :mod:`megatron_dynmoe.backends.context_parallel`.
+    parallelism ranks exchange heads; see :mod:`~.attention.context_parallel`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ScaledDotProductAttention(DotProductAttention):
             value: [Sk, B, G, Hv]; Hv differs from H with latent attention only.
             attention_mask: True for masked scores, broadcast to [B, N, S, Sk]; or, as int64, the
                 lengths of the documents, each of which is attended to by itself
-                (:mod:`megatron_dynmoe.backends.documents`). None: the causal mask, or no mask if
+                (:mod:`~.attention.documents`). None: the causal mask, or no mask if
                 the layer is not causal or S is 1.
 
         Returns:

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.utils import get_te_version, is_te_min_version
 
-from megatron_dynmoe.backends.context_parallel import EXCHANGE, check_heads, kinds_of_exchange
-from megatron_dynmoe.settings.refusals import FlagError, SettingError
+from megatron_dynmoe.backends.attention.context_parallel import (
+    EXCHANGE,
+    check_heads,
+    kinds_of_exchange,
+)
+from megatron_dynmoe.settings.messages.refusals import FlagError, SettingError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -23,7 +23,7 @@ from megatron_dynmoe.checkpoints.collective import CheckpointError, cause, is_lo
 from megatron_dynmoe.checkpoints.faults import faults
 from megatron_dynmoe.checkpoints.other_backends import adopt_names
 from megatron_dynmoe.checkpoints.router_entries import check_router_entries
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.storage.atomic import nearest_existing, replace_file
 from megatron_dynmoe.storage.manifest import MANIFEST
 from megatron_dynmoe.storage.megatron_names import (

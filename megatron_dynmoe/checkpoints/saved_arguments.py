@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_dynmoe.checkpoints.load import candidates
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
-from megatron_dynmoe.settings.refusals import FlagError, flag
+from megatron_dynmoe.settings.messages.refusals import FlagError, flag
 from megatron_dynmoe.storage.megatron_names import checkpoint_name
 
 # These are sizes of parameters. If one is not given, Megatron derives it from the others.

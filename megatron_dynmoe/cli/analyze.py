@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dynmoe.cli.reading import add_key_flag, add_reading_flags
 from megatron_dynmoe.data.text.records import Limits, Unreadable
-from megatron_dynmoe.settings.command_line import (
+from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     UsageError,
     add_runtime_flags,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.jobs.attempts import ALREADY_FINISHED, begin, end
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

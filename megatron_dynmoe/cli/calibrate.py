@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_dynmoe.cli.reading import add_key_flag
 from megatron_dynmoe.conversion.formats import OURS, format_in
-from megatron_dynmoe.settings.command_line import (
+from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     add_runtime_flags,
     ending_plainly,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.settings.command_line import (
+from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     UsageError,
     add_runtime_flags,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dynmoe.settings.command_line import (
+from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     UsageError,
     add_runtime_flags,

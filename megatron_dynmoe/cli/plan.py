@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly, number
+from megatron_dynmoe.settings.messages.command_line import (
+    CommandParser,
+    UsageError,
+    ending_plainly,
+    number,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

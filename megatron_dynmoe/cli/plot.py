@@ -7,8 +7,8 @@ measured: a model that uses more experts per token moves to the right.
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dynmoe.runs import overlay
-from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly
+from megatron_dynmoe.runs.drawing import overlay
+from megatron_dynmoe.settings.messages.command_line import CommandParser, UsageError, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from megatron_dynmoe.cli.reading import add_input_flags
 from megatron_dynmoe.data.text.records import Limits
 from megatron_dynmoe.data.tokenizer import TOKENIZER_TYPES
-from megatron_dynmoe.settings.command_line import (
+from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     ending_plainly,
     number,

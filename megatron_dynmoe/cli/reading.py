@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS
-from megatron_dynmoe.settings.command_line import number
+from megatron_dynmoe.settings.messages.command_line import number
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:

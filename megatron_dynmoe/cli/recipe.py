@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.jobs.recipes import LAUNCH, describe, recipe_flags, recipe_names
-from megatron_dynmoe.settings.command_line import CommandParser, UsageError, ending_plainly
-from megatron_dynmoe.settings.words import format_flags
+from megatron_dynmoe.settings.messages.command_line import CommandParser, UsageError, ending_plainly
+from megatron_dynmoe.settings.messages.words import format_flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_dynmoe.runs.folder import CURVES, SUMMARY
 from megatron_dynmoe.runs.summary import write_summary_and_curves
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
+from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> None:

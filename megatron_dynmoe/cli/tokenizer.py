@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_dynmoe.cli.reading import add_input_flags
 from megatron_dynmoe.data.text.records import Limits
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly, number
+from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly, number
 
 
 def main(argv: Sequence[str] | None = None) -> None:

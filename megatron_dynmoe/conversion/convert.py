@@ -39,8 +39,8 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
-from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import check_target, new_folder
 from megatron_dynmoe.storage.json_files import write_json
 from megatron_dynmoe.storage.manifest import write_manifest

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 from megatron_dynmoe.data.indexed import MAGIC
-from megatron_dynmoe.settings.words import is_number
+from megatron_dynmoe.settings.messages.words import is_number
 
 # Megatron reads these codes of token types. We write two of them.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}

@@ -20,7 +20,7 @@ from megatron_dynmoe.data.text.inputs import expand_inputs
 from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 # A batch ends at this much text (characters) or this many documents. Larger batches leave a thread
 # idle at the end, smaller ones cost more switches. Both numbers also bound the memory.

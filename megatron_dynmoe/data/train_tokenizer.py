@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_dynmoe.data.text.inputs import expand_inputs
 from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import replace_file
 
 # These are <unk>, <s>, </s> and one piece for each byte.

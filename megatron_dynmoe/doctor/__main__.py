@@ -16,7 +16,7 @@ from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check, guarded
 from megatron_dynmoe.doctor import machine, software
 from megatron_dynmoe.doctor.table import write_table
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.settings.command_line import CommandParser, ending_plainly
+from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

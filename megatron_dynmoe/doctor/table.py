@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.settings.command_line import has_colors
+from megatron_dynmoe.settings.messages.command_line import has_colors
 
 SIGNS = {PASSED: "✓", WARNING: "!", FAILED: "✗"}
 PLAIN_SIGNS = {PASSED: "+", WARNING: "!", FAILED: "x"}

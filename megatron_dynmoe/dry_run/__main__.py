@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_dynmoe.dry_run.devices import shim
 from megatron_dynmoe.dry_run.request import Request
-from megatron_dynmoe.settings.command_line import ending_plainly
+from megatron_dynmoe.settings.messages.command_line import ending_plainly
 
 
 def main() -> None:

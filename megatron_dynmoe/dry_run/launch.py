@@ -23,7 +23,7 @@ from megatron_dynmoe.planning.gpus import GPU
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.planning.memory import Memory, MemoryModel
 from megatron_dynmoe.settings.arguments import resolved_from_args
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 _CHILD = "megatron_dynmoe.dry_run"
 COUNTS = ("mean", "first", "cap")

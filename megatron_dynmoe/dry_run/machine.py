@@ -8,7 +8,7 @@ import resource
 import psutil
 
 from megatron_dynmoe.dry_run.devices import shim
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 # What the process needs, measured: 0.9 GB for the largest recipe, of which torch takes 0.6; and of
 # addresses 4.2 GB, which CUDA's libraries take although nothing of them runs.

@@ -13,7 +13,7 @@ from megatron_dynmoe.dry_run.recording.recorder import Recorder
 from megatron_dynmoe.dry_run.recording.schedule import NUM_STEPS, MicroBatches
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.stand_ins import deep_ep, substitutes
-from megatron_dynmoe.settings.words import values_of
+from megatron_dynmoe.settings.messages.words import values_of
 
 # Flags of a run's files, data, schedule, reports and end: nothing is read or written.
 _DROPPED = (

@@ -28,7 +28,7 @@ from typing import Any
 from megatron_dynmoe.jobs.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.runs.folder import ATTEMPTS, CHECKPOINTS, FINISHED, STOPPED, TENSORBOARD
-from megatron_dynmoe.settings.words import format_flags, values_of, whole_number
+from megatron_dynmoe.settings.messages.words import format_flags, values_of, whole_number
 from megatron_dynmoe.storage.megatron_names import TRACKER
 
 # Exit codes. 75 is EX_TEMPFAIL: try again later.

@@ -10,7 +10,7 @@ from megatron_dynmoe.data.check import prefix_remedy
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.settings.arguments import PREFIX, naming_flags, resolved_from_args
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
-from megatron_dynmoe.settings.words import is_number, values_of, whole_number
+from megatron_dynmoe.settings.messages.words import is_number, values_of, whole_number
 
 LENGTH_FLAGS = ("train-iters", "train-samples")
 _DATA_FLAGS = ("data-path", "train-data-path", "data-args-path", "per-split-data-args-path")

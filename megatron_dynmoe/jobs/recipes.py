@@ -16,8 +16,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.words import text_of
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.words import text_of
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FOLDER = LAUNCH / "recipes"

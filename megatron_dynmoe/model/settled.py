@@ -15,7 +15,7 @@ from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 DEEPEP_MOST_IDS = 32  # of one token; csrc/kernels/legacy of DeepEP asserts it
 DEEPEP_ALIGNMENT = 16  # bytes of a row; csrc/legacy/buffer.hpp asserts it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_dynmoe.control.calibrate import initial_experts_per_token
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.arguments import resolved_from_args
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
 @dataclass(frozen=True)

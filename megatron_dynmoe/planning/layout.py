@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmoe.settings.refusals import FlagError
-from megatron_dynmoe.settings.words import values_of, whole_number
+from megatron_dynmoe.settings.messages.refusals import FlagError
+from megatron_dynmoe.settings.messages.words import values_of, whole_number
 
 
 @dataclass(frozen=True)

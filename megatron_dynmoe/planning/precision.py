@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_dynmoe.planning.layout import Layout
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Settings of Megatron that change the model in ways that this module does not know, and the values

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from megatron_dynmoe.runs import metric_names as names
 from megatron_dynmoe.runs.folder import EVENT_FILES, RESOLVED, TENSORBOARD, has_events
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.schedule import TargetSchedule
 
 

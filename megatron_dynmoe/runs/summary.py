@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.runs import metric_names as names
-from megatron_dynmoe.runs.curves import plot_curves
+from megatron_dynmoe.runs.drawing.curves import plot_curves
 from megatron_dynmoe.runs.events import Series, read_run
 from megatron_dynmoe.runs.folder import CURVES, SUMMARY
 from megatron_dynmoe.storage.atomic import replace_file

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.runs import metric_names as names
-from megatron_dynmoe.runs.curves import MAX_COLUMNS, draw_layers
+from megatron_dynmoe.runs.drawing.curves import MAX_COLUMNS, draw_layers
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 

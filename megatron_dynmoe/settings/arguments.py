@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_dynmoe.settings.config import BALANCE_LOSSES, SETTINGS, DynMoEConfig
-from megatron_dynmoe.settings.refusals import FlagError, SettingError, flag
+from megatron_dynmoe.settings.messages.refusals import FlagError, SettingError, flag
 
 PREFIX = "moe_dynamic_"
 

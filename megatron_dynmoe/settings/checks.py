@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.routings import AUTO, ROUTINGS
 
 if TYPE_CHECKING:

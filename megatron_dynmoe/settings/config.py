@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from megatron_dynmoe.settings.checks import check_settings
-from megatron_dynmoe.settings.refusals import SettingError, UnknownSettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError, UnknownSettingError
 from megatron_dynmoe.settings.routings import (
     ROUTINGS,
     STOCK,

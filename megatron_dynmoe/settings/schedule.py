@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError
 
 
 @dataclass(frozen=True)

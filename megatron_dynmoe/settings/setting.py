@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.routings import AUTO, DYNAMIC
 from megatron_dynmoe.settings.schedule import TargetSchedule
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from megatron_dynmoe.checkpoints import collective as checkpoints
 from megatron_dynmoe.settings.arguments import (
     add_dynmoe_args,
 )
-from megatron_dynmoe.settings.command_line import RaisingParser, UsageError
-from megatron_dynmoe.settings.words import text_of
+from megatron_dynmoe.settings.messages.command_line import RaisingParser, UsageError
+from megatron_dynmoe.settings.messages.words import text_of
 from megatron_dynmoe.training import run_directory, signals
 from megatron_dynmoe.training.checks.argument_checks import bound_numbers
 

@@ -19,7 +19,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_dynmoe.backends.documents import document_lengths, lengths_travel
+from megatron_dynmoe.backends.attention.documents import document_lengths, lengths_travel
 from megatron_dynmoe.runs.metric_names import LOSS
 from megatron_dynmoe.training.logits import check_logits
 

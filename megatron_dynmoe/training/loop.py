@@ -30,9 +30,9 @@ from megatron_dynmoe.model.spec import layer_spec
 from megatron_dynmoe.runs import metric_names
 from megatron_dynmoe.runs.metrics import summarize
 from megatron_dynmoe.settings.arguments import naming_flags
-from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.checks.settle_arguments import OTHER_MODELS, settle_arguments
 from megatron_dynmoe.training.checks.upstream_refusals import in_flags

@@ -17,9 +17,9 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 from megatron_dynmoe.model.settled import Settled
 from megatron_dynmoe.runs import folder as names
+from megatron_dynmoe.runs.drawing.live_plot import redrawing
 from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.folder import mark_finished
-from megatron_dynmoe.runs.live_plot import redrawing
 from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.megatron_names import TRACKER

@@ -15,7 +15,7 @@ import torch
 from megatron.training import global_vars
 
 from megatron_dynmoe.runs.folder import mark_stopped
-from megatron_dynmoe.settings.exits import report_to_torchrun
+from megatron_dynmoe.settings.messages.exits import report_to_torchrun
 
 # If the parent ignores one of these (nohup, a script's background job), the run ignores it too.
 _OPTIONAL = (signal.SIGINT, signal.SIGHUP)

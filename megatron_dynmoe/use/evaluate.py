@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.refusals import in_few_words
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.refusals import in_few_words
 
 OWN_TASKS = Path(__file__).parent / "tasks"  # that lm-eval does not have
 

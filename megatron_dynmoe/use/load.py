@@ -20,8 +20,8 @@ import transformers
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_in
 from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, check_is_model
-from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.refusals import in_few_words
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
 from megatron_dynmoe.storage.megatron_names import TRACKER
 

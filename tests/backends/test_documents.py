@@ -58,7 +58,7 @@ def spans(batch) -> list[tuple[int, int, int]]:
 
 @given(EODS)
 def test_lengths_are_those_of_the_documents(batch):
-    from megatron_dynmoe.backends.documents import document_lengths
+    from megatron_dynmoe.backends.attention.documents import document_lengths
 
     _, _, positions = upstreams(tokens_of(batch))
     expected = [end - start for _, start, end in spans(batch)]
@@ -95,7 +95,7 @@ def attend_token_by_token(query, key, value, batch) -> Tensor:
 
 
 def check_attention(batch) -> None:
-    from megatron_dynmoe.backends.documents import document_lengths
+    from megatron_dynmoe.backends.attention.documents import document_lengths
 
     ours = attention()
     draw = generator(1)
@@ -176,7 +176,7 @@ def test_a_row_trains_as_its_documents_alone(batch, positions):
     Alone, the documents are rows that are padded to the length of the longest. Later tokens, and so
     padding, change nothing, and the routers leave it out.
     """
-    from megatron_dynmoe.backends.documents import document_lengths
+    from megatron_dynmoe.backends.attention.documents import document_lengths
 
     for row in batch:
         tokens = tokens_of([row])

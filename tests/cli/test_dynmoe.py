@@ -11,8 +11,8 @@ import pytest
 
 from megatron_dynmoe.__main__ import COMMANDS, main
 from megatron_dynmoe.jobs.recipes import recipe_flags, recipe_names
-from megatron_dynmoe.settings.command_line import UsageError, ending_plainly
-from megatron_dynmoe.settings.words import format_flags
+from megatron_dynmoe.settings.messages.command_line import UsageError, ending_plainly
+from megatron_dynmoe.settings.messages.words import format_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ from megatron_dynmoe.data.text import readers, records
 from megatron_dynmoe.data.text.inputs import expand_inputs
 from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import Limits, Unreadable
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 from .conftest import Run, outputs, write_jsonl
 

@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_dynmoe.cli import tokenizer as command
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 from .conftest import CORPUS, ODD_TEXTS, write_jsonl
 

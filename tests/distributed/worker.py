@@ -28,7 +28,7 @@ import torch
 from torch.distributed import PrefixStore
 
 from megatron_dynmoe.backends import cpu
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 # For other processes, while they work on other cases: the first one of a case to be free waits
 # until the last one is. A rank that dies is noticed at once.

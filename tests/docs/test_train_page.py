@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.settings.words import values_of
+from megatron_dynmoe.settings.messages.words import values_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/train.md").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ import psutil
 
 from megatron_dynmoe.runs.events import Series, read_scalars
 from megatron_dynmoe.runs.progress_lines import progress_of
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KINDS = ("book", "code", "reference", "dictionary")

@@ -24,7 +24,7 @@ from typing import Any
 import hypothesis
 from hypothesis.strategies import SearchStrategy
 
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from tests.fuzz.command_lines import BASE, CommandLine, command_lines
 from tests.fuzz.mistyped import mistyped
 from tests.fuzz.trial import Outcome, attempt, parse, strictly

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_dynmoe.settings.command_line import UsageError
 from megatron_dynmoe.settings.config import SETTINGS
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from tests.fuzz.command_lines import CommandLine
 from tests.helpers.ports import reserved_port
 

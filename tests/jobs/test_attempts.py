@@ -18,7 +18,7 @@ from megatron_dynmoe.jobs.attempts import (
     is_finished,
 )
 from megatron_dynmoe.runs.folder import mark_finished, mark_stopped
-from megatron_dynmoe.settings.words import values_of
+from megatron_dynmoe.settings.messages.words import values_of
 
 
 @pytest.fixture(autouse=True)

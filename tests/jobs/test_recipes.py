@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dynmoe.jobs import recipes
 from megatron_dynmoe.jobs.recipes import recipe_flags, recipe_names
-from megatron_dynmoe.settings.words import format_flags, values_of
+from megatron_dynmoe.settings.messages.words import format_flags, values_of
 
 
 @pytest.fixture

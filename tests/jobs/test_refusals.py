@@ -9,7 +9,7 @@ from megatron_dynmoe.cli.plan import main
 from megatron_dynmoe.jobs.recipes import command_words, recipe_names
 from megatron_dynmoe.jobs.refusals import check_start
 from megatron_dynmoe.planning.gpus import GPUS
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.upstream_flags import _REFUSED_VALUES, UPSTREAM_FLAGS, Refused
 from tests.helpers.commands import exit_code_of
 from tests.moe import one_rank

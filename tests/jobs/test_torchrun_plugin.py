@@ -14,8 +14,10 @@ from megatron_dynmoe.torchrun_plugin import in_few_lines, rendezvous_handler
 RANK = """
 import sys
 from torch.distributed.elastic.multiprocessing.errors import record
-from megatron_dynmoe.settings.command_line import UsageError
-from megatron_dynmoe.settings.exits import exiting_on_misuse, without_traceback, report_to_torchrun
+from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.exits import (
+    exiting_on_misuse, report_to_torchrun, without_traceback,
+)
 
 @record
 def main():

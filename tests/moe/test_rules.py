@@ -13,7 +13,7 @@ from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
 from megatron_dynmoe.moe.rules import RULES, Rule, TopP
 from megatron_dynmoe.routing.route import Routing, route, route_by
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.refusals import SettingError
+from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.routings import DYNAMIC
 from tests.moe import one_rank
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_dynmoe.settings.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser
 from tests.mutations.planted import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).resolve().parents[2]

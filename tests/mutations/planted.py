@@ -404,7 +404,7 @@ DISPATCHING = [
     Mutation(
         "late_chunks_not_put_in_order",
         "attention over a split sequence takes the late chunks in the order of the ranks",
-        "backends/context_parallel.py",
+        "backends/attention/context_parallel.py",
         "torch.cat([early, late.flip(0)]).flatten(0, 1)",
         "torch.cat([early, late]).flatten(0, 1)",
         (f"{CONTEXT}::test_a_split_sequence_trains_as_a_whole_one[cp2]",),
@@ -612,7 +612,7 @@ WATCHING = [
     Mutation(
         "copied_moments_are_overlooked",
         "the doctor does not compare the optimizer's moments of two experts",
-        "doctor/checkpoint/values.py",
+        "doctor/checkpoint/checks/values.py",
         "part.kind == MOMENT and part.layer is not None",
         "False",
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
@@ -620,7 +620,7 @@ WATCHING = [
     Mutation(
         "two_copies_of_an_expert_are_none",
         "the doctor calls experts copies only if there are three of one kind",
-        "doctor/checkpoint/copies.py",
+        "doctor/checkpoint/checks/copies.py",
         "if len(group) > 1)",
         "if len(group) > 2)",
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
@@ -701,7 +701,7 @@ ATTENTION = [
     Mutation(
         "documents_see_each_other",
         "documents that are to be kept apart are one",
-        "backends/documents.py",
+        "backends/attention/documents.py",
         ".split(lengths.tolist())",
         ".split([int(lengths.sum())])",
         ("tests/backends/test_documents.py::test_attention_is_that_of_each_document",),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dynmoe.runs.curves import MAX_COLUMNS, draw_layers, save_figure
+from megatron_dynmoe.runs.drawing.curves import MAX_COLUMNS, draw_layers, save_figure
 
 
 def test_the_heat_map_averages_steps_and_leaves_layers_without_experts_empty():

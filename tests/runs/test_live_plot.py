@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dynmoe.runs.live_plot import redrawing
+from megatron_dynmoe.runs.drawing.live_plot import redrawing
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
 PAUSE = 0.05
@@ -15,7 +15,7 @@ PATIENCE = 240
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("megatron_dynmoe.runs.live_plot.MAX_SHARE", 1.0)
+    monkeypatch.setattr("megatron_dynmoe.runs.drawing.live_plot.MAX_SHARE", 1.0)
 
 
 def wait_for(condition):

@@ -370,7 +370,7 @@ def test_a_heat_map_that_fails_stops_no_training(tracker, capsys):
 
 
 def test_the_history_of_a_long_run_stays_small():
-    from megatron_dynmoe.runs.curves import MAX_COLUMNS
+    from megatron_dynmoe.runs.drawing.curves import MAX_COLUMNS
     from megatron_dynmoe.runs.tensorboard import LayerHistory
 
     history = LayerHistory()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_dynmoe.cli import plot
-from megatron_dynmoe.runs import overlay
+from megatron_dynmoe.runs.drawing import overlay
 from megatron_dynmoe.runs.metric_names import TARGET
 from tests.helpers.commands import exit_code_of
 from tests.helpers.fake_runs import dtop_p_scalars, make_run

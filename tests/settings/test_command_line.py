@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmoe.settings.command_line import CommandParser, in_one_line
+from megatron_dynmoe.settings.messages.command_line import CommandParser, in_one_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

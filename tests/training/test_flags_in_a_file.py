@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 import pytest
 
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.training.flags import add_flags
 
 pytestmark = pytest.mark.megatron

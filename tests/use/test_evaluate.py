@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from megatron_dynmoe.conversion.hugging_face.tokenizer import export_tokenizer
 from megatron_dynmoe.data.train_tokenizer import train_tokenizer
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.use import evaluate as module
 from megatron_dynmoe.use.counting_lm import CountingLM
 from megatron_dynmoe.use.evaluate import PAPERS, PRESETS, evaluate, load_tasks

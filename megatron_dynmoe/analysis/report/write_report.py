@@ -14,7 +14,7 @@ from megatron_dynmoe.analysis.counting.tokens import pieces_of
 from megatron_dynmoe.analysis.counting.windows import OTHER
 from megatron_dynmoe.analysis.report import figures, page
 from megatron_dynmoe.analysis.report.statistics import MIN_DOCUMENTS, summarize
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import read_json
 from megatron_dynmoe.use.token_display import printable

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
+from megatron_dynmoe.settings.messages.words import is_number
 from megatron_dynmoe.settings.routings import ROUTINGS
-from megatron_dynmoe.settings.words import is_number
 from megatron_dynmoe.storage.atomic import replace_file
 
 CARD = "README.md"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dynmoe.conversion.hugging_face.words import CONFIG
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import current_umask
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import plain_name

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
 from megatron_dynmoe.conversion.shapes import Block
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import plain_name
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
 from megatron_dynmoe.storage.unpickle import load_metadata, load_objects

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 COMPRESSED = (".gz", ".zst", ".zstd")
 # Text files end like this. A folder gives only such files; a file that is named may end otherwise.

@@ -10,17 +10,17 @@ from pathlib import Path
 from megatron_dynmoe.conversion.megatron.settings import obstacles
 from megatron_dynmoe.conversion.sources import FromFolder, FromMegatron, progress_bar
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.doctor.checkpoint.controller import check_router_state
-from megatron_dynmoe.doctor.checkpoint.copies import check_copies
-from megatron_dynmoe.doctor.checkpoint.distributed import Distributed
-from megatron_dynmoe.doctor.checkpoint.hugging_face import HuggingFace
-from megatron_dynmoe.doctor.checkpoint.parts import RESTORE, Opened, failure
-from megatron_dynmoe.doctor.checkpoint.progress import check_progress, check_tracker
-from megatron_dynmoe.doctor.checkpoint.rank_files import RankFiles
-from megatron_dynmoe.doctor.checkpoint.structure import check_optimizer, check_structure
-from megatron_dynmoe.doctor.checkpoint.values import Values
+from megatron_dynmoe.doctor.checkpoint.checks.controller import check_router_state
+from megatron_dynmoe.doctor.checkpoint.checks.copies import check_copies
+from megatron_dynmoe.doctor.checkpoint.checks.progress import check_progress, check_tracker
+from megatron_dynmoe.doctor.checkpoint.checks.structure import check_optimizer, check_structure
+from megatron_dynmoe.doctor.checkpoint.checks.values import Values
+from megatron_dynmoe.doctor.checkpoint.reading.distributed import Distributed
+from megatron_dynmoe.doctor.checkpoint.reading.hugging_face import HuggingFace
+from megatron_dynmoe.doctor.checkpoint.reading.parts import RESTORE, Opened, failure
+from megatron_dynmoe.doctor.checkpoint.reading.rank_files import RankFiles
 from megatron_dynmoe.jobs.display import show_bytes
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import MANIFEST, check_file, read_manifest
 from megatron_dynmoe.storage.megatron_names import (
     RELEASE,

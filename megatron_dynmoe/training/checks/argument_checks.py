@@ -11,8 +11,8 @@ from argparse import ArgumentParser, Namespace
 
 from megatron_dynmoe.data.tokenizer import SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_dynmoe.planning.layout import Layout, check_layout
-from megatron_dynmoe.settings.command_line import LARGEST, number
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.command_line import LARGEST, number
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 # These numbers have to be at least 1. Upstream checks few of them: it divides by them, or trains
 # with them. All other numbers have to be at least 0, except those that mean something below 0.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 _DIVIDES = "since Megatron divides by it"
 

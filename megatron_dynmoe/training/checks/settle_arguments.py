@@ -15,7 +15,7 @@ from megatron_dynmoe.settings.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training.checks.argument_checks import check_arguments, check_top_k
 from megatron_dynmoe.training.checks.intervals import check_intervals

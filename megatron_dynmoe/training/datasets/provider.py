@@ -13,7 +13,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_dynmoe.backends.documents import lengths_travel
+from megatron_dynmoe.backends.attention.documents import lengths_travel
 from megatron_dynmoe.training.datasets.splits import SPLITS, splits_read
 from megatron_dynmoe.training.datasets.token_files import (
     DatasetConfig,

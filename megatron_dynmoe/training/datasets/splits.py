@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 
 from megatron_dynmoe.data.check import read_dataset
-from megatron_dynmoe.settings.words import is_number
+from megatron_dynmoe.settings.messages.words import is_number
 
 SPLITS = ("training", "validation", "test")
 _OWN_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")

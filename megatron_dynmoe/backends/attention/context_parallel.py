@@ -20,7 +20,7 @@ import torch
 from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 
-from megatron_dynmoe.settings.refusals import FlagError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

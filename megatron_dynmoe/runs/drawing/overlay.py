@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmoe.runs import metric_names as names
-from megatron_dynmoe.runs.curves import save_figure
+from megatron_dynmoe.runs.drawing.curves import save_figure
 from megatron_dynmoe.runs.events import Series, read_run, target_of
-from megatron_dynmoe.settings.command_line import UsageError
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 SUFFIXES = (".png", ".svg", ".pdf")

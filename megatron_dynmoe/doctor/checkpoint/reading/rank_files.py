@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_dynmoe.data.finding import FAILED, Check
-from megatron_dynmoe.doctor.checkpoint.parts import (
+from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MOMENT,
     RESTORE,
     WEIGHT,
@@ -38,7 +38,7 @@ class _Rank(NamedTuple):
 
 
 class RankFiles:
-    """See :class:`megatron_dynmoe.doctor.checkpoint.parts.Opened`."""
+    """See :class:`megatron_dynmoe.doctor.checkpoint.reading.parts.Opened`."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder of one iteration: reads all that is no tensor.

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.doctor.checkpoint.parts import numbers
-from megatron_dynmoe.doctor.checkpoint.values import Block, Place, Values, files_in_words
+from megatron_dynmoe.doctor.checkpoint.checks.values import Block, Place, Values, files_in_words
+from megatron_dynmoe.doctor.checkpoint.reading.parts import numbers
 
 _REMEDY = "take an earlier iteration, or convert again from the source with another converter"
 _MEANT = "if the model was made by copying experts (upcycling), that is as it should be"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, Check
-from megatron_dynmoe.doctor.checkpoint.parts import MASTER, MOMENT, WEIGHT, Part, numbers
+from megatron_dynmoe.doctor.checkpoint.reading.parts import MASTER, MOMENT, WEIGHT, Part, numbers
 
 Place = tuple[int | None, int | None]  # layer and expert
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.doctor.checkpoint.parts import (
+from megatron_dynmoe.doctor.checkpoint.checks.values import Place, Values
+from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MOMENT,
     WEIGHT,
     belongs_to_experts,
     is_dense,
     numbers,
 )
-from megatron_dynmoe.doctor.checkpoint.values import Place, Values
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 _NAME = "layers and experts"

@@ -14,7 +14,7 @@ import torch
 
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.data.finding import FAILED, Check
-from megatron_dynmoe.doctor.checkpoint.parts import (
+from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MASTER,
     MOMENT,
     RESTORE,
@@ -35,7 +35,7 @@ _ALIGNED = 64
 
 
 class Distributed:
-    """See :class:`megatron_dynmoe.doctor.checkpoint.parts.Opened`."""
+    """See :class:`megatron_dynmoe.doctor.checkpoint.reading.parts.Opened`."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder of one iteration.

@@ -13,8 +13,8 @@ from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, Check
-from megatron_dynmoe.doctor.checkpoint.parts import numbers
-from megatron_dynmoe.doctor.checkpoint.progress import has_trained
+from megatron_dynmoe.doctor.checkpoint.checks.progress import has_trained
+from megatron_dynmoe.doctor.checkpoint.reading.parts import numbers
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts

@@ -1,6 +1,6 @@
 """``--live-plot``: a separate process redraws the curves of a run that is under way.
 
-    python -m megatron_dynmoe.runs.live_plot RUN     # once
+    python -m megatron_dynmoe.runs.drawing.live_plot RUN     # once
 
 The training waits only until its events are on disk. Nothing here imports torch.
 """
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.runs.curves import plot_curves
+from megatron_dynmoe.runs.drawing.curves import plot_curves
 from megatron_dynmoe.runs.events import NothingLogged, read_run
 from megatron_dynmoe.runs.folder import CURVES
 
@@ -71,7 +71,7 @@ def _draw_in_a_process(run_dir: Path, stop: threading.Event) -> str:
         The last line of the child's stderr if it failed, else an empty string.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "megatron_dynmoe.runs.live_plot", str(run_dir)],
+        [sys.executable, "-m", "megatron_dynmoe.runs.drawing.live_plot", str(run_dir)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

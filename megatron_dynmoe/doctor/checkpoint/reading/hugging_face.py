@@ -11,11 +11,17 @@ import torch
 
 from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder
 from megatron_dynmoe.data.finding import Check
-from megatron_dynmoe.doctor.checkpoint.parts import WEIGHT, Part, is_stacked, place_of, unread
+from megatron_dynmoe.doctor.checkpoint.reading.parts import (
+    WEIGHT,
+    Part,
+    is_stacked,
+    place_of,
+    unread,
+)
 
 
 class HuggingFace:
-    """See :class:`megatron_dynmoe.doctor.checkpoint.parts.Opened`."""
+    """See :class:`megatron_dynmoe.doctor.checkpoint.reading.parts.Opened`."""
 
     args: Namespace | None = None
     iteration: int | None = None
