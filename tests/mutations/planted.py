@@ -562,14 +562,6 @@ WATCHING = [
         ("tests/upstream/test_patches.py::test_every_patch_that_applies_takes_effect",),
     ),
     Mutation(
-        "a_plan_without_flags_in_files",
-        "a plan does not read @FILE, which a training takes",
-        "jobs/recipes.py",
-        'words += recipe_flags(flag) if flag.startswith("@") else [flag]',
-        "words.append(flag)",
-        ("tests/cli/test_training_flags.py::test_a_command_takes_every_flag",),
-    ),
-    Mutation(
         "a_dry_run_reads_without_waiting",
         "a dry run counts no wait if the host reads a number from the device",
         "dry_run/recording/recorder.py",
