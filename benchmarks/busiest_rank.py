@@ -45,8 +45,9 @@ DTOP_P = (
 # A model of many small experts, as large as the quickstart's.
 GRANULAR = "--num-experts 64 --moe-ffn-hidden-size 64 --ffn-hidden-size 64 --num-layers 4"
 ROUTINGS = {
+    # Megatron divides the balance loss of top-k by k, so 8e-2 is as much as 1e-2 of DTop-p's.
     "top_k": "--moe-router-topk 8 --moe-router-load-balancing-type seq_aux_loss "
-    "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32",
+    "--moe-aux-loss-coeff 8e-2 --moe-router-dtype fp32",
     "dtop_p": f"{DTOP_P} 8",
     "dtop_p_cap": f"{DTOP_P} 8 --moe-dynamic-max-experts-per-token 16",
 }
