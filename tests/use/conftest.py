@@ -24,6 +24,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     caches = tmp_path_factory.getbasetemp()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(caches / "hub"))
+    # The first test of a task to run would find its progress among the messages.
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module")
