@@ -54,8 +54,7 @@ def fused(build: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch's Adam, which upstream builds, take each step of all parameters in a few kernels.
 
     It then needs no temporaries, which otherwise are as large as the parameters that it updates. On
-    a CPU it does so if it is asked for, because the last bit differs; otherwise it goes through
-    large parameters in blocks.
+    a CPU it does so only if it is asked for, because the last bit differs.
     """
 
     @functools.wraps(build)
@@ -65,41 +64,9 @@ def fused(build: Callable[..., Any]) -> Callable[..., Any]:
         if is_torch_adam(optimizer) and (is_on_gpu() or kernels.asked_for() == "1"):
             for settings in (optimizer.defaults, *optimizer.param_groups):
                 settings["fused"] = True
-        elif is_torch_adam(optimizer):
-            optimizer._init_group = in_blocks(optimizer._init_group)
         return built
 
     return build_fused
-
-
-# 5 of these in float32 (a parameter's, its gradient's, its state's and a temporary) fit into caches
-BLOCK_ELEMENTS = 1 << 17
-
-
-def in_blocks(init_group: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch's Adam take blocks of a parameter for parameters, with the same bits.
-
-    It reads and writes each of them eleven times in a step. Blocks are still in the caches then.
-    """
-
-    @functools.wraps(init_group)
-    def init_blocks(group: dict[str, Any], *lists: list[Tensor]) -> Any:
-        found = init_group(group, *lists)
-        *tensors, largest, steps = lists  # the largest squares are Amsgrad's
-        if largest or not all(each.is_contiguous() for of_all in tensors for each in of_all):
-            return found
-        blocks: list[list[Tensor]] = [[] for _ in (*tensors, steps)]
-        for *of_one, step in zip(*tensors, steps, strict=True):
-            parts = zip(*(each.view(-1).split(BLOCK_ELEMENTS) for each in of_one), strict=True)
-            for number, part in enumerate(parts):  # each counts this step, the first for all
-                of_block = (*part, step.clone() if number else step)
-                for given, each in zip(blocks, of_block, strict=True):
-                    given.append(each)
-        for given, ours in zip((*tensors, steps), blocks, strict=True):
-            given[:] = ours
-        return found
-
-    return init_blocks
 
 
 def keep_fused(optimizer: torch.optim.Optimizer) -> None:

@@ -618,14 +618,6 @@ WATCHING = [
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
     ),
     Mutation(
-        "every_block_counts_a_step",
-        "a parameter's step of AdamW in blocks counts once for each block",
-        "upstream/fewer_kernels.py",
-        "of_block = (*part, step.clone() if number else step)",
-        "of_block = (*part, step)",
-        ("tests/upstream/test_fewer_kernels.py::test_steps_in_blocks_have_the_bits_of_whole_ones",),
-    ),
-    Mutation(
         "rotation_not_turned_back",
         "the gradient of rotary positions on a CPU is rotated forward",
         "kernels/rope_cpu.py",

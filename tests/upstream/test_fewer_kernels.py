@@ -53,26 +53,6 @@ def test_scaling_has_the_bits_of_upstreams_and_is_in_place(fewer_kernels) -> Non
         fewer_kernels.scale(0, None, [ours, theirs], 0.3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"weight_decay": 0.0}], ids=str)
-def test_steps_in_blocks_have_the_bits_of_whole_ones(fewer_kernels, monkeypatch, settings) -> None:
-    monkeypatch.setattr(fewer_kernels, "BLOCK_ELEMENTS", 100)
-    optimizers = []
-    for wrap in (lambda found: found, fewer_kernels.in_blocks):
-        params = [torch.nn.Parameter(grad) for grad in gradients()]
-        optimizer = torch.optim.AdamW(params, lr=0.1, **settings)
-        optimizer._init_group = wrap(optimizer._init_group)
-        for scale in (1.0, -0.3, 2.0):
-            for param, grad in zip(params, gradients(), strict=True):
-                param.grad = None if len(param) == 7 else scale * grad
-            optimizer.step()
-        optimizers.append(optimizer)
-    whole, blocks = (optimizer.state for optimizer in optimizers)
-    assert len(whole) == len(blocks) == len(SIZES) - 1
-    for (param, state), (ours, our_state) in zip(whole.items(), blocks.items(), strict=True):
-        assert torch.equal(param, ours) and state.keys() == our_state.keys()
-        assert all(torch.equal(state[name], our_state[name]) for name in state)
-
-
 @pytest.mark.parametrize("setting", ["0", "1"])
 def test_on_a_cpu_a_fused_step_is_asked_for(fewer_kernels, monkeypatch, setting) -> None:
     """It rounds in another way."""
@@ -82,7 +62,6 @@ def test_on_a_cpu_a_fused_step_is_asked_for(fewer_kernels, monkeypatch, setting)
     optimizer = fewer_kernels.fused(torch.optim.AdamW)(params)
     is_fused = setting == "1"
     assert [bool(group["fused"]) for group in optimizer.param_groups] == [is_fused]
-    assert ("_init_group" in vars(optimizer)) is not is_fused
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
