@@ -27,7 +27,7 @@ quickstart: setup ## trains a small model on real text on this machine, about 5 
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
 # Without what takes long: Megatron, several processes, slow tests and Triton's interpreter.
-check: setup lint types ## lint, types, and the tests that need no Megatron: 2 to 4 minutes
+check: setup lint types ## lint, types, and the tests that need no Megatron: about 4 minutes
 	@$(TEST) tests -n 2 --dist loadgroup \
 	  -m "not (megatron or distributed or long or slow or triton)"
 
