@@ -35,12 +35,16 @@ def check_curve(curve: Any, num_experts: int) -> None:
             f"budget_curve is {curve!r}: use a list of points, each with experts_per_token, "
             f"threshold and loss, or null. To measure one: {_CALIBRATE}"
         )
-    ranges = {"experts_per_token": (1, num_experts), "threshold": (0, 1), "loss": (0, math.inf)}
+    ranges: dict[str, tuple[float, float]] = {
+        "experts_per_token": (1, num_experts),
+        "threshold": (0, 1),
+        "loss": (0, math.inf),
+    }
     for index, point in enumerate(curve):
         if not isinstance(point, dict):
             raise ValueError(f"budget_curve[{index}] is {point!r}: use names and numbers.")
         for name, (low, high) in ranges.items():
-            value = point.get(name)
+            value: Any = point.get(name)
             if name == "loss" and value is None:
                 continue
             if not _is_number(value) or not low <= value <= high:
