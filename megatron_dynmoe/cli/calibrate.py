@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from megatron_dynmoe.use import calibrate as calibration
+    from megatron_dynmoe.use.budgets import points_of, refine
     from megatron_dynmoe.use.load import (
         be_quiet,
         check_ids,
@@ -119,8 +120,15 @@ def _run(args: argparse.Namespace) -> None:
             table.add(_describe(config), start, f"  <- {what} {goal:g}")
             return found
 
-        curve = [find(budget, "global", "budget") for budget in args.budgets]
-        calibration.budget_curve(curve)  # refuses what cannot be written
+        def measure_between(threshold: calibration.Threshold, label: str) -> Any:
+            measured = measure_at(threshold, label)
+            table.add(_describe(config), measured, f"  {label}")
+            return measured
+
+        curve = []
+        if args.budgets:
+            budgets = [find(budget, "global", "budget") for budget in args.budgets]
+            curve = refine(points_of(budgets), measure_between)
         found = None
         if args.target is not None:
             found = find(args.target, args.scope, "target")

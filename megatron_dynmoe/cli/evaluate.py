@@ -70,7 +70,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
 
 
 def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
-    from megatron_dynmoe.use import load
+    from megatron_dynmoe.use import budgets, load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
     from megatron_dynmoe.use.vocabulary import check_given
 
@@ -81,14 +81,14 @@ def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     exported = load.in_our_format(source, args.tokenizer) if is_checkpoint else nullcontext(source)
     with exported as folder:
         config = load.load_config(folder)
-        load.set_budget(config, args.budget)
+        budgets.set_budget(config, args.budget)
         tokenizer = load.load_tokenizer(folder)
         load.check_ids(len(tokenizer) - 1, config)
         if args.tokenizer is not None:
             check_given(args.tokenizer, tokenizer, source)
         device = args.device or load.default_device()
         model = load.load_model(folder, config, dtype=args.dtype, device=device)
-        load.keep_to_config(model)
+        budgets.keep_to_config(model)
         report = evaluate(
             model,
             tokenizer,

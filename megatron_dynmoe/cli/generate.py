@@ -43,12 +43,12 @@ def _run(args: argparse.Namespace) -> None:
     prompt = _read_prompt(args)
     import torch
 
+    from megatron_dynmoe.use.budgets import keep_to_config
     from megatron_dynmoe.use.generate import generate
     from megatron_dynmoe.use.load import (
         be_quiet,
         check_ids,
         default_device,
-        keep_to_config,
         load_config,
         load_model,
         load_tokenizer,
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _override_routing(config: Any, args: argparse.Namespace) -> None:
-    from megatron_dynmoe.use.load import set_budget
+    from megatron_dynmoe.use.budgets import set_budget
 
     for flag, field, value in (
         ("--budget", None, args.budget),

@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +28,9 @@ from megatron_dynmoe.huggingface.encoding import encode_document
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import update_manifest
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.use.budgets import Point
 
 # So many probabilities are kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
@@ -193,29 +195,6 @@ def calibrate(
     )
 
 
-def budget_curve(found: Sequence[Calibration]) -> list[dict[str, Any]]:
-    """The points of a model's ``budget_curve``, from calibrations in the order of their targets.
-
-    Raises:
-        ValueError: a larger target has no larger threshold.
-    """
-    for one, more in pairwise(found):
-        if more.threshold <= one.threshold:  # type: ignore[operator]  # each is one number
-            raise ValueError(
-                f"--budgets: {one.target:g} and {more.target:g} experts per token have the "
-                f"thresholds {one.threshold:g} and {more.threshold:g}, measured to "
-                f"{tolerance(more.target):.4g} experts: leave one out, or give more --tokens"
-            )
-    return [
-        {
-            "experts_per_token": one.target,
-            "threshold": one.threshold,
-            "loss": round(one.measurement.loss, 6),
-        }
-        for one in found
-    ]
-
-
 def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """Refuse a target that no routing of this model can give, before anything is measured.
 
@@ -254,7 +233,7 @@ def write_calibration(
     calibration: Calibration | None,
     cap: int | None,
     data: str,
-    budgets: Sequence[Calibration] = (),
+    curve: Sequence[Point] = (),
 ) -> None:
     """Put what was found, and how, into a folder's config.json and model card.
 
@@ -264,17 +243,17 @@ def write_calibration(
         calibration: the model's own threshold from now on; None keeps the folder's.
         cap: a new cap in inference; None keeps the folder's own.
         data: the name of the text file, for the record.
-        budgets: the points of a new ``budget_curve``, ascending; if there are none, the folder's
+        curve: the points of a new ``budget_curve``, ascending; if there are none, the folder's
             stays, unless there is a new cap, with which it was not measured.
     """
     path = folder / CONFIG
     config = read_json(path)
-    if budgets:
-        config["budget_curve"] = budget_curve(budgets)
+    if curve:
+        config["budget_curve"] = [point.to_json() for point in curve]
         config["budget_calibration"] = {
             "data": data,
-            "tokens": budgets[0].measurement.tokens,
-            "mean_experts_per_token": [round(one.measurement.experts, 6) for one in budgets],
+            "tokens": curve[0].measurement.tokens,
+            "mean_experts_per_token": [round(one.measurement.experts, 6) for one in curve],
         }
     elif cap is not None:
         config["budget_curve"] = config["budget_calibration"] = None

@@ -20,7 +20,6 @@ import transformers
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_in
 from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, check_is_model
-from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.messages.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
@@ -219,32 +218,6 @@ def check_ids(largest: int, config: Any) -> None:
             f"the tokenizer gives the id {largest}, and the model knows 0 to "
             f"{config.vocab_size - 1}: it is another model's tokenizer"
         )
-
-
-def set_budget(config: Any, budget: float | None) -> None:
-    """Let the model of a config use a mean number of experts per token; None: its own routing.
-
-    Raises:
-        ValueError: the config has no curve, or the curve does not have this budget.
-    """
-    if budget is None:
-        return
-    curve = getattr(config, "budget_curve", None)
-    try:
-        threshold_at(curve, budget, None if curve is None else config.cap(training=False))
-    except ValueError as error:
-        raise ValueError(f"--budget: {error}") from error
-    config.inference_experts_per_token = budget
-
-
-def keep_to_config(model: Any) -> None:
-    """Make a budget that generation_config.json asks for the model's, unless config.json has one.
-
-    Else ``generate`` would use another number of experts than a mere forward.
-    """
-    budget = getattr(model.generation_config, "experts_per_token", None)
-    if budget is not None:
-        model.set_budget(model.config.inference_experts_per_token or budget)
 
 
 def default_device() -> str:

@@ -11,8 +11,11 @@ import torch
 
 from megatron_dynmoe.cli import analyze, calibrate, evaluate, generate
 from megatron_dynmoe.conversion.convert import Target, to_hf
+from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
 from megatron_dynmoe.storage.manifest import check_manifest
 from megatron_dynmoe.use import calibrate as calibration
+from megatron_dynmoe.use.budgets import points_of, refine
+from megatron_dynmoe.use.calibrate import Calibration, Measurement
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from tests.helpers.tiny_export import BOOK, export_tiny, make_tokenizer
 
@@ -67,7 +70,8 @@ def said(main: Callable[[list[str]], Any], *flags: Any, capsys: Any) -> str:
 
 def test_each_point_is_what_its_threshold_gives(plain: Path, folder: Path) -> None:
     curve = words_of(folder)["budget_curve"]
-    assert [point["experts_per_token"] for point in curve] == BUDGETS
+    asked = [point["experts_per_token"] for point in curve]
+    assert set(BUDGETS) <= set(asked) and asked == sorted(set(asked))
     assert [point["threshold"] for point in curve] == sorted({p["threshold"] for p in curve})
     tokens_NS = calibration.read_tokens(
         [str(BOOK)], load_tokenizer(plain), num_tokens=1024, sequence_length=64
@@ -87,6 +91,53 @@ def test_each_point_is_what_its_threshold_gives(plain: Path, folder: Path) -> No
             for output, row in zip(outputs, tokens_NS, strict=True)
         ]
         assert point["loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-5)
+
+
+def measured_from(counts: Callable[[float], float]) -> Callable[..., Measurement]:
+    """A model whose count depends on the threshold as this function says."""
+    return lambda threshold, _label="": Measurement(
+        1 - threshold, [counts(threshold)], 64, torch.empty(0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "passes"),
+    [
+        (lambda t: 1 + 3 * t, 3),  # a line: the middles are right at once
+        (lambda t: 1 + 3 * max(0.0, t - 0.4) / 0.6, 15),  # a knee; to its left always 1
+        (lambda t: 1 + 3 * t**3, 15),
+        (lambda t: 4 ** (t**2), 15),
+    ],
+)
+def test_between_the_points_the_count_is_what_was_asked_for(
+    counts: Callable[[float], float], passes: int
+) -> None:
+    labels: list[str] = []
+
+    def measure_at(threshold: float, label: str) -> Measurement:
+        labels.append(label)
+        return measured_from(counts)(threshold)
+
+    def inverse(count: float) -> float:
+        ends = [0.0, 1.0]
+        for _ in range(60):
+            middle = sum(ends) / 2
+            ends[counts(middle) > count] = middle
+        return ends[0] if count > 1 else 0.0
+
+    given = [
+        Calibration(count, "global", inverse(count), measured_from(counts)(inverse(count)))
+        for count in (1.0, 1.5, 2.5, 4.0)
+    ]
+    points = refine(points_of(given), measure_at)
+    assert 3 <= len(labels) <= passes
+    curve = [point.to_json() for point in points]
+    check_curve(curve, 4)
+    for budget in torch.linspace(1, 4, 301).double().tolist():
+        count = counts(threshold_at(curve, budget))
+        assert count == pytest.approx(budget, rel=0.025)
+    assert {1.0, 1.5, 2.5, 4.0} <= {point["experts_per_token"] for point in curve}
+    assert [point["loss"] for point in curve] == [round(1 - p["threshold"], 6) for p in curve]
 
 
 def test_only_the_curve_and_its_record_are_new(plain: Path, folder: Path) -> None:
@@ -129,11 +180,10 @@ def test_generate_asks_and_shows_what_was_counted(
         return capsys.readouterr().out
 
     curve = words_of(folder)["budget_curve"]
-    for budget, threshold in (
-        (curve[1]["experts_per_token"], curve[1]["threshold"]),
-        (2, curve[1]["threshold"] / 2 + curve[2]["threshold"] / 2),  # halfway between them
-    ):
-        asked, plain = out("--budget", f"{budget:g}"), out("--threshold", f"{threshold:.17g}")
+    ends = [(point["experts_per_token"], point["threshold"]) for point in curve[-2:]]
+    halfway = tuple(sum(numbers) / 2 for numbers in zip(*ends, strict=True))
+    for budget, threshold in (ends[1], halfway):
+        asked, plain = out("--budget", f"{budget:.17g}"), out("--threshold", f"{threshold:.17g}")
         lines = asked.splitlines()
         row = next(line for line in lines if line.startswith("asked for"))
         assert row.split()[2:] == [f"{budget:.2f}"] * 2
@@ -152,7 +202,7 @@ def test_generation_config_asks_for_the_whole_command(
         with pytest.raises(SystemExit):
             generate.main(["--model", str(copy), *PROMPT, *flags])
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        means.append([line[1:] for line in lines if line[:1] == ["all"]][0])
+        means.append(next(line[1:] for line in lines if line[:1] == ["all"]))
     assert means[:2] == [["1.00", "1.00"]] * 2
     assert all(float(mean) > 2.5 for mean in means[2]) and means[3] == ["8.00", "8.00"]
 
@@ -174,8 +224,8 @@ def test_evaluate_asks_and_reports(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("lm_eval")
-    curve, entries = words_of(folder)["budget_curve"], []
-    with_threshold = copy_of(folder, tmp_path, inference_threshold=curve[1]["threshold"])
+    thresholds = {p["experts_per_token"]: p["threshold"] for p in words_of(folder)["budget_curve"]}
+    with_threshold, entries = copy_of(folder, tmp_path, inference_threshold=thresholds[1.5]), []
     for model, flags in ((folder, ["--budget", "1.5"]), (with_threshold, [])):
         output = tmp_path / f"{model.name}.json"
         common = ["--tasks", str(choice), "--limit", "3", "--output", str(output)]
