@@ -155,6 +155,7 @@ def from_hf(
         The flags of a training command that fit the model.
 
     Raises:
+        UsageError: training does not have a setting of the model.
         ValueError: the folder is damaged, or the model cannot be trained here.
     """
     check_target(save, overwrite, source=model)
@@ -167,6 +168,8 @@ def from_hf(
             raise ValueError(f"--routing {routing.routing}: {error}") from error
     try:
         args = megatron_settings.args_from_config(config, source.dtype)
+    except UsageError as error:
+        raise UsageError(f"{model / CONFIG}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{model / CONFIG}: {error}") from error
     shapes = Shapes(config)
