@@ -214,6 +214,11 @@ def num_sparse(config: dict[str, Any]) -> int:
     return config["mlp_layer_types"].count("sparse")
 
 
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether any layer has experts."""
+    return num_sparse(config) > 0
+
+
 def has_experts_everywhere(config: dict[str, Any]) -> bool:
     """Whether no layer is dense."""
     return "dense" not in config["mlp_layer_types"]

@@ -37,8 +37,8 @@ FORMAT = Format(
     counts=("sliding_window",),
     flags=("use_sliding_window",),
     how_to_load=llama.FORMAT.how_to_load.replace("Llama", "Qwen3"),
-    column=llama.FORMAT.column
-    | {
+    column={
+        **llama.FORMAT.column,
         "what it is": "`Qwen3ForCausalLM`",
         "runs in": "Transformers and any engine that knows Qwen3",
         "biases of q, k, v; norms of q and k": "norms, always",
