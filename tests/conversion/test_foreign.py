@@ -4,100 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
-import megatron_dynmoe.huggingface  # noqa: F401
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.conversion.megatron.settings import training_flags
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # so that the routing matters
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 12,
-}
-EAGER = {"experts_implementation": "eager"}  # the loop over experts, in all of them
-# name: format, and what Transformers makes a model of
-MODELS = {
-    "qwen3-moe": ("qwen3-moe", Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True)),
-    "qwen3-moe, raw weights, tied, every second layer dense": (
-        "qwen3-moe",
-        Qwen3MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2, tie_word_embeddings=True),
-    ),
-    "qwen3-moe, a dense layer and another rotary base": (
-        "qwen3-moe",
-        Qwen3MoeConfig(
-            **SIZES,
-            **EXPERTS,
-            mlp_only_layers=[1],
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        ),
-    ),
-    "llama": ("llama", LlamaConfig(**SIZES)),
-    "qwen3, tied": ("qwen3", Qwen3Config(**SIZES, tie_word_embeddings=True)),
-}
+from tests.conversion.foreign import MODELS, loaded, logits, save_random
 
 
-@pytest.fixture
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, PreTrainedModel]:
-    """A random model, saved as ``theirs`` in the test's folder; its format, and itself."""
-    format, config = MODELS[request.param]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, **EAGER).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # they begin at 1, where one cannot be told from another
-            torch.nn.init.normal_(parameter, mean=1, std=0.2)
-    model.save_pretrained(tmp_path / "theirs")
-    return format, model
-
-
-def loaded(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, **EAGER, **options)
-
-
-def logits(model: Any) -> Tensor:
-    """Of 2 sequences of 20 random tokens, [2, 20, 61]."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        return model(torch.randint(61, (2, 20), generator=generator)).logits
-
-
-@pytest.mark.parametrize("saved", MODELS, indirect=True)
-def test_ours_has_the_same_logits(saved: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_ours_has_the_same_logits(tmp_path: Path, name: str) -> None:
     """To rounding: our norms are torch's own, whose sums have another order than theirs."""
-    expected = logits(saved[1])
+    expected = logits(save_random(name, tmp_path / "theirs"))
     assert expected.std() > 1
     to_hf(tmp_path / "theirs", Target(tmp_path / "ours"))
     torch.testing.assert_close(logits(loaded(tmp_path / "ours")), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("saved", MODELS, indirect=True)
+@pytest.mark.parametrize("name", MODELS)
 def test_through_megatron_it_comes_back_as_it_was(
-    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    format, model = saved
+    format, model = MODELS[name][0], save_random(name, tmp_path / "theirs")
     from_hf(tmp_path / "theirs", tmp_path / "megatron", progress=False)
     to_hf(tmp_path / "megatron", Target(tmp_path / "back", format=format))
     assert "left out" not in (told := capsys.readouterr().err) and "no place" not in told
