@@ -58,9 +58,9 @@ def test_experts_are_parts_of_the_dense_layer(tmp_path: Path) -> None:
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     made = megatron_tensors(tmp_path / "megatron")
     for layer in range(3):
-        mlp = {
-            n: dense[f"model.layers.{layer}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")
-        }
+        gate, up, down = (
+            dense[f"model.layers.{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")
+        )
         fc1 = made["decoder.layers.mlp.experts.experts.linear_fc1.weight"][layer]
         fc2 = made["decoder.layers.mlp.experts.experts.linear_fc2.weight"][layer]
         rows = made["decoder.layers.mlp.router.weight"][layer]
