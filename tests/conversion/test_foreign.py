@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
-from megatron_dynmoe.conversion.formats import FORMATS
+from megatron_dynmoe.conversion.formats import FORMATS, format_of
 from megatron_dynmoe.conversion.megatron.settings import training_flags
 from tests.conversion.foreign import MODELS, loaded, logits, save_random
 
@@ -74,3 +76,19 @@ def test_a_qwen3_moe_as_published() -> None:
     assert "--moe-router-pre-softmax" not in flags  # the weights of the chosen sum to 1
     raw = format.from_format(theirs | {"norm_topk_prob": False})
     assert "--moe-router-pre-softmax" in training_flags(raw, "bfloat16")
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Qwen3MoeConfig])
+def test_what_a_file_leaves_out(config: Any) -> None:
+    """Has the default of Transformers."""
+    said = {
+        "model_type": config.model_type, "vocab_size": 61, "hidden_size": 512,
+        "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "moe_intermediate_size": 12,
+        "num_experts": 16,
+    }  # fmt: skip
+    whole = json.loads(config.from_dict(said).to_json_string(use_diff=False))
+    if "num_local_experts" in whole:
+        whole["num_experts"] = whole.pop("num_local_experts")
+    format = format_of(said)
+    assert format.from_format(said) == format.from_format(whole)

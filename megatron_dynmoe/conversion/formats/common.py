@@ -150,9 +150,9 @@ def grouped_config(theirs: dict[str, Any], default_base: float) -> dict[str, Any
     ):
         if value != needed:
             raise UsageError(
-                f"{name} is {shown(value)}, and training of this format has {shown(needed)} only: "
-                "convert a model whose rotary positions are not changed, or take the change out of "
-                "config.json to train without it."
+                f"{name} is {shown(value)}, and only {shown(needed)} can be converted from this "
+                "format: take the change out of config.json to train without it, or use another "
+                "model."
             )
     heads = required(theirs, "num_attention_heads")
     base = rope.get("rope_theta") or theirs.get("rope_theta") or default_base
