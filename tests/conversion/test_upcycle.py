@@ -33,12 +33,29 @@ EXACT: dict[str, tuple[Upcycling, DynMoEConfig | None]] = {
 make = partial(from_hf, progress=False)
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Folders of dense models, and what these compute."""
+    root = tmp_path_factory.mktemp("dense")
+    return {
+        name: (root / str(i), logits(save_random(name, root / str(i))))
+        for i, name in enumerate(DENSE)
+    }
+
+
+@pytest.fixture
+def llama(dense: dict[str, tuple[Path, torch.Tensor]]) -> Path:
+    return dense["llama"][0]
+
+
 @pytest.mark.parametrize("variant", EXACT)
 @pytest.mark.parametrize("name", DENSE)
-def test_the_function_is_unchanged(tmp_path: Path, name: str, variant: str) -> None:
+def test_the_function_is_unchanged(
+    dense: dict[str, tuple[Path, torch.Tensor]], tmp_path: Path, name: str, variant: str
+) -> None:
     upcycling, routing = EXACT[variant]
-    expected = logits(save_random(name, tmp_path / "dense"))
-    make(tmp_path / "dense", tmp_path / "megatron", upcycling=upcycling, routing=routing)
+    folder, expected = dense[name]
+    make(folder, tmp_path / "megatron", upcycling=upcycling, routing=routing)
     to_hf(tmp_path / "megatron", Target(tmp_path / "ours"))
     model = loaded(tmp_path / "ours")
     assert model.config.num_experts == upcycling.experts
@@ -51,11 +68,10 @@ def test_the_function_is_unchanged(tmp_path: Path, name: str, variant: str) -> N
     assert counts.std() > 0 if routing else (counts == model.config.num_experts_per_tok).all()
 
 
-def test_experts_are_parts_of_the_dense_layer(tmp_path: Path) -> None:
+def test_experts_are_parts_of_the_dense_layer(llama: Path, tmp_path: Path) -> None:
     """By hand, in Megatron's tensors."""
-    save_random("llama", tmp_path / "dense")
-    make(tmp_path / "dense", tmp_path / "megatron", upcycling=Upcycling(8, granularity=4))
-    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    make(llama, tmp_path / "megatron", upcycling=Upcycling(8, granularity=4))
+    dense = load_file(llama / "model.safetensors")
     made = megatron_tensors(tmp_path / "megatron")
     for layer in range(3):
         gate, up, down = (
@@ -74,11 +90,10 @@ def test_experts_are_parts_of_the_dense_layer(tmp_path: Path) -> None:
     assert made["decoder.layers.mlp.router.weight"].unique(dim=0).shape[0] == 3
 
 
-def test_noise_has_the_stated_size_and_the_seed_decides_it(tmp_path: Path) -> None:
-    save_random("llama", tmp_path / "dense")
+def test_noise_has_the_stated_size_and_the_seed_decides_it(llama: Path, tmp_path: Path) -> None:
     made = {}
     for name, more in (("0", {}), ("a", {"noise": 0.1}), ("b", {"noise": 0.1}), ("c", {"seed": 1})):
-        make(tmp_path / "dense", tmp_path / name, upcycling=Upcycling(8, **more))
+        make(llama, tmp_path / name, upcycling=Upcycling(8, **more))
         made[name] = megatron_tensors(tmp_path / name)
     for key, plain in made["0"].items():
         assert torch.equal(made["a"][key], made["b"][key]), key
@@ -127,9 +142,8 @@ def test_noise_has_the_stated_size_and_the_seed_decides_it(tmp_path: Path) -> No
         ),
     ],
 )
-def test_what_cannot_be_upcycled(tmp_path: Path, refused: Refused, flags: str, says: str) -> None:
-    save_random("llama", tmp_path / "dense")
-    refused.from_hf(tmp_path / "dense", says, flags=tuple(flags.split()), code=2)
+def test_what_cannot_be_upcycled(llama: Path, refused: Refused, flags: str, says: str) -> None:
+    refused.from_hf(llama, says, flags=tuple(flags.split()), code=2)
 
 
 def test_a_model_with_experts_is_not_upcycled(tmp_path: Path, refused: Refused) -> None:
@@ -148,12 +162,11 @@ def test_a_dense_model_that_training_does_not_have_is_named(
     refused.from_hf(tmp_path / "dense", "use_sliding_window is True", flags=flags, code=2)
 
 
-def test_the_doctor_knows_that_copies_are_meant(tmp_path: Path) -> None:
+def test_the_doctor_knows_that_copies_are_meant(llama: Path, tmp_path: Path) -> None:
     from megatron_dynmoe.data.finding import FAILED, WARNING
     from megatron_dynmoe.doctor.checkpoint.look import look
 
-    save_random("llama", tmp_path / "dense")
-    make(tmp_path / "dense", tmp_path / "megatron", upcycling=Upcycling(4))
+    make(llama, tmp_path / "megatron", upcycling=Upcycling(4))
     found = {check.name: check for check in look(tmp_path / "megatron")}
     assert found["copies"].state == WARNING and "upcycling" in (found["copies"].remedy or "")
     assert all(check.state != FAILED for check in found.values())
