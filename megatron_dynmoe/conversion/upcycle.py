@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.conversion.hugging_face.folder import cast
-from megatron_dynmoe.conversion.model_settings import kinds_of_layers
+from megatron_dynmoe.conversion.model_settings import NO_ROUTING, kinds_of_layers
 from megatron_dynmoe.conversion.names import Row, row, rows_by_part
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.conversion.sources import FromFolder
@@ -87,7 +87,9 @@ class Upcycling(NamedTuple):
             raise UsageError(
                 f"--upcycle-topk is {topk}: use at most --upcycle-experts, {self.experts}."
             )
-        return dense | {
+        return {
+            **dense,
+            **NO_ROUTING,
             "num_experts": self.experts,
             "num_experts_per_tok": topk,
             "moe_intermediate_size": ffn // parts,
