@@ -32,6 +32,8 @@ NO_ROUTING: dict[str, Any] = dict.fromkeys(ROUTING) | {
     "controller": None,
     "measured_experts_per_token": None,
     "num_experts_per_tok": None,
+    "budget_curve": None,
+    "inference_experts_per_token": None,
 }
 # The kinds of values of settings, by the names that several formats share.
 _COUNTS = (
@@ -49,7 +51,7 @@ _FLAGS = (
     *("output_router_logits", "use_cache"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token")
+_LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token", "budget_curve")
 _MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
 _NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], *_FLAGS}
 

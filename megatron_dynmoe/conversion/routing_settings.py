@@ -62,6 +62,8 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
         "controller": controller,
         "measured_experts_per_token": measured if any(measured) else None,
         "num_experts_per_tok": None,
+        "budget_curve": None,
+        "inference_experts_per_token": None,
     }
 
 

@@ -49,6 +49,7 @@ MIXTRAL = FORMATS["mixtral"]
 OTHER: dict[str, Any] = {
     "attention_dropout": 0.25,
     "balance_loss": "aux_loss",
+    "budget_curve": [{"experts_per_token": 1.5, "threshold": 0.2, "loss": None}],
     "controller": DTOP_P["controller"] | {"scope": "layer"},
     "eos_token_id": [5, 6],
     "expert_frequency": 2,

@@ -69,6 +69,7 @@ FORMAT = Format(
     keeps_other_words=True,
     # The place of these files in the package. In an exported folder they lie side by side.
     shipped=(
+        "huggingface/budgets_dynmoe.py",
         "huggingface/configuration_dynmoe.py",
         "huggingface/masking_dynmoe.py",
         "huggingface/modeling_dynmoe.py",
