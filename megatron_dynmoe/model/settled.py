@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice, transformer_engine
-from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.control.settle import Controller, settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -35,7 +35,7 @@ class Settled:
 
     dynmoe: DynMoEConfig
     backend: choice.BackEnd
-    controller: PIController | None = None
+    controller: Controller | None = None
     rule: Rule | None = None
 
     @property
@@ -84,6 +84,7 @@ def settle_run(
     optimizer = "adam"
     with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
+        resolved = resolved.seeded(get_args().seed)
     if chosen is None:
         chosen = choice.choose_backend(resolved.backend, transformer_impl=None)
     backend = choice.choose_parts(chosen, transformer, optimizer)
@@ -94,7 +95,7 @@ def settle_run(
         transformer_engine.check_experts(transformer)
     transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
-    first_threshold = controller.initial_threshold if controller else dynmoe.threshold
+    first_threshold = first_knob(dynmoe, controller)
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)
