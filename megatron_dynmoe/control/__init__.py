@@ -3,7 +3,8 @@
 The counts of one global batch enter, and the knob of the next batch leaves.
 
 ``pi`` is the control law, ``pi_map`` that of a target which is drawn for each batch. ``calibrate``
-computes their starting points and gains. All three are pure tensor math. ``update`` reduces counts over ranks and chooses the moment within a training step.
+computes their starting points and gains. All three are pure tensor math. ``update`` reduces counts
+over ranks and chooses the moment within a training step.
 """
 
 from megatron_dynmoe.control.calibrate import (

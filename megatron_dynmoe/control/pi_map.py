@@ -53,10 +53,15 @@ class MapController:
         """The threshold of each knot before the first batch."""
         return tuple(law.initial_threshold for law in self.laws)
 
-    def initial_threshold_at(self, target: float) -> float:
-        """The threshold at a target before the first batch."""
+    @property
+    def initial_threshold(self) -> float:
+        """The threshold at the mean target before the first batch."""
         first_K = torch.tensor(self.initial_map, dtype=torch.float64)
-        return float(read(first_K, place_between(self.knots, target)))
+        return float(self.at_mean_target(first_K))
+
+    def at_mean_target(self, map_SK: Tensor) -> Tensor:
+        """The thresholds of evaluations, [S]: those in the middle of the range of targets."""
+        return read(map_SK, place_between(self.knots, (self.knots[0] + self.knots[-1]) / 2))
 
     @torch.no_grad()
     def step(
@@ -76,18 +81,24 @@ class MapController:
             The next map and integrals, [S, K] float32 each.
         """
         law = _stacked(self.laws, map_SK.device)
-        error_S = self.direction * (target - measured_S) / law.num_experts
-        errors_SK = self._shared(error_S.to(integrals_SK.dtype), target)
+        errors_SK = self._shared(measured_S, target)
         sums_SK = self._ordered_sums(law, law.integral_after(errors_SK, integrals_SK))
         next_SK = self._ordered(law, law.threshold_at(errors_SK, sums_SK))
-        is_finite_S1 = (error_S - error_S == 0).unsqueeze(-1)
+        is_finite_S1 = (measured_S - measured_S == 0).unsqueeze(-1)
         return (
             torch.where(is_finite_S1, next_SK, map_SK),
             torch.where(is_finite_S1, sums_SK, integrals_SK),
         )
 
-    def _shared(self, error_S: Tensor, target: float) -> Tensor:
-        """Divide the error between the two knots around the target, [S, K]."""
+    @torch.no_grad()
+    def map_after(self, measured_S: Tensor, target: float, integrals_SK: Tensor) -> Tensor:
+        """The map after a batch whose error the sums include already, [S, K] float32."""
+        law = _stacked(self.laws, integrals_SK.device)
+        return self._ordered(law, law.threshold_at(self._shared(measured_S, target), integrals_SK))
+
+    def _shared(self, measured_S: Tensor, target: float) -> Tensor:
+        """Divide the error between the two knots around the target, [S, K] float32."""
+        error_S = (self.direction * (target - measured_S) / self.laws[0].num_experts).float()
         knot, way = place_between(self.knots, target)
         errors_SK = error_S.new_zeros(*error_S.shape, len(self.knots))
         size = (1 - way) ** 2 + way**2

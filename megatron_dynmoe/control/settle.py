@@ -138,11 +138,13 @@ def _map_controller(
     gains = [calibrate.default_gains(target=knot, **plant) for knot in knots]
     margin = calibrate.gain_margin(*gains[0], slopes[0], plant["num_experts"]) / max(1, *stronger)
     scale = min(1.0, margin / MIN_GAIN_MARGIN)
-    starts = [min(max(knot, _LEAST_START), drawn.high) for knot in knots]
-    firsts = [calibrate.initial_threshold(target=start, **plant) for start in starts]
-    laws = (
-        PIController(plant["num_experts"], min(max(first, low), high), *(scale * k for k in both),
-                     low, high)
-        for first, both in zip(firsts, gains, strict=True)
-    )
+    laws = []
+    for knot, (proportional, integral) in zip(knots, gains, strict=True):
+        start = min(max(knot, _LEAST_START), drawn.high)
+        first = min(max(calibrate.initial_threshold(target=start, **plant), low), high)
+        laws.append(
+            PIController(
+                plant["num_experts"], first, scale * proportional, scale * integral, low, high
+            )
+        )
     return MapController(knots, tuple(laws), RULES[resolved.routing].direction)

@@ -29,7 +29,8 @@ class Settled:
     Attributes:
         dynmoe: the settings of dynamic routing.
         backend: the code that runs attention, norms and experts.
-        controller: the law that moves the rule's knob; None if the knob is fixed.
+        controller: the law that moves the rule's knob, or the map from which it is read if the
+            target is drawn; None if the knob is fixed.
         rule: how logits become a routing map; None for stock top-k.
     """
 
@@ -44,6 +45,11 @@ class Settled:
         if self.dynmoe.row_buffer != "worst_case":
             return None
         return max(cap or 0 for cap in self._caps)
+
+    @property
+    def initial_map(self) -> tuple[float, ...] | None:
+        """The first threshold of each knot if the target is drawn; else None."""
+        return self.controller.initial_map if isinstance(self.controller, MapController) else None
 
     @property
     def most_experts(self) -> int | None:
@@ -95,7 +101,7 @@ def settle_run(
         transformer_engine.check_experts(transformer)
     transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
-    first_threshold = first_knob(dynmoe, controller)
+    first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)

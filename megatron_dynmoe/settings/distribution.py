@@ -13,6 +13,9 @@ from typing import ClassVar
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.schedule import TargetSchedule
 
+# What a router has for each knot: its target, its threshold and the sum of its errors.
+KNOTS = ("knot_targets", "knot_thresholds", "knot_integrals")
+
 _NAME = "target_experts_per_token"
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
