@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_dynmoe.control import MapController
 from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
+from megatron_dynmoe.conversion.megatron.checkpoint import checkpoint_folder
+from megatron_dynmoe.data.finding import FAILED, PASSED
+from megatron_dynmoe.doctor.checkpoint.look import look
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import TargetDistribution
+from tests.distributed.agreement import tensors
 from tests.distributed.harness import TINY, Case, CaseResult, Results, add
-from tests.distributed.test_control import FAULTS
+from tests.doctor.planting import edit
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
+FAULTS = "tests.distributed.faults"
 NUM_EXPERTS = 8
 DRAWN = TargetDistribution(1, 4, seed=7)
 FLAGS = f"{TINY} --moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token {DRAWN}"
@@ -27,6 +38,7 @@ FOLLOWS = add(
         "drawn_follows",
         1,
         f"{FLAGS} --lr 3e-4 --min-lr 3e-4 --train-iters {STEPS} --log-interval {STEPS // 2} "
+        "--save {dir}/drawn_saved --ckpt-format torch_dist --split 1,0,0 "
         "--tensorboard-dir {dir}/drawn",
     )
 )
@@ -124,6 +136,57 @@ def test_targets_are_logged_beside_the_counts(results: Results) -> None:
     for first in (0, half):
         mean = sum(DRAWN.at(step) for step in range(first, first + half)) / half
         assert f"(target {mean:.4f})" in result.log()
+
+
+def test_the_export_has_the_map_as_its_budget_curve(results: Results, tmp_path: Path) -> None:
+    result = results[FOLLOWS]
+    saved = result.directory / "drawn_saved"
+    to_hf(saved, Target(tmp_path / "hf"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    curve = config["budget_curve"]
+    map_K = result.by_layer("map")[-1][1]
+    assert [point["loss"] for point in curve] == [None] * len(curve)
+    budgets = [point["experts_per_token"] for point in curve]
+    assert (budgets[0], budgets[-1]) == (DRAWN.low, DRAWN.high)
+    assert budgets == sorted(set(budgets))
+    for point in curve:
+        expected = by_hand(map_K, point["experts_per_token"])
+        assert point["threshold"] == pytest.approx(expected, abs=1e-6)
+    # Without a budget, an export routes at the mean target.
+    assert set(config["threshold"]) == {pytest.approx(by_hand(map_K, DRAWN.mean), abs=1e-6)}
+    assert config["target_experts_per_token"] == str(DRAWN)
+    from_hf(tmp_path / "hf", tmp_path / "back", progress=False)
+    before, after = (tensors(checkpoint_folder(path)) for path in (saved, tmp_path / "back"))
+    of_model = {name for name in before if name.startswith(("decoder.", "embedding.", "output_"))}
+    assert sum(".knot_" in name for name in of_model) == 3
+    assert all(torch.equal(before[name], after[name]) for name in of_model)
+
+
+def damaged_order(map_LK: torch.Tensor) -> None:
+    map_LK[2] = map_LK[2].flip(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("knot_thresholds", damaged_order, "knot_thresholds of layer 2 are .*: they have to be in"),
+        ("knot_thresholds", lambda map_LK: map_LK.mul_(0.98), "threshold is not that of the knots"),
+        ("knot_thresholds", lambda map_LK: map_LK[:, 0].sub_(0.01), "they are not of one step"),
+        ("knot_integrals", lambda sums_LK: sums_LK[:, 0].add_(0.1), "they are not of one step"),
+        ("knot_targets", lambda targets: targets.add_(1), r"are not those of uniform\(1,4\)"),
+        ("knot_integrals", lambda sums_LK: sums_LK[1].fill_(math.nan), "is missing, or not finite"),
+    ],
+)
+def test_the_doctor_knows_the_map(
+    results: Results, tmp_path: Path, name: str, damage: Callable[..., object], words: str
+) -> None:
+    saved = results[FOLLOWS].directory / "drawn_saved"
+    folder = shutil.copytree(saved, tmp_path / "run") / checkpoint_folder(saved).name
+    assert {check.state for check in look(folder)} == {PASSED}
+    edit(folder, f"decoder.layers.mlp.router.{name}", damage)
+    found = [check for check in look(folder) if check.state == FAILED]
+    assert {check.name for check in found} == {"router state"}
+    assert re.search(words, found[0].found), found
 
 
 def test_after_a_skipped_step_the_next_target_is_read_from_the_same_map(results: Results) -> None:
