@@ -102,7 +102,7 @@ class GlobalBatchUpdate:
             return
         if self.dynmoe.scope == "global":
             statistics = statistics.pooled(keepdim=True)
-            mean_L, maps_L2K = statistics.mean_experts, maps_L2K.sum(dim=0, keepdim=True)
+            mean_L = statistics.mean_experts
         measured = mean_L.masked_fill(is_invalid, torch.nan)
         if self.dynmoe.controlled_quantity == "busiest_rank":
             measured = measured * statistics.rank_imbalance
@@ -111,6 +111,8 @@ class GlobalBatchUpdate:
         # with scope layer is resumed with scope global.
         target = self.dynmoe.control.target.at(finished_iterations())
         if isinstance(self.controller, MapController):
+            if self.dynmoe.scope == "global":
+                maps_L2K = maps_L2K.sum(dim=0, keepdim=True)
             maps_S2K = (maps_L2K / statistics.routers.unsqueeze(-1)).float()
             map_SK, integrals_SK = maps_S2K.chunk(2, dim=-1)
             map_SK, integrals_SK = self.controller.step(map_SK, integrals_SK, measured, target)

@@ -38,8 +38,8 @@ FOLLOWS = add(
         "drawn_follows",
         1,
         f"{FLAGS} --lr 3e-4 --min-lr 3e-4 --train-iters {STEPS} --log-interval {STEPS // 2} "
-        "--save {dir}/drawn_saved --ckpt-format torch_dist --split 1,0,0 "
-        "--tensorboard-dir {dir}/drawn",
+        f"--save {{dir}}/drawn_saved --save-interval {STEPS} --ckpt-format torch_dist "
+        "--split 1,0,0 --tensorboard-dir {dir}/drawn",
     )
 )
 SKIPPED = add(
