@@ -165,9 +165,8 @@ CONTROLLER = [
         "draws_of_a_generator",
         "targets depend on how many were drawn before",
         "settings/distribution.py",
-        "@lru_cache(maxsize=8)\ndef _draws(seed: int, block: int, strata: int) -> tuple[float, ...]:",
-        "def _draws(seed: int, block: int, strata: int, calls: list[int] = []) -> tuple[float, ...]:"
-        "  # noqa: B006\n    calls.append(block)\n    block = len(calls)",
+        'random.Random(f"target experts per token, seed {seed}, block {block}")',
+        "random.SystemRandom()",
         ("tests/settings/test_distribution.py::test_draws_depend_on_seed_and_step_alone",),
     ),
     Mutation(
