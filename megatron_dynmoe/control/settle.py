@@ -130,7 +130,7 @@ def _map_controller(
     knots = drawn.knots
     slopes = [calibrate.plant_slope(target=knot, **plant) for knot in knots]
     halfway = [math.sqrt(a * b) for a, b in pairwise(knots)]
-    # Both neighbours get the same share of an error halfway, so their gains count half each.
+    # Both neighbors get the same share of an error halfway, so their gains count half each.
     stronger = [
         calibrate.plant_slope(target=target, **plant) * (1 / a + 1 / b) / 2
         for target, (a, b) in zip(halfway, pairwise(slopes), strict=True)
