@@ -58,7 +58,7 @@ class GlobalBatchUpdate:
         self.finalize = finalize or finalize_model_grads
         self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
-        self._staged: tuple[Tensor, ...] | None = None  # in the order of _state
+        self._staged: tuple[Tensor, ...] | None = None  # as controlled_state
         self._routers: list[DynamicRouter] = []
         self._hooked: set[int] = set()
         self._warned = False
@@ -218,10 +218,9 @@ def _reduce(
         clear(counters)
     width = packed.shape[1]
     if num_knots:
-        maps_L2K = packed.new_zeros(num_layers, 2 * num_knots)
-        for router in routers:
-            both = torch.cat([router.knot_thresholds, router.knot_integrals])
-            maps_L2K[router.layer_number - 1] = both
+        rows = dict(zip(numbers, _maps(routers), strict=True)) if routers else {}
+        empty = packed.new_zeros(2 * num_knots)
+        maps_L2K = torch.stack([rows.get(number, empty) for number in range(1, num_layers + 1)])
         packed = torch.cat([packed, maps_L2K], dim=1)
     torch.distributed.all_reduce(packed)
     return unpack(packed[:, :width]), packed[:, width:]
@@ -239,6 +238,14 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     states_3R = torch.cat([*offsets, *knobs_and_integrals]).view(3, -1)
     states_3R[0].add_(1)  # theta
     return states_3R.t()
+
+
+@torch.no_grad()
+def _maps(routers: list[DynamicRouter]) -> Tensor:
+    """The thresholds of each router's knots, then their integrals, [R, 2 K] float64."""
+    of_knots = [getattr(r, name) for name in ("knot_thresholds", "knot_integrals") for r in routers]
+    map_2RK = torch.stack(of_knots).double().view(2, len(routers), -1)
+    return map_2RK.transpose(0, 1).flatten(1)
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
