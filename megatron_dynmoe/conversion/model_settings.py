@@ -160,7 +160,7 @@ def per_layer(config: dict[str, Any], name: str) -> list[float | None]:
     return value if isinstance(value, list) else where_sparse(config, value)
 
 
-def where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
+def where_sparse(config: dict[str, Any], value: Any) -> list[Any]:
     """A value for every layer with experts, None for the others."""
     return [value if kind == "sparse" else None for kind in config["mlp_layer_types"]]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.layers.router import Router
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -69,8 +70,13 @@ class Controller:
         sizes = SimpleNamespace(
             num_moe_experts=num_experts, hidden_size=hidden_size, init_method_std=router.init_std
         )
+        if given.drawn_target is not None:
+            raise ValueError(
+                f"target is {given.drawn_target}, and only trainings with Megatron draw targets: "
+                "give a number, or a schedule such as 0:8,1000:2."
+            )
         settled, law = settle(given.resolve(num_experts), sizes)
-        assert law is not None
+        assert isinstance(law, PIController)
         self.law, self.target = law, settled.control.target
         self.updates = 0
         self.measured = torch.full_like(router.threshold, torch.nan)

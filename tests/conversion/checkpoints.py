@@ -14,7 +14,8 @@ from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import NO_ROUTING
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_MAP, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.routing_settings import is_drawn, router_state
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 
 TOP_P = {
@@ -124,6 +125,13 @@ def write_megatron(
                     block = Block(Row(template, ("theta_offset",)), layer)
                     value = torch.tensor([threshold if name == "threshold" else 0.0])
                     writer.add(block, (1,), torch.float32, lambda value=value: value)
+    if is_drawn(config):
+        for name, layers in router_state(config | {"threshold": threshold}).items():
+            for layer, values in enumerate(layers if name in ROUTER_MAP else ()):
+                if values is not None:
+                    block = Block(Row(ROUTER_MAP[name], ("theta_offset",)), layer)
+                    numbers = torch.tensor(values)
+                    writer.add(block, numbers.shape, torch.float32, lambda numbers=numbers: numbers)
     writer.write(save, megatron_settings.args_from_config(config, dtype) | args)
     return save
 

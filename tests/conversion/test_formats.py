@@ -69,6 +69,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         NO_EXPERTS | {"num_key_value_heads": 1, "head_dim": 10, "tie_word_embeddings": True},
     ),
+    "a drawn target": (
+        "dynmoe",
+        DTOP_P
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {"target_experts_per_token": "uniform(1.5,4)", "controller": {"scope": "global"}},
+    ),
     "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
     "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),
     "shared expert": ("dynmoe", {"shared_expert_intermediate_size": 10}),

@@ -34,6 +34,7 @@ class Mutation:
         return source.replace(self.right, self.wrong)
 
 
+PI_MAP, DRAWN = "tests/control/test_pi_map.py", "tests/distributed/test_drawn_target.py"
 PI, ROUTER = "tests/control/test_pi.py", "tests/moe/test_router.py"
 SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
@@ -144,6 +145,65 @@ CONTROLLER = [
         ".at(max(finished_iterations() - 1, 0))",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
         ("schedule",),
+    ),
+    Mutation(
+        "errors_shared_by_weights_alone",
+        "halfway between two knots only half of an error is taken away",
+        "control/pi_map.py",
+        "size = (1 - way) ** 2 + way**2",
+        "size = 1.0",
+        (f"{PI_MAP}::test_the_shares_take_away_a_whole_error_at_the_target_itself",),
+    ),
+    Mutation(
+        "map_may_fall",
+        "a map is written as it is, in order or not",
+        "control/pi_map.py",
+        "self.direction * ordered(self.direction * map_SK, 1 / law.integral_gain)",
+        "map_SK",
+        (f"{PI_MAP}::test_the_map_never_falls_and_stays_in_its_bounds",),
+    ),
+    Mutation(
+        "draws_of_a_generator",
+        "targets depend on how many were drawn before",
+        "settings/distribution.py",
+        'random.Random(f"target experts per token, seed {seed}, block {block}")',
+        "random.SystemRandom()",
+        ("tests/settings/test_distribution.py::test_draws_depend_on_seed_and_step_alone",),
+    ),
+    Mutation(
+        "map_read_for_the_last_target",
+        "a batch is routed with the threshold of the target before",
+        "moe/router.py",
+        "self.drawn.place(self.drawn.at(iteration))",
+        "self.drawn.place(self.drawn.at(max(iteration - 1, 0)))",
+        (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
+        ("drawn_skipped",),
+    ),
+    Mutation(
+        "map_read_once",
+        "after the first batch the threshold stays, whatever the target",
+        "moe/router.py",
+        "if iteration != self._drawn_for or self.in_force is None:",
+        "if self.in_force is None:",
+        (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
+        ("drawn_skipped",),
+    ),
+    Mutation(
+        "map_of_another_range",
+        "a map is taken for one of the new range as it is",
+        "moe/router.py",
+        "if torch.equal(loaded, self.knot_targets):",
+        "if True:",
+        ("tests/distributed/test_resume.py::test_a_map_goes_on_with_another_range",),
+        ("drawn", "other_range"),
+    ),
+    Mutation(
+        "plan_for_the_mean_target",
+        "memory is planned for the mean of drawn targets",
+        "planning/experts_per_token.py",
+        'mean, source = target.targets[-1], "the target"',
+        'mean, source = sum(target.targets) / len(target.targets), "the target"',
+        ("tests/planning/test_counts.py::test_a_drawn_target_needs_room_for_the_largest",),
     ),
 ]
 
