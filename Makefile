@@ -37,7 +37,7 @@ test: setup lint types ## lint, types and every test that this machine can run a
 test-unit: setup ## the tests in one process
 	@$(TEST) tests -m "not distributed and not long"
 
-test-distributed: setup ## the tests that start torchrun
+test-distributed: setup ## the tests that start several processes
 	@$(TEST) tests -m "distributed and not long"
 
 test-long: setup ## what make test leaves out, about half an hour; test-faults has a part of it
