@@ -6,7 +6,7 @@ cases, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -59,3 +59,28 @@ def _names(code: CodeType) -> set[str]:
     """The globals of a function and of those inside it."""
     inner = [one for one in code.co_consts if isinstance(one, CodeType)]
     return set(code.co_names).union(*map(_names, inner))
+
+
+def matrix(values: Iterable[Any], quick: Collection[str]) -> list[Any]:
+    """Parameters that try one thing in several layouts; those not named by ``quick`` are long.
+
+    Args:
+        values: cases, names, or tuples whose last case names them.
+        quick: names of at least one of each kind.
+    """
+    named = {_name(value): value for value in values}
+    assert {*quick} <= named.keys(), f"{ {*quick} - named.keys() } are not in the matrix"
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if name in quick else [pytest.mark.long],
+            id=name,
+        )
+        for name, value in named.items()
+    ]
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, tuple):
+        return next(one.name for one in reversed(value) if isinstance(one, Case))
+    return value.name if isinstance(value, Case) else value

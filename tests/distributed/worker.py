@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import json
@@ -255,10 +254,10 @@ def _output_to(path: Path) -> Iterator[None]:
 def warm_up(cases: list[dict[str, Any]]) -> None:
     """Import and compute here, once, what every case would by itself."""
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-    from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_dynmoe.control.calibrate import default_gains
+    from tests.helpers.megatron_arguments import keep_help_texts
 
     for name in EVERY_CASE_IMPORTS:
         importlib.import_module(name)
@@ -267,12 +266,7 @@ def warm_up(cases: list[dict[str, Any]]) -> None:
         with contextlib.suppress(Exception):
             _find(name)
 
-    # Megatron reads its help texts from its own source, each time that it parses arguments.
-    read = ArgumentGroupFactory._get_field_docstrings
-    any_factory = object.__new__(ArgumentGroupFactory)
-    ArgumentGroupFactory._get_field_docstrings = staticmethod(
-        functools.cache(functools.partial(read, any_factory))
-    )
+    keep_help_texts()
     add_megatron_arguments(ArgumentParser())
     default_gains(num_experts=8, target=2)  # of the harness's DTOP_P; it is kept
     # Mock documents: shuffling the samples of 100,000 takes half a second.
