@@ -73,16 +73,19 @@ def imported():
     return done
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_what_is_for_gpus(imported):
     """Upstream warns nine times while it is imported, which buries the first words of a run."""
     assert imported.stderr.startswith("> megatron_dynmoe: running Megatron on the CPU over gloo")
     assert imported.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_packages_for_cuda_are_as_if_they_were_not_installed(imported):
     """Megatron would take layers and optimizers from them, which stop at tensors of a CPU."""
     assert imported.stdout.split()[:3] == ["True", "False", "False"]
 
 
+@pytest.mark.slow
 def test_what_names_cuda_happens_on_the_cpu(imported):
     assert imported.stdout.splitlines()[1:] == ["[]"]

@@ -111,7 +111,7 @@ def gradients(model, ids, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=pytest.mark.long), False])
 def test_recomputation_changes_no_bit(use_reentrant):
     """In a process of its own.
 

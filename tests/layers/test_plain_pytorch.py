@@ -140,6 +140,7 @@ def test_what_makes_no_sense_is_refused_by_name(wrong, said):
         wrong()
 
 
+@pytest.mark.slow
 def test_the_readmes_lines_train_and_hold_the_target():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 24
@@ -153,6 +154,7 @@ def test_the_readmes_lines_train_and_hold_the_target():
     assert len(counts) > 3
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     code = (ROOT / "examples/pytorch/language_model.py").read_text()
     short = code.replace("STEPS, LENGTH, BATCH = 300,", "STEPS, LENGTH, BATCH = 10,")

@@ -36,7 +36,6 @@ def test_a_device_that_is_not_there_is_what_is_seen_last(launcher: tuple[str, ..
     ("launcher", "words", "says"),
     [
         ((), "--hiden-size 32", "there is no flag --hiden-size: did you mean --hidden-size?"),
-        ((), "--num-layers two", "--num-layers is 'two': give a whole number."),
         (TORCHRUN, "--num-layers two", "--num-layers is 'two': give a whole number."),
     ],
 )

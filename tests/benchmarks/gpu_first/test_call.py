@@ -113,9 +113,9 @@ def test_whatever_a_stage_does_the_next_ones_run_and_all_is_written_down(driver)
     ("does", "number"),
     [
         ("writes", signal.SIGTERM),
-        ("writes", signal.SIGKILL),
-        ("writes", signal.SIGINT),
-        ("stays", signal.SIGTERM),
+        pytest.param("writes", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("writes", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("stays", signal.SIGTERM, marks=pytest.mark.long),
         ("stays", signal.SIGKILL),
     ],
 )
