@@ -59,7 +59,7 @@ def run(name: str, layout: str, flags: str = "", model: str = MODEL) -> Case:
 
 
 def gradient_hooks(flags: str) -> tuple[str, ...]:
-    """None where gradients are in bf16, or each rank has the reduced ones of its own part only."""
+    """None if gradients are in bf16, or each rank has the reduced ones of its own part only."""
     return () if BF16 in flags or DISTRIBUTED in flags else GRADIENTS
 
 
