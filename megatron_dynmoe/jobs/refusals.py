@@ -97,7 +97,7 @@ def _its_packages(backend: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(utils, "_te_version", _NEW_ENOUGH))
         for module in (moe_utils, rope_utils):
-            missing = [name for name in dir(module) if name.startswith("fused_")]
-            missing = [name for name in missing if getattr(module, name) is None]
-            stack.enter_context(mock.patch.multiple(module, **dict.fromkeys(missing, object())))
+            for name in dir(module):
+                if name.startswith("fused_") and getattr(module, name) is None:
+                    stack.enter_context(mock.patch.object(module, name, object()))
         yield
