@@ -96,6 +96,7 @@ def test_the_numbers_hang_together(report: Path) -> None:
     assert not any("{" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_again_is_the_same_to_the_byte(
     report: Path, tmp_path: Path, exported: Path, texts: dict[str, Path]
 ) -> None:
@@ -221,6 +222,7 @@ def test_groups_that_are_not_drawn_are_said(report: Path) -> None:
         assert figures._specialization(groups, [1, 3])[1].endswith(title)
 
 
+@pytest.mark.slow
 def test_top_k_has_nothing_to_compare(
     tmp_path: Path, tokenizer_model: Path, texts: dict[str, Path], capsys: Any
 ) -> None:
