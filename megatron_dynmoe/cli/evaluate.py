@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
             batch_size=args.batch_size,
         )
     dtype = str(model.dtype).removeprefix("torch.")
-    budget = getattr(config, "inference_experts_per_token", None)
+    budget = getattr(model.config, "inference_experts_per_token", None)
     about = {"model": str(source), "dtype": dtype, "device": device, "experts_asked_for": budget}
     return about | report
 

@@ -74,6 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         keep_to_config(model)
     else:
         model.generation_config.experts_per_token = None
+    config = model.config
 
     # 3. Generate.
     def write(text: str) -> None:
@@ -124,7 +125,7 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
             setattr(config, field, value)
     if args.threshold is not None:
         config.inference_experts_per_token = None
-    set_budget(config, args.budget)
+    set_budget(config, args.budget or getattr(config, "inference_experts_per_token", None))
 
 
 def _fixed_experts(config: Any) -> str | None:

@@ -203,6 +203,8 @@ def test_generation_config_asks_for_the_whole_command(
             generate.main(["--model", str(copy), *PROMPT, *flags])
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         means.append(next(line[1:] for line in lines if line[:1] == ["all"]))
+        asked = [line[-1] for line in lines if line[:2] == ["asked", "for"]]
+        assert asked == {"--budget": ["4.00"], "--threshold": []}.get("".join(flags[:1]), ["1.00"])
     assert means[:2] == [["1.00", "1.00"]] * 2
     assert all(float(mean) > 2.5 for mean in means[2]) and means[3] == ["8.00", "8.00"]
 
@@ -231,8 +233,9 @@ def test_evaluate_asks_and_reports(
 
 
 def test_generate_refuses_what_the_curve_does_not_have(
-    folder: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    set_to_four = copy_of(folder, tmp_path, inference_experts_per_token=4)
     for model, flags, words in (
         (folder, ["--budget", "4.5"], "is 4.5, and the model's budget_curve goes from 1 to 4: use"),
         (plain, ["--budget", "2"], "is 2.0, and the model has no budget_curve"),
@@ -241,6 +244,13 @@ def test_generate_refuses_what_the_curve_does_not_have(
         (folder, ["--budget", "2", "--threshold", "0.5"], "is not allowed with --budget"),
         (
             *(folder, ["--budget", "4", "--max-experts-per-token", "2"]),
+            "no token may use more than 2",
+        ),
+        (
+            *(
+                copy_of(folder, tmp_path, inference_experts_per_token=4),
+                ["--max-experts-per-token", "2"],
+            ),
             "no token may use more than 2",
         ),
     ):
