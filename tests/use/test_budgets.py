@@ -246,13 +246,7 @@ def test_generate_refuses_what_the_curve_does_not_have(
             *(folder, ["--budget", "4", "--max-experts-per-token", "2"]),
             "no token may use more than 2",
         ),
-        (
-            *(
-                copy_of(folder, tmp_path, inference_experts_per_token=4),
-                ["--max-experts-per-token", "2"],
-            ),
-            "no token may use more than 2",
-        ),
+        (set_to_four, ["--max-experts-per-token", "2"], "no token may use more than 2"),
     ):
         assert words in said(generate.main, "--model", model, *PROMPT, *flags, capsys=capsys)
 
