@@ -60,7 +60,12 @@ def cases():
                 settings |= {"theta_ptr": None, "valid_ptr": None}
             types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
-            yield routing_triton._forward, types, settings | {"TOP": top}, 4
+            yield (
+                routing_triton._forward,
+                types,
+                settings | {"TOP": top},
+                routing_triton.WARPS_TO_SORT,
+            )
             yield routing_triton._backward, types, settings, 4
         parts = {"assignments_ptr": "i32", "not_finite_ptr": "i32"}
         parts |= {"assignments_out": "i64", "not_finite_out": "i64"}
