@@ -37,11 +37,11 @@ test: setup lint types ## lint, types and every test that this machine can run a
 test-unit: setup ## the tests in one process
 	@$(TEST) tests -m "not distributed and not long"
 
-test-distributed: setup ## the tests that start torchrun
+test-distributed: setup ## the tests that start several processes
 	@$(TEST) tests -m "distributed and not long"
 
-test-long: setup ## what make test leaves out, about half an hour; test-faults has a part of it
-	@$(TEST) tests -m long
+test-long: setup ## what make test leaves out, about 45 minutes; PART=tests/dry_run for a part
+	@$(TEST) $(or $(PART),tests) -n 2 --dist loadgroup -m long
 
 # What a processor without AVX-512 does, bf16 included, which is a hundred times slower there.
 test-avx2: setup ## make test with the instructions of an older processor (AVX2)
@@ -106,7 +106,7 @@ gpu-pack: setup ## what a GPU machine without a network lacks, to be brought the
 # They set DYNMOE_KERNELS themselves, both ways. What only compiles, or is for CPUs, needs no GPU.
 test-gpu: gpu ## the device's ways with kernels off and on, and the kernels natively
 	@env -u DYNMOE_KERNELS OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest tests/gpu tests/kernels \
-	  --ignore tests/kernels/test_compiles.py --ignore tests/kernels/test_routing_cpu.py
+	  --ignore tests/kernels/test_compiles.py --ignore-glob "tests/kernels/*_cpu.py"
 
 # Where it is missing its double would run, which must not look like success either.
 test-te: ## Transformer Engine's double against the original, and trainings on it; on a GPU

@@ -17,8 +17,8 @@ import torch
 
 from megatron_dynmoe.analysis.report.write_report import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import Target, to_hf
-from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS
 from megatron_dynmoe.use import calibrate as calibration
 from megatron_dynmoe.use import load
 from study.corpus import Corpus

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.runs.folder import CHECKPOINTS, FINISHED
-from megatron_dynmoe.storage.megatron_names import TRACKER
+from megatron_dynmoe.runs.folder import FINISHED
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 from study import fingerprint
 from study.corpus import Corpus
 from study.variants import VARIANTS, Size, Variant, training_flags

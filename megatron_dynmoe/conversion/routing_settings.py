@@ -74,22 +74,23 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
         "controller": controller,
         "measured_experts_per_token": measured if any(measured) else None,
         "num_experts_per_tok": None,
-        **_budget_curve(dynmoe, state),
+        "budget_curve": _budget_curve(dynmoe, state),
+        "inference_experts_per_token": None,
     }
 
 
-def _budget_curve(dynmoe: DynMoEConfig, state: RouterState) -> dict[str, Any]:
+def _budget_curve(dynmoe: DynMoEConfig, state: RouterState) -> list[dict[str, Any]] | None:
     """``budget_curve``: thresholds for the range of targets of the training, both rising.
 
-    Empty if there was no such range, or no threshold that all layers share, or if the target was
+    None if there was no such range, or no threshold that all layers share, or if the target was
     not the mean number of experts.
     """
     drawn = dynmoe.drawn_target
     maps = [values for values in state.get("knot_thresholds", ()) if values is not None]
     if drawn is None or dynmoe.controlled_quantity == "busiest_rank":
-        return {}
+        return None
     if not maps or any(values != maps[0] for values in maps):
-        return {}
+        return None
     knots = tuple(next(values for values in state["knot_targets"] if values is not None))
     num_points, ratio = _POINTS_PER_KNOT * (len(knots) - 1), knots[-1] / knots[0]
     curve: list[dict[str, Any]] = []
@@ -100,7 +101,7 @@ def _budget_curve(dynmoe: DynMoEConfig, state: RouterState) -> dict[str, Any]:
         threshold = shortest((1 - way) * maps[0][knot] + way * upper)
         if not curve or threshold > curve[-1]["threshold"]:
             curve.append({"experts_per_token": target, "threshold": threshold, "loss": None})
-    return {"budget_curve": curve}
+    return curve
 
 
 def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from megatron_dynmoe.conversion.names import (
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.settings.distribution import TargetDistribution
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest
 
 _NO_STATE: routing_settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
@@ -191,6 +192,8 @@ class FromFolder:
             self.config = self.format.from_format(theirs)
             self.unread = self.format.unread_words(theirs, self.config)
             stated = dtype_name(theirs)
+        except UsageError as error:
+            raise UsageError(f"{model / CONFIG}: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error
         self.token_ids = words.stated_ids(theirs)

@@ -63,6 +63,9 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
     """
     num_experts = args.num_experts or 0
     dynmoe = resolved_from_args(args, num_experts)
+    if experts_per_token is not None and not dynmoe.is_dynamic:
+        fixed = f"--moe-router-topk is {args.moe_router_topk}" if num_experts else "there are none"
+        raise FlagError("experts_per_token", experts_per_token, f", but {fixed}", "leave it out")
     if not num_experts:
         return ExpertCounts(0, 0, None, "no experts")
     cap = dynmoe.max_experts_per_token

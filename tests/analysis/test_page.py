@@ -17,9 +17,10 @@ import pytest
 from megatron_dynmoe.cli.analyze import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs a browser: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),
+]
 # What a browser without a desktop says of the machine, not of the page
 CONSOLE = re.compile(r":CONSOLE[:(\d].*")
 FRAME = """<iframe src="{page}" style="border: 0; width: {width}px; height: 800px"></iframe>

@@ -50,7 +50,7 @@ def test_a_profiler_of_cuda_is_refused():
 
 @pytest.fixture(scope="module")
 def imported():
-    """What an import of Megatron prints where Transformer Engine and Apex's extension are."""
+    """What an import of Megatron prints if Transformer Engine and Apex's extension are there."""
     code = (
         "from megatron_dynmoe.backends import cpu; cpu.install(); import megatron.training\n"
         "from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER\n"
@@ -73,16 +73,19 @@ def imported():
     return done
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_what_is_for_gpus(imported):
     """Upstream warns nine times while it is imported, which buries the first words of a run."""
     assert imported.stderr.startswith("> megatron_dynmoe: running Megatron on the CPU over gloo")
     assert imported.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_packages_for_cuda_are_as_if_they_were_not_installed(imported):
     """Megatron would take layers and optimizers from them, which stop at tensors of a CPU."""
     assert imported.stdout.split()[:3] == ["True", "False", "False"]
 
 
+@pytest.mark.slow
 def test_what_names_cuda_happens_on_the_cpu(imported):
     assert imported.stdout.splitlines()[1:] == ["[]"]

@@ -41,6 +41,7 @@ DTOP_P = TOP_P | {
     },
 }
 TOP_K = {"routing": "top_k", "num_experts_per_tok": 2}
+NO_EXPERTS = {"routing": "top_k", "num_experts": 0, "num_experts_per_tok": None}
 
 
 def model_config(**settings: Any) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def model_config(**settings: Any) -> dict[str, Any]:
     }
     if config["routing"] != "top_k":
         config["num_experts_per_tok"] = settings.get("num_experts_per_tok")
-    config.setdefault("mlp_layer_types", ["sparse"] * config["num_hidden_layers"])
+    kind = "sparse" if config["num_experts"] else "dense"
+    config.setdefault("mlp_layer_types", [kind] * config["num_hidden_layers"])
     return config
 
 
@@ -89,7 +91,7 @@ def example_of(format: Format) -> dict[str, Any]:
     """Settings that a format can hold, with everything else at model_config's values."""
     known = model_config().keys() - {"routing"}
     fixed = {needed.name: needed.value for needed in format.needed if needed.name in known}
-    for routing in (DTOP_P, TOP_P, TOP_K):
+    for routing in (DTOP_P, TOP_P, TOP_K, NO_EXPERTS):
         if can_hold(format, model_config(**routing | fixed)):
             return routing | fixed
     raise AssertionError(f"format {format.name} holds no model that the tests know")

@@ -1,4 +1,4 @@
-"""Runs test cases in real torchrun processes over gloo, many cases to one session.
+"""Runs test cases in real processes over gloo, many cases to one session.
 
 A test module describes its runs as cases and asks for their results::
 
@@ -7,8 +7,8 @@ A test module describes its runs as cases and asks for their results::
     def test_ep2(results):
         assert results[EP2].losses[-1] < results[EP2].losses[0]
 
-The first result asked for runs every case that was added, once. Tests that need a session of their
-own call :func:`run_session`. In flags and environment, ``{dir}`` is the session's directory.
+The first result asked for runs the cases of all selected tests, once. Tests that need a session of
+their own call :func:`run_session`. In flags and environment, ``{dir}`` is the session's directory.
 """
 
 from __future__ import annotations
@@ -151,16 +151,17 @@ class CaseResult:
 
 
 class Results:
-    """Results of the cases of the modules whose tests were selected, run when one is asked for.
+    """Results of the cases of the selected tests, which run when the first one is asked for.
 
     Args:
         directory: where they run.
-        modules: names of these modules.
+        names: of these cases; see :mod:`tests.distributed.selection`. Others run, each in a session
+            of its own, if a test asks for them all the same.
     """
 
-    def __init__(self, directory: Path, modules: Collection[str]) -> None:
+    def __init__(self, directory: Path, names: Collection[str]) -> None:
         self.directory = directory
-        self._modules = modules
+        self._names = names
         self._results: dict[str, CaseResult] = {}
 
     def __getitem__(self, case: Case) -> CaseResult:
@@ -172,22 +173,15 @@ class Results:
         if case.name not in self._results:
             wanted, directory = [case], self.directory
             if not self._results:
-                wanted += self._of_selected_tests()
-            else:  # of a module without selected tests, whose case another module's test asks for
+                wanted += [other for other in _CASES if other.name in self._names]
+            else:
                 directory = self.directory / f"for_{case.name}"
                 directory.mkdir()
             self._results |= run_session(_with_those_before(wanted), directory)
         return self._results[case.name]
 
-    def _of_selected_tests(self) -> list[Case]:
-        """Or those that DYNMOE_TEST_CASES names, comma-separated, for one who waits for a few."""
-        names = os.environ.get("DYNMOE_TEST_CASES")
-        if names:
-            return [case for case in _CASES if case.name in names.split(",")]
-        return [case for case, module in _CASES.items() if module in self._modules]
 
-
-_CASES: dict[Case, str] = {}  # with the module that added them
+_CASES: list[Case] = []
 
 
 def _with_those_before(cases: list[Case]) -> list[Case]:
@@ -205,14 +199,14 @@ def add(case: Case) -> Case:
     """Have the case run in the session that all test modules share."""
     if case not in _CASES:
         assert case.name not in {other.name for other in _CASES}, f"two cases are {case.name}"
-        _CASES[case] = sys._getframe(1).f_globals["__name__"]
+        _CASES.append(case)
     return case
 
 
 def run_session(
     cases: list[Case], directory: Path, environment: dict[str, str] | None = None
 ) -> dict[str, CaseResult]:
-    """Run all cases in one torchrun, as far as possible side by side.
+    """Run all cases in one session, as far as possible side by side.
 
     Args:
         cases: each after those it names in ``after``.
@@ -244,17 +238,16 @@ def run_session(
         placed.append(settings | {"first_process": first})
     (directory / "cases.json").write_text(json.dumps(placed))
 
-    with open(directory / "torchrun.log", "w") as log:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(num_processes)]
-        command += [str(REPOSITORY / "tests/distributed/worker.py"), str(directory)]
+    with open(directory / "session.log", "w") as log:
+        worker = REPOSITORY / "tests/distributed/worker.py"
+        command = [sys.executable, str(worker), str(directory), str(num_processes)]
         variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         variables |= environment or {}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=directory)
         try:
             process.wait(SESSION_TIMEOUT)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers
+            process.terminate()  # its workers end with it
             process.wait()
     return {case.name: _read(case, directory) for case in cases}
 
@@ -266,6 +259,6 @@ def _read(case: Case, directory: Path) -> CaseResult:
         if path.exists():
             ranks.append(json.loads(path.read_text()))
         else:
-            end = (directory / "torchrun.log").read_text()[-3000:]
-            ranks.append({"error": f"rank {rank} did not end; torchrun's log:\n{end}"})
+            end = (directory / "session.log").read_text()[-3000:]
+            ranks.append({"error": f"rank {rank} did not end; the session's log:\n{end}"})
     return CaseResult(case, directory, ranks)

@@ -34,7 +34,10 @@ TRAININGS: dict[str, tuple[str, dict[str, tuple[int, str]]]] = {
         f"{LARGE} {BY_SEQUENCE} {GQA}",
         {"cp2": (2, CP2), "cp2_ep2": (2, f"{CP2} {EP2}"), "cp2_dp2": (4, CP2)},
     ),
-    "by_batch": (f"{LARGE} {BY_BATCH}", {"cp4_ep2": (4, f"{CP4} {EP2}")}),
+    "by_batch": (
+        f"{LARGE} {BY_BATCH}",
+        {"cp2_by_batch": (2, CP2), "cp4_ep2": (4, f"{CP4} {EP2}")},
+    ),
     "per_token": (f"{LARGE} {PER_TOKEN} {BY_SEQUENCE}", {"cp2_pp2": (4, f"{CP2} {PP2}")}),
     "tp2": (f"{LARGE} {VOCABULARY} {BY_MICRO_BATCH}", {"cp2_tp2": (4, f"{CP2} {TP2} {EP2}")}),
 }
@@ -55,12 +58,18 @@ def weights(name: str, flags: str) -> Case:
     return case(name, 1, flags)
 
 
+QUICK = ("cp2", "cp2_ep2", "cp2_by_batch", "cp2_pp2")
 SPLIT = []
 for name, (flags, layouts) in TRAININGS.items():
     saved = weights(f"{name}_weights", flags)
     whole = loaded(name, 1, flags, saved)
     SPLIT += [
-        pytest.param(whole, loaded(layout, num_ranks, f"{flags} {more}", saved), id=layout)
+        pytest.param(
+            whole,
+            loaded(layout, num_ranks, f"{flags} {more}", saved),
+            marks=[] if layout in QUICK else [pytest.mark.long],
+            id=layout,
+        )
         for layout, (num_ranks, more) in layouts.items()
     ]
 

@@ -6,19 +6,21 @@ each other, and have not been run.
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+from tests.distributed.selection import cases_of, matrix
 from tests.distributed.test_dispatch import differences
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BACKENDS = ("deepep", "hybridep")
-CASES: list[Case] = []
+CASES: deque[Case] = deque()  # all: cases_of() looks into lists
 
 
 def case(name: str, num_ranks: int, flags: str, **fields) -> Case:
@@ -39,6 +41,7 @@ STOCK = dispatch("deepep", "routed", "stock", 2)
 
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+CAP = "--moe-dynamic-max-experts-per-token 3"
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
 # The doubles take bf16 only, like the originals; what is compared is rounded to it.
 TRAIN = f"{TINY} {DTOP_P} --bf16 --make-vocab-size-divisible-by 16"
@@ -58,7 +61,8 @@ TRAINED = {
     ]
     for layout, num_ranks, flags in (
         ("ep2", 2, EP2),
-        ("ep2_tp2_cap", 4, f"{EP2} {TP2} --moe-dynamic-max-experts-per-token 3"),
+        ("ep2_cap", 2, f"{EP2} {CAP}"),
+        ("ep2_tp2_cap", 4, f"{EP2} {TP2} {CAP}"),
     )
 }
 REFUSED = {
@@ -84,9 +88,13 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CaseResult]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, CaseResult]:
     path = f"{REPOSITORY}:{REPOSITORY / 'tests/doubles'}"
-    return run_session(CASES, tmp_path_factory.mktemp("flex"), {"PYTHONPATH": path})
+    names = cases_of(request.session.items)
+    cases = [case for case in CASES if case.name in names]
+    return run_session(cases, tmp_path_factory.mktemp("flex"), {"PYTHONPATH": path})
 
 
 @pytest.mark.parametrize("exact", EXACT, ids=lambda case: case.name)
@@ -104,7 +112,7 @@ def test_stock_is_wrong_without_an_error(runs: dict[str, CaseResult]) -> None:
     assert 0 < found["every token to every expert"]["output"] < float("inf")
 
 
-@pytest.mark.parametrize("layout", TRAINED)
+@pytest.mark.parametrize("layout", matrix(TRAINED, ["ep2_cap"]))
 def test_a_training_is_that_of_all_to_all(runs: dict[str, CaseResult], layout: str) -> None:
     alltoall, *others = (runs[case.name].check() for case in TRAINED[layout])
     for other in others:

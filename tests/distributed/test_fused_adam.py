@@ -75,7 +75,14 @@ def test_fused_steps_train_as_others_do(results: Results, layout: str) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("key", RESUMED, ids=lambda key: RESUMED[key].name)
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.long] if key[0] == "one" and key[1] else [])
+        for key in RESUMED
+    ],
+    ids=lambda key: RESUMED[key].name,
+)
 def test_a_resumed_run_steps_in_its_own_way(results: Results, key: tuple[str, bool, bool]) -> None:
     layout, is_fused, was_fused = key
     resumed, whole = results[RESUMED[key]], results[WHOLE[layout, is_fused]]

@@ -23,6 +23,7 @@ from megatron_dynmoe.settings.distribution import KNOTS
 from megatron_dynmoe.upstream import optimizer_state
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, tensors
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
+from tests.distributed.selection import matrix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -58,7 +59,7 @@ def run(name: str, layout: str, flags: str = "", model: str = MODEL) -> Case:
 
 
 def gradient_hooks(flags: str) -> tuple[str, ...]:
-    """None where gradients are in bf16, or each rank has the reduced ones of its own part only."""
+    """None if gradients are in bf16, or each rank has the reduced ones of its own part only."""
     return () if BF16 in flags or DISTRIBUTED in flags else GRADIENTS
 
 
@@ -212,14 +213,25 @@ UNPATCHED_EP = resume("unpatched_ep", EP2, "one", hook="unpatched")
 UNPATCHED_DIST = resume("unpatched_dist", DIST_DP2, "one", RESHARDABLE, hook="unpatched")
 
 
-@pytest.mark.parametrize("name", SAME_LAYOUT)
+@pytest.mark.parametrize(
+    "name", matrix(SAME_LAYOUT, ("one, dropout", "ep2", "pp2, dropout", "dp2, distributed"))
+)
 def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:
     whole, resumed = (results[case] for case in SAME_LAYOUT[name])
     assert resumed.losses == whole.losses[HALF:]
     assert differences(checkpoint(whole), checkpoint(resumed)) == {}
 
 
-@pytest.mark.parametrize("name", OTHER_LAYOUT)
+@pytest.mark.parametrize(
+    "name",
+    matrix(
+        OTHER_LAYOUT,
+        (
+            *("ep2_whole to pp2", "pp2ep2_whole to one", "interleaved_whole to one"),
+            *("ep2_bf16 to one", "dist_dp2 to pp2", "dist_dense_first to one"),
+        ),
+    ),
+)
 def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: str) -> None:
     origin, resumed = (results[case] for case in OTHER_LAYOUT[name])
     assert differences(checkpoint(origin, HALF), checkpoint(resumed, HALF)) == {}
@@ -233,7 +245,7 @@ def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: s
         assert_same_gradients(origin, resumed, step=HALF)
 
 
-@pytest.mark.parametrize("name", OTHER_PADDING)
+@pytest.mark.parametrize("name", matrix(OTHER_PADDING, ("tp2 to one", "one to tp2, per token")))
 def test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size(
     results: Results, name: str
 ) -> None:
@@ -242,7 +254,7 @@ def test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size(
     assert resumed.losses == pytest.approx(origin.losses[HALF:], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", OTHER_SCHEDULE)
+@pytest.mark.parametrize("name", matrix(OTHER_SCHEDULE, ("ep2_whole on one", "dist_dp2 on pp2")))
 def test_another_schedule_takes_the_optimizers_state_along(results: Results, name: str) -> None:
     origin, resumed = (results[case] for case in OTHER_SCHEDULE[name])
     expected, loaded = checkpoint(origin, HALF), checkpoint(resumed, HALF)

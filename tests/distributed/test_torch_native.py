@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
+from tests.distributed.selection import matrix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -155,7 +156,14 @@ def test_recompute_changes_nothing(results: Results, recomputed: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("routing", "layout"), TENSOR_PARALLEL, ids=[case.name for _, case in TENSOR_PARALLEL]
+    ("routing", "layout"),
+    matrix(
+        TENSOR_PARALLEL,
+        (
+            *("native_loaded_dtop_p_tp2", "native_loaded_top_p_tp2_allgather"),
+            "native_loaded_dtop_p_tp2_whole_experts",
+        ),
+    ),
 )
 def test_tensor_parallel_equals_one_rank(results: Results, routing: str, layout: Case) -> None:
     one, many = results[ONE_RANK[routing]], results[layout]
@@ -179,7 +187,16 @@ def test_tensor_parallel_equals_one_rank(results: Results, routing: str, layout:
                 assert step == pytest.approx(reference, rel=1e-3)
 
 
-@pytest.mark.parametrize(("first", "second"), EXCHANGED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    matrix(
+        EXCHANGED,
+        (
+            *("native_loads_ep2_distopt_native", "native_loads_ep2_distopt_local"),
+            "native_loads_pp2_native",
+        ),
+    ),
+)
 def test_either_back_end_goes_on_from_the_others_checkpoint(
     results: Results, first: Case, second: Case
 ) -> None:

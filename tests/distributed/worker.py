@@ -1,25 +1,27 @@
-"""One process of the test session: runs many cases one after another.
+"""The processes of a test session, which run many cases one after another.
 
-    torchrun --nproc-per-node N tests/distributed/worker.py SESSION_DIRECTORY
+    python tests/distributed/worker.py SESSION_DIRECTORY NUMBER_OF_PROCESSES
 
-Importing torch and Megatron takes several seconds a process, so a process imports them once and
-forks a child for each case: what a case leaves in modules, and gloo's threads, end with it. Each
-case has its own world, made of some of these processes, its own log, and a result file for each
-rank. See :mod:`tests.distributed.harness`.
+Importing torch and Megatron takes several seconds of a processor, so one process imports them,
+once, and forks the workers; what torchrun would give them is set here. Until the last fork it has
+one thread. A worker forks a child for each case: what a case leaves in modules, and gloo's threads,
+end with it. Each case has its own world, made of some of the workers, its own log, and a result
+file for each rank. See :mod:`tests.distributed.harness`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import ctypes
+import gc
 import importlib
-import inspect
 import json
 import os
+import signal
 import sys
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,21 @@ from megatron_dynmoe.settings.messages.command_line import UsageError
 # For other processes, while they work on other cases: the first one of a case to be free waits
 # until the last one is. A rank that dies is noticed at once.
 PATIENCE = timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+# What a training imports late.
+EVERY_CASE_IMPORTS = (
+    "megatron.core.datasets.helpers",
+    "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.models.mimo.optimizer",
+    "megatron.core.tokenizers.text.libraries",
+    "megatron.core.tokenizers.text.models",
+    "megatron_dynmoe.huggingface.configuration_dynmoe",
+    "megatron_dynmoe.kernels.routing_cpu",
+    "megatron_dynmoe.training.loop",
+    "torch.utils.serialization.config",
+)
 
 
 class Recorder:
@@ -108,11 +125,54 @@ class Recorder:
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
-    process = int(os.environ["RANK"])
+    directory, num_processes = Path(sys.argv[1]), int(sys.argv[2])
+    cases = json.loads((directory / "cases.json").read_text())
+    warm_up(cases)
+    os.environ |= {"WORLD_SIZE": str(num_processes), "TORCHELASTIC_USE_AGENT_STORE": str(True)}
+    workers = {
+        _fork(lambda rank=rank: _work(cases, rank, directory)) for rank in range(num_processes)
+    }
+    # Torch's server is a thread, so it has to be of this process, and to wait for the forks.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    server = torch.distributed.TCPStore(address, port, is_master=True, wait_for_workers=False)
+    failed = False
+    while workers:
+        worker, status = os.wait()
+        workers.remove(worker)
+        if status != 0 and not failed:
+            failed = True
+            for other in workers:
+                os.kill(other, signal.SIGTERM)
+    del server
+    sys.exit(int(failed))
+
+
+def _fork(function: Callable[[], None]) -> int:
+    """Call the function in a process that ends with it, or with this one."""
+    parent = os.getpid()
+    child = os.fork()
+    if child != 0:
+        return child
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == parent:
+            function()
+            status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(cases: list[dict[str, Any]], process: int, directory: Path) -> None:
+    """Be one process of the session: run its part of each case."""
+    os.environ["RANK"] = str(process)
     store, _, _ = next(torch.distributed.rendezvous("env://"))
     store.set_timeout(PATIENCE)
-    for case in json.loads((directory / "cases.json").read_text()):
+    for case in cases:
         rank = process - case["first_process"]
         if not 0 <= rank < case["num_ranks"]:
             continue
@@ -196,20 +256,29 @@ def _output_to(path: Path) -> Iterator[None]:
                 os.close(old)
 
 
-def warm_up() -> None:
-    """Import and read here, once, what every case would by itself."""
+def warm_up(cases: list[dict[str, Any]]) -> None:
+    """Import and compute here, once, what every case would by itself."""
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
 
-    import megatron_dynmoe.huggingface.configuration_dynmoe
-    import megatron_dynmoe.training.loop  # noqa: F401
+    from megatron_dynmoe.control.calibrate import default_gains
+    from tests.helpers.megatron_arguments import keep_help_texts
 
-    # Megatron reads its help texts from its own source, each time that it parses arguments.
-    inspect.getsource = functools.cache(inspect.getsource)
+    for name in EVERY_CASE_IMPORTS:
+        importlib.import_module(name)
+    for name in dict.fromkeys(name for case in cases for name in (case["entry"], *case["hooks"])):
+        # A case of what no environment has, say, is the case's error and not the session's.
+        with contextlib.suppress(Exception):
+            _find(name)
+
+    keep_help_texts()
     add_megatron_arguments(ArgumentParser())
+    default_gains(num_experts=8, target=2)  # of the harness's DTOP_P; it is kept
     # Mock documents: shuffling the samples of 100,000 takes half a second.
     MockGPTLowLevelDataset.size = 1000
+    # A child's garbage collector leaves alone, and so does not copy, what is there already.
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
@@ -218,5 +287,4 @@ if __name__ == "__main__":
     else:
         from megatron_dynmoe.run import prepare
     prepare()  # before the cases replace environment and output
-    warm_up()
     main()

@@ -70,6 +70,8 @@ def test_the_commands_work_from_first_to_last(tmp_path):
         "--train-iters 400": "--train-iters 6",
         "--lr-warmup-iters 30": "--lr-warmup-iters 1",
         "--eval-iters 8": "--eval-iters 1",
+        "--seq-length 256": "--seq-length 64",
+        "--max-position-embeddings 256": "--max-position-embeddings 64",
         "--max-new-tokens 40": "--max-new-tokens 4",
     }.items():
         assert long in script

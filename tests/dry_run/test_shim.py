@@ -34,6 +34,7 @@ def test_a_torch_without_cuda_needs_none(monkeypatch, tmp_path):
     assert shim.find_compiler() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 def test_autograd_runs_on_a_device_that_does_not_exist():
     """And by it alone: without the library the engine stops."""

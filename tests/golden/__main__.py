@@ -20,7 +20,7 @@ def main() -> None:
         if name not in runs.FLAGS:
             sys.exit(f"there is no golden run {name!r}; there are {', '.join(runs.FLAGS)}.")
     with tempfile.TemporaryDirectory() as directory:
-        found = runs.train(Path(directory))
+        found = runs.train(Path(directory), names)
     for name in names:
         change: str | None = "new"
         processor = found[name]["made_with"]["processor"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ DECIDES = ("torch", "megatron-core", "machine", "processor", "instructions")
 # probabilities all but equal the threshold may take another expert, though, which is 2e-3 of the
 # experts of a step here.
 TOLERANCES = {"loss": 2e-4, "experts_per_token": 1e-2, "threshold": 1e-2}
-# Whose files are compared with where there are none of the same kind of processor.
+# Whose files are compared with if there are none of the same kind of processor.
 REFERENCE = "GenuineIntel-avx512"
 
 
@@ -82,11 +82,10 @@ def platform_noted(recorder: Any) -> Iterator[None]:
     yield
 
 
-def train(directory: Path) -> dict[str, dict[str, Any]]:
-    """Run all modes in one process; their records by name, as they are kept in the files."""
+def train(directory: Path, names: Iterable[str] = FLAGS) -> dict[str, dict[str, Any]]:
+    """Run these modes in one process; their records by name, as they are kept in the files."""
     cases = [
-        Case(name, 1, flags, hooks=HOOKS, env=ENVIRONMENT.get(name, {}))
-        for name, flags in FLAGS.items()
+        Case(name, 1, FLAGS[name], hooks=HOOKS, env=ENVIRONMENT.get(name, {})) for name in names
     ]
     pins = dict(PINS)
     if not _has_avx2():  # PyTorch would take the word for it, and die

@@ -13,11 +13,23 @@ Records = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return runs.train(tmp_path_factory.mktemp("golden"))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """The runs whose tests are selected."""
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_a_run_equals_its_golden_file
+    ]
+    return runs.train(tmp_path_factory.mktemp("golden"), names)
 
 
-@pytest.mark.parametrize("name", runs.FLAGS)
+@pytest.mark.parametrize(
+    "name",
+    [  # the readable lines are near the kernels', by their files, and have tests of their own
+        pytest.param(name, marks=[pytest.mark.long] if name == "dtop_p_readable" else [])
+        for name in runs.FLAGS
+    ],
+)
 def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
     found = trained[name]
     golden = runs.read(name, found["made_with"]["processor"])
@@ -31,7 +43,7 @@ def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
         )
     difference = runs.first_difference(golden, found, exact=not others)
     assert difference is None, (
-        f"{name}: {difference}. Where results are meant to change: python -m tests.golden {name}. "
+        f"{name}: {difference}. If results are meant to change: python -m tests.golden {name}. "
         f"The file was made with {golden['made_with']}, here is {found['made_with']}."
     )
 

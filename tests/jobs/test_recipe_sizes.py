@@ -5,8 +5,6 @@ Megatron validates the recipe's own layout first, for a world of 16.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from functools import partial
 from importlib import resources
 from typing import NamedTuple
@@ -52,8 +50,6 @@ def megatron(monkeypatch):
     one_rank.world_of_one()
     import megatron.training.arguments as megatron_arguments
 
-    # Megatron reads its help texts from its own source, each time that it parses arguments.
-    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     monkeypatch.setattr(megatron_arguments, "set_global_variables", lambda args: None)
     monkeypatch.delenv("DYNMOE_CONFIG", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "16")
@@ -95,6 +91,7 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     monkeypatch.setattr("sys.argv", ["pretrain", *flags])
     args, resolved, chosen = parse_command_line()
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
+    args.perform_initialization = False  # of nothing, which takes half of the time
     config = gpt_config_from_args(args)
     settled = settle_run(resolved, config.transformer, chosen)
     prepare_training(settled, config.transformer, args)

@@ -123,8 +123,11 @@ def test_all_routers_of_a_model_share_the_threshold_and_it_is_saved_with_them(tm
         (lambda: Router(8, 4, threshold=1.5), "threshold is 1.5.*use 0"),
         (lambda: Router(8, 4, max_experts_per_token=5), "max_experts_per_token is 5: use 1 to 4"),
         (lambda: Router(8, 4, normalization="rms"), "normalization is 'rms'"),
-        (lambda: Controller(layer(), target=9), "target_experts_per_token is 9.*use 1 to 8"),
-        (lambda: Controller(layer(), target=2, min_treshold=0.1), "did you mean min_threshold"),
+        (lambda: Controller(layer(), target=9), "^target is 9.*use 1 to 8"),
+        (
+            lambda: Controller(layer(), target=2, min_threshold=0.8, max_threshold=0.2),
+            "min_threshold is 0.8.*max_threshold",
+        ),
         (lambda: Controller(nn.Linear(2, 2), target=2), "no megatron_dynmoe.Router"),
         (lambda: Controller(layer(), target=2).update([]), "counts is empty"),
         (lambda: MoELayer(Router(8, 4), Experts(8, 5, 8)), "4 experts and Experts has 5"),
@@ -140,6 +143,7 @@ def test_what_makes_no_sense_is_refused_by_name(wrong, said):
         wrong()
 
 
+@pytest.mark.slow
 def test_the_readmes_lines_train_and_hold_the_target():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 24
@@ -153,6 +157,7 @@ def test_the_readmes_lines_train_and_hold_the_target():
     assert len(counts) > 3
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     code = (ROOT / "examples/pytorch/language_model.py").read_text()
     short = code.replace("STEPS, LENGTH, BATCH = 300,", "STEPS, LENGTH, BATCH = 10,")

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.megatron_arguments import keep_help_texts
+
 
 @functools.cache
 def megatron_on_cpu() -> None:
@@ -22,6 +24,7 @@ def megatron_on_cpu() -> None:
     from megatron_dynmoe.upstream import patches
 
     patches.install()
+    keep_help_texts()
 
 
 def world_of_one() -> None:

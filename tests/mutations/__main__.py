@@ -84,8 +84,7 @@ def check_that_all_pass(copy: Path, mutations: Iterable[Mutation]) -> None:
     """Without a mistake; together, because starting takes longer than most tests."""
     start = time.monotonic()
     tests = {test: None for mutation in mutations for test in mutation.tests}
-    cases = {case for mutation in mutations for case in mutation.cases}
-    code, output = run_tests(copy, list(tests), cases)
+    code, output = run_tests(copy, list(tests))
     if code != PASSED:
         sys.exit(f"{output}\nwithout a mistake the tests must pass; pytest ended with {code}")
     print(f"without a mistake all pass ({time.monotonic() - start:.0f} s)", flush=True)
@@ -101,9 +100,9 @@ def is_caught(copy: Path, mutation: Mutation, whole: bool) -> bool:
     start = time.monotonic()
     try:
         if whole:
-            code, output = run_tests(copy, ["tests"], ())
+            code, output = run_tests(copy, ["tests"])
         else:
-            code, output = run_tests(copy, mutation.tests, mutation.cases)
+            code, output = run_tests(copy, mutation.tests)
     finally:
         path.write_text(source)
     if code not in (PASSED, FAILED):
@@ -114,13 +113,10 @@ def is_caught(copy: Path, mutation: Mutation, whole: bool) -> bool:
     return code == FAILED
 
 
-def run_tests(copy: Path, tests: Iterable[str], cases: Iterable[str]) -> tuple[int, str]:
+def run_tests(copy: Path, tests: Iterable[str]) -> tuple[int, str]:
     """Exit code and the end of the output of pytest on the copy."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    variables = environment(copy)
-    if cases:
-        variables["DYNMOE_TEST_CASES"] = ",".join(cases)
-    done = subprocess.run(command, cwd=copy, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
     return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
 
 

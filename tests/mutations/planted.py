@@ -16,7 +16,6 @@ class Mutation:
         right: text that is in the file exactly once.
         wrong: the text that replaces it.
         tests: arguments of pytest.
-        cases: the cases of distributed tests that these tests need; no others are run.
     """
 
     name: str
@@ -25,7 +24,6 @@ class Mutation:
     right: str
     wrong: str
     tests: tuple[str, ...]
-    cases: tuple[str, ...] = ()
 
     def fits(self, source: str) -> bool:
         return source.count(self.right) == 1
@@ -48,6 +46,7 @@ BUSIEST = "tests/distributed/test_busiest_rank.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
+BUDGET, USED = "tests/huggingface/test_budgets.py", "tests/use/test_budgets.py"
 
 CONTROLLER = [
     Mutation(
@@ -65,7 +64,6 @@ CONTROLLER = [
         "measured = measured * statistics.rank_imbalance",
         "pass",
         (f"{BUSIEST}::test_the_target_is_that_of_the_busiest_rank[ep4]",),
-        ("busiest_ep4",),
     ),
     Mutation(
         "busiest_rank_over_all_dispatches",
@@ -74,7 +72,6 @@ CONTROLLER = [
         "view(len(counters), -1)",
         "view(len(counters), -1).sum(1, keepdim=True)",
         (f"{BUSIEST}::test_the_busiest_rank_of_each_dispatch_is_counted[ep2_pp2]",),
-        ("busiest_ep2_pp2",),
     ),
     Mutation(
         "no_anti_windup",
@@ -115,7 +112,6 @@ CONTROLLER = [
         "if not self._commit_after(config.grad_scale_func):",
         "if True:",
         (f"{CONTROL}::test_a_skipped_step_counts_for_nothing[skipped]",),
-        ("skipped",),
     ),
     Mutation(
         "counts_reduced_over_the_wrong_group",
@@ -125,7 +121,6 @@ CONTROLLER = [
         "from megatron.core import mpu\n\n    torch.distributed.all_reduce(\n"
         "        packed, group=mpu.get_pipeline_model_parallel_group()\n    )",
         ("tests/distributed/test_layouts.py::test_data_parallel_equals_one_rank",),
-        ("one_rank", "dp2"),
     ),
     Mutation(
         "counters_not_cleared",
@@ -134,7 +129,6 @@ CONTROLLER = [
         "clear(counters)",
         "pass",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
-        ("schedule",),
     ),
     Mutation(
         "schedule_one_step_late",
@@ -143,7 +137,6 @@ CONTROLLER = [
         ".at(finished_iterations())",
         ".at(max(finished_iterations() - 1, 0))",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
-        ("schedule",),
     ),
     Mutation(
         "errors_shared_by_weights_alone",
@@ -331,7 +324,6 @@ ROUTING = [
         "self.theta_offset.sequence_parallel = False",
         ("tests/distributed/test_torch_native.py::test_tensor_parallel_equals_one_rank"
          "[native_loaded_dtop_p_tp2]",),
-        ("native_saved_dtop_p", "native_loaded_dtop_p_one_rank", "native_loaded_dtop_p_tp2"),
     ),
 ]  # fmt: skip
 
@@ -375,7 +367,6 @@ LOSS = [
         "torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)",
         "torch.distributed.all_reduce(counted, group=self.tp_cp_group)",
         (f"{INVARIANCE}::test_the_balance_loss_of_the_global_batch_spans_the_ranks",),
-        ("invariance_saved", "invariance_global_one", "invariance_global_dp2"),
     ),
 ]
 
@@ -411,7 +402,6 @@ DISPATCHING = [
         "        if full:\n",
         "        if not full:\n",
         (f"{ROOM}[overflows]",),
-        ("rows_counted", "rows_overflow"),
     ),
     Mutation(
         "random_state_not_taken_back",
@@ -420,7 +410,6 @@ DISPATCHING = [
         "            restore()\n",
         "",
         (f"{ROOM}[overflows]",),
-        ("rows_counted", "rows_overflow"),
     ),
     Mutation(
         "gradients_of_an_overflow_kept",
@@ -429,7 +418,6 @@ DISPATCHING = [
         "                chunk.zero_grad_buffer()\n",
         "                pass\n",
         (f"{ROOM}[overflows]",),
-        ("rows_counted", "rows_overflow"),
     ),
     Mutation(
         "split_sizes_swapped",
@@ -439,7 +427,6 @@ DISPATCHING = [
         "tokens_per_local_expert = super().preprocess(routing_map)\n"
         "        self.input_splits, self.output_splits = self.output_splits, self.input_splits",
         (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep2]",),
-        ("dispatch_alltoall_routed_ep2",),
     ),
     Mutation(
         "rows_in_the_order_of_tokens",
@@ -448,7 +435,6 @@ DISPATCHING = [
         "by_expert = map_TE.t().reshape(-1)",
         "by_expert = map_TE.reshape(-1)",
         (f"{DISPATCH}::test_dispatch_and_combine_are_exact_for_every_map[alltoall_routed_ep1]",),
-        ("dispatch_alltoall_routed_ep1",),
     ),
     Mutation(
         "gradient_of_no_rows_left_to_grouped_mm",
@@ -468,7 +454,6 @@ DISPATCHING = [
         "torch.cat([early, late.flip(0)]).flatten(0, 1)",
         "torch.cat([early, late]).flatten(0, 1)",
         (f"{CONTEXT}::test_a_split_sequence_trains_as_a_whole_one[cp2]",),
-        ("context_by_sequence_weights", "context_by_sequence", "context_cp2"),
     ),
     Mutation(
         "experts_one_after_another",
@@ -594,7 +579,6 @@ WATCHING = [
             "tests/distributed/test_resume.py::"
             "test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size",
         ),
-        ("one_per_token", "per_token_to_tp2"),
     ),
     Mutation(
         "checksums_not_compared",
@@ -611,7 +595,6 @@ WATCHING = [
         "seed + parallel_state.get_expert_model_parallel_rank()",
         "seed",
         ("tests/distributed/test_doctor.py::test_models_that_were_just_made_are_clean[0-pp2ep2]",),
-        ("fresh_pp2ep2",),
     ),
     Mutation(
         "patches_of_a_cpu_everywhere",
@@ -757,7 +740,6 @@ ATTENTION = [
         "if not (has_lengths or is_first_or_last_pipeline_stage(vp_stage)):",
         "if not is_first_or_last_pipeline_stage(vp_stage):",
         (f"{APART}::test_documents_stay_apart_under_every_layout[pp2]",),
-        ("documents_native", "documents_pp2"),
     ),
     Mutation(
         "data_without_ends_taken",
@@ -774,7 +756,6 @@ ATTENTION = [
         "attention.module = LatentAttention",
         "attention.module = MLASelfAttention",
         (f"{LATENT}::test_tensor_parallel_ranks_train_it_as_one",),
-        ("latent_one", "latent_tp2"),
     ),
     Mutation(
         "latent_values_cut",
@@ -786,4 +767,110 @@ ATTENTION = [
     ),
 ]
 
-MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *ATTENTION, *WATCHING]
+UPCYCLE = "tests/conversion/test_upcycle.py::test_the_function_is_unchanged"
+FOREIGN = "tests/conversion/test_foreign.py::test_ours_has_the_same_logits"
+
+CONVERSION = [
+    Mutation(
+        "parts_not_scaled",
+        "the parts of an upcycled copy have the weights of a whole one",
+        "conversion/upcycle.py",
+        'return made * parts if part == "expert_down" else made',
+        "return made",
+        (UPCYCLE,),
+    ),
+    Mutation(
+        "parts_routed_apart",
+        "the parts of an upcycled copy have rows of different copies in the router",
+        "conversion/upcycle.py",
+        ".repeat_interleave(parts, dim=0)",
+        ".repeat(parts, 1)",
+        (UPCYCLE,),
+    ),
+    Mutation(
+        "parts_by_threshold",
+        "copies that are cut into parts may be routed by a threshold",
+        "conversion/upcycle.py",
+        "if self.granularity > 1:",
+        "if self.granularity > self.experts:",
+        ("tests/conversion/test_upcycle.py::test_what_cannot_be_upcycled",),
+    ),
+    Mutation(
+        "top_k_probabilities_always_normalized",
+        "norm_topk_prob of a Qwen3-MoE is taken for true",
+        "conversion/formats/qwen3_moe.py",
+        'if theirs.get("norm_topk_prob", False) else "raw"',
+        'if theirs.get("norm_topk_prob", True) else "raw"',
+        ("tests/conversion/test_foreign.py::test_what_a_file_leaves_out",),
+    ),
+    Mutation(
+        "sparse_step_from_the_first_layer",
+        "every n-th layer of a Qwen3-MoE is counted from the first one on",
+        "conversion/formats/qwen3_moe.py",
+        "(layer + 1) % step == 0",
+        "layer % step == 0",
+        (FOREIGN,),
+    ),
+]
+
+BUDGETS = [
+    Mutation(
+        "budget_of_another_sequence",
+        "the budgets of a batch go round among its sequences",
+        "huggingface/budgets_dynmoe.py",
+        "return values_B.repeat_interleave(length)",
+        "return values_B.repeat(length)",
+        (f"{BUDGET}::test_each_sequence_of_a_batch_is_as_if_alone_with_its_threshold[list]",),
+    ),
+    Mutation(
+        "budget_of_generation_unread",
+        "what a generation's config asks for is left out",
+        "huggingface/budgets_dynmoe.py",
+        'inputs["experts_per_token"] = _in_generation_config(config)',
+        'inputs["experts_per_token"] = None',
+        (f"{BUDGET}::test_generation_with_a_budget_for_each_sequence",),
+    ),
+    Mutation(
+        "budget_between_points",
+        "a budget between two points has the lower one's threshold",
+        "huggingface/budgets_dynmoe.py",
+        "share = (budget - low) / (high - low)",
+        "share = (budget - low) // (high - low)",
+        (f"{BUDGET}::test_one_budget_for_all[2.5]",),
+    ),
+    Mutation(
+        "budget_in_training",
+        "a budget for inference steers the training, too",
+        "huggingface/configuration_dynmoe.py",
+        'None if training else given["inference_experts_per_token"]',
+        'given["inference_experts_per_token"]',
+        (f"{BUDGET}::test_a_threshold_by_layer_and_one_for_inference_give_way",),
+    ),
+    Mutation(
+        "curve_of_another_cap",
+        "a curve that was measured without the new cap is kept",
+        "use/calibrate.py",
+        "elif cap is not None:",
+        "elif cap == 0:",
+        (f"{USED}::test_another_cap_ends_a_curve_that_was_measured_without_it",),
+    ),
+    Mutation(
+        "curve_not_refined",
+        "whatever the middle of two points gives is close enough",
+        "use/budgets.py",
+        "<= CLOSE_ENOUGH * middle:",
+        "<= middle:",
+        (f"{USED}::test_between_the_points_the_count_is_what_was_asked_for",),
+    ),
+]
+
+MUTATIONS = [
+    *CONTROLLER,
+    *ROUTING,
+    *LOSS,
+    *DISPATCHING,
+    *ATTENTION,
+    *CONVERSION,
+    *BUDGETS,
+    *WATCHING,
+]

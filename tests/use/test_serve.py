@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -67,12 +66,8 @@ def url(
             wait_for(url, server, log)
             yield url
         finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.kill()  # with continuous batching it would not end by itself
+            server.wait()
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: int = 240) -> None:

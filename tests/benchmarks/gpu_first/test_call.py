@@ -113,9 +113,9 @@ def test_whatever_a_stage_does_the_next_ones_run_and_all_is_written_down(driver)
     ("does", "number"),
     [
         ("writes", signal.SIGTERM),
-        ("writes", signal.SIGKILL),
-        ("writes", signal.SIGINT),
-        ("stays", signal.SIGTERM),
+        pytest.param("writes", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("writes", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("stays", signal.SIGTERM, marks=pytest.mark.long),
         ("stays", signal.SIGKILL),
     ],
 )
@@ -210,7 +210,7 @@ def test_another_code_starts_afresh(tmp_path):
 
 def test_a_tree_without_history_has_the_commit_of_its_pack(tmp_path, monkeypatch):
     monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
-    monkeypatch.setenv("PATH", "")  # as where git is not installed
+    monkeypatch.setenv("PATH", "")  # as if git were not installed
     assert state.commit(tmp_path) == "unknown"
     (tmp_path / "commit").write_text("abc123+\n")
     assert state.commit(tmp_path) == "abc123+"
