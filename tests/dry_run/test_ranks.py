@@ -19,10 +19,10 @@ PIPELINE = (
     "--moe-dynamic-initial-threshold 0.7"
 )
 FIRST, MIDDLE, LAST = 0, 64, 127
-# The middle one's experts get 1.5 times their share of the first steps' rows.
+# The first one's experts get 1.5 times their share of the first steps' rows.
 COUNTS = {
-    FIRST: {"counts": "cap"},
-    MIDDLE: {"counts": "first", "imbalance": 1.5},
+    FIRST: {"counts": "first", "imbalance": 1.5},
+    MIDDLE: {"counts": "cap"},
     LAST: {},
 }
 of_each_rank = pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_counts_that_are_not_the_mean_are_in_the_json(rank):
     expected = run["expected"]
     assert expected["cap"] == 4 and expected["mean"] == 2 < expected["first_steps"] < 4
     assert (run["experts_per_token"], run["counts"], run["imbalance"]) == {
-        FIRST: (4, "the cap", 1),
-        MIDDLE: (expected["first_steps"], "the first steps'", 1.5),
+        FIRST: (expected["first_steps"], "the first steps'", 1.5),
+        MIDDLE: (4, "the cap", 1),
         LAST: (2, "the target", 1),
     }[rank]
     assert run["rank"] == rank
