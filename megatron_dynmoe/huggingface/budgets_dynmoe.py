@@ -92,7 +92,7 @@ def threshold_at(
     for before, point in pairwise(curve):
         if budget <= point["experts_per_token"]:
             return _between(before, point, max(budget, low))
-    return curve[-1]["threshold"]
+    return float(curve[-1]["threshold"])
 
 
 def thresholds_of(

@@ -1,7 +1,7 @@
 """Choosing experts in fewer and quicker operations on a CPU, in inference.
 
 Experts are those of :mod:`megatron_dynmoe.routing.select`, which decides on any other device and in
-training. Exports ship with this file, so it imports nothing else.
+training. Exports ship with this file and with that one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing import select
-from megatron_dynmoe.routing.select import FIXED_POINT_BITS, NEVER_EXCEEDED
+from megatron_dynmoe.routing.select import (
+    FIXED_POINT_BITS,
+    NEVER_EXCEEDED,
+    most_experts,
+    threshold_in_units,
+    used_in_order,
+)
+from megatron_dynmoe.routing.select import choose as choose_anywhere
+from megatron_dynmoe.routing.select import choose_top_k as choose_top_k_anywhere
 
 
 @torch.no_grad()
@@ -22,17 +29,17 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.choose`, quickly if values may decide how."""
     if not (_may_look(probs_TE) and probs_TE.dtype == torch.float32):
-        return select.choose(probs_TE, threshold, max_experts)
-    most = select.most_experts(probs_TE.shape[-1], max_experts)
+        return choose_anywhere(probs_TE, threshold, max_experts)
+    most = most_experts(probs_TE.shape[-1], max_experts)
     is_number = isinstance(threshold, float)
     if is_number and probs_TE.shape[0] == 1:
         return _choose_for_one(probs_TE, _in_units(threshold), most)
     ranked = _sort_quickly(probs_TE)
     if ranked is None:
-        return select.choose(probs_TE, threshold, max_experts)
-    limit = _in_units(threshold) if is_number else select.threshold_in_units(threshold, probs_TE)
+        return choose_anywhere(probs_TE, threshold, max_experts)
+    limit = _in_units(threshold) if is_number else threshold_in_units(threshold, probs_TE)
     sorted_TE, order_TE = ranked
-    return order_TE[:, :most], select.used_in_order(sorted_TE, limit, most)
+    return order_TE[:, :most], used_in_order(sorted_TE, limit, most)
 
 
 @torch.no_grad()
@@ -40,7 +47,7 @@ def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.choose_top_k`, quickly if values may decide how."""
     ranked = _sort_quickly(probs_TE) if _may_look(probs_TE) else None
     if ranked is None:
-        return select.choose_top_k(probs_TE, num_experts)
+        return choose_top_k_anywhere(probs_TE, num_experts)
     ids_TK = ranked[1][:, :num_experts]
     return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 

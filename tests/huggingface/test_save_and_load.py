@@ -227,7 +227,10 @@ def test_the_files_work_in_the_exported_folder_without_the_package(tmp_path):
     for name in SHIPPED:
         text = (PACKAGE / name).read_text()
         text = re.sub(
-            r"^from megatron_dynmoe\.(routing|layers|huggingface)\.", "from .", text, flags=re.M
+            r"^from megatron_dynmoe\.(routing|kernels|layers|huggingface)\.",
+            "from .",
+            text,
+            flags=re.M,
         )
         assert not re.search(r"^\s*(from|import) megatron", text, flags=re.M)
         (folder / Path(name).name).write_text(text)

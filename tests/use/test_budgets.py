@@ -278,15 +278,14 @@ def test_calibrate_refuses_before_it_measures(
         assert words in text
 
 
-def test_budgets_that_cannot_be_told_apart_are_refused(
-    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = {file.name: file.read_bytes() for file in plain.iterdir()}
-    flags = ["--model", plain, *TOKENS, "--budgets", "2,2.0001", "--in-place"]
-    assert "--budgets: 2 and 2.0001 experts per token have the thresholds" in said(
-        calibrate.main, *flags, capsys=capsys
-    )
-    assert {file.name: file.read_bytes() for file in plain.iterdir()} == before
+def test_budgets_that_cannot_be_told_apart_are_refused() -> None:
+    found = [
+        Calibration(count, "global", 0.25, Measurement(5.0, [count], 64, torch.empty(0)))
+        for count in (2.0, 2.005)
+    ]
+    said = "--budgets: 2 and 2.005 experts per token have the thresholds 0.25 and 0.25"
+    with pytest.raises(ValueError, match=said):
+        points_of(found)
 
 
 def test_a_failure_while_writing_leaves_the_old_config(
