@@ -35,10 +35,12 @@ def prepare() -> None:
     Raises:
         ValueError: the first machine is not to be found.
     """
+    from megatron_dynmoe import kernels
     from megatron_dynmoe.backends import cpu
 
     with without_traceback(), exiting_on_misuse():
         is_on_cpu = cpu.wanted()
+        kernels.asked_for()
         if "RANK" not in os.environ:
             _set_up_a_single_process()
         else:
@@ -100,11 +102,12 @@ def _end_if_torchrun_is_killed() -> None:
 
 def main() -> None:
     """Run the script named on the command line as ``__main__``."""
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m megatron_dynmoe.run SCRIPT [ARGS ...]")
-    script = Path(sys.argv[1])
-    if not script.is_file():
-        raise SystemExit(f"megatron_dynmoe.run: there is no script at {script}")
+    with exiting_on_misuse():
+        if len(sys.argv) < 2:
+            raise UsageError("usage: python -m megatron_dynmoe.run SCRIPT [ARGS ...]")
+        script = Path(sys.argv[1])
+        if not script.is_file():
+            raise UsageError(f"megatron_dynmoe.run: there is no script at {script}")
     prepare()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(script.resolve().parent))

@@ -17,8 +17,8 @@ import torch
 
 from megatron_dynmoe.analysis.report.write_report import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import Target, to_hf
-from megatron_dynmoe.runs.folder import CHECKPOINTS
 from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS
 from megatron_dynmoe.use import calibrate as calibration
 from megatron_dynmoe.use import load
 from study.corpus import Corpus
@@ -43,7 +43,7 @@ def held_out(run: Run, corpus: Corpus) -> dict[str, float]:
         ``validation_experts_per_token`` and ``validation_std_experts_per_token``, over tokens and
         layers.
     """
-    return _kept(run.folder / HELD_OUT, lambda: _evaluate(*_load(run, corpus)))
+    return _kept(run.folder / HELD_OUT, lambda: _evaluate(*load_run(run, corpus)))
 
 
 def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
 
     The text is the held-out text of all kinds, with tokens packed as in training.
     """
-    points = _kept(run.folder / POST_HOC, lambda: _sweep(*_load(run, corpus)))
+    points = _kept(run.folder / POST_HOC, lambda: _sweep(*load_run(run, corpus)))
     return [point | {"seed": run.seed} for point in points]
 
 
@@ -106,7 +106,7 @@ def _kept(path: Path, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def _load(run: Run, corpus: Corpus) -> tuple[Any, torch.Tensor]:
+def load_run(run: Run, corpus: Corpus) -> tuple[Any, torch.Tensor]:
     """A trained model, and the held-out text of all kinds in sequences [N, S], as in training."""
     load.be_quiet()
     exported = run.folder / "huggingface"

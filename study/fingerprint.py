@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The parts of megatron_dynmoe that run in a training. The others only read what it has written.
 TRAINING_CODE = (
     "backends", "control", "data", "kernels", "model", "moe", "routing", "run.py",
-    "settings/arguments.py", "settings/config.py", "settings/schedule.py", "settings/setting.py",
+    "settings/arguments.py", "settings/config.py", "settings/distribution.py",
+    "settings/schedule.py", "settings/setting.py",
     "training/datasets", "training/forward.py", "training/loop.py", "upstream",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy")

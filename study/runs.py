@@ -8,15 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.runs.folder import CHECKPOINTS, FINISHED
-from megatron_dynmoe.storage.megatron_names import TRACKER
+from megatron_dynmoe.runs.folder import FINISHED
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 from study import fingerprint
 from study.corpus import Corpus
 from study.variants import VARIANTS, Size, Variant, training_flags
@@ -89,6 +89,7 @@ def plan(
     only: Sequence[str] = (),
     num_seeds: int | None = None,
     any_code: bool = False,
+    variants: Mapping[str, Variant] = VARIANTS,
 ) -> list[Run]:
     """All runs of the study, first seeds first, so that the whole picture comes early.
 
@@ -97,15 +98,16 @@ def plan(
         runs: the folder that holds the runs' folders.
         only: names of variants; all if empty.
         num_seeds: of each variant at most.
+        variants: those of the study, by name.
         any_code: take a finished run with the same flags and data even if other code trained it.
 
     Raises:
         ValueError: there is no variant of that name.
     """
     for name in only:
-        if name not in VARIANTS:
-            raise ValueError(f"--only {name}: use one of {', '.join(VARIANTS)}.")
-    chosen = [VARIANTS[name] for name in only or VARIANTS]
+        if name not in variants:
+            raise ValueError(f"--only {name}: use one of {', '.join(variants)}.")
+    chosen = [variants[name] for name in only or variants]
     most = max(variant.num_seeds for variant in chosen)
     planned = []
     for seed in range(1, min(most, num_seeds or most) + 1):

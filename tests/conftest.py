@@ -29,7 +29,7 @@ os.environ.pop("DYNMOE_CONFIG", None)
 # The background of a script ignores Ctrl-C, and so would every run that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where there is no GPU, Triton interprets its kernels on the CPU, if it hears so before its import.
+# Without a GPU, Triton interprets its kernels on the CPU, if it hears so before its import.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError, on_all_ranks, on_rank_0
 from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.settings.distribution import KNOTS
 from megatron_dynmoe.storage.unpickle import load_metadata
 
 _ROUTER, _WEIGHT, _THETA = ".mlp.router.", "weight", "theta_offset"
@@ -49,6 +50,13 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
             )
         )
     missing = sorted(wanted - there)
+    if missing == sorted(KNOTS):
+        raise CheckpointError(
+            f"the checkpoint {folder} was trained at one target, so its routers have no "
+            f"{', '.join(missing)}, and --moe-dynamic-target-experts-per-token is a distribution: "
+            "give that target, or --dist-ckpt-strictness log_all, which loads everything else and "
+            "starts the thresholds of all targets afresh."
+        )
     # If the checkpoint has no router weights, it has no experts either: these flags cannot help.
     if not missing or _WEIGHT not in there:
         return
@@ -74,7 +82,7 @@ def _of_routers(keys: Iterable[str]) -> set[str]:
     """The keys that belong to a router's weight, state or theta."""
     found = {key.rpartition(_ROUTER)[2] for key in keys if _ROUTER in key}
     knobs = {rule.knob for rule in RULES.values() if rule.knob is not None}
-    return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *knobs}
+    return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *KNOTS, *knobs}
 
 
 def _keys(state_dict: dict[str, Any]) -> Iterable[str]:

@@ -1,9 +1,10 @@
 """Find the threshold that gives an exported model a target mean of experts per token on real text.
 
 It works on models trained with a threshold and on models trained with top-k, folders of other
-formats (Mixtral) among them. It prints threshold, mean experts, loss and perplexity over a sweep,
-and writes the result into config.json with --in-place or --output; without one of them, it writes
-nothing.
+formats (Mixtral) among them. It prints threshold, mean experts, loss and perplexity over a sweep.
+With --budgets it measures a curve, by which every later call can ask for another number of experts
+(dynmoe generate --budget). It writes the result into config.json with --in-place or --output;
+without one of them, it writes nothing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from megatron_dynmoe.conversion.formats import OURS, format_in
 from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     add_runtime_flags,
+    budgets,
     ending_plainly,
     number,
     thresholds,
@@ -30,12 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate as the command line says."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.target is None and not args.budgets:
+        parser.error("give --target or --budgets.")
+    if args.sweep is None:
+        args.sweep = [] if args.budgets else thresholds(DEFAULT_SWEEP)
     with ending_plainly(parser.prog):
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
     from megatron_dynmoe.use import calibrate as calibration
+    from megatron_dynmoe.use.budgets import points_of, refine
     from megatron_dynmoe.use.load import (
         be_quiet,
         check_ids,
@@ -62,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
                     f"{config.num_experts} experts"
                 )
             config.inference_max_experts_per_token = args.max_experts_per_token
-        calibration.check_target(config, args.target)
+        _check_goals(config, args)
         positions = config.max_position_embeddings
         if (args.sequence_length or 0) > positions:
             raise ValueError(
@@ -97,35 +104,77 @@ def _run(args: argparse.Namespace) -> None:
         for threshold in args.sweep:
             label = f"threshold {threshold:g}"
             table.add(label, measure_at(threshold, label))
-        found = calibration.calibrate(
-            measure_at,
-            start,
-            args.target,
-            scope=args.scope,
-            cap=calibration.max_experts(config),
-            sparse=[kind == "sparse" for kind in config.mlp_layer_types],
-        )
-        table.add(_describe(config), found.measurement, f"  <- target {args.target:g}")
-        if isinstance(found.threshold, list):
-            for layer, value in enumerate(found.threshold, 1):
-                if value is not None:
-                    print(f"  layer {layer}: threshold {value:g}")
+
+        def find(goal: float, scope: str, what: str) -> calibration.Calibration:
+            nonlocal start
+            found = calibration.calibrate(
+                measure_at,
+                start,
+                goal,
+                scope=scope,
+                cap=calibration.max_experts(config),
+                sparse=[kind == "sparse" for kind in config.mlp_layer_types],
+                name=f"{what} {goal:g}",
+            )
+            start = found.measurement  # the next goal is likely near
+            table.add(_describe(config), start, f"  <- {what} {goal:g}")
+            return found
+
+        def measure_between(threshold: calibration.Threshold, label: str) -> Any:
+            measured = measure_at(threshold, label)
+            table.add(_describe(config), measured, f"  {label}")
+            return measured
+
+        curve = []
+        if args.budgets:
+            budgets = [find(budget, "global", "budget") for budget in args.budgets]
+            curve = refine(points_of(budgets), measure_between)
+        found = None
+        if args.target is not None:
+            found = find(args.target, args.scope, "target")
+            if isinstance(found.threshold, list):
+                for layer, value in enumerate(found.threshold, 1):
+                    if value is not None:
+                        print(f"  layer {layer}: threshold {value:g}")
 
         # 3. Write the result.
         print()
         if args.in_place or args.output is not None:
-            written = _write(args, folder, found)
+            written = _write(args, folder, found, curve)
             print(f"written: {written / 'config.json'}")
         else:
             print("nothing was written: give --in-place, or --output for a copy")
 
 
-def _write(args: argparse.Namespace, folder: Path, found: Any) -> Path:
+def _check_goals(config: Any, args: argparse.Namespace) -> None:
+    """Refuse a target or a budget that this model cannot have, before anything is measured."""
+    from megatron_dynmoe.use.calibrate import check_target
+
+    if args.target is not None:
+        check_target(config, args.target)
+    elif config.routing == "top_k":
+        raise ValueError(
+            f"--budgets: every token of this model uses {config.num_experts_per_tok} experts, "
+            "and a curve needs a model with a threshold: give it one, too, with --target "
+            f"{config.num_experts_per_tok}"
+        )
+    for budget in args.budgets:
+        check_target(config, budget, "--budgets")
+    own = config.inference_experts_per_token
+    if args.target is None and own is not None and not (args.budgets[0] <= own <= args.budgets[-1]):
+        raise ValueError(
+            f"--budgets: the model's config.json asks for {own:g} experts per token "
+            f"(inference_experts_per_token), which no curve from {args.budgets[0]:g} to "
+            f"{args.budgets[-1]:g} has: measure that far, or take it out of the file"
+        )
+
+
+def _write(args: argparse.Namespace, folder: Path, found: Any, curve: Sequence[Any]) -> Path:
     """Write into the model's own folder, or into a full copy that appears once it is complete."""
     from megatron_dynmoe.storage.atomic import new_folder
     from megatron_dynmoe.use.calibrate import write_calibration
 
-    record = (found, args.max_experts_per_token, _data_name(args.data))
+    record = (found, args.max_experts_per_token, _data_name(args.data), curve)
     if args.in_place:
         write_calibration(folder, *record)
         return folder
@@ -185,6 +234,8 @@ class _Table:
 def _describe(config: Any) -> str:
     if config.routing == "top_k":
         return f"top-{config.num_experts_per_tok}"
+    if config.inference_experts_per_token is not None:
+        return f"budget {config.inference_experts_per_token:g}"
     threshold = (
         config.threshold if config.inference_threshold is None else config.inference_threshold
     )
@@ -199,7 +250,8 @@ def _describe(config: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         description=__doc__,
-        example="dynmoe calibrate --model my-model --data examples/data/*.gz --target 2 --in-place",
+        example="dynmoe calibrate --model my-model --data examples/data/*.gz --budgets 1,1.5,2,3,4 "
+        "--in-place",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     parser.add_argument(
@@ -212,7 +264,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_key_flag(parser)
     parser.add_argument(
-        "--target", type=float, required=True, metavar="K", help="mean experts per token"
+        "--target",
+        type=float,
+        metavar="K",
+        help="mean experts per token, for which the model's own threshold is set",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=budgets,
+        default=[],
+        metavar="K,...",
+        help="mean experts per token, such as 1,1.5,2,3,4, for each of which a point of the curve "
+        "is measured; the model's own threshold stays, unless --target is given, too",
     )
     parser.add_argument(
         "--scope",
@@ -229,9 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweep",
         type=thresholds,
-        default=DEFAULT_SWEEP,
         metavar="T,...",
-        help="thresholds to measure as well (default: %(default)s), or none",
+        help=f"thresholds to measure as well (default: {DEFAULT_SWEEP}; with --budgets none), or "
+        "none",
     )
     parser.add_argument(
         "--tokens", type=number(int, 1), default=65536, metavar="N", help="default: %(default)s"

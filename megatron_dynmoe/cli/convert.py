@@ -12,9 +12,15 @@ from pathlib import Path
 
 from megatron_dynmoe.conversion.formats import FORMATS, OURS
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
-from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly
+from megatron_dynmoe.settings.messages.command_line import (
+    CommandParser,
+    UsageError,
+    ending_plainly,
+    number,
+)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+UPCYCLE = "upcycle"  # how the flags of upcycling begin
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -96,6 +102,25 @@ def _parser() -> argparse.ArgumentParser:
             metavar="|".join(setting.choices) or setting.kind.upper(),
             help=setting.help.replace("%", "%%"),
         )
+    upcycling = from_hf.add_argument_group(
+        "upcycling", "make experts of a dense model's MLPs; the first step computes the same"
+    )
+    for flag, kind, what in (
+        ("experts", number(int, 2), "experts of each layer"),
+        (
+            "granularity",
+            number(int, 1),
+            "parts that each copy is cut into; top-k only (default: 1)",
+        ),
+        (
+            "topk",
+            number(int, 1),
+            "experts of a token with top-k (default: the parts of a copy, or 2)",
+        ),
+        ("noise", number(float, 0), "noise on the copies, relative to the weights (default: none)"),
+        ("seed", number(int, 0, 2**32), "of router and noise (default: 0)"),
+    ):
+        upcycling.add_argument(f"--{UPCYCLE}-{flag}", type=kind, metavar="N", help=what)
     for command in (to_hf, from_hf):
         command.add_argument("--overwrite", action="store_true", help="replace what is there")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -129,11 +154,17 @@ def _from_hf(args: argparse.Namespace) -> int:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --routing")
     routing = DynMoEConfig.from_dict(given, source="the command line") if given else None
     from megatron_dynmoe.conversion.convert import FLAGS, from_hf
+    from megatron_dynmoe.conversion.upcycle import Upcycling
 
+    upcycling = {name: getattr(args, f"{UPCYCLE}_{name}") for name in Upcycling._fields}
+    upcycling = {name: value for name, value in upcycling.items() if value is not None}
+    if upcycling and "experts" not in upcycling:
+        raise UsageError(f"--{UPCYCLE}-{next(iter(upcycling))} needs --{UPCYCLE}-experts")
     from_hf(
         args.model,
         args.save,
         routing=routing,
+        upcycling=Upcycling(**upcycling) if upcycling else None,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )

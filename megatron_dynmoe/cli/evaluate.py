@@ -21,6 +21,7 @@ from typing import Any
 from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     UsageError,
+    add_budget_flag,
     add_runtime_flags,
     ending_plainly,
     number,
@@ -69,7 +70,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
 
 
 def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
-    from megatron_dynmoe.use import load
+    from megatron_dynmoe.use import budgets, load
     from megatron_dynmoe.use.evaluate import evaluate, load_tasks
     from megatron_dynmoe.use.vocabulary import check_given
 
@@ -80,12 +81,14 @@ def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     exported = load.in_our_format(source, args.tokenizer) if is_checkpoint else nullcontext(source)
     with exported as folder:
         config = load.load_config(folder)
+        budgets.set_budget(config, args.budget)
         tokenizer = load.load_tokenizer(folder)
         load.check_ids(len(tokenizer) - 1, config)
         if args.tokenizer is not None:
             check_given(args.tokenizer, tokenizer, source)
         device = args.device or load.default_device()
         model = load.load_model(folder, config, dtype=args.dtype, device=device)
+        budgets.keep_to_config(model)
         report = evaluate(
             model,
             tokenizer,
@@ -95,7 +98,9 @@ def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
             batch_size=args.batch_size,
         )
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"model": str(source), "dtype": dtype, "device": device, **report}
+    budget = getattr(config, "inference_experts_per_token", None)
+    about = {"model": str(source), "dtype": dtype, "device": device, "experts_asked_for": budget}
+    return about | report
 
 
 def _print_tasks(report: dict[str, Any]) -> None:
@@ -112,6 +117,8 @@ def _print_tasks(report: dict[str, Any]) -> None:
             rows.append([name, shots, metric, f"{measured['value']:.4f}", error, experts])
             name = shots = experts = ""
     print()
+    if report["experts_asked_for"] is not None:
+        print(f"asked for: {report['experts_asked_for']:g} experts per token\n")
     _print_table(["task", "shots", "metric", "value", "stderr", "experts/token"], rows)
 
 
@@ -181,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=number(int, 1), metavar="N", help="only the first N documents of each task"
     )
     parser.add_argument("--batch-size", type=number(int, 1), default=8, help="default: %(default)s")
+    add_budget_flag(parser)
     add_runtime_flags(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON")
     return parser

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
     UsageError,
+    add_budget_flag,
     add_runtime_flags,
     ending_plainly,
     has_colors,
@@ -42,6 +43,7 @@ def _run(args: argparse.Namespace) -> None:
     prompt = _read_prompt(args)
     import torch
 
+    from megatron_dynmoe.use.budgets import keep_to_config
     from megatron_dynmoe.use.generate import generate
     from megatron_dynmoe.use.load import (
         be_quiet,
@@ -68,6 +70,10 @@ def _run(args: argparse.Namespace) -> None:
 
     # 2. Load.
     model = load_model(args.model, config, dtype=args.dtype, device=args.device or default_device())
+    if args.threshold is None:
+        keep_to_config(model)
+    else:
+        model.generation_config.experts_per_token = None
 
     # 3. Generate.
     def write(text: str) -> None:
@@ -98,7 +104,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _override_routing(config: Any, args: argparse.Namespace) -> None:
+    from megatron_dynmoe.use.budgets import set_budget
+
     for flag, field, value in (
+        ("--budget", None, args.budget),
         ("--threshold", "inference_threshold", args.threshold),
         ("--max-experts-per-token", "inference_max_experts_per_token", args.max_experts_per_token),
     ):
@@ -111,7 +120,11 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
             )
         if field == "inference_max_experts_per_token" and value > config.num_experts:
             raise ValueError(f"{flag} is {value}: the model has {config.num_experts} experts")
-        setattr(config, field, value)
+        if field is not None:
+            setattr(config, field, value)
+    if args.threshold is not None:
+        config.inference_experts_per_token = None
+    set_budget(config, args.budget)
 
 
 def _fixed_experts(config: Any) -> str | None:
@@ -195,6 +208,8 @@ def _summary(counts_LT: Tensor, prompt_length: int, config: Any) -> str:
         lines.append(f"{f'layer {layer + 1}':<17}{means}")
     means = "".join(f"{part.mean().item():12.2f}" for part in parts.values())
     lines.append(f"{'all':<17}{means}")
+    if (budget := config.inference_experts_per_token) is not None:
+        lines.append(f"{'asked for':<17}" + f"{budget:12.2f}" * len(parts))
     lines.append(f"{'tokens':<17}" + "".join(f"{part.shape[1]:12}" for part in parts.values()))
     return "\n".join(lines) + "\n"
 
@@ -274,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("routing, instead of the model's own")
-    group.add_argument(
+    one = group.add_mutually_exclusive_group()
+    add_budget_flag(one)
+    one.add_argument(
         "--threshold",
         type=number(float, 0, 1),
         metavar="T",

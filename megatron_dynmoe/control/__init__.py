@@ -2,8 +2,9 @@
 
 The counts of one global batch enter, and the knob of the next batch leaves.
 
-``pi`` is the control law. ``calibrate`` computes its starting point and gains. Both are pure tensor
-math. ``update`` reduces counts over ranks and chooses the moment within a training step.
+``pi`` is the control law, ``pi_map`` that of a target which is drawn for each batch. ``calibrate``
+computes their starting points and gains. All three are pure tensor math. ``update`` reduces counts
+over ranks and chooses the moment within a training step.
 """
 
 from megatron_dynmoe.control.calibrate import (
@@ -15,8 +16,10 @@ from megatron_dynmoe.control.calibrate import (
     threshold_for_target,
 )
 from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.pi_map import MapController
 
 __all__ = [
+    "MapController",
     "PIController",
     "default_gains",
     "gain_margin",

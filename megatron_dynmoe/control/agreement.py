@@ -23,7 +23,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 def check_agreement(
     routers: list[DynamicRouter],
-    staged: tuple[Tensor, Tensor] | None,
+    staged: tuple[Tensor, ...] | None,
     num_layers: int,
     has_one_threshold: bool,
     iteration: int,
@@ -36,7 +36,8 @@ def check_agreement(
 
     Args:
         routers: this rank's routers.
-        staged: next threshold and integral, [1] or [L] float32; None without a controller.
+        staged: next threshold and integral, [1] or [L] float32, and what else there is; None
+            without a controller.
         num_layers: L, the number of layers of the whole model.
         has_one_threshold: whether threshold and integral must also agree between layers.
         iteration: the number of the ending iteration, for the message.
@@ -56,7 +57,7 @@ def check_agreement(
         }
         if staged is not None:
             ahead = (value[layer if len(value) > 1 else 0] for value in staged)
-            values |= zip(("next threshold", "next integral"), ahead, strict=True)
+            values |= zip(("next threshold", "next integral"), ahead, strict=False)
         for name, value in values.items():
             bits = value.detach().contiguous().view(INTEGERS[value.element_size()])
             state_LQ[layer, QUANTITIES.index(name)] = bits.sum()

@@ -187,15 +187,11 @@ def _compute_point(
     ends: tuple[float, float],
 ) -> tuple[float, float]:
     _check_target(target, num_experts, max_experts)
-    logits_TE = _normal_logits(num_experts, logits_std)
-    if normalized:
-        _check_scale("theta", theta)
-        logits_TE = normalize(logits_TE, theta)
     # If the count falls with the knob, it rises with the negative knob.
     sign = rule.direction
     low_end, high_end = sorted(sign * end for end in ends)
-    points = sign * rule.crossings(logits_TE, max_experts).flatten()
-    knob = sign * _knob_at(points, len(logits_TE), target, (low_end, high_end))
+    points, num_tokens = _points(num_experts, logits_std, normalized, max_experts, theta, rule)
+    knob = sign * _knob_at(points, num_tokens, target, (low_end, high_end))
 
     limit = most_experts(num_experts, max_experts)
     if limit == 1:
@@ -204,9 +200,26 @@ def _compute_point(
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(1.0, target - half_width), min(float(limit), target + half_width)
-    ranks = [max(1, round((mean - 1) * len(logits_TE))) for mean in (low, high)]
+    ranks = [max(1, round((mean - 1) * num_tokens)) for mean in (low, high)]
     at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
     return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
+
+
+@lru_cache(maxsize=1)  # the targets of one run
+def _points(
+    num_experts: int,
+    logits_std: float,
+    normalized: bool,
+    max_experts: int | None,
+    theta: float,
+    rule: type[Rule],
+) -> tuple[Tensor, int]:
+    """The crossings of normal logits, a flat tensor that rises with the count, and their tokens."""
+    logits_TE = _normal_logits(num_experts, logits_std)
+    if normalized:
+        _check_scale("theta", theta)
+        logits_TE = normalize(logits_TE, theta)
+    return rule.direction * rule.crossings(logits_TE, max_experts).flatten(), len(logits_TE)
 
 
 def _knob_at(crossings: Tensor, num_tokens: int, target: float, ends: tuple[float, float]) -> float:

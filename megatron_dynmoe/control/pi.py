@@ -72,13 +72,17 @@ class PIController:
             The next threshold and integral, [S] float32 each.
         """
         error = ((target - measured) / self.num_experts).to(integral.dtype)
-        next_integral = (integral + error).clamp(*self.integral_bounds)
+        next_integral = self.integral_after(error, integral)
         next_threshold = self.threshold_at(error, next_integral)
         finite = error - error == 0  # two kernels; isfinite takes four
         return (
             torch.where(finite, next_threshold, threshold),
             torch.where(finite, next_integral, integral),
         )
+
+    def integral_after(self, error: Tensor, integral: Tensor) -> Tensor:
+        """The sum that includes the last error, within its bounds, [S] float32."""
+        return (integral + error).clamp(*self.integral_bounds)
 
     def threshold_at(self, error: Tensor, integral: Tensor) -> Tensor:
         """The threshold for the last error and the sum that includes it, [S] float32."""

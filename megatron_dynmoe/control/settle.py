@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any, Protocol
 
 from megatron_dynmoe.control import calibrate
 from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.settings.config import Control, DynMoEConfig
+from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.distribution import TargetDistribution
 
 # The factor by which the response of the count may grow before the loop becomes unstable.
 MIN_GAIN_MARGIN = 3.0
@@ -26,7 +30,14 @@ class ModelSizes(Protocol):
     init_method_std: float
 
 
-def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, PIController | None]:
+# At a target of 1 any small threshold is right. A knot there starts where the count begins to rise,
+# so that the thresholds between this knot and the next are right, too.
+_LEAST_START = 1.05
+
+Controller = PIController | MapController
+
+
+def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Controller | None]:
     """Compute every ``auto`` from the model's configuration.
 
     Args:
@@ -34,7 +45,8 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, PIC
         model: the model's shape.
 
     Returns:
-        Settings without ``auto`` and, for ``dtop_p``, the controller; else None.
+        Settings without ``auto`` and, for ``dtop_p``, the controller; else None. If the target is
+        drawn, its knots have the computed values, and the settings keep ``auto``.
 
     Raises:
         ValueError: a setting contradicts another one or the model.
@@ -42,7 +54,9 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, PIC
     if not resolved.is_controlled:
         return resolved, None
     control, plant = resolved.control, _plant(resolved, model)
-    targets, low, high = _targets(control), control.min_threshold, control.max_threshold
+    if resolved.drawn_target is not None:
+        return resolved, _map_controller(resolved, resolved.drawn_target, plant)
+    targets, low, high = control.target.targets, control.min_threshold, control.max_threshold
     proportional_gain, integral_gain = _gains(targets, plant)
     first = min(max(calibrate.initial_threshold(target=targets[0], **plant), low), high)
     controller = PIController(
@@ -71,11 +85,7 @@ def settled_gain_margin(
 ) -> float:
     """Compute the gain margin of settled settings at the target with the steepest response."""
     gains = controller.proportional_gain, controller.integral_gain
-    return _gain_margin(gains, _targets(settled.control), _plant(settled, model))
-
-
-def _targets(control: Control) -> list[float]:
-    return [target for _, target in control.target.points]
+    return _gain_margin(gains, settled.control.target.targets, _plant(settled, model))
 
 
 def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
@@ -90,12 +100,14 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
     }
 
 
-def _gain_margin(gains: tuple[float, float], targets: list[float], plant: dict[str, Any]) -> float:
+def _gain_margin(
+    gains: tuple[float, float], targets: tuple[float, ...], plant: dict[str, Any]
+) -> float:
     steepest = max(calibrate.plant_slope(target=target, **plant) for target in targets)
     return calibrate.gain_margin(*gains, steepest, plant["num_experts"])
 
 
-def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
+def _gains(targets: tuple[float, ...], plant: dict[str, Any]) -> tuple[float, float]:
     """Compute the default gains at the last target of a schedule, which holds for most of the run.
 
     The gains are reduced if another target responds so much more strongly that the loop would come
@@ -104,3 +116,35 @@ def _gains(targets: list[float], plant: dict[str, Any]) -> tuple[float, float]:
     gains = calibrate.default_gains(target=targets[-1], **plant)
     scale = min(1.0, _gain_margin(gains, targets, plant) / MIN_GAIN_MARGIN)
     return gains[0] * scale, gains[1] * scale
+
+
+def _map_controller(
+    resolved: DynMoEConfig, drawn: TargetDistribution, plant: dict[str, Any]
+) -> MapController:
+    """Compute the start and the default gains of every knot, each from the response there.
+
+    The gains are reduced if the response between two knots is so much stronger than at them that
+    the loop would come too close to instability.
+    """
+    low, high = resolved.control.min_threshold, resolved.control.max_threshold
+    knots = drawn.knots
+    slopes = [calibrate.plant_slope(target=knot, **plant) for knot in knots]
+    halfway = [math.sqrt(a * b) for a, b in pairwise(knots)]
+    # Both neighbors get the same share of an error halfway, so their gains count half each.
+    stronger = [
+        calibrate.plant_slope(target=target, **plant) * (1 / a + 1 / b) / 2
+        for target, (a, b) in zip(halfway, pairwise(slopes), strict=True)
+    ]
+    gains = [calibrate.default_gains(target=knot, **plant) for knot in knots]
+    margin = calibrate.gain_margin(*gains[0], slopes[0], plant["num_experts"]) / max(1, *stronger)
+    scale = min(1.0, margin / MIN_GAIN_MARGIN)
+    laws = []
+    for knot, (proportional, integral) in zip(knots, gains, strict=True):
+        start = min(max(knot, _LEAST_START), drawn.high)
+        first = min(max(calibrate.initial_threshold(target=start, **plant), low), high)
+        laws.append(
+            PIController(
+                plant["num_experts"], first, scale * proportional, scale * integral, low, high
+            )
+        )
+    return MapController(knots, tuple(laws), RULES[resolved.routing].direction)

@@ -22,7 +22,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_dynmoe.control.agreement import check_agreement
-from megatron_dynmoe.moe.router import DynamicRouter
+from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.moe.router import DynamicRouter, finished_iterations
 from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
 from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
@@ -57,7 +58,7 @@ class GlobalBatchUpdate:
         self.finalize = finalize or finalize_model_grads
         self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
-        self._staged: tuple[Tensor, Tensor] | None = None
+        self._staged: tuple[Tensor, ...] | None = None  # as controlled_state
         self._routers: list[DynamicRouter] = []
         self._hooked: set[int] = set()
         self._warned = False
@@ -67,13 +68,14 @@ class GlobalBatchUpdate:
         self.finalize(model, *args, **kwargs)
         self._routers = list(routers_of(model))
         config = get_model_config(model[0])
-        self.statistics = statistics = reduce_statistics(
-            self._routers, config.num_layers, config.num_moe_experts, evaluation=False
+        statistics, maps = _reduce(
+            self._routers, config.num_layers, config.num_moe_experts, self._num_knots, False
         )
+        self.statistics = statistics
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, DynMoEMetricsTracker):
             tracker.add(statistics)
-        self._stage(statistics)
+        self._stage(statistics, maps)
         if not self._commit_after(config.grad_scale_func):
             self._warn_once()
             self._commit()
@@ -86,7 +88,11 @@ class GlobalBatchUpdate:
             has_one_threshold = self.dynmoe.scope != "layer"
             check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
 
-    def _stage(self, statistics: RoutingStatistics) -> None:
+    @property
+    def _num_knots(self) -> int:
+        return len(self.controller.knots) if isinstance(self.controller, MapController) else 0
+
+    def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor) -> None:
         # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
         # the state as it is.
         is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
@@ -103,9 +109,18 @@ class GlobalBatchUpdate:
         # The state of all routers is reduced with the counts, so that every rank computes the same
         # step. The mean of equal values is exact in float64. The values differ only after a run
         # with scope layer is resumed with scope global.
+        target = self.dynmoe.control.target.at(finished_iterations())
+        if isinstance(self.controller, MapController):
+            if self.dynmoe.scope == "global":
+                maps_L2K = maps_L2K.sum(dim=0, keepdim=True)
+            maps_S2K = (maps_L2K / statistics.routers.unsqueeze(-1)).float()
+            map_SK, integrals_SK = maps_S2K.chunk(2, dim=-1)
+            map_SK, integrals_SK = self.controller.step(map_SK, integrals_SK, measured, target)
+            at_mean = map(self.controller.at_mean_target, (map_SK, integrals_SK))
+            self._staged = *at_mean, map_SK, integrals_SK
+            return
         states = torch.stack([statistics.knobs, statistics.integrals]) / statistics.routers
         knob, integral = states.float()
-        target = self.dynmoe.control.target.at(finished_iterations())
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
         if self.direction < 0:
@@ -149,13 +164,10 @@ class GlobalBatchUpdate:
             kept_R = torch.where(measured_R.isnan(), torch.cat(before), measured_R)
             torch._foreach_copy_(before, list(kept_R.split(1)))
             if staged is not None:
-                knob, integral = staged
                 rows = [0] * len(layers) if self.dynmoe.scope == "global" else layers
-                for state, values in (
-                    ([router.knob for router in self._routers], knob),
-                    ([router.integral for router in self._routers], integral),
-                ):
-                    torch._foreach_copy_(state, [values[row : row + 1] for row in rows])
+                states = zip(*(router.controlled_state for router in self._routers), strict=True)
+                for state, values in zip(states, staged, strict=True):
+                    torch._foreach_copy_(list(state), [values[row].view(-1) for row in rows])
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
@@ -182,14 +194,36 @@ def reduce_statistics(
     Returns:
         Statistics with dimension L (all layers of the model) first, float64, on the device.
     """
+    return _reduce(routers, num_layers, num_experts, 0, evaluation)[0]
+
+
+def _reduce(
+    routers: list[DynamicRouter],
+    num_layers: int,
+    num_experts: int,
+    num_knots: int,
+    evaluation: bool,
+) -> tuple[RoutingStatistics, Tensor]:
+    """Reduce statistics, and the maps of the routers if they have some, with K knots.
+
+    Returns:
+        The statistics, and [L, 2 K] float64: sums over routers of the thresholds of the knots, and
+        of their integrals.
+    """
     device = torch.device(torch.cuda.current_device())
     counters = [router.evaluation_counters if evaluation else router.counters for router in routers]
     numbers = [router.layer_number for router in routers]
     packed = pack(numbers, counters, _states(routers, device), num_layers, num_experts, device)
     if counters:
         clear(counters)
+    width = packed.shape[1]
+    if num_knots:
+        rows = dict(zip(numbers, _maps(routers), strict=True)) if routers else {}
+        empty = packed.new_zeros(2 * num_knots)
+        maps_L2K = torch.stack([rows.get(number, empty) for number in range(1, num_layers + 1)])
+        packed = torch.cat([packed, maps_L2K], dim=1)
     torch.distributed.all_reduce(packed)
-    return unpack(packed)
+    return unpack(packed[:, :width]), packed[:, width:]
 
 
 @torch.no_grad()
@@ -206,11 +240,12 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     return states_3R.t()
 
 
-def finished_iterations() -> int:
-    """Read the number of finished iterations from Megatron's training loop."""
-    from megatron.training import get_args
-
-    return get_args().curr_iteration
+@torch.no_grad()
+def _maps(routers: list[DynamicRouter]) -> Tensor:
+    """The thresholds of each router's knots, then their integrals, [R, 2 K] float64."""
+    of_knots = [getattr(r, name) for name in ("knot_thresholds", "knot_integrals") for r in routers]
+    map_2RK = torch.stack(of_knots).double().view(2, len(routers), -1)
+    return map_2RK.transpose(0, 1).flatten(1)
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:

@@ -11,5 +11,6 @@ shapes.py            their shapes, and how entries are cut and put together
 model_settings.py    the config of a model, to and from which every format is converted
 routing_settings.py  the settings and the state of the routers
 sources.py           opens and checks a checkpoint of either kind
+upcycle.py           a dense folder, opened as if its layers had experts
 convert.py           converts one kind into the other
 """

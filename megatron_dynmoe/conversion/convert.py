@@ -27,7 +27,7 @@ from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import TOKEN_IDS
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_MAP, ROUTER_STATE, Row
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.conversion.sources import (
     FromFolder,
@@ -39,6 +39,7 @@ from megatron_dynmoe.conversion.sources import (
     progress_bar,
     theta_in,
 )
+from megatron_dynmoe.conversion.upcycle import Upcycled, Upcycling
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import check_target, new_folder
@@ -143,6 +144,7 @@ def from_hf(
     save: Path,
     *,
     routing: DynMoEConfig | None = None,
+    upcycling: Upcycling | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[str]:
@@ -150,31 +152,39 @@ def from_hf(
 
     Args:
         routing: a routing that replaces the folder's; its state is that of a training's start.
+        upcycling: how to make experts of a dense model.
 
     Returns:
         The flags of a training command that fit the model.
 
     Raises:
+        UsageError: training does not have a setting of the model.
         ValueError: the folder is damaged, or the model cannot be trained here.
     """
     check_target(save, overwrite, source=model)
-    source = FromFolder(model, progress)
+    folder = FromFolder(model, progress)
+    source: Source = folder if upcycling is None else Upcycled(folder, upcycling)
     config = source.config
     if routing is not None:
         try:
             config = routing_settings.with_routing(config, routing)
         except ValueError as error:
             raise ValueError(f"--routing {routing.routing}: {error}") from error
+    if upcycling is not None:
+        upcycling.check_routing(config)
     try:
         args = megatron_settings.args_from_config(config, source.dtype)
+    except UsageError as error:
+        raise UsageError(f"{model / CONFIG}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{model / CONFIG}: {error}") from error
     shapes = Shapes(config)
     args["huggingface_source"] = {
-        "format": source.format.name,
-        "inv_freq_dtype": source.inv_freq_dtype,
+        "format": folder.format.name,
+        "inv_freq_dtype": folder.inv_freq_dtype,
         "words": {name: config[name] for name in words.CARRIED if name in config},
         "generation": source.generation,
+        **({} if upcycling is None else {"upcycling": upcycling._asdict()}),
     }
     flags = megatron_settings.training_flags(config, source.dtype)
     if has_tokenizer(model):
@@ -197,10 +207,10 @@ def from_hf(
             writer.add(block, shape, dtype, _counted(weights.block, block, size, bar.update))
         bar.total = total
         _add_router_state(writer, config)
-        with new_folder(save, overwrite) as folder:
-            writer.write(folder, args)
-            (folder / FLAGS).write_text("\n".join(flags) + "\n")
-    for remark in [*source.remarks, *_lost_in_training(source, config, args)]:
+        with new_folder(save, overwrite) as new:
+            writer.write(new, args)
+            (new / FLAGS).write_text("\n".join(flags) + "\n")
+    for remark in [*source.remarks, *_lost_in_training(folder, config, args)]:
         say(remark)
     return flags
 
@@ -268,11 +278,12 @@ def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
     if config["routing"] == "top_k":
         return
     for name, values in routing_settings.router_state(config).items():
-        row = Row(ROUTER_STATE[name], ("theta_offset",))
+        row = Row((ROUTER_STATE | ROUTER_MAP)[name], ("theta_offset",))
         for layer, value in enumerate(values):
             if value is not None:
-                make = partial(torch.tensor, [value], dtype=torch.float32)
-                writer.add(Block(row, layer), (1,), torch.float32, make)
+                numbers = value if isinstance(value, list) else [value]
+                make = partial(torch.tensor, numbers, dtype=torch.float32)
+                writer.add(Block(row, layer), (len(numbers),), torch.float32, make)
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ NO_ROUTING: dict[str, Any] = dict.fromkeys(ROUTING) | {
     "controller": None,
     "measured_experts_per_token": None,
     "num_experts_per_tok": None,
+    "budget_curve": None,
+    "inference_experts_per_token": None,
 }
 # The kinds of values of settings, by the names that several formats share.
 _COUNTS = (
@@ -49,7 +51,7 @@ _FLAGS = (
     *("output_router_logits", "use_cache"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token")
+_LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token", "budget_curve")
 _MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
 _NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], *_FLAGS}
 
@@ -69,13 +71,17 @@ class Needed(NamedTuple):
 
 
 def check_kinds(
-    values: dict[str, Any], counts: Iterable[str] = (), numbers: Iterable[str] = ()
+    values: dict[str, Any],
+    counts: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    flags: Iterable[str] = (),
 ) -> None:
     """Check that the settings that are given have values of their kind; ignore other keys.
 
     Args:
         counts: names of further settings that are whole numbers from 1, or null.
         numbers: names of further settings that are numbers from 0, and never null.
+        flags: names of further settings that are true or false, and never null.
 
     Raises:
         ValueError: a value is of another kind; the message names the setting.
@@ -83,7 +89,7 @@ def check_kinds(
     for names, fits, kind in (
         ((*_COUNTS, *counts), _is_count, "a whole number from 1"),
         ((*_NUMBERS, *numbers), _is_from_zero, "a number from 0"),
-        (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
+        ((*_FLAGS, *flags), lambda value: isinstance(value, bool), "true or false"),
         (_LISTS, lambda value: isinstance(value, list), "a list"),
         (_MAPPINGS, lambda value: isinstance(value, dict), "names and values"),
         (("bos_token_id", "pad_token_id"), _is_token_id, "a token id"),
@@ -92,7 +98,7 @@ def check_kinds(
         for name in names:
             value = values.get(name)
             no_experts = name == "num_experts" and value == 0
-            may_be_null = name not in values or name not in {*_NEVER_NULL, *numbers}
+            may_be_null = name not in values or name not in {*_NEVER_NULL, *numbers, *flags}
             if not (fits(value) or no_experts or (value is None and may_be_null)):
                 raise ValueError(f"{name} is {value!r}: use {kind}.")
     if values.get("rope_parameters"):
@@ -154,7 +160,7 @@ def per_layer(config: dict[str, Any], name: str) -> list[float | None]:
     return value if isinstance(value, list) else where_sparse(config, value)
 
 
-def where_sparse(config: dict[str, Any], value: float) -> list[float | None]:
+def where_sparse(config: dict[str, Any], value: Any) -> list[Any]:
     """A value for every layer with experts, None for the others."""
     return [value if kind == "sparse" else None for kind in config["mlp_layer_types"]]
 

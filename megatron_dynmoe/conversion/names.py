@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dynmoe.settings.distribution import KNOTS
+
 MODEL, LAYER, SPARSE, DENSE = "model", "layer", "sparse", "dense"
 
 
@@ -122,6 +124,8 @@ MEGATRON: tuple[Row, ...] = (
 ROUTER_STATE = {
     name: _BLOCK + f"mlp.router.{name}" for name in ("threshold", "integral", "measured")
 }
+# The same of a target that is drawn: a number for each knot of the map.
+ROUTER_MAP = {name: _BLOCK + f"mlp.router.{name}" for name in KNOTS}
 
 
 def rows_by_part(table: tuple[Row, ...]) -> dict[str, Row]:

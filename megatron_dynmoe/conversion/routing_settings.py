@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.control.settle import Controller, settle
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     ROUTING,
@@ -15,8 +16,14 @@ from megatron_dynmoe.conversion.model_settings import (
     where_sparse,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.distribution import (
+    KNOTS,
+    Target,
+    TargetDistribution,
+    parse_target,
+    place_between,
+)
 from megatron_dynmoe.settings.routings import ROUTINGS
-from megatron_dynmoe.settings.schedule import TargetSchedule
 
 _CONTROLLER = (
     "scope",
@@ -26,7 +33,11 @@ _CONTROLLER = (
     "min_threshold",
     "max_threshold",
 )
-RouterState = dict[str, list[float | None]]
+# By name, a value for each layer, None for layers without experts. Of a target that is drawn, also
+# the lists that KNOTS names, with a number for each knot.
+RouterState = dict[str, list[Any]]
+# Points of the exported curve from one knot of the map to the next.
+_POINTS_PER_KNOT = 2
 
 
 def check_routing(routing: str) -> None:
@@ -48,12 +59,13 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
     dynmoe = DynMoEConfig.from_dict(settings, source="the checkpoint")
     check_routing(dynmoe.routing)
     routing = {name: getattr(dynmoe, name) for name in ROUTING}
-    schedule = dynmoe.target_experts_per_token
-    target = _number_if_constant(schedule)
+    target = _number_if_constant(dynmoe.target_experts_per_token)
     controller = None
     if dynmoe.is_controlled:
         controller = {name: getattr(dynmoe, name) for name in _CONTROLLER}
         controller["integral"] = state["integral"]
+        if dynmoe.drawn_target is not None and KNOTS[0] in state:
+            controller["map"] = {name: state[name] for name in KNOTS}
     measured = state["measured"]
     return routing | {
         "threshold": state["threshold"],
@@ -62,7 +74,34 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
         "controller": controller,
         "measured_experts_per_token": measured if any(measured) else None,
         "num_experts_per_tok": None,
+        "budget_curve": _budget_curve(dynmoe, state),
+        "inference_experts_per_token": None,
     }
+
+
+def _budget_curve(dynmoe: DynMoEConfig, state: RouterState) -> list[dict[str, Any]] | None:
+    """``budget_curve``: thresholds for the range of targets of the training, both rising.
+
+    None if there was no such range, or no threshold that all layers share, or if the target was
+    not the mean number of experts.
+    """
+    drawn = dynmoe.drawn_target
+    maps = [values for values in state.get("knot_thresholds", ()) if values is not None]
+    if drawn is None or dynmoe.controlled_quantity == "busiest_rank":
+        return None
+    if not maps or any(values != maps[0] for values in maps):
+        return None
+    knots = tuple(next(values for values in state["knot_targets"] if values is not None))
+    num_points, ratio = _POINTS_PER_KNOT * (len(knots) - 1), knots[-1] / knots[0]
+    curve: list[dict[str, Any]] = []
+    for point in range(num_points + 1):
+        target = float(f"{knots[0] * ratio ** (point / num_points):.4g}")
+        knot, way = place_between(knots, target)
+        upper = maps[0][min(knot + 1, len(knots) - 1)]
+        threshold = shortest((1 - way) * maps[0][knot] + way * upper)
+        if not curve or threshold > curve[-1]["threshold"]:
+            curve.append({"experts_per_token": target, "threshold": threshold, "loss": None})
+    return curve
 
 
 def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -90,12 +129,7 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, float]:
     """Settings for a model of this config, every ``auto`` computed, and the first threshold."""
-    model = SimpleNamespace(
-        num_moe_experts=config["num_experts"],
-        hidden_size=config["hidden_size"],
-        init_method_std=config["initializer_range"],
-    )
-    dynmoe, controller = settle(dynmoe.resolve(config["num_experts"]), model)
+    dynmoe, controller = _settle(dynmoe, config)
     first = controller.initial_threshold if controller else dynmoe.threshold
     assert first is not None
     return dynmoe, first
@@ -103,11 +137,42 @@ def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig,
 
 def router_state(config: dict[str, Any]) -> RouterState:
     """Threshold, integral and measured mean of every layer, None for layers without experts."""
-    integral = (config.get("controller") or {}).get("integral")
-    return {
+    controller = config.get("controller") or {}
+    state: RouterState = {
         "threshold": per_layer(config, "threshold"),
-        "integral": integral or where_sparse(config, 0.0),
+        "integral": controller.get("integral") or where_sparse(config, 0.0),
         "measured": config.get("measured_experts_per_token") or where_sparse(config, 0.0),
+    }
+    if not is_drawn(config):
+        return state
+    return state | (controller.get("map") or _first_map(config))
+
+
+def is_drawn(config: dict[str, Any]) -> bool:
+    """Whether the target of a config's training is drawn anew for each batch."""
+    target = config.get("target_experts_per_token")
+    return isinstance(target, str) and isinstance(parse_target(target), TargetDistribution)
+
+
+def _settle(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, Controller | None]:
+    model = SimpleNamespace(
+        num_moe_experts=config["num_experts"],
+        hidden_size=config["hidden_size"],
+        init_method_std=config["initializer_range"],
+    )
+    return settle(dynmoe.resolve(config["num_experts"]), model)
+
+
+def _first_map(config: dict[str, Any]) -> RouterState:
+    """The map at the start of a training, for each layer with experts."""
+    settings = settings_from_config(config)
+    assert settings is not None
+    _, law = _settle(DynMoEConfig.from_dict(settings, source="config.json"), config)
+    assert isinstance(law, MapController)
+    first = (law.knots, law.initial_map, [0.0] * len(law.knots))
+    return {
+        name: where_sparse(config, [shortest(value) for value in values])
+        for name, values in zip(KNOTS, first, strict=True)
     }
 
 
@@ -134,7 +199,10 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
         "measured": where_sparse(config, 0.0),
         "theta": where_sparse(config, 1.0),
     }
-    return config | routing_config(dynmoe.to_dict(), state) | {"router_dtype": "float32"}
+    config = config | routing_config(dynmoe.to_dict(), state) | {"router_dtype": "float32"}
+    if is_drawn(config):
+        config["controller"]["map"] = _first_map(config)
+    return config
 
 
 def shortest(value: float) -> float:
@@ -142,8 +210,8 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _number_if_constant(schedule: TargetSchedule | None) -> float | str | None:
-    if schedule is None:
+def _number_if_constant(target: Target | None) -> float | str | None:
+    if target is None:
         return None
-    text = str(schedule)
-    return text if ":" in text else float(text)
+    text = str(target)
+    return text if set(text) & {":", "("} else float(text)

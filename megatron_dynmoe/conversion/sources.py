@@ -27,11 +27,14 @@ from megatron_dynmoe.conversion.model_settings import check_config
 from megatron_dynmoe.conversion.names import (
     MEGATRON,
     PARAMETERS,
+    ROUTER_MAP,
     ROUTER_STATE,
     Row,
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
+from megatron_dynmoe.settings.distribution import TargetDistribution
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest
 
 _NO_STATE: routing_settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
@@ -116,6 +119,9 @@ class FromMegatron:
             template = rows_by_part(MEGATRON)["theta_offset"].key
             offsets = [self._scalar(template, layer) for layer in range(len(self._layer_types))]
             state["theta"] = thetas(offsets)
+        if routing_settings.is_drawn(self.config):
+            for name, template in ROUTER_MAP.items():
+                state[name] = [self._numbers(template, k) for k in range(len(self._layer_types))]
         return state
 
     @property
@@ -123,24 +129,32 @@ class FromMegatron:
         return self.config["mlp_layer_types"]
 
     def _scalar(self, template: str, layer: int) -> float | None:
+        numbers = self._numbers(template, layer, 1)
+        return None if numbers is None else numbers[0]
+
+    def _numbers(
+        self, template: str, layer: int, count: int = TargetDistribution.NUM_KNOTS
+    ) -> list[float] | None:
         if self._layer_types[layer] != "sparse":
             return None
         key, index = self.checkpoint.find((template,), layer)
         found = self.checkpoint.shape(key)[len(index) :]
-        _check_shape(str(self.checkpoint.folder), key, found, (1,))
-        value = self.checkpoint.read(key, index).item()
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{self.checkpoint.folder}: {key} of layer {layer} is {value}: the run had gone "
-                "wrong; take an earlier iteration"
-            )
-        return routing_settings.shortest(value)
+        _check_shape(str(self.checkpoint.folder), key, found, (count,))
+        values = self.checkpoint.read(key, index).tolist()
+        for value in values:
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{self.checkpoint.folder}: {key} of layer {layer} is {value}: the run had "
+                    "gone wrong; take an earlier iteration"
+                )
+        return [routing_settings.shortest(value) for value in values]
 
     def _check(self) -> None:
         """Check that every entry is known and has the shape that the settings give it."""
-        known = {template.replace("{layer}.", "") for template in ROUTER_STATE.values()}
+        templates = (ROUTER_STATE | ROUTER_MAP).values()
+        known = {template.replace("{layer}.", "") for template in templates}
         for layer in range(self.shapes.num_layers):
-            known |= {template.format(layer=layer) for template in ROUTER_STATE.values()}
+            known |= {template.format(layer=layer) for template in templates}
         for row in MEGATRON:
             for block in self.shapes.blocks(row):
                 where = str(self.checkpoint.folder)
@@ -178,6 +192,8 @@ class FromFolder:
             self.config = self.format.from_format(theirs)
             self.unread = self.format.unread_words(theirs, self.config)
             stated = dtype_name(theirs)
+        except UsageError as error:
+            raise UsageError(f"{model / CONFIG}: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{model / CONFIG}: {error}") from error
         self.token_ids = words.stated_ids(theirs)

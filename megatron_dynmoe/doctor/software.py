@@ -156,14 +156,14 @@ def _communication() -> Check:
 def _triton() -> Check:
     import torch
 
+    from megatron_dynmoe.kernels import asked_for
+
     if importlib.util.find_spec("triton") is None:
         remedy = "only needed for the kernels of DYNMOE_KERNELS=1"
         return Check("Triton", WARNING, "not installed", remedy)
     import triton
 
-    found = f"{triton.__version__}; kernels are " + (
-        "on" if os.environ.get("DYNMOE_KERNELS") == "1" else "off"
-    )
+    found = f"{triton.__version__}; kernels are {'on' if asked_for() == '1' else 'off'}"
     if torch.cuda.is_available() and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         remedy = "Triton builds its launchers with one: install gcc"
         return Check("Triton", WARNING, f"{found}; no C compiler", remedy)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_dynmoe.dry_run.devices import shim
 from megatron_dynmoe.dry_run.request import Request
-from megatron_dynmoe.settings.messages.command_line import ending_plainly
+from megatron_dynmoe.settings.messages.command_line import UsageError, ending_plainly
 
 
 def main() -> None:
@@ -27,12 +27,14 @@ def main() -> None:
 
         try:
             recorder, micro_batches = rehearse(request)
-        except (ValueError, OSError):
+        except ValueError as error:  # each is about a flag or a setting
+            raise UsageError(str(error)) from None
+        except OSError:
             raise
         except Exception as error:
             traceback.print_exc()
             at, kind = Places().of_error(error), type(error).__name__
-            raise ValueError(f"the training fails at {at} with {kind}: {error}") from None
+            raise ChildProcessError(f"the training fails at {at} with {kind}: {error}") from None
         file.write_text(summarize(recorder, micro_batches).to_json())
 
 

@@ -27,7 +27,7 @@ def describe(run: DryRun) -> str:
         _memory(run),
         _waits(result.waits, result.copies),
         _graphs(run),
-        _kernels(result),
+        _kernels(run),
         _sent(result),
         _mistakes(result),
         iter([_verdict(run), NOT_SEEN]),
@@ -102,16 +102,21 @@ def _wait_row(wait: Wait) -> str:
     return f"  {f'{wait.count:g}':>8}  per {wait.per:<24}{wait.call:<22} {place}"
 
 
-def _kernels(result: Result) -> Iterator[str]:
-    rows = result.kernels
+def _kernels(run: DryRun) -> Iterator[str]:
+    result, rows = run.result, run.result.kernels
     yield _row(["forward", "backward"], f"kernels of a micro-batch in layer {result.kernel_layer}")
     yield from map(_kernel_row, rows)
     forward, backward = (sum(getattr(row, phase) for row in rows) for phase in PHASES[:2])
     yield _row([f"{forward:g}", f"{backward:g}"], "the whole layer")
     yield _kernel_row(result.kernels_outside)
-    for name, phases in (("kernels", result.kernels_per_step), ("FLOPs", result.flops)):
-        shown = ", ".join(f"{phase} {_count(phases[phase])}" for phase in phases)
-        yield f"  {name} of a step: {_count(sum(phases.values()))} ({shown})"
+    yield f"  kernels of a step: {_by_phase(result.kernels_per_step)}"
+    yield f"  FLOPs of a step: {_by_phase(result.flops)}"
+    yield f"  FLOPs by the planner's formula, the mean of all GPUs: {_count(run.planned_flops)}"
+
+
+def _by_phase(counts: dict[str, float]) -> str:
+    shown = ", ".join(f"{phase} {_count(count)}" for phase, count in counts.items())
+    return f"{_count(sum(counts.values()))} ({shown})"
 
 
 def _kernel_row(row: Kernels) -> str:

@@ -18,14 +18,17 @@ from megatron_dynmoe.dry_run.reporting.result import Result
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import command_words
+from megatron_dynmoe.kernels import asked_for
 from megatron_dynmoe.planning.experts_per_token import ExpertCounts, expected_counts
 from megatron_dynmoe.planning.gpus import GPU
 from megatron_dynmoe.planning.layout import Layout, check_layout
 from megatron_dynmoe.planning.memory import Memory, MemoryModel
 from megatron_dynmoe.settings.arguments import resolved_from_args
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 _CHILD = "megatron_dynmoe.dry_run"
+LEAST_IMBALANCE = 0.01
 COUNTS = ("mean", "first", "cap")
 ERROR = "dynmoe plan: error: "
 # A launcher's variables, and one with which Triton's kernels would be interpreted.
@@ -45,6 +48,9 @@ _REFUSED = {
 }
 
 
+_SPELLED = {"fp8": "fp8_format", "fp4": "fp4_format"}  # Megatron stores them under other names
+
+
 @dataclass(frozen=True)
 class DryRun:
     """A dry run, and what the planner says of the same GPU.
@@ -60,6 +66,8 @@ class DryRun:
         row_buffer: the setting, None without dynamic routing.
         formula: the planner's memory, None if it does not know a setting.
         formula_note: which setting that is.
+        planned_flops: of a step, the mean of all GPUs, by Megatron's formula, which the planner
+            takes.
     """
 
     recipe: str
@@ -75,6 +83,7 @@ class DryRun:
     row_buffer: str | None
     formula: Memory | None
     formula_note: str
+    planned_flops: float
     result: Result
 
     @property
@@ -108,28 +117,28 @@ def dry_run(
         kernels: DYNMOE_KERNELS; None: as the environment says.
 
     Raises:
-        ValueError: a value makes no sense, the layout cannot work, or the training fails.
-        OSError: the process of the dry run ended without a result.
+        ValueError: a value makes no sense, or the layout cannot work.
+        OSError: the training fails, or the process of the dry run ended without a result.
     """
     words = command_words(recipe, flags)
-    layout = Layout.from_flags(words, num_gpus or _fewest_gpus(Layout.from_flags(words, 1)))
+    if num_gpus is None:
+        num_gpus = _fewest_gpus(Layout.from_flags(words, 1))
+    layout = Layout.from_flags(words, num_gpus)
     check_layout(layout)
     args = read_args(words)
-    for name, (values, remedy) in _REFUSED.items():
-        if getattr(args, name, values[0]) not in values:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, whose code cannot run "
-                f"without a GPU: {remedy}."
-            )
-    if args.reset_attention_mask:
-        raise ValueError(
-            "--reset-attention-mask is given, and a dry run knows no tokens, and so no documents: "
-            "leave it out. The dry run is then that of attention over whole rows, which takes more."
-        )
+    resolved = resolved_from_args(args, layout.num_experts)
+    _check_settings(args)
     expected = expected_counts(args, experts_per_token)
+    if experts_per_token is not None and counts != "mean":
+        raise FlagError(
+            "experts_per_token",
+            experts_per_token,
+            f" beside --counts {counts}, which takes other counts",
+            "leave one of them out",
+        )
     _check_dispatcher(args, layout)
     experts, source = _experts_per_token(expected, counts, layout.num_experts)
-    _check_imbalance(imbalance, layout)
+    _check_imbalance(imbalance, layout, experts)
     model, note = _memory_model(args, layout)
     rows_per_token = expected.rows_with_room(experts)
     if rank is None:
@@ -137,7 +146,7 @@ def dry_run(
     if not 0 <= rank < layout.world_size:
         raise ValueError(f"--rank is {rank}: use 0 to {layout.world_size - 1}.")
     stage = _stage(rank, layout, args)
-    setting = kernels or os.environ.get("DYNMOE_KERNELS") or "0"
+    setting = kernels or asked_for() or "0"
     request = Request(
         words,
         layout.world_size,
@@ -160,11 +169,28 @@ def dry_run(
         expected=expected,
         imbalance=imbalance,
         kernels=setting,
-        row_buffer=resolved_from_args(args, layout.num_experts).row_buffer,
+        row_buffer=resolved.row_buffer,
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
+        planned_flops=_planned_flops(args, layout, experts),
         result=_run(request, setting),
     )
+
+
+def _check_settings(args: Namespace) -> None:
+    """Refuse settings whose code cannot run here."""
+    for name, (values, remedy) in _REFUSED.items():
+        value = getattr(args, name, values[0])
+        if value not in values:
+            name = _SPELLED.get(name, name)
+            raise FlagError(name, value, ", and its code cannot run without a GPU", remedy)
+    if args.reset_attention_mask:
+        raise FlagError(
+            "reset_attention_mask",
+            True,
+            ", and a dry run knows no tokens, and so no documents",
+            "leave it out; the dry run is then that of attention over whole rows, which takes more",
+        )
 
 
 def _check_dispatcher(args: Namespace, layout: Layout) -> None:
@@ -197,6 +223,14 @@ def _memory_model(args: Namespace, layout: Layout) -> tuple[MemoryModel | None, 
         return None, str(error)
 
 
+def _planned_flops(args: Namespace, layout: Layout, experts_per_token: float) -> float:
+    """The floating-point operations of a step, the mean of all GPUs."""
+    from megatron_dynmoe.runs.metrics import floating_point_operations
+
+    whole = floating_point_operations(args, layout.global_batch, experts_per_token)
+    return whole / layout.world_size
+
+
 def _stage(rank: int, layout: Layout, args: Namespace) -> int:
     """The pipeline rank of a rank, in Megatron's order."""
     if args.use_tp_pp_dp_mapping:
@@ -220,7 +254,7 @@ def _experts_per_token(expected: ExpertCounts, counts: str, num_experts: int) ->
     }[counts]
 
 
-def _check_imbalance(imbalance: float, layout: Layout) -> None:
+def _check_imbalance(imbalance: float, layout: Layout, experts_per_token: float) -> None:
     if imbalance == 1:
         return
     if layout.expert == 1:
@@ -228,10 +262,11 @@ def _check_imbalance(imbalance: float, layout: Layout) -> None:
             f"--imbalance is {imbalance:g}, but every GPU holds all experts and gets the same rows "
             "whatever their balance: leave it out, or use --expert-model-parallel-size."
         )
-    if not 0 <= imbalance <= layout.expert:
+    most = min(layout.expert, layout.num_experts / experts_per_token)
+    if not LEAST_IMBALANCE <= imbalance <= most:
         raise ValueError(
-            f"--imbalance is {imbalance:g}: use 0 to {layout.expert}, at which the experts of this "
-            "GPU get all rows."
+            f"--imbalance is {imbalance:g}: use {LEAST_IMBALANCE} to {most:g}, at which all tokens "
+            "go to this GPU's experts."
         )
 
 
@@ -239,7 +274,7 @@ def _run(request: Request, kernels: str) -> Result:
     """Run it in a child process.
 
     Raises:
-        ValueError: the child found that something cannot work.
+        UsageError: the child found that a setting cannot work.
         OSError: it ended for another reason.
     """
     inherited = {
@@ -269,7 +304,7 @@ def _reason(returncode: int, lines: Sequence[str]) -> Exception:
     """Say why the child ended without a result, from its exit code and the lines of its log."""
     said = next((line for line in reversed(lines) if line.startswith(ERROR)), None)
     if said is not None and not any(word in said for word in _NO_MEMORY):
-        kind = UsageError if returncode == 2 else ValueError
+        kind = UsageError if returncode == 2 else ChildProcessError
         return kind(said.removeprefix(ERROR))
     last = said or (lines[-1].strip() if lines else "nothing")
     if returncode == -signal.SIGKILL or any(word in last for word in _NO_MEMORY):

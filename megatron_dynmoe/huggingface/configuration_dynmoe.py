@@ -1,6 +1,6 @@
 """The model's configuration for Transformers: its shape, and every setting of its routing.
 
-Exported models ship with this file, so it imports nothing from the package.
+Exported models ship with this file and with the one that it imports from the package.
 """
 
 import difflib
@@ -14,6 +14,8 @@ import transformers
 from packaging import version
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
 
 if version.parse(transformers.__version__) < version.parse("5.5"):
     raise ImportError(
@@ -52,9 +54,11 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
 DYNAMIC_ONLY = (
     "threshold",
     "inference_threshold",
+    "inference_experts_per_token",
     "max_experts_per_token",
     "inference_max_experts_per_token",
     "target_experts_per_token",
+    "budget_curve",
 )
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -80,6 +84,11 @@ class DynMoEModelConfig(PreTrainedConfig):
         threshold: cumulative probability in [0, 1] that a token's experts must exceed; one number,
             or a list with one entry per layer (None for dense layers). Like all routing settings,
             it is read at every forward, so a new value on ``model.config`` takes effect.
+        budget_curve: measured points, each with ``experts_per_token`` (mean over tokens and
+            layers), ``threshold`` (one for all layers) and ``loss`` (nats per token, or None), the
+            first two ascending; None: budgets cannot be asked for.
+        inference_experts_per_token: a budget: in inference, the threshold is the curve's for so
+            many experts per token; None: it is the model's own.
         theta: scale of the normalized logits, one entry per layer (None for dense layers); only
             with ``normalization`` ``drn``. It initializes a new model. In a loaded model it is a
             readable copy of the weights, which take precedence.
@@ -160,6 +169,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         theta: list[float | None] | None = None,
         max_experts_per_token: int | None = None,
         inference_threshold: float | None = None,
+        inference_experts_per_token: float | None = None,
         inference_max_experts_per_token: int | None = None,
         normalization: str | None = None,
         weights: str | None = None,
@@ -168,6 +178,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         balance_loss: str | None = None,
         balance_loss_coeff: float | None = None,
         dynamic_loss_coeff: float | None = None,
+        budget_curve: list[dict[str, Any]] | None = None,
         output_router_logits: bool = False,
         controller: dict[str, Any] | None = None,
         measured_experts_per_token: list[float | None] | None = None,
@@ -210,6 +221,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         self.theta: Any = theta
         self.max_experts_per_token = max_experts_per_token
         self.inference_threshold = inference_threshold
+        self.inference_experts_per_token = inference_experts_per_token
         self.inference_max_experts_per_token = inference_max_experts_per_token
         self.normalization = normalization
         self.weights = weights
@@ -218,6 +230,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         self.balance_loss = balance_loss
         self.balance_loss_coeff: Any = balance_loss_coeff
         self.dynamic_loss_coeff: Any = dynamic_loss_coeff
+        self.budget_curve = budget_curve
         self.output_router_logits = output_router_logits
         self.controller = controller
         self.measured_experts_per_token = measured_experts_per_token
@@ -256,11 +269,14 @@ class DynMoEModelConfig(PreTrainedConfig):
         """The threshold and the most experts per token that apply to a layer (counted from 0).
 
         Raises:
-            ValueError: the threshold is missing or not in [0, 1].
+            ValueError: the threshold is missing or not in [0, 1], or no curve has the budget.
         """
         given = vars(self)  # every layer asks, and reading an attribute of a config takes long
         threshold, inference_threshold = given["threshold"], given["inference_threshold"]
-        if not training and inference_threshold is not None:
+        budget = None if training else given["inference_experts_per_token"]
+        if budget is not None:
+            threshold = threshold_at(given["budget_curve"], budget, self.cap(training))
+        elif not training and inference_threshold is not None:
             threshold = _checked_threshold("inference_threshold", inference_threshold)
         elif isinstance(threshold, (list, tuple)):
             threshold = _checked_threshold("threshold", threshold[layer], layer)
@@ -370,6 +386,10 @@ class DynMoEModelConfig(PreTrainedConfig):
                     _checked_threshold("threshold", threshold, layer)
         else:
             _checked_threshold("threshold", self.threshold)
+        if self.budget_curve is not None:
+            check_curve(self.budget_curve, self.num_experts)
+        if self.inference_experts_per_token is not None:
+            threshold_at(self.budget_curve, self.inference_experts_per_token, self.cap(False))
 
     def _validate_experts(self, name: str, value: Any) -> None:
         if not _is_count(value) or value > self.num_experts:

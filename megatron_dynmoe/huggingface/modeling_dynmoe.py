@@ -35,6 +35,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from megatron_dynmoe.huggingface.budgets_dynmoe import GeneratesWithBudgets, thresholds_of
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
 from megatron_dynmoe.huggingface.masking_dynmoe import (
     check_keywords,
@@ -197,6 +198,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Any,
         valid_BS: Tensor | None,
         with_loss: bool,
+        threshold: Tensor | float | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -215,7 +217,9 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         normed_BSD = self.post_attention_layernorm(hidden_BSD)
         logits_BSE = counts_BS = loss = None
         if self.is_sparse:
-            mlp_BSD, logits_BSE, counts_BS, loss = self.mlp(normed_BSD, valid_BS, with_loss)
+            mlp_BSD, logits_BSE, counts_BS, loss = self.mlp(
+                normed_BSD, valid_BS, with_loss, threshold
+            )
         else:
             mlp_BSD = self.mlp(normed_BSD)
         return hidden_BSD + self._dropout(mlp_BSD), logits_BSE, counts_BS, loss
@@ -323,6 +327,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        experts_per_token: Any = None,
         output_aux_loss: bool = False,
         **kwargs: Any,
     ) -> DynMoEModelOutput:
@@ -341,13 +346,16 @@ class DynMoEModel(DynMoEPreTrainedModel):
             use_cache: whether to return a cache; if None, the config decides, except in training
                 or with packed documents, which return none.
             output_router_logits: see the output; if None, the config decides.
+            experts_per_token: a budget: the mean that the ``budget_curve``'s threshold is for, one
+                number or, in a list or tensor, one for each of B sequences; None: the config's.
             output_aux_loss: whether to compute the losses of the routing.
             kwargs: ``output_hidden_states`` and ``output_attentions`` (see the output), and what
                 the implementation of attention takes.
 
         Raises:
             TypeError: a keyword is unknown.
-            ValueError: the inputs do not fit together, or the attention cannot honor one.
+            ValueError: the inputs do not fit together, the attention cannot honor one, or the
+                curve does not have a budget.
         """
         config = self.config
         check_keywords(kwargs, config, type(self).forward)
@@ -375,6 +383,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
         rotary = self.rotary_emb(hidden_BSD, rows.position_ids)
 
         # 3. Layers
+        threshold = thresholds_of(config, experts_per_token, hidden_BSD, self.training)
         router_logits, counts, losses = [], [], []
         for layer in self.layers:
             hidden_BSD, logits_BSE, counts_BS, loss = layer(
@@ -383,6 +392,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
                 rows.mask,
                 rows.valid_BS,
                 output_aux_loss or output_router_logits,
+                threshold,
                 past_key_values=past_key_values,
                 position_ids=rows.position_ids,
                 **kwargs,
@@ -402,7 +412,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
         )
 
 
-class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
+class DynMoEForCausalLM(DynMoEPreTrainedModel, GeneratesWithBudgets, GenerationMixin):
     """The language model: :class:`DynMoEModel` and the output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -437,6 +447,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        experts_per_token: Any = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -469,6 +480,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            experts_per_token=experts_per_token,
             output_aux_loss=labels is not None or shift_labels is not None,
             **(kwargs | {"return_dict": True}),
         )

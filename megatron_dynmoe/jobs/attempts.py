@@ -27,9 +27,9 @@ from typing import Any
 
 from megatron_dynmoe.jobs.preflight import LENGTH_FLAGS, check_run
 from megatron_dynmoe.jobs.recipes import recipe_flags
-from megatron_dynmoe.runs.folder import ATTEMPTS, CHECKPOINTS, FINISHED, STOPPED, TENSORBOARD
+from megatron_dynmoe.runs.folder import ATTEMPTS, FINISHED, STOPPED, TENSORBOARD
 from megatron_dynmoe.settings.messages.words import format_flags, values_of, whole_number
-from megatron_dynmoe.storage.megatron_names import TRACKER
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 
 # Exit codes. 75 is EX_TEMPFAIL: try again later.
 DONE, FAILED, REFUSED, ALREADY_FINISHED, GO_ON = 0, 1, 2, 3, 75

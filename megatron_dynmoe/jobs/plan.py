@@ -126,7 +126,7 @@ def make_plan(
         cap_that_fits=cap_that_fits,
         tokens_per_step=layout.global_batch * layout.seq_length,
         steps=steps,
-        flops=_flops(args, steps * layout.global_batch, counts.mean),
+        flops=_flops(args, steps * layout.global_batch, counts.computed),
         utilization=utilization,
         checkpoint_bytes=model.checkpoint_bytes,
         num_checkpoints=math.ceil(steps / args.save_interval) if args.save_interval else None,

@@ -9,9 +9,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
+from packaging.version import Version
+
 from megatron_dynmoe.jobs.parse import parse
 from megatron_dynmoe.planning.gpus import GPU
 
+_NEW_ENOUGH = Version("9999")  # for whatever Megatron asks of it
 # Files and services of the machine that trains.
 _ELSEWHERE = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "wandb_project": ""}
 
@@ -42,8 +45,9 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
     _fill_in(args)
     with _a_gpu(gpu), refusing_in_flags(words):
         resolved, chosen = settle_arguments(args, here=False)
-        validate_args(args, {})
-        model = gpt_config_from_args(args)
+        with _its_packages(chosen.backend):
+            validate_args(args, {})
+            model = gpt_config_from_args(args)
         with naming_flags(args):
             settle_run(resolved, model.transformer, chosen, here=False)
 
@@ -75,4 +79,25 @@ def _a_gpu(gpu: GPU) -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _its_packages(backend: str) -> Iterator[None]:
+    """Let Megatron find a Transformer Engine that only the planned machine has."""
+    from megatron_dynmoe.backends.choice import has_transformer_engine
+
+    if backend != "transformer_engine" or has_transformer_engine():
+        yield
+        return
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(utils, "_te_version", _NEW_ENOUGH))
+        for module in (moe_utils, rope_utils):
+            for name in dir(module):
+                if name.startswith("fused_") and getattr(module, name) is None:
+                    stack.enter_context(mock.patch.object(module, name, object()))
         yield

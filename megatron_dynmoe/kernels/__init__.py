@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.routing.route import Routing, route
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 
 def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
     """Choose the fastest :func:`megatron_dynmoe.routing.route.route` for these logits.
 
     Raises:
-        ValueError: ``DYNMOE_KERNELS`` is set to something other than 0 or 1.
+        UsageError: ``DYNMOE_KERNELS`` is set to something other than 0 or 1.
     """
     if _is_plain_cpu(logits_TE) and asked_for() != "0":
         from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
@@ -50,11 +51,11 @@ def asked_for() -> str | None:
     """What ``DYNMOE_KERNELS`` says.
 
     Raises:
-        ValueError: it is something else than 0 or 1.
+        UsageError: it is something else than 0 or 1.
     """
     setting = os.environ.get("DYNMOE_KERNELS") or None
     if setting not in ("0", "1", None):
-        raise ValueError(
+        raise UsageError(
             f"DYNMOE_KERNELS is {setting!r}: set 0 for plain PyTorch, 1 for Triton's kernels on a "
             "GPU, or unset it."
         )

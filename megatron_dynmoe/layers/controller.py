@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import settle
 from megatron_dynmoe.layers.router import Router
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.messages.refusals import SettingError
+
+_NAMES = {"target_experts_per_token": "target"}  # of settings, as the controller calls them
 
 
 class Controller:
@@ -22,13 +26,29 @@ class Controller:
     ``docs/controller.md`` derives the law and its default gains.
     """
 
-    def __init__(self, model: nn.Module, target: float | str, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float | str,
+        *,
+        proportional_gain: float | str | None = None,
+        integral_gain: float | str | None = None,
+        initial_threshold: float | str | None = None,
+        min_threshold: float | None = None,
+        max_threshold: float | None = None,
+    ) -> None:
         """Take over the routers in a model.
+
+        What is None has the default of the training, which is ``auto`` for gains and the first
+        threshold: they are computed from the routers.
 
         Args:
             target: mean experts per token, or a schedule over updates such as ``"0:8,1000:2"``.
-            settings: ``proportional_gain``, ``integral_gain``, ``initial_threshold`` (numbers or
-                ``auto``), ``min_threshold`` and ``max_threshold``, as in training.
+            proportional_gain: K_P, a number or ``auto``.
+            integral_gain: K_I, a number or ``auto``.
+            initial_threshold: the threshold before the first update, a number or ``auto``.
+            min_threshold: no update sets a lower one.
+            max_threshold: no update sets a higher one.
 
         Raises:
             ValueError: the model has no router of :class:`megatron_dynmoe.Router`, or routers that
@@ -56,21 +76,35 @@ class Controller:
             )
         router = self.routers[0]
         num_experts, hidden_size = router.weight.shape
-        given = DynMoEConfig.from_dict(
-            {
-                "routing": "dtop_p",
-                "target_experts_per_token": target,
-                "max_experts_per_token": router.settings.max_experts_per_token,
-                "normalization": router.settings.normalization,
-                **settings,
-            },
-            source="Controller",
-        )
         sizes = SimpleNamespace(
             num_moe_experts=num_experts, hidden_size=hidden_size, init_method_std=router.init_std
         )
-        settled, law = settle(given.resolve(num_experts), sizes)
-        assert law is not None
+        try:
+            given = DynMoEConfig.from_dict(
+                {
+                    "routing": "dtop_p",
+                    "target_experts_per_token": target,
+                    "max_experts_per_token": router.settings.max_experts_per_token,
+                    "normalization": router.settings.normalization,
+                    "proportional_gain": proportional_gain,
+                    "integral_gain": integral_gain,
+                    "initial_threshold": initial_threshold,
+                    "min_threshold": min_threshold,
+                    "max_threshold": max_threshold,
+                },
+                source="Controller",
+            )
+            if given.drawn_target is not None:
+                raise SettingError(
+                    "target_experts_per_token",
+                    given.drawn_target,
+                    ", and only trainings with Megatron draw targets",
+                    "give a number, or a schedule such as 0:8,1000:2",
+                )
+            settled, law = settle(given.resolve(num_experts), sizes)
+        except SettingError as error:
+            raise ValueError(error.worded(lambda name: _NAMES.get(name, name))) from None
+        assert isinstance(law, PIController)
         self.law, self.target = law, settled.control.target
         self.updates = 0
         self.measured = torch.full_like(router.threshold, torch.nan)

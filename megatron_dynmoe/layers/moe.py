@@ -96,9 +96,17 @@ class Gate(nn.Module):
         """How to choose, at this forward."""
         raise NotImplementedError
 
-    def forward(self, hidden_TD: Tensor) -> Routed:
-        """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router."""
+    def forward(self, hidden_TD: Tensor, threshold: Tensor | float | None = None) -> Routed:
+        """Gate, normalize, softmax, select, weigh: the same steps as in Megatron's router.
+
+        Args:
+            hidden_TD: [T, D].
+            threshold: instead of the router's own, for this forward: a number, or one for each
+                token, [T, 1] float32.
+        """
         choice = self.choice()
+        if threshold is not None:
+            choice = choice._replace(threshold=threshold)
         # 1. Gate, normalize, softmax
         kind = hidden_TD.device.type
         exact: AbstractContextManager[object] = nullcontext()
@@ -314,7 +322,11 @@ class MoELayer(nn.Module):
         self.shared_expert = self.shared_expert_gate = None
 
     def forward(
-        self, hidden_BSD: Tensor, valid_BS: Tensor | None = None, with_loss: bool = True
+        self,
+        hidden_BSD: Tensor,
+        valid_BS: Tensor | None = None,
+        with_loss: bool = True,
+        threshold: Tensor | float | None = None,
     ) -> MoEOutput:
         """Route, compute, combine.
 
@@ -322,12 +334,13 @@ class MoELayer(nn.Module):
             hidden_BSD: [B, S, D].
             valid_BS: [B, S] bool, False for padding, which uses no expert; None: no padding.
             with_loss: whether to compute the losses of the router.
+            threshold: see :meth:`Gate.forward`; None: the router's own.
         """
         batch, length = hidden_BSD.shape[:2]
         hidden_TD = hidden_BSD.flatten(0, 1)
 
         # 1. Route
-        routed = self.router(hidden_TD)
+        routed = self.router(hidden_TD, *(() if threshold is None else (threshold,)))
         map_TE, weights_TK = routed.map_TE, routed.weights_TK
         if valid_BS is not None:
             valid_T1 = valid_BS.flatten().unsqueeze(-1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_dynmoe.backends import choice, transformer_engine
+from megatron_dynmoe.control.pi_map import MapController
 from megatron_dynmoe.control.settle import MIN_GAIN_MARGIN, settled_gain_margin
 from megatron_dynmoe.control.update import GlobalBatchUpdate
 from megatron_dynmoe.model.settled import Settled
@@ -59,6 +60,13 @@ def describe(
     )
     yield f"> dynamic routing: {settings}"
     controller = settled.controller
+    if isinstance(controller, MapController):
+        of_knots = ", ".join(
+            f"{threshold:.4g} for {knot:.3g}"
+            for knot, threshold in zip(controller.knots, controller.initial_map, strict=True)
+        )
+        yield f"> targets are drawn for each global batch; first thresholds: {of_knots}"
+        return
     if controller is None:
         return
     margin = settled_gain_margin(settled.dynmoe, controller, transformer)

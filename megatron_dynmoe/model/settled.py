@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice, transformer_engine
-from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.control.settle import settle
+from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.control.settle import Controller, settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -29,13 +29,14 @@ class Settled:
     Attributes:
         dynmoe: the settings of dynamic routing.
         backend: the code that runs attention, norms and experts.
-        controller: the law that moves the rule's knob; None if the knob is fixed.
+        controller: the law that moves the rule's knob, or the map from which it is read if the
+            target is drawn; None if the knob is fixed.
         rule: how logits become a routing map; None for stock top-k.
     """
 
     dynmoe: DynMoEConfig
     backend: choice.BackEnd
-    controller: PIController | None = None
+    controller: Controller | None = None
     rule: Rule | None = None
 
     @property
@@ -44,6 +45,11 @@ class Settled:
         if self.dynmoe.row_buffer != "worst_case":
             return None
         return max(cap or 0 for cap in self._caps)
+
+    @property
+    def initial_map(self) -> tuple[float, ...] | None:
+        """The first threshold of each knot if the target is drawn; else None."""
+        return self.controller.initial_map if isinstance(self.controller, MapController) else None
 
     @property
     def most_experts(self) -> int | None:
@@ -84,6 +90,7 @@ def settle_run(
     optimizer = "adam"
     with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
         optimizer = get_args().optimizer
+        resolved = resolved.seeded(get_args().seed)
     if chosen is None:
         chosen = choice.choose_backend(resolved.backend, transformer_impl=None)
     backend = choice.choose_parts(chosen, transformer, optimizer)

@@ -43,7 +43,9 @@ def layer_spec(
         spec = torch_native.with_native_modules(spec, plan, transformer)
     if settled.rule is None:
         return spec
-    router = partial(DynamicRouter, dynmoe=settled.dynmoe, rule=settled.rule)
+    router = partial(
+        DynamicRouter, dynmoe=settled.dynmoe, rule=settled.rule, initial_map=settled.initial_map
+    )
     layers = [_with_dynamic_moe(layer, router, settled) for layer in spec.layer_specs]
     return dataclasses.replace(spec, layer_specs=layers)
 

@@ -22,6 +22,8 @@ from megatron_dynmoe.routing.losses import (
     load_balance_loss,
 )
 from megatron_dynmoe.routing.route import Routing
+from megatron_dynmoe.routing.threshold_map import read
+from megatron_dynmoe.settings.distribution import KNOTS, place_between
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -54,6 +56,12 @@ class DynamicRouter(KeepDtype, TopKRouter):
         integral: the PI controller's sum of errors.
         measured: mean experts per token over the last global batch (0: none counted). Training does
             not read it; it is for readers of the checkpoint.
+    If the target is drawn for each global batch, the router also has a map from targets to
+    thresholds. Evaluations route at the mean target: ``threshold`` and ``integral`` are those that
+    the map has there.
+        knot_targets: [K], the targets of the knots (see :class:`TargetDistribution`).
+        knot_thresholds: [K], the thresholds there.
+        knot_integrals: [K], the sums of errors of the knots.
     The parameter theta_offset, [1], makes theta = 1 + theta_offset, which scales the normalized
     logits. It is an offset because bf16 would round small updates of a value near 1 away. It is
     one-dimensional because upstream exempts such parameters from weight decay.
@@ -61,6 +69,9 @@ class DynamicRouter(KeepDtype, TopKRouter):
 
     integral: Tensor
     measured: Tensor
+    knot_targets: Tensor
+    knot_thresholds: Tensor
+    knot_integrals: Tensor
     # Upstream's attributes; a type checker cannot see them through torch.nn.Module.
     config: TransformerConfig
     weight: Tensor
@@ -79,12 +90,14 @@ class DynamicRouter(KeepDtype, TopKRouter):
         *,
         dynmoe: DynMoEConfig,
         rule: Rule,
+        initial_map: tuple[float, ...] | None = None,
     ) -> None:
         """Build the router.
 
         Args:
             dynmoe: resolved settings with dynamic routing.
             rule: the rule that the routers of all layers share.
+            initial_map: the first threshold of each knot; None unless the target is drawn.
         """
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe, self.rule = dynmoe, rule
@@ -94,6 +107,16 @@ class DynamicRouter(KeepDtype, TopKRouter):
         for name, value in {**rule.first_state, "integral": 0.0, "measured": 0.0}.items():
             first = torch.tensor([value], dtype=torch.float32, device=device)
             self.register_buffer(name, first)
+        self.drawn = dynmoe.drawn_target
+        self.in_force: Tensor | None = None  # the threshold of the current global batch, if drawn
+        self._drawn_for: int | None = None  # how many iterations had finished before that batch
+        if self.drawn is not None:
+            assert initial_map is not None
+            for name, values in zip(
+                KNOTS, (self.drawn.knots, initial_map, [0.0] * len(initial_map)), strict=True
+            ):
+                of_knots = torch.tensor(values, dtype=torch.float32, device=device)
+                self.register_buffer(name, of_knots)
         self.theta_offset = None
         if dynmoe.normalization == "drn":
             self.theta_offset = torch.nn.Parameter(
@@ -122,9 +145,21 @@ class DynamicRouter(KeepDtype, TopKRouter):
 
     @property
     def knob(self) -> Tensor:
-        """The number that a controller may move, [1] float32; NaN if the rule has no knob."""
+        """The number that a controller may move, [1] float32; NaN if the rule has no knob.
+
+        If the target is drawn, it is that of the current global batch.
+        """
         name = self.rule.knob
+        if self.in_force is not None:
+            return self.in_force
         return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
+
+    @property
+    def controlled_state(self) -> list[Tensor]:
+        """What the controller writes: knob, integral and, if the target is drawn, the map's two."""
+        assert self.rule.knob is not None
+        names = [self.rule.knob, "integral", *(KNOTS[1:] if self.drawn is not None else ())]
+        return [self.get_buffer(name) for name in names]
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn gate logits into weights and a routing map.
@@ -147,7 +182,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         # 2. Route: normalize, softmax, select, weigh
         routed = self.rule.route(
             logits_TE,
-            self.state,
+            self._drawn_state() if self.training else self.state,
             theta=None if self.theta_offset is None else self.theta,
             num_sequences=num_sequences,
             valid_T=valid_T,
@@ -168,6 +203,23 @@ class DynamicRouter(KeepDtype, TopKRouter):
         elif not self.training:
             self.evaluation_counters.add_counts(*counted)
         return weights_TE, routed.map_TE
+
+    @torch.no_grad()
+    def _drawn_state(self) -> dict[str, Tensor]:
+        """The rule's state for the target of this global batch.
+
+        The threshold is read from the map at the first pass of a batch, and not when the map was
+        written: after a step that the optimizer skipped, the next batch has another target, too.
+        """
+        if self.drawn is None:
+            return self.state
+        iteration = finished_iterations()
+        if iteration != self._drawn_for or self.in_force is None:
+            place = self.drawn.place(self.drawn.at(iteration))
+            self.in_force = read(self.knot_thresholds.unsqueeze(0), place)
+            self._drawn_for = iteration
+        assert self.rule.knob is not None
+        return self.state | {self.rule.knob: self.in_force}
 
     def _attach_losses(self, routed: Routing, valid_T: Tensor | None) -> Tensor:
         """Attach both losses to the weights, so that their gradients reach the router."""
@@ -227,6 +279,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load. A value that the user has fixed is a setting and replaces the checkpoint's."""
         super()._load_from_state_dict(*args, **kwargs)
+        self.in_force = None
+        self._move_knots()
         for name, fixed in self.rule.fixed.items():
             loaded = self.get_buffer(name)
             if loaded.item() != torch.tensor(fixed).item():
@@ -237,3 +291,23 @@ class DynamicRouter(KeepDtype, TopKRouter):
                     f"replaced by --moe-dynamic-{name} {fixed}",
                 )
                 loaded.fill_(fixed)
+
+    @torch.no_grad()
+    def _move_knots(self) -> None:
+        """Read the loaded map and its sums at this run's knots, if the range was another one."""
+        if self.drawn is None:
+            return
+        loaded, wanted = self.knot_targets.clone(), self.drawn.knots
+        self.knot_targets.copy_(torch.tensor(wanted))
+        if torch.equal(loaded, self.knot_targets):
+            return
+        places = [place_between(tuple(loaded.tolist()), target) for target in wanted]
+        for values in (self.knot_thresholds, self.knot_integrals):
+            values.copy_(torch.stack([read(values, place) for place in places]))
+
+
+def finished_iterations() -> int:
+    """Read the number of finished iterations from Megatron's training loop."""
+    from megatron.training import get_args
+
+    return get_args().curr_iteration

@@ -22,6 +22,7 @@ class ExpertCounts:
         cap: the most experts that a token may use; None for no cap.
         source: the setting or assumption that gives the mean.
         room: rows per token for which memory is allocated, used or not; None: ``margin`` says it.
+        on_average: the mean over the run if ``mean`` is not that but the most, for its memory.
         margin: the room beyond the rows that are used in the mean, as a share of them.
     """
 
@@ -31,6 +32,12 @@ class ExpertCounts:
     source: str
     room: int | None = None
     margin: float = 0.0
+    on_average: float | None = None
+
+    @property
+    def computed(self) -> float:
+        """The mean over the run, from which operations and time follow."""
+        return self.mean if self.on_average is None else self.on_average
 
     @property
     def rows_per_token(self) -> tuple[float, float]:
@@ -56,6 +63,9 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
     """
     num_experts = args.num_experts or 0
     dynmoe = resolved_from_args(args, num_experts)
+    if experts_per_token is not None and not dynmoe.is_dynamic:
+        fixed = f"--moe-router-topk is {args.moe_router_topk}" if num_experts else "there are none"
+        raise FlagError("experts_per_token", experts_per_token, f", but {fixed}", "leave it out")
     if not num_experts:
         return ExpertCounts(0, 0, None, "no experts")
     cap = dynmoe.max_experts_per_token
@@ -77,14 +87,17 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
             normalized=dynmoe.normalization == "drn",
         )
 
-    rule = RULES[dynmoe.routing]
+    rule, on_average = RULES[dynmoe.routing], None
     if dynmoe.is_controlled:
-        schedule = dynmoe.target_experts_per_token
-        assert schedule is not None
-        mean, source = schedule.points[-1][1], "the target"
+        target = dynmoe.target_experts_per_token
+        assert target is not None
+        mean, source = target.targets[-1], "the target"
         start = dynmoe.initial_threshold
         # A computed knob gives the target by construction.
-        first = routed(start) if isinstance(start, float) else schedule.at(0)
+        first = routed(start) if isinstance(start, float) else target.at(0)
+        if dynmoe.drawn_target is not None:  # any step may have the largest target
+            first, on_average = mean, dynmoe.drawn_target.mean
+            source = f"the largest target of {target}, for memory; {on_average:g} for operations"
     else:
         first = routed(dynmoe.threshold)
         mean = max(1.0, first / rule.fall)
@@ -92,6 +105,6 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         if rule.fall != 1:
             source = f"assumed: the first steps' over {rule.fall:g}"
     if experts_per_token is not None:
-        mean, source = experts_per_token, "--experts-per-token"
+        mean, source, on_average = experts_per_token, "--experts-per-token", None
     room = cap if dynmoe.row_buffer == "worst_case" else None
-    return ExpertCounts(mean, first, cap, source, room, dynmoe.row_buffer_margin or 0.0)
+    return ExpertCounts(mean, first, cap, source, room, dynmoe.row_buffer_margin or 0.0, on_average)

@@ -25,7 +25,8 @@ def select(probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None 
 
     Args:
         probs_TE: [T, E], float32 or float64, rows summing to 1.
-        threshold: a number or a tensor of one element, taken in the dtype of ``probs_TE``.
+        threshold: a number or a tensor of one element or, one for each token, of [T, 1], taken in
+            the dtype of ``probs_TE``.
         max_experts: the cap, or None.
 
     Returns:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from megatron_dynmoe.runs import metric_names as names
 from megatron_dynmoe.runs.folder import EVENT_FILES, RESOLVED, TENSORBOARD, has_events
+from megatron_dynmoe.settings.distribution import parse_target
 from megatron_dynmoe.settings.messages.command_line import UsageError
-from megatron_dynmoe.settings.schedule import TargetSchedule
 
 
 class NothingLogged(ValueError):
@@ -134,7 +134,7 @@ def target_of(routing: dict[str, Any], scalars: dict[str, Series]) -> Series | N
         return None
     if names.TARGET in scalars:
         return scalars[names.TARGET]
-    schedule, loss = TargetSchedule.parse(routing["target_experts_per_token"]), scalars[names.LOSS]
+    schedule, loss = parse_target(routing["target_experts_per_token"]), scalars[names.LOSS]
     return loss._replace(values=[schedule.at_step(iteration) for iteration in loss.iterations])
 
 

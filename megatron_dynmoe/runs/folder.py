@@ -12,8 +12,6 @@ TENSORBOARD = "tensorboard"
 
 EVENT_FILES = "events.out.tfevents.*"
 
-CHECKPOINTS = "checkpoints"
-
 RESOLVED = "resolved.yaml"
 
 SUMMARY = "summary.json"

@@ -150,6 +150,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         self._step: RoutingStatistics | None = None
         self._interval: RoutingStatistics | None = None
         self._num_samples = 0
+        self._targets: list[float] = []  # of the steps of the interval, if they are drawn
         self._has_layout = False
         self._history = LayerHistory()
 
@@ -177,12 +178,14 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             step, self._step = self._step, None
             self._interval = step if self._interval is None else self._interval + step
             self._num_samples += get_current_global_batch_size()  # the batch size may ramp up
+            if self.dynmoe.drawn_target is not None:
+                self._targets.append(self.dynmoe.drawn_target.at_step(iteration))
             if iteration % args_of_run.tensorboard_log_interval == 0:
                 self._write_step(step, iteration, writer, wandb_writer)
         if iteration % args_of_run.log_interval == 0 and self._interval is not None:
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 line += self._report_interval(args_of_run, iteration, writer, wandb_writer)
-            self._interval, self._num_samples = None, 0
+            self._interval, self._num_samples, self._targets = None, 0, []
         evaluates = args_of_run.eval_interval and iteration % args_of_run.eval_interval == 0
         if writer is not None and (evaluates or iteration == args_of_run.train_iters):
             self._write_heat_map(iteration, writer)
@@ -208,6 +211,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
         print(_layer_table(summary, self.dynmoe), flush=True)
         target = self.dynmoe.target_experts_per_token
         aim = f" (target {target.at_step(iteration):g})" if target is not None else ""
+        if self._targets:
+            aim = f" (target {sum(self._targets) / len(self._targets):.4f})"
         cap = self.dynmoe.max_experts_per_token
         not_finite = (
             f" tokens with NaN or infinite logits: {summary.share_not_finite:.2%}, "

@@ -79,7 +79,8 @@ def config_from_args(args: Namespace) -> DynMoEConfig:
     flags = {name: getattr(args, PREFIX + name, None) for name in SETTINGS}
     given = {name: value for name, value in flags.items() if value is not None}
     with naming_flags(args):
-        return dataclasses.replace(base, **given)
+        config = dataclasses.replace(base, **given)
+    return config.seeded(getattr(args, "seed", 1234))
 
 
 def resolved_from_args(args: Namespace, num_experts: int | None) -> DynMoEConfig:

@@ -84,7 +84,7 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
 def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
     assert dynmoe.target_experts_per_token is not None
     most = dynmoe.max_experts_per_token or num_experts
-    for _, target in dynmoe.target_experts_per_token.points:
+    for target in dynmoe.target_experts_per_token.targets:
         if not 1 <= target <= most:
             reason = "{max_experts_per_token}" if dynmoe.max_experts_per_token else "all experts"
             raise SettingError(
@@ -94,6 +94,8 @@ def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
                 f"every token uses at least 1 expert and at most {most} ({reason}), so use 1 "
                 f"to {most}",
             )
+    if dynmoe.drawn_target is not None:
+        _check_drawn_target(dynmoe)
     low, high = dynmoe.min_threshold, dynmoe.max_threshold
     assert low is not None and high is not None
     lowest, highest = ROUTINGS[dynmoe.routing].knob_range
@@ -127,4 +129,26 @@ def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
             dynmoe.integral_gain,
             "",
             "without it the count settles off the target; use 'auto' or a positive number",
+        )
+
+
+def _check_drawn_target(dynmoe: DynMoEConfig) -> None:
+    """Refuse what means one threshold, or one target, if there is a map from one to the other."""
+    for name in ("initial_threshold", "proportional_gain", "integral_gain"):
+        if getattr(dynmoe, name) != AUTO:
+            raise SettingError(
+                name,
+                getattr(dynmoe, name),
+                f", and {{target_experts_per_token}} is {dynmoe.drawn_target}, for which each of "
+                "several targets has its own",
+                "leave it out ('auto'), or give one target",
+            )
+    if dynmoe.row_buffer == "target":
+        raise SettingError(
+            "row_buffer",
+            "target",
+            f", and {{target_experts_per_token}} is {dynmoe.drawn_target}: the next step may need "
+            "far more rows than the last",
+            "leave {row_buffer} out, use 'worst_case' with {max_experts_per_token}, or give one "
+            "target",
         )

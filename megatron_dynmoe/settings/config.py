@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from megatron_dynmoe.settings.checks import check_settings
+from megatron_dynmoe.settings.distribution import Target, TargetDistribution
 from megatron_dynmoe.settings.messages.refusals import SettingError, UnknownSettingError
 from megatron_dynmoe.settings.routings import (
     ROUTINGS,
@@ -19,7 +20,6 @@ from megatron_dynmoe.settings.routings import (
     RoutingSettings,
     routings_with,
 )
-from megatron_dynmoe.settings.schedule import TargetSchedule
 from megatron_dynmoe.settings.setting import Setting, coerce, described
 
 BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
@@ -38,7 +38,7 @@ class LossCoefficients(NamedTuple):
 class Control(NamedTuple):
     """The controller's settings, all of them set; see :attr:`DynMoEConfig.control`."""
 
-    target: TargetSchedule
+    target: Target
     proportional_gain: float | str  # this and the next two: a number, or auto until computed
     integral_gain: float | str
     initial_threshold: float | str
@@ -72,11 +72,13 @@ class DynMoEConfig:
         ),
     ] = None
     target_experts_per_token: Annotated[
-        TargetSchedule | None,
+        Target | None,
         Setting(
             "schedule",
             "The mean number of experts per token to hold, over all tokens and MoE layers. "
-            "A number, or a schedule ITERATION:TARGET,... (linear in between), such as 0:8,1000:2.",
+            "A number; a schedule ITERATION:TARGET,... (linear in between), such as 0:8,1000:2; or "
+            "uniform(LOW,HIGH): drawn anew for every global batch, for one model that serves at "
+            "every budget of the range.",
         ),
     ] = None
     max_experts_per_token: Annotated[
@@ -237,6 +239,18 @@ class DynMoEConfig:
     def is_controlled(self) -> bool:
         """Whether the PI controller steers the threshold."""
         return ROUTINGS[self.routing].is_controlled
+
+    @property
+    def drawn_target(self) -> TargetDistribution | None:
+        """The distribution that the target is drawn from; None if it is not drawn."""
+        target = self.target_experts_per_token
+        return target if isinstance(target, TargetDistribution) else None
+
+    def seeded(self, seed: int) -> DynMoEConfig:
+        """The same settings, with a run's seed for the target if it is drawn."""
+        if self.drawn_target is None:
+            return self
+        return dataclasses.replace(self, target_experts_per_token=self.drawn_target.seeded(seed))
 
     @property
     def loss_coefficients(self) -> LossCoefficients:

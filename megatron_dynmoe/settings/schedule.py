@@ -31,8 +31,8 @@ class TargetSchedule:
             "target_experts_per_token",
             text,
             "",
-            "use a number such as 2, or a schedule ITERATION:TARGET,... such as 0:8,1000:2 with "
-            "increasing iterations",
+            "use a number such as 2, a schedule ITERATION:TARGET,... such as 0:8,1000:2 with "
+            "increasing iterations, or a distribution such as uniform(1,4)",
         )
         try:
             if isinstance(text, bool):  # YAML reads yes as True, and float(True) is 1
@@ -50,6 +50,11 @@ class TargetSchedule:
         if iterations[0] < 0 or any(b <= a for a, b in pairwise(iterations)):
             raise refusal
         return cls(points)
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The targets of all points."""
+        return tuple(target for _, target in self.points)
 
     def at(self, iteration: int) -> float:
         """Return the target for the step that follows ``iteration`` finished iterations."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from megatron_dynmoe.settings.distribution import TargetDistribution, parse_target
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.routings import AUTO, DYNAMIC
 from megatron_dynmoe.settings.schedule import TargetSchedule
@@ -33,7 +34,8 @@ def coerce(name: str, setting: Setting, value: Any) -> Any:
             raise SettingError(name, value, "", f"use one of {', '.join(choices)}")
         return value
     if kind == "schedule":
-        return value if isinstance(value, TargetSchedule) else TargetSchedule.parse(value)
+        is_read = isinstance(value, TargetSchedule | TargetDistribution)
+        return value if is_read else parse_target(value)
     if kind == "float_or_auto" and value == AUTO:
         return AUTO
     wanted = "a whole number" if kind == "int" else "a number"

@@ -58,7 +58,9 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "num_experts": Works("from 1; tested up to 512"),
     "moe_layer_freq": Works("layers without experts have no threshold and no counts"),
     "moe_use_upcycling": Refused(
-        (False,), "it first builds a dense model, which has nothing to route", "upcycle with top_k"
+        (False,),
+        "it first builds a dense model, which has nothing to route",
+        "use dynmoe convert from-hf --upcycle-experts",
     ),
     "moe_upcycling_granularity": Ignored("only used by upcycling, which is refused"),
     "moe_ffn_hidden_size": Works(),

@@ -1,4 +1,4 @@
-"""Names in a folder of Megatron's checkpoints."""
+"""Names in a folder of Megatron's checkpoints, and that of the folder in the folder of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 
 RELEASE = "release"
+
+CHECKPOINTS = "checkpoints"  # in --run-dir
 
 
 def checkpoint_name(name: int | str) -> str:
@@ -22,7 +24,7 @@ def nearby_checkpoints(path: Path) -> Path | None:
     Above it, if the path names a single checkpoint; below it, if it names a run; beside it, if a
     part of it is misspelled.
     """
-    candidates = [path.parent, path / "checkpoints"]
+    candidates = [path.parent, path / CHECKPOINTS]
     there = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
     if there is not None and not path.exists():
         misspelled, *rest = path.absolute().relative_to(there).parts
@@ -31,5 +33,5 @@ def nearby_checkpoints(path: Path) -> Path | None:
             meant = there.joinpath(name, *rest)
             if not path.is_absolute() and meant.is_relative_to(Path.cwd()):
                 meant = meant.relative_to(Path.cwd())
-            candidates += [meant, meant / "checkpoints"]
+            candidates += [meant, meant / CHECKPOINTS]
     return next((folder for folder in candidates if (folder / TRACKER).is_file()), None)

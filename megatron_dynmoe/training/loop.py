@@ -19,7 +19,6 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
@@ -55,7 +54,6 @@ def train(program_start: float) -> None:
     with run_directory.cleaning_up_failed_starts():
         with refusing_in_flags():
             args, resolved, chosen = parse_command_line()
-            kernels.asked_for()
             model_config = gpt_config_from_args(args)
             with naming_flags(args):
                 settled = settle_run(resolved, model_config.transformer, chosen)

@@ -22,7 +22,7 @@ from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.folder import mark_finished
 from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.storage.atomic import replace_file
-from megatron_dynmoe.storage.megatron_names import TRACKER
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 
 COMMAND = "command.txt"
 
@@ -59,16 +59,16 @@ def set_paths(args: Namespace) -> None:
     run_dir = Path(args.run_dir)
     # Only the rank that writes events asks, before it writes: other ranks could see its new file.
     if args.rank == args.world_size - 1 and args.load is None:
-        has_checkpoint = (run_dir / names.CHECKPOINTS / TRACKER).is_file()
+        has_checkpoint = (run_dir / CHECKPOINTS / TRACKER).is_file()
         if has_checkpoint or _has_logged(run_dir):
             remedy = "or name another folder" if has_checkpoint else "name another folder"
-            go_on = f"go on with it by --load {run_dir / names.CHECKPOINTS}, "
+            go_on = f"go on with it by --load {run_dir / CHECKPOINTS}, "
             raise ValueError(
                 f"--run-dir is {run_dir}, which holds a run"
                 f"{'' if has_checkpoint else ' that has saved no checkpoint'}: "
                 f"{go_on * has_checkpoint}{remedy}."
             )
-    args.save = args.save or str(run_dir / names.CHECKPOINTS)
+    args.save = args.save or str(run_dir / CHECKPOINTS)
     if args.save_interval is None:
         # Megatron wants an interval with --save, although it always saves at the end.
         args.save_interval = args.train_iters or 1000
@@ -100,7 +100,7 @@ def cleaning_up_failed_starts() -> Iterator[None]:
             for path in folder.glob(f"{names.EVENT_FILES}.{os.getpid()}.*"):
                 if not names.has_scalars(path):
                     path.unlink(missing_ok=True)
-            _remove_empty(folder, folder.parent / names.CHECKPOINTS, folder.parent)
+            _remove_empty(folder, folder.parent / CHECKPOINTS, folder.parent)
         raise
 
 

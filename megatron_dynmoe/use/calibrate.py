@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from megatron_dynmoe.huggingface.encoding import encode_document
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import update_manifest
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.use.budgets import Point
 
 # So many probabilities are kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
@@ -151,6 +154,7 @@ def calibrate(
     scope: str = "global",
     cap: int | None = None,
     sparse: list[bool],
+    name: str = "calibration",
 ) -> Calibration:
     """Find the threshold whose measured mean is the target, within :func:`tolerance`.
 
@@ -163,6 +167,7 @@ def calibrate(
         cap: the most experts that a token may use, or None.
         sparse: for each transformer layer, whether it is an MoE layer; other layers get the
             threshold None.
+        name: what the passes are called.
 
     Raises:
         ValueError: the target is out of range, or no threshold gives it.
@@ -172,7 +177,7 @@ def calibrate(
     ]
     for number in range(1, EXTRA_PASSES + 3 * len(searches)):
         threshold = _as_setting(searches, scope, sparse)
-        result = measure_at(threshold, f"calibration, pass {number}")
+        result = measure_at(threshold, f"{name}, pass {number}")
         parts = _parts(result, scope)
         if all(abs(mean - target) <= tolerance(target) for _, mean in parts):
             return Calibration(target, scope, threshold, result)
@@ -190,7 +195,7 @@ def calibrate(
     )
 
 
-def check_target(config: Any, target: float) -> None:
+def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """Refuse a target that no routing of this model can give, before anything is measured.
 
     Raises:
@@ -201,7 +206,7 @@ def check_target(config: Any, target: float) -> None:
     most = max_experts(config) or config.num_experts
     if not 1 <= target <= most:
         raise ValueError(
-            f"--target is {target:g}: a token uses at least 1 expert and here at most {most}, so "
+            f"{flag} is {target:g}: a token uses at least 1 expert and here at most {most}, so "
             f"use 1 to {most}"
         )
 
@@ -220,20 +225,49 @@ def set_threshold(config: Any, threshold: Threshold) -> None:
     if config.routing == "top_k":
         config.routing, config.num_experts_per_tok = "top_p", None
     config.threshold = threshold
-    config.inference_threshold = None
+    config.inference_threshold = config.inference_experts_per_token = None
 
 
-def write_calibration(folder: Path, calibration: Calibration, cap: int | None, data: str) -> None:
-    """Put the threshold, and how it was found, into a folder's config.json and model card.
+def write_calibration(
+    folder: Path,
+    calibration: Calibration | None,
+    cap: int | None,
+    data: str,
+    curve: Sequence[Point] = (),
+) -> None:
+    """Put what was found, and how, into a folder's config.json and model card.
 
     The file is written beside the old one and renamed. If the folder has a manifest, it is updated.
 
     Args:
+        calibration: the model's own threshold from now on; None keeps the folder's.
         cap: a new cap in inference; None keeps the folder's own.
         data: the name of the text file, for the record.
+        curve: the points of a new ``budget_curve``, ascending; if there are none, the folder's
+            stays, unless there is a new cap, with which it was not measured.
     """
     path = folder / CONFIG
     config = read_json(path)
+    if curve:
+        config["budget_curve"] = [point.to_json() for point in curve]
+        config["budget_calibration"] = {
+            "data": data,
+            "tokens": curve[0].measurement.tokens,
+            "mean_experts_per_token": [round(one.measurement.experts, 6) for one in curve],
+        }
+    elif cap is not None:
+        config["budget_curve"] = config["budget_calibration"] = None
+    if cap is not None:
+        config["inference_max_experts_per_token"] = cap
+    if calibration is not None:
+        _set_threshold(config, calibration, data)
+    replace_file(path, lambda partial: write_json(partial, config))
+    update_routing(folder, config)
+    update_manifest(folder, [name for name in (CONFIG, CARD) if (folder / name).exists()])
+
+
+def _set_threshold(config: dict[str, Any], calibration: Calibration, data: str) -> None:
+    """Put a threshold, and how it was found, into the content of a config.json."""
     before = {}
     if config["routing"] == "top_k":
         before = {name: config[name] for name in ("routing", "num_experts_per_tok")}
@@ -241,9 +275,7 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
         # Without this, the routing "top_p" would bring the losses of top-p training with it.
         config |= {"balance_loss": "none", "balance_loss_coeff": 0.0, "dynamic_loss_coeff": 0.0}
     config["threshold"] = calibration.threshold
-    config["inference_threshold"] = None
-    if cap is not None:
-        config["inference_max_experts_per_token"] = cap
+    config["inference_threshold"] = config["inference_experts_per_token"] = None
     config["target_experts_per_token"] = calibration.target
     measured = calibration.measurement
     config["calibration"] = {
@@ -255,9 +287,6 @@ def write_calibration(folder: Path, calibration: Calibration, cap: int | None, d
         "loss": round(measured.loss, 6),
         **({"before": before} if before else {}),
     }
-    replace_file(path, lambda partial: write_json(partial, config))
-    update_routing(folder, config)
-    update_manifest(folder, [name for name in (CONFIG, CARD) if (folder / name).exists()])
 
 
 class _Search:

@@ -19,9 +19,14 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Path:
-    """3 layers, the second of them dense, 8 experts, thresholds that differ by layer."""
+    """3 layers, the second of them dense, 8 experts, thresholds that differ by layer; a curve."""
     folder = tmp_path_factory.mktemp("run") / "exported"
-    export_tiny(folder, tokenizer_model, routing="top_p", threshold=[0.5, None, 0.7])
+    curve = [
+        {"experts_per_token": 1.0, "threshold": 0.0, "loss": 8.5},
+        {"experts_per_token": 2.0, "threshold": 0.6, "loss": 8.25},
+    ]
+    settings = {"routing": "top_p", "threshold": [0.5, None, 0.7], "budget_curve": curve}
+    export_tiny(folder, tokenizer_model, **settings)
     return folder
 
 

@@ -56,6 +56,7 @@ def test_all_files_are_there(report: Path) -> None:
     assert names == ["figures", "index.html", "routing.json"]
     figures = {path.name for path in (report / "figures").iterdir()}
     assert {"layers.png", "layers.svg", "sweep.png", "together.svg", "groups.svg"} <= figures
+    assert {"budgets.png", "budgets.svg"} <= figures
     for path in (report / "figures").glob("*.svg"):
         xml.etree.ElementTree.parse(path)
     for path in (report / "figures").glob("*.png"):
@@ -68,7 +69,7 @@ def test_the_page_needs_nothing_else(report: Path) -> None:
     for outside in ("@import", '<link rel="stylesheet', "fetch("):
         assert outside not in page
     images = re.findall(r'<img alt="[^"]+" src="data:image/svg\+xml;base64,([^"]+)">', page)
-    assert page.count("src=") == page.count("<figure ") == len(images) == 9
+    assert page.count("src=") == page.count("<figure ") == len(images) == 10
     saved = {path.read_bytes() for path in (report / "figures").glob("*.svg")}
     assert {base64.b64decode(image) for image in images} == saved
 
@@ -172,6 +173,7 @@ def test_another_state_of_the_same_training_does_not_merge(
     [
         ({}, "as trained"),
         ({"inference_threshold": 0.6}, "as set for inference"),
+        ({"inference_experts_per_token": 2}, "as set for inference"),
         ({"inference_max_experts_per_token": 2}, "as set for inference"),
         ({"calibration": {"target_experts_per_token": 2}}, "as set for inference"),
     ],
@@ -198,6 +200,17 @@ def test_the_star_says_whose_threshold_it_marks(
     found = content(analyze(tmp_path / "report", model, texts["figures"]))
     assert found["sweep"]["as_trained"] == (star == "as trained")
     assert star in alts[0] or "threshold 0.6" in alts[0]
+
+
+def test_a_curve_is_drawn_with_and_without_losses() -> None:
+    curve = [
+        {"experts_per_token": 1.0, "threshold": 0.125, "loss": None},
+        {"experts_per_token": 2.5, "threshold": 0.25, "loss": None},
+    ]
+    for loss, panels, said in ((None, 1, ""), (4.5, 2, ", loss 4.500")):
+        figure, title, alt = figures._budgets([point | {"loss": loss} for point in curve])
+        assert len(figure.axes) == panels and title == "Budgets"
+        assert alt == (f"1 experts: threshold 0.125{said}; 2.5 experts: threshold 0.25{said}")
 
 
 def test_groups_that_are_not_drawn_are_said(report: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_profiler_of_cuda_is_refused():
 
 @pytest.fixture(scope="module")
 def imported():
-    """What an import of Megatron prints where Transformer Engine and Apex's extension are."""
+    """What an import of Megatron prints if Transformer Engine and Apex's extension are there."""
     code = (
         "from megatron_dynmoe.backends import cpu; cpu.install(); import megatron.training\n"
         "from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER\n"

@@ -25,7 +25,7 @@ EODS = st.lists(st.sets(st.integers(0, S - 1)), min_size=1, max_size=3)
 
 
 def tokens_of(batch, seed: int = 0) -> Tensor:
-    """[B, S] of random tokens, with eods where the batch has them and nowhere else."""
+    """[B, S] of random tokens, with eods at the places of the batch's and nowhere else."""
     tokens = torch.randint(EOD + 1, VOCABULARY, (len(batch), S), generator=generator(seed))
     for row, eods in zip(tokens, batch, strict=True):
         row[list(eods)] = EOD

@@ -14,7 +14,8 @@ from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import NO_ROUTING
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_MAP, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.routing_settings import is_drawn, router_state
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 
 TOP_P = {
@@ -40,6 +41,7 @@ DTOP_P = TOP_P | {
     },
 }
 TOP_K = {"routing": "top_k", "num_experts_per_tok": 2}
+NO_EXPERTS = {"routing": "top_k", "num_experts": 0, "num_experts_per_tok": None}
 
 
 def model_config(**settings: Any) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def model_config(**settings: Any) -> dict[str, Any]:
     }
     if config["routing"] != "top_k":
         config["num_experts_per_tok"] = settings.get("num_experts_per_tok")
-    config.setdefault("mlp_layer_types", ["sparse"] * config["num_hidden_layers"])
+    kind = "sparse" if config["num_experts"] else "dense"
+    config.setdefault("mlp_layer_types", [kind] * config["num_hidden_layers"])
     return config
 
 
@@ -88,7 +91,7 @@ def example_of(format: Format) -> dict[str, Any]:
     """Settings that a format can hold, with everything else at model_config's values."""
     known = model_config().keys() - {"routing"}
     fixed = {needed.name: needed.value for needed in format.needed if needed.name in known}
-    for routing in (DTOP_P, TOP_P, TOP_K):
+    for routing in (DTOP_P, TOP_P, TOP_K, NO_EXPERTS):
         if can_hold(format, model_config(**routing | fixed)):
             return routing | fixed
     raise AssertionError(f"format {format.name} holds no model that the tests know")
@@ -122,6 +125,13 @@ def write_megatron(
                     block = Block(Row(template, ("theta_offset",)), layer)
                     value = torch.tensor([threshold if name == "threshold" else 0.0])
                     writer.add(block, (1,), torch.float32, lambda value=value: value)
+    if is_drawn(config):
+        for name, layers in router_state(config | {"threshold": threshold}).items():
+            for layer, values in enumerate(layers if name in ROUTER_MAP else ()):
+                if values is not None:
+                    block = Block(Row(ROUTER_MAP[name], ("theta_offset",)), layer)
+                    numbers = torch.tensor(values)
+                    writer.add(block, numbers.shape, torch.float32, lambda numbers=numbers: numbers)
     writer.write(save, megatron_settings.args_from_config(config, dtype) | args)
     return save
 

@@ -24,6 +24,8 @@ from megatron_dynmoe.conversion.routing_settings import router_state
 from tests.conversion.checkpoints import (
     DTOP_P,
     EXAMPLES,
+    NO_EXPERTS,
+    TOP_K,
     TOP_P,
     can_hold,
     megatron_tensors,
@@ -52,6 +54,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "dynmoe",
         DTOP_P | {"mlp_layer_types": ["dense", "sparse"], "intermediate_size": 10},
     ),
+    "grouped queries, wide heads, and a dense layer of another size": (
+        "qwen3-moe",
+        {
+            **{"qk_norm": True, "num_key_value_heads": 1, "head_dim": 10},
+            **{"mlp_layer_types": ["sparse", "dense"], "intermediate_size": 10},
+        },
+    ),
+    "raw weights, tied": (
+        "qwen3-moe",
+        {"qk_norm": True, "weights": "raw", "tie_word_embeddings": True},
+    ),
+    "grouped queries, tied llama": (
+        "llama",
+        NO_EXPERTS | {"num_key_value_heads": 1, "head_dim": 10, "tie_word_embeddings": True},
+    ),
+    "a drawn target": (
+        "dynmoe",
+        DTOP_P
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {"target_experts_per_token": "uniform(1.5,4)", "controller": {"scope": "global"}},
+    ),
     "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
     "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),
     "shared expert": ("dynmoe", {"shared_expert_intermediate_size": 10}),
@@ -63,10 +86,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "dynmoe",
         DTOP_P | {"attention_bias": True, "qk_norm": True, "tie_word_embeddings": True},
     ),
-    "no experts": (
-        "dynmoe",
-        {"num_experts": 0, "num_experts_per_tok": None, "mlp_layer_types": ["dense"] * 2},
-    ),
+    "no experts": ("dynmoe", NO_EXPERTS),
 }
 
 
@@ -200,6 +220,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "num_key_value_heads": ({"num_key_value_heads": 1},),
     "head_dim": ({"head_dim": 6},),
     "mlp_layer_types": ({"mlp_layer_types": ["dense", "sparse"]},),
+    "num_experts": (NO_EXPERTS, TOP_K | {"num_experts": 4}),
     "intermediate_size": ({"intermediate_size": 7, "mlp_layer_types": ["sparse", "dense"]},),
 }
 

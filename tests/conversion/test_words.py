@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
@@ -31,13 +38,18 @@ PUBLISHED = (  # of the released Dynamic MoE
 # What the file of each format may hold, by the code of others; what we write is tried as well.
 FIELDS = {
     "mixtral": {*MixtralConfig().to_dict(), "sliding_window", "torch_dtype", "rope_theta"},
+    "qwen3-moe": {*Qwen3MoeConfig().to_dict(), "num_experts", "layer_types", "rope_theta"},
+    "llama": {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"},
+    "qwen3": {*Qwen3Config().to_dict(), "rope_theta"},
     "dynamic-moe": {*LlamaConfig().to_dict(), *PUBLISHED} - {"rope_parameters"},
 }
+LIKE_OTHERS = ("llama", "qwen3")  # which have no reading of their own: qwen3-moe's is tried always
 MIXTRAL = FORMATS["mixtral"]
 # Another value than the one in the file, if adding 1, turning round or a new word do not make one.
 OTHER: dict[str, Any] = {
     "attention_dropout": 0.25,
     "balance_loss": "aux_loss",
+    "budget_curve": [{"experts_per_token": 1.5, "threshold": 0.2, "loss": None}],
     "controller": DTOP_P["controller"] | {"scope": "layer"},
     "eos_token_id": [5, 6],
     "expert_frequency": 2,
@@ -48,6 +60,7 @@ OTHER: dict[str, Any] = {
     "initializer_range": 0.5,
     "max_experts_per_token": 3,
     "measured_experts_per_token": [1.5, 2.5],
+    "mlp_only_layers": [1],
     "mlp_layer_types": ["dense", "sparse"],
     "num_experts_per_tok": 1,
     "router_dtype": "bfloat16",
@@ -89,7 +102,7 @@ def another(name: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("format", "name"),
     [
-        (name, word)
+        pytest.param(name, word, marks=[pytest.mark.long] if name in LIKE_OTHERS else [])
         for name, format in FORMATS.items()
         for word in sorted(
             FIELDS.get(name, set())

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_json_lines_is_told_what_it_may_be(
     with gzip.open(tmp_path / "howto.gz", "w") as file:
         file.write(b"Some words.\n")
     assert "plain text ends in .txt.gz" in run_preprocess("--input", tmp_path / "howto.gz").error
-    # Where all is skipped, so is the only hint.
+    # If all is skipped, so is the only hint.
     result = run_preprocess("--input", tmp_path / "in", "--on-error", "skip")
     assert "nothing was written (1 skipped, first " in result.error
     assert "--json-keys" in result.error

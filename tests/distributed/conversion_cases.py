@@ -80,3 +80,21 @@ def computed(recorder: Any) -> Iterator[None]:
     finally:
         GPTModel.forward, kernels.choose_route = forward, choose_route
         TopKRouter.routing = routing
+
+
+def save_dense() -> None:
+    """Entry: a random Llama in a folder, with weights so large that all of them matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=504,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(sys.argv[1])

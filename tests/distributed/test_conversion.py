@@ -39,11 +39,17 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
 }
-# Of each format, those of the routing that it can hold.
+QWEN3 = (
+    f"{TOP_K} --qk-layernorm --group-query-attention --num-query-groups 2 --kv-channels 12 "
+    "--moe-layer-freq 2 --moe-ffn-hidden-size 40"
+)
+# Of each format with experts, those of the routing that it can hold.
 FLAGS = {
     name: {"dtop_p": DTOP_P, "top_p": TOP_P, "top_k": TOP_K}[EXAMPLES[name]["routing"]]
     for name in FORMATS
-}
+} | {"qwen3-moe": QWEN3}
+# Layouts and formats do not know of each other, so these are tried in one layout only.
+ONE_LAYOUT = {"qwen3-moe": "pp2ep2"}
 # Everything that a checkpoint can differ in from the plain one, at once.
 ODD = (
     f"{DTOP_P} --group-query-attention --num-query-groups 2 --add-qkv-bias --qk-layernorm "
@@ -87,6 +93,7 @@ TRIPS = {
     f"{format}, {layout}": round_trip(layout, format, flags)
     for format, flags in FLAGS.items()
     for layout in LAYOUTS
+    if layout == ONE_LAYOUT.get(format, layout)
 } | {
     "dynmoe, odd": round_trip("one", "dynmoe", f"{ODD} --swiglu", "odd"),
     "dynmoe, bf16": round_trip(
@@ -117,6 +124,7 @@ PARITY = {
         ("odd", "dynmoe, odd", 0, ODD),
         ("top_p", "dynamic-moe, ep2", 0, TOP_P),
         ("top_k", "mixtral, pp2", 0, TOP_K),
+        ("qwen3-moe", "qwen3-moe, pp2ep2", 0, QWEN3),
         ("raw top_k", "dynmoe, top-k", 0, f"{TOP_K} --moe-router-pre-softmax"),
         ("bf16", "dynmoe, bf16", 0, f"{DTOP_P} --bf16"),
     )

@@ -93,7 +93,7 @@ JUMP = case(
     2,
     f"{STEPS} {EP2} --train-iters 6 --moe-dynamic-target-experts-per-token 0:1,1:1,2:8,3:8,4:1",
 )
-GROWING = (  # Megatron counts in samples where the batch changes: 4 of them twice, then 8 twice
+GROWING = (  # Megatron counts in samples if the batch changes: 4 of them twice, then 8 twice
     ("--train-iters 3", "--train-samples 24"),
     ("--train-iters 4", ""),
     ("--lr-warmup-iters 0", "--lr-warmup-samples 0"),

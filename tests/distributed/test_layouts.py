@@ -97,7 +97,7 @@ CAP = case(
     f"{TINY} {ALLTOALL} --moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 1.5 "
     "--moe-dynamic-max-experts-per-token 2",
 )
-# By tokens: 2 batches of 4 samples, then 2 of 8. Megatron counts in samples where the size changes.
+# By tokens: 2 batches of 4 samples, then 2 of 8. Megatron counts in samples if the size changes.
 BATCH_SIZE_SCHEDULE = case(
     "batch_size_schedule",
     1,

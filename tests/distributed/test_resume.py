@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dynmoe.settings.distribution import KNOTS
 from megatron_dynmoe.upstream import optimizer_state
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, tensors
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
@@ -58,7 +59,7 @@ def run(name: str, layout: str, flags: str = "", model: str = MODEL) -> Case:
 
 
 def gradient_hooks(flags: str) -> tuple[str, ...]:
-    """None where gradients are in bf16, or each rank has the reduced ones of its own part only."""
+    """None if gradients are in bf16, or each rank has the reduced ones of its own part only."""
     return () if BF16 in flags or DISTRIBUTED in flags else GRADIENTS
 
 
@@ -123,6 +124,8 @@ DIST_DP2_HALF = run("dist_dp2_half", "dp2", f"{DISTRIBUTED} --exit-interval {HAL
 DENSE_FIRST = f"{RESHARDABLE} --moe-layer-freq ([0]*1+[1]*1)"
 DIST_DENSE_FIRST = run("dist_dense_first", "pp2ep2", DENSE_FIRST)
 DIST_EP2_BF16 = run("dist_ep2_bf16", "ep2", f"{RESHARDABLE} {BF16}")
+DRAWN_TARGET = "--moe-dynamic-target-experts-per-token uniform(1,3) --seed 7"
+DRAWN = run("drawn", "pp2ep2", DRAWN_TARGET)
 TOP_K_RUN = run("top_k", "one", model=TOP_K)
 
 SAME_LAYOUT = {
@@ -130,6 +133,7 @@ SAME_LAYOUT = {
     "one, dropout": (ONE_DROPOUT, resume("one_dropout_resumed", ONE_DROPOUT, "one", DROPOUT)),
     "ep2": (EP2, resume("ep2_resumed", EP2, "ep2")),
     "pp2, dropout": (PP2_DROPOUT, resume("pp2_dropout_resumed", PP2_DROPOUT, "pp2", DROPOUT)),
+    "pp2ep2, drawn target": (DRAWN, resume("drawn_resumed", DRAWN, "pp2ep2", DRAWN_TARGET)),
     # From the optimizer's default format into the one whose tensors have no undefined padding.
     "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
 }
@@ -149,6 +153,8 @@ OTHER_LAYOUT = {
         (DIST_DP2, "pp2", RESHARDABLE),
         (DIST_DENSE_FIRST, "one", DENSE_FIRST),
         (DIST_EP2_BF16, "one", f"{RESHARDABLE} {BF16}"),
+        (DRAWN, "one", DRAWN_TARGET),
+        (DRAWN, "tp2", DRAWN_TARGET),
     )
 }
 # Without experts' tensor parallelism; one rank pads 115 ids to 120, two pad them to 128.
@@ -195,6 +201,11 @@ REFUSALS = {
     for number, flags in enumerate(REFUSED)
 }
 OTHER_TARGET = resume("target_3", ONE, "one", "--moe-dynamic-target-experts-per-token 3")
+ONE_TARGET_DRAWN = resume("one_target_drawn", ONE, "one", DRAWN_TARGET)
+MAP_AFRESH = resume("map_afresh", ONE, "one", f"{DRAWN_TARGET} --dist-ckpt-strictness log_all")
+OTHER_RANGE = resume(
+    "other_range", DRAWN, "one", "--moe-dynamic-target-experts-per-token uniform(2,4) --seed 7"
+)
 FROM_TOP_K = resume(
     "from_top_k", TOP_K_RUN, "one", "--dist-ckpt-strictness log_all --no-load-optim"
 )
@@ -283,6 +294,47 @@ def test_threshold_goes_on_with_another_target(results: Results) -> None:
     # The first batch is routed as it would have been; from then on the new target holds.
     assert resumed.experts_per_token[0] == origin.experts_per_token[HALF]
     assert resumed.experts_per_token[-1] == pytest.approx(3, rel=0.1)
+
+
+def test_a_drawn_target_has_its_map_in_the_checkpoint(results: Results) -> None:
+    saved = checkpoint(results[DRAWN])
+    router = "decoder.layers.mlp.router."
+    targets, thresholds = (saved[router + name] for name in ("knot_targets", "knot_thresholds"))
+    assert targets.shape == thresholds.shape == (2, 5)
+    assert targets[0].tolist() == pytest.approx([1, 3**0.25, 3**0.5, 3**0.75, 3])
+    assert (thresholds.diff(dim=1) > 0).all() and torch.equal(thresholds[0], thresholds[1])
+    assert saved[router + "knot_integrals"].abs().max() > 0
+    # For evaluations, the threshold is that of the mean target, 2.
+    threshold = saved[router + "threshold"][0]
+    assert thresholds[0, 2] < threshold < thresholds[0, 3]
+
+
+def test_a_map_goes_on_with_another_range(results: Results) -> None:
+    """At targets that both ranges have, it is the same map; beyond, it goes on from its end."""
+    router = "decoder.layers.mlp.router."
+    before, after = (checkpoint(results[case], HALF) for case in (DRAWN, OTHER_RANGE))
+    assert after[router + "knot_targets"][0].tolist() == pytest.approx(
+        [2, 2**1.25, 2**1.5, 2**1.75, 4]
+    )
+    for name in ("knot_thresholds", "knot_integrals"):
+        old, new = before[router + name][0], after[router + name][0]
+        assert min(old[2], old[3]) <= new[0] <= max(old[2], old[3])
+        assert new[-1] == old[-1]
+    assert len(results[OTHER_RANGE].losses) == STEPS - HALF
+
+
+def test_a_checkpoint_of_one_target_has_no_map(results: Results) -> None:
+    error = results.any(ONE_TARGET_DRAWN).error or "it was accepted"
+    assert re.search(
+        r"was trained at one target, so its routers have no knot_integrals, knot_targets, "
+        r"knot_thresholds, .*--dist-ckpt-strictness log_all",
+        error,
+    )
+    loaded = checkpoint(results[MAP_AFRESH], HALF)
+    origin = checkpoint(results[ONE], HALF)
+    added = {name for name in loaded if is_model(name)} - origin.keys()
+    assert {name.rpartition(".")[2] for name in added} == {*KNOTS}
+    assert {*differences(origin, loaded)} == added
 
 
 def test_weights_of_a_top_k_run_can_be_loaded(results: Results) -> None:

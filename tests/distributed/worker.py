@@ -114,6 +114,11 @@ class Recorder:
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
                 "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},
+                "map": {
+                    layer: r.knot_thresholds.tolist()
+                    for layer, r in routers.items()
+                    if r.drawn is not None
+                },
                 "counted": {layer: r.counters.sums.tokens.item() for layer, r in routers.items()},
             }
         )

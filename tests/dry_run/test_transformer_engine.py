@@ -23,7 +23,9 @@ def dry_run(*flags: str) -> launch.DryRun:
 
 
 def test_users_are_refused():
-    with pytest.raises(ValueError, match="--moe-dynamic-backend is transformer_engine, whose code"):
+    with pytest.raises(
+        ValueError, match="--moe-dynamic-backend is transformer_engine, and its code"
+    ):
         dry_run()
 
 

@@ -158,6 +158,6 @@ def _note_pid(folder: Path, name: str) -> None:
 
 def _runs(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        # An orphan that has ended stays a zombie where nobody waits for it.
+        # An orphan that has ended stays a zombie if nobody waits for it.
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False

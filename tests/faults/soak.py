@@ -3,7 +3,7 @@
     python -m tests.faults.soak --minutes 20
 
 Trains the quickstart's model on real text with DTop-p, evaluation, checkpoints and the live plot,
-watches the process from outside, prints a table, and exits with 1 and the reasons where something
+watches the process from outside, prints a table, and exits with 1 and the reasons if something
 is not flat. ``--leak`` puts a fault in, to see that it is found.
 """
 
@@ -235,7 +235,7 @@ def in_windows(samples: Sequence[Sample], experts: Series) -> list[Window]:
 
 
 def judge(windows: Sequence[Window]) -> list[str]:
-    """What is not flat; nothing where all is well."""
+    """What is not flat; nothing if all is well."""
     problems = []
     first, last = windows[0], windows[-1]
     slope = slope_of([window.step for window in windows], [window.memory for window in windows])

@@ -208,6 +208,6 @@ def steps_of(attempt: Attempt, rank: int) -> Iterator[tuple[int, str]]:
 
 
 def latest(run_dir: Path) -> int:
-    """The iteration that the tracker names, or 0 where there is none."""
+    """The iteration that the tracker names, or 0 if there is none."""
     tracker = run_dir / "checkpoints" / TRACKER
     return int(tracker.read_text()) if tracker.exists() else 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_dynmoe.settings.config import SETTINGS, Setting
 
-# A flag and its value: None where it takes none, a list where it takes several.
+# A flag and its value: None if it takes none, a list if it takes several.
 Flags = dict[str, str | None]
 
 # Two steps of this take some ten milliseconds.

@@ -59,7 +59,7 @@ DECIDES = ("torch", "megatron-core", "machine", "processor", "instructions")
 # probabilities all but equal the threshold may take another expert, though, which is 2e-3 of the
 # experts of a step here.
 TOLERANCES = {"loss": 2e-4, "experts_per_token": 1e-2, "threshold": 1e-2}
-# Whose files are compared with where there are none of the same kind of processor.
+# Whose files are compared with if there are none of the same kind of processor.
 REFERENCE = "GenuineIntel-avx512"
 
 

@@ -43,7 +43,7 @@ def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
         )
     difference = runs.first_difference(golden, found, exact=not others)
     assert difference is None, (
-        f"{name}: {difference}. Where results are meant to change: python -m tests.golden {name}. "
+        f"{name}: {difference}. If results are meant to change: python -m tests.golden {name}. "
         f"The file was made with {golden['made_with']}, here is {found['made_with']}."
     )
 

@@ -152,7 +152,7 @@ def deep(name: str) -> Callable[[Path], None]:
     return change
 
 
-# What is done to a folder, and what is then said; "" where it loads and nothing happens.
+# What is done to a folder, and what is then said; "" if it loads and nothing happens.
 ATTACKS = {
     "code beside a known model": (code_beside_a_known_model, ""),
     "code for an unknown model": (code_for_an_unknown_model, "custom code"),

@@ -368,16 +368,16 @@ def test_the_model_compiles_to_one_graph():
     loss.backward()
 
 
-def test_compiled_generation_with_a_static_cache():
-    model = tiny_model(num_hidden_layers=1, threshold=0.5)
+def test_compiled_generation_with_a_static_cache_and_budgets():
+    curve = [{"experts_per_token": k, "threshold": k / 5} for k in (1, 4)]
+    model = tiny_model(num_hidden_layers=1, threshold=0.5, budget_curve=curve)
     ids, mask = left_padded([tokens(1, 4)[0], tokens(1, 9)[0]])
     torch._dynamo.reset()
     how = CompileConfig(fullgraph=True, backend="eager", mode=None)
     how._compile_all_devices = True
-    expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    found = model.generate(
-        ids, attention_mask=mask, cache_implementation="static", compile_config=how, **GREEDY
-    )
+    given = {"attention_mask": mask, "experts_per_token": [1.5, 4], **GREEDY}
+    expected = model.generate(ids, **given)
+    found = model.generate(ids, cache_implementation="static", compile_config=how, **given)
     assert torch.equal(found, expected)
     assert hasattr(model, "_compiled_call")
 

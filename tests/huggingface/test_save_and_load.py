@@ -23,6 +23,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 DTOP_P = {"routing": "dtop_p", "threshold": [0.3, 0.4, 0.5]}
 PACKAGE = Path(megatron_dynmoe.__file__).parent
 SHIPPED = (
+    "huggingface/budgets_dynmoe.py",
     "huggingface/configuration_dynmoe.py",
     "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",

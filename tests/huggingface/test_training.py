@@ -98,7 +98,7 @@ def test_top_k_has_a_routing_loss_only_where_one_is_set():
         balance_loss="seq_aux_loss",
         balance_loss_coeff=1.0,
     )
-    # a loss of k where all is balanced, for each of three layers
+    # a loss of k if all is balanced, for each of three layers
     assert 5 < balanced(ids, labels=ids).aux_loss < 3 * 8
 
 

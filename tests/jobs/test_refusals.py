@@ -131,6 +131,11 @@ FLEX = "--moe-token-dispatcher-type flex"
         # Packages that the other machine may have.
         ("--moe-dynamic-backend transformer_engine", "h200-141g", None),
         ("--moe-dynamic-backend transformer_engine --context-parallel-size 2", "h200-141g", None),
+        ("--moe-dynamic-backend transformer_engine --moe-permute-fusion", "h200-141g", None),
+        ("--moe-dynamic-backend transformer_engine --moe-permute-fusion "
+         "--moe-token-dispatcher-type allgather --expert-model-parallel-size 2", "h200-141g",
+         "Transformer Engine's permutation stops at a rank whose experts no token chose"),
+        ("--moe-permute-fusion", "h200-141g", "Please install TE"),
         ("--tokenizer-model /elsewhere/tokenizer.model", "h200-141g", None),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What torchrun shows last: the ranks' own words where they are plain."""
+"""What torchrun shows last: the ranks' own words if they are plain."""
 
 import json
 import subprocess

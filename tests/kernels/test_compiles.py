@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs, also where there is none."""
+"""Kernels compile for GPUs, also if there is none."""
 
 import os
 import subprocess

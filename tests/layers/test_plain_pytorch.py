@@ -123,8 +123,11 @@ def test_all_routers_of_a_model_share_the_threshold_and_it_is_saved_with_them(tm
         (lambda: Router(8, 4, threshold=1.5), "threshold is 1.5.*use 0"),
         (lambda: Router(8, 4, max_experts_per_token=5), "max_experts_per_token is 5: use 1 to 4"),
         (lambda: Router(8, 4, normalization="rms"), "normalization is 'rms'"),
-        (lambda: Controller(layer(), target=9), "target_experts_per_token is 9.*use 1 to 8"),
-        (lambda: Controller(layer(), target=2, min_treshold=0.1), "did you mean min_threshold"),
+        (lambda: Controller(layer(), target=9), "^target is 9.*use 1 to 8"),
+        (
+            lambda: Controller(layer(), target=2, min_threshold=0.8, max_threshold=0.2),
+            "min_threshold is 0.8.*max_threshold",
+        ),
         (lambda: Controller(nn.Linear(2, 2), target=2), "no megatron_dynmoe.Router"),
         (lambda: Controller(layer(), target=2).update([]), "counts is empty"),
         (lambda: MoELayer(Router(8, 4), Experts(8, 5, 8)), "4 experts and Experts has 5"),

@@ -32,6 +32,7 @@ class Mutation:
         return source.replace(self.right, self.wrong)
 
 
+PI_MAP, DRAWN = "tests/control/test_pi_map.py", "tests/distributed/test_drawn_target.py"
 PI, ROUTER = "tests/control/test_pi.py", "tests/moe/test_router.py"
 SELECT, LOSSES = "tests/routing/test_select.py", "tests/routing/test_losses.py"
 GRADIENTS, METRICS = "tests/routing/test_gradients.py", "tests/runs/test_metrics.py"
@@ -45,6 +46,7 @@ BUSIEST = "tests/distributed/test_busiest_rank.py"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
 EVALUATION = "tests/use/test_evaluate_checkpoint.py"
+BUDGET, USED = "tests/huggingface/test_budgets.py", "tests/use/test_budgets.py"
 
 CONTROLLER = [
     Mutation(
@@ -135,6 +137,65 @@ CONTROLLER = [
         ".at(finished_iterations())",
         ".at(max(finished_iterations() - 1, 0))",
         (f"{CONTROL}::test_the_target_follows_its_schedule",),
+    ),
+    Mutation(
+        "errors_shared_by_weights_alone",
+        "halfway between two knots only half of an error is taken away",
+        "control/pi_map.py",
+        "size = (1 - way) ** 2 + way**2",
+        "size = 1.0",
+        (f"{PI_MAP}::test_the_shares_take_away_a_whole_error_at_the_target_itself",),
+    ),
+    Mutation(
+        "map_may_fall",
+        "a map is written as it is, in order or not",
+        "control/pi_map.py",
+        "self.direction * ordered(self.direction * map_SK, 1 / law.integral_gain)",
+        "map_SK",
+        (f"{PI_MAP}::test_the_map_never_falls_and_stays_in_its_bounds",),
+    ),
+    Mutation(
+        "draws_of_a_generator",
+        "targets depend on how many were drawn before",
+        "settings/distribution.py",
+        'random.Random(f"target experts per token, seed {seed}, block {block}")',
+        "random.SystemRandom()",
+        ("tests/settings/test_distribution.py::test_draws_depend_on_seed_and_step_alone",),
+    ),
+    Mutation(
+        "map_read_for_the_last_target",
+        "a batch is routed with the threshold of the target before",
+        "moe/router.py",
+        "self.drawn.place(self.drawn.at(iteration))",
+        "self.drawn.place(self.drawn.at(max(iteration - 1, 0)))",
+        (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
+        ("drawn_skipped",),
+    ),
+    Mutation(
+        "map_read_once",
+        "after the first batch the threshold stays, whatever the target",
+        "moe/router.py",
+        "if iteration != self._drawn_for or self.in_force is None:",
+        "if self.in_force is None:",
+        (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
+        ("drawn_skipped",),
+    ),
+    Mutation(
+        "map_of_another_range",
+        "a map is taken for one of the new range as it is",
+        "moe/router.py",
+        "if torch.equal(loaded, self.knot_targets):",
+        "if True:",
+        ("tests/distributed/test_resume.py::test_a_map_goes_on_with_another_range",),
+        ("drawn", "other_range"),
+    ),
+    Mutation(
+        "plan_for_the_mean_target",
+        "memory is planned for the mean of drawn targets",
+        "planning/experts_per_token.py",
+        'mean, source = target.targets[-1], "the target"',
+        'mean, source = sum(target.targets) / len(target.targets), "the target"',
+        ("tests/planning/test_counts.py::test_a_drawn_target_needs_room_for_the_largest",),
     ),
 ]
 
@@ -706,4 +767,110 @@ ATTENTION = [
     ),
 ]
 
-MUTATIONS = [*CONTROLLER, *ROUTING, *LOSS, *DISPATCHING, *ATTENTION, *WATCHING]
+UPCYCLE = "tests/conversion/test_upcycle.py::test_the_function_is_unchanged"
+FOREIGN = "tests/conversion/test_foreign.py::test_ours_has_the_same_logits"
+
+CONVERSION = [
+    Mutation(
+        "parts_not_scaled",
+        "the parts of an upcycled copy have the weights of a whole one",
+        "conversion/upcycle.py",
+        'return made * parts if part == "expert_down" else made',
+        "return made",
+        (UPCYCLE,),
+    ),
+    Mutation(
+        "parts_routed_apart",
+        "the parts of an upcycled copy have rows of different copies in the router",
+        "conversion/upcycle.py",
+        ".repeat_interleave(parts, dim=0)",
+        ".repeat(parts, 1)",
+        (UPCYCLE,),
+    ),
+    Mutation(
+        "parts_by_threshold",
+        "copies that are cut into parts may be routed by a threshold",
+        "conversion/upcycle.py",
+        "if self.granularity > 1:",
+        "if self.granularity > self.experts:",
+        ("tests/conversion/test_upcycle.py::test_what_cannot_be_upcycled",),
+    ),
+    Mutation(
+        "top_k_probabilities_always_normalized",
+        "norm_topk_prob of a Qwen3-MoE is taken for true",
+        "conversion/formats/qwen3_moe.py",
+        'if theirs.get("norm_topk_prob", False) else "raw"',
+        'if theirs.get("norm_topk_prob", True) else "raw"',
+        ("tests/conversion/test_foreign.py::test_what_a_file_leaves_out",),
+    ),
+    Mutation(
+        "sparse_step_from_the_first_layer",
+        "every n-th layer of a Qwen3-MoE is counted from the first one on",
+        "conversion/formats/qwen3_moe.py",
+        "(layer + 1) % step == 0",
+        "layer % step == 0",
+        (FOREIGN,),
+    ),
+]
+
+BUDGETS = [
+    Mutation(
+        "budget_of_another_sequence",
+        "the budgets of a batch go round among its sequences",
+        "huggingface/budgets_dynmoe.py",
+        "return values_B.repeat_interleave(length)",
+        "return values_B.repeat(length)",
+        (f"{BUDGET}::test_each_sequence_of_a_batch_is_as_if_alone_with_its_threshold[list]",),
+    ),
+    Mutation(
+        "budget_of_generation_unread",
+        "what a generation's config asks for is left out",
+        "huggingface/budgets_dynmoe.py",
+        'inputs["experts_per_token"] = _in_generation_config(config)',
+        'inputs["experts_per_token"] = None',
+        (f"{BUDGET}::test_generation_with_a_budget_for_each_sequence",),
+    ),
+    Mutation(
+        "budget_between_points",
+        "a budget between two points has the lower one's threshold",
+        "huggingface/budgets_dynmoe.py",
+        "share = (budget - low) / (high - low)",
+        "share = (budget - low) // (high - low)",
+        (f"{BUDGET}::test_one_budget_for_all[2.5]",),
+    ),
+    Mutation(
+        "budget_in_training",
+        "a budget for inference steers the training, too",
+        "huggingface/configuration_dynmoe.py",
+        'None if training else given["inference_experts_per_token"]',
+        'given["inference_experts_per_token"]',
+        (f"{BUDGET}::test_a_threshold_by_layer_and_one_for_inference_give_way",),
+    ),
+    Mutation(
+        "curve_of_another_cap",
+        "a curve that was measured without the new cap is kept",
+        "use/calibrate.py",
+        "elif cap is not None:",
+        "elif cap == 0:",
+        (f"{USED}::test_another_cap_ends_a_curve_that_was_measured_without_it",),
+    ),
+    Mutation(
+        "curve_not_refined",
+        "whatever the middle of two points gives is close enough",
+        "use/budgets.py",
+        "<= CLOSE_ENOUGH * middle:",
+        "<= middle:",
+        (f"{USED}::test_between_the_points_the_count_is_what_was_asked_for",),
+    ),
+]
+
+MUTATIONS = [
+    *CONTROLLER,
+    *ROUTING,
+    *LOSS,
+    *DISPATCHING,
+    *ATTENTION,
+    *CONVERSION,
+    *BUDGETS,
+    *WATCHING,
+]

@@ -35,6 +35,15 @@ def test_a_schedule_ends_at_its_last_target():
     assert (found.mean, found.first_steps) == (2, 8)
 
 
+def test_a_drawn_target_needs_room_for_the_largest():
+    """And computes at the mean of all."""
+    found = counts("dtop_p_16e", "--moe-dynamic-target-experts-per-token uniform(1,4)")
+    assert found.rows_per_token == (4, 4)
+    assert (found.mean, found.first_steps, found.computed) == (4, 4, 2.5)
+    assert found.source == "the largest target of uniform(1,4), for memory; 2.5 for operations"
+    assert counts("dtop_p_16e").computed == 2
+
+
 def test_a_given_threshold_starts_where_it_leads():
     found = counts("dtop_p_16e", "--moe-dynamic-initial-threshold 0.9")
     assert found.mean == 2 and found.first_steps > 8

@@ -184,7 +184,7 @@ def test_entropy_of_uniform_rows_is_the_logarithm_of_the_number_of_experts(num_e
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_hot_rows_have_no_entropy_and_a_finite_gradient(dtype):
-    """Also where the softmax has underflowed to zero."""
+    """Also if the softmax has underflowed to zero."""
     logits = torch.tensor([[0.0, 2000.0, -2000.0], [2000.0, 0.0, 0.0]], dtype=dtype)
     logits.requires_grad_()
     probs = logits.softmax(-1)

@@ -23,7 +23,7 @@ class Call:
 
 
 def test_resuming_trusts_the_checkpoint(tmp_path: Path) -> None:
-    """Where this fails, torch has become safer, and SECURITY.md may say so."""
+    """If this fails, torch has become safer, and SECURITY.md may say so."""
     assert "`.metadata` is read by `pickle.load` without any restriction" in SECURITY
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Call(tmp_path / "evidence")))
     with contextlib.suppress(AttributeError):  # what was called is no metadata

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
+from megatron_dynmoe.settings.distribution import TargetDistribution
 from megatron_dynmoe.settings.schedule import TargetSchedule
 
 TOP_P = {"routing": "top_p"}
@@ -148,7 +149,8 @@ VALUES = {
     "int": st.integers(1, 512),
     "float": numbers,
     "float_or_auto": numbers | st.just("auto"),
-    "schedule": targets.map(lambda points: TargetSchedule(tuple(sorted(points.items())))),
+    "schedule": targets.map(lambda points: TargetSchedule(tuple(sorted(points.items()))))
+    | st.builds(TargetDistribution, st.floats(1, 8), st.floats(8.5, 64)),
 }
 configs = st.fixed_dictionaries(
     {"routing": st.sampled_from(SETTINGS["routing"].choices)},
@@ -274,6 +276,8 @@ def test_no_balance_loss_means_no_coefficient():
         (DTOP_P | {"target_experts_per_token": 1}, 1),
         (DTOP_P | {"target_experts_per_token": 16}, 16),
         (DTOP_P | {"target_experts_per_token": "0:16,9:1"}, 16),
+        (DTOP_P | {"target_experts_per_token": "uniform(1,16)"}, 16),
+        (DTOP_P | {"target_experts_per_token": "uniform(1,4)", "max_experts_per_token": 4}, 16),
         (DTOP_P | {"max_experts_per_token": 2}, 16),
         (DTOP_P | {"min_threshold": 0.3, "max_threshold": 0.4, "initial_threshold": 0.3}, 16),
         (DTOP_P | {"proportional_gain": 0}, 16),
@@ -358,6 +362,32 @@ REFUSED = [
         DTOP_P | {"target_experts_per_token": "0:17,9:2"},
         "target_experts_per_token is 0:17,9:2",
         "use 1 to 16",
+    ),
+    *(
+        (
+            DTOP_P | {"target_experts_per_token": f"uniform({given})"} | cap,
+            f"target_experts_per_token is uniform({given})",
+            remedy,
+        )
+        for given, cap, remedy in (
+            ("0.5,4", {}, "use 1 to 16"),
+            ("1,17", {}, "at most 16 (all experts)"),
+            ("1,4", {"max_experts_per_token": 3}, "at most 3 (max_experts_per_token)"),
+        )
+    ),
+    (
+        TOP_P | {"target_experts_per_token": "uniform(1,4)"},
+        "target_experts_per_token is uniform(1,4)",
+        "'dtop_p'",
+    ),
+    *(
+        (DTOP_P | {"target_experts_per_token": "uniform(1,4)", name: 0.3}, f"{name} is 0.3", "auto")
+        for name in ("initial_threshold", "proportional_gain", "integral_gain")
+    ),
+    (
+        DTOP_P | {"target_experts_per_token": "uniform(1,4)", "row_buffer": "target"},
+        "row_buffer is 'target', and target_experts_per_token is uniform(1,4)",
+        "use 'worst_case' with max_experts_per_token",
     ),
     (
         DTOP_P | {"max_experts_per_token": 1},

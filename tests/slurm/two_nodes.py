@@ -39,7 +39,7 @@ SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=2
-SlurmdParameters=config_overrides # also where the machine has a single CPU
+SlurmdParameters=config_overrides # also if the machine has a single CPU
 MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 StateSaveLocation={folder}/state
@@ -55,7 +55,7 @@ PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, and what to do; None where there can."""
+    """Say why Slurm cannot run here, and what to do; None if it can."""
     absent = [name for name in DAEMONS + COMMANDS if not shutil.which(name, path=SYSTEM["PATH"])]
     if absent:
         return f"there is no {absent[0]}: apt-get install slurm-wlm munge, or run .ci/run as root"

@@ -49,7 +49,7 @@ class Kind(enum.Enum):
 
 
 def traps(evidence: Path) -> dict[str, Any]:
-    """Objects that would leave ``evidence`` behind where a pickle may call what it likes."""
+    """Objects that would leave ``evidence`` behind if a pickle may call what it likes."""
     code = f"open({str(evidence)!r}, 'w')"
     touch = shlex.join(["touch", str(evidence)])
     saved = io.BytesIO()

@@ -153,7 +153,7 @@ def test_text_is_read_again_where_a_run_needs_more(tmp_path):
         ([3.0] * 5 + [2.0] * 9 + [2.3] + [2.0] * 5, (0.25, 10), 15, (0.015, 0.0)),
         # Single steps are off by 5 % by chance.
         ([2.1, 1.9] * 10, (0.0, 10), 10, (0.0, 0.05)),
-        # A start at the target counts where it stays there, and not where it leaves it.
+        # A start at the target counts if it stays there, and not if it leaves it.
         ([2.0] * 10 + [2.5] + [2.0] * 10, (0.025, 11), 10, (0.025, 0.25)),
         ([2.0] * 10 + [3.0] * 5 + [2.0] * 20, (0.25, 15), 25, (0.0, 0.0)),
         # Passing the target is not to hold it.

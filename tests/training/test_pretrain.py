@@ -33,6 +33,27 @@ def test_a_device_that_is_not_there_is_what_is_seen_last(launcher: tuple[str, ..
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("megatron_dynmoe.pretrain", "DYNMOE_KERNELS is '3': set 0 for plain PyTorch"),
+        ("megatron_dynmoe.run", "usage: python -m megatron_dynmoe.run SCRIPT"),
+        ("megatron_dynmoe.run gone.py", "megatron_dynmoe.run: there is no script at gone.py"),
+    ],
+)
+def test_what_is_wrong_before_anything_is_imported_is_one_line_and_exit_code_2(words, says) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *words.split()],
+        env=os.environ | {"DYNMOE_KERNELS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {says}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("launcher", "words", "says"),
     [
         ((), "--hiden-size 32", "there is no flag --hiden-size: did you mean --hidden-size?"),

@@ -346,7 +346,7 @@ def test_own_inference_threshold_gives_way(
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What changes where a file is written, and not where it is read: its atime does."""
+    """What changes if a file is written, but not if it is read; its atime would."""
     found = {file.name: file.stat() for file in folder.iterdir()}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 

@@ -18,7 +18,10 @@ from megatron_dynmoe.use.calibrate import set_threshold
 _ALWAYS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 _BELOW = (0.02, 0.01, 0.0)
 _ABOVE = (0.6, 0.7, 0.8, 0.9, 1.0)
-_ROUTING = ("routing", "num_experts_per_tok", "threshold", "inference_threshold")
+_ROUTING = (
+    *("routing", "num_experts_per_tok", "threshold"),
+    *("inference_threshold", "inference_experts_per_token"),
+)
 
 
 class SweepWindows:
@@ -126,7 +129,10 @@ def own_threshold(config: Any) -> float | None:
 
 def is_set_afterwards(config: Any) -> bool:
     """Whether a threshold or a cap for inference was set or calibrated after the training."""
-    settings = ("inference_threshold", "inference_max_experts_per_token", "calibration")
+    settings = (
+        *("inference_threshold", "inference_experts_per_token"),
+        *("inference_max_experts_per_token", "calibration"),
+    )
     return any(getattr(config, name, None) is not None for name in settings)
 
 

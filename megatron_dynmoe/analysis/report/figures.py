@@ -76,6 +76,11 @@ def draw_all(
         "loss": lambda: _loss(statistics),
         "positions": lambda: _positions(statistics),
         "sweep": (lambda: _sweep(content["sweep"])) if content["sweep"] else None,
+        "budgets": (
+            (lambda: _budgets(content["model"]["budget_curve"]))
+            if content["model"].get("budget_curve")
+            else None
+        ),
         "load": lambda: _load(total, content["model"]["moe_layers"]),
         "together": lambda: _together(total, content["model"]["moe_layers"]),
         "specialization": (
@@ -238,6 +243,25 @@ def _sweep(sweep: dict[str, Any]) -> tuple[Figure, str, str]:
         f"threshold {point['threshold']:g}: {_point(point)}" for point in points
     )
     return figure, "Other thresholds than its own", alt
+
+
+def _budgets(curve: list[dict[str, Any]]) -> tuple[Figure, str, str]:
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    with_loss = [point for point in curve if point.get("loss") is not None]
+    panels = figure.subplots(1, 2 if with_loss else 1, squeeze=False)[0]
+    thresholds = [point["threshold"] for point in curve]
+    panels[0].plot([point[KEY] for point in curve], thresholds, "o-", color=BLUE, markersize=4)
+    panels[0].set(title="threshold", xlabel="experts per token asked for", ylim=(0, None))
+    if with_loss:
+        x, y = [point[KEY] for point in with_loss], [point["loss"] for point in with_loss]
+        panels[1].plot(x, y, "o-", color=BLUE, markersize=4)
+        panels[1].set(title="loss, nats per token", xlabel="experts per token asked for")
+    alt = "; ".join(
+        f"{point[KEY]:g} experts: threshold {point['threshold']:.4g}"
+        + ("" if point.get("loss") is None else f", loss {point['loss']:.3f}")
+        for point in curve
+    )
+    return figure, "Budgets", alt
 
 
 def _point(point: dict[str, Any]) -> str:

@@ -51,6 +51,7 @@ def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any])
         "tokenizer": tokenizer,
         "dtype": dtype,
         "routers": _hash_of_routers(model),
+        **({"budget_curve": config.budget_curve} if config.budget_curve else {}),
     }
 
 

@@ -68,13 +68,16 @@ def check_heads(transformer: TransformerConfig) -> None:
         ("num_query_groups", transformer.num_query_groups),
     ):
         if number % (context * tensor):
+            sizes = [str(size) for size in range(1, number + 1) if not number % (size * tensor)]
             per_rank = "" if tensor == 1 else f" times --tensor-model-parallel-size {tensor}"
             raise FlagError(
                 name,
                 number,
                 f", which --context-parallel-size {context}{per_rank} does not divide, so that "
                 "ranks cannot share the heads",
-                "change one of them",
+                f"use one of {', '.join(sizes)} there"
+                if sizes
+                else "use a --tensor-model-parallel-size that divides it",
             )
 
 

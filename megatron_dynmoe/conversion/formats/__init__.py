@@ -9,15 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.conversion.formats import dynamic_moe, dynmoe, mixtral
+from megatron_dynmoe.conversion.formats import (
+    dynamic_moe,
+    dynmoe,
+    llama,
+    mixtral,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.storage.json_files import read_json
 
-# The order is that of --help and of the docs. A folder has the first format that recognizes it. The
-# published layout comes last, because its files need not state a type.
+# The order is that of --help and of the docs. A folder has the first format that recognizes it.
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (dynmoe.FORMAT, mixtral.FORMAT, dynamic_moe.FORMAT)
+    record.FORMAT.name: record.FORMAT
+    for record in (dynmoe, mixtral, qwen3_moe, dynamic_moe, llama, qwen3)
 }
 OURS = dynmoe.FORMAT
 

@@ -9,10 +9,12 @@ from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     TOKEN_IDS,
     Needed,
+    rope_of,
     rope_theta,
     shown,
 )
 from megatron_dynmoe.conversion.names import row
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 ATTENTION = "model.layers.{layer}.self_attn."
 MLP = "model.layers.{layer}.mlp."
@@ -29,17 +31,36 @@ USUAL_NORMS = (
     row("model.layers.{layer}.input_layernorm.weight", "attention_norm"),
     row("model.layers.{layer}.post_attention_layernorm.weight", "mlp_norm"),
 )
+HEAD_NORMS = (
+    row(ATTENTION + "q_norm.weight", "q_norm"),
+    row(ATTENTION + "k_norm.weight", "k_norm"),
+)
+DENSE_ROWS = (
+    row(MLP + "gate_proj.weight", "gate"),
+    row(MLP + "up_proj.weight", "up"),
+    row(MLP + "down_proj.weight", "down"),
+)
 # Settings that change what a model computes in a way that training does not have.
 _NEEDED_OF_FOLDERS = (
-    Needed("sliding_window", None, "sliding-window attention"),
-    Needed("quantization_config", None, "quantized weights"),
-    Needed("attention_bias", False, "biases in attention"),
-    Needed("mlp_bias", False, "biases in the experts"),
+    Needed("hidden_act", "silu", "another activation than SwiGLU", "use another model"),
+    Needed(
+        *("sliding_window", None, "sliding-window attention"),
+        "if no text is longer than the window, set it to null in config.json",
+    ),
+    Needed(
+        *("quantization_config", None, "quantized weights"),
+        "convert the model's weights of float32, bfloat16 or float16",
+    ),
+    Needed("attention_bias", False, "biases in attention, the output's too", "use another model"),
+    Needed("mlp_bias", False, "biases in the MLPs", "use another model"),
 )
+GROUPED_WORDS = {
+    *("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "rope_theta"),
+}
 # The words of a config.json that usual_config reads.
 USUAL_WORDS = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "hidden_act", "max_position_embeddings", "initializer_range"),
+    *("intermediate_size", "max_position_embeddings", "initializer_range"),
     *("rms_norm_eps", "attention_dropout", "tie_word_embeddings", *CARRIED),
     *(needed.name for needed in _NEEDED_OF_FOLDERS),
 }
@@ -74,12 +95,14 @@ def usual_config(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
         rms_norm_eps: the default of the format's own code.
 
     Raises:
-        ValueError: a setting is missing, or training does not have it.
+        UsageError: training does not have a setting.
+        ValueError: a setting is missing.
     """
-    for name, needed, otherwise, _ in _NEEDED_OF_FOLDERS:
-        if theirs.get(name) not in (None, needed):
-            raise ValueError(
-                f"{name} is {shown(theirs[name])} ({otherwise}), which training does not have."
+    for needed in _NEEDED_OF_FOLDERS:
+        if theirs.get(needed.name) not in (None, needed.value):
+            raise UsageError(
+                f"{needed.name} is {shown(theirs[needed.name])} ({needed.otherwise}), which "
+                f"training does not have: {needed.remedy}."
             )
     heads = required(theirs, "num_attention_heads")
     ffn = required(theirs, "intermediate_size")
@@ -111,6 +134,62 @@ def usual_config(theirs: dict[str, Any], rms_norm_eps: float) -> dict[str, Any]:
     }
 
 
+def grouped_config(theirs: dict[str, Any], default_base: float) -> dict[str, Any]:
+    """Grouped queries, the size of a head and rotary positions, as Transformers' models have them.
+
+    Args:
+        default_base: the rotary base of a ``config.json`` that states none.
+
+    Raises:
+        UsageError: the rotary positions are scaled, or turn a part of a head only.
+    """
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    for name, needed, value in (
+        ("rope_type", "default", rope.get("rope_type", rope.get("type", "default"))),
+        ("partial_rotary_factor", 1.0, rope.get("partial_rotary_factor", 1.0)),
+    ):
+        if value != needed:
+            raise UsageError(
+                f"{name} is {shown(value)}, and only {shown(needed)} can be converted from this "
+                "format: take the change out of config.json to train without it, or use another "
+                "model."
+            )
+    heads = required(theirs, "num_attention_heads")
+    base = rope.get("rope_theta") or theirs.get("rope_theta") or default_base
+    return {
+        "num_key_value_heads": theirs.get("num_key_value_heads") or heads,
+        "head_dim": theirs.get("head_dim") or required(theirs, "hidden_size") // heads,
+        "rope_parameters": rope_of(float(base), 1.0),
+    }
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model without experts."""
+    return config | {"num_experts": 0, "mlp_layer_types": ["dense"] * config["num_hidden_layers"]}
+
+
+def balance_loss(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Transformers' balance loss under our names: a mean over layers, ours a sum.
+
+    Both scale with k.
+
+    Args:
+        num_layers: the number of layers with experts.
+    """
+    coefficient = theirs.get("router_aux_loss_coef", 0.001)  # the default of its models
+    if not coefficient or not num_layers:
+        return {}
+    return {"balance_loss": "aux_loss", "balance_loss_coeff": coefficient / num_layers}
+
+
+def aux_loss_coef(config: dict[str, Any]) -> float:
+    """The coefficient that :func:`balance_loss` reads."""
+    if config["balance_loss"] == "none":
+        return 0.0
+    coefficient = (config["balance_loss_coeff"] or 0.0) * num_sparse(config)
+    return float(f"{coefficient:.15g}")  # as it was before it was divided
+
+
 def required(theirs: dict[str, Any], name: str) -> Any:
     """The value of a word that ``config.json`` must have.
 
@@ -128,6 +207,16 @@ def dtype_name(theirs: dict[str, Any]) -> str | None:
     if found is not None and not isinstance(found, str):
         raise ValueError(f"dtype is {found!r}: use a name, such as bfloat16.")
     return found and found.removeprefix("torch.")
+
+
+def num_sparse(config: dict[str, Any]) -> int:
+    """The number of layers with experts."""
+    return config["mlp_layer_types"].count("sparse")
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether any layer has experts."""
+    return num_sparse(config) > 0
 
 
 def has_experts_everywhere(config: dict[str, Any]) -> bool:

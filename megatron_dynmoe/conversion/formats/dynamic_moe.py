@@ -105,6 +105,7 @@ FORMAT = Format(
         Needed("max_experts_per_token", None, "a cap"),
         Needed("inference_max_experts_per_token", None, "a cap at inference"),
         Needed("inference_threshold", None, "another threshold at inference"),
+        Needed("inference_experts_per_token", None, "a budget"),
         Needed("rope_theta", 10000.0, "another rotary base"),
         Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
         Needed("rope_type", "default", "scaled rotary positions"),

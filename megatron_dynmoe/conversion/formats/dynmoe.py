@@ -6,7 +6,14 @@ import inspect
 from collections.abc import Set
 from typing import Any
 
-from megatron_dynmoe.conversion.formats.common import ATTENTION, MLP, USUAL_NORMS, USUAL_ROWS
+from megatron_dynmoe.conversion.formats.common import (
+    ATTENTION,
+    DENSE_ROWS,
+    HEAD_NORMS,
+    MLP,
+    USUAL_NORMS,
+    USUAL_ROWS,
+)
 from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.model_settings import check_config
 from megatron_dynmoe.conversion.names import row
@@ -17,11 +24,8 @@ ROWS = (
     row(ATTENTION + "q_proj.bias", "q_bias"),
     row(ATTENTION + "k_proj.bias", "k_bias"),
     row(ATTENTION + "v_proj.bias", "v_bias"),
-    row(ATTENTION + "q_norm.weight", "q_norm"),
-    row(ATTENTION + "k_norm.weight", "k_norm"),
-    row(MLP + "gate_proj.weight", "gate"),
-    row(MLP + "up_proj.weight", "up"),
-    row(MLP + "down_proj.weight", "down"),
+    *HEAD_NORMS,
+    *DENSE_ROWS,
     row(MLP + "router.weight", "router"),
     row(MLP + "router.theta_offset", "theta_offset"),
     row(MLP + "experts.gate_up_proj", "expert_gate", "expert_up"),
@@ -65,6 +69,7 @@ FORMAT = Format(
     keeps_other_words=True,
     # The place of these files in the package. In an exported folder they lie side by side.
     shipped=(
+        "huggingface/budgets_dynmoe.py",
         "huggingface/configuration_dynmoe.py",
         "huggingface/masking_dynmoe.py",
         "huggingface/modeling_dynmoe.py",

@@ -17,6 +17,7 @@ from megatron_dynmoe.conversion.model_settings import (
     shown,
 )
 from megatron_dynmoe.conversion.names import Row
+from megatron_dynmoe.settings.messages.command_line import UsageError
 
 
 class Limit(NamedTuple):
@@ -48,6 +49,7 @@ class Format:
         counts: its own words of ``config.json`` that are whole numbers from 1; the words that
             several formats share are known without this.
         numbers: its own words that are numbers from 0, and never null.
+        flags: its own words that are true or false.
         layers_word: its word for the number of layers, which is compared with the weights before
             anything is made for so many layers.
         keeps_other_words: whether words that ``read`` does not know stay in the config.
@@ -69,6 +71,7 @@ class Format:
     limits: tuple[Limit, ...] = ()
     counts: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     layers_word: str = "num_hidden_layers"
     keeps_other_words: bool = False
     has_model_code: bool = True
@@ -90,7 +93,7 @@ class Format:
         Raises:
             ValueError: a setting is missing or of the wrong kind, or training does not have it.
         """
-        check_kinds(theirs, self.counts, self.numbers)
+        check_kinds(theirs, self.counts, self.numbers, self.flags)
         config = self.read(theirs)
         check_config(config)
         return config
@@ -99,7 +102,7 @@ class Format:
         """Refuse a config that the format cannot express.
 
         Raises:
-            ValueError: the message names the first setting.
+            UsageError: the message names the first setting.
         """
         known = config | {
             "rope_theta": rope_theta(config),
@@ -108,13 +111,13 @@ class Format:
         }
         for needed in self.needed:
             if known[needed.name] != needed.value:
-                raise ValueError(
+                raise UsageError(
                     f"format {self.name} cannot express {needed.name} {shown(known[needed.name])} "
                     f"({needed.otherwise}): it has {shown(needed.value)} only. Use --format dynmoe."
                 )
         for limit in self.limits:
             if not limit.holds(config):
-                raise ValueError(
+                raise UsageError(
                     f"format {self.name} cannot express {limit.name} {shown(config[limit.name])}: "
                     f"it has {limit.only} only. Use --format dynmoe."
                 )

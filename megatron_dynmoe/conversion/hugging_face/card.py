@@ -42,6 +42,7 @@ _SHOWN = (
     "theta",
     "max_experts_per_token",
     "inference_threshold",
+    "inference_experts_per_token",
     "inference_max_experts_per_token",
     "normalization",
     "weights",
@@ -171,7 +172,33 @@ def _routing(config: dict[str, Any]) -> list[str]:
             f"{calibration['target_experts_per_token']:g}).",
             "",
         ]
-    return [*lines, *_measured(config), ""]
+    return [*lines, *_measured(config), "", *_budgets(config)]
+
+
+def _budgets(config: dict[str, Any]) -> list[str]:
+    """The curve by which a mean number of experts can be asked for."""
+    curve = config.get("budget_curve")
+    if not curve:
+        return []
+    made = config.get("budget_calibration")
+    where = f"over {made['tokens']:,} tokens of {made['data']}" if made else "in training"
+    lines = ["### Budgets", "", f"Measured {where}; on other text the count is another.", ""]
+    lines += ["| experts per token | threshold | loss, nats |", "| --- | --- | --- |"]
+    for point in curve:
+        loss = "-" if point.get("loss") is None else f"{point['loss']:.4f}"
+        lines.append(f"| {point['experts_per_token']:g} | {point['threshold']:.6g} | {loss} |")
+    first, last = curve[0]["experts_per_token"], curve[-1]["experts_per_token"]
+    return [
+        *lines,
+        "",
+        f"Ask for {first:g} to {last:g} experts per token, for the model or for each sequence:",
+        "",
+        "```python",
+        f"model.set_budget({first:g})  # None: the trained threshold",
+        f"model.generate(**tokens, experts_per_token={last:g})  # or [1, 2, 4]: one each",
+        "```",
+        "",
+    ]
 
 
 def _measured(config: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import current_umask
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import plain_name
-from megatron_dynmoe.storage.megatron_names import TRACKER
+from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -113,7 +113,7 @@ def check_is_model(folder: Path) -> None:
         raise UsageError(f"--model is {folder}: there is no such folder")
     if (folder / CONFIG).is_file():
         return
-    saved = (folder, folder / "checkpoints", folder.parent)
+    saved = (folder, folder / CHECKPOINTS, folder.parent)
     checkpoints = next((place for place in saved if (place / TRACKER).is_file()), None)
     remedy = (
         ""

@@ -40,6 +40,7 @@ WITHOUT_MEANING = {
     "is_decoder": "of encoders with a decoder",
     "is_encoder_decoder": "of encoders with a decoder",
     "label2id": "of classifiers",
+    "max_window_layers": "of sliding windows, which are refused",
     "model_type": "follows from the format",
     "output_attentions": "what a call returns if nothing else is said",
     "output_hidden_states": "what a call returns if nothing else is said",

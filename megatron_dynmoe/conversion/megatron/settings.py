@@ -23,6 +23,7 @@ from megatron_dynmoe.conversion.routing_settings import (
     routing_config,
     settings_from_config,
 )
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Config's name, name among Megatron's arguments, flag.
@@ -172,14 +173,18 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         dtype: dtype of the weights: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: the model has a setting that training does not have, or a number that no flag
-            can carry.
+        UsageError: the model has a setting that training does not have.
+        ValueError: a number is one that no flag can carry.
     """
     if config["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act is {config['hidden_act']!r}: training has 'silu' (SwiGLU).")
+        raise UsageError(
+            f"hidden_act is {config['hidden_act']!r}: training has 'silu' (SwiGLU) only; use "
+            "another model."
+        )
     if rope_type(config) != "default":
-        raise ValueError(
-            f"rope_type is {rope_type(config)!r} (scaled rotary positions): training has 'default'."
+        raise UsageError(
+            f"rope_type is {rope_type(config)!r} (scaled rotary positions): training has 'default' "
+            "only; take the scaling out of config.json to train without it."
         )
     sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
     args = {theirs: config[name] for name, theirs, _ in _SAME}

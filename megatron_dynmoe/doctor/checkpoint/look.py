@@ -64,7 +64,8 @@ def _checks(path: Path, shows_progress: bool) -> Iterator[Check]:
     args, iteration, state = opened.args, opened.iteration, opened.states
     values = Values(norms_around_zero=bool(getattr(args, "layernorm_zero_centered_gamma", False)))
     yield from _guarded("values", lambda: _look_at_values(opened, values, shows_progress))
-    is_upcycled = bool(getattr(args, "moe_use_upcycling", False))
+    origin = getattr(args, "huggingface_source", None)
+    is_upcycled = getattr(args, "moe_use_upcycling", False) or "upcycling" in (origin or {})
     yield from _guarded("copies", lambda: check_copies(values, is_upcycled))
     yield from _guarded("shapes", lambda: _shapes(opened))
     if args is None or iteration is None:

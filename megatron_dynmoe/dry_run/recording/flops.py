@@ -16,25 +16,28 @@ def _grouped_gemm(left_shape: Any, right_shape: Any, *_: Any, **__: Any) -> int:
     return 2 * left_shape[-2] * left_shape[-1] * right_shape[-1]
 
 
-def formula_of(operation: Any) -> Callable[..., int] | None:
+def formula_of(operation: Any) -> Callable[..., float] | None:
     """The formula of an operation, which takes its arguments and its result as ``out_val``."""
-    packet = operation._overloadpacket
-    formula = flop_registry.get(packet)
-    if formula is not None and packet in _ATTENTION:
-        return functools.partial(_with_all_heads, formula, _ATTENTION[packet])
-    return formula
+    formula = flop_registry.get(operation._overloadpacket)
+    names = [argument.name for argument in operation._schema.arguments]
+    if formula is None or "is_causal" not in names:
+        return formula
+    return functools.partial(_of_attention, formula, names.index("query"), names.index("is_causal"))
 
 
-_aten = torch.ops.aten
-# Where the queries stand among the arguments; keys and values follow.
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention: 0,
-    _aten._scaled_dot_product_flash_attention_backward: 1,
-}
+def _of_attention(
+    formula: Callable[..., int], queries: int, causal: int, *args: Any, **kwargs: Any
+) -> float:
+    """PyTorch's formula, which wants as many heads of keys as of queries and knows no mask.
 
+    Causal attention is half of it, as in Megatron's own formula.
 
-def _with_all_heads(formula: Callable[..., int], at: int, *args: Any, **kwargs: Any) -> int:
-    """PyTorch's formula, which wants as many heads of keys as of queries."""
-    query, *groups = args[at : at + 3]
+    Args:
+        queries: their place among the arguments; keys and values follow.
+        causal: the place of ``is_causal``.
+    """
+    query, *groups = args[queries : queries + 3]
     keys = [part[:, :1].expand(-1, query.shape[1], -1, -1) for part in groups]
-    return formula(*args[: at + 1], *keys, *args[at + 3 :], **kwargs)
+    whole = formula(*args[: queries + 1], *keys, *args[queries + 3 :], **kwargs)
+    is_causal = args[causal] if len(args) > causal else kwargs.get("is_causal", False)
+    return whole / 2 if is_causal else whole

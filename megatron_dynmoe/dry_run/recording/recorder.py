@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self.memory, self.places = AllocationJournal(), Places()
         self.collectives = Collectives(self.places)
         self.kernels: Counter[tuple[Moment, Place, str]] = Counter()
-        self.flops: Counter[tuple[Moment, Place]] = Counter()
+        self.flops: defaultdict[tuple[Moment, Place], float] = defaultdict(float)
         self.waits: Counter[tuple[Moment, Place, str]] = Counter()
         self.copies: Counter[tuple[Moment, Place]] = Counter()
         self.sent: Counter[tuple[Moment, Collective]] = Counter()

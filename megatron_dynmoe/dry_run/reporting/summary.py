@@ -56,12 +56,13 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
 
 
 def _holders(peaks: Mapping[str, Peak]) -> list[Holder]:
-    """The largest holders at the highest peak, with what they hold at the others."""
+    """The largest holders at each peak, from the highest peak on, and what they hold at others."""
     held = {
         phase: {(each.place.line, each.place.caller): each for each in peak.storages}
         for phase, peak in peaks.items()
     }
-    highest = max(peaks, key=lambda phase: peaks[phase].num_bytes)
+    highest_first = sorted(peaks, key=lambda phase: -peaks[phase].num_bytes)
+    shown = dict.fromkeys(key for phase in highest_first for key in [*held[phase]][:NUM_HOLDERS])
     return [
         Holder(
             line=line,
@@ -69,7 +70,7 @@ def _holders(peaks: Mapping[str, Peak]) -> list[Holder]:
             num_bytes={phase: held[phase][line, caller].num_bytes for phase in phases},
             tensors={phase: held[phase][line, caller].tensors for phase in phases},
         )
-        for line, caller in [*held[highest]][:NUM_HOLDERS]
+        for line, caller in shown
         if (phases := [phase for phase in peaks if (line, caller) in held[phase]])
     ]
 
@@ -81,7 +82,7 @@ class _Step:
         self.recorder, self.micro_batches = recorder, micro_batches
         self.layers = sorted({place.layer for _, place, _ in recorder.kernels if place.layer})
 
-    def whole(self, counter: Mapping[Any, int]) -> Iterator[tuple[Any, float]]:
+    def whole(self, counter: Mapping[Any, float]) -> Iterator[tuple[Any, float]]:
         """Yield what was counted, and how often it happens in the step."""
         for key, count in counter.items():
             if key[0].phase in (*PHASES, BETWEEN):
@@ -93,7 +94,7 @@ class _Step:
             if key[0].phase in (*PHASES, BETWEEN) and self.micro_batches.in_sample(key[0]):
                 yield key, count / self.micro_batches.group
 
-    def by_phase(self, counter: Mapping[Any, int]) -> dict[str, float]:
+    def by_phase(self, counter: Mapping[Any, float]) -> dict[str, float]:
         """Sum up the step by phase."""
         sums = _sums((key[0].phase, count) for key, count in self.whole(counter))
         return {phase: sums[phase] for phase in (*PHASES, BETWEEN) if phase in sums}

@@ -44,7 +44,15 @@ def thresholds(text: str) -> list[float]:
     return values
 
 
-thresholds.__name__ = "list of numbers"
+def budgets(text: str) -> list[float]:
+    """Parse an argparse value: mean experts per token, ``1,1.5,2``, in order."""
+    values = sorted({float(part) for part in text.split(",")})
+    if not all(1 <= value < LARGEST for value in values):
+        raise argparse.ArgumentTypeError(f"is {text}: use mean experts per token, from 1.")
+    return values
+
+
+thresholds.__name__ = budgets.__name__ = "list of numbers"
 
 
 @contextmanager
@@ -211,6 +219,16 @@ def _in_other_letters(
     strange = [word for word in words if word.partition("=")[0] not in known]
     near = [word for word in strange if difflib.get_close_matches(word.partition("=")[0], missing)]
     return _misspelled(near, missing)
+
+
+def add_budget_flag(parser: Any) -> None:
+    """Add the flag that asks for a mean number of experts, to a parser or its group."""
+    parser.add_argument(
+        "--budget",
+        type=number(float, 1),
+        metavar="K",
+        help="mean experts per token, by the model's budget_curve (dynmoe calibrate --budgets)",
+    )
 
 
 def add_runtime_flags(parser: Any) -> None:

@@ -51,6 +51,7 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
     Raises:
         ValueError: the message names the flag, its value and the remedy.
     """
+    _check_model(args)
     dynmoe = settle_balance_loss(args, config_from_args(args))
     if not here and dynmoe.backend == "transformer_engine" and not choice.has_transformer_engine():
         chosen = choice.BackEnd(dynmoe.backend, "asked for")
@@ -73,6 +74,20 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
         check_top_k(args)
     with naming_flags(args):
         return dynmoe.resolve(args.num_experts), chosen
+
+
+def _check_model(args: Namespace) -> None:
+    """Ask for the model before anything that follows from it."""
+    if any(getattr(args, name, None) for name in OTHER_MODELS):
+        return
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(args, name) is None:
+            raise FlagError(
+                name,
+                None,
+                ", and no model is without it",
+                "describe a model, or start from a recipe, which dynmoe recipe lists",
+            )
 
 
 def _check_modes(args: Namespace, dynmoe: DynMoEConfig, chosen: choice.BackEnd) -> None:

@@ -210,7 +210,7 @@ def test_another_code_starts_afresh(tmp_path):
 
 def test_a_tree_without_history_has_the_commit_of_its_pack(tmp_path, monkeypatch):
     monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
-    monkeypatch.setenv("PATH", "")  # as where git is not installed
+    monkeypatch.setenv("PATH", "")  # as if git were not installed
     assert state.commit(tmp_path) == "unknown"
     (tmp_path / "commit").write_text("abc123+\n")
     assert state.commit(tmp_path) == "abc123+"

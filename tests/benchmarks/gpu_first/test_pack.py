@@ -1,4 +1,4 @@
-"""What a machine lacks is named, downloaded where there is a network, and installed where not."""
+"""What a machine lacks is named, downloaded if there is a network, and installed without one."""
 
 import json
 import os

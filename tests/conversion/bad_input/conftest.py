@@ -9,9 +9,6 @@ import pytest
 
 from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.storage.manifest import MANIFEST
-from tests.conversion.bad_input.damage import (
-    Refused,
-)
 from tests.conversion.checkpoints import export
 
 
@@ -34,8 +31,3 @@ def load(good: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
 def model(good: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
     """A Hugging Face folder to damage."""
     return shutil.copytree(good["dynmoe"][1], tmp_path / "model")
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    return Refused(tmp_path, capsys)

@@ -46,8 +46,9 @@ class Refused:
         command = ("to-hf", "--load", load, "--output", self.output, *flags)
         return self(*command, says=says, code=code)
 
-    def from_hf(self, model: Path, *says: str, flags: tuple[str, ...] = ()) -> str:
-        return self("from-hf", "--model", model, "--save", self.output, *flags, says=says)
+    def from_hf(self, model: Path, *says: str, flags: tuple[str, ...] = (), code: int = 1) -> str:
+        command = ("from-hf", "--model", model, "--save", self.output, *flags)
+        return self(*command, says=says, code=code)
 
 
 def listing(parent: Path) -> dict[str, bytes]:

@@ -224,24 +224,20 @@ FREE = {
         ("dynmoe", {"hidden_size": 10**9}, ("shape",)),
         ("dynmoe", {"hidden_act": "gelu"}, ("hidden_act", "'gelu'")),
         ("dynmoe", {"dtype": "bfloat16"}, ("config.json", "bfloat16", "float32")),
-        ("dynmoe", {"model_type": "llama", "architectures": None}, ("model_type", "'llama'")),
+        ("dynmoe", {"model_type": "gpt2", "architectures": None}, ("model_type", "'gpt2'")),
         ("dynmoe", {"vocab_size": None}, ("vocab_size", "None")),
         ("dynmoe", {"vocab_size": "13"}, ("vocab_size", "'13'")),
         ("dynmoe", {"routing": "topk"}, ("routing", "'topk'")),
-        (
-            "dynmoe",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            ("config.json", "rope_type is 'yarn'", "training has 'default'"),
-        ),
         ("dynamic-moe", {"top_p_threshold": 1.01}, ("top_p_threshold", "1.01")),
         ("dynamic-moe", {"top_p_threshold": "0.4"}, ("top_p_threshold", "'0.4'")),
         ("dynamic-moe", {"num_experts": None}, ("num_experts",)),
         ("dynamic-moe", {"expert_frequency": 0}, ("expert_frequency", "0")),
         ("mixtral", {"num_attention_heads": 0}, ("num_attention_heads", "0")),
-        ("mixtral", {"sliding_window": 4096}, ("sliding_window", "4096")),
         ("mixtral", {"num_experts_per_tok": 5}, ("num_experts_per_tok", "5")),
-        ("mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, ("'linear'",)),
-        ("mixtral", {"hidden_act": "gelu"}, ("hidden_act", "'gelu'")),
+        ("qwen3-moe", {"mlp_only_layers": ["1"]}, ("mlp_only_layers", "['1']")),
+        ("qwen3-moe", {"decoder_sparse_step": 0}, ("decoder_sparse_step", "0")),
+        ("qwen3-moe", {"norm_topk_prob": None}, ("norm_topk_prob", "None")),
+        ("qwen3-moe", {"num_key_value_heads": None}, ("no num_key_value_heads",)),
     ],
     ids=str,
 )
@@ -256,6 +252,49 @@ def test_settings(
     model = shutil.copytree(good[format][1], tmp_path / "model")
     edit_json(model / "config.json", lambda config: config.update(settings))
     refused.from_hf(model, *says)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("format", "settings", "says"),
+    [
+        ("dynmoe", {"rope_parameters": YARN}, ("rope_type is 'yarn'", "take the scaling out")),
+        ("mixtral", {"hidden_act": "gelu"}, ("hidden_act is 'gelu'", "use another model")),
+        ("mixtral", {"sliding_window": 4096}, ("sliding_window is 4096", "set it to null")),
+        ("mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, ("is 'linear'",)),
+        ("qwen3-moe", {"rope_scaling": YARN}, ("rope_type is 'yarn'", "take the change out")),
+        ("qwen3-moe", {"rope_parameters": YARN}, ("rope_type is 'yarn'", "take the change out")),
+        ("qwen3-moe", {"use_sliding_window": True}, ("use_sliding_window is True", "to false")),
+        (
+            "qwen3-moe",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ("layer_types is ['full_attention', 'sliding_attention']", "leave layer_types out"),
+        ),
+        ("llama", {"mlp_bias": True}, ("mlp_bias is True", "another model")),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("is 'llama3'",)),
+        ("qwen3", {"use_sliding_window": True}, ("use_sliding_window is True", "to false")),
+        ("qwen3-moe", {"attention_bias": True}, ("attention_bias is True", "another model")),
+        (
+            "qwen3-moe",
+            {"quantization_config": {"quant_method": "fp8"}},
+            ("quantization_config is", "weights of float32, bfloat16"),
+        ),
+    ],
+    ids=str,
+)
+def test_what_training_does_not_have(
+    good: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    refused: Refused,
+    format: str,
+    settings: dict[str, Any],
+    says: tuple,
+) -> None:
+    model = shutil.copytree(good[format][1], tmp_path / "model")
+    edit_json(model / "config.json", lambda config: config.update(settings))
+    refused.from_hf(model, "config.json: ", *says, code=2)
 
 
 def test_frequencies_of_another_base(

@@ -1,8 +1,8 @@
 """A double of Transformer Engine: what Megatron-Core 0.19.2 calls of it, in plain PyTorch on a CPU.
 
 It stands for version 2.18.0 and has its names, signatures, limits and results, so that unmodified
-Megatron takes its Transformer Engine path where there is no GPU. Each function cites the file of
-the original, below ``transformer_engine/``, whose behavior it stands for. Where the original's
+Megatron takes its Transformer Engine path without a GPU. Each function cites the file of
+the original, below ``transformer_engine/``, whose behavior it stands for. If the original's
 result depends on its implementation (the order of a sum, a mask that one kernel reads and another
 does not), the double does the same. What the original leaves uninitialized is NaN here. What the
 double does not stand for raises :class:`NotStoodFor` instead of returning something.

@@ -14,6 +14,7 @@ from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.conversion.names import ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, Check
 from megatron_dynmoe.doctor.checkpoint.checks.progress import has_trained
+from megatron_dynmoe.doctor.checkpoint.checks.threshold_map import check_map
 from megatron_dynmoe.doctor.checkpoint.reading.parts import numbers
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -43,7 +44,7 @@ def check_router_state(
     if settings is None:
         yield Check(_NAME, PASSED, "none: stock top-k")
         return
-    dynmoe = DynMoEConfig.from_dict(settings, source="the saved arguments")
+    dynmoe = DynMoEConfig.from_dict(settings, source="the saved arguments").seeded(args.seed)
     sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
     layers = [layer for layer, has_experts in enumerate(sparse) if has_experts]
     found = [*_missing(scalars, layers)]
@@ -104,6 +105,9 @@ def _against_the_law(
             if len(different := set(scalars[name].values())) > 1:
                 yield f"{name} has {len(different)} values, and scope 'global' has one"
                 return
+    if dynmoe.drawn_target is not None:
+        yield from check_map(scalars, dynmoe, args, iteration)
+        return
     law = _law(dynmoe, args.num_experts)
     if law is None:
         return
@@ -114,7 +118,7 @@ def _against_the_law(
             return
     schedule = dynmoe.target_experts_per_token
     assert schedule is not None
-    if not has_trained(args, iteration) or (args.fp16 and len(schedule.points) > 1):
+    if not has_trained(args, iteration) or (args.fp16 and len(schedule.targets) > 1):
         return  # nothing was measured yet; or a skipped step may have kept an earlier target
     layers = sorted(thresholds)
     measured_L = torch.tensor([scalars["measured"][layer] for layer in layers], dtype=torch.float64)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from megatron_dynmoe.conversion.names import ROUTER_STATE
+from megatron_dynmoe.conversion.names import ROUTER_MAP, ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.doctor.checkpoint.checks.values import Place, Values
 from megatron_dynmoe.doctor.checkpoint.reading.parts import (
@@ -122,7 +122,7 @@ def _states(values: Values) -> Iterator[str]:
         return
     without = []
     for row, blocks in weights.items():
-        if row.endswith(tuple(f".mlp.router.{name}" for name in ROUTER_STATE)):
+        if row.endswith(tuple(f".mlp.router.{name}" for name in ROUTER_STATE | ROUTER_MAP)):
             continue
         if row not in places:
             without.append(row)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion.names import ROUTER_STATE
+from megatron_dynmoe.conversion.names import ROUTER_MAP, ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, Check
 from megatron_dynmoe.doctor.checkpoint.reading.parts import MASTER, MOMENT, WEIGHT, Part, numbers
 
@@ -24,6 +24,7 @@ _MASTER = "weights and optimizer are not of one step: take another iteration, or
 _SHOWN_FILES = 2
 # The state of a router, [1] a layer; the rest of what it keeps is a parameter.
 _SCALARS = tuple(f".mlp.router.{name}" for name in ROUTER_STATE)
+_OF_KNOTS = tuple(f".mlp.router.{name}" for name in ROUTER_MAP)
 
 
 class _Fault(NamedTuple):
@@ -60,7 +61,8 @@ class Values:
     Attributes:
         blocks: by kind and row, then by layer and expert.
         matrices: rows whose tensors have two dimensions or more.
-        scalars: values of the routers' state, by name and layer.
+        scalars: values of the routers' state, by name and layer; those of a map's knots as
+            ``knot_thresholds[0]`` and so on.
         num_parts, num_bytes: how much was looked at.
         num_moments, num_moving: parts of the optimizer's moments, and those that are not all 0.
     """
@@ -97,6 +99,10 @@ class Values:
         low, high = (value.item() for value in tensor.aminmax())
         if part.kind == WEIGHT and part.row.endswith(_SCALARS) and tensor.numel() == 1:
             self.scalars[part.row.rpartition(".")[2]][part.layer or 0] = low
+            return
+        if part.kind == WEIGHT and part.row.endswith(_OF_KNOTS):
+            for knot, value in enumerate(tensor.flatten().tolist()):
+                self.scalars[f"{part.row.rpartition('.')[2]}[{knot}]"][part.layer or 0] = value
             return
         is_constant = low == high
         if not (math.isfinite(low) and math.isfinite(high)):

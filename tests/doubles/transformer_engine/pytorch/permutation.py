@@ -122,7 +122,7 @@ def _row_map(map_TE: Tensor) -> Tensor:
 
 
 def _parts(row_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and experts, [T, E] int64; -1 where a token has no further row."""
+    """Rows and experts, [T, E] int64; -1 if a token has no further row."""
     num_experts = (row_map.shape[1] - 1) // 2
     return row_map[:, :num_experts].long(), row_map[:, num_experts:-1].long()
 

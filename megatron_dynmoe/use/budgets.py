@@ -1,0 +1,113 @@
+"""Measures the curve by which a model can be asked for a mean number of experts, and asks for one.
+
+A budget between two points gets a threshold on the line between theirs (:func:`threshold_at`). The
+count is no line: it stays near 1 for a while, and then bends. So a pass measures what the middle
+of each two neighbors gives, and becomes a point itself if that is not what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
+from megatron_dynmoe.use.calibrate import Calibration, Measurement, Threshold, tolerance
+
+# How far, relatively, the count in the middle of two points may be from what was asked for.
+CLOSE_ENOUGH = 0.02
+# Passes between two budgets; each of them halves a part of the range.
+EXTRA_POINTS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the curve: what to ask for, and what was measured with its threshold."""
+
+    experts: float  # as asked for, if it was, and else as measured
+    threshold: float
+    measurement: Measurement
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "experts_per_token": self.experts,
+            "threshold": self.threshold,
+            "loss": round(self.measurement.loss, 6),
+        }
+
+
+def points_of(found: Sequence[Calibration]) -> list[Point]:
+    """The points of calibrations with one threshold each, in the order of their targets.
+
+    Raises:
+        ValueError: a larger target has no larger threshold.
+    """
+    points = [Point(one.target, float(one.threshold), one.measurement) for one in found]  # type: ignore[arg-type]
+    for one, more in pairwise(points):
+        if more.threshold <= one.threshold:
+            raise ValueError(
+                f"--budgets: {one.experts:g} and {more.experts:g} experts per token have the "
+                f"thresholds {one.threshold:g} and {more.threshold:g}, measured to "
+                f"{tolerance(more.experts):.4g} experts: leave one out, or give more --tokens"
+            )
+    return points
+
+
+def refine(
+    points: Sequence[Point], measure_at: Callable[[Threshold, str], Measurement]
+) -> list[Point]:
+    """Add measured points until the middle of each two neighbors gives what it is asked for.
+
+    It does so to :data:`CLOSE_ENOUGH`, with at most :data:`EXTRA_POINTS` passes between two of the
+    given points, in the widest part first.
+
+    Args:
+        points: at least one, ascending.
+        measure_at: runs a pass with a threshold; the text labels the pass.
+    """
+    found = {point.experts: point for point in points}
+    for below, above in pairwise(points):
+        parts = [(below.experts, above.experts)]
+        for _ in range(EXTRA_POINTS):
+            parts = [(low, high) for low, high in parts if high - low > CLOSE_ENOUGH * low]
+            if not parts:
+                break
+            low, high = parts.pop(0)
+            middle = (low + high) / 2
+            threshold = threshold_at([found[low].to_json(), found[high].to_json()], middle)
+            measured = measure_at(threshold, f"between {low:g} and {high:g}")
+            if abs(measured.experts - middle) <= CLOSE_ENOUGH * middle:
+                continue
+            # If the count is still that of an end, the line had better begin here.
+            experts = min(max(round(measured.experts, 6), low), high)
+            found[experts] = Point(experts, threshold, measured)
+            halves = [(low, experts), (experts, high)]
+            parts = sorted([*parts, *halves], key=lambda part: part[0] - part[1])
+    return sorted(found.values(), key=lambda point: point.experts)
+
+
+def set_budget(config: Any, budget: float | None) -> None:
+    """Let the model of a config use a mean number of experts per token; None: its own routing.
+
+    Raises:
+        ValueError: the config has no curve, or the curve does not have this budget.
+    """
+    if budget is None:
+        return
+    curve = getattr(config, "budget_curve", None)
+    try:
+        threshold_at(curve, budget, None if curve is None else config.cap(training=False))
+    except ValueError as error:
+        raise ValueError(f"--budget: {error}") from error
+    config.inference_experts_per_token = budget
+
+
+def keep_to_config(model: Any) -> None:
+    """Make a budget that generation_config.json asks for the model's, unless config.json has one.
+
+    Else ``generate`` would use another number of experts than a mere forward.
+    """
+    budget = getattr(model.generation_config, "experts_per_token", None)
+    if budget is not None:
+        model.set_budget(model.config.inference_experts_per_token or budget)

@@ -1,0 +1,94 @@
+"""Folders that Transformers' own models save: read, computed as they compute, and given back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
+from megatron_dynmoe.conversion.formats import FORMATS, format_of
+from megatron_dynmoe.conversion.megatron.settings import training_flags
+from tests.conversion.foreign import MODELS, loaded, logits, save_random
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ours_has_the_same_logits(tmp_path: Path, name: str) -> None:
+    """To rounding: our norms are torch's own, whose sums have another order than theirs."""
+    expected = logits(save_random(name, tmp_path / "theirs"))
+    assert expected.std() > 1
+    to_hf(tmp_path / "theirs", Target(tmp_path / "ours"))
+    torch.testing.assert_close(logits(loaded(tmp_path / "ours")), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_through_megatron_it_comes_back_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    format, model = MODELS[name][0], save_random(name, tmp_path / "theirs")
+    from_hf(tmp_path / "theirs", tmp_path / "megatron", progress=False)
+    to_hf(tmp_path / "megatron", Target(tmp_path / "back", format=format))
+    assert "left out" not in (told := capsys.readouterr().err) and "no place" not in told
+    back, info = loaded(tmp_path / "back", output_loading_info=True)
+    assert type(back) is type(model) and not any(info.values())
+    states = model.state_dict(), back.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert torch.equal(logits(back), logits(model))
+    configs = [m.config.to_dict() for m in (model, back)]
+    differing = {key for key in configs[0] if configs[0][key] != configs[1].get(key)}
+    assert differing <= {"_name_or_path", "mlp_only_layers", "decoder_sparse_step"}
+
+
+def test_a_qwen3_moe_as_published() -> None:
+    """The words of the file of Qwen3-30B-A3B."""
+    theirs = {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    }  # fmt: skip
+    format = FORMATS["qwen3-moe"]
+    config = format.from_format(theirs)
+    assert format.unread_words(theirs, config) == {}
+    written = json.loads(json.dumps(format.to_format(config, "bfloat16")))
+    lost = {"rope_scaling", "max_window_layers", "transformers_version"}
+    assert {name for name in theirs if written.get(name) != theirs[name]} <= lost
+    flags = training_flags(config, "bfloat16")
+    for flag in (
+        *("--qk-layernorm", "--kv-channels 128", "--group-query-attention --num-query-groups 4"),
+        *("--num-experts 128", "--moe-ffn-hidden-size 768", "--moe-router-topk 8", "--bf16"),
+        *("--rotary-base 1000000", "--untie-embeddings-and-output-weights"),
+    ):
+        assert flag in flags
+    assert "--moe-router-pre-softmax" not in flags  # the weights of the chosen sum to 1
+    raw = format.from_format(theirs | {"norm_topk_prob": False})
+    assert "--moe-router-pre-softmax" in training_flags(raw, "bfloat16")
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Qwen3MoeConfig])
+def test_what_a_file_leaves_out(config: Any) -> None:
+    """Has the default of Transformers."""
+    said = {
+        "model_type": config.model_type, "vocab_size": 61, "hidden_size": 512,
+        "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "moe_intermediate_size": 12,
+        "num_experts": 16,
+    }  # fmt: skip
+    whole = json.loads(config.from_dict(said).to_json_string(use_diff=False))
+    if "num_local_experts" in whole:
+        whole["num_experts"] = whole.pop("num_local_experts")
+    format = format_of(said)
+    assert format.from_format(said) == format.from_format(whole)
