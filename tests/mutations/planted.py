@@ -169,7 +169,6 @@ CONTROLLER = [
         "self.drawn.place(self.drawn.at(iteration))",
         "self.drawn.place(self.drawn.at(max(iteration - 1, 0)))",
         (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
-        ("drawn_skipped",),
     ),
     Mutation(
         "map_read_once",
@@ -178,7 +177,6 @@ CONTROLLER = [
         "if iteration != self._drawn_for or self.in_force is None:",
         "if self.in_force is None:",
         (f"{DRAWN}::test_after_a_skipped_step_the_next_target_is_read_from_the_same_map",),
-        ("drawn_skipped",),
     ),
     Mutation(
         "map_of_another_range",
@@ -187,7 +185,6 @@ CONTROLLER = [
         "if torch.equal(loaded, self.knot_targets):",
         "if True:",
         ("tests/distributed/test_resume.py::test_a_map_goes_on_with_another_range",),
-        ("drawn", "other_range"),
     ),
     Mutation(
         "plan_for_the_mean_target",
