@@ -59,31 +59,34 @@ def check_curve(curve: Any, num_experts: int) -> None:
                 )
 
 
-def threshold_at(curve: Curve | None, budget: Any, cap: int | None = None) -> float:
+def threshold_at(
+    curve: Curve | None, budget: Any, cap: int | None = None, name: str = "experts_per_token"
+) -> float:
     """The threshold for a budget.
 
     Args:
         curve: as :func:`check_curve` accepts it; None: the model has none.
         budget: mean experts per token.
         cap: the most experts that a token may use, or None.
+        name: what asked for the budget, for messages.
 
     Raises:
         ValueError: there is no curve, or the budget is beyond its ends or above the cap.
     """
     if curve is None:
         raise ValueError(
-            f"experts_per_token is {budget!r}, and the model has no budget_curve, which says the "
+            f"{name} is {budget!r}, and the model has no budget_curve, which says the "
             f"threshold for it. To measure one: {_CALIBRATE}"
         )
     low, high = curve[0]["experts_per_token"], curve[-1]["experts_per_token"]
     if not _is_number(budget) or not low * (1 - _ROUNDING) <= budget <= high * (1 + _ROUNDING):
         raise ValueError(
-            f"experts_per_token is {budget!r}, and the model's budget_curve goes from {low:g} to "
+            f"{name} is {budget!r}, and the model's budget_curve goes from {low:g} to "
             f"{high:g}: use a number in this range, or measure a wider one: {_CALIBRATE}"
         )
     if cap is not None and budget > cap:
         raise ValueError(
-            f"experts_per_token is {budget:g}, and no token may use more than {cap} "
+            f"{name} is {budget:g}, and no token may use more than {cap} "
             "(max_experts_per_token): use less, or raise the cap and measure the curve anew."
         )
     for before, point in pairwise(curve):

@@ -275,7 +275,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         threshold, inference_threshold = given["threshold"], given["inference_threshold"]
         budget = None if training else given["inference_experts_per_token"]
         if budget is not None:
-            threshold = threshold_at(given["budget_curve"], budget, self.cap(training))
+            threshold = self._threshold_of(budget)
         elif not training and inference_threshold is not None:
             threshold = _checked_threshold("inference_threshold", inference_threshold)
         elif isinstance(threshold, (list, tuple)):
@@ -389,7 +389,11 @@ class DynMoEModelConfig(PreTrainedConfig):
         if self.budget_curve is not None:
             check_curve(self.budget_curve, self.num_experts)
         if self.inference_experts_per_token is not None:
-            threshold_at(self.budget_curve, self.inference_experts_per_token, self.cap(False))
+            self._threshold_of(self.inference_experts_per_token)
+
+    def _threshold_of(self, budget: Any) -> float:
+        name = "inference_experts_per_token"
+        return threshold_at(vars(self)["budget_curve"], budget, self.cap(training=False), name)
 
     def _validate_experts(self, name: str, value: Any) -> None:
         if not _is_count(value) or value > self.num_experts:

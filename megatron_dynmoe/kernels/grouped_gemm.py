@@ -134,26 +134,30 @@ def _multiply_rows(
     first_tile = tl.load(tile_ends_ptr + expert - 1, mask=expert > 0, other=0)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
-    row = (start + (tile - first_tile) * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS))[None, :]
-    # 2. Multiply
-    weight_ptr += expert.to(tl.int64) * weight_expert_step
+    first_row = (start + (tile - first_tile) * TILE_ROWS).to(tl.int64)
+    first_column = (tl.program_id(1) * TILE_COLUMNS).to(tl.int64)
+    row = tl.arange(0, TILE_ROWS)[:, None]
+    column = tl.arange(0, TILE_COLUMNS)[None, :]
+    place = tl.arange(0, TILE_INNER)
+    is_row, is_column = row < end - first_row, column < columns - first_column
+    # 2. Multiply. Only a tile's first place takes 64 bits: those of all its values would not fit
+    # into the registers.
+    left_ptrs = (
+        rows_ptr + first_row * row_step + (row * row_step + place[None, :] * row_column_step)
+    )
+    right_ptrs = weight_ptr + expert.to(tl.int64) * weight_expert_step
+    right_ptrs += first_column * weight_column_step
+    right_ptrs += place[:, None] * weight_inner_step + column * weight_column_step
     total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     for at in range(0, inner, TILE_INNER):
-        place = at + tl.arange(0, TILE_INNER)
-        left = tl.load(
-            rows_ptr + row * row_step + place[None, :] * row_column_step,
-            mask=(row < end) & (place[None, :] < inner),
-            other=0.0,
-        )
-        right = tl.load(
-            weight_ptr + place[:, None] * weight_inner_step + column * weight_column_step,
-            mask=(place[:, None] < inner) & (column < columns),
-            other=0.0,
-        )
+        left = tl.load(left_ptrs, mask=is_row & (place[None, :] < inner - at), other=0.0)
+        right = tl.load(right_ptrs, mask=is_column & (place[:, None] < inner - at), other=0.0)
         total = _add_product(total, left, right, PRECISION, WIDEN)
-    inside = (row < end) & (column < columns)
-    tl.store(output_ptr + row * columns + column, total.to(output_ptr.dtype.element_ty), inside)
+        left_ptrs += TILE_INNER * row_column_step
+        right_ptrs += TILE_INNER * weight_inner_step
+    output_ptr += first_row * columns + first_column
+    total = total.to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + row * columns + column, total, is_row & is_column)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from megatron_dynmoe.routing.route import Routing, check_positions
 from megatron_dynmoe.routing.select import most_experts
 
 ELEMENTS_PER_PROGRAM = 2048
+WARPS_TO_SORT = 8  # with 4, the elements that a thread sorts would not fit into its registers
 NEVER_EXCEEDED = tl.constexpr(2**63 - 1)
 
 
@@ -179,7 +180,7 @@ def route_forward(
         logits_TE, threshold, theta, valid_T,
         weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
         most, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
-        TOP=max(2, triton.next_power_of_2(most)),
+        TOP=max(2, triton.next_power_of_2(most)), num_warps=WARPS_TO_SORT,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dynmoe.kernels.choose_cpu import choose, choose_top_k
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
@@ -32,7 +33,7 @@ from megatron_dynmoe.routing.losses import (
     sum_entropy,
 )
 from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.select import choose, choose_top_k, weigh
+from megatron_dynmoe.routing.select import weigh
 
 GROUPED_BYTES = 16  # what grouped_mm wants weights and their rows to be a multiple of
 

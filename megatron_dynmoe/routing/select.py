@@ -1,8 +1,5 @@
 """Top-p selection: how many experts a token uses, which ones, and with what weight."""
 
-import struct
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -54,40 +51,27 @@ def choose(
     if probs_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"probabilities are {probs_TE.dtype}: use float32 or float64.")
     most = most_experts(probs_TE.shape[-1], max_experts)
-    on_the_host = _may_look(probs_TE)
-    if on_the_host and probs_TE.shape[0] == 1 and isinstance(threshold, float):
-        return _choose_for_one(probs_TE, threshold, most)
-    is_nan_T1, ranked = None, _sort_quickly(probs_TE) if on_the_host else None
-    if ranked is None:
-        is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
-        ranked = _sort(probs_TE.masked_fill(is_nan_T1, 0))
-
-    # An expert is used if the sum of those before it does not exceed the threshold yet. The first
-    # expert is always used.
-    sorted_TE, order_TE = ranked
-    used_TK = _sum_before(sorted_TE)[:, :most] <= threshold_in_units(threshold, probs_TE)
-    if is_nan_T1 is not None:
-        used_TK &= ~is_nan_T1
-    used_TK[:, 0] = True
+    is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
+    sorted_TE, order_TE = _sort(probs_TE.masked_fill(is_nan_T1, 0))
+    used_TK = used_in_order(sorted_TE, threshold_in_units(threshold, probs_TE), most)
+    used_TK[:, 1:] &= ~is_nan_T1
     return order_TE[:, :most], used_TK
 
 
-def _choose_for_one(probs_TE: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:
-    """Choose for one token in plain numbers: to launch a tensor's operations takes longer.
+def used_in_order(sorted_TE: Tensor, limit: Tensor | int, most: int) -> Tensor:
+    """Say which experts are used: all until their sum exceeds the limit, and always the first.
 
-    Units are exact in Python, too: a double times a power of two, and whole numbers of any size.
+    Args:
+        sorted_TE: probabilities in descending order.
+        limit: the threshold in units; see :func:`threshold_in_units`.
+        most: the most experts of a token, K.
+
+    Returns:
+        [T, K] bool.
     """
-    (probs,) = probs_TE.tolist()
-    limit = int(threshold_in_units(threshold, probs_TE))
-    if any(prob != prob for prob in probs):
-        probs, limit = [0.0] * len(probs), -1
-    order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)[:most]  # stable
-    total, number = 0, 0
-    while number < most and (number == 0 or total <= limit):
-        total += int(probs[order[number]] * 2**FIXED_POINT_BITS)
-        number += 1
-    used = [True] * number + [False] * (most - number)
-    return torch.tensor([order]), torch.tensor([used])
+    used_TK = _sum_before(sorted_TE)[:, :most] <= limit
+    used_TK[:, 0] = True
+    return used_TK
 
 
 @torch.no_grad()
@@ -97,8 +81,7 @@ def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Returns:
         As :func:`choose`; every slot is used.
     """
-    quickly = _sort_quickly(probs_TE) if _may_look(probs_TE) else None
-    _, order_TE = quickly or _sort(probs_TE)
+    _, order_TE = _sort(probs_TE)
     ids_TK = order_TE[:, :num_experts]
     return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 
@@ -147,23 +130,11 @@ def most_experts(num_experts: int, max_experts: int | None) -> int:
     return min(num_experts, max_experts)
 
 
-def threshold_in_units(threshold: Tensor | float, probs_TE: Tensor) -> Tensor | int:
+def threshold_in_units(threshold: Tensor | float, probs_TE: Tensor) -> Tensor:
     """Return the threshold in units of 2**-60, int64; negative for NaN, so every sum exceeds it."""
-    is_number = isinstance(threshold, float) and probs_TE.dtype == torch.float32
-    if is_number and not torch.compiler.is_compiling():
-        return _number_in_units(threshold)
     threshold = torch.as_tensor(threshold, dtype=probs_TE.dtype, device=probs_TE.device)
     units = _in_units(threshold.nan_to_num(nan=-1).clamp(min=-1, max=1))
     return torch.where(threshold >= 1, NEVER_EXCEEDED, units)
-
-
-@lru_cache(maxsize=1024)
-def _number_in_units(threshold: float) -> int:
-    """The same without a tensor's launches, which one token feels: a number rounded to float32."""
-    if threshold != threshold:
-        return -(2**FIXED_POINT_BITS)
-    (rounded,) = struct.unpack("f", struct.pack("f", min(max(threshold, -1.0), 1.0)))
-    return NEVER_EXCEEDED if rounded == 1 else int(rounded * 2**FIXED_POINT_BITS)
 
 
 def _sort(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,27 +142,10 @@ def _sort(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
     return probs_TE.sort(dim=-1, descending=True, stable=True)
 
 
-def _sort_quickly(probs_TE: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same in about a third of the time on a CPU; None if a token has a tie, or NaN."""
-    sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True)
-    falls = (sorted_TE[:, 1:] < sorted_TE[:, :-1]).all()
-    return (sorted_TE, order_TE) if falls else None
-
-
 def _sum_before(sorted_TE: Tensor) -> Tensor:
     """The sum of the probabilities before each place, in units of 2**-60, [T, E] int64."""
     units_TE = _in_units(sorted_TE)
     return units_TE.cumsum(dim=-1) - units_TE
-
-
-def _may_look(values: Tensor) -> bool:
-    """Whether values may decide what is computed.
-
-    A GPU would wait, a graph cannot branch, a fake tensor, which is on the CPU by its own word, has
-    none, and a training on a CPU stands in for one on a GPU.
-    """
-    is_real = type(values) is Tensor and values.device.type == "cpu"
-    return is_real and not values.requires_grad and not torch.compiler.is_compiling()
 
 
 def _in_units(values: Tensor) -> Tensor:

@@ -201,6 +201,12 @@ OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "max_experts_per_token": ({"max_experts_per_token": 3},),
     "inference_max_experts_per_token": ({"inference_max_experts_per_token": 3},),
     "inference_threshold": ({"inference_threshold": 0.2},),
+    "inference_experts_per_token": (
+        {
+            "inference_experts_per_token": 2,
+            "budget_curve": [{"experts_per_token": 2, "threshold": 0.2, "loss": None}],
+        },
+    ),
     "rope_theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},),
     "partial_rotary_factor": (
         {

@@ -292,8 +292,11 @@ def test_a_curve_that_makes_no_sense_is_refused(curve, said, tmp_path):
 
 def test_a_config_with_a_budget_that_its_curve_lacks_is_refused():
     for settings, said in (
-        ({"inference_experts_per_token": 2}, NO_CURVE),
-        ({"inference_experts_per_token": 5, "budget_curve": CURVE}, "goes from 1 to 4"),
+        ({"inference_experts_per_token": 2}, f"inference_{NO_CURVE}"),
+        (
+            {"inference_experts_per_token": 5, "budget_curve": CURVE},
+            "inference_experts_per_token is 5, and .* goes from 1 to 4",
+        ),
         (
             {"routing": "top_k", "num_experts_per_tok": 2, "budget_curve": CURVE},
             "budget_curve is .*'top_k' does not have",

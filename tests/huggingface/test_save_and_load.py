@@ -27,6 +27,7 @@ SHIPPED = (
     "huggingface/configuration_dynmoe.py",
     "huggingface/masking_dynmoe.py",
     "huggingface/modeling_dynmoe.py",
+    "kernels/choose_cpu.py",
     "layers/moe.py",
     "routing/losses.py",
     "routing/normalize.py",

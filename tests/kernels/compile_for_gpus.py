@@ -1,13 +1,18 @@
-"""Compile every kernel to machine code of Ampere and Hopper, which needs no GPU.
+"""Compile every kernel to machine code of Ampere, Hopper and Blackwell, which needs no GPU.
 
-    python -m tests.kernels.compile_for_gpus          # every variant, 3 minutes
+    python -m tests.kernels.compile_for_gpus          # every variant, 5 minutes
     python -m tests.kernels.compile_for_gpus quick    # one of each, as make test does
 
-What Triton's interpreter runs need not compile: it knows no types, shapes or shared memory.
+What Triton's interpreter runs need not compile: it knows no types, shapes or shared memory. Nor may
+a kernel have more values than registers, which it would keep in slow memory ("spill").
 """
 
+import contextlib
+import io
 import os
+import re
 import sys
+import tempfile
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -18,7 +23,7 @@ from triton.compiler import ASTSource
 from megatron_dynmoe.kernels import grouped_gemm, permute, rope, routing_triton
 
 # Compute capability to the shared memory of a block, in bytes.
-TARGETS = {80: 163 * 1024, 90: 227 * 1024}
+TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TILES = {"TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_INNER": 32}
 
 
@@ -55,7 +60,12 @@ def cases():
                 settings |= {"theta_ptr": None, "valid_ptr": None}
             types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
-            yield routing_triton._forward, types, settings | {"TOP": top}, 4
+            yield (
+                routing_triton._forward,
+                types,
+                settings | {"TOP": top},
+                routing_triton.WARPS_TO_SORT,
+            )
             yield routing_triton._backward, types, settings, 4
         parts = {"assignments_ptr": "i32", "not_finite_ptr": "i32"}
         parts |= {"assignments_out": "i64", "not_finite_out": "i64"}
@@ -63,6 +73,8 @@ def cases():
 
 
 def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
+    """The compiled kernel, and what the assembler (``ptxas -v``) says of it."""
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -73,22 +85,33 @@ def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, cap
     signature = {name: type_of(name) for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    return compiled, said.getvalue()
 
 
 def main() -> None:
     seen: set[str] = set()
+    triton.knobs.nvidia.dump_ptxas_log = True
     for kernel, types, constants, warps in cases():
         if "quick" in sys.argv and (kernel.__name__ in seen or constants.get("WIDTH") == 2):
             continue
         seen.add(kernel.__name__)
         for capability, limit in TARGETS.items():
-            compiled = compile_case(kernel, types, constants, warps, capability)
-            used = compiled.metadata.shared
-            print(f"{kernel.__name__} {constants} sm_{capability}: {used} bytes of shared memory")
+            compiled, said = compile_case(kernel, types, constants, warps, capability)
+            used, registers = compiled.metadata.shared, re.search(r"Used (\d+) registers", said)[1]
+            spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+            print(
+                f"{kernel.__name__} {constants} sm_{capability}: {used} bytes of shared memory, "
+                f"{registers} registers, {spilled} bytes spilled"
+            )
             if used > limit:
                 raise SystemExit(f"more than the {limit} bytes that a block can have")
+            if spilled:
+                raise SystemExit("more values than registers: use smaller tiles or more warps")
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:  # what is compiled already says nothing
+        os.environ["TRITON_CACHE_DIR"] = folder
+        main()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.triton
-def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
+def test_every_kernel_compiles_for_ampere_hopper_and_blackwell_and_spills_nothing(tmp_path):
     # In a process of its own, because here Triton interprets; with no old results.
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_for_gpus", "quick"],

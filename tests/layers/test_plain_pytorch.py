@@ -124,6 +124,7 @@ def test_all_routers_of_a_model_share_the_threshold_and_it_is_saved_with_them(tm
         (lambda: Router(8, 4, max_experts_per_token=5), "max_experts_per_token is 5: use 1 to 4"),
         (lambda: Router(8, 4, normalization="rms"), "normalization is 'rms'"),
         (lambda: Controller(layer(), target=9), "^target is 9.*use 1 to 8"),
+        (lambda: Controller(layer(), target="uniform(1,4)"), "draw targets: give a number, or a"),
         (
             lambda: Controller(layer(), target=2, min_threshold=0.8, max_threshold=0.2),
             "min_threshold is 0.8.*max_threshold",

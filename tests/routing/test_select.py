@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dynmoe.routing.select import choose, select, weigh
+from megatron_dynmoe.routing.select import select, weigh
 from tests.oracles import routing as oracle
 
 NUM_EXPERTS = (1, 2, 3, 8, 16, 64, 128, 512)
@@ -59,7 +59,7 @@ def test_float32_cumsum_agrees_away_from_the_threshold(num_experts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sum_that_only_reaches_the_threshold_does_not_stop(dtype):
     row = [0.125, 0.5, 0.0625, 0.25, 0.0625]
-    probs = torch.tensor([row, row], dtype=dtype)  # of one token other lines choose
+    probs = torch.tensor([row, row], dtype=dtype)
     for threshold, experts in [
         (0.499, {1}),
         (0.5, {1, 3}),
@@ -233,17 +233,3 @@ def test_a_cap_below_one_is_refused(cap):
 def test_probabilities_of_half_precision_are_refused(dtype):
     with pytest.raises(ValueError, match="use float32 or float64"):
         select(torch.tensor([[0.7, 0.3]], dtype=dtype), 0.5)
-
-
-@pytest.mark.parametrize("cap", [None, 1, 3])
-@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.7, 0.99999999, 1.0, float("nan")])
-def test_one_token_is_chosen_as_among_many(threshold: float, cap: int | None) -> None:
-    """Alone on the host, in plain numbers; with ties, boundaries and NaN."""
-    eighths = torch.randint(1, 4, (40, 8)) / 8.0
-    probs_TE = torch.cat((torch.randn(40, 8).softmax(-1), eighths, torch.eye(8)))
-    probs_TE[3, 2] = probs_TE[50] = torch.nan
-    order_TK, used_TK = choose(probs_TE, threshold, cap)
-    for token in range(len(probs_TE)):
-        order, used = choose(probs_TE[token : token + 1], threshold, cap)
-        assert torch.equal(order[0], order_TK[token]) and torch.equal(used[0], used_TK[token])
-        assert (order.dtype, used.dtype) == (order_TK.dtype, used_TK.dtype)

@@ -37,7 +37,9 @@ PROMPTS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported folder with its settings of generation and a real tokenizer."""
     given, folder = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("serve") / "model"
-    export_tiny(given, make_tokenizer(given), threshold=0.6, max_position_embeddings=128)
+    curve = [{"experts_per_token": 1, "threshold": 0}, {"experts_per_token": 4, "threshold": 0.8}]
+    settings = {"threshold": 0.6, "max_position_embeddings": 128, "budget_curve": curve}
+    export_tiny(given, make_tokenizer(given), **settings)
     to_hf(given, Target(folder))
     return folder
 
@@ -88,19 +90,20 @@ def post(url: str, path: str, **fields: Any) -> dict[str, Any]:
         return json.load(response)
 
 
-def test_completions_are_those_of_generate(folder: Path, url: str) -> None:
+def test_completions_are_those_of_generate(
+    folder: Path, url: str, request: pytest.FixtureRequest
+) -> None:
     """One by one, and all at once: requests that wait for each other lose or mix nothing."""
     tokenizer, model = load_tokenizer(folder), load_model(folder, load_config(folder))
 
-    def ask(prompt: str) -> dict[str, Any]:
-        return post(
-            url, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=12, temperature=0
-        )
+    def ask(prompt: str, **more: Any) -> dict[str, Any]:
+        fields = {"model": str(folder), "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        return post(url, "/v1/completions", **fields, **more)
 
-    def check(prompt: str, answer: dict[str, Any]) -> None:
+    def check(prompt: str, answer: dict[str, Any], **budget: Any) -> None:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         assert ids[0].tolist() == encode_prompt(tokenizer, prompt)  # what dynmoe generate reads
-        how = {"do_sample": False, "max_new_tokens": 12}
+        how = {"do_sample": False, "max_new_tokens": 12, **budget}
         expected = model.generate(ids, **how)[0, ids.shape[1] :]
         (choice,) = answer["choices"]
         assert choice["text"] == tokenizer.decode(expected, skip_special_tokens=True)
@@ -112,3 +115,7 @@ def test_completions_are_those_of_generate(folder: Path, url: str) -> None:
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         for prompt, answer in zip(PROMPTS, pool.map(ask, PROMPTS), strict=True):
             check(prompt, answer)
+    if "batching" not in request.node.name:  # which reads no settings of a single request
+        for budget in ({"experts_per_token": 1}, {"experts_per_token": 3.5}):
+            answer = ask(PROMPTS[0], generation_config=json.dumps(budget))
+            check(PROMPTS[0], answer, **budget)

@@ -27,7 +27,7 @@ from megatron_dynmoe.analysis.counting.counts import (
 )
 from megatron_dynmoe.analysis.counting.tokens import Letters, whole_words
 from megatron_dynmoe.analysis.counting.windows import Window, in_blocks
-from megatron_dynmoe.routing.select import choose, choose_top_k
+from megatron_dynmoe.kernels.choose_cpu import choose, choose_top_k
 
 BLOCK_TOKENS = 4096
 # How many logits exist at a time. They are by far the largest tensor: 16 MiB in float32.
