@@ -20,7 +20,8 @@ def cases_of(tests: Iterable[pytest.Item]) -> set[str]:
     """Names of the cases among the tests' parameters, and among the globals that they name.
 
     Also among those that their fixtures and the functions that they call name, if these are tests'
-    code. Of a dictionary in which a parameter is a key, only that value counts.
+    code. Of a dictionary in which a parameter is a key, only that value counts; so what a test asks
+    of a dictionary by a constant had better have a name of its own.
     """
     return {case.name for test in tests if isinstance(test, pytest.Function) for case in _of(test)}
 

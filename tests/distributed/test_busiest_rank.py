@@ -42,6 +42,7 @@ CASES = {
         [(0, 1)],
     ),
 }  # fmt: skip
+EP4 = CASES["ep4"]
 ONE_RANK = add(Case("busiest_one_rank", 1, HELD))
 PLAIN = add(Case("busiest_plain", 1, HELD.replace("busiest_rank", "experts")))
 ALLGATHER = add(
@@ -103,7 +104,7 @@ def test_with_one_rank_it_is_the_mean(results: Results) -> None:
 
 
 def test_the_console_says_how_long_a_step_waits(results: Results) -> None:
-    case, groups = CASES["ep4"]
+    case, groups = EP4
     result = results[case]
     said = re.findall(r"busiest rank / mean: ([\d.]+) \| waiting for it: ([\d.]+)%", result.log())
     ratios = [busiest / total for busiest, total in rows_by_hand(result, groups)]

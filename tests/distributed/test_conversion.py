@@ -106,6 +106,9 @@ TRIPS = {
 }
 
 
+OF_FOUR_RANKS = TRIPS["dynmoe, pp2ep2"]
+
+
 def evaluate(origin: Case, flags: str) -> Case:
     """Megatron's own evaluation on real text, which writes down what it computed."""
     flags = (
@@ -199,7 +202,7 @@ def test_round_trips_are_exact(results: Results, trip: str) -> None:
 
 def test_the_export_holds_what_training_held(results: Results) -> None:
     """Names, by hand: not by the tables that the converter goes by."""
-    trained, exported, *_ = (results[case] for case in TRIPS["dynmoe, pp2ep2"])
+    trained, exported, *_ = (results[case] for case in OF_FOUR_RANKS)
     before = megatron_weights(trained.directory / trained.case.name)
     after = weights(trained.directory / exported.case.name)
     assert len(after) == 3 + 4 * 10

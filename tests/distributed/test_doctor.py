@@ -50,6 +50,7 @@ FRESH = {
     ),
     "rank files, tp2": fresh("tp2_torch", "tp2", f"{ODD} {RANK_FILES}"),
 }
+RANK_FILES_OF_FOUR = FRESH["rank files, pp2ep2"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(results: Results, tmp_path: Path, name: str) -> None:
     plant, check, words = FAULTS[name]
-    result = results[FRESH["rank files, pp2ep2"]]
+    result = results[RANK_FILES_OF_FOUR]
     run = shutil.copytree(result.directory / result.case.name, tmp_path / "run")
     plant(run / "iter_0000001")
     failed = [one for one in look(run) if one.state == FAILED]

@@ -137,6 +137,7 @@ SAME_LAYOUT = {
     # From the optimizer's default format into the one whose tensors have no undefined padding.
     "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
 }
+EP2_RESUMED = SAME_LAYOUT["ep2"][1]
 OTHER_LAYOUT = {
     f"{origin.name} to {layout}": (
         origin,
@@ -277,7 +278,7 @@ def test_what_the_checkpoint_has_otherwise_is_refused_by_name(results: Results, 
 
 
 def test_saving_starts_no_process(results: Results) -> None:
-    assert [rank["processes"] for rank in results[SAME_LAYOUT["ep2"][1]].ranks] == [0, 0]
+    assert [rank["processes"] for rank in results[EP2_RESUMED].ranks] == [0, 0]
 
 
 def test_router_state_is_float32_in_bf16(results: Results) -> None:
