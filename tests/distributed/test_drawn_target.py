@@ -185,9 +185,8 @@ def test_the_doctor_knows_the_map(
     folder = shutil.copytree(saved, tmp_path / "run") / checkpoint_folder(saved, None).name
     assert {check.state for check in look(folder)} == {PASSED}
     edit(folder, f"decoder.layers.mlp.router.{name}", damage)
-    found = [check for check in look(folder) if check.state == FAILED]
-    assert {check.name for check in found} == {"router state"}
-    assert re.search(words, found[0].found), found
+    found = [check.found for check in look(folder) if check.state == FAILED]
+    assert any(re.search(words, text) for text in found), found
 
 
 def test_after_a_skipped_step_the_next_target_is_read_from_the_same_map(results: Results) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,12 @@ def check_map(
         scalars: the routers' state, by name and layer.
         dynmoe: the run's settings, with its seed, and a target that is drawn.
     """
-    dynmoe, law = settle(dynmoe.resolve(args.num_experts), args)
+    sizes = SimpleNamespace(
+        num_moe_experts=args.num_experts,
+        hidden_size=args.hidden_size,
+        init_method_std=args.init_method_std,
+    )
+    dynmoe, law = settle(dynmoe.resolve(args.num_experts), sizes)
     assert dynmoe.drawn_target is not None and isinstance(law, MapController)
     layers = sorted(scalars["threshold"])
     maps: dict[str, Tensor] = {}
