@@ -74,7 +74,7 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
     (_EXPERTS, "_zero_unused"): (("any []",), "whether an expert has no rows"),
     (_EXPERTS, "grouped_linear"): (("eq",), "which experts have no rows"),
     (f"{_OURS}/routing/counters.py", "pack"): (("lift_fresh []",), _CONSTANT),
-    (f"{_OURS}/routing/select.py", "choose"): (("lift_fresh []",), _CONSTANT),
+    (f"{_OURS}/routing/select.py", "used_in_order"): (("lift_fresh []",), _CONSTANT),
     (f"{_OURS}/training/signals.py", "StopSignals.signals_received"): (
         ("lift_fresh",),
         _OTHER_RANKS,
