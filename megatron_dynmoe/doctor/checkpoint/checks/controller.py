@@ -44,7 +44,9 @@ def check_router_state(
     if settings is None:
         yield Check(_NAME, PASSED, "none: stock top-k")
         return
-    dynmoe = DynMoEConfig.from_dict(settings, source="the saved arguments").seeded(args.seed)
+    dynmoe = DynMoEConfig.from_dict(settings, source="the saved arguments").seeded(
+        getattr(args, "seed", 1234)  # Megatron's default: a converted checkpoint states none
+    )
     sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
     layers = [layer for layer, has_experts in enumerate(sparse) if has_experts]
     found = [*_missing(scalars, layers)]
