@@ -19,7 +19,7 @@ from megatron_dynmoe.conversion.names import (
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Shapes
-from tests.conversion.checkpoints import DTOP_P, EXAMPLES, model_config
+from tests.conversion.checkpoints import DTOP_P, EXAMPLES, TOP_K, model_config
 
 TABLES = {name: format.rows for name, format in FORMATS.items()} | {"megatron": MEGATRON}
 # What gives a model the parameters that not all models have.
@@ -78,7 +78,8 @@ def test_ours_and_megatrons_have_every_parameter() -> None:
 def test_a_model_with_a_parameter_that_a_format_has_no_row_for_is_refused(name: str) -> None:
     for lacking in PARAMETERS.keys() - rows_by_part(TABLES[name]).keys():
         parameter = PARAMETERS[lacking]
-        config = model_config(**EXAMPLES[name] | WITH[parameter.when])
+        experts = TOP_K | {"num_experts": 4} if parameter.where == SPARSE else {}
+        config = model_config(**EXAMPLES[name] | experts | WITH[parameter.when])
         if parameter.where == DENSE:
             config["mlp_layer_types"] = ["sparse", "dense"]
         assert any(Shapes(config).blocks(rows_by_part(MEGATRON)[lacking])), lacking
