@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_dynmoe.settings.messages.command_line import CommandParser
-from tests.mutations.planted import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
+from tests.mutations.planted import MUTATIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_dynmoe"
@@ -40,12 +41,12 @@ def main() -> None:
     options = parser.parse_args()
     unknown = set(options.names) - {mutation.name for mutation in MUTATIONS}
     if unknown:
-        parser.error(f"there is no mutation {', '.join(sorted(unknown))}; see planted.py")
+        parser.error(f"there is no mutation {', '.join(sorted(unknown))}; see planted/")
     chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
 
     misfits = [m for m in chosen if not m.fits((REPOSITORY / PACKAGE / m.file).read_text())]
     for mutation in misfits:
-        print(f"{mutation.name}: its text is not exactly once in {mutation.file}: mend planted.py")
+        print(f"{mutation.name}: its text is not exactly once in {mutation.file}: mend planted/")
     chosen = [m for m in chosen if m not in misfits]
 
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:

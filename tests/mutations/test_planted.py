@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.__main__ import left_out
-from tests.mutations.planted import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
+from tests.mutations.planted import MUTATIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

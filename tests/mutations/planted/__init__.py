@@ -1,0 +1,23 @@
+"""The mistakes that are planted, each with the tests that have to catch it, by subject."""
+
+from tests.mutations.planted import (
+    attention,
+    budgets,
+    controller,
+    conversion,
+    dispatching,
+    losses,
+    routing,
+    watching,
+)
+
+MUTATIONS = [
+    *controller.MISTAKES,
+    *routing.MISTAKES,
+    *losses.MISTAKES,
+    *dispatching.MISTAKES,
+    *attention.MISTAKES,
+    *conversion.MISTAKES,
+    *budgets.MISTAKES,
+    *watching.MISTAKES,
+]

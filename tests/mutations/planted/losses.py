@@ -1,0 +1,52 @@
+"""Mistakes in the losses of the routing."""
+
+from tests.mutations.mutation import Mutation
+
+ROUTER = "tests/moe/test_router.py"
+LOSSES = "tests/routing/test_losses.py"
+GRADIENTS = "tests/routing/test_gradients.py"
+METRICS = "tests/runs/test_metrics.py"
+INVARIANCE = "tests/distributed/test_invariance.py"
+
+MISTAKES = [
+    Mutation(
+        "entropy_sign",
+        "the dynamic loss rewards indecision",
+        "kernels/routing_cpu.py",
+        "entropy -= torch.dot(",
+        "entropy += torch.dot(",
+        (f"{GRADIENTS}::test_one_step_equals_its_parts_and_passes_gradcheck",),
+    ),
+    Mutation(
+        "balance_loss_divided_by_k",
+        "the balance loss is divided by the mean number of experts, as upstream's is",
+        "routing/losses.py",
+        "loss_B = fractions_BE.shape[-1] *",
+        "loss_B = fractions_BE.shape[-1] / fractions_BE.sum(dim=-1).clamp(min=1e-9) *",
+        (f"{LOSSES}::test_a_balanced_router_of_k_experts_has_a_balance_loss_of_k",),
+    ),
+    Mutation(
+        "sequences_summed",
+        "the balance losses of a micro-batch's sequences are summed, not averaged",
+        "routing/losses.py",
+        "return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)",
+        "return loss_B.sum()",
+        (f"{ROUTER}::test_the_sequence_loss_does_not_depend_on_the_micro_batch",),
+    ),
+    Mutation(
+        "micro_batches_summed",
+        "the reported balance loss grows with the number of micro-batches",
+        "runs/metrics.py",
+        "(pooled.balance_loss / pooled.micro_batches)",
+        "pooled.balance_loss",
+        (f"{METRICS}::test_summary_equals_numpy",),
+    ),
+    Mutation(
+        "global_fractions_over_the_wrong_group",
+        "the balance loss of the global batch sees this rank's tokens only",
+        "moe/router.py",
+        "torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)",
+        "torch.distributed.all_reduce(counted, group=self.tp_cp_group)",
+        (f"{INVARIANCE}::test_the_balance_loss_of_the_global_batch_spans_the_ranks",),
+    ),
+]
