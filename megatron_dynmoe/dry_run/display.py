@@ -12,6 +12,7 @@ NOT_SEEN = (
     "Not seen: the values of tensors, NCCL and the network, time, the memory that CUDA, NCCL and "
     "fragmentation take."
 )
+_SHOWN = 0.005  # of a phase's peak
 _SIZES = {
     "measured": "rows are counted anew in every layer and pass",
     "target": "the room for rows changes from step to step",
@@ -68,6 +69,8 @@ def _memory(run: DryRun) -> Iterator[str]:
     yield _row(PHASES, f"memory, {unit}")
     yield row(result.peak_bytes, "at the peak, of which hold most:")
     for holder in result.holders:
+        if not any(size >= _SHOWN * result.peak_bytes[p] for p, size in holder.num_bytes.items()):
+            continue
         yield row(holder.num_bytes, "  " + _place(holder.line, holder.caller))
     yield row(dict.fromkeys(PHASES, result.state_bytes), "what stays between steps")
     if run.formula is None:

@@ -54,7 +54,7 @@ def choose(
     is_nan_T1 = probs_TE.isnan().any(dim=-1, keepdim=True)
     sorted_TE, order_TE = _sort(probs_TE.masked_fill(is_nan_T1, 0))
     used_TK = used_in_order(sorted_TE, threshold_in_units(threshold, probs_TE), most)
-    used_TK[:, 1:] &= ~is_nan_T1
+    used_TK[:, 1:].logical_and_(~is_nan_T1)
     return order_TE[:, :most], used_TK
 
 
