@@ -347,9 +347,9 @@ def _nan(folder: Path, tokenizer: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _llama(folder: Path, tokenizer: Path) -> None:
+def _gpt2(folder: Path, tokenizer: Path) -> None:
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
 
 def _no_model(folder: Path, tokenizer: Path) -> None:
@@ -367,7 +367,7 @@ def _nothing(folder: Path, tokenizer: Path) -> None:
         (_small_vocabulary, 1, "another model's tokenizer"),
         (_without_tokenizer, 1, "--tokenizer"),
         (_nan, 1, "router of layer 1 gives NaN"),
-        (_llama, 1, "model_type is 'llama' and architectures None: the formats that"),
+        (_gpt2, 1, "model_type is 'gpt2' and architectures None: the formats that"),
         (_nothing, 2, "there is no such folder"),
         (_no_model, 2, "neither an exported model (config.json) nor the checkpoints"),
     ],

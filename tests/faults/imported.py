@@ -19,4 +19,4 @@ import torch.utils.tensorboard  # noqa: E402, F401
 
 from tests.distributed.worker import warm_up  # noqa: E402
 
-warm_up()
+warm_up([])

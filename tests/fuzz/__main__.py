@@ -57,7 +57,7 @@ def main() -> int:
         os.environ.pop(name, None)
     from tests.distributed.worker import warm_up
 
-    warm_up()
+    warm_up([])
     with tempfile.TemporaryDirectory() as directory:
         if args.again:
             print(attempt(parse(args.again), Path(directory)), flush=True)

@@ -1,9 +1,11 @@
 """A plan refuses what the training refuses at its start, in the same words."""
 
+import inspect
 import shlex
 import sys
 
 import pytest
+from megatron.training import arguments
 
 from megatron_dynmoe.cli.plan import main
 from megatron_dynmoe.jobs.recipes import command_words, recipe_names
@@ -141,6 +143,8 @@ FLEX = "--moe-token-dispatcher-type flex"
 )  # fmt: skip
 def test_the_gpu_is_the_planned_one_and_the_packages_are_its_own(flags, gpu, says, monkeypatch):
     monkeypatch.delenv("DYNMOE_KERNELS", raising=False)
+    # A test before may have installed the CPU layer, which replaces settings of GPUs.
+    monkeypatch.setattr(arguments, "validate_args", inspect.unwrap(arguments.validate_args))
     words = command_words("dtop_p_16e", flags.split())
     if says is None:
         check_start(words, 128, GPUS[gpu])

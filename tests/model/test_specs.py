@@ -98,6 +98,7 @@ def test_a_spec_is_made_of_settled_settings_and_changes_nothing():
         == {
             "dynmoe": settled.dynmoe,
             "rule": settled.rule,
+            "initial_map": None,
         }
     )
     assert settled.dynmoe.threshold == 0.4 and settled.controller is None

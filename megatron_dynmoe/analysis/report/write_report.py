@@ -242,5 +242,5 @@ def _number(count: int, what: str) -> str:
 
 
 def _difference(new: dict[str, Any], old: dict[str, Any]) -> str:
-    name = next(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
+    name = next(key for key in {**new, **old} if new.get(key) != old.get(key))
     return f"{name} {new.get(name)!r} here and {old.get(name)!r}"
