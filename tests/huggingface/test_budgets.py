@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -159,23 +158,6 @@ def test_gradients_with_recomputation():
     torch.testing.assert_close(again, plain)
     for one, other in zip(by_recomputing, by_plain, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_one_compiled_graph_serves_all_budgets_in_a_tensor():
-    """Also those beyond an end, which it cannot see: they are at the end."""
-    model, ids = budget_model(num_hidden_layers=1), tokens(2, 7)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    # Not torch.compile, in whose place the CPU layer may stand.
-    compiled = torch._dynamo.optimize(counter, nopython=True)(model)
-    with torch.no_grad():
-        for budgets, seen in (([1, 4], [1, 4]), ([2.5, 1.7], [2.5, 1.7]), ([0.5, 9], [1, 4])):
-            given = torch.tensor(budgets, dtype=torch.float64)
-            found = compiled(ids, experts_per_token=given, use_cache=False)
-            expected = model(ids, experts_per_token=seen, use_cache=False)
-            torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-            assert torch.equal(found.experts_per_token, expected.experts_per_token)
-    assert counter.frame_count == 1
 
 
 def test_continuous_batching_has_one_budget_for_all():

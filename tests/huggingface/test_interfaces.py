@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.flash_attention as flash
 import transformers.integrations.sonicmoe as sonicmoe
-from transformers import AttentionInterface, CompileConfig, GenerationConfig, StaticCache
+from transformers import AttentionInterface, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -325,7 +325,7 @@ def test_a_mask_that_cannot_be_honored_is_refused(mask, said):
         tiny_model()(tokens(1, 4), attention_mask=mask)
 
 
-# Caches, compiled forwards, continuous batching
+# Caches, continuous batching
 
 
 def test_a_static_cache_gives_what_a_growing_one_gives():
@@ -346,40 +346,6 @@ def test_a_static_cache_gives_what_a_growing_one_gives():
     torch.testing.assert_close(found.logits, expected.logits[:, 9:], **CLOSE)
     assert torch.equal(found.experts_per_token, expected.experts_per_token[:, :, 9:])
     assert last.logits.isfinite().all()
-
-
-def compiled(model):
-    """Of one graph; without the slow part, the compilation of what dynamo has traced."""
-    torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, backend="eager")
-
-
-def test_the_model_compiles_to_one_graph():
-    model, ids = tiny_model(num_hidden_layers=1, **ROUTINGS["dtop_p"]), tokens(2, 12)
-    _, mask = left_padded([tokens(1, 5)[0], tokens(1, 12)[0]])
-    with torch.no_grad():
-        for given in ({}, {"attention_mask": mask}, {"position_ids": PACKED, "use_cache": False}):
-            found, expected = compiled(model)(ids, **given), model(ids, **given)
-            valid = given.get("attention_mask", torch.ones_like(ids)).bool()
-            torch.testing.assert_close(found.logits[valid], expected.logits[valid], **CLOSE)
-            assert torch.equal(found.experts_per_token, expected.experts_per_token)
-    loss = compiled(model.train())(ids, labels=ids).loss
-    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
-    loss.backward()
-
-
-def test_compiled_generation_with_a_static_cache_and_budgets():
-    curve = [{"experts_per_token": k, "threshold": k / 5} for k in (1, 4)]
-    model = tiny_model(num_hidden_layers=1, threshold=0.5, budget_curve=curve)
-    ids, mask = left_padded([tokens(1, 4)[0], tokens(1, 9)[0]])
-    torch._dynamo.reset()
-    how = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    how._compile_all_devices = True
-    given = {"attention_mask": mask, "experts_per_token": [1.5, 4], **GREEDY}
-    expected = model.generate(ids, **given)
-    found = model.generate(ids, cache_implementation="static", compile_config=how, **given)
-    assert torch.equal(found, expected)
-    assert hasattr(model, "_compiled_call")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
