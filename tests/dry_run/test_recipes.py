@@ -67,8 +67,9 @@ def test_what_users_add(name):
     assert run.result.mistakes == []
     if name not in ("DeepEP", "recomputed"):  # upstream's code for the former waits more often
         assert waits_of_a_layer(run) == (0 if name in ("worst case", "target") else 1)
-    # Flash attention computes the scores again in its backward pass, and the formula does not.
-    most = 4 / 3 if name == "recomputed" else 3.5 / 3
+    # What the formula does not know: flash attention computes the scores again in its backward
+    # pass, recomputation everything once more, and room for twice the rows is computed with, too.
+    most = {"recomputed": 4.5 / 3, "worst case": 2}.get(name, 3.5 / 3)
     assert 0.9 < flops_over_planned(run) < most + 0.05
     if name == "latent attention":
         assert run.formula is None and "--multi-latent-attention" in run.formula_note
