@@ -54,6 +54,13 @@ _NEEDED_OF_FOLDERS = (
     Needed("attention_bias", False, "biases in attention, the output's too", "use another model"),
     Needed("mlp_bias", False, "biases in the MLPs", "use another model"),
 )
+# What most layouts of others cannot express.
+NO_BIASES = Needed("attention_bias", False, "biases in attention")
+NO_HEAD_NORMS = Needed("qk_norm", False, "norms of queries and keys")
+NO_SHARED_EXPERTS = Needed("shared_expert_intermediate_size", None, "shared experts")
+WHOLE_HEADS_TURN = Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head")
+UNSCALED_POSITIONS = Needed("rope_type", "default", "scaled rotary positions")
+TOP_K = Needed("routing", "top_k", "a varying number of experts per token")
 GROUPED_WORDS = {
     *("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "rope_theta"),
 }
@@ -64,6 +71,18 @@ USUAL_WORDS = {
     *("rms_norm_eps", "attention_dropout", "tie_word_embeddings", *CARRIED),
     *(needed.name for needed in _NEEDED_OF_FOLDERS),
 }
+
+
+def how_to_load(model: str) -> str:
+    """How Transformers loads a folder of a model that it has, for the model card."""
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native {model}
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 def usual_words(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -7,11 +7,16 @@ from typing import Any
 from megatron_dynmoe.conversion.formats.common import (
     DENSE_ROWS,
     GROUPED_WORDS,
+    NO_BIASES,
+    NO_HEAD_NORMS,
+    UNSCALED_POSITIONS,
     USUAL_NORMS,
     USUAL_ROWS,
     USUAL_WORDS,
+    WHOLE_HEADS_TURN,
     dense_config,
     grouped_config,
+    how_to_load,
     usual_config,
     usual_words,
 )
@@ -21,9 +26,9 @@ from megatron_dynmoe.conversion.model_settings import Needed
 # What the layouts of dense models cannot express.
 DENSE_ONLY = (
     Needed("num_experts", 0, "experts"),
-    Needed("attention_bias", False, "biases in attention"),
-    Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
-    Needed("rope_type", "default", "scaled rotary positions"),
+    NO_BIASES,
+    WHOLE_HEADS_TURN,
+    UNSCALED_POSITIONS,
 )
 
 
@@ -65,15 +70,8 @@ FORMAT = Format(
     write=_write,
     read=_read,
     words=lambda: USUAL_WORDS | GROUPED_WORDS,
-    needed=(*DENSE_ONLY, Needed("qk_norm", False, "norms of queries and keys")),
-    how_to_load="""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native Llama
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-""",
+    needed=(*DENSE_ONLY, NO_HEAD_NORMS),
+    how_to_load=how_to_load("Llama"),
     column={
         "what it is": "`LlamaForCausalLM`",
         "runs in": "Transformers and any engine that knows Llama",

@@ -6,14 +6,21 @@ from typing import Any
 
 from megatron_dynmoe.conversion.formats.common import (
     GROUPED_WORDS,
+    NO_BIASES,
+    NO_HEAD_NORMS,
+    NO_SHARED_EXPERTS,
+    TOP_K,
+    UNSCALED_POSITIONS,
     USUAL_NORMS,
     USUAL_ROWS,
     USUAL_WORDS,
+    WHOLE_HEADS_TURN,
     aux_loss_coef,
     balance_loss,
     dtype_name,
     grouped_config,
     has_experts_everywhere,
+    how_to_load,
     usual_config,
     usual_words,
 )
@@ -71,25 +78,18 @@ FORMAT = Format(
     read=_read,
     words=lambda: _WORDS,
     needed=(
-        Needed("routing", "top_k", "a varying number of experts per token"),
+        TOP_K,
         Needed("weights", "renormalized", "raw weights (--moe-router-pre-softmax)"),
-        Needed("attention_bias", False, "biases in attention"),
-        Needed("qk_norm", False, "norms of queries and keys"),
-        Needed("shared_expert_intermediate_size", None, "shared experts"),
-        Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
-        Needed("rope_type", "default", "scaled rotary positions"),
+        NO_BIASES,
+        NO_HEAD_NORMS,
+        NO_SHARED_EXPERTS,
+        WHOLE_HEADS_TURN,
+        UNSCALED_POSITIONS,
     ),
     limits=(Limit("mlp_layer_types", has_experts_everywhere, "experts in every layer"),),
     counts=("num_local_experts",),
     numbers=("router_aux_loss_coef",),
-    how_to_load="""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native Mixtral
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-""",
+    how_to_load=how_to_load("Mixtral"),
     column={
         "what it is": "`MixtralForCausalLM`",
         "runs in": "Transformers and any engine that knows Mixtral",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_dynmoe.conversion.formats import llama
-from megatron_dynmoe.conversion.formats.common import HEAD_NORMS, dense_config
+from megatron_dynmoe.conversion.formats.common import HEAD_NORMS, dense_config, how_to_load
 from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.formats.qwen3_moe import QWEN3_WORDS, qwen3_config
 from megatron_dynmoe.conversion.model_settings import Needed
@@ -36,7 +36,7 @@ FORMAT = Format(
     needed=(*llama.DENSE_ONLY, Needed("qk_norm", True, "no norms of queries and keys")),
     counts=("sliding_window",),
     flags=("use_sliding_window",),
-    how_to_load=llama.FORMAT.how_to_load.replace("Llama", "Qwen3"),
+    how_to_load=how_to_load("Qwen3"),
     column={
         **llama.FORMAT.column,
         "what it is": "`Qwen3ForCausalLM`",

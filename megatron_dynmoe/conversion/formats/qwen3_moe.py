@@ -9,14 +9,20 @@ from megatron_dynmoe.conversion.formats.common import (
     GROUPED_WORDS,
     HEAD_NORMS,
     MLP,
+    NO_BIASES,
+    NO_SHARED_EXPERTS,
+    TOP_K,
+    UNSCALED_POSITIONS,
     USUAL_NORMS,
     USUAL_ROWS,
     USUAL_WORDS,
+    WHOLE_HEADS_TURN,
     aux_loss_coef,
     balance_loss,
     dtype_name,
     grouped_config,
     has_experts,
+    how_to_load,
     num_sparse,
     required,
     usual_config,
@@ -128,25 +134,18 @@ FORMAT = Format(
     read=_read,
     words=lambda: _WORDS,
     needed=(
-        Needed("routing", "top_k", "a varying number of experts per token"),
-        Needed("attention_bias", False, "biases in attention"),
+        TOP_K,
+        NO_BIASES,
         Needed("qk_norm", True, "no norms of queries and keys"),
-        Needed("shared_expert_intermediate_size", None, "shared experts"),
-        Needed("partial_rotary_factor", 1.0, "rotary positions in a part of a head"),
-        Needed("rope_type", "default", "scaled rotary positions"),
+        NO_SHARED_EXPERTS,
+        WHOLE_HEADS_TURN,
+        UNSCALED_POSITIONS,
     ),
     limits=(Limit("num_experts", has_experts, "experts in at least one layer"),),
     counts=("num_local_experts", "decoder_sparse_step", "sliding_window"),
     numbers=("router_aux_loss_coef",),
     flags=("norm_topk_prob", "use_sliding_window"),
-    how_to_load="""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # a native Qwen3-MoE
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-""",
+    how_to_load=how_to_load("Qwen3-MoE"),
     column={
         "what it is": "`Qwen3MoeForCausalLM`",
         "runs in": "Transformers and any engine that knows Qwen3-MoE",
