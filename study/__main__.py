@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fcntl
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 from study import corpus, document, fingerprint, results, runs
-from study.queue import Queue
+from study.queue import Queue, alone
 from study.variants import SIZES, VARIANTS, Size
 
 
@@ -45,7 +43,7 @@ def _study(args: argparse.Namespace) -> int:
     if args.tokens_scale is not None:
         size = size.scaled(args.tokens_scale)
     recorded = size.recorded and args.text is None
-    folder = args.runs or document.ROOT / "runs" / ("study-quick" if args.quick else "study")
+    folder = args.runs or runs.default_folder(args.quick)
     files = corpus.files_of(args.text)
     if size.name == "gpu" and args.text is None and not args.list:
         raise ValueError(
@@ -67,7 +65,7 @@ def _study(args: argparse.Namespace) -> int:
         return 0
 
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         # 1. Text
         print(f"text: {text.folder}", flush=True)
         corpus.prepare(text, files, size.vocab_size, size.sequence_length)
@@ -132,22 +130,6 @@ def _list(planned: Sequence[runs.Run], size: Size) -> None:
         print(f"{run.name:<{width}}  {state:<18}  {run.variant.title}")
     tokens = size.steps * size.tokens_per_step
     print(f"{len(planned)} runs of {tokens:,} tokens")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two studies in one folder would train the same runs."""
-    with open(folder / "lock.json", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = json.loads(lock.read() or "{}").get("process", "unknown")
-            raise ValueError(f"another study runs in {folder} (process {holder}).") from None
-        lock.truncate(0)
-        json.dump({"process": os.getpid()}, lock)
-        lock.flush()
-        yield
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 from study import corpus, document, fingerprint, runs
-from study.queue import Queue
+from study.queue import Queue, alone
 from study.variants import SEEDS, SIZES, Variant
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train what is not finished, measure it, and print the table; returns the exit code."""
     args = _parser().parse_args(argv)
     size = SIZES["quick" if args.quick else "cpu"]
-    folder = args.runs or document.ROOT / "runs" / ("study-quick" if args.quick else "study")
+    folder = args.runs or runs.default_folder(args.quick)
     files = corpus.files_of(None)
     text = corpus.corpus_of(files, size.vocab_size, folder)
     planned = runs.plan(
@@ -73,14 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.name:<16} {done:<16} {run.variant.title}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    corpus.prepare(text, files, size.vocab_size, size.sequence_length)
-    queue = Queue([run for run in planned if run.name not in rows], text, size, args.jobs)
-    queue.train()
-    for run in planned:
-        if run.is_finished and run.name not in rows:
-            rows[run.name] = {"commit": run.commit, "points": _points(run, text)}
-            kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
-            replace_file(results, lambda partial, kept=kept: partial.write_text(kept))
+    with alone(folder):
+        corpus.prepare(text, files, size.vocab_size, size.sequence_length)
+        queue = Queue([run for run in planned if run.name not in rows], text, size, args.jobs)
+        queue.train()
+        for run in planned:
+            if run.is_finished and run.name not in rows:
+                rows[run.name] = {"commit": run.commit, "points": _points(run, text)}
+                kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
+                replace_file(results, lambda partial, kept=kept: partial.write_text(kept))
     print("\n".join(table(rows)))
     for failure in queue.failures:
         print(f"failed: {failure}", file=sys.stderr)

@@ -1,8 +1,13 @@
-"""Trains the runs that are not finished, several at a time, and saves them if it is stopped."""
+"""Trains the runs that are not finished, several at a time, and saves them if it is stopped.
+
+One study at a time works in a folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -142,3 +147,19 @@ def _reason(run: Run, code: int) -> str:
     path: Path = run.folder / ERRORS
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return f"exit code {code}: {lines[-1] if lines else 'no message'} ({path})"
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two studies in one folder would train the same runs."""
+    with open(folder / "lock.json", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = json.loads(lock.read() or "{}").get("process", "unknown")
+            raise ValueError(f"another study runs in {folder} (process {holder}).") from None
+        lock.truncate(0)
+        json.dump({"process": os.getpid()}, lock)
+        lock.flush()
+        yield

@@ -80,6 +80,11 @@ class Run:
         return float(seconds / steps) if steps else None
 
 
+def default_folder(quick: bool) -> Path:
+    """The folder of the runs, unless the command line names one."""
+    return fingerprint.ROOT / "runs" / ("study-quick" if quick else "study")
+
+
 def plan(
     size: Size,
     corpus: Corpus,

@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
-from study import corpus, document, fingerprint, results, runs
+from study import budgets, corpus, document, fingerprint, results, runs
 from study.claims import CLAIMS, FAILS, HOLDS, UNCLEAR, judge
+from study.queue import alone
 from study.results import Results
 from study.variants import NUM_EXPERTS, SIZES, TARGET, VARIANTS, training_flags
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
@@ -391,3 +392,8 @@ def test_the_page_says_what_the_results_say():
 def test_numbers_are_kept_with_five_digits():
     rounded = results._rounded({"a": [1.23456789, np.float64(2e-7)], "b": (3, None)})
     assert rounded == {"a": [1.2346, 2e-7], "b": [3, None]}
+
+
+def test_two_studies_never_share_a_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(ValueError, match=f"another study runs in {tmp_path}"):
+        budgets.main(["--quick", "--runs", str(tmp_path)])
