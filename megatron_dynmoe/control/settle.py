@@ -20,6 +20,11 @@ from megatron_dynmoe.settings.distribution import TargetDistribution
 
 # The factor by which the response of the count may grow before the loop becomes unstable.
 MIN_GAIN_MARGIN = 3.0
+# At a target of 1 any small threshold is right. A knot there starts where the count begins to rise,
+# so that the thresholds between this knot and the next are right, too.
+_LEAST_START = 1.05
+
+Controller = PIController | MapController
 
 
 class ModelSizes(Protocol):
@@ -28,13 +33,6 @@ class ModelSizes(Protocol):
     num_moe_experts: int
     hidden_size: int
     init_method_std: float
-
-
-# At a target of 1 any small threshold is right. A knot there starts where the count begins to rise,
-# so that the thresholds between this knot and the next are right, too.
-_LEAST_START = 1.05
-
-Controller = PIController | MapController
 
 
 def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Controller | None]:

@@ -43,7 +43,10 @@ def points_of(found: Sequence[Calibration]) -> list[Point]:
     Raises:
         ValueError: a larger target has no larger threshold.
     """
-    points = [Point(one.target, float(one.threshold), one.measurement) for one in found]  # type: ignore[arg-type]
+    points = []
+    for each in found:
+        assert isinstance(each.threshold, float)
+        points.append(Point(each.target, each.threshold, each.measurement))
     for one, more in pairwise(points):
         if more.threshold <= one.threshold:
             raise ValueError(

@@ -221,17 +221,17 @@ def test_a_budget_that_cannot_be_honored_is_refused(budgets, said):
     assert model.config.inference_experts_per_token is None
 
 
-def test_without_a_curve_the_remedy_is_named():
-    ids, top_k = tokens(1, 4), tiny_model(routing="top_k", num_experts_per_tok=2)
-    for model in (tiny_model(), top_k):
-        for call in (
-            lambda: model(ids, experts_per_token=2),  # noqa: B023
-            lambda: model.generate(ids, experts_per_token=2, **GREEDY),  # noqa: B023
-            lambda: model.set_budget(2),  # noqa: B023
-        ):
-            with pytest.raises(ValueError, match=NO_CURVE):
-                call()
-        assert model.generate(ids, experts_per_token=None, **GREEDY).shape == (1, 10)
+@pytest.mark.parametrize("settings", [{}, {"routing": "top_k", "num_experts_per_tok": 2}], ids=str)
+def test_without_a_curve_the_remedy_is_named(settings):
+    ids, model = tokens(1, 4), tiny_model(**settings)
+    for call in (
+        lambda: model(ids, experts_per_token=2),
+        lambda: model.generate(ids, experts_per_token=2, **GREEDY),
+        lambda: model.set_budget(2),
+    ):
+        with pytest.raises(ValueError, match=NO_CURVE):
+            call()
+    assert model.generate(ids, experts_per_token=None, **GREEDY).shape == (1, 10)
 
 
 def test_guidance_is_refused():

@@ -1,6 +1,5 @@
 """Kernels compile for GPUs, also if there is none."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.triton
-def test_every_kernel_compiles_for_ampere_hopper_and_blackwell_and_spills_nothing(tmp_path):
-    # In a process of its own, because here Triton interprets; with no old results.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_gpus", "quick"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    "words", [["quick"], pytest.param([], marks=pytest.mark.long)], ids=["one of each", "all"]
+)
+def test_every_kernel_compiles_for_ampere_hopper_and_blackwell_and_spills_nothing(words):
+    # In a process of its own, because here Triton interprets.
+    command = [sys.executable, "-m", "tests.kernels.compile_for_gpus", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     assert compiled == {

@@ -207,6 +207,13 @@ FREE = {
 }
 
 
+def with_settings(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> Path:
+    """A copy of a folder with other words in its config.json."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    edit_json(model / "config.json", lambda config: config.update(settings))
+    return model
+
+
 @pytest.mark.parametrize(
     ("format", "settings", "says"),
     [
@@ -249,8 +256,7 @@ def test_settings(
     settings: dict[str, Any],
     says: tuple,
 ) -> None:
-    model = shutil.copytree(good[format][1], tmp_path / "model")
-    edit_json(model / "config.json", lambda config: config.update(settings))
+    model = with_settings(good[format][1], tmp_path, settings)
     refused.from_hf(model, *says)
 
 
@@ -292,8 +298,7 @@ def test_what_training_does_not_have(
     settings: dict[str, Any],
     says: tuple,
 ) -> None:
-    model = shutil.copytree(good[format][1], tmp_path / "model")
-    edit_json(model / "config.json", lambda config: config.update(settings))
+    model = with_settings(good[format][1], tmp_path, settings)
     refused.from_hf(model, "config.json: ", *says, code=2)
 
 
