@@ -140,7 +140,7 @@ def _check_drawn_target(dynmoe: DynMoEConfig) -> None:
         raise SettingError(
             "target_experts_per_token",
             dynmoe.drawn_target,
-            f", and {{routing}} {dynmoe.routing!r} cannot follow a target that changes at each step",
+            f", and {{routing}} {dynmoe.routing!r} cannot follow a target of each step's own",
             f"give one target, or use {{routing}} {others}",
         )
     for name in ("initial_threshold", "proportional_gain", "integral_gain"):
