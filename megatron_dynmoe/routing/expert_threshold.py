@@ -16,9 +16,9 @@ from megatron_dynmoe.routing.route import Routing, check_positions
 from megatron_dynmoe.routing.select import most_experts
 
 # The edges of the bins, as distances from the threshold. They are powers of 2, which float32 holds
-# exactly. The threshold itself is an edge. So a share that is right is seen to be exactly right, and
-# the bins are finest near it, at every scale that logits have.
-_DISTANCES = [2.0**power for power in range(-10, 5)]
+# exactly. The threshold itself is an edge, so that a share that is right is seen to be exactly
+# right. The bins are finest near it, whatever the scale of the logits.
+_DISTANCES = [2.0**power for power in range(-12, 5)]
 EDGES = (*(-distance for distance in reversed(_DISTANCES)), 0.0, *_DISTANCES)
 NUM_BINS = len(EDGES) + 1
 
@@ -72,6 +72,7 @@ def route(
         entropy=sum_entropy(probs_TE, valid_T),
         assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
         not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
+        sums_W=count(scaled_TE, thresholds_E, valid_T).double(),
     )
 
 

@@ -1,0 +1,91 @@
+"""Expert threshold: an expert takes the tokens whose logit exceeds its own threshold.
+
+The thresholds follow the quantiles of the logits over global batches (*Expert Threshold Routing*),
+and a controller moves the share of tokens at which the quantiles are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dynmoe.moe.rules.rule import Rule
+from megatron_dynmoe.routing import expert_threshold
+from megatron_dynmoe.routing.route import Routing
+from megatron_dynmoe.routing.select import most_experts
+from megatron_dynmoe.settings.config import DynMoEConfig
+
+# After n batches the last one counts at least START / (START + n) in the moving average, so that
+# the thresholds keep up with the logits while these change fast.
+START = 10.0
+
+
+class ExpertThreshold(Rule):
+    """See :mod:`megatron_dynmoe.routing.expert_threshold`.
+
+    State: ``share``, [1], the share of all tokens that an expert is to take; ``thresholds``, [E];
+    ``batches``, [1], how many global batches the thresholds have been averaged over.
+    """
+
+    knob = "share"
+    direction = 1  # experts that take more tokens are more experts per token
+    entries = ("share", "thresholds", "batches")
+
+    def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
+        super().__init__(dynmoe, first, num_experts)
+        self.num_sums = num_experts * expert_threshold.NUM_BINS
+        self.start(1.0)
+
+    def start(self, logits_std: float) -> None:
+        share = self.first_state["share"][0]
+        # Shares of 0 and 1 have no quantile. A first batch corrects what is left out here.
+        quantile = NormalDist(0, logits_std).inv_cdf(1 - min(max(share, 1e-6), 1 - 1e-6))
+        self.first_state = {
+            "share": (share,),
+            "thresholds": (quantile,) * self.num_experts,
+            "batches": (0.0,),
+        }
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        training: bool,
+        group: Any,  # a token's experts do not depend on other tokens
+        **batch: Any,
+    ) -> Routing:
+        return expert_threshold.route(
+            logits_TE,
+            state["thresholds"],
+            max_experts=self.cap(training),
+            renormalize=self.dynmoe.weights == "renormalized",
+            **batch,
+        )
+
+    def next_state(
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        decay = self.dynmoe.threshold_decay
+        assert decay is not None and next_knob is not None
+        batches = state["batches"]
+        thresholds_E = expert_threshold.next_thresholds(
+            state["thresholds"],
+            sums_W.view(self.num_experts, -1),
+            state["share"],
+            next_knob,
+            (START / (START + batches.double())).clamp(min=1 - decay),
+        )
+        # A batch without tokens is none.
+        return {"thresholds": thresholds_E, "batches": batches + (sums_W.sum() > 0)}
+
+    @staticmethod
+    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+        """The share from which an expert takes a token: that of the tokens with larger logits."""
+        num_tokens, num_experts = logits_TE.shape
+        places_TE = logits_TE.argsort(dim=0, descending=True).argsort(dim=0)
+        shares_TE = (places_TE.double() + 0.5) / num_tokens
+        return shares_TE.sort(dim=-1).values[:, : most_experts(num_experts, max_experts)]
