@@ -153,6 +153,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         required=_CONTROLLER_REQUIRED,
         instead={"threshold": "initial_threshold"},
         least_experts=0,
+        is_exported=True,
         knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
     ),
 }

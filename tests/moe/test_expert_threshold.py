@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dynmoe.moe.rules import RULES
-from megatron_dynmoe.routing import expert_threshold as et
+from megatron_dynmoe.routing import quantiles
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from tests.moe import one_rank
@@ -131,12 +131,12 @@ def test_a_step_that_the_optimizer_skips_changes_nothing():
     optimizer.step()
     after = state(layer.router)
     assert after["batches"].item() == 1
-    counts = et.count(
+    counts = quantiles.count(
         torch.nn.functional.linear(hidden(2).flatten(0, 1), layer.router.weight),
         before["thresholds"],
         None,
     )
-    expected = et.next_thresholds(
+    expected = quantiles.next_thresholds(
         before["thresholds"], counts.view(E, -1), before["share"], after["share"], 1.0
     )
     assert torch.equal(after["thresholds"], expected)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.routing import expert_threshold as et
+from megatron_dynmoe.moe.rules.expert_threshold import route
+from megatron_dynmoe.routing import quantiles
+from megatron_dynmoe.routing.expert_threshold import select
 from tests.oracles import expert_threshold as oracle
 from tests.oracles import routing as plain
 
@@ -28,7 +30,7 @@ def random_logits(num_tokens: int = T, seed: int = 0, dtype=torch.float64) -> to
 def test_a_routing_is_that_of_plain_loops(renormalize, cap, theta, padded):
     logits = random_logits()
     valid = torch.arange(T) % 4 != 1 if padded else None
-    routed = et.route(
+    routed = route(
         logits,
         torch.tensor(THRESHOLDS, dtype=torch.float64),
         theta=None if theta is None else torch.tensor([theta], dtype=torch.float64),
@@ -64,21 +66,21 @@ def test_a_logit_on_the_threshold_is_not_taken_and_ties_under_a_cap_go_by_index(
     thresholds = torch.tensor([0.5, 0.25, 0.25, -1.0])
     logits = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.6, 0.25, 0.0, -1.0]])
     chosen = torch.tensor([[False, True, True, True], [True, False, False, False]])
-    assert torch.equal(et.select(logits, thresholds), chosen)
+    assert torch.equal(select(logits, thresholds), chosen)
     chosen[0, 3] = False
-    assert torch.equal(et.select(logits, thresholds, 2), chosen)
-    counts = et.count(logits, thresholds, None).view(4, -1)
-    zero = et.EDGES.index(0.0) + 1
-    assert torch.equal(counts[:, zero:].sum(-1), et.select(logits, thresholds).sum(0))
+    assert torch.equal(select(logits, thresholds, 2), chosen)
+    counts = quantiles.count(logits, thresholds, None).view(4, -1)
+    zero = quantiles.EDGES.index(0.0) + 1
+    assert torch.equal(counts[:, zero:].sum(-1), select(logits, thresholds).sum(0))
 
 
 def test_no_token_and_no_expert_give_finite_gradients():
     logits = random_logits().requires_grad_()
-    routed = et.route(logits, torch.full((E,), 9.0), renormalize=True)
+    routed = route(logits, torch.full((E,), 9.0), renormalize=True)
     assert not routed.map_TE.any() and not routed.weights_TE.any()
     (routed.weights_TE.sum() + routed.prob_sums_BE[0, 0] + routed.entropy).backward()
     assert logits.grad.isfinite().all()
-    assert et.route(random_logits(0), torch.zeros(E)).sums_W.sum() == 0
+    assert route(random_logits(0), torch.zeros(E)).sums_W.sum() == 0
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -86,7 +88,7 @@ def test_gradients(renormalize):
     values = random_logits(seed=1)
 
     def losses(logits, theta):
-        routed = et.route(
+        routed = route(
             logits,
             torch.tensor(THRESHOLDS),
             theta=theta,
@@ -104,7 +106,7 @@ def test_gradients(renormalize):
 def test_logits_that_are_not_finite_are_counted_and_have_a_bin():
     logits = random_logits(dtype=torch.float32)
     logits[0, 0], logits[1, 1], logits[2, 2] = torch.nan, torch.inf, -torch.inf
-    routed = et.route(logits, torch.zeros(E))
+    routed = route(logits, torch.zeros(E))
     assert routed.not_finite == 3
     assert not routed.map_TE[0, 0] and routed.map_TE[1, 1] and not routed.map_TE[2, 2]
     assert routed.sums_W.sum() == T * E
@@ -116,19 +118,21 @@ def test_counts_and_thresholds_are_those_of_plain_loops_in_any_layout():
     valid = torch.ones(600, dtype=torch.bool)
     valid[7::11] = False
     thresholds = torch.tensor([0.01, 0.0, 0.7, -2.0, 30.0])
-    counts = et.count(logits, thresholds, valid)
+    counts = quantiles.count(logits, thresholds, valid)
     order = torch.randperm(600, generator=torch.Generator().manual_seed(3))
-    parts = [et.count(logits[p], thresholds, valid[p]) for p in order.split([100, 7, 193, 299, 1])]
-    total = torch.zeros(E * et.NUM_BINS, dtype=torch.float64)
+    parts = [
+        quantiles.count(logits[p], thresholds, valid[p]) for p in order.split([100, 7, 193, 299, 1])
+    ]
+    total = torch.zeros(E * quantiles.NUM_BINS, dtype=torch.float64)
     for part in reversed(parts):
         total += part.double()
     assert torch.equal(total, counts.double())
     for expert in range(E):
         own = logits[valid, expert].tolist()
         mine = counts.view(E, -1)[expert].tolist()
-        assert mine == oracle.bins(own, thresholds[expert].item(), et.EDGES)
+        assert mine == oracle.bins(own, thresholds[expert].item(), quantiles.EDGES)
     for share, next_share, weight in [(0.2, 0.2, 0.01), (0.2, 0.25, 1), (0.0, 0.3, 0.5), (1, 0, 0)]:
-        found = et.next_thresholds(
+        found = quantiles.next_thresholds(
             thresholds,
             total.view(E, -1),
             torch.tensor([float(share)]),
@@ -137,7 +141,7 @@ def test_counts_and_thresholds_are_those_of_plain_loops_in_any_layout():
         )
         shares = torch.tensor([share, next_share]).tolist()
         expected = [
-            oracle.next_threshold(row.tolist(), c.item(), et.EDGES, *shares, weight)
+            oracle.next_threshold(row.tolist(), c.item(), quantiles.EDGES, *shares, weight)
             for row, c in zip(counts.view(E, -1), thresholds, strict=True)
         ]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-7)
@@ -150,11 +154,11 @@ def test_the_quantile_of_the_bins_is_near_that_of_the_logits(share, scale, shift
     thresholds = torch.full((E,), shift)
     for _ in range(8):  # each batch's bins lie around the thresholds of the one before
         q = torch.tensor([share])
-        thresholds = et.next_thresholds(
-            thresholds, et.count(logits, thresholds, None).view(E, -1), q, q, 1.0
+        thresholds = quantiles.next_thresholds(
+            thresholds, quantiles.count(logits, thresholds, None).view(E, -1), q, q, 1.0
         )
     exact = [oracle.exact_quantile(logits[:, e].tolist(), share) for e in range(E)]
-    taken = et.select(logits, thresholds).double().mean(0)
+    taken = select(logits, thresholds).double().mean(0)
     torch.testing.assert_close(taken, torch.full((E,), share).double(), rtol=0, atol=4 / 4096)
     torch.testing.assert_close(thresholds, torch.tensor(exact), rtol=0, atol=0.05 * scale)
 
@@ -164,17 +168,17 @@ def test_at_a_constant_share_it_is_the_moving_average_of_the_paper():
     expected, decay = thresholds.double(), 0.9
     for step in range(20):
         logits = random_logits(512, seed=step, dtype=torch.float32)
-        counts = et.count(logits, thresholds, None).view(E, -1)
-        quantiles = et.quantile(counts, thresholds, 0.3)
-        thresholds = et.next_thresholds(thresholds, counts, q, q, 1 - decay)
-        expected = decay * expected + (1 - decay) * quantiles
+        counts = quantiles.count(logits, thresholds, None).view(E, -1)
+        at_share = quantiles.quantile(counts, thresholds, 0.3)
+        thresholds = quantiles.next_thresholds(thresholds, counts, q, q, 1 - decay)
+        expected = decay * expected + (1 - decay) * at_share
     torch.testing.assert_close(thresholds.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_an_expert_without_tokens_keeps_its_threshold():
     thresholds, q = torch.tensor(THRESHOLDS), torch.tensor([0.3])
-    empty = torch.zeros(E, et.NUM_BINS, dtype=torch.float64)
-    assert torch.equal(et.next_thresholds(thresholds, empty, q, q / 2, 1.0), thresholds)
+    empty = torch.zeros(E, quantiles.NUM_BINS, dtype=torch.float64)
+    assert torch.equal(quantiles.next_thresholds(thresholds, empty, q, q / 2, 1.0), thresholds)
 
 
 def closed_loop(target, *, start=None, scale=0.25, steps=90, decay=0.99, change=None, drift=0.0):
@@ -194,13 +198,13 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, decay=0.99, change=
     for step in range(steps):
         logits = torch.randn(num_tokens, num_experts, generator=generator) + drift * step * way
         logits *= scale
-        counts = et.count(logits, thresholds, None).view(num_experts, -1)
-        means.append(float(et.select(logits, thresholds).sum() / num_tokens))
+        counts = quantiles.count(logits, thresholds, None).view(num_experts, -1)
+        means.append(float(select(logits, thresholds).sum() / num_tokens))
         now = change if change is not None and step >= 40 else target
         measured = torch.tensor([means[-1]])
         next_share, integral = law.step(share, integral, measured, now)
         weight = max(1 - decay, 10 / (10 + step))
-        thresholds = et.next_thresholds(thresholds, counts, share, next_share, weight)
+        thresholds = quantiles.next_thresholds(thresholds, counts, share, next_share, weight)
         share = next_share
     return means
 
