@@ -93,10 +93,15 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
         "routing": resolved.routing,
         "num_experts": model.num_moe_experts,
         "normalized": resolved.normalization == "drn",
-        # The gate reads normalized hidden states of root mean square 1.
-        "logits_std": model.init_method_std * math.sqrt(model.hidden_size),
+        "logits_std": logits_std(model),
         "max_experts": resolved.max_experts_per_token,
     } | {name: getattr(resolved, name) for name in RULES[resolved.routing].plant_settings}
+
+
+def logits_std(model: ModelSizes) -> float:
+    """The standard deviation of the gate's logits in the first step."""
+    # The gate reads normalized hidden states of root mean square 1.
+    return model.init_method_std * math.sqrt(model.hidden_size)
 
 
 def _gain_margin(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing import expert_threshold
+
 
 class Chosen(NamedTuple):
     """What a rule chose for T tokens.
@@ -72,8 +74,32 @@ class LayerRule:
         return {name: sizes[size] for name, size in self.state.items()}
 
 
+def _expert_threshold(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    return Chosen(
+        *expert_threshold.choose(
+            logits_TE,
+            state["thresholds"],
+            settings["max_experts_per_token"],
+            settings["weights"] == "renormalized",
+        )
+    )
+
+
 # By routing.
-RULES: dict[str, LayerRule] = {}
+RULES: dict[str, LayerRule] = {
+    "expert_threshold": LayerRule(
+        _expert_threshold,
+        {"share": "one", "thresholds": "experts", "batches": "one"},
+        {
+            "threshold_decay": (
+                "a number from 0 to below 1",
+                lambda decay: isinstance(decay, float | int) and 0 <= decay < 1,
+            )
+        },
+    ),
+}
 
 
 def chooser(

@@ -11,7 +11,7 @@ from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller, settle
+from megatron_dynmoe.control.settle import Controller, logits_std, settle
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -103,6 +103,7 @@ def settle_run(
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
     rule = RULES[dynmoe.routing](dynmoe, first_threshold, transformer.num_moe_experts)
+    rule.start(1.0 if dynmoe.normalization == "drn" else logits_std(transformer))
     settled = Settled(dynmoe, backend, controller, rule)
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)
