@@ -52,7 +52,7 @@ def scores_in_order(
 
 @torch.no_grad()
 def take_best(scores_SBK: Tensor, mean: float) -> Taken:
-    """Take the ``mean * tokens`` best scores of each sequence, rounded, halves up.
+    """Take the ``mean * tokens`` best scores of each sequence, rounded down.
 
     Ties go to the earlier position, then to the earlier slot. A slot is never taken before the
     slots in front of it, because these have no lower scores.
@@ -65,7 +65,7 @@ def take_best(scores_SBK: Tensor, mean: float) -> Taken:
     flat_BN = scores_SBK.transpose(0, 1).flatten(1)
     sorted_BN, order_BN = flat_BN.sort(dim=-1, descending=True, stable=True)
     tokens_B = (scores_SBK[..., 0] >= 0).sum(dim=0)
-    budget_B1 = (tokens_B.double() * mean + 0.5).floor().long().unsqueeze(-1)
+    budget_B1 = (tokens_B.double() * mean).floor().long().unsqueeze(-1)
     places_N = torch.arange(flat_BN.shape[1], device=flat_BN.device)
     used_BN = torch.zeros_like(flat_BN, dtype=torch.bool)
     used_BN.scatter_(-1, order_BN, places_N < budget_B1)

@@ -31,7 +31,7 @@ def seq_top_k(
     """The choices of one sequence's tokens by SeqTopK, and the best score that nobody got.
 
     Pairs of token and expert take their turns by probability, ties by position and then by expert,
-    until there are ``mean`` per valid token, rounded half up. A token at the cap lets its turn
+    until there are ``mean`` per valid token, rounded down. A token at the cap lets its turn
     pass.
     """
     pairs = [
@@ -40,7 +40,7 @@ def seq_top_k(
         for expert, prob in enumerate(row)
         if valid[position]
     ]
-    left = math.floor(mean * sum(valid) + 0.5)
+    left = math.floor(mean * sum(valid))
     choices: list[set[int]] = [set() for _ in probs]
     for negative, position, expert in sorted(pairs):
         if len(choices[position]) == max_experts:
