@@ -17,7 +17,9 @@ POSITIONS, SEQUENCES, NUM_EXPERTS, CAP, MEAN = 48, 3, 4, 3, 1.3
 def main() -> None:
     """Split over TP x CP ranks (the command line) as Megatron does, and print what differs."""
     tp, cp = map(int, sys.argv[1:])
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, context_parallel_size=cp
+    )
     # Of three values only: most choices are ties, which the positions decide.
     generator = torch.Generator().manual_seed(7)
     print("seed: 7")

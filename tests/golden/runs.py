@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+from tests.distributed.harness import DTOP_P, SEQ_TOP_K, TINY, Case, CaseResult, run_session
 
 FOLDER = Path(__file__).parent
 STEPS = 100
@@ -46,6 +46,7 @@ FLAGS = {
     "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
     "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
+    "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
 }
 # Without kernels, the CPU's included, a run routes by the lines of routing/route.py.
 ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}
