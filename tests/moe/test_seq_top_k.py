@@ -26,7 +26,8 @@ def world():
 def built(**settings):
     given = {"target_experts_per_token": MEAN, "max_experts_per_token": CAP} | settings
     dynmoe = DynMoEConfig(routing="seq_top_k", **given)
-    return one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D, init_method_std=0.25)
+    sizes = {"num_experts": E, "hidden_size": D, "moe_ffn_hidden_size": 16}
+    return one_rank.moe_layer(dynmoe, **sizes, init_method_std=0.25)
 
 
 def hidden(seed: int, positions: int = S, sequences: int = B) -> Tensor:
@@ -172,3 +173,17 @@ def test_a_batch_of_padding_or_with_nan_leaves_the_threshold_as_it_is(monkeypatc
     layer(spoilt)
     update([model])
     assert layer.router.state == before
+
+
+def test_room_for_the_mean_holds_the_rows_of_every_batch():
+    layer = built(row_buffer="target", backend="torch_native", max_experts_per_token=None)
+    assert layer.router.dynmoe.row_buffer_margin == 0
+    sums = layer.router.counters.sums
+    layer(hidden(0))
+    mean = float(sums.mean_experts)
+    for seed in range(1, 6):
+        counted, _ = layer(hidden(seed))
+        layer.token_dispatcher.make_room(mean, layer.router.counters)
+        assert torch.equal(layer(hidden(seed))[0], counted)
+        layer.token_dispatcher.count_rows()
+    assert sums.overflows == 0
