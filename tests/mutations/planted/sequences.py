@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-CHOICE = "tests/routing/test_seq_top_k.py"
+CHOICE = "tests/routing/test_best_of_sequence.py"
 ROUTER = "tests/moe/test_seq_top_k.py"
 
 MISTAKES = [
