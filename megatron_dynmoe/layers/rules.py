@@ -15,6 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.select import weigh
+from megatron_dynmoe.routing.seq_top_k import select_above
+
 
 class Chosen(NamedTuple):
     """What a rule chose for T tokens.
@@ -72,8 +75,19 @@ class LayerRule:
         return {name: sizes[size] for name, size in self.state.items()}
 
 
+def _seq_top_k(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    """SeqTopK without a look at other tokens: all probabilities above the layer's threshold."""
+    probs_TE = logits_TE.softmax(dim=-1)
+    map_TE = select_above(probs_TE, state["threshold"], settings["max_experts_per_token"])
+    return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
+
+
 # By routing.
-RULES: dict[str, LayerRule] = {}
+RULES: dict[str, LayerRule] = {
+    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
+}
 
 
 def chooser(

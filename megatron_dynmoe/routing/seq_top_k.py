@@ -76,17 +76,24 @@ def take_best(scores_SBK: Tensor, mean: float) -> Taken:
 
 
 @torch.no_grad()
-def choose_above(
+def select_above(
     probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Choose the experts whose probability exceeds the threshold: at most the cap, perhaps none.
 
-    Arguments are those of :func:`scores_in_order`; the threshold is a number or a tensor of one
-    element or, one for each token, of [T, 1].
+    Args:
+        probs_TE: as for :func:`scores_in_order`, and in any dtype.
+        threshold: a number or a tensor of one element.
+        max_experts: the cap, or None.
 
     Returns:
-        The K most probable experts of each token in descending order, int64, and which of them it
-        uses, bool: the first ones. Both [T, K].
+        The routing map [T, E], bool.
     """
     scores_TK, ids_TK = scores_in_order(probs_TE, max_experts)
-    return ids_TK, scores_TK > threshold
+    return as_map(ids_TK, scores_TK > threshold, probs_TE.shape[-1])
+
+
+def as_map(ids_TK: Tensor, used_TK: Tensor, num_experts: int) -> Tensor:
+    """The routing map, [T, E] bool, of experts in slots of which some are used."""
+    map_TE = used_TK.new_zeros(len(ids_TK), num_experts)
+    return map_TE.scatter(-1, ids_TK, used_TK)

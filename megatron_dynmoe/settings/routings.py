@@ -139,7 +139,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
     "seq_top_k": RoutingSettings(
         title="SeqTopK",
         summary="SeqTopK: the tokens of a sequence share a number of experts",
-        takes=(*COMMON, *WEIGHTS, *CAPS, *TARGET, "inference_threshold"),
+        takes=(*COMMON, *WEIGHTS, *CAPS, *TARGET),
         defaults=_COMMON_DEFAULTS
         | {
             "normalization": "none",
@@ -150,7 +150,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         },
         required=_TARGET_REQUIRED,
         least_experts=0,
-        knob_remedy="it is an expert's probability, so use 0 (all experts) to 1 (none)",
+        is_exported=True,
     ),
 }
 DYNAMIC = {name: kind for name, kind in ROUTINGS.items() if name != STOCK}

@@ -113,9 +113,9 @@ def test_evaluation_does_not_look_ahead_and_training_does():
     assert torch.equal(router(early)[1].view(S, B, E), expected_SBE)
 
 
-def test_caps_and_threshold_of_inference_are_settings():
-    layer = built(inference_threshold=0.05, inference_max_experts_per_token=5)
-    layer.router.threshold.fill_(0.9)
+def test_inference_may_have_another_cap():
+    layer = built(inference_max_experts_per_token=5)
+    layer.router.threshold.fill_(0.05)
     assert layer.router(hidden(5))[1].sum(dim=-1).max() == CAP
     layer.eval()
     probs_TE = probs_of(layer.router, hidden(5)).view(-1, E)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.routing.select import choose_top_k
-from megatron_dynmoe.routing.seq_top_k import choose_above, scores_in_order, take_best
+from megatron_dynmoe.routing.seq_top_k import as_map, scores_in_order, select_above, take_best
 from tests.oracles import routing as oracle
 
 S, B, E = 12, 3, 6
@@ -19,8 +19,8 @@ def selected(probs_SBE: Tensor, mean: float, cap: int | None, valid_SB: Tensor |
     valid_T = None if valid_SB is None else valid_SB.flatten()
     scores_TK, ids_TK = scores_in_order(probs_SBE.reshape(-1, num_experts), cap, valid_T)
     taken = take_best(scores_TK.view(*probs_SBE.shape[:2], -1), mean)
-    map_SBE = torch.zeros_like(probs_SBE, dtype=torch.bool)
-    return map_SBE.scatter(-1, ids_TK.view_as(taken.used_SBK), taken.used_SBK), taken
+    map_TE = as_map(ids_TK, taken.used_SBK.reshape(ids_TK.shape), num_experts)
+    return map_TE.view(probs_SBE.shape), taken
 
 
 def random_probs(ties: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,8 +57,7 @@ def test_the_best_score_left_out_is_the_threshold_that_chooses_the_same():
     probs_SBE = random_probs(ties=False)
     map_SBE, taken = selected(probs_SBE, 1.5, 3)
     for b in range(B):
-        ids_TK, used_TK = choose_above(probs_SBE[:, b], taken.left_out_B[b], 3)
-        map_TE = torch.zeros(S, E, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+        map_TE = select_above(probs_SBE[:, b], taken.left_out_B[b], 3)
         assert torch.equal(map_TE, map_SBE[:, b])
         assert map_TE.sum(dim=-1).unique().numel() > 1, "the count has to vary"
 
@@ -67,8 +66,7 @@ def test_a_cap_of_the_mean_is_top_k():
     probs_SBE = random_probs(ties=True)
     map_SBE, _ = selected(probs_SBE, 2, 2)
     ids_TK, used_TK = choose_top_k(probs_SBE.view(-1, E), 2)
-    map_TE = torch.zeros(S * B, E, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
-    assert torch.equal(map_SBE.view(-1, E), map_TE)
+    assert torch.equal(map_SBE.view(-1, E), as_map(ids_TK, used_TK, E))
 
 
 @pytest.mark.parametrize(("mean", "tokens", "total"), [(1.1, 10, 11), (0.5, 5, 2), (0.05, 8, 0)])
@@ -93,15 +91,16 @@ def test_a_token_with_nan_gets_the_first_expert():
     assert map_SBE[7, 0].nonzero().flatten().tolist() == [0]
     assert map_SBE.sum(dim=(0, 2)).tolist() == [2 * S] * B
     assert taken.left_out_B.isfinite().all()
-    ids_TK, used_TK = choose_above(probs_SBE[:, 0], 0.2)
-    assert ids_TK[7, 0] == 0
-    assert used_TK[7].tolist() == [True] + [False] * (E - 1)
+    assert select_above(probs_SBE[:, 0], 0.2)[7].tolist() == [True] + [False] * (E - 1)
 
 
 def test_the_threshold_gives_none_to_some_and_keeps_to_the_cap():
     probs_TE = torch.tensor([[0.4, 0.35, 0.25], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]])
-    ids_TK, used_TK = choose_above(probs_TE, 0.3)
-    assert used_TK.sum(dim=-1).tolist() == [2, 1, 3]
-    assert choose_above(probs_TE, 0.3, 1)[1].sum(dim=-1).tolist() == [1, 1, 1]
-    assert choose_above(probs_TE, 0.35)[1].sum(dim=-1).tolist() == [1, 1, 0]  # strictly above
-    assert ids_TK[1].tolist() == [2, 0, 1]
+    assert select_above(probs_TE, 0.3).tolist() == [
+        [True, True, False],
+        [False, False, True],
+        [True, True, True],
+    ]
+    assert select_above(probs_TE, 0.3, 1).long().argmax(dim=-1).tolist() == [0, 2, 0]
+    assert select_above(probs_TE, 0.3, 1).sum(dim=-1).tolist() == [1, 1, 1]
+    assert select_above(probs_TE, 0.35).sum(dim=-1).tolist() == [1, 1, 0]  # strictly above

@@ -408,7 +408,6 @@ REFUSED = [
     (SEQ_TOP_K | {"max_experts_per_token": 1}, "target_experts_per_token is 2", "at most 1 ("),
     (SEQ_TOP_K | {"scope": "layer"}, "scope is 'layer', which routing 'seq_top_k'", "'dtop_p'"),
     (SEQ_TOP_K | {"threshold": 0.1}, "threshold is 0.1, which routing 'seq_top_k'", "'top_p'"),
-    (SEQ_TOP_K | {"inference_threshold": 2}, "inference_threshold is 2.0", "1 (none)"),
     (DTOP_P | {"min_threshold": -0.1}, "min_threshold is -0.1", "0 <= min < max <= 1"),
     (DTOP_P | {"max_threshold": 1.1}, "max_threshold is 1.1", "0 <= min < max <= 1"),
     (DTOP_P | {"max_threshold": 0}, "max_threshold is 0.0", "0 <= min < max <= 1"),

@@ -17,7 +17,13 @@ from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.routing.route import Routing, route_by
-from megatron_dynmoe.routing.seq_top_k import Taken, choose_above, scores_in_order, take_best
+from megatron_dynmoe.routing.seq_top_k import (
+    Taken,
+    as_map,
+    scores_in_order,
+    select_above,
+    take_best,
+)
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 # The threshold is the plain mean over the first global batches, and then moves by 1/20 of the
@@ -59,21 +65,20 @@ class SeqTopK(Rule):
         **batch: Any,
     ) -> Routing:
         sums: list[Tensor] = []
+        cap = self.cap(training)
 
-        def select_best(probs_TE: Tensor) -> Tensor:
-            scores_TK, ids_TK = scores_in_order(probs_TE, self.cap(training), valid_T)
+        def best(probs_TE: Tensor) -> Tensor:
+            scores_TK, ids_TK = scores_in_order(probs_TE, cap, valid_T)
             scores_SBK = scores_TK.view(-1, num_sequences, scores_TK.shape[-1])
             taken = _take_best_of_all(scores_SBK, self.mean, group)
             sums.append(_summed(taken))
-            return _as_map(probs_TE, ids_TK, taken.used_SBK.reshape(ids_TK.shape))
+            return as_map(ids_TK, taken.used_SBK.reshape(ids_TK.shape), self.num_experts)
 
-        def select_above(probs_TE: Tensor) -> Tensor:
-            override = self.dynmoe.inference_threshold
-            threshold = state["threshold"] if override is None else override
-            return _as_map(probs_TE, *choose_above(probs_TE, threshold, self.cap(training)))
+        def above(probs_TE: Tensor) -> Tensor:
+            return select_above(probs_TE, state["threshold"], cap)
 
         routed = route_by(
-            select_best if training else select_above,
+            best if training else above,
             logits_TE,
             renormalize=self.dynmoe.weights == "renormalized",
             num_sequences=num_sequences,
@@ -92,10 +97,6 @@ class SeqTopK(Rule):
             "threshold": torch.where(sequences > 0, threshold, state["threshold"]).float(),
             "batches": torch.where(sequences > 0, batches, state["batches"]),
         }
-
-
-def _as_map(probs_TE: Tensor, ids_TK: Tensor, used_TK: Tensor) -> Tensor:
-    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
 
 
 def _summed(taken: Taken) -> Tensor:

@@ -26,8 +26,8 @@ MISTAKES = [
         "evaluation_looks_ahead",
         "an evaluation chooses the best scores of the whole sequence, as training does",
         "moe/rules/seq_top_k.py",
-        "select_best if training else select_above",
-        "select_best",
+        "best if training else above",
+        "best",
         (f"{ROUTER}::test_evaluation_does_not_look_ahead_and_training_does",),
     ),
     Mutation(
