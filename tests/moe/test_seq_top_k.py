@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.layers.rules import RULES
 from megatron_dynmoe.moe.rules.seq_top_k import AVERAGED_BATCHES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
@@ -122,6 +123,19 @@ def test_inference_may_have_another_cap():
     expected_T = (probs_TE > 0.05).sum(dim=-1).clamp(max=5)
     assert torch.equal(layer.router(hidden(5))[1].sum(dim=-1), expected_T)
     assert expected_T.max() == 5
+
+
+@pytest.mark.parametrize("weights", ["raw", "renormalized"])
+def test_an_exported_router_chooses_as_evaluations_do(weights):
+    router = built(weights=weights).eval().router
+    router.threshold.fill_(0.3)
+    logits_TE = torch.nn.functional.linear(hidden(6), router.weight).flatten(end_dim=1)
+    settings = {"weights": weights, "max_experts_per_token": CAP}
+    chosen = RULES["seq_top_k"].choose(logits_TE, router.state, settings)
+    weights_TE, map_TE = router(hidden(6))
+    assert torch.equal(chosen.map_TE, map_TE)
+    assert torch.equal(chosen.weights_TE, weights_TE)
+    assert not map_TE.any(dim=-1).all() and chosen.weights_TE.isfinite().all()
 
 
 def test_the_threshold_is_the_mean_of_what_recent_budgets_left_out(monkeypatch):
