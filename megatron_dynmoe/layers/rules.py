@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing import expert_threshold
+from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
 from megatron_dynmoe.routing.select import weigh
 from megatron_dynmoe.routing.seq_top_k import select_above
 
@@ -79,14 +79,8 @@ class LayerRule:
 def _expert_threshold(
     logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> Chosen:
-    return Chosen(
-        *expert_threshold.choose(
-            logits_TE,
-            state["thresholds"],
-            settings["max_experts_per_token"],
-            settings["weights"] == "renormalized",
-        )
-    )
+    cap, renormalize = settings["max_experts_per_token"], settings["weights"] == "renormalized"
+    return Chosen(*choose_above_thresholds(logits_TE, state["thresholds"], cap, renormalize))
 
 
 def _seq_top_k(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dynmoe.layers.rules import chooser
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.routing import quantiles
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -154,6 +155,28 @@ def test_a_checkpoint_brings_the_thresholds_back_and_bf16_does_not_round_them():
     other.router.bfloat16()
     assert other.router.thresholds.dtype == torch.float32
     assert same(state(layer.router), state(other.router))
+
+
+def test_an_exported_model_chooses_as_evaluations_do():
+    for more in ({}, {"max_experts_per_token": 4, "weights": "renormalized"}):
+        dynmoe = settings(**more).resolve(E)
+        layer, end_of_batch = steered(dynmoe)
+        for seed in range(3):
+            layer(hidden(seed))
+            end_of_batch()
+        layer.eval()
+        router, batch = layer.router, hidden(7)
+        weights_TE, map_TE = router(batch)
+        config = {
+            "routing": "expert_threshold",
+            "weights": dynmoe.weights,
+            "rule_settings": {"threshold_decay": dynmoe.threshold_decay},
+            "router_state": {name: [value.tolist()] for name, value in router.state.items()},
+        }
+        choose = chooser(config, 0, dynmoe.max_experts_per_token, torch.device("cpu"))
+        chosen = choose(torch.nn.functional.linear(batch.flatten(0, 1), router.weight))
+        assert torch.equal(chosen.map_TE, map_TE) and not map_TE.any(-1).all()
+        assert torch.equal(chosen.weights_TE, weights_TE)
 
 
 def test_settings_that_it_has_not_are_refused_by_name():
