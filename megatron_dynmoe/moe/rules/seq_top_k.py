@@ -87,7 +87,9 @@ class SeqTopK(Rule):
         )
         return routed._replace(sums_W=sums[0]) if sums else routed
 
-    def next_state(self, state: Mapping[str, Tensor], sums_W: Tensor) -> Mapping[str, Tensor]:
+    def next_state(
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
         left_out, sequences = sums_W.split(1)
         mean = left_out / sequences
         batches = (state["batches"] + 1).clamp(max=AVERAGED_BATCHES)
