@@ -57,7 +57,8 @@ MEANINGS = {
     EXPERTS: "mean experts per token over the tokens and MoE layers of the step",
     STD_EXPERTS: "their standard deviation over tokens and layers",
     TARGET: "the target at that step",
-    THRESHOLD: "the threshold during the step, the mean over layers",
+    THRESHOLD: "the threshold during the step, the mean over layers; of other rules, the number "
+    "that the controller moves",
     SHARE_AT_CAP: "share of tokens that use as many experts as the cap allows",
     MAX_OVER_MEAN_LOAD: "tokens of a layer's busiest expert over its mean, in the worst layer",
     MEDIAN_LOAD: "the same in the median layer",
@@ -76,6 +77,6 @@ MEANINGS = {
     TFLOPS_PER_SECOND: "TFLOP/s of all ranks from the measured experts, over a log interval",
     of_layer(EXPERTS_OF_LAYER, "N"): "mean experts per token of layer N",
     of_layer(THETA_OF_LAYER, "N"): "the scale of the normalized logits of layer N",
-    of_layer(THRESHOLD_OF_LAYER, "N"): "the threshold of layer N, with scope `layer`",
+    of_layer(THRESHOLD_OF_LAYER, "N"): "the same of layer N, with scope `layer`",
     HEAT_MAP: "an image: experts per token by layer and step",
 }

@@ -22,7 +22,7 @@ from megatron.training.training import num_floating_point_operations
 
 from megatron_dynmoe.routing.counters import RoutingStatistics
 from megatron_dynmoe.runs import metric_names as names
-from megatron_dynmoe.runs.tensorboard import LayerHistory, has_knob, tensorboard_layout
+from megatron_dynmoe.runs.tensorboard import LayerHistory, knob_of, tensorboard_layout
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 
@@ -111,7 +111,7 @@ def scalars(
     if dynmoe.target_experts_per_token is not None:  # logged, as a resumed run may change it
         yield names.TARGET, dynmoe.target_experts_per_token.at_step(iteration)
     yield names.STD_EXPERTS, summary.std_experts_per_token
-    if has_knob(dynmoe):
+    if knob_of(dynmoe) is not None:
         yield names.THRESHOLD, summary.threshold
     yield names.BALANCE_LOSS, summary.balance_loss
     yield names.DYNAMIC_LOSS, summary.dynamic_loss
@@ -227,7 +227,8 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
             else ""
         )
         at_cap = f" tokens at cap {cap}: {summary.share_at_cap:.2%} |" if cap is not None else ""
-        threshold = f" threshold: {summary.threshold:.5f} |" if has_knob(self.dynmoe) else ""
+        knob = knob_of(self.dynmoe)
+        threshold = "" if knob is None else f" {knob}: {summary.threshold:.5f} |"
         return (
             f" experts per token: {summary.experts_per_token:.4f}{aim} |{threshold}"
             f" balance loss: {summary.balance_loss:.4f} |"
@@ -268,7 +269,7 @@ class DynMoEMetricsTracker(MoEMetricsTracker):
 def _layer_table(summary: RoutingSummary, dynmoe: DynMoEConfig) -> str:
     rows = {"experts per token": summary.experts_per_token_by_layer}
     if dynmoe.scope == "layer":
-        rows["threshold"] = summary.threshold_by_layer
+        rows[knob_of(dynmoe) or ""] = summary.threshold_by_layer
     if dynmoe.normalization == "drn":
         rows["theta"] = summary.theta_by_layer
     return "\n".join(

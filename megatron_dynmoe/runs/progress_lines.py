@@ -10,12 +10,13 @@ import sys
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _SAID = re.compile(r"> (note|warning|finished|stopped[^:]*): |WARNING: --")
-_FIELDS = {
-    "loss": re.compile(r"\blm loss: (\S+)"),
-    "experts per token": re.compile(r"experts per token: ([\d.]+(?: \(target \S+\))?)"),
-    "threshold": re.compile(r"threshold: (\S+)"),
-    "tokens/s": re.compile(r"tokens/s: (\S+)"),
-}
+# Each has the name and the value; after the experts comes what the controller moves, if anything.
+_FIELDS = (
+    re.compile(r"\blm (loss): (\S+)"),
+    re.compile(r"(experts per token): ([\d.]+(?: \(target \S+\))?)"),
+    re.compile(r"experts per token: [^|]*\| (\w+): (\S+)"),
+    re.compile(r"(tokens/s): (\S+)"),
+)
 _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
 _VALIDATION = re.compile(
     r"validation loss at (iteration \d+)(?: on (\w+) set)? \|.*lm loss value: (\S+)"
@@ -33,10 +34,10 @@ def shorten(line: str) -> str | None:
         return None
     done, total = int(match[1]), int(match[2])
     parts = [f"  step {done:>{len(str(total))}}/{total}"]
-    for name, pattern in _FIELDS.items():
+    for pattern in _FIELDS:
         if found := pattern.search(line):
-            value = f"{float(found[1]):.3f}" if name == "loss" else found[1]
-            parts.append(f"{name} {value}")
+            name, value = found.groups()
+            parts.append(f"{name} {float(value):.3f}" if name == "loss" else f"{name} {value}")
     if found := _MILLISECONDS.search(line):
         minutes, seconds = divmod(round((total - done) * float(found[1]) / 1000), 60)
         parts.append(f"{minutes}:{seconds:02d} left")

@@ -35,15 +35,16 @@ def tensorboard_layout(
             names.STD_EXPERTS, names.VALIDATION_STD_EXPERTS
         ),
     }
-    if has_knob(dynmoe):
-        routing["threshold"] = chart(names.THRESHOLD)
+    knob = knob_of(dynmoe)
+    if knob is not None:
+        routing[knob] = chart(names.THRESHOLD)
     if dynmoe.max_experts_per_token is not None:
         routing["share of tokens at the cap"] = chart(names.SHARE_AT_CAP)
     layers = {"experts per token": by_layer(names.EXPERTS_OF_LAYER)}
     if dynmoe.normalization == "drn":
         layers["theta of the normalization"] = by_layer(names.THETA_OF_LAYER)
     if dynmoe.scope == "layer":
-        layers["threshold"] = by_layer(names.THRESHOLD_OF_LAYER)
+        layers[knob or ""] = by_layer(names.THRESHOLD_OF_LAYER)
     ranks = {
         "experts per token, times busiest rank over mean": chart(names.BUSIEST_RANK),
         "rows of the busiest rank": chart(names.BUSIEST_RANK_ROWS),
@@ -107,6 +108,6 @@ class LayerHistory:
         return figure
 
 
-def has_knob(dynmoe: DynMoEConfig) -> bool:
-    """Whether the routing has a number that can be moved; reports call it threshold."""
-    return RULES[dynmoe.routing].knob is not None
+def knob_of(dynmoe: DynMoEConfig) -> str | None:
+    """What the routing calls its number that can be moved: of top-p, ``threshold``."""
+    return RULES[dynmoe.routing].knob

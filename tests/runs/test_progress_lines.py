@@ -19,6 +19,15 @@ def test_a_step_of_dynamic_routing():
     )
 
 
+def test_what_a_rule_moves_has_the_rules_name():
+    share = shorten(ITERATION.replace("threshold: 0.50951", "share: 0.12500"))
+    assert share.split(" | ")[3] == "share 0.12500"
+    nothing = shorten(ITERATION.replace(" threshold: 0.50951 |", ""))
+    assert nothing == (
+        "  step 6/8 | loss 6.679 | experts per token 1.9980 (target 2) | tokens/s 604 | 1:01 left"
+    )
+
+
 def test_a_step_of_the_baseline_has_no_routing():
     line = ITERATION.replace("experts per token", "x").replace("threshold", "y")
     assert shorten(line.replace("tokens/s", "z")) == "  step 6/8 | loss 6.679 | 1:01 left"
