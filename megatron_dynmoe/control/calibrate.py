@@ -225,7 +225,8 @@ def _compute_point(
 def _points(population: _Population) -> tuple[Tensor, int]:
     """The crossings of normal logits, a flat tensor that rises with the count, and their tokens."""
     rule, settings = population.rule, dict(population.settings)
-    logits_TE = _normal_logits(population.num_experts, population.logits_std)
+    num_logits = population.num_experts + rule.extra_logits
+    logits_TE = _normal_logits(num_logits, population.logits_std)
     if population.normalized:
         _check_scale("theta", population.theta)
         logits_TE = normalize(logits_TE, population.theta)

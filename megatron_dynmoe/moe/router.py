@@ -131,6 +131,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         # From the last forward pass. With recomputation that may be the first pass, which the
         # counters leave out.
         self.last_not_finite: Tensor | None = None
+        self.last_residual: Tensor | None = None  # [T], the weight of the token itself
         self.counters = RoutingCounters(self.num_experts, device, rule.num_sums)
         self.evaluation_counters = RoutingCounters(self.num_experts, device)
 
@@ -210,7 +211,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
             training=self.training,
             group=self.tp_cp_group if self.tp_cp_group.size() > 1 else None,
         )
-        self.last_not_finite = routed.not_finite
+        self.last_not_finite, self.last_residual = routed.not_finite, routed.residual_T
 
         # 3. Losses and counts, once per micro-batch. A forward pass without gradients is either an
         #    evaluation or the first of the two passes of recomputation, which is not counted
