@@ -216,6 +216,8 @@ def _compute_point(
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(float(least), target - half_width), min(float(limit), target + half_width)
+    if least == 0:  # the last token's crossing, and the first one's, may lie far out
+        low, high = max(low, target / 2), min(high, max(target, (target + limit) / 2))
     ranks = [max(1, round((mean - least) * num_tokens)) for mean in (low, high)]
     at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
     return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
