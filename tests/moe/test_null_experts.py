@@ -1,4 +1,4 @@
-"""Null experts in Megatron's layer: outputs, gradients, the loop of the controller, and refusals."""
+"""Null experts in Megatron's layer: outputs, gradients, control, and refusals."""
 
 from __future__ import annotations
 
