@@ -75,6 +75,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
     # Upstream's attributes; a type checker cannot see them through torch.nn.Module.
     config: TransformerConfig
     weight: Tensor
+    bias: Tensor | None
     num_experts: int
     layer_number: int
     calculate_per_token_loss: bool
@@ -139,6 +140,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """Make the gate anew, with rows for more than the experts."""
         shape = self.num_experts + rows, self.weight.shape[1]
         self.weight = torch.nn.Parameter(self.weight.new_empty(shape, dtype=torch.float32))
+        if self.bias is not None:
+            self.bias = torch.nn.Parameter(self.bias.new_empty(shape[0], dtype=torch.float32))
         self.reset_parameters()
 
     @property

@@ -126,6 +126,10 @@ DIST_DENSE_FIRST = run("dist_dense_first", "pp2ep2", DENSE_FIRST)
 DIST_EP2_BF16 = run("dist_ep2_bf16", "ep2", f"{RESHARDABLE} {BF16}")
 DRAWN_TARGET = "--moe-dynamic-target-experts-per-token uniform(1,3) --seed 7"
 DRAWN = run("drawn", "pp2ep2", DRAWN_TARGET)
+NULLS_FLAGS = (
+    "--moe-dynamic-routing null_experts --moe-dynamic-null-kind identity --moe-dynamic-weights raw"
+)
+NULLS = run("nulls", "ep2", NULLS_FLAGS)
 TOP_K_RUN = run("top_k", "one", model=TOP_K)
 
 SAME_LAYOUT = {
@@ -134,6 +138,7 @@ SAME_LAYOUT = {
     "ep2": (EP2, resume("ep2_resumed", EP2, "ep2")),
     "pp2, dropout": (PP2_DROPOUT, resume("pp2_dropout_resumed", PP2_DROPOUT, "pp2", DROPOUT)),
     "pp2ep2, drawn target": (DRAWN, resume("drawn_resumed", DRAWN, "pp2ep2", DRAWN_TARGET)),
+    "ep2, null experts": (NULLS, resume("nulls_resumed", NULLS, "ep2", NULLS_FLAGS)),
     # From the optimizer's default format into the one whose tensors have no undefined padding.
     "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
 }
@@ -156,6 +161,7 @@ OTHER_LAYOUT = {
         (DIST_EP2_BF16, "one", f"{RESHARDABLE} {BF16}"),
         (DRAWN, "one", DRAWN_TARGET),
         (DRAWN, "tp2", DRAWN_TARGET),
+        (NULLS, "pp2", NULLS_FLAGS),
     )
 }
 # Without experts' tensor parallelism; one rank pads 115 ids to 120, two pad them to 128.
@@ -215,7 +221,11 @@ UNPATCHED_DIST = resume("unpatched_dist", DIST_DP2, "one", RESHARDABLE, hook="un
 
 
 @pytest.mark.parametrize(
-    "name", matrix(SAME_LAYOUT, ("one, dropout", "ep2", "pp2, dropout", "dp2, distributed"))
+    "name",
+    matrix(
+        SAME_LAYOUT,
+        ("one, dropout", "ep2", "pp2, dropout", "ep2, null experts", "dp2, distributed"),
+    ),
 )
 def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:
     whole, resumed = (results[case] for case in SAME_LAYOUT[name])
