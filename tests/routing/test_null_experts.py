@@ -106,8 +106,8 @@ def test_a_crossing_is_the_last_bias_at_which_the_token_uses_the_expert():
             assert (below == place + 1).all() and (above == place).all()
 
 
-def test_tokens_without_experts_and_with_nan_have_defined_weights_and_gradients():
-    logits_TL = torch.tensor([[0.0, 1.0, 9.0], [2.0, 1.0, 0.0], [0.0, torch.nan, 0.0]])
+def test_tokens_without_experts_with_ties_and_with_nan_have_defined_weights_and_gradients():
+    logits_TL = torch.tensor([[0.0, 1.0, 9.0], [2.0, 0.0, 0.0], [0.0, torch.nan, 0.0]])
     logits_TL.requires_grad_()
     routed = route_with_nulls(logits_TL, 0.0, null_slots=2, identity=False, max_experts=2)
     assert routed.map_TE.tolist() == [[False, False], [True, True], [True, False]]
