@@ -110,11 +110,7 @@ class Recorder:
                 "skipped": bool(skipped),
                 "grad_norm": grad_norm,
                 # By global layer number, after the step:
-                "threshold": {  # or another rule's knob
-                    layer: r.state[r.rule.knob].item()
-                    for layer, r in routers.items()
-                    if r.rule.knob is not None
-                },
+                "threshold": {layer: r.knob.item() for layer, r in routers.items()},
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
                 "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},

@@ -8,12 +8,14 @@ from tests.mutations.planted import (
     dispatching,
     losses,
     routing,
+    sequences,
     watching,
 )
 
 MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
+    *sequences.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,
     *attention.MISTAKES,
