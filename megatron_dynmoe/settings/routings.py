@@ -183,10 +183,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
     "null_experts": RoutingSettings(
         title="null experts",
         summary="top-k of experts and null slots, whose bias a PI controller steers",
-        takes=(
-            *(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "inference_threshold"),
-            *("null_slots", "null_kind"),
-        ),
+        takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "null_slots", "null_kind"),
         defaults=_COMMON_DEFAULTS
         | _CONTROLLER_DEFAULTS
         | {
@@ -204,6 +201,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         required=_TARGET_REQUIRED,
         instead={"threshold": "initial_threshold"},
         least_experts=0,
+        is_exported=True,
         knob_range=(-50.0, 50.0),
         knob_remedy="it is added to the null slots' logit, so use -50 (all experts) to 50 (none)",
     ),

@@ -160,8 +160,8 @@ MISTAKES = [
         "balance_moves_tokens_to_null_slots",
         "the balance loss sees the experts' probabilities without those of the null slots",
         "routing/null_experts.py",
-        "prob_sums_BE=sum_by_sequence(probs_TE + null_T1 / num_experts, num_sequences, valid_T)",
-        "prob_sums_BE=sum_by_sequence(probs_TE, num_sequences, valid_T)",
+        "return self.probs_TE + self.null_T.unsqueeze(-1) / self.probs_TE.shape[1]",
+        "return self.probs_TE",
         (f"{NULLS}::test_the_balance_loss_is_the_papers_at_the_target_and_never_moves_the_count",),
     ),
     Mutation(
