@@ -217,6 +217,8 @@ def _compute_point(
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(float(least), target - half_width), min(float(limit), target + half_width)
+    if least == 0:  # the last token's crossing, and the first one's, may lie far out
+        low, high = max(low, target / 2), min(high, max(target, (target + limit) / 2))
     ranks = [max(1, round((mean - least) * num_tokens)) for mean in (low, high)]
     at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
     return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
@@ -226,7 +228,8 @@ def _compute_point(
 def _points(population: _Population) -> tuple[Tensor, int]:
     """The crossings of normal logits, a flat tensor that rises with the count, and their tokens."""
     rule, settings = population.rule, dict(population.settings)
-    logits_TE = _normal_logits(population.num_experts, population.logits_std)
+    num_logits = population.num_experts + rule.extra_logits
+    logits_TE = _normal_logits(num_logits, population.logits_std)
     if population.normalized:
         _check_scale("theta", population.theta)
         logits_TE = normalize(logits_TE, population.theta)

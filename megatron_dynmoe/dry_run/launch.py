@@ -216,9 +216,9 @@ def _fewest_gpus(layout: Layout) -> int:
 
 def _memory_model(args: Namespace, layout: Layout) -> tuple[MemoryModel | None, str]:
     """The planner's model, or which setting it does not know."""
-    has_theta = resolved_from_args(args, args.num_experts).normalization == "drn"
+    dynmoe = resolved_from_args(args, args.num_experts)
     try:
-        return MemoryModel.from_args(args, layout, has_theta), ""
+        return MemoryModel.from_args(args, layout, dynmoe), ""
     except ValueError as error:
         return None, str(error)
 

@@ -153,8 +153,7 @@ def checkpoints(recipe: str, flags: Sequence[str]) -> tuple[int, int | None]:
 
 
 def _memory_model(args: Namespace, layout: Layout) -> MemoryModel:
-    resolved = resolved_from_args(args, args.num_experts)
-    return MemoryModel.from_args(args, layout, has_theta=resolved.normalization == "drn")
+    return MemoryModel.from_args(args, layout, resolved_from_args(args, args.num_experts))
 
 
 def _steps(args: Namespace, layout: Layout, tokens: float | None) -> int:

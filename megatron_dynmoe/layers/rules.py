@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
+from megatron_dynmoe.routing.null_experts import fill_slots
 from megatron_dynmoe.routing.select import weigh
 from megatron_dynmoe.routing.seq_top_k import select_above
 
@@ -92,6 +93,20 @@ def _seq_top_k(
     return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
 
 
+def _null_experts(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    slots = fill_slots(
+        logits_TE,
+        state["null_bias"],
+        null_slots=settings["null_slots"],
+        identity=settings["null_kind"] == "identity",
+        max_experts=settings["max_experts_per_token"],
+        renormalize=settings["weights"] == "renormalized",
+    )
+    return Chosen(slots.spread_TE, slots.map_TE, slots.weights_TE, slots.residual_T)
+
+
 # By routing.
 RULES: dict[str, LayerRule] = {
     "expert_threshold": LayerRule(
@@ -103,6 +118,18 @@ RULES: dict[str, LayerRule] = {
                 lambda decay: isinstance(decay, float | int) and 0 <= decay < 1,
             )
         },
+    ),
+    "null_experts": LayerRule(
+        _null_experts,
+        {"null_bias": "one"},
+        {
+            "null_slots": (
+                "a whole number from 1, at least a token's slots",
+                lambda slots: type(slots) is int and slots >= 1,
+            ),
+            "null_kind": ("zero or identity", lambda kind: kind in ("zero", "identity")),
+        },
+        extra_logits=lambda _: 1,
     ),
     "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
 }

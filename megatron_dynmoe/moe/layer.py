@@ -59,6 +59,28 @@ class DynMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         if isinstance(self.router, DynamicRouter) and self.ep_group.size() > 1:
             self.router.counters.ep_group = self.ep_group
+        self._tokens: Tensor | None = None  # between route and postprocess, if they are put out
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Route as upstream does, and keep the tokens if they are a part of the output."""
+        routed = super().route(hidden_states, padding_mask)
+        if getattr(self.router, "last_residual", None) is not None:
+            self._tokens = hidden_states
+        return routed
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Postprocess as upstream does, and add each token by the weight that the rule gives it.
+
+        The tokens are those of this rank, as the output is: nothing is dispatched.
+        """
+        output = super().postprocess(output, shared_expert_output)
+        if self._tokens is not None:
+            weights_SB1 = self.router.last_residual.view(*self._tokens.shape[:-1], 1)
+            output = output + (self._tokens * weights_SB1).to(output.dtype)
+            self._tokens = None
+        return output
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

@@ -75,6 +75,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
     # Upstream's attributes; a type checker cannot see them through torch.nn.Module.
     config: TransformerConfig
     weight: Tensor
+    bias: Tensor | None
     num_experts: int
     layer_number: int
     calculate_per_token_loss: bool
@@ -131,6 +132,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         # From the last forward pass. With recomputation that may be the first pass, which the
         # counters leave out.
         self.last_not_finite: Tensor | None = None
+        self.last_residual: Tensor | None = None  # [T], the weight of the token itself
         self.counters = RoutingCounters(self.num_experts, device, rule.num_sums)
         self.evaluation_counters = RoutingCounters(self.num_experts, device)
 
@@ -138,6 +140,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """Make the gate anew, with rows for more than the experts."""
         shape = self.num_experts + rows, self.weight.shape[1]
         self.weight = torch.nn.Parameter(self.weight.new_empty(shape, dtype=torch.float32))
+        if self.bias is not None:
+            self.bias = torch.nn.Parameter(self.bias.new_empty(shape[0], dtype=torch.float32))
         self.reset_parameters()
 
     @property
@@ -215,7 +219,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         )
         if not loss_by_sequence:
             routed = routed.as_one_sequence()
-        self.last_not_finite = routed.not_finite
+        self.last_not_finite, self.last_residual = routed.not_finite, routed.residual_T
 
         # 3. Losses and counts, once per micro-batch. A forward pass without gradients is either an
         #    evaluation or the first of the two passes of recomputation, which is not counted

@@ -27,6 +27,7 @@ from megatron_dynmoe.planning.worst_case import (
     passing_row_bytes,
     worst_case_rows,
 )
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,17 @@ class MemoryModel:
     fuses_activation: bool
 
     @classmethod
-    def from_args(cls, args: Namespace, layout: Layout, has_theta: bool) -> MemoryModel:
+    def from_args(cls, args: Namespace, layout: Layout, dynmoe: DynMoEConfig) -> MemoryModel:
         """Read Megatron's arguments; defaults that Megatron derives have to be filled in.
+
+        Args:
+            dynmoe: resolved settings.
 
         Raises:
             ValueError: the planner does not know the effect of a setting that is used.
         """
         return cls(
-            shape=ModelShape.from_args(args, has_theta),
+            shape=ModelShape.from_args(args, dynmoe),
             layout=layout,
             precision=Precision.from_args(args),
             recompute=Recompute.from_args(args),

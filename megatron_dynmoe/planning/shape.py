@@ -6,7 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.planning.layout import Layout
+from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
@@ -69,6 +71,7 @@ class ModelShape:
         gate_factor: 2 with a gated activation such as SwiGLU, 1 without.
         norm_parameters: parameters of a norm per normalized value: 1 (weight) or 2 (and bias).
         positions: number of learned position embeddings, or 0.
+        gate_rows: rows of a router's gate: mostly one for each expert.
         has_theta: whether each router has a learnable scale (dynamic routing normalization).
     """
 
@@ -90,11 +93,15 @@ class ModelShape:
     qk_norm: bool
     shared_gate: bool
     tied_embeddings: bool
+    gate_rows: int
     has_theta: bool
 
     @classmethod
-    def from_args(cls, args: Namespace, has_theta: bool) -> ModelShape:
+    def from_args(cls, args: Namespace, dynmoe: DynMoEConfig) -> ModelShape:
         """Read Megatron's arguments; defaults that Megatron derives have to be filled in.
+
+        Args:
+            dynmoe: resolved settings.
 
         Raises:
             ValueError: the planner does not know the effect of a setting that is used.
@@ -132,7 +139,9 @@ class ModelShape:
             qk_norm=args.qk_layernorm,
             shared_gate=args.moe_shared_expert_gate,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
-            has_theta=has_theta,
+            gate_rows=(args.num_experts or 0)
+            + (RULES[dynmoe.routing].extra_logits if dynmoe.is_dynamic else 0),
+            has_theta=dynmoe.normalization == "drn",
         )
 
     @property
@@ -207,7 +216,7 @@ def _layer(shape: ModelShape, is_moe: bool, split: Split) -> Parameters:
     dense = attention + 2 * _norm(shape)
     if not is_moe:
         return Parameters(dense + _mlp(shape, shape.ffn, split.tensor), 0)
-    dense += shape.num_experts * (shape.hidden + shape.linear_bias) + shape.has_theta
+    dense += shape.gate_rows * (shape.hidden + shape.linear_bias) + shape.has_theta
     if shape.shared_ffn:
         dense += _mlp(shape, shape.shared_ffn, split.tensor) + shape.shared_gate * shape.hidden
     local_experts = shape.num_experts // split.expert

@@ -44,7 +44,7 @@ def memory_line(args: Namespace, dynmoe: DynMoEConfig, plan: BackEnd) -> str:
         Layout.from_args(args), stages_per_rank=chunks, has_own_split=False
     )
     try:
-        model = MemoryModel.from_args(args, layout, has_theta=dynmoe.normalization == "drn")
+        model = MemoryModel.from_args(args, layout, dynmoe)
     except ValueError as error:
         return f"> memory: its bound is not known: {error}"
     return describe_bound(model, dynmoe.max_experts_per_token, device_bytes)

@@ -24,6 +24,7 @@ class Routing(NamedTuple):
     assignments_BE: Tensor  # [B, E] int64, the number of valid tokens that chose each expert
     not_finite: Tensor  # scalar int64, tokens with a NaN or infinite logit, including padding
     sums_W: Tensor | None = None  # [W] float64, what a rule sums beside these over valid tokens
+    residual_T: Tensor | None = None  # [T], the weight of the token itself; differentiable
 
     def as_one_sequence(self) -> Routing:
         """The same with the sums over all sequences, B = 1."""

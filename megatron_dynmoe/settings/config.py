@@ -17,6 +17,7 @@ from megatron_dynmoe.settings.messages.refusals import SettingError, UnknownSett
 from megatron_dynmoe.settings.routings import (
     ROUTINGS,
     STOCK,
+    Derived,
     RoutingSettings,
     routings_with,
 )
@@ -26,6 +27,7 @@ BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case", "target")
 CONTROLLED_QUANTITIES = ("experts", "busiest_rank")
+NULL_KINDS = ("zero", "identity")
 
 
 class LossCoefficients(NamedTuple):
@@ -83,7 +85,24 @@ class DynMoEConfig:
     ] = None
     max_experts_per_token: Annotated[
         int | None,
-        Setting("int", "No token uses more experts than this. Default: no cap."),
+        Setting("int", "No token uses more experts than this. No cap unless it is given."),
+    ] = None
+    null_slots: Annotated[
+        int | None,
+        Setting(
+            "int",
+            "Null slots beside the experts of a layer. They have one logit in common, and share a "
+            "token's probability as if there were so many.",
+        ),
+    ] = None
+    null_kind: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "What a null slot puts out: nothing (zero), or the token itself, by its weight "
+            "(identity).",
+            NULL_KINDS,
+        ),
     ] = None
     controlled_quantity: Annotated[
         str | None,
@@ -355,8 +374,12 @@ class DynMoEConfig:
                     "set {row_buffer} to 'target', or leave the margin out",
                 )
             defaults.pop("row_buffer_margin", None)
+        for name, value in defaults.items():
+            if isinstance(value, Derived):
+                defaults[name] = value.value(self, num_experts)
         if "inference_max_experts_per_token" in kind.takes:
-            defaults["inference_max_experts_per_token"] = self.max_experts_per_token
+            cap = self.max_experts_per_token or defaults.get("max_experts_per_token")
+            defaults["inference_max_experts_per_token"] = cap
         resolved = dataclasses.replace(
             self, **{name: value for name, value in defaults.items() if getattr(self, name) is None}
         )

@@ -7,9 +7,13 @@ the routing is a file in ``moe/rules/``. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.settings.config import DynMoEConfig
 
 AUTO = "auto"
 STOCK = "top_k"
@@ -31,6 +35,17 @@ CONTROLLER = (
     *("initial_threshold", "min_threshold", "max_threshold"),
 )
 
+
+class Derived(NamedTuple):
+    """A default that follows from other settings and the number of experts."""
+
+    words: str  # for helps and docs
+    value: Callable[[DynMoEConfig, int], Any]
+
+    def __str__(self) -> str:
+        return self.words
+
+
 _CALIBRATED = ("initial_threshold", "proportional_gain", "integral_gain")
 
 
@@ -42,7 +57,8 @@ class RoutingSettings:
         title: its name in prose.
         summary: what it is, for the help of ``--moe-dynamic-routing``.
         takes: the settings that it has; every other one is refused.
-        defaults: the values of settings that are left out. Other settings stay None.
+        defaults: the values of settings that are left out, or how they follow from others. Other
+            settings stay None.
         required: settings without a default that have to be given, each with the remedy.
         instead: settings of other routings, each with the one that this routing has for it.
         least_experts: the fewest experts of a token: 0 if one may be left without any.
@@ -77,6 +93,11 @@ class RoutingSettings:
         Else the defaults of the routing are numbers.
         """
         return AUTO in (self.defaults.get(name) for name in _CALIBRATED)
+
+
+def _twice_the_target(dynmoe: DynMoEConfig, num_experts: int) -> int:
+    target = dynmoe.target_experts_per_token
+    return num_experts if target is None else min(num_experts, math.ceil(2 * max(target.targets)))
 
 
 _COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}
@@ -156,6 +177,33 @@ ROUTINGS: dict[str, RoutingSettings] = {
         least_experts=0,
         is_exported=True,
         knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
+    ),
+    # "Composing Weight and Data Sparsity": zero slots, half of the slots null on average, weights
+    # renormalized, and its 2e-2 for a loss that is 1 if balanced: here it is the count, such as 2.
+    "null_experts": RoutingSettings(
+        title="null experts",
+        summary="top-k of experts and null slots, whose bias a PI controller steers",
+        takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "null_slots", "null_kind"),
+        defaults=_COMMON_DEFAULTS
+        | _CONTROLLER_DEFAULTS
+        | {
+            "max_experts_per_token": Derived("twice the target", _twice_the_target),
+            "null_slots": Derived("one per expert", lambda _, num_experts: num_experts),
+            "null_kind": "zero",
+            "min_threshold": -50.0,
+            "max_threshold": 50.0,
+            "normalization": "none",
+            "weights": "renormalized",
+            "balance_loss": "global_aux_loss",
+            "balance_loss_coeff": 1e-2,
+            "dynamic_loss_coeff": 0.0,
+        },
+        required=_TARGET_REQUIRED,
+        instead={"threshold": "initial_threshold"},
+        least_experts=0,
+        is_exported=True,
+        knob_range=(-50.0, 50.0),
+        knob_remedy="it is added to the null slots' logit, so use -50 (all experts) to 50 (none)",
     ),
     # SeqTopK: raw probabilities, and no loss of its own beside the balance loss.
     "seq_top_k": RoutingSettings(

@@ -64,7 +64,8 @@ def described(name: str, setting: Setting) -> Setting:
     for routing, kind in kinds.items():
         if name in kind.defaults:
             routings_of.setdefault(kind.defaults[name], []).append(routing)
-    if len(routings_of) == 1:
+    num_with_default = sum(map(len, routings_of.values()))
+    if len(routings_of) == 1 and num_with_default == len(kinds):
         words.append(f"Default: {_shown(next(iter(routings_of)))}.")
     elif routings_of:
         each = [f"{_shown(value)} for {', '.join(names)}" for value, names in routings_of.items()]

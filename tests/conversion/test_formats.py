@@ -94,6 +94,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         DTOP_P | {"attention_bias": True, "qk_norm": True, "tie_word_embeddings": True},
     ),
     "no experts": ("dynmoe", NO_EXPERTS),
+    "null slots": (
+        "dynmoe",
+        DTOP_P
+        | {"routing": "null_experts", "normalization": "none", "threshold": None}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {
+            "max_experts_per_token": 3,
+            "inference_max_experts_per_token": 2,
+            "rule_settings": {"null_slots": 5, "null_kind": "identity"},
+            "router_state": {"null_bias": [[0.5], None, [-1.25]]},
+        },
+    ),
     "expert thresholds": (
         "dynmoe",
         DTOP_P

@@ -21,6 +21,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 ALLGATHER = "--moe-token-dispatcher-type allgather"
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
+RECOMPUTE = "--recompute-granularity selective --recompute-modules moe"
 TWO_MOE_LAYERS = '--moe-layer-freq "[1,1,0,0]"'
 NUM_LAYERS, NUM_EXPERTS, TOKENS = 4, 8, 8 * 32  # of a layer in a global batch
 
@@ -106,6 +107,29 @@ BATCH_SIZE_SCHEDULE = case(
     .replace("--global-batch-size 8", '--step-batch-size-schedule "0:4 256:8"'),
 )
 
+# Null slots that copy the token, under every kind of layout. The default scope of their balance
+# loss, the global batch so far, depends on how many ranks share it.
+NULLS = (
+    f"{TINY} --moe-dynamic-routing null_experts --moe-dynamic-target-experts-per-token 2 "
+    "--moe-dynamic-balance-loss seq_aux_loss"
+)
+NULLS_SAVED = case("nulls_saved", 1, f"{NULLS} {ALLTOALL} {SAVE}".replace("/weights", "/nulls"))
+
+
+def with_nulls(name: str, num_ranks: int, flags: str) -> Case:
+    load = LOAD.replace("/weights", "/nulls")
+    flags = f"{NULLS} --moe-dynamic-null-kind identity {load} {flags}"
+    return case(f"nulls_{name}", num_ranks, flags, hooks=GRADIENTS, after=(NULLS_SAVED,))
+
+
+NULLS_ONE = with_nulls("one_rank", 1, ALLTOALL)
+NULLS_MANY = [
+    with_nulls("pp2_ep2_recomputed", 4, f"{ALLTOALL} {PP2} {EP2} {RECOMPUTE}"),
+    with_nulls("ep2_allgather", 2, f"{ALLGATHER} {EP2}"),
+    with_nulls("tp2", 2, f"{ALLTOALL} --tensor-model-parallel-size 2 --sequence-parallel"),
+    with_nulls("cp2", 2, f"{ALLTOALL} --context-parallel-size 2 --cp-comm-type a2a"),
+]
+
 QUICK = ("loaded_ep2", "loaded_ep2_allgather", "loaded_pp2_interleaved", "loaded_pp2_ep2")
 TRAINED = [ONE_RANK, DP2, DISTRIBUTED_OPTIMIZER, SHARED_EXPERTS, SHARED_OVERLAP]
 TRAINED += [
@@ -174,6 +198,18 @@ def test_the_same_weights_route_alike_under_every_layout(results: Results, layou
     one, many = results[LOADED], results[layout]
     assert_same_training(one, many)
     assert_same_gradients(one, many)
+
+
+@pytest.mark.parametrize("layout", matrix(NULLS_MANY, ("nulls_pp2_ep2_recomputed",)))
+def test_copied_tokens_and_their_gradients_are_alike_under_every_layout(
+    results: Results, layout: Case
+) -> None:
+    one, many = results[NULLS_ONE], results[layout]
+    assert_same_training(one, many)
+    assert_same_gradients(one, many)
+    assert len({*many.thresholds}) == len(many.thresholds)  # the bias moves
+    for batch in many.finalized:  # on average near half of the slots are null
+        assert 1.5 < sum(map(sum, batch["assignments"])) / sum(batch["tokens"]) < 2.6
 
 
 def test_a_stage_without_experts_takes_part(results: Results) -> None:

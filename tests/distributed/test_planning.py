@@ -9,6 +9,7 @@ from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
+from megatron_dynmoe.settings.arguments import resolved_from_args
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -39,7 +40,7 @@ SAVED = state(
 )
 STATES = [
     SAVED,
-    state("smoke", 2, f"{SMOKE} {SHARDED}"),
+    state("smoke", 2, f"{SMOKE} {SHARDED} --moe-dynamic-routing null_experts"),
     state("smoke_pp2", 2, f"{SMOKE} --pipeline-model-parallel-size 2 --bf16"),
     state("ep2_sharded", 4, f"{TINY} {DTOP_P} --expert-model-parallel-size 2 --bf16 {SHARDED}"),
     state(
@@ -85,9 +86,9 @@ ONE_RANK_PEAKS = {
 
 def planned(case: Case) -> MemoryModel:
     flags = [*shlex.split(case.flags), "--no-bias-swiglu-fusion"]  # there is no compiler on the CPU
-    return MemoryModel.from_args(
-        read_args(flags), Layout.from_flags(flags, case.num_ranks), has_theta="dtop_p" in flags
-    )
+    args = read_args(flags)
+    layout = Layout.from_flags(flags, case.num_ranks)
+    return MemoryModel.from_args(args, layout, resolved_from_args(args, args.num_experts))
 
 
 @pytest.mark.parametrize("case", STATES, ids=lambda case: case.name)

@@ -127,6 +127,11 @@ DIST_EP2_BF16 = run("dist_ep2_bf16", "ep2", f"{RESHARDABLE} {BF16}")
 DRAWN_TARGET = "--moe-dynamic-target-experts-per-token uniform(1,3) --seed 7"
 DRAWN = run("drawn", "pp2ep2", DRAWN_TARGET)
 SEQ_TOP_K_RUN = run("seq_top_k", "one", SEQ_TOP_K)
+NULLS_FLAGS = (
+    "--moe-dynamic-routing null_experts --moe-dynamic-null-kind identity "
+    "--moe-dynamic-weights raw --moe-dynamic-balance-loss seq_aux_loss"
+)
+NULLS = run("nulls", "ep2", NULLS_FLAGS)
 TOP_K_RUN = run("top_k", "one", model=TOP_K)
 
 SAME_LAYOUT = {
@@ -139,6 +144,7 @@ SAME_LAYOUT = {
         SEQ_TOP_K_RUN,
         resume("seq_top_k_resumed", SEQ_TOP_K_RUN, "one", SEQ_TOP_K),
     ),
+    "ep2, null experts": (NULLS, resume("nulls_resumed", NULLS, "ep2", NULLS_FLAGS)),
     # From the optimizer's default format into the one whose tensors have no undefined padding.
     "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
 }
@@ -162,6 +168,7 @@ OTHER_LAYOUT = {
         (DRAWN, "one", DRAWN_TARGET),
         (DRAWN, "tp2", DRAWN_TARGET),
         (SEQ_TOP_K_RUN, "tp2", f"{SEQ_TOP_K} --make-vocab-size-divisible-by 4"),
+        (NULLS, "pp2", NULLS_FLAGS),
     )
 }
 # Without experts' tensor parallelism; one rank pads 115 ids to 120, two pad them to 128.
@@ -223,7 +230,11 @@ UNPATCHED_DIST = resume("unpatched_dist", DIST_DP2, "one", RESHARDABLE, hook="un
 @pytest.mark.parametrize(
     "name",
     matrix(
-        SAME_LAYOUT, ("one, dropout", "ep2", "pp2, dropout", "dp2, distributed", "one, seq_top_k")
+        SAME_LAYOUT,
+        (
+            *("one, dropout", "ep2", "pp2, dropout", "dp2, distributed", "one, seq_top_k"),
+            "ep2, null experts",
+        ),
     ),
 )
 def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:

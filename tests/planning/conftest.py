@@ -6,6 +6,7 @@ from megatron_dynmoe.jobs.parse import read_args
 from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.planning.layout import Layout
 from megatron_dynmoe.planning.memory import MemoryModel
+from megatron_dynmoe.settings.arguments import resolved_from_args
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,6 @@ def memory_model():
     def make(recipe: str, flags: str = "", num_gpus: int = 16) -> MemoryModel:
         words = [*recipe_flags(recipe), *flags.split()]
         args, layout = read_args(words), Layout.from_flags(words, num_gpus)
-        return MemoryModel.from_args(args, layout, has_theta="dtop_p" in words)
+        return MemoryModel.from_args(args, layout, resolved_from_args(args, args.num_experts))
 
     return make

@@ -8,6 +8,7 @@ a routing takes are a row of ``settings/routings.py``.
 from __future__ import annotations
 
 from megatron_dynmoe.moe.rules.expert_threshold import ExpertThreshold
+from megatron_dynmoe.moe.rules.null_experts import NullExperts
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.moe.rules.seq_top_k import SeqTopK
 from megatron_dynmoe.moe.rules.top_p import TopP
@@ -17,5 +18,6 @@ RULES: dict[str, type[Rule]] = {
     "top_p": TopP,
     "dtop_p": TopP,
     "expert_threshold": ExpertThreshold,
+    "null_experts": NullExperts,
     "seq_top_k": SeqTopK,
 }

@@ -5,6 +5,7 @@ from tests.mutations.mutation import Mutation
 ROUTER = "tests/moe/test_router.py"
 SELECT = "tests/routing/test_select.py"
 GRADIENTS = "tests/routing/test_gradients.py"
+NULLS = "tests/routing/test_null_experts.py"
 
 MISTAKES = [
     Mutation(
@@ -134,6 +135,44 @@ MISTAKES = [
         (
             "tests/distributed/test_torch_native.py::test_tensor_parallel_equals_one_rank"
             "[native_loaded_dtop_p_tp2]",
+        ),
+    ),
+    Mutation(
+        "bias_of_null_slots_in_the_weights",
+        "the bias of the null slots changes weights, not the choice alone",
+        "routing/null_experts.py",
+        "shift_L[-1] = math.log(null_slots)",
+        "shift_L[-1] = math.log(null_slots) + float(bias)",
+        (f"{NULLS}::test_weights_counts_sums_and_gradients_are_those_of_every_slot_in_a_loop",),
+    ),
+    Mutation(
+        "null_slot_before_an_expert",
+        "at equal logits a null slot goes before an expert",
+        "routing/null_experts.py",
+        "used_TK = (sorted_TE[:, :most] >= null_T1) & ~is_nan_T1",
+        "used_TK = (sorted_TE[:, :most] > null_T1) & ~is_nan_T1",
+        (
+            f"{NULLS}::test_tokens_without_experts_with_ties_and_with_nan_have_defined_weights_"
+            "and_gradients",
+        ),
+    ),
+    Mutation(
+        "balance_moves_tokens_to_null_slots",
+        "the balance loss sees the experts' probabilities without those of the null slots",
+        "routing/null_experts.py",
+        "return self.probs_TE + self.null_T.unsqueeze(-1) / self.probs_TE.shape[1]",
+        "return self.probs_TE",
+        (f"{NULLS}::test_the_balance_loss_is_the_papers_at_the_target_and_never_moves_the_count",),
+    ),
+    Mutation(
+        "copies_dropped",
+        "the weight of a copied token is not in the layer's output",
+        "moe/layer.py",
+        "output = output + (self._tokens * weights_SB1).to(output.dtype)",
+        "output = output + 0 * (self._tokens * weights_SB1).to(output.dtype)",
+        (
+            "tests/moe/test_null_experts.py::"
+            "test_outputs_and_gradients_are_those_of_a_loop_over_tokens_and_slots",
         ),
     ),
 ]

@@ -1,0 +1,163 @@
+"""Null experts in Megatron's layer: outputs, gradients, control, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.messages.refusals import SettingError
+from tests.moe import one_rank
+from tests.moe.test_layer import doubles, gated_mlp, hidden_states
+from tests.oracles import null_experts as oracle
+from tests.oracles.routing import moe
+
+pytestmark = pytest.mark.megatron
+
+D, E, SLOTS, NULLS, BIAS = 8, 4, 3, 5, 0.7
+ZERO = DynMoEConfig(
+    routing="null_experts",
+    target_experts_per_token=1.5,
+    max_experts_per_token=SLOTS,
+    null_slots=NULLS,
+    initial_threshold=BIAS,
+    balance_loss_coeff=0,
+)
+IDENTITY = dataclasses.replace(ZERO, null_kind="identity")
+RAW = dataclasses.replace(IDENTITY, weights="raw")
+
+
+@pytest.fixture(autouse=True)
+def world():
+    one_rank.world_of_one()
+    yield
+    one_rank.forget_global_state()
+
+
+def looped(parameters: dict[str, Tensor], hidden_SBD: Tensor, dynmoe: DynMoEConfig) -> Tensor:
+    """The layer written out, every null slot of it; float64."""
+    hidden_TD = hidden_SBD.view(-1, D)
+    experts = [gated_mlp(parameters, f"experts.local_experts.{expert}") for expert in range(E)]
+    weights, choices, residuals = [], [], []
+    for hidden_D in hidden_TD:
+        logits = (parameters["router.weight"] @ hidden_D).unbind()
+        chosen = oracle.choose([logit.detach() for logit in logits], BIAS, NULLS, SLOTS)
+        of_experts, of_token = oracle.outputs(
+            oracle.probabilities(logits, NULLS),
+            chosen,
+            E,
+            dynmoe.null_kind == "identity",
+            dynmoe.weights != "raw",
+        )
+        weights.append(of_experts)
+        residuals.append(of_token * hidden_D)
+        choices.append({slot for slot in chosen if slot < E})
+    assert {0, 1, 2} <= {len(choice) for choice in choices}
+    output_TD = moe(hidden_TD, weights, choices, experts) + torch.stack(residuals)
+    if any(name.startswith("shared_experts") for name in parameters):
+        shared = gated_mlp(parameters, "shared_experts")
+        output_TD = output_TD + torch.stack([shared(hidden_D) for hidden_D in hidden_TD])
+    return output_TD.view_as(hidden_SBD)
+
+
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"moe_token_dispatcher_type": "allgather"},
+        {"moe_shared_expert_intermediate_size": 6},
+        {"moe_shared_expert_intermediate_size": 6, "moe_shared_expert_overlap": True},
+        RECOMPUTED,
+    ],
+    ids=["alltoall", "allgather", "shared", "overlapped", "recomputed"],
+)
+@pytest.mark.parametrize("dynmoe", [ZERO, IDENTITY, RAW], ids=["zero", "identity", "raw"])
+def test_outputs_and_gradients_are_those_of_a_loop_over_tokens_and_slots(dynmoe, settings):
+    layer = one_rank.moe_layer(dynmoe, num_experts=E, **settings)
+    assert layer.router.weight.shape == (E + 1, D)
+    layer.router.null_bias.fill_(BIAS)
+    parameters, hidden = doubles(layer), torch.cat([hidden_states(0)] * 2) * 1.0
+    hidden[5:] *= -0.5
+    hidden_64 = hidden.double().requires_grad_()
+    want = looped(parameters, hidden_64, dynmoe)
+    hidden.requires_grad_()
+    got, _ = layer(hidden)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    got.backward(direction)
+    want.backward(direction.double())
+    torch.testing.assert_close(hidden.grad.double(), hidden_64.grad, rtol=1e-4, atol=1e-5)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad.double(), parameters[name].grad, rtol=1e-4, atol=1e-5
+        )
+    assert layer._tokens is None  # nothing outlives the pass
+
+
+@pytest.mark.parametrize("target", [0.5, 2.0])
+def test_the_default_gains_hold_the_mean_number_of_real_experts(monkeypatch, target):
+    layer = one_rank.moe_layer(
+        DynMoEConfig(routing="null_experts", target_experts_per_token=target),
+        num_experts=8,
+        hidden_size=16,
+    )
+    router, update = layer.router, layer.config.finalize_model_grads_func
+    update.finalize = lambda *_: None
+    monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
+    model = torch.nn.ModuleList([layer])
+    model.config = layer.config
+    router.weight.data[:-1] *= 1.5  # what the controller has not been calibrated for
+    generator = torch.Generator().manual_seed(5)
+    means = []
+    for step in range(70):
+        if step == 35:
+            router.weight.data[:-1] *= 0.5
+        layer(torch.randn(128, 8, 16, generator=generator))
+        means.append(float(router.counters.sums.assignments.sum() / router.counters.sums.tokens))
+        before = router.knob.clone()
+        update([model])
+        if step == 0:
+            assert (router.knob > before) == (means[0] > target)
+    assert abs(means[0] - target) > 0.1 * target
+    for settled in (means[25:35], means[60:]):  # 24 steps settle to 2 %
+        assert sum(settled) / 10 == pytest.approx(target, rel=0.05)
+
+
+def test_a_token_without_experts_is_counted_and_put_out():
+    layer = one_rank.moe_layer(IDENTITY, num_experts=E)
+    layer.router.null_bias.fill_(50.0)  # all slots of all tokens are null
+    hidden = hidden_states(0).requires_grad_()
+    output, _ = layer(hidden)
+    torch.testing.assert_close(output, hidden)  # the weights of K copies sum to 1
+    sums = layer.router.counters.sums
+    assert sums.tokens == 10 and not sums.assignments.any() and not sums.squared_experts
+    output.sum().backward()
+    assert hidden.grad.isfinite().all()
+    silent = one_rank.moe_layer(ZERO, num_experts=E)
+    silent.router.null_bias.fill_(50.0)
+    assert not silent(hidden.detach())[0].any()
+
+
+def test_evaluations_have_a_number_of_slots_of_their_own():
+    dynmoe = dataclasses.replace(ZERO, initial_threshold=-9.0, inference_max_experts_per_token=2)
+    router = one_rank.router(dynmoe, num_experts=E)
+    hidden = hidden_states(0)
+    assert set(router(hidden)[1].sum(-1).tolist()) == {3}
+    router.eval()
+    assert set(router(hidden)[1].sum(-1).tolist()) == {2}
+
+
+def test_fewer_null_slots_than_slots_are_refused():
+    with pytest.raises(SettingError, match="null_slots is 2, fewer than the 3 slots of a token"):
+        one_rank.router(dataclasses.replace(ZERO, null_slots=2), num_experts=E)
+    few = {"max_experts_per_token": 1, "inference_max_experts_per_token": 3, "null_slots": 2}
+    with pytest.raises(SettingError, match="use 3 or more"):
+        one_rank.router(
+            dataclasses.replace(ZERO, target_experts_per_token=0.5, **few), num_experts=E
+        )
