@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
 from megatron_dynmoe.routing.select import weigh
 from megatron_dynmoe.routing.seq_top_k import select_above
 
@@ -75,6 +76,13 @@ class LayerRule:
         return {name: sizes[size] for name, size in self.state.items()}
 
 
+def _expert_threshold(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    cap, renormalize = settings["max_experts_per_token"], settings["weights"] == "renormalized"
+    return Chosen(*choose_above_thresholds(logits_TE, state["thresholds"], cap, renormalize))
+
+
 def _seq_top_k(
     logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> Chosen:
@@ -86,6 +94,16 @@ def _seq_top_k(
 
 # By routing.
 RULES: dict[str, LayerRule] = {
+    "expert_threshold": LayerRule(
+        _expert_threshold,
+        {"share": "one", "thresholds": "experts", "batches": "one"},
+        {
+            "threshold_decay": (
+                "a number from 0 to below 1",
+                lambda decay: isinstance(decay, float | int) and 0 <= decay < 1,
+            )
+        },
+    ),
     "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
 }
 

@@ -70,6 +70,14 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
             "",
             "use a number of steps from 1, or leave it out to never compare ranks",
         )
+    decay = dynmoe.threshold_decay
+    if decay is not None and not 0 <= decay < 1:
+        raise SettingError(
+            "threshold_decay",
+            decay,
+            "",
+            "use 0 (the last batch alone) or more, below 1, such as 0.99",
+        )
     for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
         coefficient = getattr(dynmoe, name)
         if coefficient is not None and coefficient < 0:

@@ -135,6 +135,28 @@ ROUTINGS: dict[str, RoutingSettings] = {
         draws_target=True,
         is_exported=True,
     ),
+    # Expert Threshold Routing (arXiv 2603.11535): sigmoids of the logits as weights, no loss.
+    "expert_threshold": RoutingSettings(
+        title="expert threshold",
+        summary="each expert takes the tokens above its own threshold, a moving average of the "
+        "quantile of its scores; a PI controller steers the quantile to the target",
+        takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "threshold_decay"),
+        defaults=_COMMON_DEFAULTS
+        | _CONTROLLER_DEFAULTS
+        | {
+            "threshold_decay": 0.99,
+            "normalization": "none",
+            "weights": "raw",
+            "balance_loss": "none",
+            "balance_loss_coeff": 1e-2,
+            "dynamic_loss_coeff": 0.0,
+        },
+        required=_TARGET_REQUIRED,
+        instead={"threshold": "initial_threshold"},
+        least_experts=0,
+        is_exported=True,
+        knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
+    ),
     # SeqTopK: raw probabilities, and no loss of its own beside the balance loss.
     "seq_top_k": RoutingSettings(
         title="SeqTopK",

@@ -94,6 +94,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         DTOP_P | {"attention_bias": True, "qk_norm": True, "tie_word_embeddings": True},
     ),
     "no experts": ("dynmoe", NO_EXPERTS),
+    "expert thresholds": (
+        "dynmoe",
+        DTOP_P
+        | {"routing": "expert_threshold", "normalization": "none", "weights": "raw"}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {
+            "threshold": None,
+            "rule_settings": {"threshold_decay": 0.9},
+            "router_state": {
+                "share": [[0.25], None, [0.25]],
+                "thresholds": [[0.5, 0.25, -0.5, 0.125], None, [2.0, 1.0, 0.0, -1.0]],
+                "batches": [[17.0], None, [17.0]],
+            },
+        },
+    ),
 }
 
 

@@ -46,6 +46,8 @@ FLAGS = {
     "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
     "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
+    "expert_threshold": f"{SMALL} --moe-dynamic-routing expert_threshold "
+    "--moe-dynamic-target-experts-per-token 2",
     "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
 }
 # Without kernels, the CPU's included, a run routes by the lines of routing/route.py.

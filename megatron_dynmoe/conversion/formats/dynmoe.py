@@ -76,6 +76,7 @@ FORMAT = Format(
         "kernels/choose_cpu.py",
         "layers/moe.py",
         "layers/rules.py",
+        "routing/expert_threshold.py",
         "routing/select.py",
         "routing/seq_top_k.py",
         "routing/normalize.py",

@@ -88,7 +88,7 @@ class SeqTopK(Rule):
         return routed._replace(sums_W=sums[0]) if sums else routed
 
     def next_state(
-        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None = None
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
     ) -> Mapping[str, Tensor]:
         left_out, sequences = sums_W.split(1)
         mean = left_out / sequences
