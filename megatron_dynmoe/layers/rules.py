@@ -104,7 +104,7 @@ RULES: dict[str, LayerRule] = {
             )
         },
     ),
-    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
+    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one"}),
 }
 
 
