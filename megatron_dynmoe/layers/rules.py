@@ -131,7 +131,7 @@ RULES: dict[str, LayerRule] = {
         },
         extra_logits=lambda _: 1,
     ),
-    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
+    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one"}),
 }
 
 

@@ -145,7 +145,7 @@ ROUTINGS = {
     "seq_top_k": {
         "routing": "seq_top_k",
         "max_experts_per_token": 2,
-        "router_state": {"threshold": [[0.1], [0.3], [0.2]], "batches": [[20.0]] * 3},
+        "router_state": {"threshold": [[0.1], [0.3], [0.2]]},
     },
 }
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.layers.rules import RULES
-from megatron_dynmoe.moe.rules.seq_top_k import AVERAGED_BATCHES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 from tests.oracles import routing as oracle
@@ -138,31 +137,28 @@ def test_an_exported_router_chooses_as_evaluations_do(weights):
     assert not map_TE.any(dim=-1).all() and chosen.weights_TE.isfinite().all()
 
 
-def test_the_threshold_is_the_mean_of_what_recent_budgets_left_out(monkeypatch):
-    """And with it an evaluation uses the same mean number of experts."""
+def test_the_threshold_is_the_mean_of_what_the_last_budgets_left_out(monkeypatch):
+    """And with it an evaluation uses about the same mean number of experts."""
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
     layer = built(max_experts_per_token=None)
     router, update = layer.router, layer.config.finalize_model_grads_func
     update.finalize = lambda *_: None
     model = torch.nn.ModuleList([layer])
     model.config = layer.config
-    expected = None
-    for step in range(AVERAGED_BATCHES + 5):
-        batches = [hidden(100 * step + micro, positions=32) for micro in range(2)]
+    positions = 512
+    for step in range(2):
+        batches = [hidden(10 * step + micro, positions) for micro in range(2)]
         for batch in batches:
             layer(batch)
         best = [
-            probs_of(router, batch)[:, b].flatten().sort(descending=True).values[int(32 * MEAN)]
+            probs_of(router, batch)[:, b].flatten().sort(descending=True).values
             for batch in batches
             for b in range(B)
         ]
-        mean = float(sum(best) / len(best))
-        share = 1 / min(step + 1, AVERAGED_BATCHES)
-        expected = mean if expected is None else expected + share * (mean - expected)
         update([model])
-        assert router.threshold.item() == pytest.approx(expected, rel=1e-5)
-    assert router.batches.item() == AVERAGED_BATCHES
-    assert router.measured.item() == int(32 * MEAN) / 32
+        left_out = [values[int(positions * MEAN)].item() for values in best]
+        assert router.threshold.item() == pytest.approx(sum(left_out) / len(left_out), rel=1e-6)
+    assert router.measured.item() == int(positions * MEAN) / positions
     layer.eval()
     layer(hidden(7, positions=4096))
     counted = router.evaluation_counters.sums

@@ -2,8 +2,8 @@
 
 In training the budget is ``target_experts_per_token`` times the tokens of the sequence, so the
 count needs no controller. Such a choice depends on later tokens. In evaluation and inference a
-token therefore uses the experts whose probability exceeds a threshold: the mean over recent global
-batches of the best probability that a sequence's budget left out.
+token therefore uses the experts whose probability exceeds a threshold: the mean, over the sequences
+of the last global batch, of the best probability that the budget left out.
 """
 
 from __future__ import annotations
@@ -26,28 +26,22 @@ from megatron_dynmoe.routing.seq_top_k import (
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
 
-# The threshold is the plain mean over the first global batches, and then moves by 1/20 of the
-# difference with every further one.
-AVERAGED_BATCHES = 20
-
 
 class SeqTopK(Rule):
     """See :mod:`megatron_dynmoe.routing.seq_top_k`.
 
-    Its state is ``threshold``, and ``batches``: the global batches that the threshold is the mean
-    of, up to :data:`AVERAGED_BATCHES`.
+    State: ``threshold``, [1]. Means over several batches follow the probabilities too slowly.
     """
 
     knob = "threshold"
-    entries = ("threshold", "batches")
+    entries = ("threshold",)
     direction = -1
     by_sequence = True
     num_sums = 2  # the best probabilities left out, and the sequences
 
     def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
         super().__init__(dynmoe, first, num_experts)
-        # An evaluation before the first step would use it. Only the first step replaces it wholly.
-        self.first_state = {"threshold": (1 / num_experts,), "batches": (0.0,)}
+        self.first_state = {"threshold": (1 / num_experts,)}  # for evaluations before a step
         self.fixed = {}
         target = dynmoe.target_experts_per_token
         assert target is not None
@@ -91,14 +85,8 @@ class SeqTopK(Rule):
         self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
     ) -> Mapping[str, Tensor]:
         left_out, sequences = sums_W.split(1)
-        mean = left_out / sequences
-        batches = (state["batches"] + 1).clamp(max=AVERAGED_BATCHES)
-        threshold = state["threshold"] + (mean - state["threshold"]) / batches
-        # A batch without a sequence has no mean.
-        return {
-            "threshold": torch.where(sequences > 0, threshold, state["threshold"]).float(),
-            "batches": torch.where(sequences > 0, batches, state["batches"]),
-        }
+        threshold = torch.where(sequences > 0, left_out / sequences, state["threshold"])
+        return {"threshold": threshold.float()}
 
 
 def _summed(taken: Taken) -> Tensor:
