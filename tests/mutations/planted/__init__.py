@@ -8,12 +8,14 @@ from tests.mutations.planted import (
     dispatching,
     losses,
     routing,
+    thresholds,
     watching,
 )
 
 MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
+    *thresholds.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,
     *attention.MISTAKES,
