@@ -90,7 +90,8 @@ class GlobalBatchUpdate:
     def _check_ranks(self, num_layers: int, iteration: int) -> None:
         assert self.dynmoe.check_ranks is not None
         if iteration % self.dynmoe.check_ranks == 0:
-            has_one_threshold = self.dynmoe.scope != "layer"
+            # A rule that moves its own knob does so in each layer.
+            has_one_threshold = self.dynmoe.scope == "global" or bool(self.rule.fixed)
             staged = self._staged, self._staged_of_rule
             check_agreement(self._routers, *staged, num_layers, has_one_threshold, iteration)
 

@@ -130,8 +130,9 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
                 "--scope layer."
             )
         settings["threshold"] = thresholds.pop()
-    elif ROUTINGS[config["routing"]].is_controlled:
+    elif "target_experts_per_token" in ROUTINGS[config["routing"]].takes:
         settings["target_experts_per_token"] = config["target_experts_per_token"]
+    if ROUTINGS[config["routing"]].is_controlled:
         settings |= {name: (config.get("controller") or {}).get(name) for name in _CONTROLLER}
     if settings["balance_loss"] == "none":
         settings["balance_loss_coeff"] = None

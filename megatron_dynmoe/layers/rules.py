@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
+from megatron_dynmoe.routing.select import weigh
+from megatron_dynmoe.routing.seq_top_k import select_above
 
 
 class Chosen(NamedTuple):
@@ -81,6 +83,15 @@ def _expert_threshold(
     return Chosen(*choose_above_thresholds(logits_TE, state["thresholds"], cap, renormalize))
 
 
+def _seq_top_k(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    """SeqTopK without a look at other tokens: all probabilities above the layer's threshold."""
+    probs_TE = logits_TE.softmax(dim=-1)
+    map_TE = select_above(probs_TE, state["threshold"], settings["max_experts_per_token"])
+    return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
+
+
 # By routing.
 RULES: dict[str, LayerRule] = {
     "expert_threshold": LayerRule(
@@ -93,6 +104,7 @@ RULES: dict[str, LayerRule] = {
             )
         },
     ),
+    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
 }
 
 

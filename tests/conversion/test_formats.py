@@ -75,6 +75,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
         | {"target_experts_per_token": "uniform(1.5,4)", "controller": {"scope": "global"}},
     ),
+    "thresholds of layers": (
+        "dynmoe",
+        TOP_P
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {"routing": "seq_top_k", "threshold": None, "target_experts_per_token": 1.5}
+        | {"router_state": {"threshold": [[0.3], None, [0.1]], "batches": [[20.0], None, [7.0]]}},
+    ),
     "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
     "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),
     "shared expert": ("dynmoe", {"shared_expert_intermediate_size": 10}),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+from tests.distributed.harness import DTOP_P, SEQ_TOP_K, TINY, Case, CaseResult, run_session
 
 FOLDER = Path(__file__).parent
 STEPS = 100
@@ -48,6 +48,7 @@ FLAGS = {
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
     "expert_threshold": f"{SMALL} --moe-dynamic-routing expert_threshold "
     "--moe-dynamic-target-experts-per-token 2",
+    "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
 }
 # Without kernels, the CPU's included, a run routes by the lines of routing/route.py.
 ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}

@@ -23,6 +23,8 @@ class Rule(ABC):
             The planner assumes it.
         entries: the names in ``first_state``, which are those in a checkpoint.
         extra_logits: rows of the gate beyond one for each expert, X.
+        by_sequence: whether it has to know the sequences. If not, and the balance loss does not
+            need them either, all tokens of a micro-batch count as one.
         plant_settings: names of the settings that ``crossings`` depends on.
         num_sums: how many numbers of its own the rule sums over a global batch, W.
         first_state: the rule's state at the start of training, by name. The router holds each as a
@@ -36,6 +38,7 @@ class Rule(ABC):
     direction: ClassVar[int] = 1
     fall: ClassVar[float] = 1.0
     entries: ClassVar[tuple[str, ...]] = ()
+    by_sequence: ClassVar[bool] = False
     plant_settings: ClassVar[tuple[str, ...]] = ()
     extra_logits: int = 0
     num_sums: int = 0

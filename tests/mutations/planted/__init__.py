@@ -8,6 +8,7 @@ from tests.mutations.planted import (
     dispatching,
     losses,
     routing,
+    sequences,
     thresholds,
     watching,
 )
@@ -15,6 +16,7 @@ from tests.mutations.planted import (
 MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
+    *sequences.MISTAKES,
     *thresholds.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,
