@@ -74,6 +74,12 @@ def test_a_logit_on_the_threshold_is_not_taken_and_ties_under_a_cap_go_by_index(
     assert torch.equal(counts[:, zero:].sum(-1), select(logits, thresholds).sum(0))
 
 
+def test_the_edges_on_a_device_are_those_that_are_written_down():
+    for dtype in (torch.float32, torch.float64):
+        assert quantiles._edges(torch.empty(0, dtype=dtype)).tolist() == list(quantiles.EDGES)
+    assert len(quantiles.EDGES) + 1 == quantiles.NUM_BINS
+
+
 def test_no_token_and_no_expert_give_finite_gradients():
     logits = random_logits().requires_grad_()
     routed = route(logits, torch.full((E,), 9.0), renormalize=True)
