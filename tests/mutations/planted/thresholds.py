@@ -28,7 +28,7 @@ MISTAKES = [
         "routing/quantiles.py",
         " + slope_E * (share - next_share)",
         "",
-        (f"{BINS}::test_the_default_gains_hold_the_target_within_30_steps[another target]",),
+        (f"{BINS}::test_the_default_gains_hold_the_target_within_30_steps[a long average]",),
     ),
     Mutation(
         "bad_batch_moves_the_thresholds",
