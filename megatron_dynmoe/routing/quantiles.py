@@ -37,9 +37,8 @@ def count(logits_TE: Tensor, thresholds_E: Tensor, valid_T: Tensor | None) -> Te
         [E * N] int64, the bins of one expert side by side, from the lowest logits up.
     """
     num_experts = len(thresholds_E)
-    edges = torch.tensor(EDGES, dtype=logits_TE.dtype, device=logits_TE.device)
     # A logit on an edge lies below it, because it does not exceed it.
-    bins_TE = torch.bucketize(logits_TE - thresholds_E, edges)
+    bins_TE = torch.bucketize(logits_TE - thresholds_E, _edges(logits_TE))
     bins_TE = bins_TE + torch.arange(num_experts, device=bins_TE.device) * NUM_BINS
     ones_TE = torch.ones_like(bins_TE) if valid_T is None else valid_T.long().unsqueeze(-1)
     counts = bins_TE.new_zeros(num_experts * NUM_BINS)
@@ -60,9 +59,8 @@ def quantile(counts_EN: Tensor, thresholds_E: Tensor, share: Tensor | float) -> 
     Returns:
         [E] float64; NaN if there are no tokens.
     """
-    edges_EN = thresholds_E.double().unsqueeze(-1) + torch.tensor(
-        EDGES, dtype=torch.float64, device=thresholds_E.device
-    )
+    thresholds_E = thresholds_E.double()
+    edges_EN = thresholds_E.unsqueeze(-1) + _edges(thresholds_E)
     above_EN = counts_EN.double().flip(-1).cumsum(-1).flip(-1)  # from each bin up
     wanted_E1 = share * above_EN[:, :1]
     above_EN = above_EN[:, 1:]  # from each edge up
@@ -112,3 +110,11 @@ def next_thresholds(
     slope_E = fall_E / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
     next_E = old_E + weight * (at_share_E - old_E) + slope_E * (share - next_share)
     return torch.where(next_E.isfinite(), next_E, old_E).float()
+
+
+def _edges(like: Tensor) -> Tensor:
+    """:data:`EDGES` as a tensor, made on the device: for a copy, the host would wait."""
+    distances = like.new_full((len(_DISTANCES),), 2.0)
+    distances[0] = _DISTANCES[0]
+    distances = distances.cumprod(dim=0)  # powers of 2: exact in any order
+    return torch.cat([-distances.flip(0), distances.new_zeros(1), distances])

@@ -74,6 +74,12 @@ def test_a_logit_on_the_threshold_is_not_taken_and_ties_under_a_cap_go_by_index(
     assert torch.equal(counts[:, zero:].sum(-1), select(logits, thresholds).sum(0))
 
 
+def test_the_edges_on_a_device_are_those_that_are_written_down():
+    for dtype in (torch.float32, torch.float64):
+        assert quantiles._edges(torch.empty(0, dtype=dtype)).tolist() == list(quantiles.EDGES)
+    assert len(quantiles.EDGES) + 1 == quantiles.NUM_BINS
+
+
 def test_no_token_and_no_expert_give_finite_gradients():
     logits = random_logits().requires_grad_()
     routed = route(logits, torch.full((E,), 9.0), renormalize=True)
@@ -181,11 +187,12 @@ def test_an_expert_without_tokens_keeps_its_threshold():
     assert torch.equal(quantiles.next_thresholds(thresholds, empty, q, q / 2, 1.0), thresholds)
 
 
-def closed_loop(target, *, start=None, scale=0.25, steps=90, decay=0.99, change=None, drift=0.0):
+def closed_loop(target, *, start=None, scale=0.25, steps=90, age=0, change=None, drift=0.0):
     """The counts of a run whose logits are normal, steered by the default gains.
 
-    ``change`` is another target from step 40 on; the means of the logits move by ``drift`` standard
-    deviations a step, each expert's its own way.
+    ``change`` is another target from step 40 on; ``age`` is the number of batches before, which
+    makes the average slow; the means of the logits move by ``drift`` standard deviations a step,
+    each expert's its own way.
     """
     num_experts, num_tokens = 16, 2048
     law = PIController(num_experts, target / num_experts, 0.05, 0.16)
@@ -203,7 +210,7 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, decay=0.99, change=
         now = change if change is not None and step >= 40 else target
         measured = torch.tensor([means[-1]])
         next_share, integral = law.step(share, integral, measured, now)
-        weight = max(1 - decay, 10 / (10 + step))
+        weight = max(0.001, 10 / (10 + age + step))
         thresholds = quantiles.next_thresholds(thresholds, counts, share, next_share, weight)
         share = next_share
     return means
@@ -216,9 +223,9 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, decay=0.99, change=
         pytest.param({"target": 2.0, "start": 0.0}, id="every second token at first"),
         pytest.param({"target": 2.0, "start": 3.0}, id="no token at first"),
         pytest.param({"target": 2.0, "scale": 5.0, "start": 0.0}, id="large logits"),
-        pytest.param({"target": 2.0, "change": 4.0, "steps": 80}, id="another target"),
-        pytest.param({"target": 6.0, "change": 1.0, "steps": 80}, id="a much smaller target"),
-        pytest.param({"target": 2.0, "change": 4.0, "decay": 0.999}, id="a long average"),
+        pytest.param({"target": 2.0, "change": 4.0}, id="another target"),
+        pytest.param({"target": 6.0, "change": 1.0, "age": 1000}, id="a much smaller target"),
+        pytest.param({"target": 2.0, "change": 4.0, "age": 10000}, id="a long average"),
         pytest.param({"target": 2.0, "drift": 0.02}, id="drift"),
     ],
 )

@@ -438,6 +438,29 @@ def test_bad_flags_are_named(
     assert re.search(message, said) and "\n" not in said
 
 
+def test_a_rule_without_a_threshold_for_all_is_refused_by_name(
+    tmp_path: Path,
+    tokenizer_model: Path,
+    tool: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = {"share": 1, "thresholds": 8, "batches": 1}
+    export_tiny(
+        tmp_path,
+        tokenizer_model,
+        routing="expert_threshold",
+        weights="raw",
+        rule_settings={"threshold_decay": 0.99},
+        router_state={
+            name: [[0.125] * length if sparse else None for sparse in SPARSE]
+            for name, length in state.items()
+        },
+    )
+    for goal in (["--target", "2"], ["--budgets", "1,2"]):
+        with pytest.raises(SystemExit, match="'expert_threshold', which has no threshold to"):
+            tool(monkeypatch, "--model", tmp_path, "--data", BOOK, "--tokens", 64, *goal)
+
+
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "x", "nan"])
 def test_bad_sweep_is_a_usage_error(
     value: str, folders: dict[str, Path], tool: Callable[..., None], monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ class ExpertThreshold(Rule):
             state["thresholds"],
             max_experts=self.cap(training),
             renormalize=self.dynmoe.weights == "renormalized",
+            counted=training,
             **batch,
         )
 
@@ -104,6 +105,7 @@ def route(
     renormalize: bool = False,
     num_sequences: int = 1,
     valid_T: Tensor | None = None,
+    counted: bool = True,
 ) -> Routing:
     """Route a micro-batch.
 
@@ -113,7 +115,7 @@ def route(
         theta, num_sequences, valid_T: as for :func:`megatron_dynmoe.routing.route.route`.
 
     Returns:
-        See :class:`Routing`. ``sums_W`` are the tokens in each bin of each expert.
+        See :class:`Routing`. ``sums_W`` are the tokens in each bin of each expert, if ``counted``.
     """
     check_positions(logits_TE, num_sequences)
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
@@ -127,5 +129,5 @@ def route(
         entropy=sum_entropy(probs_TE, valid_T),
         assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
         not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
-        sums_W=quantiles.count(scaled_TE, thresholds_E, valid_T).double(),
+        sums_W=quantiles.count(scaled_TE, thresholds_E, valid_T).double() if counted else None,
     )

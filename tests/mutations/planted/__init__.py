@@ -9,6 +9,7 @@ from tests.mutations.planted import (
     losses,
     routing,
     sequences,
+    thresholds,
     watching,
 )
 
@@ -16,6 +17,7 @@ MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
     *sequences.MISTAKES,
+    *thresholds.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,
     *attention.MISTAKES,
