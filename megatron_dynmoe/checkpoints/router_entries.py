@@ -81,8 +81,8 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
 def _of_routers(keys: Iterable[str]) -> set[str]:
     """The keys that belong to a router's weight, state or theta."""
     found = {key.rpartition(_ROUTER)[2] for key in keys if _ROUTER in key}
-    knobs = {rule.knob for rule in RULES.values() if rule.knob is not None}
-    return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *KNOTS, *knobs}
+    entries = {name for rule in RULES.values() for name in rule.entries}
+    return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *KNOTS, *entries}
 
 
 def _keys(state_dict: dict[str, Any]) -> Iterable[str]:

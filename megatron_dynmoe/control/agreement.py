@@ -15,7 +15,12 @@ from torch import Tensor
 
 from megatron_dynmoe.moe.router import DynamicRouter
 
-QUANTITIES = ("threshold", "integral", "next threshold", "next integral", "theta", "gate")
+QUANTITIES = (
+    *("threshold", "integral", "next threshold", "next integral"),
+    *("theta", "gate", "rule's state", "next rule's state"),
+)
+# Of these it is said what their bits sum to, and not their value.
+MANY = {"gate": "weights", "rule's state": "numbers", "next rule's state": "numbers"}
 NUM_CONTROLLED = 4  # all layers share the first four, unless each layer has its own threshold
 ABSENT = torch.iinfo(torch.int64).min  # the layer is on other ranks, or there is no controller
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -24,20 +29,22 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 def check_agreement(
     routers: list[DynamicRouter],
     staged: tuple[Tensor, ...] | None,
+    staged_of_rule: list[dict[str, Tensor]],
     num_layers: int,
     has_one_threshold: bool,
     iteration: int,
 ) -> None:
     """Compare the routers' state over the world, bit for bit. Every rank must call this.
 
-    The check compares threshold, integral, theta, a sum over the gate's bits, and the values that
-    the controller has staged for the next step. All ranks that hold a layer, identified by its
-    global number, must agree on it.
+    The check compares threshold, integral, theta, sums over the bits of the gate and of what the
+    rule keeps beside its threshold, and the values that are staged for the next step. All ranks
+    that hold a layer, identified by its global number, must agree on it.
 
     Args:
         routers: this rank's routers.
         staged: next threshold and integral, [1] or [L] float32, and what else there is; None
             without a controller.
+        staged_of_rule: for each router, the rule's next state by name; may be empty.
         num_layers: L, the number of layers of the whole model.
         has_one_threshold: whether threshold and integral must also agree between layers.
         iteration: the number of the ending iteration, for the message.
@@ -47,7 +54,7 @@ def check_agreement(
     """
     device = torch.device(torch.cuda.current_device())
     state_LQ = torch.full((num_layers, len(QUANTITIES)), ABSENT, device=device)
-    for router in routers:
+    for place, router in enumerate(routers):
         layer = router.layer_number - 1
         values = {
             "threshold": router.knob,
@@ -58,6 +65,11 @@ def check_agreement(
         if staged is not None:
             ahead = (value[layer if len(value) > 1 else 0] for value in staged)
             values |= zip(("next threshold", "next integral"), ahead, strict=False)
+        ahead_of_rule = list(staged_of_rule[place].values()) if staged_of_rule else []
+        own = [value for name, value in router.state.items() if name != router.rule.knob]
+        for name, parts in (("rule's state", own), ("next rule's state", ahead_of_rule)):
+            if parts:
+                values[name] = torch.cat(parts)
         for name, value in values.items():
             bits = value.detach().contiguous().view(INTEGERS[value.element_size()])
             state_LQ[layer, QUANTITIES.index(name)] = bits.sum()
@@ -107,6 +119,6 @@ def first_disagreement(states_WLQ: Tensor, has_one_threshold: bool) -> str | Non
 
 
 def _shown(quantity: int, bits: int) -> str:
-    if QUANTITIES[quantity] == "gate":
-        return f"weights whose bits sum to {bits}"
+    if (noun := MANY.get(QUANTITIES[quantity])) is not None:
+        return f"{noun} whose bits sum to {bits}"
     return f"{struct.unpack('<f', struct.pack('<i', bits))[0]:.9g}"

@@ -7,7 +7,7 @@ Letters: T tokens, E experts, K = min(E, max_experts) the most experts that a to
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ def threshold_for_target(probs_TE: Tensor, target: float, max_experts: int | Non
         ValueError: target or max_experts is out of range.
     """
     _check_target(target, probs_TE.shape[1], max_experts)
-    return _knob_at(crossings(probs_TE, max_experts).flatten(), len(probs_TE), target, (0.0, 1.0))
+    points = crossings(probs_TE, max_experts).flatten()
+    return _knob_at(points, len(probs_TE), target - 1, (0.0, 1.0))
 
 
 def initial_threshold(
@@ -68,24 +69,27 @@ def initial_threshold(
     max_experts: int | None = None,
     theta: float = 1.0,
     routing: str = "dtop_p",
+    **settings: Any,
 ) -> float:
     """Compute the knob that gives ``target`` on normal logits, rounded to 4 decimals.
 
     Args:
         num_experts: routed experts of a layer, E.
-        target: mean experts per token, from 1 to K.
+        target: mean experts per token, from 1 to K; more than 0 if the routing allows tokens
+            without an expert.
         logits_std: standard deviation of the router's logits; it has no effect if ``normalized``.
         normalized: whether dynamic routing normalization is applied: mean 0 and population
             standard deviation 1 over a token's experts, times theta.
         max_experts: cap on the experts of a token; None for no cap.
         theta: scale of the normalized logits; it has no effect unless ``normalized``.
         routing: the routing whose knob it is.
+        settings: those that the rule names in ``plant_settings``.
 
     Raises:
         ValueError: an argument is out of range.
     """
     return _operating_point(
-        num_experts, target, logits_std, normalized, max_experts, theta, routing
+        num_experts, target, logits_std, normalized, max_experts, theta, routing, settings
     )[0]
 
 
@@ -98,14 +102,16 @@ def initial_experts_per_token(
         rule: with the state of the first step.
         num_experts, logits_std, normalized: as for :func:`initial_threshold`.
     """
-    logits_TE = _normal_logits(num_experts, 1.0 if normalized else logits_std)
+    std = 1.0 if normalized else logits_std
+    logits_TE = _normal_logits(num_experts + rule.extra_logits, std)
     routed = rule.route(
         logits_TE,
-        {name: logits_TE.new_tensor([value]) for name, value in rule.first_state.items()},
+        {name: logits_TE.new_tensor(values) for name, values in rule.first_state.items()},
         theta=logits_TE.new_ones(1) if normalized else None,
         num_sequences=1,
         valid_T=None,
         training=True,
+        group=None,
     )
     return float(routed.experts_T.sum() / len(logits_TE))
 
@@ -118,15 +124,17 @@ def plant_slope(
     max_experts: int | None = None,
     theta: float = 1.0,
     routing: str = "dtop_p",
+    **settings: Any,
 ) -> float:
     """Compute the gain in mean experts per token per unit of the knob, near ``target``.
 
-    It is the slope of the secant over the target +- 10 %, at least +- half an expert, within 1 and
-    K, on normal logits, without its sign. It is 0 if a token can use only one expert. Arguments and
-    errors are those of :func:`initial_threshold`.
+    It is the slope of the secant over the target +- 10 %, at least +- half an expert, within the
+    fewest experts of a token and K, on normal logits, without its sign. It is 0 if all tokens use
+    as many experts whatever the knob is. Arguments and errors are those of
+    :func:`initial_threshold`.
     """
     return _operating_point(
-        num_experts, target, logits_std, normalized, max_experts, theta, routing
+        num_experts, target, logits_std, normalized, max_experts, theta, routing, settings
     )[1]
 
 
@@ -165,66 +173,73 @@ def _operating_point(
     max_experts: int | None,
     theta: float,
     routing: str,
+    settings: dict[str, Any],
 ) -> tuple[float, float]:
     """Compute knob and slope at the target, rounded to be the same on every platform."""
     # What has no effect becomes 1, so that one result serves all its values.
     std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    rule, ends = RULES[routing], ROUTINGS[routing].knob_range
-    return _compute_point(
-        num_experts, float(target), std, normalized, max_experts, theta, rule, ends
+    population = _Population(
+        num_experts, std, normalized, max_experts, theta, RULES[routing], tuple(settings.items())
     )
+    kind = ROUTINGS[routing]
+    return _compute_point(population, float(target), kind.knob_range, kind.least_experts)
+
+
+class _Population(NamedTuple):
+    """Normal logits, and the rule that routes them."""
+
+    num_experts: int
+    logits_std: float
+    normalized: bool
+    max_experts: int | None
+    theta: float
+    rule: type[Rule]
+    settings: tuple[tuple[str, Any], ...]
 
 
 @lru_cache
 def _compute_point(
-    num_experts: int,
-    target: float,
-    logits_std: float,
-    normalized: bool,
-    max_experts: int | None,
-    theta: float,
-    rule: type[Rule],
-    ends: tuple[float, float],
+    population: _Population, target: float, ends: tuple[float, float], least: int
 ) -> tuple[float, float]:
-    _check_target(target, num_experts, max_experts)
+    num_experts, max_experts = population.num_experts, population.max_experts
+    _check_target(target, num_experts, max_experts, least)
     # If the count falls with the knob, it rises with the negative knob.
-    sign = rule.direction
+    sign = population.rule.direction
     low_end, high_end = sorted(sign * end for end in ends)
-    points, num_tokens = _points(num_experts, logits_std, normalized, max_experts, theta, rule)
-    knob = sign * _knob_at(points, num_tokens, target, (low_end, high_end))
+    points, num_tokens = _points(population)
+    knob = sign * _knob_at(points, num_tokens, target - least, (low_end, high_end))
 
     limit = most_experts(num_experts, max_experts)
-    if limit == 1:
+    if limit == least:
         return knob, 0.0
     # If logits are nearly equal, the count rises in steps of one expert. A band one expert wide
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
-    low, high = max(1.0, target - half_width), min(float(limit), target + half_width)
-    ranks = [max(1, round((mean - 1) * num_tokens)) for mean in (low, high)]
+    low, high = max(float(least), target - half_width), min(float(limit), target + half_width)
+    ranks = [max(1, round((mean - least) * num_tokens)) for mean in (low, high)]
     at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
     return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
 
 
 @lru_cache(maxsize=1)  # the targets of one run
-def _points(
-    num_experts: int,
-    logits_std: float,
-    normalized: bool,
-    max_experts: int | None,
-    theta: float,
-    rule: type[Rule],
-) -> tuple[Tensor, int]:
+def _points(population: _Population) -> tuple[Tensor, int]:
     """The crossings of normal logits, a flat tensor that rises with the count, and their tokens."""
-    logits_TE = _normal_logits(num_experts, logits_std)
-    if normalized:
-        _check_scale("theta", theta)
-        logits_TE = normalize(logits_TE, theta)
-    return rule.direction * rule.crossings(logits_TE, max_experts).flatten(), len(logits_TE)
+    rule, settings = population.rule, dict(population.settings)
+    logits_TE = _normal_logits(population.num_experts, population.logits_std)
+    if population.normalized:
+        _check_scale("theta", population.theta)
+        logits_TE = normalize(logits_TE, population.theta)
+    crossings_TK = rule.crossings(logits_TE, population.max_experts, **settings)
+    return rule.direction * crossings_TK.flatten(), len(logits_TE)
 
 
-def _knob_at(crossings: Tensor, num_tokens: int, target: float, ends: tuple[float, float]) -> float:
-    """Find the knob above exactly as many crossings (a flat tensor) as the target needs."""
-    num_passed = round((target - 1) * num_tokens)
+def _knob_at(crossings: Tensor, num_tokens: int, more: float, ends: tuple[float, float]) -> float:
+    """Find the knob above exactly as many crossings (a flat tensor) as there are to be passed.
+
+    Args:
+        more: crossings per token, the mean experts beyond the fewest.
+    """
+    num_passed = round(more * num_tokens)
     if num_passed == 0:
         return ends[0]
     if num_passed == len(crossings):
@@ -250,12 +265,13 @@ def _check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} is {scale}: it must be finite and greater than 0")
 
 
-def _check_target(target: float, num_experts: int, max_experts: int | None) -> None:
+def _check_target(target: float, num_experts: int, max_experts: int | None, least: int = 1) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}: it must be at least 1")
     limit = most_experts(num_experts, max_experts)
-    if not 1 <= target <= limit:
+    if not (least <= target <= limit and target > 0):
         raise ValueError(
-            f"target is {target}: a token uses between 1 and {limit} of {num_experts} experts "
-            f"(max_experts is {max_experts}); choose a target in this range or raise max_experts"
+            f"target is {target}: a token uses between {least} and {limit} of {num_experts} "
+            f"experts (max_experts is {max_experts}); choose a target in this range or raise "
+            "max_experts"
         )

@@ -17,6 +17,7 @@ from megatron_dynmoe.control.pi_map import MapController
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import TargetDistribution
+from megatron_dynmoe.settings.routings import ROUTINGS
 
 # The factor by which the response of the count may grow before the loop becomes unstable.
 MIN_GAIN_MARGIN = 3.0
@@ -55,16 +56,15 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Con
     if resolved.drawn_target is not None:
         return resolved, _map_controller(resolved, resolved.drawn_target, plant)
     targets, low, high = control.target.targets, control.min_threshold, control.max_threshold
-    proportional_gain, integral_gain = _gains(targets, plant)
-    first = min(max(calibrate.initial_threshold(target=targets[0], **plant), low), high)
-    controller = PIController(
-        num_experts=model.num_moe_experts,
-        initial_threshold=_unless_auto(control.initial_threshold, first),
-        proportional_gain=_unless_auto(control.proportional_gain, proportional_gain),
-        integral_gain=_unless_auto(control.integral_gain, integral_gain),
-        min_threshold=low,
-        max_threshold=high,
-    )
+    first, proportional = control.initial_threshold, control.proportional_gain
+    integral = control.integral_gain
+    if isinstance(first, str):  # auto, as may be the gains
+        first = min(max(calibrate.initial_threshold(target=targets[0], **plant), low), high)
+    if isinstance(proportional, str) or isinstance(integral, str):
+        computed = _gains(targets, plant)
+        proportional = computed[0] if isinstance(proportional, str) else proportional
+        integral = computed[1] if isinstance(integral, str) else integral
+    controller = PIController(model.num_moe_experts, first, proportional, integral, low, high)
     settled = dataclasses.replace(
         resolved,
         initial_threshold=controller.initial_threshold,
@@ -74,14 +74,15 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Con
     return settled, controller
 
 
-def _unless_auto(given: float | str, computed: float) -> float:
-    return computed if isinstance(given, str) else given
-
-
 def settled_gain_margin(
     settled: DynMoEConfig, controller: PIController, model: ModelSizes
 ) -> float:
-    """Compute the gain margin of settled settings at the target with the steepest response."""
+    """Compute the gain margin of settled settings at the target with the steepest response.
+
+    It is infinite if the routing's response is not computed from normal logits.
+    """
+    if not ROUTINGS[settled.routing].is_calibrated:
+        return math.inf
     gains = controller.proportional_gain, controller.integral_gain
     return _gain_margin(gains, settled.control.target.targets, _plant(settled, model))
 
@@ -95,7 +96,7 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
         # The gate reads normalized hidden states of root mean square 1.
         "logits_std": model.init_method_std * math.sqrt(model.hidden_size),
         "max_experts": resolved.max_experts_per_token,
-    }
+    } | {name: getattr(resolved, name) for name in RULES[resolved.routing].plant_settings}
 
 
 def _gain_margin(

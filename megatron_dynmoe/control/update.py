@@ -5,14 +5,15 @@ skip the step, and it may finalize a step twice if it runs the step again.
 
 1. *Stage*, in ``finalize_model_grads_func``: all-reduce all counts at once, apply the PI law, and
    clear the counters. A second run replaces what was staged.
-2. *Commit*, after the optimizer's inner step: write the staged knob (top-p's threshold) into the
-   routers. A skipped step has no inner step, so the controller's state does not change.
+2. *Commit*, after the optimizer's inner step: write the staged knob (top-p's threshold), and what
+   else the rule keeps, into the routers. A skipped step has no inner step, so the state does not
+   change.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,11 +55,12 @@ class GlobalBatchUpdate:
         """
         assert settled.rule is not None
         self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
-        self.direction = settled.rule.direction
+        self.rule = settled.rule
         self.finalize = finalize or finalize_model_grads
         self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
         self._staged: tuple[Tensor, ...] | None = None  # as controlled_state
+        self._staged_of_rule: list[dict[str, Tensor]] = []  # for each router, by name
         self._routers: list[DynamicRouter] = []
         self._hooked: set[int] = set()
         self._warned = False
@@ -68,14 +70,17 @@ class GlobalBatchUpdate:
         self.finalize(model, *args, **kwargs)
         self._routers = list(routers_of(model))
         config = get_model_config(model[0])
-        statistics, maps = _reduce(
-            self._routers, config.num_layers, config.num_moe_experts, self._num_knots, False
+        statistics, maps, sums = _reduce(
+            self._routers,
+            config.num_layers,
+            config.num_moe_experts,
+            (2 * self._num_knots, self.rule.num_sums),
         )
         self.statistics = statistics
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, DynMoEMetricsTracker):
             tracker.add(statistics)
-        self._stage(statistics, maps)
+        self._stage(statistics, maps, sums)
         if not self._commit_after(config.grad_scale_func):
             self._warn_once()
             self._commit()
@@ -86,18 +91,24 @@ class GlobalBatchUpdate:
         assert self.dynmoe.check_ranks is not None
         if iteration % self.dynmoe.check_ranks == 0:
             has_one_threshold = self.dynmoe.scope != "layer"
-            check_agreement(self._routers, self._staged, num_layers, has_one_threshold, iteration)
+            staged = self._staged, self._staged_of_rule
+            check_agreement(self._routers, *staged, num_layers, has_one_threshold, iteration)
 
     @property
     def _num_knots(self) -> int:
         return len(self.controller.knots) if isinstance(self.controller, MapController) else 0
 
-    def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor) -> None:
+    def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor, sums_LW: Tensor) -> None:
         # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
         # the state as it is.
         is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
         mean_L = statistics.mean_experts
         self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
+        if self.rule.num_sums:
+            self._staged_of_rule = [
+                router.next_state(sums_LW[router.layer_number - 1], is_invalid)
+                for router in self._routers
+            ]
         if self.controller is None:
             return
         if self.dynmoe.scope == "global":
@@ -123,7 +134,7 @@ class GlobalBatchUpdate:
         knob, integral = states.float()
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
-        if self.direction < 0:
+        if self.rule.direction < 0:
             measured, target = -measured, -target
         self._staged = self.controller.step(knob, integral, measured, target)
 
@@ -151,8 +162,8 @@ class GlobalBatchUpdate:
         self._warned = True
 
     def _commit(self) -> None:
-        measured_L, staged = self._measured, self._staged
-        self._measured = self._staged = None
+        measured_L, staged, of_rule = self._measured, self._staged, self._staged_of_rule
+        self._measured, self._staged, self._staged_of_rule = None, None, []
         if measured_L is None:
             return
         if not self._routers:
@@ -168,6 +179,9 @@ class GlobalBatchUpdate:
                 states = zip(*(router.controlled_state for router in self._routers), strict=True)
                 for state, values in zip(states, staged, strict=True):
                     torch._foreach_copy_(list(state), [values[row].view(-1) for row in rows])
+            for router, values_of in zip(self._routers, of_rule, strict=False):
+                for name, new in values_of.items():
+                    router.get_buffer(name).copy_(new)
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
@@ -194,36 +208,39 @@ def reduce_statistics(
     Returns:
         Statistics with dimension L (all layers of the model) first, float64, on the device.
     """
-    return _reduce(routers, num_layers, num_experts, 0, evaluation)[0]
+    return _reduce(routers, num_layers, num_experts, evaluation=evaluation)[0]
 
 
 def _reduce(
     routers: list[DynamicRouter],
     num_layers: int,
     num_experts: int,
-    num_knots: int,
-    evaluation: bool,
-) -> tuple[RoutingStatistics, Tensor]:
-    """Reduce statistics, and the maps of the routers if they have some, with K knots.
+    widths: tuple[int, int] = (0, 0),
+    evaluation: bool = False,
+) -> tuple[RoutingStatistics, Tensor, Tensor]:
+    """Reduce statistics, maps and the sums of the rule, with one all-reduce.
+
+    Args:
+        widths: of the map of a router with K knots, 2 K, and of its rule's sums, W; 0: none.
 
     Returns:
-        The statistics, and [L, 2 K] float64: sums over routers of the thresholds of the knots, and
-        of their integrals.
+        The statistics; [L, 2 K] float64, sums over routers of the thresholds of the knots, and of
+        their integrals; and [L, W] float64, the rule's sums.
     """
     device = torch.device(torch.cuda.current_device())
     counters = [router.evaluation_counters if evaluation else router.counters for router in routers]
     numbers = [router.layer_number for router in routers]
     packed = pack(numbers, counters, _states(routers, device), num_layers, num_experts, device)
+    if widths[0]:
+        packed = torch.cat([packed, _by_layer(numbers, _maps(routers), packed, widths[0])], dim=1)
+    if widths[1]:
+        sums = [each.sums_W for each in counters]
+        packed = torch.cat([packed, _by_layer(numbers, sums, packed, widths[1])], dim=1)
     if counters:
         clear(counters)
-    width = packed.shape[1]
-    if num_knots:
-        rows = dict(zip(numbers, _maps(routers), strict=True)) if routers else {}
-        empty = packed.new_zeros(2 * num_knots)
-        maps_L2K = torch.stack([rows.get(number, empty) for number in range(1, num_layers + 1)])
-        packed = torch.cat([packed, maps_L2K], dim=1)
     torch.distributed.all_reduce(packed)
-    return unpack(packed[:, :width]), packed[:, width:]
+    own, maps_L2K, sums_LW = packed.split([packed.shape[1] - sum(widths), *widths], dim=1)
+    return unpack(own), maps_L2K, sums_LW
 
 
 @torch.no_grad()
@@ -240,9 +257,17 @@ def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
     return states_3R.t()
 
 
+def _by_layer(numbers: list[int], rows: Iterable[Tensor], like: Tensor, width: int) -> Tensor:
+    """Put the rows of the routers into [L, width] float64; layers without a router have zeros."""
+    of_layers, empty = dict(zip(numbers, rows, strict=True)), like.new_zeros(width)
+    return torch.stack([of_layers.get(number, empty) for number in range(1, len(like) + 1)])
+
+
 @torch.no_grad()
-def _maps(routers: list[DynamicRouter]) -> Tensor:
+def _maps(routers: list[DynamicRouter]) -> Iterable[Tensor]:
     """The thresholds of each router's knots, then their integrals, [R, 2 K] float64."""
+    if not routers:
+        return ()
     of_knots = [getattr(r, name) for name in ("knot_thresholds", "knot_integrals") for r in routers]
     map_2RK = torch.stack(of_knots).double().view(2, len(routers), -1)
     return map_2RK.transpose(0, 1).flatten(1)

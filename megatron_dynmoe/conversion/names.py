@@ -119,13 +119,18 @@ MEGATRON: tuple[Row, ...] = (
     row(_BLOCK + "mlp.shared_experts.linear_fc2.weight", "shared_down"),
     row(_BLOCK + "mlp.shared_experts.gate_weight", "shared_expert_gate"),
 )
+
+
+def router_entry(name: str) -> str:
+    """Megatron's name of a part of a router's state."""
+    return _BLOCK + f"mlp.router.{name}"
+
+
 # The state of a router besides its parameters, [1] float32 for each layer. Other formats keep it in
 # the config.
-ROUTER_STATE = {
-    name: _BLOCK + f"mlp.router.{name}" for name in ("threshold", "integral", "measured")
-}
+ROUTER_STATE = {name: router_entry(name) for name in ("threshold", "integral", "measured")}
 # The same of a target that is drawn: a number for each knot of the map.
-ROUTER_MAP = {name: _BLOCK + f"mlp.router.{name}" for name in KNOTS}
+ROUTER_MAP = {name: router_entry(name) for name in KNOTS}
 
 
 def rows_by_part(table: tuple[Row, ...]) -> dict[str, Row]:

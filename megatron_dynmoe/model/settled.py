@@ -102,7 +102,8 @@ def settle_run(
     transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
     first_threshold = controller.initial_threshold if controller else dynmoe.threshold
-    settled = Settled(dynmoe, backend, controller, RULES[dynmoe.routing](dynmoe, first_threshold))
+    rule = RULES[dynmoe.routing](dynmoe, first_threshold, transformer.num_moe_experts)
+    settled = Settled(dynmoe, backend, controller, rule)
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)
     _check_controlled_quantity(dynmoe, transformer)

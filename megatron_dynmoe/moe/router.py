@@ -50,9 +50,9 @@ class DynamicRouter(KeepDtype, TopKRouter):
     Gate, input jitter, z-loss and forced balancing are upstream's. This class replaces what comes
     after them: the rule's routing, the losses and the counts.
 
-    The state is replicated over ranks and saved with the model. All of it is [1] float32 and is
-    written once per global batch:
-        the rule's own state (for top-p: ``threshold``).
+    The state is replicated over ranks and saved with the model. All of it is float32, [1] unless
+    said otherwise, and is written once per global batch:
+        the rule's own state (for top-p: ``threshold``), [number of values].
         integral: the PI controller's sum of errors.
         measured: mean experts per token over the last global batch (0: none counted). Training does
             not read it; it is for readers of the checkpoint.
@@ -81,6 +81,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
     tp_cp_group: ProcessGroup
     tp_dp_cp_group: ProcessGroup
     apply_z_loss: Callable[..., Tensor]
+    reset_parameters: Callable[[], None]
 
     def __init__(
         self,
@@ -104,8 +105,10 @@ class DynamicRouter(KeepDtype, TopKRouter):
         device = (
             self.weight.device if config.use_cpu_initialization else torch.cuda.current_device()
         )
-        for name, value in {**rule.first_state, "integral": 0.0, "measured": 0.0}.items():
-            first = torch.tensor([value], dtype=torch.float32, device=device)
+        if rule.extra_logits:
+            self._add_rows_to_gate(rule.extra_logits)
+        for name, values in {**rule.first_state, "integral": (0.0,), "measured": (0.0,)}.items():
+            first = torch.tensor(values, dtype=torch.float32, device=device)
             self.register_buffer(name, first)
         self.drawn = dynmoe.drawn_target
         self.in_force: Tensor | None = None  # the threshold of the current global batch, if drawn
@@ -113,7 +116,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         if self.drawn is not None:
             assert initial_map is not None
             for name, values in zip(
-                KNOTS, (self.drawn.knots, initial_map, [0.0] * len(initial_map)), strict=True
+                KNOTS, (self.drawn.knots, initial_map, (0.0,) * len(initial_map)), strict=True
             ):
                 of_knots = torch.tensor(values, dtype=torch.float32, device=device)
                 self.register_buffer(name, of_knots)
@@ -128,8 +131,14 @@ class DynamicRouter(KeepDtype, TopKRouter):
         # From the last forward pass. With recomputation that may be the first pass, which the
         # counters leave out.
         self.last_not_finite: Tensor | None = None
-        self.counters = RoutingCounters(self.num_experts, device)
+        self.counters = RoutingCounters(self.num_experts, device, rule.num_sums)
         self.evaluation_counters = RoutingCounters(self.num_experts, device)
+
+    def _add_rows_to_gate(self, rows: int) -> None:
+        """Make the gate anew, with rows for more than the experts."""
+        shape = self.num_experts + rows, self.weight.shape[1]
+        self.weight = torch.nn.Parameter(self.weight.new_empty(shape, dtype=torch.float32))
+        self.reset_parameters()
 
     @property
     def theta(self) -> Tensor:
@@ -154,6 +163,18 @@ class DynamicRouter(KeepDtype, TopKRouter):
             return self.in_force
         return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
 
+    @torch.no_grad()
+    def next_state(self, sums_W: Tensor, is_invalid: Tensor) -> dict[str, Tensor]:
+        """The rule's state after a global batch; as it is if the batch's counts mean nothing.
+
+        Args:
+            sums_W: see :meth:`Rule.next_state`.
+            is_invalid: scalar bool, on the device.
+        """
+        after = self.rule.next_state(self.state, sums_W)
+        before = self.state
+        return {name: torch.where(is_invalid, before[name], new) for name, new in after.items()}
+
     @property
     def controlled_state(self) -> list[Tensor]:
         """What the controller writes: knob, integral and, if the target is drawn, the map's two."""
@@ -173,7 +194,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """
         dynmoe = self.dynmoe
         num_sequences = logits.shape[1] if dynmoe.balance_loss == "seq_aux_loss" else 1
-        logits_TE = logits.reshape(-1, self.num_experts)
+        logits_TE = logits.flatten(end_dim=-2)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
 
         # 1. z-loss, on the raw logits
@@ -187,6 +208,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
             num_sequences=num_sequences,
             valid_T=valid_T,
             training=self.training,
+            group=self.tp_cp_group if self.tp_cp_group.size() > 1 else None,
         )
         self.last_not_finite = routed.not_finite
 
@@ -198,7 +220,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
             routed.assignments_BE.sum(dim=0), routed.experts_T, cap, valid_T, routed.not_finite
         )  # fmt: skip
         if self.training and torch.is_grad_enabled():
-            self.counters.add_counts(*counted)
+            self.counters.add_counts(*counted, routed.sums_W)
             weights_TE = self._attach_losses(routed, valid_T)
         elif not self.training:
             self.evaluation_counters.add_counts(*counted)
@@ -251,12 +273,12 @@ class DynamicRouter(KeepDtype, TopKRouter):
                 reduce_group=group,
             )
 
-        coefficients = dynmoe.loss_coefficients
         parts = []
-        if coefficients.dynamic:
-            parts.append(coefficients.dynamic * dynamic)
-        if dynmoe.balance_loss != "none" and coefficients.balance:
-            parts.append(coefficients.balance * balance)
+        if coefficient := dynmoe.loss_coefficients.dynamic:
+            parts.append(coefficient * dynamic)
+        of_balance = self.rule.balance_coefficient(self.state)
+        if dynmoe.balance_loss != "none" and (isinstance(of_balance, Tensor) or of_balance):
+            parts.append(of_balance * balance)
         if not parts:
             return routed.weights_TE
         loss = sum(parts[1:], start=parts[0])
@@ -282,15 +304,16 @@ class DynamicRouter(KeepDtype, TopKRouter):
         self.in_force = None
         self._move_knots()
         for name, fixed in self.rule.fixed.items():
-            loaded = self.get_buffer(name)
-            if loaded.item() != torch.tensor(fixed).item():
+            loaded, wanted = self.get_buffer(name), torch.tensor(fixed)
+            if not torch.equal(loaded.cpu(), wanted):
+                said, given = (", ".join(f"{v:g}" for v in t.tolist()) for t in (loaded, wanted))
                 log_single_rank(
                     logger,
                     logging.WARNING,
-                    f"layer {self.layer_number}: the checkpoint's {name} {loaded.item():g} is "
-                    f"replaced by --moe-dynamic-{name} {fixed}",
+                    f"layer {self.layer_number}: the checkpoint's {name} {said} is replaced by "
+                    f"--moe-dynamic-{name} {given}",
                 )
-                loaded.fill_(fixed)
+                loaded.copy_(wanted)
 
     @torch.no_grad()
     def _move_knots(self) -> None:

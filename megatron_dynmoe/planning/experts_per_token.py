@@ -10,6 +10,7 @@ from megatron_dynmoe.control.calibrate import initial_experts_per_token
 from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.arguments import resolved_from_args
 from megatron_dynmoe.settings.messages.refusals import FlagError
+from megatron_dynmoe.settings.routings import ROUTINGS
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         return ExpertCounts(0, 0, None, "no experts")
     cap = dynmoe.max_experts_per_token
     most = cap or num_experts
-    if experts_per_token is not None and not 1 <= experts_per_token <= most:
+    least = ROUTINGS[dynmoe.routing].least_experts
+    if experts_per_token is not None and not (
+        least <= experts_per_token <= most and experts_per_token > 0
+    ):
         shown = f"{experts_per_token:g}"
-        raise FlagError("experts_per_token", shown, "", f"use 1 to {most}")
+        raise FlagError("experts_per_token", shown, "", f"use {least or 'more than 0'} to {most}")
     if not dynmoe.is_dynamic:
         k = args.moe_router_topk
         if not 1 <= k <= num_experts:
@@ -81,7 +85,7 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
 
     def routed(knob: float | None) -> float:
         return initial_experts_per_token(
-            rule(dynmoe, knob),
+            rule(dynmoe, knob, num_experts),
             num_experts,
             logits_std=args.init_method_std * math.sqrt(args.hidden_size),
             normalized=dynmoe.normalization == "drn",
@@ -100,7 +104,7 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
             source = f"the largest target of {target}, for memory; {on_average:g} for operations"
     else:
         first = routed(dynmoe.threshold)
-        mean = max(1.0, first / rule.fall)
+        mean = max(float(least), first / rule.fall)
         source = "as in the first steps"
         if rule.fall != 1:
             source = f"assumed: the first steps' over {rule.fall:g}"

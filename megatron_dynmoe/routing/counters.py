@@ -127,19 +127,22 @@ class RoutingCounters(KeepDtype):
     Attributes:
         row: [NUM_STATISTICS + E] float64, laid out as :func:`unpack` reads it. Whole numbers up to
             2**53 stay exact.
+        sums_W: [W] float64, the sums of the router's rule, which may have none.
         ep_group: the expert-parallel ranks between which rows travel; None if there is one rank.
         received: for each dispatch of this global batch, the rows of each local expert,
             [number of local experts] int64.
     """
 
     row: Tensor
+    sums_W: Tensor
     ep_group: torch.distributed.ProcessGroup | None = None
     received: list[Tensor]
 
-    def __init__(self, num_experts: int, device: torch.device | int) -> None:
+    def __init__(self, num_experts: int, device: torch.device | int, num_sums: int = 0) -> None:
         super().__init__()
-        zeros = torch.zeros(NUM_STATISTICS + num_experts, dtype=torch.float64, device=device)
-        self.register_buffer("row", zeros, persistent=False)
+        for name, width in (("row", NUM_STATISTICS + num_experts), ("sums_W", num_sums)):
+            zeros = torch.zeros(width, dtype=torch.float64, device=device)
+            self.register_buffer(name, zeros, persistent=False)
         self.received = []
 
     @property
@@ -155,6 +158,7 @@ class RoutingCounters(KeepDtype):
         max_experts: int | None,
         valid_T: Tensor | None,
         not_finite: Tensor,
+        sums_W: Tensor | None = None,
     ) -> None:
         """Count one micro-batch. Padding tokens (``valid_T`` is False) are left out.
 
@@ -163,7 +167,10 @@ class RoutingCounters(KeepDtype):
             experts_T: [T] int64, the number of experts of each token, including padding.
             not_finite: scalar int64, tokens with a logit that is NaN or infinite, including
                 padding.
+            sums_W: [W], what the rule has summed.
         """
+        if sums_W is not None:
+            self.sums_W.add_(sums_W)
         sums = self.sums
         if valid_T is not None:
             experts_T = experts_T * valid_T
@@ -206,6 +213,7 @@ def _received_rows(counters: list[RoutingCounters]) -> Tensor | None:
 
 def clear(counters: list[RoutingCounters]) -> None:
     """Start a new global batch."""
-    torch._foreach_zero_([each.row for each in counters])
+    with_sums = [each.sums_W for each in counters if len(each.sums_W)]
+    torch._foreach_zero_([each.row for each in counters] + with_sums)
     for each in counters:
         each.received.clear()

@@ -23,6 +23,7 @@ class Routing(NamedTuple):
     entropy: Tensor  # scalar, in nats, summed over valid tokens; differentiable
     assignments_BE: Tensor  # [B, E] int64, the number of valid tokens that chose each expert
     not_finite: Tensor  # scalar int64, tokens with a NaN or infinite logit, including padding
+    sums_W: Tensor | None = None  # [W] float64, what a rule sums beside these over valid tokens
 
 
 def route(

@@ -84,15 +84,16 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
 def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
     assert dynmoe.target_experts_per_token is not None
     most = dynmoe.max_experts_per_token or num_experts
+    least = ROUTINGS[dynmoe.routing].least_experts
     for target in dynmoe.target_experts_per_token.targets:
-        if not 1 <= target <= most:
+        if not (least <= target <= most and target > 0):
             reason = "{max_experts_per_token}" if dynmoe.max_experts_per_token else "all experts"
             raise SettingError(
                 "target_experts_per_token",
                 dynmoe.target_experts_per_token,
                 "",
-                f"every token uses at least 1 expert and at most {most} ({reason}), so use 1 "
-                f"to {most}",
+                f"every token uses at least {least} expert{'s' * (least != 1)} and at most {most} "
+                f"({reason}), so use {least or 'more than 0'} to {most}",
             )
     if dynmoe.drawn_target is not None:
         _check_drawn_target(dynmoe)
@@ -134,6 +135,14 @@ def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
 
 def _check_drawn_target(dynmoe: DynMoEConfig) -> None:
     """Refuse what means one threshold, or one target, if there is a map from one to the other."""
+    if not ROUTINGS[dynmoe.routing].draws_target:
+        others = " or ".join(name for name, kind in ROUTINGS.items() if kind.draws_target)
+        raise SettingError(
+            "target_experts_per_token",
+            dynmoe.drawn_target,
+            f", and {{routing}} {dynmoe.routing!r} cannot follow a target of each step's own",
+            f"give one target, or use {{routing}} {others}",
+        )
     for name in ("initial_threshold", "proportional_gain", "integral_gain"):
         if getattr(dynmoe, name) != AUTO:
             raise SettingError(

@@ -30,6 +30,9 @@ CONTROLLER = (
 )
 
 
+_CALIBRATED = ("initial_threshold", "proportional_gain", "integral_gain")
+
+
 @dataclass(frozen=True)
 class RoutingSettings:
     """The settings of one routing.
@@ -41,6 +44,8 @@ class RoutingSettings:
         defaults: the values of settings that are left out. Other settings stay None.
         required: settings without a default that have to be given, each with the remedy.
         instead: settings of other routings, each with the one that this routing has for it.
+        least_experts: the fewest experts of a token: 0 if one may be left without any.
+        draws_target: whether the target may be a distribution: the knob alone sets the count.
         is_exported: whether formats can hold models with it.
         knob_range: the least and the largest value of the knob, and so of ``threshold``,
             ``initial_threshold``, ``inference_threshold`` and the controller's bounds.
@@ -53,6 +58,8 @@ class RoutingSettings:
     defaults: Mapping[str, Any]
     required: Mapping[str, str] = dataclasses.field(default_factory=dict)
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    least_experts: int = 1
+    draws_target: bool = False
     is_exported: bool = False
     knob_range: tuple[float, float] = (0.0, 1.0)
     knob_remedy: str = "it is a cumulative probability, so use 0 (one expert) to 1 (all experts)"
@@ -61,6 +68,14 @@ class RoutingSettings:
     def is_controlled(self) -> bool:
         """Whether a PI controller moves the knob."""
         return set(CONTROLLER) <= set(self.takes)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether gains and the first knob are computed from normal logits unless they are given.
+
+        Else the defaults of the routing are numbers.
+        """
+        return AUTO in (self.defaults.get(name) for name in _CALIBRATED)
 
 
 _COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}
@@ -116,6 +131,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         },
         required=_CONTROLLER_REQUIRED,
         instead={"threshold": "initial_threshold"},
+        draws_target=True,
         is_exported=True,
     ),
 }

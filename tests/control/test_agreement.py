@@ -16,7 +16,9 @@ def bits(value: float) -> int:
 
 def agreeing() -> torch.Tensor:
     """Every rank holds layers 1 and 3; layer 2 is dense."""
-    row = torch.tensor([bits(value) for value in (0.4, -0.01, 0.41, 0.02, 1.25)] + [987654321])
+    row = torch.tensor(
+        [bits(value) for value in (0.4, -0.01, 0.41, 0.02, 1.25)] + [987654321, 12, 13]
+    )
     states = row.expand(NUM_RANKS, NUM_LAYERS, -1).clone()
     states[:, 1] = ABSENT
     return states

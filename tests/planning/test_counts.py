@@ -20,7 +20,7 @@ def counts(recipe: str, flags: str = "", **known):
 @pytest.mark.parametrize(("num_experts", "target"), [(16, 2), (64, 8)])
 def test_initial_count_is_the_inverse_of_the_initial_threshold(num_experts, target, normalized):
     threshold = initial_threshold(num_experts, target, 0.8, normalized)
-    rule = TopP(DynMoEConfig(routing="top_p"), threshold)
+    rule = TopP(DynMoEConfig(routing="top_p"), threshold, num_experts)
     found = initial_experts_per_token(rule, num_experts, 0.8, normalized)
     assert found == pytest.approx(target, abs=0.01)
 

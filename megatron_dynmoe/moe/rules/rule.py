@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.routing.route import Routing
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -20,9 +21,13 @@ class Rule(ABC):
         direction: 1 if the count rises with the knob, -1 if it falls.
         fall: the count in the first steps over that of most of a run, if no controller holds it.
             The planner assumes it.
-        first_state: the rule's state at the start of training, by name. The router holds each value
-            as a float32 buffer [1] that is saved with the model, beside the controller's sum of
-            errors and the measured count. A controller's step commits the knob with these two.
+        entries: the names in ``first_state``, which are those in a checkpoint.
+        extra_logits: rows of the gate beyond one for each expert, X.
+        plant_settings: names of the settings that ``crossings`` depends on.
+        num_sums: how many numbers of its own the rule sums over a global batch, W.
+        first_state: the rule's state at the start of training, by name. The router holds each as a
+            float32 buffer [number of values] that is saved with the model, beside the controller's
+            sum of errors and the measured count. The knob has one value.
         fixed: the part of ``first_state`` that the user has fixed. These values replace those of a
             checkpoint.
     """
@@ -30,23 +35,28 @@ class Rule(ABC):
     knob: ClassVar[str | None] = None
     direction: ClassVar[int] = 1
     fall: ClassVar[float] = 1.0
-    first_state: Mapping[str, float]
-    fixed: Mapping[str, float]
+    entries: ClassVar[tuple[str, ...]] = ()
+    plant_settings: ClassVar[tuple[str, ...]] = ()
+    extra_logits: int = 0
+    num_sums: int = 0
+    first_state: Mapping[str, tuple[float, ...]]
+    fixed: Mapping[str, tuple[float, ...]]
 
-    def __init__(self, dynmoe: DynMoEConfig, first: float | None) -> None:
+    def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
         """Build the rule of a run.
 
         Args:
             dynmoe: resolved settings.
             first: the knob's value in the first step: where the controller starts or, without one,
                 the setting ``threshold``, which is None if the routing has no such setting.
+            num_experts: E.
 
         Raises:
             SettingError: the rule cannot do what a setting asks for, such as a cap of this size.
                 Settings that it never reads are refused before (``settings/routings.py``).
         """
-        self.dynmoe = dynmoe
-        self.first_state = {} if self.knob is None or first is None else {self.knob: first}
+        self.dynmoe, self.num_experts = dynmoe, num_experts
+        self.first_state = {} if self.knob is None or first is None else {self.knob: (first,)}
         self.fixed = {} if dynmoe.is_controlled else self.first_state
 
     def cap(self, training: bool) -> int | None:
@@ -64,20 +74,41 @@ class Rule(ABC):
         num_sequences: int,
         valid_T: Tensor | None,
         training: bool,
+        group: ProcessGroup | None,
     ) -> Routing:
         """Route one micro-batch, and sum over its tokens what losses and counts need.
 
         Args:
-            logits_TE: [T, E] float32, the gate's output after z-loss.
+            logits_TE: [T, E] float32, the gate's output after z-loss; [T, E + X] with extra logits.
             state: the current values under the names of ``first_state``.
             theta: [1], the scale of normalized logits; None: they are not normalized.
             num_sequences: B; tokens are ordered as ``position * B + sequence``.
             valid_T: [T], bool, False for padding; None: no padding.
             training: False in evaluation and inference.
+            group: the ranks that share the tokens of these sequences; None if there is one.
         """
 
+    def balance_coefficient(self, state: Mapping[str, Tensor]) -> Tensor | float:
+        """The coefficient of the load-balance loss; a number of the state if the rule moves it."""
+        return self.dynmoe.loss_coefficients.balance
+
+    def next_state(self, state: Mapping[str, Tensor], sums_W: Tensor) -> Mapping[str, Tensor]:
+        """Compute the rule's state after a global batch, without the knob that a controller moves.
+
+        The router writes it together with the controller's step: not if the optimizer skips the
+        step, or if a logit was not finite.
+
+        Args:
+            state: that of the batch, by the names of ``first_state``.
+            sums_W: [W] float64, ``Routing.sums_W`` over all tokens of the batch and all ranks.
+
+        Returns:
+            The new values, float32, of the names that change.
+        """
+        return {}
+
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
         """Compute the values of the knob at which tokens gain or lose an expert.
 
         Only a rule with a controller needs this. Where the controller starts and its default gains
@@ -86,9 +117,11 @@ class Rule(ABC):
         Args:
             logits_TE: [T, E] float64, normalized if the routing normalizes.
             max_experts: the cap, or None.
+            settings: those of ``plant_settings``.
 
         Returns:
-            [T, K - 1] float64, K the most experts of a token: for its 2nd, ..., K-th expert the
-            value above which the token uses it or, if the count falls with the knob, below which.
+            [T, K - L] float64, K the most and L the fewest experts of a token (``least_experts`` in
+            ``settings/routings.py``, mostly 1): for its (L+1)th, ..., K-th expert the value above
+            which the token uses it or, if the count falls with the knob, below which.
         """
         raise NotImplementedError("a controlled routing needs its rule's crossings")

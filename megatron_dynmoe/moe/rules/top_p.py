@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.moe.rules.rule import Rule
@@ -20,13 +21,20 @@ class TopP(Rule):
     """See :mod:`megatron_dynmoe.routing`."""
 
     knob = "threshold"
+    entries = ("threshold",)
     direction = 1  # a larger threshold never selects fewer experts
     # With 16 experts Dynamic MoE reports 1.8 and 2.3 for the thresholds 0.4 and 0.5 (table 7), and
     # the counts at the start are 5.9 and 7.2.
     fall = 3.0
 
     def route(
-        self, logits_TE: Tensor, state: Mapping[str, Tensor], *, training: bool, **batch: Any
+        self,
+        logits_TE: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        training: bool,
+        group: ProcessGroup | None = None,  # no token's experts depend on another token
+        **batch: Any,
     ) -> Routing:
         override = None if training else self.dynmoe.inference_threshold
         return kernels.choose_route(logits_TE)(
@@ -38,5 +46,5 @@ class TopP(Rule):
         )
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
         return crossings(logits_TE.softmax(-1), max_experts)

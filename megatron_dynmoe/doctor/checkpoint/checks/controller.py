@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
-from megatron_dynmoe.conversion.names import ROUTER_STATE
+from megatron_dynmoe.conversion.names import router_entry
 from megatron_dynmoe.data.finding import FAILED, PASSED, Check
 from megatron_dynmoe.doctor.checkpoint.checks.progress import has_trained
 from megatron_dynmoe.doctor.checkpoint.checks.threshold_map import check_map
 from megatron_dynmoe.doctor.checkpoint.reading.parts import numbers
-from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 _NAME = "router state"
@@ -35,7 +37,8 @@ def check_router_state(
     """What the routers keep besides their parameters, if the run routed dynamically.
 
     Args:
-        scalars: ``threshold``, ``integral`` and ``measured``, by layer from 0.
+        scalars: the rule's state (of top-p, ``threshold``), ``integral`` and ``measured``, by layer
+            from 0; of a name with several values as ``thresholds[0]`` and so on.
 
     Raises:
         ValueError: the saved arguments hold settings that make no sense.
@@ -49,19 +52,22 @@ def check_router_state(
         dynmoe = dynmoe.seeded(args.seed)
     sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
     layers = [layer for layer, has_experts in enumerate(sparse) if has_experts]
-    found = [*_missing(scalars, layers)]
+    rule = RULES[dynmoe.routing]
+    found = [*_missing(scalars, rule, layers)]
     if not found:
         found = [
             *_out_of_bounds(scalars, dynmoe, args.num_experts, has_trained(args, iteration)),
             *_against_the_law(scalars, dynmoe, args, iteration),
-            *_of_another_step(scalars, folder),
+            *_of_another_step(scalars, rule, folder),
         ]
     for text in found:
         yield Check(_NAME, FAILED, f"{folder}: {text}", _OTHER)
     if not found:
-        values = scalars["threshold"].values()
-        shown = f"threshold {min(values):.4f}"
-        shown += "" if min(values) == max(values) else f" to {max(values):.4f}"
+        shown = "no number that is controlled"
+        if rule.knob is not None:
+            values = scalars[rule.knob].values()
+            shown = f"{rule.knob} {min(values):.4f}"
+            shown += "" if min(values) == max(values) else f" to {max(values):.4f}"
         measured = sum(scalars["measured"].values()) / len(layers)
         last = (
             f"{measured:.3f} experts per token measured last" if measured else "no batch measured"
@@ -69,9 +75,19 @@ def check_router_state(
         yield Check(_NAME, PASSED, f"{shown}, {last}")
 
 
-def _missing(scalars: Scalars, layers: list[int]) -> Iterator[str]:
-    for name in ROUTER_STATE:
-        values = scalars.get(name, {})
+def _state_names(rule: type[Rule]) -> tuple[str, ...]:
+    return (*rule.entries, "integral", "measured")
+
+
+def _values_of(scalars: Scalars, name: str) -> Iterator[tuple[str, Mapping[int, float]]]:
+    """The values of a name by layer, once or, if it has several, for each of them."""
+    several = [key for key in scalars if key.startswith(f"{name}[")]
+    for key in several or [name]:
+        yield key, scalars.get(key, {})
+
+
+def _missing(scalars: Scalars, rule: type[Rule], layers: list[int]) -> Iterator[str]:
+    for name, values in (each for n in _state_names(rule) for each in _values_of(scalars, n)):
         if lacking := set(layers) - values.keys():
             yield f"{name} of layer {numbers(lacking)} is missing"
         wrong = [layer for layer, value in values.items() if not math.isfinite(value)]
@@ -83,27 +99,31 @@ def _out_of_bounds(
     scalars: Scalars, dynmoe: DynMoEConfig, num_experts: int, has_measured: bool
 ) -> Iterator[str]:
     low, high = _bounds(dynmoe)
+    knob, least = RULES[dynmoe.routing].knob, ROUTINGS[dynmoe.routing].least_experts
     most = dynmoe.max_experts_per_token or num_experts
-    for layer, value in scalars["threshold"].items():
+    for layer, value in scalars[knob].items() if knob is not None else ():
         if not low - _ROUNDING <= value <= high + _ROUNDING:
-            yield f"threshold of layer {layer} is {value:g}, out of its bounds {low:g} to {high:g}"
+            yield f"{knob} of layer {layer} is {value:g}, out of its bounds {low:g} to {high:g}"
     for layer, value in scalars["measured"].items() if has_measured else ():
-        if not 1 - _ROUNDING <= value <= most + _ROUNDING:
-            yield f"measured of layer {layer} is {value:g}: a token uses 1 to {most} experts"
+        if not least - _ROUNDING <= value <= most + _ROUNDING:
+            yield f"measured of layer {layer} is {value:g}: a token uses {least} to {most} experts"
 
 
 def _against_the_law(
     scalars: Scalars, dynmoe: DynMoEConfig, args: Namespace, iteration: int
 ) -> Iterator[str]:
-    thresholds = scalars["threshold"]
+    knob = RULES[dynmoe.routing].knob
+    if knob is None:
+        return
+    knobs = scalars[knob]
     if not dynmoe.is_controlled:
         fixed = torch.tensor(dynmoe.threshold).item()
-        for layer, value in thresholds.items():
+        for layer, value in knobs.items():
             if value != fixed:
-                yield f"threshold of layer {layer} is {value:g}, the saved arguments say {fixed:g}"
+                yield f"{knob} of layer {layer} is {value:g}, the saved arguments say {fixed:g}"
         return
     if dynmoe.scope == "global":
-        for name in ("threshold", "integral"):
+        for name in (knob, "integral"):
             if len(different := set(scalars[name].values())) > 1:
                 yield f"{name} has {len(different)} values, and scope 'global' has one"
                 return
@@ -122,18 +142,18 @@ def _against_the_law(
     assert schedule is not None
     if not has_trained(args, iteration) or (args.fp16 and len(schedule.targets) > 1):
         return  # nothing was measured yet; or a skipped step may have kept an earlier target
-    layers = sorted(thresholds)
+    layers = sorted(knobs)
     measured_L = torch.tensor([scalars["measured"][layer] for layer in layers], dtype=torch.float64)
     if dynmoe.scope == "global":
         measured_L = measured_L.mean().expand(len(layers))
     integral_L = torch.tensor([scalars["integral"][layer] for layer in layers])
-    sign = RULES[dynmoe.routing](dynmoe, law.initial_threshold).direction
+    sign = RULES[dynmoe.routing].direction
     target = schedule.at(iteration - 1)
     error_L = (sign * (target - measured_L) / args.num_experts).float()
     for layer, expected in zip(layers, law.threshold_at(error_L, integral_L).tolist(), strict=True):
-        if abs(thresholds[layer] - expected) > _ROUNDING:
+        if abs(knobs[layer] - expected) > _ROUNDING:
             yield (
-                f"threshold of layer {layer} is {thresholds[layer]:.6f}, and the controller's law "
+                f"{knob} of layer {layer} is {knobs[layer]:.6f}, and the controller's law "
                 f"gives {expected:.6f} for its integral and measured count: they are not of one "
                 "step"
             )
@@ -151,15 +171,18 @@ def _law(dynmoe: DynMoEConfig, num_experts: int) -> PIController | None:
 
 def _bounds(dynmoe: DynMoEConfig) -> tuple[float, float]:
     low, high = dynmoe.min_threshold, dynmoe.max_threshold
-    return 0.0 if low is None else low, 1.0 if high is None else high
+    lowest, highest = ROUTINGS[dynmoe.routing].knob_range
+    return lowest if low is None else low, highest if high is None else high
 
 
-def _of_another_step(scalars: Scalars, folder: Path) -> Iterator[str]:
+def _of_another_step(scalars: Scalars, rule: type[Rule], folder: Path) -> Iterator[str]:
     """Another iteration of the run with the very same state: one was copied over the other."""
     others = [path for path in folder.parent.glob("iter_*") if path.name != folder.name]
     others.sort(key=lambda path: abs(_number(path) - _number(folder)))
+    kept = (each for name in _state_names(rule) for each in _values_of(scalars, name))
+    here = {key: dict(values) for key, values in kept}
     for path in others[:_NEIGHBOURS]:
-        if _state_in(path) == {name: dict(scalars[name]) for name in ROUTER_STATE}:
+        if _state_in(path, rule) == here:
             yield f"the state of the routers is that of {path.name}, to the last bit"
 
 
@@ -168,18 +191,20 @@ def _number(folder: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _state_in(folder: Path) -> dict[str, dict[int, float]] | None:
+def _state_in(folder: Path, rule: type[Rule]) -> dict[str, dict[int, float]] | None:
     """The state of the routers in another checkpoint; None if it cannot be read."""
     try:
         checkpoint = MegatronCheckpoint(folder)
         num_layers, frequency = checkpoint.args.num_layers, checkpoint.args.moe_layer_freq
         sparse = layers_with_experts(frequency, num_layers, "moe_layer_freq")
-        state: dict[str, dict[int, float]] = {name: {} for name in ROUTER_STATE}
-        for name, template in ROUTER_STATE.items():
+        state: dict[str, dict[int, float]] = defaultdict(dict)
+        for name in _state_names(rule):
             for layer in range(num_layers):
                 if sparse[layer]:
-                    key, index = checkpoint.find((template,), layer)
-                    state[name][layer] = checkpoint.read(key, index).item()
-        return state
+                    key, index = checkpoint.find((router_entry(name),), layer)
+                    values = checkpoint.read(key, index).flatten().tolist()
+                    for place, value in enumerate(values):
+                        state[name if len(values) == 1 else f"{name}[{place}]"][layer] = value
+        return dict(state)
     except (ValueError, OSError, AttributeError):
         return None  # it is of another format or damaged, which is not what was asked

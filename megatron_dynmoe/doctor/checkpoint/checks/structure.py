@@ -8,9 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from megatron_dynmoe.conversion.names import ROUTER_MAP, ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.doctor.checkpoint.checks.values import Place, Values
+from megatron_dynmoe.doctor.checkpoint.checks.values import STATE, Place, Values
 from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MOMENT,
     WEIGHT,
@@ -122,7 +121,7 @@ def _states(values: Values) -> Iterator[str]:
         return
     without = []
     for row, blocks in weights.items():
-        if row.endswith(tuple(f".mlp.router.{name}" for name in ROUTER_STATE | ROUTER_MAP)):
+        if row.endswith(STATE):
             continue
         if row not in places:
             without.append(row)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dynmoe.conversion.names import ROUTER_MAP, ROUTER_STATE
 from megatron_dynmoe.data.finding import FAILED, Check
 from megatron_dynmoe.doctor.checkpoint.reading.parts import MASTER, MOMENT, WEIGHT, Part, numbers
+from megatron_dynmoe.moe.rules import RULES
 
 Place = tuple[int | None, int | None]  # layer and expert
 
@@ -22,9 +23,9 @@ _CONSTANT = "it was not trained: take another iteration, or convert again from t
 _REPLICAS = "the ranks' files are not of one save: restore them, or take another iteration"
 _MASTER = "weights and optimizer are not of one step: take another iteration, or --no-load-optim"
 _SHOWN_FILES = 2
-# The state of a router, [1] a layer; the rest of what it keeps is a parameter.
-_SCALARS = tuple(f".mlp.router.{name}" for name in ROUTER_STATE)
-_OF_KNOTS = tuple(f".mlp.router.{name}" for name in ROUTER_MAP)
+# The state of a router, one number or several; the rest of what it keeps is a parameter.
+_OF_RULES = {name for rule in RULES.values() for name in rule.entries}
+STATE = tuple(f".mlp.router.{name}" for name in sorted({*ROUTER_STATE, *ROUTER_MAP, *_OF_RULES}))
 
 
 class _Fault(NamedTuple):
@@ -61,7 +62,7 @@ class Values:
     Attributes:
         blocks: by kind and row, then by layer and expert.
         matrices: rows whose tensors have two dimensions or more.
-        scalars: values of the routers' state, by name and layer; those of a map's knots as
+        scalars: values of the routers' state, by name and layer; if a name has several, as
             ``knot_thresholds[0]`` and so on.
         num_parts, num_bytes: how much was looked at.
         num_moments, num_moving: parts of the optimizer's moments, and those that are not all 0.
@@ -97,12 +98,11 @@ class Values:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             return
         low, high = (value.item() for value in tensor.aminmax())
-        if part.kind == WEIGHT and part.row.endswith(_SCALARS) and tensor.numel() == 1:
-            self.scalars[part.row.rpartition(".")[2]][part.layer or 0] = low
-            return
-        if part.kind == WEIGHT and part.row.endswith(_OF_KNOTS):
-            for knot, value in enumerate(tensor.flatten().tolist()):
-                self.scalars[f"{part.row.rpartition('.')[2]}[{knot}]"][part.layer or 0] = value
+        if part.kind == WEIGHT and part.row.endswith(STATE):
+            name, values = part.row.rpartition(".")[2], tensor.flatten().tolist()
+            for place, value in enumerate(values):
+                shown = name if len(values) == 1 else f"{name}[{place}]"
+                self.scalars[shown][part.layer or 0] = value
             return
         is_constant = low == high
         if not (math.isfinite(low) and math.isfinite(high)):
