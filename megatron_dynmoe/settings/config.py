@@ -26,6 +26,7 @@ BACKENDS = ("auto", "torch_native", "local", "transformer_engine")
 BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case", "target")
 CONTROLLED_QUANTITIES = ("experts", "busiest_rank")
+CONTROL_LAWS = ("pi", "sign")
 
 
 class LossCoefficients(NamedTuple):
@@ -94,6 +95,15 @@ class DynMoEConfig:
             "of the mean rank: what a step waits for). The second needs the alltoall dispatcher if "
             "there are several such ranks; with one, both are the same.",
             CONTROLLED_QUANTITIES,
+        ),
+    ] = None
+    control_law: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "How the error moves the knob: pi (the PI law), or sign (ReMoE's law: each step "
+            "multiplies lambda by 10 to the power of the integral gain, or divides by it).",
+            CONTROL_LAWS,
         ),
     ] = None
     scope: Annotated[
@@ -255,9 +265,7 @@ class DynMoEConfig:
     @property
     def loss_coefficients(self) -> LossCoefficients:
         """The coefficients of both losses; the settings must be resolved, with dynamic routing."""
-        dynamic, balance = self.dynamic_loss_coeff, self.balance_loss_coeff
-        assert dynamic is not None and balance is not None
-        return LossCoefficients(dynamic, balance)
+        return LossCoefficients(self.dynamic_loss_coeff or 0.0, self.balance_loss_coeff or 0.0)
 
     @property
     def control(self) -> Control:
@@ -337,6 +345,7 @@ class DynMoEConfig:
                     "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
+        defaults |= kind.law_defaults.get(self.control_law or "", {})
         if self.row_buffer != "target":
             if self.row_buffer_margin is not None:
                 raise SettingError(

@@ -7,8 +7,9 @@ a routing takes are a row of ``settings/routings.py``.
 
 from __future__ import annotations
 
+from megatron_dynmoe.moe.rules.relu import ReLU
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.moe.rules.top_p import TopP
 
 # The rule of each --moe-dynamic-routing.
-RULES: dict[str, type[Rule]] = {"top_p": TopP, "dtop_p": TopP}
+RULES: dict[str, type[Rule]] = {"top_p": TopP, "dtop_p": TopP, "relu": ReLU}
