@@ -27,7 +27,7 @@ from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import TOKEN_IDS
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_MAP, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.names import MEGATRON, Row, router_entry
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.conversion.sources import (
     FromFolder,
@@ -278,7 +278,7 @@ def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
     if config["routing"] == "top_k":
         return
     for name, values in routing_settings.router_state(config).items():
-        row = Row((ROUTER_STATE | ROUTER_MAP)[name], ("theta_offset",))
+        row = Row(router_entry(name), ("theta_offset",))
         for layer, value in enumerate(values):
             if value is not None:
                 numbers = value if isinstance(value, list) else [value]

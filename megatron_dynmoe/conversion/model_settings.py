@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from megatron_dynmoe.layers.rules import RULES
+
 # The settings of dynamic routing that a config has under their own names.
 ROUTING = (
     "routing",
@@ -27,6 +29,8 @@ NO_ROUTING: dict[str, Any] = dict.fromkeys(ROUTING) | {
     "weights": "renormalized",
     "balance_loss": "none",
     "threshold": None,
+    "router_state": None,
+    "rule_settings": None,
     "theta": None,
     "target_experts_per_token": None,
     "controller": None,
@@ -52,7 +56,10 @@ _FLAGS = (
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTS = ("mlp_layer_types", "theta", "measured_experts_per_token", "budget_curve")
-_MAPPINGS = ("rope_parameters", "rope_scaling", "controller")
+_MAPPINGS = (
+    *("rope_parameters", "rope_scaling", "controller"),
+    *("router_state", "rule_settings"),
+)
 _NEVER_NULL = {*_COUNTS[:4], "max_position_embeddings", *_NUMBERS[:4], *_FLAGS}
 
 
@@ -118,6 +125,12 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     if not checked["rope_parameters"].get("rope_theta"):
         raise ValueError("rope_parameters has no rope_theta.")
     return checked
+
+
+def extra_logits(config: dict[str, Any]) -> int:
+    """How many rows a gate has beside those of the experts."""
+    rule = RULES.get(config["routing"])
+    return 0 if rule is None else rule.extra_logits(config["rule_settings"] or {})
 
 
 def rope_theta(config: dict[str, Any]) -> float:

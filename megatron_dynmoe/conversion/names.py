@@ -46,7 +46,7 @@ PARAMETERS: dict[str, Parameter] = {
     "gate": Parameter(("ffn", "hidden"), DENSE),
     "up": Parameter(("ffn", "hidden"), DENSE),
     "down": Parameter(("hidden", "ffn"), DENSE),
-    "router": Parameter(("experts", "hidden"), SPARSE),
+    "router": Parameter(("gate", "hidden"), SPARSE),
     "theta_offset": Parameter(("one",), SPARSE, when="drn"),
     "expert_gate": Parameter(("expert_ffn", "hidden"), SPARSE, per_expert=True),
     "expert_up": Parameter(("expert_ffn", "hidden"), SPARSE, per_expert=True),
@@ -122,14 +122,11 @@ MEGATRON: tuple[Row, ...] = (
 
 
 def router_entry(name: str) -> str:
-    """Megatron's name of a part of a router's state."""
+    """Megatron's name of a part of a router's state, which other formats keep in the config."""
     return _BLOCK + f"mlp.router.{name}"
 
 
-# The state of a router besides its parameters, [1] float32 for each layer. Other formats keep it in
-# the config.
-ROUTER_STATE = {name: router_entry(name) for name in ("threshold", "integral", "measured")}
-# The same of a target that is drawn: a number for each knot of the map.
+# The map of a target that is drawn: a number for each knot.
 ROUTER_MAP = {name: router_entry(name) for name in KNOTS}
 
 

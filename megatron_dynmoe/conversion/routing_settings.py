@@ -12,9 +12,12 @@ from megatron_dynmoe.control.settle import Controller, settle
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     ROUTING,
+    extra_logits,
     per_layer,
     where_sparse,
 )
+from megatron_dynmoe.layers.rules import RULES as LAYER_RULES
+from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import (
     KNOTS,
@@ -25,6 +28,7 @@ from megatron_dynmoe.settings.distribution import (
 )
 from megatron_dynmoe.settings.routings import ROUTINGS
 
+_OF_ALL_RULES = ("integral", "measured")
 _CONTROLLER = (
     "scope",
     "proportional_gain",
@@ -32,6 +36,10 @@ _CONTROLLER = (
     "initial_threshold",
     "min_threshold",
     "max_threshold",
+)
+# All that routers keep besides their parameters, whatever their rule is.
+STATE = tuple(
+    sorted({*(name for rule in RULES.values() for name in rule.entries), *_OF_ALL_RULES, *KNOTS})
 )
 # By name, a value for each layer, None for layers without experts. Of a target that is drawn, also
 # the lists that KNOTS names, with a number for each knot.
@@ -66,9 +74,13 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
         controller["integral"] = state["integral"]
         if dynmoe.drawn_target is not None and KNOTS[0] in state:
             controller["map"] = {name: state[name] for name in KNOTS}
-    measured = state["measured"]
+    measured, rule = state["measured"], LAYER_RULES.get(dynmoe.routing)
     return routing | {
-        "threshold": state["threshold"],
+        "threshold": state["threshold"] if rule is None else None,
+        "router_state": None if rule is None else {name: state[name] for name in rule.state},
+        "rule_settings": None
+        if rule is None or not rule.settings
+        else {name: getattr(dynmoe, name) for name in rule.settings},
         "theta": state["theta"] if dynmoe.normalization == "drn" else None,
         "target_experts_per_token": target,
         "controller": controller,
@@ -108,7 +120,7 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """The resolved settings for training; None for stock top-k."""
     if config["routing"] == "top_k":
         return None
-    settings = {name: config.get(name) for name in ROUTING}
+    settings = {name: config.get(name) for name in ROUTING} | (config.get("rule_settings") or {})
     if config["routing"] == "top_p":
         thresholds = {value for value in per_layer(config, "threshold") if value is not None}
         if len(thresholds) != 1:
@@ -118,7 +130,7 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
                 "--scope layer."
             )
         settings["threshold"] = thresholds.pop()
-    else:
+    elif ROUTINGS[config["routing"]].is_controlled:
         settings["target_experts_per_token"] = config["target_experts_per_token"]
         settings |= {name: (config.get("controller") or {}).get(name) for name in _CONTROLLER}
     if settings["balance_loss"] == "none":
@@ -127,19 +139,23 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
     return settled(DynMoEConfig.from_dict(given, source="config.json"), config)[0].to_dict()
 
 
-def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, float]:
-    """Settings for a model of this config, every ``auto`` computed, and the first threshold."""
+def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, Rule]:
+    """Settings for a model of this config, every ``auto`` computed, and the rule at the start."""
     dynmoe, controller = _settle(dynmoe, config)
     first = controller.initial_threshold if controller else dynmoe.threshold
-    assert first is not None
-    return dynmoe, first
+    return dynmoe, RULES[dynmoe.routing](dynmoe, first, config["num_experts"])
+
+
+def state_entries(routing: str) -> tuple[str, ...]:
+    """The names of a router's state in a training with this routing, without those of a map."""
+    return (*RULES[routing].entries, *_OF_ALL_RULES)
 
 
 def router_state(config: dict[str, Any]) -> RouterState:
-    """Threshold, integral and measured mean of every layer, None for layers without experts."""
+    """The routers' state in every layer, None for layers without experts."""
     controller = config.get("controller") or {}
-    state: RouterState = {
-        "threshold": per_layer(config, "threshold"),
+    own = config.get("router_state") or {"threshold": per_layer(config, "threshold")}
+    state: RouterState = own | {
         "integral": controller.get("integral") or where_sparse(config, 0.0),
         "measured": config.get("measured_experts_per_token") or where_sparse(config, 0.0),
     }
@@ -192,9 +208,19 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
                 "knows no k: choose another."
             )
         return config | NO_ROUTING | kept
-    dynmoe, first = settled(dynmoe, config)
+    dynmoe, rule = settled(dynmoe, config)
+    first = {
+        name: [shortest(value) for value in values] for name, values in rule.first_state.items()
+    }
+    if rule.extra_logits != extra_logits(config):
+        raise ValueError(
+            f"routing is {dynmoe.routing!r}, whose gate has rows that the model's gate does not "
+            "have: train such a model from its start."
+        )
     state: RouterState = {
-        "threshold": where_sparse(config, shortest(first)),
+        name: where_sparse(config, values if dynmoe.routing in LAYER_RULES else values[0])
+        for name, values in first.items()
+    } | {
         "integral": where_sparse(config, 0.0),
         "measured": where_sparse(config, 0.0),
         "theta": where_sparse(config, 1.0),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.conversion.model_settings import extra_logits
 from megatron_dynmoe.conversion.names import LAYER, MODEL, PARAMETERS, Row
 
 
@@ -46,6 +47,7 @@ class Shapes:
             "head": head,
             "ffn": config["intermediate_size"],
             "experts": config["num_experts"],
+            "gate": config["num_experts"] + extra_logits(config),
             "expert_ffn": config["moe_intermediate_size"],
             "shared_ffn": config["shared_expert_intermediate_size"],
             "one": 1,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,16 +29,15 @@ from megatron_dynmoe.conversion.names import (
     MEGATRON,
     PARAMETERS,
     ROUTER_MAP,
-    ROUTER_STATE,
     Row,
+    router_entry,
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
+from megatron_dynmoe.layers.rules import RULES as LAYER_RULES
 from megatron_dynmoe.settings.distribution import TargetDistribution
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest
-
-_NO_STATE: routing_settings.RouterState = {name: [] for name in (*ROUTER_STATE, "theta")}
 
 
 class Source(Protocol):
@@ -88,7 +88,8 @@ class FromMegatron:
             )
         try:
             # The config says which layers have a state, so it is made twice: without and with it.
-            self.config = megatron_settings.config_from_megatron(args, vocab_size, _NO_STATE)
+            unread: routing_settings.RouterState = defaultdict(list)
+            self.config = megatron_settings.config_from_megatron(args, vocab_size, unread)
             state = self._router_state()
             self.config = megatron_settings.config_from_megatron(args, vocab_size, state)
             check_config(self.config)
@@ -110,11 +111,17 @@ class FromMegatron:
 
     def _router_state(self) -> routing_settings.RouterState:
         if self.config["routing"] == "top_k":
-            return _NO_STATE
+            return {}
+        layers = range(len(self._layer_types))
+        rule = LAYER_RULES.get(self.config["routing"])
+        lengths = {} if rule is None else rule.lengths(self.config["num_experts"])
         state: routing_settings.RouterState = {
-            name: [self._scalar(template, layer) for layer in range(len(self._layer_types))]
-            for name, template in ROUTER_STATE.items()
+            name: [self._scalar(router_entry(name), layer) for layer in layers]
+            for name in routing_settings.state_entries(self.config["routing"])
+            if name not in lengths
         }
+        for name, length in lengths.items():
+            state[name] = [self._numbers(router_entry(name), layer, length) for layer in layers]
         if self.config["normalization"] == "drn":
             template = rows_by_part(MEGATRON)["theta_offset"].key
             offsets = [self._scalar(template, layer) for layer in range(len(self._layer_types))]
@@ -151,7 +158,7 @@ class FromMegatron:
 
     def _check(self) -> None:
         """Check that every entry is known and has the shape that the settings give it."""
-        templates = (ROUTER_STATE | ROUTER_MAP).values()
+        templates = [router_entry(name) for name in routing_settings.STATE]
         known = {template.replace("{layer}.", "") for template in templates}
         for layer in range(self.shapes.num_layers):
             known |= {template.format(layer=layer) for template in templates}

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
+from megatron_dynmoe.layers.rules import RULES, LayerRule
 
 if version.parse(transformers.__version__) < version.parse("5.5"):
     raise ImportError(
@@ -23,7 +24,7 @@ if version.parse(transformers.__version__) < version.parse("5.5"):
         "pip install --upgrade transformers"
     )
 
-ROUTINGS = ("top_k", "top_p", "dtop_p")
+ROUTINGS = ("top_k", "top_p", "dtop_p", *RULES)
 
 # For each routing, the values of settings that are left out: the papers' values, as in training.
 ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,14 +52,18 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of other rules, exports name all settings.
+OTHER_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"]
+
+# What top-p and DTop-p have, and what other rules have. Those that are in no list, all have.
+TOP_P_ONLY = ("threshold", "inference_threshold", "inference_experts_per_token", "budget_curve")
+OF_RULES_ONLY = ("router_state", "rule_settings")
 DYNAMIC_ONLY = (
-    "threshold",
-    "inference_threshold",
-    "inference_experts_per_token",
+    *TOP_P_ONLY,
+    *OF_RULES_ONLY,
     "max_experts_per_token",
     "inference_max_experts_per_token",
     "target_experts_per_token",
-    "budget_curve",
 )
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -89,6 +94,9 @@ class DynMoEModelConfig(PreTrainedConfig):
             first two ascending; None: budgets cannot be asked for.
         inference_experts_per_token: a budget: in inference, the threshold is the curve's for so
             many experts per token; None: it is the model's own.
+        router_state: what other rules keep (``layers/rules.py``): for each name a list with one
+            entry for each layer, a list of numbers (None for dense layers).
+        rule_settings: the settings that only such a rule has, by name.
         theta: scale of the normalized logits, one entry per layer (None for dense layers); only
             with ``normalization`` ``drn``. It initializes a new model. In a loaded model it is a
             readable copy of the weights, which take precedence.
@@ -179,6 +187,8 @@ class DynMoEModelConfig(PreTrainedConfig):
         balance_loss_coeff: float | None = None,
         dynamic_loss_coeff: float | None = None,
         budget_curve: list[dict[str, Any]] | None = None,
+        router_state: dict[str, list[Any]] | None = None,
+        rule_settings: dict[str, Any] | None = None,
         output_router_logits: bool = False,
         controller: dict[str, Any] | None = None,
         measured_experts_per_token: list[float | None] | None = None,
@@ -231,10 +241,12 @@ class DynMoEModelConfig(PreTrainedConfig):
         self.balance_loss_coeff: Any = balance_loss_coeff
         self.dynamic_loss_coeff: Any = dynamic_loss_coeff
         self.budget_curve = budget_curve
+        self.router_state = router_state
+        self.rule_settings = rule_settings
         self.output_router_logits = output_router_logits
         self.controller = controller
         self.measured_experts_per_token = measured_experts_per_token
-        for name, default in ROUTING_DEFAULTS.get(routing, {}).items():
+        for name, default in ROUTING_DEFAULTS.get(routing, OTHER_DEFAULTS).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
 
@@ -283,6 +295,16 @@ class DynMoEModelConfig(PreTrainedConfig):
         else:
             threshold = _checked_threshold("threshold", threshold)
         return threshold, self.cap(training)
+
+    @property
+    def rule(self) -> LayerRule | None:
+        """The rule of the routing, unless it is top-k, top-p or DTop-p."""
+        return RULES.get(vars(self)["routing"])
+
+    @property
+    def extra_logits(self) -> int:
+        """How many rows the gate has beside those of the experts."""
+        return 0 if self.rule is None else self.rule.extra_logits(self.rule_settings or {})
 
     def cap(self, training: bool) -> int | None:
         """The most experts that a token may use; None: no cap."""
@@ -377,6 +399,15 @@ class DynMoEModelConfig(PreTrainedConfig):
         for name in ("max_experts_per_token", "inference_max_experts_per_token"):
             if getattr(self, name) is not None:
                 self._validate_experts(name, getattr(self, name))
+        for name in OF_RULES_ONLY if self.rule is None else TOP_P_ONLY:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which routing {self.routing!r} does not "
+                    "have: leave it out."
+                )
+        if self.rule is not None:
+            self._validate_rule(self.rule)
+            return
         if self.inference_threshold is not None:
             _checked_threshold("inference_threshold", self.inference_threshold)
         if isinstance(self.threshold, (list, tuple)):
@@ -390,6 +421,36 @@ class DynMoEModelConfig(PreTrainedConfig):
             check_curve(self.budget_curve, self.num_experts)
         if self.inference_experts_per_token is not None:
             self._threshold_of(self.inference_experts_per_token)
+
+    def _validate_rule(self, rule: LayerRule) -> None:
+        settings, state = self.rule_settings or {}, self.router_state or {}
+        for kind, given, wanted in (
+            ("rule_settings", settings, rule.settings),
+            ("router_state", state, rule.state),
+        ):
+            if set(given) != set(wanted):
+                raise ValueError(
+                    f"{kind} has {', '.join(sorted(given)) or 'nothing'}, and routing "
+                    f"{self.routing!r} has {', '.join(sorted(wanted)) or 'nothing'} there."
+                )
+        for name, (allowed, is_allowed) in rule.settings.items():
+            if not is_allowed(settings[name]):
+                raise ValueError(f"rule_settings[{name!r}] is {settings[name]!r}: use {allowed}.")
+        for name, length in rule.lengths(self.num_experts).items():
+            self._validate_length(f"router_state[{name!r}]", state[name])
+            for layer, values in enumerate(state[name]):
+                where = f"router_state[{name!r}][{layer}]"
+                if not self.is_sparse(layer):
+                    if values is not None:
+                        raise ValueError(
+                            f"{where} is {values!r}, but layer {layer} is dense: use null."
+                        )
+                elif not (
+                    isinstance(values, (list, tuple))
+                    and len(values) == length
+                    and all(map(_is_number, values))
+                ):
+                    raise ValueError(f"{where} is {values!r}: use a list of {length} numbers.")
 
     def _threshold_of(self, budget: Any) -> float:
         name = "inference_experts_per_token"

@@ -44,6 +44,7 @@ from megatron_dynmoe.huggingface.masking_dynmoe import (
     serves_itself,
 )
 from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
+from megatron_dynmoe.layers.rules import chooser
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,19 @@ class DynMoERouter(Gate):
     """Routes by the settings in the config, which it reads at every forward."""
 
     def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
-        super().__init__(config.hidden_size, config.num_experts, config.normalization == "drn")
+        sizes = config.hidden_size, config.num_experts
+        super().__init__(*sizes, config.normalization == "drn", config.extra_logits)
         self.config, self.layer = config, layer
 
     def choice(self) -> Choice:
         """See :class:`Choice`."""
         config, given = self.config, vars(self.config)
+        rule = None
         if given["routing"] == "top_k":
             threshold, most = None, config.num_experts_per_tok
+        elif config.rule is not None:
+            threshold, most = None, config.cap(self.training)
+            rule = chooser(given, self.layer, most, self.weight.device)
         else:
             threshold, most = config.threshold_and_cap(self.layer, self.training)
         return Choice(
@@ -104,6 +110,7 @@ class DynMoERouter(Gate):
             normalized=given["normalization"] == "drn",
             renormalize=given["weights"] == "renormalized",
             dtype=getattr(torch, given["router_dtype"]),
+            rule=rule,
         )
 
 

@@ -16,6 +16,7 @@ Dimension letters, in names as a suffix (``probs_TE``):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dynmoe.kernels.choose_cpu import choose, choose_top_k
+from megatron_dynmoe.layers.rules import Chosen
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,
@@ -47,6 +49,7 @@ class Choice(NamedTuple):
         normalized: whether the logits are normalized and scaled by theta.
         renormalize: whether a token's weights sum to 1; else they are its probabilities.
         dtype: of gate, softmax and weights. Selection sums exactly in any dtype.
+        rule: chooses by the logits instead, with its own state and settings; None: top-p or top-k.
     """
 
     threshold: Tensor | float | None
@@ -54,6 +57,7 @@ class Choice(NamedTuple):
     normalized: bool
     renormalize: bool
     dtype: torch.dtype = torch.float32
+    rule: Callable[[Tensor], Chosen] | None = None
 
 
 class Routed(NamedTuple):
@@ -66,6 +70,7 @@ class Routed(NamedTuple):
         ids_TK: int64. A slot without an expert repeats the token's first: engines take only valid
             ids, and no further expert's weights are read for it.
         weights_TK: in the router's dtype; exactly 0 in slots without an expert.
+        residual_T: the weight of the token itself in the layer's output; None: zero for all.
     """
 
     logits_TE: Tensor
@@ -73,6 +78,7 @@ class Routed(NamedTuple):
     map_TE: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
+    residual_T: Tensor | None = None
 
 
 class Gate(nn.Module):
@@ -82,9 +88,12 @@ class Gate(nn.Module):
     logits: bf16 would round small updates of a value near 1 away.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, normalized: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, normalized: bool, extra_logits: int = 0
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts + extra_logits, hidden_size))
         if normalized:
             self.theta_offset = nn.Parameter(torch.zeros(1))
 
@@ -117,6 +126,8 @@ class Gate(nn.Module):
             logits_TE = F.linear(hidden_TD.to(choice.dtype), self.weight.to(choice.dtype))
         if choice.normalized:
             logits_TE = normalize(logits_TE, self.theta).to(choice.dtype)
+        if choice.rule is not None:
+            return _in_slots(logits_TE, choice.rule(logits_TE), choice.max_experts)
         probs_TE = torch.softmax(logits_TE, dim=-1)
 
         # 2. Select; the threshold is compared in float32, whatever the router's dtype is
@@ -131,6 +142,17 @@ class Gate(nn.Module):
         weights_TK = weigh(probs_TE, map_TE, choice.renormalize).gather(-1, ids_TK)
         ids_TK = torch.where(used_TK, ids_TK, ids_TK[:, :1])
         return Routed(logits_TE, probs_TE, map_TE, ids_TK, weights_TK)
+
+
+def _in_slots(logits_TE: Tensor, chosen: Chosen, max_experts: int | None) -> Routed:
+    """Give each token's experts in slots, as many as it may use, or all E without a cap."""
+    weights_TE, map_TE = chosen.weights_TE, chosen.map_TE
+    ranked_TE = weights_TE.detach().masked_fill(~map_TE, -1.0)
+    ids_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :max_experts]
+    used_TK = map_TE.gather(-1, ids_TK)
+    weights_TK = weights_TE.gather(-1, ids_TK) * used_TK
+    ids_TK = torch.where(used_TK, ids_TK, ids_TK[:, :1])
+    return Routed(logits_TE, chosen.probs_TE, map_TE, ids_TK, weights_TK, chosen.residual_T)
 
 
 class Experts(nn.Module):
@@ -237,7 +259,7 @@ def _can_group(rows_AI: Tensor, *weights_EOI: Tensor) -> bool:
 
 
 def _check_fit(router: Gate, experts: Experts) -> None:
-    num_experts, hidden_size = router.weight.shape
+    num_experts, hidden_size = router.num_experts, router.weight.shape[1]
     if num_experts != experts.num_experts:
         raise ValueError(
             f"the router has {num_experts} experts and Experts has {experts.num_experts}: give "
@@ -349,6 +371,11 @@ class MoELayer(nn.Module):
 
         # 2. Compute and combine
         output_BSD = self.experts(hidden_TD, routed.ids_TK, weights_TK).view_as(hidden_BSD)
+        if (residual_T := routed.residual_T) is not None:
+            if valid_BS is not None:
+                residual_T = residual_T * valid_BS.flatten()
+            itself_TD = (hidden_TD * residual_T.unsqueeze(-1)).to(hidden_TD.dtype)
+            output_BSD = output_BSD + itself_TD.view_as(hidden_BSD)
         if self.shared_expert is not None:
             shared_BSD = self.shared_expert(hidden_BSD)
             if self.shared_expert_gate is not None:

@@ -203,6 +203,11 @@ def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """
     if "sparse" not in config.mlp_layer_types:
         raise ValueError("the model has no layer with experts")
+    if config.routing not in ("top_k", "top_p", "dtop_p"):
+        raise ValueError(
+            f"routing is {config.routing!r}, which has no threshold to calibrate: give a model "
+            "with routing 'top_p', 'dtop_p' or 'top_k'"
+        )
     most = max_experts(config) or config.num_experts
     if not 1 <= target <= most:
         raise ValueError(

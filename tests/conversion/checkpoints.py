@@ -14,8 +14,8 @@ from megatron_dynmoe.conversion.formats.format import Format
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
 from megatron_dynmoe.conversion.model_settings import NO_ROUTING
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_MAP, ROUTER_STATE, Row
-from megatron_dynmoe.conversion.routing_settings import is_drawn, router_state
+from megatron_dynmoe.conversion.names import MEGATRON, Row, router_entry
+from megatron_dynmoe.conversion.routing_settings import router_state
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 
 TOP_P = {
@@ -119,18 +119,11 @@ def write_megatron(
             tensor = make(shapes.of_row(row), generator=generator)
             writer.add(block, tensor.shape, getattr(torch, dtype), lambda tensor=tensor: tensor)
     if config["routing"] != "top_k":
-        for name, template in ROUTER_STATE.items():
-            for layer, kind in enumerate(config["mlp_layer_types"]):
-                if kind == "sparse":
-                    block = Block(Row(template, ("theta_offset",)), layer)
-                    value = torch.tensor([threshold if name == "threshold" else 0.0])
-                    writer.add(block, (1,), torch.float32, lambda value=value: value)
-    if is_drawn(config):
         for name, layers in router_state(config | {"threshold": threshold}).items():
-            for layer, values in enumerate(layers if name in ROUTER_MAP else ()):
+            for layer, values in enumerate(layers):
                 if values is not None:
-                    block = Block(Row(ROUTER_MAP[name], ("theta_offset",)), layer)
-                    numbers = torch.tensor(values)
+                    block = Block(Row(router_entry(name), ("theta_offset",)), layer)
+                    numbers = torch.tensor(values, dtype=torch.float32).view(-1)
                     writer.add(block, numbers.shape, torch.float32, lambda numbers=numbers: numbers)
     writer.write(save, megatron_settings.args_from_config(config, dtype) | args)
     return save

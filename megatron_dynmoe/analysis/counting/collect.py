@@ -28,6 +28,7 @@ from megatron_dynmoe.analysis.counting.counts import (
 from megatron_dynmoe.analysis.counting.tokens import Letters, whole_words
 from megatron_dynmoe.analysis.counting.windows import Window, in_blocks
 from megatron_dynmoe.kernels.choose_cpu import choose, choose_top_k
+from megatron_dynmoe.layers.rules import chooser
 
 BLOCK_TOKENS = 4096
 # How many logits exist at a time. They are by far the largest tensor: 16 MiB in float32.
@@ -229,6 +230,10 @@ def _run_block(model: Any, block: list[Window]) -> _BlockResult:
 
 def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:
     """Which experts the layer chose, [W, S, E] bool, by the same functions that chose them."""
+    if config.rule is not None:
+        choose_by = chooser(vars(config), layer, config.cap(training=False), logits_WSE.device)
+        map_TE = choose_by(logits_WSE.flatten(0, 1)).map_TE
+        return map_TE.view(*logits_WSE.shape[:2], -1)
     probs_TE = logits_WSE.softmax(dim=-1).flatten(0, 1)
     if config.routing == "top_k":
         ids_TK, used_TK = choose_top_k(probs_TE, config.num_experts_per_tok)

@@ -97,8 +97,9 @@ def sweep(
 
     try:
         trained = point(own_threshold(config))
-        points = [point_at(threshold) for threshold in thresholds or _ALWAYS]
-        if thresholds is None:
+        swept = () if config.rule is not None else thresholds or _ALWAYS  # which has no threshold
+        points = [point_at(threshold) for threshold in swept]
+        if points and thresholds is None:
             for threshold in _BELOW:
                 if points[0]["experts"] < trained["experts"]:
                     break
@@ -120,7 +121,7 @@ def sweep(
 
 def own_threshold(config: Any) -> float | None:
     """The threshold of all layers in inference; None if layers differ, and for top-k."""
-    if config.routing == "top_k":
+    if config.routing == "top_k" or config.rule is not None:
         return None
     layers = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     different = {config.threshold_and_cap(layer, training=False)[0] for layer in layers}

@@ -75,6 +75,7 @@ FORMAT = Format(
         "huggingface/modeling_dynmoe.py",
         "kernels/choose_cpu.py",
         "layers/moe.py",
+        "layers/rules.py",
         "routing/select.py",
         "routing/normalize.py",
         "routing/losses.py",

@@ -146,10 +146,14 @@ def _title(config: dict[str, Any]) -> str:
 def _summary(config: dict[str, Any], about: dict[str, Any]) -> str:
     experts = config["num_experts"]
     sentences = []
-    if config["routing"] != "top_k":
+    if config["routing"] in ("top_p", "dtop_p"):
         sentences.append(
             f"Every token chooses how many of {experts} experts it uses: it takes them in the "
             "order of their probability until the sum exceeds a threshold."
+        )
+    elif config["routing"] != "top_k":
+        sentences.append(
+            f"How many of {experts} experts a token uses is different from token to token."
         )
     elif experts:
         sentences.append(f"Every token uses {config['num_experts_per_tok']} of {experts} experts.")

@@ -24,6 +24,7 @@ from megatron_dynmoe.conversion.routing_settings import (
     settings_from_config,
 )
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.routings import ROUTINGS, STOCK
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 # Config's name, name among Megatron's arguments, flag.
@@ -112,6 +113,12 @@ def obstacles(args: Namespace) -> list[tuple[Needed, Any]]:
         if value not in (None, *allowed) and not (dense and needed.name.startswith("moe_")):
             found.append((needed, value))
     return found
+
+
+def can_be_converted(args: Namespace) -> bool:
+    """Whether some format can express a trained model with these arguments."""
+    trained = getattr(args, "moe_dynamic_settings", None) or {"routing": STOCK}
+    return ROUTINGS[trained["routing"]].is_exported and not obstacles(args)
 
 
 def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_dynmoe.conversion.megatron.settings import obstacles
+from megatron_dynmoe.conversion.megatron.settings import can_be_converted
 from megatron_dynmoe.conversion.sources import FromFolder, FromMegatron, progress_bar
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.doctor.checkpoint.checks.controller import check_router_state
@@ -163,7 +163,7 @@ def _shapes(opened: Opened) -> Iterator[Check]:
     if isinstance(opened, HuggingFace):
         FromFolder(opened.folder, is_checked=True)
         yield Check("shapes", PASSED, f"every tensor is there as {_CONFIG} says")
-    elif isinstance(opened, Distributed) and opened.args and not obstacles(opened.args):
+    elif isinstance(opened, Distributed) and opened.args and can_be_converted(opened.args):
         FromMegatron(opened.folder, is_checked=True)
         yield Check("shapes", PASSED, "every tensor is there as the saved arguments say")
 

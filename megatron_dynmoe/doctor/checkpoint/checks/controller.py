@@ -14,11 +14,12 @@ from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.control.settle import errors_of
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.conversion.names import router_entry
+from megatron_dynmoe.conversion.routing_settings import state_entries
 from megatron_dynmoe.data.finding import FAILED, PASSED, Check
 from megatron_dynmoe.doctor.checkpoint.checks.progress import has_trained
 from megatron_dynmoe.doctor.checkpoint.checks.threshold_map import check_map
 from megatron_dynmoe.doctor.checkpoint.reading.parts import numbers
-from megatron_dynmoe.moe.rules import RULES, Rule
+from megatron_dynmoe.moe.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.routings import ROUTINGS
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
@@ -54,12 +55,12 @@ def check_router_state(
     sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
     layers = [layer for layer, has_experts in enumerate(sparse) if has_experts]
     rule = RULES[dynmoe.routing]
-    found = [*_missing(scalars, rule, layers)]
+    found = [*_missing(scalars, dynmoe.routing, layers)]
     if not found:
         found = [
             *_out_of_bounds(scalars, dynmoe, args.num_experts, has_trained(args, iteration)),
             *_against_the_law(scalars, dynmoe, args, iteration),
-            *_of_another_step(scalars, rule, folder),
+            *_of_another_step(scalars, dynmoe.routing, folder),
         ]
     for text in found:
         yield Check(_NAME, FAILED, f"{folder}: {text}", _OTHER)
@@ -76,10 +77,6 @@ def check_router_state(
         yield Check(_NAME, PASSED, f"{shown}, {last}")
 
 
-def _state_names(rule: type[Rule]) -> tuple[str, ...]:
-    return (*rule.entries, "integral", "measured")
-
-
 def _values_of(scalars: Scalars, name: str) -> Iterator[tuple[str, Mapping[int, float]]]:
     """The values of a name by layer, once or, if it has several, for each of them."""
     several = [key for key in scalars if key.startswith(f"{name}[")]
@@ -87,8 +84,8 @@ def _values_of(scalars: Scalars, name: str) -> Iterator[tuple[str, Mapping[int, 
         yield key, scalars.get(key, {})
 
 
-def _missing(scalars: Scalars, rule: type[Rule], layers: list[int]) -> Iterator[str]:
-    for name, values in (each for n in _state_names(rule) for each in _values_of(scalars, n)):
+def _missing(scalars: Scalars, routing: str, layers: list[int]) -> Iterator[str]:
+    for name, values in (each for n in state_entries(routing) for each in _values_of(scalars, n)):
         if lacking := set(layers) - values.keys():
             yield f"{name} of layer {numbers(lacking)} is missing"
         wrong = [layer for layer, value in values.items() if not math.isfinite(value)]
@@ -178,14 +175,14 @@ def _bounds(dynmoe: DynMoEConfig) -> tuple[float, float]:
     return lowest if low is None else low, highest if high is None else high
 
 
-def _of_another_step(scalars: Scalars, rule: type[Rule], folder: Path) -> Iterator[str]:
+def _of_another_step(scalars: Scalars, routing: str, folder: Path) -> Iterator[str]:
     """Another iteration of the run with the very same state: one was copied over the other."""
     others = [path for path in folder.parent.glob("iter_*") if path.name != folder.name]
     others.sort(key=lambda path: abs(_number(path) - _number(folder)))
-    kept = (each for name in _state_names(rule) for each in _values_of(scalars, name))
+    kept = (each for name in state_entries(routing) for each in _values_of(scalars, name))
     here = {key: dict(values) for key, values in kept}
     for path in others[:_NEIGHBOURS]:
-        if _state_in(path, rule) == here:
+        if _state_in(path, routing) == here:
             yield f"the state of the routers is that of {path.name}, to the last bit"
 
 
@@ -194,14 +191,14 @@ def _number(folder: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _state_in(folder: Path, rule: type[Rule]) -> dict[str, dict[int, float]] | None:
+def _state_in(folder: Path, routing: str) -> dict[str, dict[int, float]] | None:
     """The state of the routers in another checkpoint; None if it cannot be read."""
     try:
         checkpoint = MegatronCheckpoint(folder)
         num_layers, frequency = checkpoint.args.num_layers, checkpoint.args.moe_layer_freq
         sparse = layers_with_experts(frequency, num_layers, "moe_layer_freq")
         state: dict[str, dict[int, float]] = defaultdict(dict)
-        for name in _state_names(rule):
+        for name in state_entries(routing):
             for layer in range(num_layers):
                 if sparse[layer]:
                     key, index = checkpoint.find((router_entry(name),), layer)

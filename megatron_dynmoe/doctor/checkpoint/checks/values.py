@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.conversion.names import ROUTER_MAP, ROUTER_STATE
+from megatron_dynmoe.conversion import routing_settings
 from megatron_dynmoe.data.finding import FAILED, Check
 from megatron_dynmoe.doctor.checkpoint.reading.parts import MASTER, MOMENT, WEIGHT, Part, numbers
-from megatron_dynmoe.moe.rules import RULES
 
 Place = tuple[int | None, int | None]  # layer and expert
 
@@ -24,8 +23,7 @@ _REPLICAS = "the ranks' files are not of one save: restore them, or take another
 _MASTER = "weights and optimizer are not of one step: take another iteration, or --no-load-optim"
 _SHOWN_FILES = 2
 # The state of a router, one number or several; the rest of what it keeps is a parameter.
-_OF_RULES = {name for rule in RULES.values() for name in rule.entries}
-STATE = tuple(f".mlp.router.{name}" for name in sorted({*ROUTER_STATE, *ROUTER_MAP, *_OF_RULES}))
+STATE = tuple(f".mlp.router.{name}" for name in routing_settings.STATE)
 
 
 class _Fault(NamedTuple):

@@ -1,0 +1,94 @@
+"""Rules of routing for models in plain PyTorch, beside top-k and top-p, which the gate knows.
+
+The mathematics of a rule is in ``routing``: in training, the rule of the same name in ``moe/rules``
+calls the same functions. A row of :data:`RULES` says what a model's configuration has to hold.
+Exports ship with this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """What a rule chose for T tokens.
+
+    Attributes:
+        probs_TE: what losses are computed from: probabilities, or the scores in their place.
+        map_TE: bool, which experts a token uses; it may be none.
+        weights_TE: zero where not chosen.
+        residual_T: the weight of the token itself in the layer's output; None: zero for all.
+    """
+
+    probs_TE: Tensor
+    map_TE: Tensor
+    weights_TE: Tensor
+    residual_T: Tensor | None = None
+
+
+class Choose(Protocol):
+    """Chooses experts, as in evaluations of the training: nothing is learned, tokens are alone."""
+
+    def __call__(
+        self, logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> Chosen:
+        """Choose.
+
+        Args:
+            logits_TE: [T, E + X] float32 or wider, normalized if the model normalizes.
+            state: the entries of ``LayerRule.state``, float32.
+            settings: the model's ``weights`` and ``max_experts_per_token``, the latter as it
+                applies, and the names of ``LayerRule.settings``.
+        """
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """A rule, as a model's configuration describes it.
+
+    Attributes:
+        choose: see :class:`Choose`.
+        state: the entries of its state in each layer, each with the number of its values: ``one``
+            or ``experts``.
+        settings: its settings beside those that all rules have, each with the values that it may
+            have: what ``allowed`` says in words, and a check.
+        extra_logits: how many rows the gate has beside those of the experts, from the settings.
+    """
+
+    choose: Choose
+    state: Mapping[str, str]
+    settings: Mapping[str, tuple[str, Callable[[Any], bool]]] = field(default_factory=dict)
+    extra_logits: Callable[[Mapping[str, Any]], int] = lambda _: 0
+
+    def lengths(self, num_experts: int) -> dict[str, int]:
+        """The number of values of each entry."""
+        sizes = {"one": 1, "experts": num_experts}
+        return {name: sizes[size] for name, size in self.state.items()}
+
+
+# By routing.
+RULES: dict[str, LayerRule] = {}
+
+
+def chooser(
+    config: Mapping[str, Any], layer: int, max_experts: int | None, device: torch.device
+) -> Callable[[Tensor], Chosen]:
+    """What chooses in a layer by its logits, if the routing of a model's config is such a rule.
+
+    Args:
+        config: the fields of the model's configuration.
+        max_experts: the cap, or None.
+    """
+    state = {
+        name: torch.tensor(layers[layer], dtype=torch.float32, device=device)
+        for name, layers in (config["router_state"] or {}).items()
+    }
+    settings = {"weights": config["weights"], "max_experts_per_token": max_experts}
+    settings |= config["rule_settings"] or {}
+    return partial(RULES[config["routing"]].choose, state=state, settings=settings)
