@@ -13,6 +13,9 @@ from torch import Tensor
 
 # What the law takes for the error of a batch. See PIController.
 SHARE, RELATIVE, SIGN = "share", "relative", "sign"
+# A relative error counts no more than this: a count of five targets, or of as many experts as one
+# likes, says only that the count is far off.
+MOST_RELATIVE_ERROR = 4.0
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class PIController:
     tokens use fewer experts than the target, the error is positive and raises the threshold.
 
     If the knob acts through training, the count starts far off the target and answers late. The
-    error is then ``relative``, ``(target - measured) / target`` within -1 to 1, so that being far
-    above counts no more than having no experts; or it is the ``sign`` of that. With the sign and
-    ``K_p`` = 0 the knob moves by ``K_i`` in every step.
+    error is then ``relative``, ``(target - measured) / target``, at most 4 in size, so that the
+    gains depend neither on N nor on the target, and a dense start moves the knob by a known amount;
+    or it is the ``sign`` of that. With the sign and ``K_p`` = 0 the knob moves by ``K_i`` in every
+    step.
 
     The DTop-p paper states neither bounds nor anti-windup. Here the sum is clamped to the range
     in which the integral term alone keeps the threshold within its bounds. A saturated threshold
@@ -96,7 +100,7 @@ class PIController:
         if self.errors == SIGN:
             return missing.sign()
         if self.errors == RELATIVE:  # both are negative if the count falls with the knob
-            return (missing / abs(target)).clamp(-1, 1)
+            return (missing / abs(target)).clamp(-MOST_RELATIVE_ERROR, MOST_RELATIVE_ERROR)
         return missing / self.num_experts
 
     def integral_after(self, error: Tensor, integral: Tensor) -> Tensor:
