@@ -110,7 +110,7 @@ class Recorder:
                 "skipped": bool(skipped),
                 "grad_norm": grad_norm,
                 # By global layer number, after the step:
-                "threshold": {layer: r.threshold.item() for layer, r in routers.items()},
+                "threshold": {layer: r.knob.item() for layer, r in routers.items()},
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
                 "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},

@@ -1,0 +1,71 @@
+"""The law on log lambda against a count that answers through training, as ReLU routing's does.
+
+The plant: the task opens gates with a force s a step and the L1 loss closes them with
+``s lambda / lambda*``, bounded as Adam bounds a step; the optimizer's momentum delays both, and the
+count relaxes towards the target's neighborhood by itself a little or not at all.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megatron_dynmoe.control.pi import RELATIVE, SIGN, PIController
+from megatron_dynmoe.settings.routings import ROUTINGS
+
+E, STEPS = 64, 1500
+
+
+def law(errors: str) -> PIController:
+    kind = ROUTINGS["relu"]
+    given = dict(kind.defaults) | (kind.law_defaults["sign"] if errors == SIGN else {})
+    names = ("initial_threshold", "proportional_gain", "integral_gain")
+    bounds = given["min_threshold"], given["max_threshold"]
+    return PIController(E, *(given[name] for name in names), *bounds, errors)
+
+
+def counts_over_target(
+    controller: PIController, target: float, plants: torch.Tensor
+) -> torch.Tensor:
+    """[STEPS, number of plants]; a plant is a row of s, delay, relaxation and log10 of lambda*."""
+    force, delay, relaxation, balanced = plants.T
+    generator = torch.Generator().manual_seed(3)
+    knob = torch.full_like(force, controller.initial_threshold)
+    integral, speed = torch.zeros_like(force), torch.zeros_like(force)
+    excess = torch.full_like(force, math.log(E / 2 / target))  # half of the gates are open
+    counts = []
+    for _ in range(STEPS):
+        counts.append(excess.exp())
+        noise = 1 + 0.08 * torch.randn(force.shape, generator=generator)
+        measured = target * excess.exp() * noise
+        speed += (force * (1 - (10 ** (knob - balanced)).clamp(max=8)) - speed) / delay
+        excess = (excess + speed - relaxation * excess).clamp(max=math.log(E / target))
+        knob, integral = controller.step(knob, integral, -measured, -target)
+    return torch.stack(counts)
+
+
+PLANTS = torch.tensor(
+    [*itertools.product((0.01, 0.02, 0.05), (3.0, 10.0), (0.0, 0.01, 0.03), (-4.0, -3.0, -2.0))]
+)
+
+
+@pytest.mark.parametrize("target", [2.0, 8.0])
+def test_the_default_gains_settle_every_plant_near_its_target(target):
+    counts = counts_over_target(law(RELATIVE), target, PLANTS)
+    late = counts[600:]
+    assert (late.mean(dim=0) - 1).abs().max() < 0.06
+    assert late.std(dim=0).max() < 0.15
+    assert counts.min() > 0.3  # it never closes nearly all gates on its way
+
+
+def test_the_papers_law_needs_a_plant_that_relaxes_by_itself():
+    """Why PI is the default: on a pure integrator a fixed step swings for ever, and wider."""
+    relaxing, integrating = (
+        counts_over_target(law(SIGN), 2.0, PLANTS[PLANTS[:, 2] == relaxation])[600:]
+        for relaxation in (0.03, 0.0)
+    )
+    paper = integrating.std(dim=0)
+    default = counts_over_target(law(RELATIVE), 2.0, PLANTS[PLANTS[:, 2] == 0])[600:].std(dim=0)
+    assert (paper > 3 * default).all()
+    assert relaxing.std(dim=0).median() < paper.median()
