@@ -13,8 +13,7 @@ from torch import Tensor
 
 # What the law takes for the error of a batch. See PIController.
 SHARE, RELATIVE, SIGN = "share", "relative", "sign"
-# A relative error counts no more than this: a count of three targets, or of more, says only that the
-# count is far off.
+# A relative error counts no more than this: a count of three targets or more is only far off.
 MOST_RELATIVE_ERROR = 2.0
 
 

@@ -131,7 +131,7 @@ class DynMoEConfig:
         Setting(
             "float_or_auto",
             "The threshold of the first step, or auto: computed from the number of experts, the "
-            "target and the logits' distribution at initialization.",
+            "target and the logits' distribution at initialization. Of relu, log10 of lambda.",
         ),
     ] = None
     min_threshold: Annotated[

@@ -46,6 +46,8 @@ FLAGS = {
     "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
     "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
+    "relu": f"{SMALL} --moe-dynamic-routing relu --moe-dynamic-target-experts-per-token 2 "
+    "--moe-dynamic-initial-threshold -4",
 }
 # Without kernels, the CPU's included, a run routes by the lines of routing/route.py.
 ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}

@@ -7,6 +7,7 @@ from tests.mutations.planted import (
     conversion,
     dispatching,
     losses,
+    relu,
     routing,
     watching,
 )
@@ -14,6 +15,7 @@ from tests.mutations.planted import (
 MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
+    *relu.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,
     *attention.MISTAKES,
