@@ -23,6 +23,7 @@ from megatron_dynmoe.analysis.counting.counts import (
     loss_bins,
     loss_of_bin,
 )
+from megatron_dynmoe.analysis.counting.influences import PAIRS
 from megatron_dynmoe.analysis.counting.measure import SweepWindows, sweep
 from megatron_dynmoe.analysis.counting.tokens import letters_of
 from megatron_dynmoe.analysis.counting.windows import TextFile, Window, read_windows
@@ -184,7 +185,53 @@ def test_counts_of_parts_add_up(loaded: tuple[Any, Any], windows: list[Window]) 
     for part in (windows[:cut], windows[cut:]):
         if part:
             parts += add_up(counted(*loaded, part))
-    assert parts.to_json() == whole.to_json()
+    of_parts, of_whole = parts.to_json(), whole.to_json()
+    for name in ("influence_DLCMQ", "influences_DPQQ"):  # each part counts frequencies anew
+        del of_parts[name], of_whole[name]
+    assert of_parts == of_whole
+
+
+def test_influences_are_those_of_each_token(loaded: tuple[Any, Any], windows: list[Window]) -> None:
+    """One token after another, without the tables of the counts."""
+    model, tokenizer = loaded
+    total = add_up(counted(model, tokenizer, windows))
+    letters = letters_of(tokenizer, model.config.vocab_size)
+    expected = np.zeros_like(total.influence_DLCMQ)
+    between = np.zeros_like(total.influences_DPQQ)
+    seen: dict[str, list[int]] = {}
+    for window in windows:
+        before = seen.setdefault(window.group, [])
+        tokens = torch.tensor([window.tokens])
+        with torch.no_grad():
+            output = model(tokens)
+        logs = output.logits[0].double().log_softmax(dim=-1)
+        nats = [-(row.exp() * row).sum().item() for row in logs]
+        for place in range(1, len(window.tokens) - 1):
+            token, previous = window.tokens[place], window.tokens[place - 1]
+            share = (before.count(token) + 0.5) / (len(before) + model.config.vocab_size / 2)
+            lost = [-logs[at - 1, window.tokens[at]].item() for at in (place, place + 1)]
+            starts = letters.after_space[token] or (
+                letters.begin[token] and not letters.end[previous]
+            )
+            values = [
+                *(int(12 * np.log2(1 + 32 * nat) / 4) for nat in (*lost, nats[place])),
+                int((np.log2(share) + 24) / 24 * 32),
+                place * 32 // LENGTH,
+                int(starts),
+            ]
+            bag = bag_of(window.group, window.documents[place]) % 32
+            for layer, experts in enumerate(output.experts_per_token[:, 0, place].tolist()):
+                for influence, value in enumerate(values):
+                    expected[bag, layer, influence, experts, value] += 1
+            for pair, (one, other) in enumerate(PAIRS):
+                between[bag, pair, values[one], values[other]] += 1
+        before += window.tokens
+    # A loss at the edge of two bins may fall on either side in float32.
+    for found, wanted in ((total.influence_DLCMQ, expected), (total.influences_DPQQ, between)):
+        assert found.sum() == wanted.sum() > 0
+        assert np.abs(found - wanted).sum() <= 0.001 * wanted.sum()
+    exact = [3, 4, 5]
+    assert np.array_equal(total.influence_DLCMQ[:, :, exact], expected[:, :, exact])
 
 
 def test_json_gives_the_counts_back(loaded: tuple[Any, Any], windows: list[Window]) -> None:

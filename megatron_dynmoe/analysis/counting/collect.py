@@ -19,11 +19,22 @@ from torch import Tensor
 
 from megatron_dynmoe.analysis.counting.counts import (
     LOSS_UNIT,
+    NUM_LOSS_BINS,
     RoutingCounts,
     Shape,
     bag_of,
     expert_bins,
     loss_bins,
+)
+from megatron_dynmoe.analysis.counting.influences import (
+    INFLUENCES,
+    NUM_BAGS,
+    NUM_BINS,
+    Tokens,
+    count,
+    frequency_bins,
+    position_bins,
+    word_starts,
 )
 from megatron_dynmoe.analysis.counting.tokens import Letters, whole_words
 from megatron_dynmoe.analysis.counting.windows import Window, in_blocks
@@ -59,6 +70,7 @@ class _BlockResult(NamedTuple):
     documents_WS: np.ndarray
     map_LWSE: np.ndarray  # bool
     loss_WS: np.ndarray  # [windows, S - 1] int64, in LOSS_UNIT
+    entropy_WS: np.ndarray  # the same of what is predicted from each token but the last
 
     @property
     def group(self) -> str:
@@ -121,6 +133,12 @@ def _count(counts: RoutingCounts, result: _BlockResult, letters: Letters) -> Non
     total_WS = experts_LWS.sum(axis=0)
     loss_T = loss_WS[predicted_WS]
 
+    # Documents come in order: their number is that of the last one
+    counts.documents = max(counts.documents, 1 + int(result.documents_WS.max()))
+    places = np.unique(result.documents_WS, return_inverse=True)
+    bags = np.array([bag_of(result.group, document) for document in places[0].tolist()])
+    bag_WS = bags[places[1]].reshape(total_WS.shape)
+
     counts.windows += len(result.windows)
     counts.tokens += int(lengths_W.sum())
     counts.predicted += len(loss_T)
@@ -135,6 +153,15 @@ def _count(counts: RoutingCounts, result: _BlockResult, letters: Letters) -> Non
         counts.together_LEE[layer] += (map_TE.T @ map_TE).astype(np.int64)
     counts.load_LE[:] = counts.together_LEE.diagonal(axis1=1, axis2=2)
 
+    bin_WS = np.stack([bag_WS, expert_bins(shape)[total_WS]])
+    loss_bin_T = loss_bins(loss_T)
+    for table_BKN, bins in (
+        (counts.own_loss_BKN, bin_WS[:, :, 1:]),
+        (counts.next_loss_BKN, bin_WS[:, :, :-1]),
+    ):
+        np.add.at(table_BKN, (*bins[:, predicted_WS], loss_bin_T), 1)
+    _count_influences(counts, result, letters, valid_WS[:, 2:], experts_LWS, bag_WS)
+
     counts.position_S[:length] += valid_WS.sum(axis=0)
     counts.position_LS[:, :length] += experts_LWS.sum(axis=1)
     np.add.at(counts.vocab_V, tokens_WS[valid_WS], 1)
@@ -146,17 +173,45 @@ def _count(counts: RoutingCounts, result: _BlockResult, letters: Letters) -> Non
     np.add.at(counts.vocab_judged_V, judged_T, 1)
     np.add.at(counts.vocab_word_V, judged_T, whole_words(tokens_WS, letters)[between_WS])
 
-    # Documents come in order: their number is that of the last one
-    counts.documents = max(counts.documents, 1 + int(result.documents_WS.max()))
-    places = np.unique(result.documents_WS, return_inverse=True)
-    bags = np.array([bag_of(result.group, document) for document in places[0].tolist()])
-    bin_WS = np.stack([bags[places[1]].reshape(total_WS.shape), expert_bins(shape)[total_WS]])
-    loss_bin_T = loss_bins(loss_T)
-    for table_BKN, bins in (
-        (counts.own_loss_BKN, bin_WS[:, :, 1:]),
-        (counts.next_loss_BKN, bin_WS[:, :, :-1]),
-    ):
-        np.add.at(table_BKN, (*bins[:, predicted_WS], loss_bin_T), 1)
+
+def _count_influences(
+    counts: RoutingCounts,
+    result: _BlockResult,
+    letters: Letters,
+    between_WS: np.ndarray,
+    experts_LWS: np.ndarray,
+    bag_WS: np.ndarray,
+) -> None:
+    """Add the tokens that have one before and one after; ``between_WS`` says which do."""
+    tokens_WS, length = result.tokens_WS, result.tokens_WS.shape[1]
+    # What came before is what came in windows before: the size of a block may not matter.
+    frequency_WS = np.empty_like(tokens_WS)
+    seen_V, num_seen = counts.vocab_V.copy(), int(counts.vocab_V.sum())
+    for place, window in enumerate(result.windows):
+        seen = seen_V[tokens_WS[place]]
+        frequency_WS[place] = frequency_bins(seen, num_seen, counts.shape.vocabulary)
+        np.add.at(seen_V, window.tokens, 1)
+        num_seen += len(window.tokens)
+    loss_bin_WS, entropy_bin_WS = (
+        loss_bins(units_WS) * NUM_BINS // NUM_LOSS_BINS
+        for units_WS in (result.loss_WS, result.entropy_WS)
+    )
+    influences = {
+        "own_loss": loss_bin_WS[:, :-1],
+        "next_loss": loss_bin_WS[:, 1:],
+        "entropy": entropy_bin_WS[:, 1:],
+        "frequency": frequency_WS[:, 1:-1],
+        "position": np.broadcast_to(
+            position_bins(length, counts.shape.positions)[1:-1], between_WS.shape
+        ),
+        "word_start": word_starts(tokens_WS[:, :-2], tokens_WS[:, 1:-1], letters).astype(int),
+    }
+    tokens = Tokens(
+        bag_WS[:, 1:-1][between_WS] % NUM_BAGS,
+        experts_LWS[:, :, 1:-1][:, between_WS],
+        np.stack([influences[name][between_WS] for name in INFLUENCES]),
+    )
+    count(counts.influence_DLCMQ, counts.influences_DPQQ, tokens, counts.shape.experts)
 
 
 def _sample(result: _BlockResult, num_tokens: int) -> Sample:
@@ -215,16 +270,20 @@ def _run_block(model: Any, block: list[Window]) -> _BlockResult:
             "Either the folder's code and this package differ, or the device computes differently "
             "each time: try --dtype float32 or --device cpu"
         )
-    loss_WS = _losses(model, output.last_hidden_state[:, :-1], tokens_WS[:, 1:])
+    loss_WS, entropy_WS = _losses(model, output.last_hidden_state[:, :-1], tokens_WS[:, 1:])
     if not loss_WS.isfinite().all():
         _refuse(block, "the output layer")
-    units_WS = (loss_WS.double() / LOSS_UNIT).round().long()
+    units = [(nats_WS.double() / LOSS_UNIT).round().long() for nats_WS in (loss_WS, entropy_WS)]
     documents = [
         window.documents + window.documents[-1:] * (longest - len(window.tokens))
         for window in block
     ]
     return _BlockResult(
-        block, np.array(rows), np.array(documents), map_LWSE.cpu().numpy(), units_WS.cpu().numpy()
+        block,
+        np.array(rows),
+        np.array(documents),
+        map_LWSE.cpu().numpy(),
+        *(units_WS.cpu().numpy() for units_WS in units),
     )
 
 
@@ -244,18 +303,18 @@ def _routing_map(config: Any, layer: int, logits_WSE: Tensor) -> Tensor:
     return map_TE.view(logits_WSE.shape)
 
 
-def _losses(model: Any, hidden_WSD: Tensor, labels_WS: Tensor) -> Tensor:
-    """Cross entropy of each token, [W, S] float32 nats."""
+def _losses(model: Any, hidden_WSD: Tensor, labels_WS: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each token, and entropy of its prediction, [W, S] float32 nats each."""
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    losses = [
-        torch.nn.functional.cross_entropy(
-            model.lm_head(hidden_TD).float(), labels_T, reduction="none"
-        )
-        for hidden_TD, labels_T in zip(
-            hidden_WSD.flatten(0, 1).split(rows), labels_WS.flatten().split(rows), strict=True
-        )
-    ]
-    return torch.cat(losses).view(labels_WS.shape)
+    losses, entropies = [], []
+    for hidden_TD, labels_T in zip(
+        hidden_WSD.flatten(0, 1).split(rows), labels_WS.flatten().split(rows), strict=True
+    ):
+        logits_TV = model.lm_head(hidden_TD).float()
+        losses.append(torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none"))
+        predicted = torch.distributions.Categorical(logits=logits_TV, validate_args=False)
+        entropies.append(predicted.entropy())
+    return torch.cat(losses).view(labels_WS.shape), torch.cat(entropies).view(labels_WS.shape)
 
 
 def _refuse(block: list[Window], where: str) -> None:

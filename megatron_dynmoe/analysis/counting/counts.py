@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from megatron_dynmoe.analysis.counting import influences
+
 # Losses are integers, too, in units of this many nats, so their sums are exact in any order.
 LOSS_UNIT = 2.0**-20
 # Documents are dealt to bags, and the bootstrap draws bags: their number bounds the memory.
@@ -63,6 +65,9 @@ class RoutingCounts:
     # Tokens by experts, and by the loss of the token itself or of the token after it
     own_loss_BKN: np.ndarray = field(init=False)
     next_loss_BKN: np.ndarray = field(init=False)
+    # See influences.py
+    influence_DLCMQ: np.ndarray = field(init=False)
+    influences_DPQQ: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         layers, experts, positions, vocabulary = self.shape
@@ -76,6 +81,7 @@ class RoutingCounts:
             "position_LS": (layers, positions),
             "own_loss_BKN": ranks,
             "next_loss_BKN": ranks,
+            **influences.sizes(layers),
         }
         for name in array_names():
             setattr(self, name, np.zeros(sizes.get(name, (vocabulary,)), dtype=np.int64))

@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from megatron_dynmoe.analysis.counting.counts import RoutingCounts, add_up
+from megatron_dynmoe.analysis.counting.influences import INFLUENCES
 from megatron_dynmoe.analysis.report.statistics import describe_correlation, lift
 
 INK, FAINT = "#1c2733", "#c9d1da"
@@ -53,6 +54,14 @@ MAX_PANELS = 12
 # Letters beside a figure, and over one of two panels
 LONGEST_NAME, LONGEST_TITLE = 24, 16
 KEY = "experts_per_token"
+INFLUENCE_TITLES = {
+    "own_loss": "its own loss",
+    "next_loss": "the next loss",
+    "entropy": "entropy",
+    "frequency": "frequency",
+    "position": "position",
+    "word_start": "word start",
+}
 
 
 class Drawn(NamedTuple):
@@ -74,6 +83,7 @@ def draw_all(
         "distribution": lambda: _distribution(statistics, total),
         "groups": (lambda: _groups(statistics)) if len(groups) > 1 else None,
         "loss": lambda: _loss(statistics),
+        "influences": (lambda: _influences(statistics)) if _has_influences(statistics) else None,
         "positions": lambda: _positions(statistics),
         "sweep": (lambda: _sweep(content["sweep"])) if content["sweep"] else None,
         "budgets": (
@@ -202,6 +212,41 @@ def _loss(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
     # Above the axes: the curves may be anywhere in them.
     axes.legend(title="rank correlation", alignment="left", loc="lower left", bbox_to_anchor=(0, 1))
     return figure, "Do harder tokens use more experts?", "Rank correlation with " + "; ".join(parts)
+
+
+def _has_influences(statistics: dict[str, Any]) -> bool:
+    rows = statistics["influences"]
+    return any(row[name]["partial"] is not None for row in rows for name in INFLUENCES)
+
+
+def _influences(statistics: dict[str, Any]) -> tuple[Figure, str, str]:
+    rows = statistics["influences"]
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
+    layers, parts = [row["layer"] for row in rows], []
+    for panel, name in zip(panels, INFLUENCES, strict=True):
+        found = [row[name] for row in rows]
+        value = {key: [_or_nan(one[key]) for one in found] for key in found[0]}
+        panel.axhline(0, color=INK, linewidth=0.8)
+        panel.fill_between(layers, value["low"], value["high"], color=BLUE, alpha=0.25, linewidth=0)
+        panel.plot(layers, value["partial"], "o-", color=BLUE, markersize=3, label="partial")
+        panel.plot(layers, value["plain"], "--", color=ORANGE, linewidth=1, label="plain")
+        panel.set_title(INFLUENCE_TITLES[name], fontsize=10)
+        _whole_numbers(panel, layers)
+        known = [(one["partial"], layer) for one, layer in zip(found, layers, strict=True)]
+        known = [one for one in known if one[0] is not None]
+        if known:
+            partial, layer = max(known, key=lambda one: abs(one[0]))
+            parts.append(f"{INFLUENCE_TITLES[name]} {partial:.2f} in layer {layer}")
+    panels[0].legend(fontsize=8)
+    figure.supxlabel("layer", fontsize=10)
+    figure.supylabel("rank correlation with experts", fontsize=10)
+    alt = "Strongest partial rank correlations with experts per token: " + "; ".join(parts)
+    return figure, "Difficulty, entropy, or something else?", alt
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _positions(statistics: dict[str, Any]) -> tuple[Figure, str, str]:

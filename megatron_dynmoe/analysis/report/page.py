@@ -24,6 +24,10 @@ CAPTIONS = {
     "loss of the next token, which it helps to predict. The numbers are Spearman's rank "
     "correlations over all tokens, with the 95 % interval of a bootstrap over documents in "
     "brackets. A correlation says nothing about causes.",
+    "influences": "What a token's experts go along with in each layer: blue with the five other "
+    "things held fixed (partial rank correlation; the band is the 95 % interval over documents), "
+    "orange without. Entropy is that of the prediction after the token, frequency how often the "
+    "token came before in its group. A correlation says nothing about causes.",
     "positions": "At the start of a window there is no context yet.",
     "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
     "star is the model's own routing.",

@@ -18,6 +18,7 @@ from megatron_dynmoe.analysis.counting.counts import (
     expert_bins,
     loss_of_bin,
 )
+from megatron_dynmoe.analysis.report.partial import partial_correlations
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 RESAMPLES = 500
@@ -49,6 +50,9 @@ def summarize(
         "layers": _of_layers(total, groups, moe_layers),
         "experts": _of_experts(total, groups, moe_layers),
         "positions": _of_positions(total),
+        "influences": partial_correlations(
+            total, moe_layers, with_interval=total.documents >= MIN_DOCUMENTS
+        ),
         "experts_by_loss": {
             "own": experts_by_loss(total, total.own_loss_BKN),
             "next": experts_by_loss(total, total.next_loss_BKN),

@@ -28,7 +28,7 @@ FEW_TOKENS = 0.9
 MIN_TOKENS = 100
 # Letters of a group's name
 LONGEST_NAME = 40
-FORMAT = "megatron-dynmoe routing, 2"
+FORMAT = "megatron-dynmoe routing, 3"
 
 
 def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -36,13 +36,18 @@ def describe_model(name: str, model: Any, dtype: str, tokenizer: dict[str, Any])
     config = model.config
     layers = [i + 1 for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     top_k = config.routing == "top_k"
-    settings = [] if top_k else [config.threshold_and_cap(i - 1, training=False) for i in layers]
+    has_thresholds = not top_k and config.rule is None
+    thresholds = (
+        [config.threshold_and_cap(i - 1, training=False)[0] for i in layers]
+        if has_thresholds
+        else None
+    )
     return {
         "name": name,
         "routing": config.routing,
         "experts_of_top_k": config.num_experts_per_tok if top_k else None,
-        "thresholds": None if top_k else [threshold for threshold, _ in settings],
-        "max_experts_per_token": settings[0][1] if settings else None,
+        "thresholds": thresholds,
+        "max_experts_per_token": None if top_k else config.cap(training=False),
         "target_experts_per_token": config.target_experts_per_token,
         "num_layers": config.num_hidden_layers,
         "moe_layers": layers,
