@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.writer import MegatronWriter
-from megatron_dynmoe.conversion.names import MEGATRON, ROUTER_STATE, Row
+from megatron_dynmoe.conversion.names import MEGATRON, Row, router_entry
+from megatron_dynmoe.conversion.routing_settings import state_entries
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.settings.messages.command_line import CommandParser
 
@@ -117,9 +118,9 @@ def random_checkpoint(save: Path, num_layers: int) -> int:
             shape = shapes.of_row(row)
             total += torch.Size(shape).numel()
             writer.add(block, shape, torch.bfloat16, lambda shape=shape: torch.randn(shape))
-    for template in ROUTER_STATE.values():
+    for name in state_entries(config["routing"]):
         for layer in range(num_layers):
-            row = Row(template, ("theta_offset",))
+            row = Row(router_entry(name), ("theta_offset",))
             writer.add(
                 Block(row, layer), (1,), torch.float32, lambda: torch.tensor([PAPER["threshold"]])
             )

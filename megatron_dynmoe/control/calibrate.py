@@ -103,6 +103,7 @@ def initial_experts_per_token(
         num_experts, logits_std, normalized: as for :func:`initial_threshold`.
     """
     std = 1.0 if normalized else logits_std
+    rule.start(std)
     logits_TE = _normal_logits(num_experts + rule.extra_logits, std)
     routed = rule.route(
         logits_TE,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from megatron_dynmoe.control import calibrate
 from megatron_dynmoe.control.pi import SIGN, PIController
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.moe.rules import RULES
+from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import TargetDistribution
 from megatron_dynmoe.settings.routings import ROUTINGS
@@ -100,10 +100,31 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
         "routing": resolved.routing,
         "num_experts": model.num_moe_experts,
         "normalized": resolved.normalization == "drn",
-        # The gate reads normalized hidden states of root mean square 1.
-        "logits_std": model.init_method_std * math.sqrt(model.hidden_size),
+        "logits_std": _logits_std(model),
         "max_experts": resolved.max_experts_per_token,
     } | {name: getattr(resolved, name) for name in RULES[resolved.routing].plant_settings}
+
+
+def started_rule(dynmoe: DynMoEConfig, controller: Controller | None, model: ModelSizes) -> Rule:
+    """Build the rule of a run, with its state of the first step.
+
+    Args:
+        dynmoe, controller: the result of :func:`settle`, with dynamic routing.
+        model: the model's shape.
+
+    Raises:
+        SettingError: the rule cannot do what a setting asks for.
+    """
+    first = controller.initial_threshold if controller else dynmoe.threshold
+    rule = RULES[dynmoe.routing](dynmoe, first, model.num_moe_experts)
+    rule.start(1.0 if dynmoe.normalization == "drn" else _logits_std(model))
+    return rule
+
+
+def _logits_std(model: ModelSizes) -> float:
+    """The standard deviation of the gate's logits in the first step."""
+    # The gate reads normalized hidden states of root mean square 1.
+    return model.init_method_std * math.sqrt(model.hidden_size)
 
 
 def _gain_margin(

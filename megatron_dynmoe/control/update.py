@@ -90,7 +90,8 @@ class GlobalBatchUpdate:
     def _check_ranks(self, num_layers: int, iteration: int) -> None:
         assert self.dynmoe.check_ranks is not None
         if iteration % self.dynmoe.check_ranks == 0:
-            has_one_threshold = self.dynmoe.scope != "layer"
+            # A rule that moves its own knob does so in each layer.
+            has_one_threshold = self.dynmoe.scope == "global" or bool(self.rule.fixed)
             staged = self._staged, self._staged_of_rule
             check_agreement(self._routers, *staged, num_layers, has_one_threshold, iteration)
 
@@ -104,13 +105,23 @@ class GlobalBatchUpdate:
         is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
         mean_L = statistics.mean_experts
         self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
+        self._staged = self._next_controlled(statistics, maps_L2K, is_invalid)
         if self.rule.num_sums:
-            self._staged_of_rule = [
-                router.next_state(sums_LW[router.layer_number - 1], is_invalid)
-                for router in self._routers
-            ]
+            self._staged_of_rule = []
+            for router in self._routers:
+                layer, knob = router.layer_number - 1, None
+                if self._staged is not None:
+                    knob = self._staged[0].expand(len(sums_LW))[layer : layer + 1]
+                after = router.next_state(sums_LW[layer], is_invalid, knob)
+                self._staged_of_rule.append(after)
+
+    def _next_controlled(
+        self, statistics: RoutingStatistics, maps_L2K: Tensor, is_invalid: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """What the controller writes, [1] or [L] each; None without a controller."""
         if self.controller is None:
-            return
+            return None
+        mean_L = statistics.mean_experts
         if self.dynmoe.scope == "global":
             statistics = statistics.pooled(keepdim=True)
             mean_L = statistics.mean_experts
@@ -128,15 +139,14 @@ class GlobalBatchUpdate:
             map_SK, integrals_SK = maps_S2K.chunk(2, dim=-1)
             map_SK, integrals_SK = self.controller.step(map_SK, integrals_SK, measured, target)
             at_mean = map(self.controller.at_mean_target, (map_SK, integrals_SK))
-            self._staged = *at_mean, map_SK, integrals_SK
-            return
+            return *at_mean, map_SK, integrals_SK
         states = torch.stack([statistics.knobs, statistics.integrals]) / statistics.routers
         knob, integral = states.float()
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
         if self.rule.direction < 0:
             measured, target = -measured, -target
-        self._staged = self.controller.step(knob, integral, measured, target)
+        return self.controller.step(knob, integral, measured, target)
 
     def _commit_after(self, grad_scale_func: Any) -> bool:
         """Register the commit to run after the step of Megatron's optimizer.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller, settle
+from megatron_dynmoe.control.settle import Controller, settle, started_rule
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     ROUTING,
@@ -130,8 +130,9 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
                 "--scope layer."
             )
         settings["threshold"] = thresholds.pop()
-    elif ROUTINGS[config["routing"]].is_controlled:
+    elif "target_experts_per_token" in ROUTINGS[config["routing"]].takes:
         settings["target_experts_per_token"] = config["target_experts_per_token"]
+    if ROUTINGS[config["routing"]].is_controlled:
         settings |= {name: (config.get("controller") or {}).get(name) for name in _CONTROLLER}
     if settings["balance_loss"] == "none":
         settings["balance_loss_coeff"] = None
@@ -142,8 +143,7 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
 def settled(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, Rule]:
     """Settings for a model of this config, every ``auto`` computed, and the rule at the start."""
     dynmoe, controller = _settle(dynmoe, config)
-    first = controller.initial_threshold if controller else dynmoe.threshold
-    return dynmoe, RULES[dynmoe.routing](dynmoe, first, config["num_experts"])
+    return dynmoe, started_rule(dynmoe, controller, _sizes(config))
 
 
 def state_entries(routing: str) -> tuple[str, ...]:
@@ -171,12 +171,15 @@ def is_drawn(config: dict[str, Any]) -> bool:
 
 
 def _settle(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, Controller | None]:
-    model = SimpleNamespace(
+    return settle(dynmoe.resolve(config["num_experts"]), _sizes(config))
+
+
+def _sizes(config: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(
         num_moe_experts=config["num_experts"],
         hidden_size=config["hidden_size"],
         init_method_std=config["initializer_range"],
     )
-    return settle(dynmoe.resolve(config["num_experts"]), model)
 
 
 def _first_map(config: dict[str, Any]) -> RouterState:

@@ -15,6 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
+from megatron_dynmoe.routing.select import weigh
+from megatron_dynmoe.routing.seq_top_k import select_above
+
 
 class Chosen(NamedTuple):
     """What a rule chose for T tokens.
@@ -72,8 +76,36 @@ class LayerRule:
         return {name: sizes[size] for name, size in self.state.items()}
 
 
+def _expert_threshold(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    cap, renormalize = settings["max_experts_per_token"], settings["weights"] == "renormalized"
+    return Chosen(*choose_above_thresholds(logits_TE, state["thresholds"], cap, renormalize))
+
+
+def _seq_top_k(
+    logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Chosen:
+    """SeqTopK without a look at other tokens: all probabilities above the layer's threshold."""
+    probs_TE = logits_TE.softmax(dim=-1)
+    map_TE = select_above(probs_TE, state["threshold"], settings["max_experts_per_token"])
+    return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
+
+
 # By routing.
-RULES: dict[str, LayerRule] = {}
+RULES: dict[str, LayerRule] = {
+    "expert_threshold": LayerRule(
+        _expert_threshold,
+        {"share": "one", "thresholds": "experts", "batches": "one"},
+        {
+            "threshold_decay": (
+                "a number from 0 to below 1",
+                lambda decay: isinstance(decay, float | int) and 0 <= decay < 1,
+            )
+        },
+    ),
+    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
+}
 
 
 def chooser(

@@ -11,9 +11,9 @@ from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller, settle
+from megatron_dynmoe.control.settle import Controller, settle, started_rule
 from megatron_dynmoe.moe.flex import check_flex
-from megatron_dynmoe.moe.rules import RULES, Rule
+from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
@@ -101,8 +101,7 @@ def settle_run(
         transformer_engine.check_experts(transformer)
     transformer_engine.check_permutation(transformer)
     dynmoe, controller = settle(resolved, transformer)
-    first_threshold = controller.initial_threshold if controller else dynmoe.threshold
-    rule = RULES[dynmoe.routing](dynmoe, first_threshold, transformer.num_moe_experts)
+    rule = started_rule(dynmoe, controller, transformer)
     settled = Settled(dynmoe, backend, controller, rule)
     if dynmoe.row_buffer != "measured":
         _check_uncounted_rows(settled, transformer)

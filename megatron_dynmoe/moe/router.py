@@ -164,14 +164,16 @@ class DynamicRouter(KeepDtype, TopKRouter):
         return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
 
     @torch.no_grad()
-    def next_state(self, sums_W: Tensor, is_invalid: Tensor) -> dict[str, Tensor]:
+    def next_state(
+        self, sums_W: Tensor, is_invalid: Tensor, next_knob: Tensor | None
+    ) -> dict[str, Tensor]:
         """The rule's state after a global batch; as it is if the batch's counts mean nothing.
 
         Args:
-            sums_W: see :meth:`Rule.next_state`.
+            sums_W, next_knob: see :meth:`Rule.next_state`.
             is_invalid: scalar bool, on the device.
         """
-        after = self.rule.next_state(self.state, sums_W)
+        after = self.rule.next_state(self.state, sums_W, next_knob)
         before = self.state
         return {name: torch.where(is_invalid, before[name], new) for name, new in after.items()}
 
@@ -193,7 +195,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
             Weights [T, E] float32 and routing map [T, E] bool, T = S * B.
         """
         dynmoe = self.dynmoe
-        num_sequences = logits.shape[1] if dynmoe.balance_loss == "seq_aux_loss" else 1
+        loss_by_sequence = dynmoe.balance_loss == "seq_aux_loss"
+        num_sequences = logits.shape[1] if loss_by_sequence or self.rule.by_sequence else 1
         logits_TE = logits.flatten(end_dim=-2)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
 
@@ -210,6 +213,8 @@ class DynamicRouter(KeepDtype, TopKRouter):
             training=self.training,
             group=self.tp_cp_group if self.tp_cp_group.size() > 1 else None,
         )
+        if not loss_by_sequence:
+            routed = routed.as_one_sequence()
         self.last_not_finite = routed.not_finite
 
         # 3. Losses and counts, once per micro-batch. A forward pass without gradients is either an

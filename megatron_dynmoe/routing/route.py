@@ -25,6 +25,15 @@ class Routing(NamedTuple):
     not_finite: Tensor  # scalar int64, tokens with a NaN or infinite logit, including padding
     sums_W: Tensor | None = None  # [W] float64, what a rule sums beside these over valid tokens
 
+    def as_one_sequence(self) -> Routing:
+        """The same with the sums over all sequences, B = 1."""
+        if len(self.prob_sums_BE) == 1:
+            return self
+        return self._replace(
+            prob_sums_BE=self.prob_sums_BE.sum(dim=0, keepdim=True),
+            assignments_BE=self.assignments_BE.sum(dim=0, keepdim=True),
+        )
+
 
 def route(
     logits_TE: Tensor,
@@ -81,8 +90,8 @@ def route_by(
     """Route as :func:`route` does, with any way to select experts by their probabilities.
 
     Args:
-        select_experts: from probabilities [T, E] to the routing map [T, E] bool, at least one True
-            per token, also if the probabilities are NaN. It needs no gradient.
+        select_experts: from probabilities [T, E] to the routing map [T, E] bool, also if the
+            probabilities are NaN. It needs no gradient.
         logits_TE and the others: as for :func:`route`.
     """
     check_positions(logits_TE, num_sequences)

@@ -105,7 +105,7 @@ def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor
 
     Args:
         probs_TE: [T, E].
-        routing_map_TE: [T, E], bool, at least one True per token.
+        routing_map_TE: [T, E], bool. A token may have no expert.
         renormalize: whether the weights are renormalized.
 
     Returns:
@@ -113,7 +113,8 @@ def weigh(probs_TE: Tensor, routing_map_TE: Tensor, renormalize: bool) -> Tensor
     """
     weights_TE = probs_TE * routing_map_TE
     if renormalize:
-        weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
+        total_T1 = weights_TE.sum(dim=-1, keepdim=True)
+        weights_TE = weights_TE / total_T1.masked_fill(total_T1 == 0, 1)
     return weights_TE
 
 

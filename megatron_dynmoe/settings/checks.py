@@ -9,6 +9,7 @@ from megatron_dynmoe.settings.routings import AUTO, ROUTINGS
 
 if TYPE_CHECKING:
     from megatron_dynmoe.settings.config import DynMoEConfig
+    from megatron_dynmoe.settings.distribution import Target
 
 
 def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
@@ -47,7 +48,7 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
             f"{num_experts} experts for every token",
             "set {max_experts_per_token}, or leave {row_buffer} out",
         )
-    if dynmoe.row_buffer == "target" and not kind.is_controlled:
+    if dynmoe.row_buffer == "target" and "row_buffer_margin" not in kind.takes:
         raise SettingError(
             "row_buffer",
             "target",
@@ -69,6 +70,14 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
             "",
             "use a number of steps from 1, or leave it out to never compare ranks",
         )
+    decay = dynmoe.threshold_decay
+    if decay is not None and not 0 <= decay < 1:
+        raise SettingError(
+            "threshold_decay",
+            decay,
+            "",
+            "use 0 (the last batch alone) or more, below 1, such as 0.99",
+        )
     for name in ("dynamic_loss_coeff", "balance_loss_coeff"):
         coefficient = getattr(dynmoe, name)
         if coefficient is not None and coefficient < 0:
@@ -77,15 +86,16 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
         value = getattr(dynmoe, name)
         if isinstance(value, float) and not kind.knob_range[0] <= value <= kind.knob_range[1]:
             raise SettingError(name, value, "", kind.knob_remedy)
+    if dynmoe.target_experts_per_token is not None:
+        _check_target(dynmoe, dynmoe.target_experts_per_token, num_experts)
     if dynmoe.is_controlled:
-        _check_controller(dynmoe, num_experts)
+        _check_controller(dynmoe)
 
 
-def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
-    assert dynmoe.target_experts_per_token is not None
+def _check_target(dynmoe: DynMoEConfig, wanted: Target, num_experts: int) -> None:
     most = dynmoe.max_experts_per_token or num_experts
     least = ROUTINGS[dynmoe.routing].least_experts
-    for target in dynmoe.target_experts_per_token.targets:
+    for target in wanted.targets:
         if not (least <= target <= most and target > 0):
             reason = "{max_experts_per_token}" if dynmoe.max_experts_per_token else "all experts"
             raise SettingError(
@@ -95,6 +105,16 @@ def _check_controller(dynmoe: DynMoEConfig, num_experts: int) -> None:
                 f"every token uses at least {least} expert{'s' * (least != 1)} and at most {most} "
                 f"({reason}), so use {least or 'more than 0'} to {most}",
             )
+    if not dynmoe.is_controlled and len(wanted.targets) > 1:
+        raise SettingError(
+            "target_experts_per_token",
+            wanted,
+            f", and {{routing}} {dynmoe.routing!r} takes as many in every step",
+            "give one number, such as 2",
+        )
+
+
+def _check_controller(dynmoe: DynMoEConfig) -> None:
     if dynmoe.drawn_target is not None:
         _check_drawn_target(dynmoe)
     low, high = dynmoe.min_threshold, dynmoe.max_threshold

@@ -142,6 +142,15 @@ class DynMoEConfig:
         float | None,
         Setting("float", "The controller never goes above this."),
     ] = None
+    threshold_decay: Annotated[
+        float | None,
+        Setting(
+            "float",
+            "Each expert's threshold is a moving average over global batches; a batch counts this "
+            "much less with each one after it. The first batches count more: n batches after the "
+            "start, the last one has at least the weight 10 / (10 + n).",
+        ),
+    ] = None
     normalization: Annotated[
         str | None,
         Setting(
@@ -336,7 +345,7 @@ class DynMoEConfig:
                 "routing", self.routing, ", but the model has no experts", "set --num-experts"
             )
         defaults = dict(kind.defaults)
-        if self.balance_loss == "none":
+        if (self.balance_loss or defaults["balance_loss"]) == "none":
             if self.balance_loss_coeff:
                 raise SettingError(
                     "balance_loss_coeff",

@@ -23,13 +23,14 @@ COMMON = (
 # Settings that a rule can take if it reads them.
 WEIGHTS = ("weights",)
 CAPS = ("max_experts_per_token", "inference_max_experts_per_token")
+# The settings of a rule that holds a mean number of experts, with a controller or by construction.
+TARGET = ("target_experts_per_token", "row_buffer_margin")
 # The settings of a controller.
 CONTROLLER = (
-    *("target_experts_per_token", "controlled_quantity", "scope"),
-    *("proportional_gain", "integral_gain"),
-    *("initial_threshold", "min_threshold", "max_threshold", "row_buffer_margin"),
+    *TARGET,
+    *("controlled_quantity", "scope", "proportional_gain", "integral_gain"),
+    *("initial_threshold", "min_threshold", "max_threshold"),
 )
-
 
 _CALIBRATED = ("initial_threshold", "proportional_gain", "integral_gain")
 
@@ -86,7 +87,7 @@ class RoutingSettings:
 
 
 _COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}
-_CONTROLLER_REQUIRED = {
+_TARGET_REQUIRED = {
     "target_experts_per_token": "give the mean number of experts per token to hold, such as 2"
 }
 _CONTROLLER_DEFAULTS = {
@@ -136,9 +137,48 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "balance_loss_coeff": 1e-4,
             "dynamic_loss_coeff": 1e-3,
         },
-        required=_CONTROLLER_REQUIRED,
+        required=_TARGET_REQUIRED,
         instead={"threshold": "initial_threshold"},
         draws_target=True,
+        is_exported=True,
+    ),
+    # Expert Threshold Routing (arXiv 2603.11535): sigmoids of the logits as weights, no loss.
+    "expert_threshold": RoutingSettings(
+        title="expert threshold",
+        summary="each expert takes the tokens above its own threshold, a moving average of the "
+        "quantile of its scores; a PI controller steers the quantile to the target",
+        takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "threshold_decay"),
+        defaults=_COMMON_DEFAULTS
+        | _CONTROLLER_DEFAULTS
+        | {
+            "threshold_decay": 0.99,
+            "normalization": "none",
+            "weights": "raw",
+            "balance_loss": "none",
+            "balance_loss_coeff": 1e-2,
+            "dynamic_loss_coeff": 0.0,
+        },
+        required=_TARGET_REQUIRED,
+        instead={"threshold": "initial_threshold"},
+        least_experts=0,
+        is_exported=True,
+        knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
+    ),
+    # SeqTopK: raw probabilities, and no loss of its own beside the balance loss.
+    "seq_top_k": RoutingSettings(
+        title="SeqTopK",
+        summary="SeqTopK: the tokens of a sequence share a number of experts",
+        takes=(*COMMON, *WEIGHTS, *CAPS, *TARGET),
+        defaults=_COMMON_DEFAULTS
+        | {
+            "normalization": "none",
+            "weights": "raw",
+            "balance_loss_coeff": 1e-2,
+            "dynamic_loss_coeff": 0.0,
+            "row_buffer_margin": 0.0,
+        },
+        required=_TARGET_REQUIRED,
+        least_experts=0,
         is_exported=True,
     ),
     # ReMoE: lambda starts at 1e-8 and moves by 1.2 a step, f_i over micro-batches (its code).
@@ -163,7 +203,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "max_threshold": 2.0,
         },
         law_defaults={"sign": {"proportional_gain": 0.0, "integral_gain": math.log10(1.2)}},
-        required=_CONTROLLER_REQUIRED,
+        required=_TARGET_REQUIRED,
         instead={"threshold": "initial_threshold"},
         refuses={
             "moe_z_loss_coeff": "it pulls all gates below zero, which is for the L1 loss to steer"

@@ -75,6 +75,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
         | {"target_experts_per_token": "uniform(1.5,4)", "controller": {"scope": "global"}},
     ),
+    "thresholds of layers": (
+        "dynmoe",
+        TOP_P
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {"routing": "seq_top_k", "threshold": None, "target_experts_per_token": 1.5}
+        | {"router_state": {"threshold": [[0.3], None, [0.1]], "batches": [[20.0], None, [7.0]]}},
+    ),
     "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
     "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),
     "shared expert": ("dynmoe", {"shared_expert_intermediate_size": 10}),
@@ -87,6 +94,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         DTOP_P | {"attention_bias": True, "qk_norm": True, "tie_word_embeddings": True},
     ),
     "no experts": ("dynmoe", NO_EXPERTS),
+    "expert thresholds": (
+        "dynmoe",
+        DTOP_P
+        | {"routing": "expert_threshold", "normalization": "none", "weights": "raw"}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {
+            "threshold": None,
+            "rule_settings": {"threshold_decay": 0.9},
+            "router_state": {
+                "share": [[0.25], None, [0.25]],
+                "thresholds": [[0.5, 0.25, -0.5, 0.125], None, [2.0, 1.0, 0.0, -1.0]],
+                "batches": [[17.0], None, [17.0]],
+            },
+        },
+    ),
 }
 
 

@@ -39,6 +39,10 @@ TINY = (
     "--distributed-timeout-minutes 5 --no-create-attention-mask-in-dataloader"
 )
 DTOP_P = "--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2"
+SEQ_TOP_K = (
+    "--moe-dynamic-routing seq_top_k --moe-dynamic-target-experts-per-token 1.5 "
+    "--moe-dynamic-max-experts-per-token 3"
+)
 
 
 @dataclass(frozen=True)

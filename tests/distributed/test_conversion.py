@@ -43,13 +43,14 @@ QWEN3 = (
     f"{TOP_K} --qk-layernorm --group-query-attention --num-query-groups 2 --kv-channels 12 "
     "--moe-layer-freq 2 --moe-ffn-hidden-size 40"
 )
-# Of each format with experts, those of the routing that it can hold.
+# Of each format, those of the routing that it can hold; models without experts are of one kind.
 FLAGS = {
     name: {"dtop_p": DTOP_P, "top_p": TOP_P, "top_k": TOP_K}[EXAMPLES[name]["routing"]]
     for name in FORMATS
-} | {"qwen3-moe": QWEN3}
+} | {"qwen3-moe": QWEN3, "llama": "", "qwen3": "--qk-layernorm --kv-channels 12"}
+DENSE = ("llama", "qwen3")
 # Layouts and formats do not know of each other, so these are tried in one layout only.
-ONE_LAYOUT = {"qwen3-moe": "pp2ep2"}
+ONE_LAYOUT = {"qwen3-moe": "pp2ep2", "llama": "pp2", "qwen3": "one"}
 # Everything that a checkpoint can differ in from the plain one, at once.
 ODD = (
     f"{DTOP_P} --group-query-attention --num-query-groups 2 --add-qkv-bias --qk-layernorm "
@@ -59,11 +60,12 @@ ODD = (
 )
 
 
-def train(name: str, layout: str, flags: str) -> Case:
+def train(name: str, layout: str, flags: str, has_experts: bool = True) -> Case:
     """A few steps, saved."""
     num_ranks, layout_flags = LAYOUTS[layout]
+    model = MODEL if has_experts else MODEL.replace("--num-experts 8", "")
     return add(
-        Case(name, num_ranks, f"{MODEL} {MOCK} {flags} {layout_flags} --save {{dir}}/{name}")
+        Case(name, num_ranks, f"{model} {MOCK} {flags} {layout_flags} --save {{dir}}/{name}")
     )
 
 
@@ -82,7 +84,7 @@ def from_hf(origin: Case, name: str, flags: str = "") -> Case:
 def round_trip(layout: str, format: str, flags: str, name: str | None = None) -> tuple[Case, ...]:
     """Training, export, back, and the export of that."""
     name = name or f"{layout}_{format}"
-    trained = train(f"{name}_trained", layout, flags)
+    trained = train(f"{name}_trained", layout, flags, has_experts=format not in DENSE)
     shards = "--max-shard-size 60KB"
     exported = to_hf(trained, f"{name}_hf", f"--format {format} {shards}")
     back = from_hf(exported, f"{name}_back")

@@ -61,8 +61,8 @@ def next_threshold_of_rank_1(recorder: Any) -> Iterator[None]:
     """Of the third layer, in the fourth step: each layer has its own."""
     stage = GlobalBatchUpdate._stage
 
-    def staged(self, statistics):
-        stage(self, statistics)
+    def staged(self, *given):
+        stage(self, *given)
         if torch.distributed.get_rank() == 1 and len(recorder.result["steps"]) == 3:
             self._staged[0][2] += 0.25
 

@@ -22,7 +22,7 @@ import torch
 from megatron_dynmoe.settings.distribution import KNOTS
 from megatron_dynmoe.upstream import optimizer_state
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, tensors
-from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
+from tests.distributed.harness import DTOP_P, SEQ_TOP_K, TINY, Case, CaseResult, Results, add
 from tests.distributed.selection import matrix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -126,6 +126,7 @@ DIST_DENSE_FIRST = run("dist_dense_first", "pp2ep2", DENSE_FIRST)
 DIST_EP2_BF16 = run("dist_ep2_bf16", "ep2", f"{RESHARDABLE} {BF16}")
 DRAWN_TARGET = "--moe-dynamic-target-experts-per-token uniform(1,3) --seed 7"
 DRAWN = run("drawn", "pp2ep2", DRAWN_TARGET)
+SEQ_TOP_K_RUN = run("seq_top_k", "one", SEQ_TOP_K)
 TOP_K_RUN = run("top_k", "one", model=TOP_K)
 
 SAME_LAYOUT = {
@@ -134,6 +135,10 @@ SAME_LAYOUT = {
     "ep2": (EP2, resume("ep2_resumed", EP2, "ep2")),
     "pp2, dropout": (PP2_DROPOUT, resume("pp2_dropout_resumed", PP2_DROPOUT, "pp2", DROPOUT)),
     "pp2ep2, drawn target": (DRAWN, resume("drawn_resumed", DRAWN, "pp2ep2", DRAWN_TARGET)),
+    "one, seq_top_k": (
+        SEQ_TOP_K_RUN,
+        resume("seq_top_k_resumed", SEQ_TOP_K_RUN, "one", SEQ_TOP_K),
+    ),
     # From the optimizer's default format into the one whose tensors have no undefined padding.
     "dp2, distributed": (DIST_DP2, resume("dist_resumed", DIST_DP2_HALF, "dp2", RESHARDABLE)),
 }
@@ -156,6 +161,7 @@ OTHER_LAYOUT = {
         (DIST_EP2_BF16, "one", f"{RESHARDABLE} {BF16}"),
         (DRAWN, "one", DRAWN_TARGET),
         (DRAWN, "tp2", DRAWN_TARGET),
+        (SEQ_TOP_K_RUN, "tp2", f"{SEQ_TOP_K} --make-vocab-size-divisible-by 4"),
     )
 }
 # Without experts' tensor parallelism; one rank pads 115 ids to 120, two pad them to 128.
@@ -215,7 +221,10 @@ UNPATCHED_DIST = resume("unpatched_dist", DIST_DP2, "one", RESHARDABLE, hook="un
 
 
 @pytest.mark.parametrize(
-    "name", matrix(SAME_LAYOUT, ("one, dropout", "ep2", "pp2, dropout", "dp2, distributed"))
+    "name",
+    matrix(
+        SAME_LAYOUT, ("one, dropout", "ep2", "pp2, dropout", "dp2, distributed", "one, seq_top_k")
+    ),
 )
 def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:
     whole, resumed = (results[case] for case in SAME_LAYOUT[name])

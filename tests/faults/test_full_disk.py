@@ -121,7 +121,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, mounted: Path) -> None:
     # The next start finds out before it builds anything.
     again = start(ONE_BY_ONE, 1, f"{FLAGS} --save {mounted}".split(), tmp_path / "again")
     again.wait_until_all_have_ended(PATIENCE)
-    assert again.exit_codes() == [1]
+    assert again.exit_codes() == [2]
     assert f"--save is {mounted}, where nothing can be written (read-only file" in again.log()
 
 

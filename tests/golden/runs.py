@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, run_session
+from tests.distributed.harness import DTOP_P, SEQ_TOP_K, TINY, Case, CaseResult, run_session
 
 FOLDER = Path(__file__).parent
 STEPS = 100
@@ -46,6 +46,9 @@ FLAGS = {
     "dtop_p_layer": f"{SMALL} {DTOP_P} --moe-dynamic-scope layer",
     "dtop_p_native": f"{SMALL} {DTOP_P} {NATIVE}",
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
+    "expert_threshold": f"{SMALL} --moe-dynamic-routing expert_threshold "
+    "--moe-dynamic-target-experts-per-token 2",
+    "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
     "relu": f"{SMALL} --moe-dynamic-routing relu --moe-dynamic-target-experts-per-token 2 "
     "--moe-dynamic-initial-threshold -4",
 }

@@ -142,6 +142,11 @@ ROUTINGS = {
     "top_k": {"routing": "top_k", "num_experts_per_tok": 3},
     "top_k_raw": {"routing": "top_k", "num_experts_per_tok": 3, "weights": "raw"},
     "shared": {"threshold": 0.5, "shared_expert_intermediate_size": 24},
+    "seq_top_k": {
+        "routing": "seq_top_k",
+        "max_experts_per_token": 2,
+        "router_state": {"threshold": [[0.1], [0.3], [0.2]], "batches": [[20.0]] * 3},
+    },
 }
 
 
@@ -151,6 +156,11 @@ def choices_by_oracle(config, layer, probs_TE):
     if config.routing == "top_k":
         k = config.num_experts_per_tok
         return [set(sorted(range(len(r)), key=lambda e: (-r[e], e))[:k]) for r in rows]
+    if config.routing == "seq_top_k":
+        least = torch.tensor(config.router_state["threshold"][layer][0]).item()
+        best = [sorted(range(len(r)), key=lambda e: (-r[e], e)) for r in rows]
+        cap = config.max_experts_per_token
+        return [{e for e in b[:cap] if r[e] > least} for b, r in zip(best, rows, strict=True)]
     threshold, cap = config.threshold_and_cap(layer, training=False)
     exact = Fraction(torch.tensor(threshold).item())  # the float32 nearest to the config's number
     return [
@@ -219,6 +229,7 @@ def test_the_routings_above_do_differ():
     assert (counts["per_layer"][0] == 1).all() and (counts["per_layer"][1] == 8).all()
     assert len(counts["dtop_p"].unique()) > 2
     assert (counts["top_k"] == 3).all()
+    assert counts["seq_top_k"].unique().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("router_dtype", ["float32", "bfloat16", "float16"])
@@ -306,9 +317,11 @@ def test_a_router_in_bfloat16_compares_with_the_unrounded_threshold():
 GENERATE = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention):
-    model, ids = tiny_model(attention=attention, threshold=0.5), tokens(2, 12)
+@pytest.mark.parametrize(
+    ("attention", "routing"), [("eager", "top_p"), ("sdpa", "top_p"), ("sdpa", "seq_top_k")]
+)
+def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention, routing):
+    model, ids = tiny_model(attention=attention, **ROUTINGS[routing]), tokens(2, 12)
     with torch.no_grad():
         whole = model(ids)
         cache, logits, counts = None, [], []

@@ -112,7 +112,10 @@ class Quotas(Rule):
             torch.cat([assignments_BE.sum(dim=0), num_tokens]).double(),
         )
 
-    def next_state(self, state: Mapping[str, Tensor], sums_W: Tensor) -> Mapping[str, Tensor]:
+    def next_state(
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        assert next_knob is None
         return {"thresholds": (state["thresholds"] + sums_W[:-1] / sums_W[-1] - 0.25).float()}
 
 

@@ -25,6 +25,33 @@ def algorithm_1(probs: Sequence, threshold, max_experts: int | None = None) -> s
     return selected
 
 
+def seq_top_k(
+    probs: Sequence[Sequence], mean: float, max_experts: int | None, valid: Sequence[bool]
+) -> tuple[list[set[int]], float]:
+    """The choices of one sequence's tokens by SeqTopK, and the best score that nobody got.
+
+    Pairs of token and expert take their turns by probability, ties by position and then by expert,
+    until there are ``mean`` per valid token, rounded down. A token at the cap lets its turn
+    pass.
+    """
+    pairs = [
+        (-prob, position, expert)
+        for position, row in enumerate(probs)
+        for expert, prob in enumerate(row)
+        if valid[position]
+    ]
+    left = math.floor(mean * sum(valid))
+    choices: list[set[int]] = [set() for _ in probs]
+    for negative, position, expert in sorted(pairs):
+        if len(choices[position]) == max_experts:
+            continue
+        if left == 0:
+            return choices, -negative
+        choices[position].add(expert)
+        left -= 1
+    return choices, 0.0
+
+
 def normalize(logits: Sequence, theta, epsilon: float = 1e-6) -> list:
     """One token's logits with mean 0 and standard deviation 1 (population), times theta."""
     mean = sum(logits) / len(logits)

@@ -14,6 +14,7 @@ from megatron_dynmoe.settings.schedule import TargetSchedule
 
 TOP_P = {"routing": "top_p"}
 DTOP_P = {"routing": "dtop_p", "target_experts_per_token": 2}
+SEQ_TOP_K = {"routing": "seq_top_k", "target_experts_per_token": 2}
 
 
 def config(**settings) -> DynMoEConfig:
@@ -394,6 +395,19 @@ REFUSED = [
         "target_experts_per_token is 2",
         "at most 1 (max_experts_per_token)",
     ),
+    ({"routing": "seq_top_k"}, "target_experts_per_token is not set, which", "such as 2"),
+    *(
+        (SEQ_TOP_K | {"target_experts_per_token": given}, f"target_experts_per_token is {given}", x)
+        for given, x in (
+            ("0:4,100:2", "'seq_top_k' takes as many in every step: give one number"),
+            ("uniform(1,4)", "give one number"),
+            (0, "use more than 0 to 16"),
+            (17, "at most 16 (all experts)"),
+        )
+    ),
+    (SEQ_TOP_K | {"max_experts_per_token": 1}, "target_experts_per_token is 2", "at most 1 ("),
+    (SEQ_TOP_K | {"scope": "layer"}, "scope is 'layer', which routing 'seq_top_k'", "'dtop_p'"),
+    (SEQ_TOP_K | {"threshold": 0.1}, "threshold is 0.1, which routing 'seq_top_k'", "'top_p'"),
     (DTOP_P | {"min_threshold": -0.1}, "min_threshold is -0.1", "0 <= min < max <= 1"),
     (DTOP_P | {"max_threshold": 1.1}, "max_threshold is 1.1", "0 <= min < max <= 1"),
     (DTOP_P | {"max_threshold": 0}, "max_threshold is 0.0", "0 <= min < max <= 1"),

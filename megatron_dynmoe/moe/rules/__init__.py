@@ -7,9 +7,17 @@ a routing takes are a row of ``settings/routings.py``.
 
 from __future__ import annotations
 
+from megatron_dynmoe.moe.rules.expert_threshold import ExpertThreshold
 from megatron_dynmoe.moe.rules.relu import ReLU
 from megatron_dynmoe.moe.rules.rule import Rule
+from megatron_dynmoe.moe.rules.seq_top_k import SeqTopK
 from megatron_dynmoe.moe.rules.top_p import TopP
 
 # The rule of each --moe-dynamic-routing.
-RULES: dict[str, type[Rule]] = {"top_p": TopP, "dtop_p": TopP, "relu": ReLU}
+RULES: dict[str, type[Rule]] = {
+    "top_p": TopP,
+    "dtop_p": TopP,
+    "expert_threshold": ExpertThreshold,
+    "seq_top_k": SeqTopK,
+    "relu": ReLU,
+}

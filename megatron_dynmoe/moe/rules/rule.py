@@ -25,6 +25,8 @@ class Rule(ABC):
             training. The planner assumes it.
         entries: the names in ``first_state``, which are those in a checkpoint.
         extra_logits: rows of the gate beyond one for each expert, X.
+        by_sequence: whether it has to know the sequences. If not, and the balance loss does not
+            need them either, all tokens of a micro-batch count as one.
         plant_settings: names of the settings that ``crossings`` depends on.
         num_sums: how many numbers of its own the rule sums over a global batch, W.
         first_state: the rule's state at the start of training, by name. The router holds each as a
@@ -39,6 +41,7 @@ class Rule(ABC):
     fall: ClassVar[float] = 1.0
     peak: ClassVar[float] = 1.0
     entries: ClassVar[tuple[str, ...]] = ()
+    by_sequence: ClassVar[bool] = False
     plant_settings: ClassVar[tuple[str, ...]] = ()
     extra_logits: int = 0
     num_sums: int = 0
@@ -61,6 +64,15 @@ class Rule(ABC):
         self.dynmoe, self.num_experts = dynmoe, num_experts
         self.first_state = {} if self.knob is None or first is None else {self.knob: (first,)}
         self.fixed = {} if dynmoe.is_controlled else self.first_state
+
+    def start(self, logits_std: float) -> None:
+        """Set what of ``first_state`` depends on the logits, before a router reads it.
+
+        Args:
+            logits_std: the standard deviation of the logits in the first step; 1 if they are
+                normalized.
+        """
+        return  # most rules need no scale
 
     def cap(self, training: bool) -> int | None:
         """Return the most experts that a token may use, or None."""
@@ -95,7 +107,9 @@ class Rule(ABC):
         """The coefficient of the load-balance loss; a number of the state if the rule moves it."""
         return self.dynmoe.loss_coefficients.balance
 
-    def next_state(self, state: Mapping[str, Tensor], sums_W: Tensor) -> Mapping[str, Tensor]:
+    def next_state(
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+    ) -> Mapping[str, Tensor]:
         """Compute the rule's state after a global batch, without the knob that a controller moves.
 
         The router writes it together with the controller's step: not if the optimizer skips the
@@ -104,6 +118,8 @@ class Rule(ABC):
         Args:
             state: that of the batch, by the names of ``first_state``.
             sums_W: [W] float64, ``Routing.sums_W`` over all tokens of the batch and all ranks.
+            next_knob: [1] float32, where the controller puts the knob for the next batch; None
+                without a controller.
 
         Returns:
             The new values, float32, of the names that change.

@@ -9,12 +9,14 @@ from tests.mutations.planted import (
     losses,
     relu,
     routing,
+    sequences,
     watching,
 )
 
 MUTATIONS = [
     *controller.MISTAKES,
     *routing.MISTAKES,
+    *sequences.MISTAKES,
     *relu.MISTAKES,
     *losses.MISTAKES,
     *dispatching.MISTAKES,

@@ -115,6 +115,8 @@ def _against_the_law(
         return
     knobs = scalars[knob]
     if not dynmoe.is_controlled:
+        if dynmoe.threshold is None:
+            return  # the rule moves it
         fixed = torch.tensor(dynmoe.threshold).item()
         for layer, value in knobs.items():
             if value != fixed:

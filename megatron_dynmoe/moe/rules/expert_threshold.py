@@ -1,0 +1,131 @@
+"""Expert threshold: an expert takes the tokens whose logit exceeds its own threshold.
+
+The thresholds follow the quantiles of the logits over global batches (*Expert Threshold Routing*),
+and a controller moves the share of tokens at which the quantiles are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.moe.rules.rule import Rule
+from megatron_dynmoe.routing import quantiles
+from megatron_dynmoe.routing.expert_threshold import choose
+from megatron_dynmoe.routing.losses import sum_by_sequence, sum_entropy
+from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.routing.select import most_experts
+from megatron_dynmoe.settings.config import DynMoEConfig
+
+# After n batches the last one counts at least START / (START + n) in the moving average, so that
+# the thresholds keep up with the logits while these change fast.
+START = 10.0
+
+
+class ExpertThreshold(Rule):
+    """See :mod:`megatron_dynmoe.routing.expert_threshold` and ``quantiles`` beside it.
+
+    State: ``share``, [1], the share of all tokens that an expert is to take; ``thresholds``, [E];
+    ``batches``, [1], how many global batches the thresholds have been averaged over.
+    """
+
+    knob = "share"
+    direction = 1  # experts that take more tokens are more experts per token
+    entries = ("share", "thresholds", "batches")
+
+    def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
+        super().__init__(dynmoe, first, num_experts)
+        self.num_sums = num_experts * quantiles.NUM_BINS
+        self.start(1.0)
+
+    def start(self, logits_std: float) -> None:
+        share = self.first_state["share"][0]
+        # Shares of 0 and 1 have no quantile. A first batch corrects what is left out here.
+        quantile = NormalDist(0, logits_std).inv_cdf(1 - min(max(share, 1e-6), 1 - 1e-6))
+        self.first_state = {
+            "share": (share,),
+            "thresholds": (quantile,) * self.num_experts,
+            "batches": (0.0,),
+        }
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        training: bool,
+        group: Any,  # a token's experts do not depend on other tokens
+        **batch: Any,
+    ) -> Routing:
+        return route(
+            logits_TE,
+            state["thresholds"],
+            max_experts=self.cap(training),
+            renormalize=self.dynmoe.weights == "renormalized",
+            **batch,
+        )
+
+    def next_state(
+        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        decay = self.dynmoe.threshold_decay
+        assert decay is not None and next_knob is not None
+        batches = state["batches"]
+        thresholds_E = quantiles.next_thresholds(
+            state["thresholds"],
+            sums_W.view(self.num_experts, -1),
+            state["share"],
+            next_knob,
+            (START / (START + batches.double())).clamp(min=1 - decay),
+        )
+        # A batch without tokens is none.
+        return {"thresholds": thresholds_E, "batches": batches + (sums_W.sum() > 0)}
+
+    @staticmethod
+    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+        """The share from which an expert takes a token: that of the tokens with larger logits."""
+        num_tokens, num_experts = logits_TE.shape
+        places_TE = logits_TE.argsort(dim=0, descending=True).argsort(dim=0)
+        shares_TE = (places_TE.double() + 0.5) / num_tokens
+        return shares_TE.sort(dim=-1).values[:, : most_experts(num_experts, max_experts)]
+
+
+def route(
+    logits_TE: Tensor,
+    thresholds_E: Tensor,
+    *,
+    theta: Tensor | None = None,
+    max_experts: int | None = None,
+    renormalize: bool = False,
+    num_sequences: int = 1,
+    valid_T: Tensor | None = None,
+) -> Routing:
+    """Route a micro-batch.
+
+    Args:
+        logits_TE: [T, E], any floating dtype; computed in float32, or float64 if they are.
+        thresholds_E, max_experts, renormalize: as for ``choose``.
+        theta, num_sequences, valid_T: as for :func:`megatron_dynmoe.routing.route.route`.
+
+    Returns:
+        See :class:`Routing`. ``sums_W`` are the tokens in each bin of each expert.
+    """
+    check_positions(logits_TE, num_sequences)
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
+    scaled_TE = logits_TE if theta is None else normalize(logits_TE, theta)
+    probs_TE, map_TE, weights_TE = choose(scaled_TE, thresholds_E, max_experts, renormalize)
+    return Routing(
+        weights_TE,
+        map_TE,
+        experts_T=map_TE.sum(dim=-1),
+        prob_sums_BE=sum_by_sequence(probs_TE, num_sequences, valid_T),
+        entropy=sum_entropy(probs_TE, valid_T),
+        assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
+        not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
+        sums_W=quantiles.count(scaled_TE, thresholds_E, valid_T).double(),
+    )

@@ -1,0 +1,61 @@
+"""Expert thresholds: an expert takes the tokens whose logit exceeds its own threshold.
+
+``quantiles.py`` says how the thresholds follow the logits in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.routing.select import most_experts
+
+
+def choose(
+    logits_TE: Tensor, thresholds_E: Tensor, max_experts: int | None, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts and weigh them by the sigmoids of their logits.
+
+    Args:
+        logits_TE: [T, E] float32 or wider, normalized if the routing normalizes.
+        thresholds_E: [E].
+        max_experts: the cap. Of the experts that would take a token, those with the largest logits
+            do. None: no cap.
+        renormalize: True: a token's weights sum to 1. False: they are the sigmoids.
+
+    Returns:
+        The sigmoids divided by their sum over all experts, from which losses are computed; the
+        routing map, bool, which may be empty for a token (NaN exceeds nothing); and the weights,
+        zero where not chosen. All [T, E].
+    """
+    map_TE = select(logits_TE, thresholds_E, max_experts)
+    scores_TE = logits_TE.sigmoid()
+    weights_TE = scores_TE * map_TE
+    if renormalize:
+        weights_TE = weights_TE / _sum(weights_TE)
+    return scores_TE / _sum(scores_TE), map_TE, weights_TE
+
+
+@torch.no_grad()
+def select(logits_TE: Tensor, thresholds_E: Tensor, max_experts: int | None = None) -> Tensor:
+    """Choose the experts of each token: ``logit > threshold``, at most ``max_experts``.
+
+    Returns:
+        The routing map [T, E], bool.
+
+    Raises:
+        ValueError: the cap is below 1.
+    """
+    map_TE = logits_TE > thresholds_E
+    num_experts = logits_TE.shape[-1]
+    if (most := most_experts(num_experts, max_experts)) == num_experts:
+        return map_TE
+    # Ties go by index, so that all devices agree.
+    taken_TE = logits_TE.masked_fill(~map_TE, -torch.inf)
+    order_TE = taken_TE.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+    return map_TE & torch.zeros_like(map_TE).scatter(-1, order_TE, True)
+
+
+def _sum(scores_TE: Tensor) -> Tensor:
+    """The sum over experts as a divisor that is never zero, [T, 1]."""
+    return scores_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
