@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_dynmoe.moe.rules.relu import route
 from megatron_dynmoe.routing.losses import count_tokens, fractions, load_balance_loss
-from megatron_dynmoe.routing.relu import route_relu
 from tests.oracles import relu as oracle
 from tests.oracles import routing
 
@@ -29,7 +29,7 @@ def l1_loss(routed, tokens, target):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_gates_are_the_weights_and_the_positive_ones_the_experts(dtype, max_experts):
     logits_TE = random_logits(dtype=dtype)
-    routed = route_relu(logits_TE, max_experts=max_experts)
+    routed = route(logits_TE, max_experts=max_experts)
     choices = [oracle.choice(row, max_experts) for row in logits_TE.tolist()]
     assert routing.choices_of(routed.map_TE) == choices
     assert routed.experts_T.tolist() == [len(chosen) for chosen in choices]
@@ -47,7 +47,7 @@ def test_the_gates_are_the_weights_and_the_positive_ones_the_experts(dtype, max_
 def test_the_balanced_l1_loss_and_its_gradient_follow_the_loops(num_sequences, padded):
     logits_TE = random_logits(1).requires_grad_()
     valid_T = torch.arange(S * B) % 5 != 0 if padded else None
-    routed = route_relu(logits_TE, num_sequences=num_sequences, valid_T=valid_T)
+    routed = route(logits_TE, num_sequences=num_sequences, valid_T=valid_T)
     tokens, _ = count_tokens(routed.map_TE, num_sequences, valid_T)
     loss = l1_loss(routed, tokens, K)
     (gradient,) = torch.autograd.grad(loss, logits_TE)
@@ -70,26 +70,26 @@ def test_a_fair_load_makes_the_balanced_loss_the_plain_one():
     logits_TE = torch.full((E, E), -1.0, dtype=torch.float64)
     for token in range(E):  # token t uses experts t and t + 1: each expert has two tokens of E
         logits_TE[token, [token, (token + 1) % E]] = 0.1 + token
-    routed = route_relu(logits_TE)
+    routed = route(logits_TE)
     plain = oracle.l1_loss(logits_TE.tolist())
     assert l1_loss(routed, E, 2.0).item() == pytest.approx(plain, rel=1e-14)
 
 
 def test_weights_are_continuous_and_pass_gradients_to_selected_gates_only():
     logits_TE = random_logits(2).requires_grad_()
-    routed = route_relu(logits_TE, max_experts=3)
+    routed = route(logits_TE, max_experts=3)
     upstream_TE = torch.randn(S * B, E, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((routed.weights_TE * upstream_TE).sum(), logits_TE)
     assert torch.equal(gradient, upstream_TE * routed.map_TE)
     step = 1e-9
     for sign in (-step, step):  # token 1 has all logits at 0, where experts join and leave
-        moved = route_relu(logits_TE.detach() + sign).weights_TE
-        assert (moved - route_relu(logits_TE.detach()).weights_TE).abs().max() <= step * 1.001
+        moved = route(logits_TE.detach() + sign).weights_TE
+        assert (moved - route(logits_TE.detach()).weights_TE).abs().max() <= step * 1.001
 
 
 def test_a_cut_gate_is_still_in_the_loss():
     logits_TE = torch.tensor([[3.0, 2.0, 1.0]], requires_grad=True)
-    routed = route_relu(logits_TE, max_experts=2)
+    routed = route(logits_TE, max_experts=2)
     assert routed.map_TE.tolist() == [[True, True, False]]
     assert routed.prob_sums_BE.tolist() == [[3.0, 2.0, 1.0]]
 
@@ -99,7 +99,7 @@ def test_a_cut_gate_is_still_in_the_loss():
 def test_a_token_with_nan_gets_the_first_expert_with_weight_nan(bad, max_experts):
     logits_TE = random_logits(3, torch.float32)
     logits_TE[5, 4] = bad
-    routed = route_relu(logits_TE, max_experts=max_experts)
+    routed = route(logits_TE, max_experts=max_experts)
     assert routed.not_finite.item() == 1
     clean = [t for t in range(S * B) if t != 5]
     assert routed.weights_TE[clean].isfinite().all()
@@ -112,4 +112,4 @@ def test_a_token_with_nan_gets_the_first_expert_with_weight_nan(bad, max_experts
 
 def test_tokens_have_to_fill_positions():
     with pytest.raises(ValueError, match="num_sequences 5"):
-        route_relu(random_logits(), num_sequences=5)
+        route(random_logits(), num_sequences=5)

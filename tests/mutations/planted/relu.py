@@ -16,7 +16,7 @@ MISTAKES = [
     Mutation(
         "cut_gates_left_alone",
         "gates that a cap has cut are not in the L1 loss",
-        "routing/relu.py",
+        "moe/rules/relu.py",
         "prob_sums_BE=sum_by_sequence(gates_TE,",
         "prob_sums_BE=sum_by_sequence(gates_TE * map_TE,",
         ("tests/routing/test_relu.py::test_a_cut_gate_is_still_in_the_loss",),
