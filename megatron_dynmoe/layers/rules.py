@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
+from megatron_dynmoe.routing.relu import choose_open
 from megatron_dynmoe.routing.select import weigh
 from megatron_dynmoe.routing.seq_top_k import select_above
 
@@ -92,6 +93,11 @@ def _seq_top_k(
     return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
 
 
+def _relu(logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Chosen:
+    """ReMoE's gates. Lambda acts in training only; an export keeps it for a training to go on."""
+    return Chosen(*choose_open(logits_TE, settings["max_experts_per_token"]))
+
+
 # By routing.
 RULES: dict[str, LayerRule] = {
     "expert_threshold": LayerRule(
@@ -105,6 +111,11 @@ RULES: dict[str, LayerRule] = {
         },
     ),
     "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one", "batches": "one"}),
+    "relu": LayerRule(
+        _relu,
+        {"log10_lambda": "one"},
+        {"control_law": ("pi or sign", lambda law: law in ("pi", "sign"))},
+    ),
 }
 
 

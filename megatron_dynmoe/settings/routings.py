@@ -209,6 +209,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "moe_z_loss_coeff": "it pulls all gates below zero, which is for the L1 loss to steer"
         },
         least_experts=0,
+        is_exported=True,
         errors="relative",
         knob_range=(-30.0, 10.0),
         knob_remedy="it is log10 of the L1 loss's coefficient, so use -30 to 10, such as -8",

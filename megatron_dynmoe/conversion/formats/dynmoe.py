@@ -77,6 +77,7 @@ FORMAT = Format(
         "layers/moe.py",
         "layers/rules.py",
         "routing/expert_threshold.py",
+        "routing/relu.py",
         "routing/select.py",
         "routing/seq_top_k.py",
         "routing/normalize.py",
