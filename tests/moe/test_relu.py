@@ -84,8 +84,8 @@ def test_each_law_takes_the_count_of_a_learning_gate_to_the_target_and_turns(law
             moved = math.log10(1.2) * (1 if means[step] > 2 else -1)
             assert after - now == pytest.approx(moved, abs=1e-5)
         else:
-            errors = [min(mean / 2 - 1, 2) for mean in means[: step + 1]]
-            want = -5 + 1.0 * errors[-1] + 0.04 * sum(errors)
+            errors = [min(mean / 2 - 1, 1) for mean in means[: step + 1]]
+            want = -5 + 0.5 * errors[-1] + 0.08 * sum(errors)
             assert after == pytest.approx(want, abs=1e-4)
 
 
