@@ -11,6 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# What the law takes for the error of a batch. See PIController.
+SHARE, RELATIVE, SIGN = "share", "relative", "sign"
+# A relative error counts no more than this, above the target as below: twice the target is only far
+# off, as no experts at all are.
+MOST_RELATIVE_ERROR = 1.0
+
 
 @dataclass(frozen=True)
 class PIController:
@@ -18,6 +24,12 @@ class PIController:
 
     The error ``e = (target - measured) / num_experts`` is the missing share of the experts. While
     tokens use fewer experts than the target, the error is positive and raises the threshold.
+
+    If the knob acts through training, the count starts far off the target and answers late. The
+    error is then ``relative``, ``(target - measured) / target``, at most 1 in size, so that the
+    gains depend neither on N nor on the target, and a dense start moves the knob by a known amount;
+    or it is the ``sign`` of that. With the sign and ``K_p`` = 0 the knob moves by ``K_i`` in every
+    step.
 
     The DTop-p paper states neither bounds nor anti-windup. Here the sum is clamped to the range
     in which the integral term alone keeps the threshold within its bounds. A saturated threshold
@@ -31,6 +43,7 @@ class PIController:
         integral_gain: ``K_i``, threshold per unit of summed error. 0 keeps the sum at 0.
         min_threshold: lower bound of the threshold.
         max_threshold: upper bound of the threshold.
+        errors: ``share`` (above), ``relative`` or ``sign``.
 
     ``DynMoEConfig.resolve`` has checked the values: the bounds lie in 0 to 1 with the initial
     threshold between them, and no gain is negative.
@@ -42,6 +55,7 @@ class PIController:
     integral_gain: float
     min_threshold: float = 0.0
     max_threshold: float = 1.0
+    errors: str = SHARE
 
     @property
     def integral_bounds(self) -> tuple[float, float]:
@@ -71,7 +85,7 @@ class PIController:
         Returns:
             The next threshold and integral, [S] float32 each.
         """
-        error = ((target - measured) / self.num_experts).to(integral.dtype)
+        error = self.error(measured, target).to(integral.dtype)
         next_integral = self.integral_after(error, integral)
         next_threshold = self.threshold_at(error, next_integral)
         finite = error - error == 0  # two kernels; isfinite takes four
@@ -79,6 +93,16 @@ class PIController:
             torch.where(finite, next_threshold, threshold),
             torch.where(finite, next_integral, integral),
         )
+
+    def error(self, measured: Tensor, target: Tensor | float) -> Tensor:
+        """The error of a batch, [S], in the dtype of the measurement."""
+        missing = target - measured
+        if self.errors == SIGN:
+            return missing.sign()
+        if self.errors == RELATIVE:  # both are negative if the count falls with the knob
+            size = target.abs() if isinstance(target, Tensor) else abs(target)
+            return (missing / size).clamp(-MOST_RELATIVE_ERROR, MOST_RELATIVE_ERROR)
+        return missing / self.num_experts
 
     def integral_after(self, error: Tensor, integral: Tensor) -> Tensor:
         """The sum that includes the last error, within its bounds, [S] float32."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from megatron_dynmoe.control import calibrate
-from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.pi import SIGN, PIController
 from megatron_dynmoe.control.pi_map import MapController
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -64,7 +64,9 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Con
         computed = _gains(targets, plant)
         proportional = computed[0] if isinstance(proportional, str) else proportional
         integral = computed[1] if isinstance(integral, str) else integral
-    controller = PIController(model.num_moe_experts, first, proportional, integral, low, high)
+    controller = PIController(
+        model.num_moe_experts, first, proportional, integral, low, high, errors_of(resolved)
+    )
     settled = dataclasses.replace(
         resolved,
         initial_threshold=controller.initial_threshold,
@@ -72,6 +74,11 @@ def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Con
         integral_gain=controller.integral_gain,
     )
     return settled, controller
+
+
+def errors_of(dynmoe: DynMoEConfig) -> str:
+    """What the law of a run takes for the error of a batch."""
+    return SIGN if dynmoe.control_law == "sign" else ROUTINGS[dynmoe.routing].errors
 
 
 def settled_gain_margin(

@@ -44,6 +44,12 @@ STATE = tuple(
 # By name, a value for each layer, None for layers without experts. Of a target that is drawn, also
 # the lists that KNOTS names, with a number for each knot.
 RouterState = dict[str, list[Any]]
+_NEUTRAL = {
+    "normalization": "none",
+    "weights": "raw",
+    "dynamic_loss_coeff": 0.0,
+    "balance_loss_coeff": 0.0,
+}
 # Points of the exported curve from one knot of the map to the next.
 _POINTS_PER_KNOT = 2
 
@@ -66,7 +72,9 @@ def routing_config(settings: dict[str, Any], state: RouterState) -> dict[str, An
     """The routing part of the config, from resolved settings and the state of the routers."""
     dynmoe = DynMoEConfig.from_dict(settings, source="the checkpoint")
     check_routing(dynmoe.routing)
-    routing = {name: getattr(dynmoe, name) for name in ROUTING}
+    # What a routing does not have is in its config as that which changes nothing.
+    absent = {name: value for name, value in _NEUTRAL.items() if getattr(dynmoe, name) is None}
+    routing = {name: getattr(dynmoe, name) for name in ROUTING} | absent
     target = _number_if_constant(dynmoe.target_experts_per_token)
     controller = None
     if dynmoe.is_controlled:
@@ -120,7 +128,9 @@ def settings_from_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """The resolved settings for training; None for stock top-k."""
     if config["routing"] == "top_k":
         return None
-    settings = {name: config.get(name) for name in ROUTING} | (config.get("rule_settings") or {})
+    takes = ("routing", *ROUTINGS[config["routing"]].takes)
+    settings = {name: config.get(name) for name in ROUTING if name in takes}
+    settings |= config.get("rule_settings") or {}
     if config["routing"] == "top_p":
         thresholds = {value for value in per_layer(config, "threshold") if value is not None}
         if len(thresholds) != 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_dynmoe.routing.expert_threshold import choose as choose_above_thresholds
 from megatron_dynmoe.routing.null_experts import fill_slots
+from megatron_dynmoe.routing.relu import choose_open
 from megatron_dynmoe.routing.select import weigh
 from megatron_dynmoe.routing.seq_top_k import select_above
 
@@ -107,6 +108,11 @@ def _null_experts(
     return Chosen(slots.spread_TE, slots.map_TE, slots.weights_TE, slots.residual_T)
 
 
+def _relu(logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Chosen:
+    """ReMoE's gates. Lambda acts in training only; an export keeps it for a training to go on."""
+    return Chosen(*choose_open(logits_TE, settings["max_experts_per_token"]))
+
+
 # By routing.
 RULES: dict[str, LayerRule] = {
     "expert_threshold": LayerRule(
@@ -132,6 +138,11 @@ RULES: dict[str, LayerRule] = {
         extra_logits=lambda _: 1,
     ),
     "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one"}),
+    "relu": LayerRule(
+        _relu,
+        {"log10_lambda": "one"},
+        {"control_law": ("pi or sign", lambda law: law in ("pi", "sign"))},
+    ),
 }
 
 

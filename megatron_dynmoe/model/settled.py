@@ -96,7 +96,7 @@ def settle_run(
     backend = choice.choose_parts(chosen, transformer, optimizer)
     if not resolved.is_dynamic:
         return Settled(resolved, backend)
-    check_upstream_settings(transformer)
+    check_upstream_settings(transformer, resolved.routing)
     if backend.backend == "transformer_engine":
         transformer_engine.check_experts(transformer)
     transformer_engine.check_permutation(transformer)

@@ -98,7 +98,9 @@ def expected_counts(args: Namespace, experts_per_token: float | None = None) -> 
         mean, source = target.targets[-1], "the target"
         start = dynmoe.initial_threshold
         # A computed knob gives the target by construction.
-        first = routed(start) if isinstance(start, float) else target.at(0)
+        first = target.at(0)
+        if isinstance(start, float):
+            first = min(rule.peak * routed(start), most)
         if dynmoe.drawn_target is not None:  # any step may have the largest target
             first, on_average = mean, dynmoe.drawn_target.mean
             source = f"the largest target of {target}, for memory; {on_average:g} for operations"

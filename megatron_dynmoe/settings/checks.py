@@ -144,6 +144,14 @@ def _check_controller(dynmoe: DynMoEConfig) -> None:
                 "a negative gain drives the count away from the target; use 'auto' or a "
                 "positive number",
             )
+    if dynmoe.control_law == "sign" and dynmoe.proportional_gain:
+        raise SettingError(
+            "proportional_gain",
+            dynmoe.proportional_gain,
+            " and {control_law} is 'sign'",
+            "leave it out: the knob moves by {integral_gain} in every step; or set {control_law} "
+            "to 'pi'",
+        )
     if dynmoe.integral_gain == 0:
         raise SettingError(
             "integral_gain",

@@ -28,6 +28,7 @@ BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 ROW_BUFFERS = ("measured", "worst_case", "target")
 CONTROLLED_QUANTITIES = ("experts", "busiest_rank")
 NULL_KINDS = ("zero", "identity")
+CONTROL_LAWS = ("pi", "sign")
 
 
 class LossCoefficients(NamedTuple):
@@ -115,6 +116,15 @@ class DynMoEConfig:
             CONTROLLED_QUANTITIES,
         ),
     ] = None
+    control_law: Annotated[
+        str | None,
+        Setting(
+            "choice",
+            "How the error moves the knob: pi (the PI law), or sign (ReMoE's law: each step "
+            "multiplies lambda by 10 to the power of the integral gain, or divides by it).",
+            CONTROL_LAWS,
+        ),
+    ] = None
     scope: Annotated[
         str | None,
         Setting(
@@ -140,7 +150,7 @@ class DynMoEConfig:
         Setting(
             "float_or_auto",
             "The threshold of the first step, or auto: computed from the number of experts, the "
-            "target and the logits' distribution at initialization.",
+            "target and the logits' distribution at initialization. Of relu, log10 of lambda.",
         ),
     ] = None
     min_threshold: Annotated[
@@ -283,9 +293,7 @@ class DynMoEConfig:
     @property
     def loss_coefficients(self) -> LossCoefficients:
         """The coefficients of both losses; the settings must be resolved, with dynamic routing."""
-        dynamic, balance = self.dynamic_loss_coeff, self.balance_loss_coeff
-        assert dynamic is not None and balance is not None
-        return LossCoefficients(dynamic, balance)
+        return LossCoefficients(self.dynamic_loss_coeff or 0.0, self.balance_loss_coeff or 0.0)
 
     @property
     def control(self) -> Control:
@@ -365,6 +373,7 @@ class DynMoEConfig:
                     "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
+        defaults |= kind.law_defaults.get(self.control_law or "", {})
         if self.row_buffer != "target":
             if self.row_buffer_margin is not None:
                 raise SettingError(

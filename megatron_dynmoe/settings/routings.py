@@ -59,11 +59,14 @@ class RoutingSettings:
         takes: the settings that it has; every other one is refused.
         defaults: the values of settings that are left out, or how they follow from others. Other
             settings stay None.
+        law_defaults: by ``control_law``, defaults that replace these.
         required: settings without a default that have to be given, each with the remedy.
         instead: settings of other routings, each with the one that this routing has for it.
+        refuses: settings of upstream that do not go with it, each with the reason.
         least_experts: the fewest experts of a token: 0 if one may be left without any.
         draws_target: whether the target may be a distribution: the knob alone sets the count.
         is_exported: whether formats can hold models with it.
+        errors: what the controller's law takes for the error of a batch (``control/pi.py``).
         knob_range: the least and the largest value of the knob, and so of ``threshold``,
             ``initial_threshold``, ``inference_threshold`` and the controller's bounds.
         knob_remedy: what the error says of a value outside of this range.
@@ -73,11 +76,14 @@ class RoutingSettings:
     summary: str
     takes: tuple[str, ...]
     defaults: Mapping[str, Any]
+    law_defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, str] = dataclasses.field(default_factory=dict)
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
     least_experts: int = 1
     draws_target: bool = False
     is_exported: bool = False
+    errors: str = "share"
     knob_range: tuple[float, float] = (0.0, 1.0)
     knob_remedy: str = "it is a cumulative probability, so use 0 (one expert) to 1 (all experts)"
 
@@ -221,6 +227,39 @@ ROUTINGS: dict[str, RoutingSettings] = {
         required=_TARGET_REQUIRED,
         least_experts=0,
         is_exported=True,
+    ),
+    # ReMoE: lambda starts at 1e-8 and moves by 1.2 a step, f_i over micro-batches (its code).
+    "relu": RoutingSettings(
+        title="ReLU",
+        summary="ReMoE: the experts with a positive gate; an L1 loss is steered to the target",
+        takes=(
+            *("balance_loss", "row_buffer", "backend", "check_ranks"),
+            *CAPS,
+            *CONTROLLER,
+            "control_law",
+        ),
+        defaults=_COMMON_DEFAULTS
+        | _CONTROLLER_DEFAULTS
+        | {
+            "balance_loss": "aux_loss",
+            "control_law": "pi",
+            "proportional_gain": 0.5,
+            "integral_gain": 0.08,
+            "initial_threshold": -8.0,
+            "min_threshold": -16.0,
+            "max_threshold": 2.0,
+        },
+        law_defaults={"sign": {"proportional_gain": 0.0, "integral_gain": math.log10(1.2)}},
+        required=_TARGET_REQUIRED,
+        instead={"threshold": "initial_threshold"},
+        refuses={
+            "moe_z_loss_coeff": "it pulls all gates below zero, which is for the L1 loss to steer"
+        },
+        least_experts=0,
+        is_exported=True,
+        errors="relative",
+        knob_range=(-30.0, 10.0),
+        knob_remedy="it is log10 of the L1 loss's coefficient, so use -30 to 10, such as -8",
     ),
 }
 DYNAMIC = {name: kind for name, kind in ROUTINGS.items() if name != STOCK}

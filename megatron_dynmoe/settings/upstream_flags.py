@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dynmoe.settings.messages.refusals import FlagError
+from megatron_dynmoe.settings.routings import ROUTINGS
 
 
 @dataclass(frozen=True)
@@ -236,11 +237,12 @@ _REFUSED_VALUES = {
 }
 
 
-def check_upstream_settings(settings: Any) -> None:
+def check_upstream_settings(settings: Any, routing: str | None = None) -> None:
     """Refuse upstream settings that dynamic routing cannot honor.
 
     Args:
         settings: upstream's argument namespace or TransformerConfig.
+        routing: the dynamic routing, which may refuse more; None: only what each of them refuses.
 
     Raises:
         FlagError: names the flag, its value, the reason and the remedy.
@@ -252,6 +254,9 @@ def check_upstream_settings(settings: Any) -> None:
         for single in value if isinstance(value, list) else [value]:
             if isinstance(single, str) and (name, single) in _REFUSED_VALUES:
                 _refuse(name, single, *_REFUSED_VALUES[name, single])
+    for name, reason in ROUTINGS[routing].refuses.items() if routing is not None else ():
+        if value := getattr(settings, name, None):
+            _refuse(name, value, f"with --moe-dynamic-routing {routing} {reason}", _LEAVE_OUT)
     check_sequence_parallel(settings)
     frequency = getattr(settings, "moe_layer_freq", None)
     if isinstance(frequency, list) and not any(frequency):

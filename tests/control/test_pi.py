@@ -135,3 +135,25 @@ def test_threshold_falls_as_the_count_rises(
     at_fewer, _ = LAW.step(state(0.375), state(integral), state(fewer), target)
     at_more, _ = LAW.step(state(0.375), state(integral), state(more), target)
     assert at_fewer.item() >= at_more.item()
+
+
+def test_a_relative_error_depends_on_no_size_and_is_bounded() -> None:
+    for num_experts, target in ((8, 2.0), (64, 16.0)):
+        law = PIController(num_experts, -8.0, 1.0, 0.25, -16.0, 2.0, "relative")
+        # As when the count falls with the knob: both are negative, and too high a count raises it.
+        knob, integral = law.step(state(-8.0), state(0.0), state(-1.5 * target), -target)
+        assert (knob.item(), integral.item()) == (-8 + 0.5 + 0.125, 0.5)
+        knob, integral = law.step(knob, integral, state(-4.0 * target), -target)
+        assert (knob.item(), integral.item()) == (-8 + 1 + 0.375, 1.5)
+        knob, integral = law.step(knob, integral, state(0.0), -target)
+        assert (knob.item(), integral.item()) == (-8 - 1 + 0.125, 0.5)
+
+
+def test_the_sign_of_the_error_moves_the_knob_by_the_same_amount() -> None:
+    law = PIController(8, -8.0, 0.0, 0.25, -8.5, 2.0, "sign")
+    knob, integral = state(-8.0, -8.0, -8.0), state(0.0, 0.0, 0.0)
+    knob, integral = law.step(knob, integral, state(-2.1, -2.0, -0.1), -2.0)
+    assert knob.tolist() == [-7.75, -8.0, -8.25]
+    for _ in range(3):
+        knob, integral = law.step(knob, integral, state(-8.0, -2.0, 0.0), -2.0)
+    assert knob.tolist() == [-7.0, -8.0, -8.5] and integral.tolist() == [4, 0, -2]

@@ -106,6 +106,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "router_state": {"null_bias": [[0.5], None, [-1.25]]},
         },
     ),
+    "gates": (
+        "dynmoe",
+        DTOP_P
+        | {"routing": "relu", "normalization": "none", "weights": "raw", "theta": None}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+        | {"balance_loss_coeff": 0.0, "dynamic_loss_coeff": 0.0, "threshold": None}
+        | {
+            "rule_settings": {"control_law": "sign"},
+            "router_state": {"log10_lambda": [[-3.5], None, [-3.5]]},
+            "controller": {
+                "scope": "global",
+                "proportional_gain": 0.0,
+                "integral_gain": 0.125,
+                "initial_threshold": -8.0,
+                "min_threshold": -16.0,
+                "max_threshold": 2.0,
+            },
+        },
+    ),
     "expert thresholds": (
         "dynmoe",
         DTOP_P

@@ -51,6 +51,8 @@ FLAGS = {
     "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
     "null_experts": f"{SMALL} --moe-dynamic-routing null_experts "
     "--moe-dynamic-target-experts-per-token 2 --moe-dynamic-null-kind identity",
+    "relu": f"{SMALL} --moe-dynamic-routing relu --moe-dynamic-target-experts-per-token 2 "
+    "--moe-dynamic-initial-threshold -4",
 }
 # Without kernels, the CPU's included, a run routes by the lines of routing/route.py.
 ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}

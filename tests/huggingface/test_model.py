@@ -18,6 +18,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 
 from megatron_dynmoe.huggingface import modeling_dynmoe
 from tests.huggingface.tiny import LAYERS, left_padded, tiny_config, tiny_model, tokens
+from tests.oracles import relu
 from tests.oracles import routing as oracle
 
 SHAPE = {
@@ -147,6 +148,12 @@ ROUTINGS = {
         "max_experts_per_token": 2,
         "router_state": {"threshold": [[0.1], [0.3], [0.2]]},
     },
+    "relu": {
+        "routing": "relu",
+        "weights": "raw",
+        "rule_settings": {"control_law": "pi"},
+        "router_state": {"log10_lambda": [[-3.0]] * 3},
+    },
 }
 
 
@@ -161,6 +168,8 @@ def choices_by_oracle(config, layer, probs_TE):
         best = [sorted(range(len(r)), key=lambda e: (-r[e], e)) for r in rows]
         cap = config.max_experts_per_token
         return [{e for e in b[:cap] if r[e] > least} for b, r in zip(best, rows, strict=True)]
+    if config.routing == "relu":  # the gates stand in place of probabilities
+        return [{e for e, gate in enumerate(r) if gate > 0} for r in rows]
     threshold, cap = config.threshold_and_cap(layer, training=False)
     exact = Fraction(torch.tensor(threshold).item())  # the float32 nearest to the config's number
     return [
@@ -189,8 +198,10 @@ def test_a_moe_layer_is_the_papers_equations_token_by_token(name):
     for token in range(30):
         logits = list(moe64.router.weight @ hidden_TD[token])
         logits = logits if theta is None else oracle.normalize(logits, theta)
-        probs.append([prob.squeeze() for prob in oracle.softmax(logits)])
-    probs_TE = torch.softmax(logits_BSE.flatten(0, 1), dim=-1)
+        of_token = relu.gates(logits) if config.routing == "relu" else oracle.softmax(logits)
+        probs.append([prob.squeeze() for prob in of_token])
+    logits_TE = logits_BSE.flatten(0, 1)
+    probs_TE = logits_TE.relu() if config.routing == "relu" else logits_TE.softmax(dim=-1)
     torch.testing.assert_close(
         probs_TE.double(), torch.stack([torch.stack(row) for row in probs]), atol=1e-5, rtol=0
     )
@@ -230,6 +241,7 @@ def test_the_routings_above_do_differ():
     assert len(counts["dtop_p"].unique()) > 2
     assert (counts["top_k"] == 3).all()
     assert counts["seq_top_k"].unique().tolist() == [0, 1, 2]
+    assert len(counts["relu"].unique()) > 4 and not (counts["relu"] == counts["top_p"]).all()
 
 
 @pytest.mark.parametrize("router_dtype", ["float32", "bfloat16", "float16"])
@@ -318,7 +330,8 @@ GENERATE = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.mark.parametrize(
-    ("attention", "routing"), [("eager", "top_p"), ("sdpa", "top_p"), ("sdpa", "seq_top_k")]
+    ("attention", "routing"),
+    [("eager", "top_p"), ("sdpa", "top_p"), ("sdpa", "seq_top_k"), ("eager", "relu")],
 )
 def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention, routing):
     model, ids = tiny_model(attention=attention, **ROUTINGS[routing]), tokens(2, 12)

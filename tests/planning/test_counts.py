@@ -78,3 +78,12 @@ def test_room_for_the_target_has_a_margin_up_to_the_cap():
     assert counts("dtop_p_16e", flags).rows_per_token == (2.5, 2.5)
     capped = f"{flags} --moe-dynamic-max-experts-per-token 2"
     assert counts("dtop_p_16e", capped).rows_per_token == (2, 2)
+
+
+def test_gates_may_all_open_before_lambda_is_felt():
+    relu = "--moe-dynamic-routing relu"
+    found = counts("smoke", relu)
+    assert (found.mean, found.first_steps, found.cap) == (2, pytest.approx(8, rel=0.01), None)
+    assert found.rows_per_token[1] == found.first_steps
+    capped = counts("smoke", f"{relu} --moe-dynamic-max-experts-per-token 4")
+    assert (capped.mean, capped.first_steps, capped.cap) == (2, 4, 4)

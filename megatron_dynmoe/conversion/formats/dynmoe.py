@@ -78,6 +78,7 @@ FORMAT = Format(
         "layers/rules.py",
         "routing/expert_threshold.py",
         "routing/null_experts.py",
+        "routing/relu.py",
         "routing/select.py",
         "routing/seq_top_k.py",
         "routing/normalize.py",

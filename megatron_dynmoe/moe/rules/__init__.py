@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from megatron_dynmoe.moe.rules.expert_threshold import ExpertThreshold
 from megatron_dynmoe.moe.rules.null_experts import NullExperts
+from megatron_dynmoe.moe.rules.relu import ReLU
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.moe.rules.seq_top_k import SeqTopK
 from megatron_dynmoe.moe.rules.top_p import TopP
@@ -20,4 +21,5 @@ RULES: dict[str, type[Rule]] = {
     "expert_threshold": ExpertThreshold,
     "null_experts": NullExperts,
     "seq_top_k": SeqTopK,
+    "relu": ReLU,
 }

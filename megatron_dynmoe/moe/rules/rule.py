@@ -21,6 +21,8 @@ class Rule(ABC):
         direction: 1 if the count rises with the knob, -1 if it falls.
         fall: the count in the first steps over that of most of a run, if no controller holds it.
             The planner assumes it.
+        peak: the largest count of the first steps over that of step 1, if the knob acts through
+            training. The planner assumes it.
         entries: the names in ``first_state``, which are those in a checkpoint.
         extra_logits: rows of the gate beyond one for each expert, X.
         by_sequence: whether it has to know the sequences. If not, and the balance loss does not
@@ -37,6 +39,7 @@ class Rule(ABC):
     knob: ClassVar[str | None] = None
     direction: ClassVar[int] = 1
     fall: ClassVar[float] = 1.0
+    peak: ClassVar[float] = 1.0
     entries: ClassVar[tuple[str, ...]] = ()
     by_sequence: ClassVar[bool] = False
     plant_settings: ClassVar[tuple[str, ...]] = ()

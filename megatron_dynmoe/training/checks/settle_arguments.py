@@ -69,7 +69,7 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
     check_arguments(args)
     check_query_groups(args)
     if dynmoe.is_dynamic:
-        check_upstream_settings(args)
+        check_upstream_settings(args, dynmoe.routing)
     else:
         check_top_k(args)
     with naming_flags(args):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_dynmoe.control.pi import PIController
+from megatron_dynmoe.control.settle import errors_of
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
 from megatron_dynmoe.conversion.names import router_entry
 from megatron_dynmoe.conversion.routing_settings import state_entries
@@ -148,9 +149,9 @@ def _against_the_law(
     integral_L = torch.tensor([scalars["integral"][layer] for layer in layers])
     sign = RULES[dynmoe.routing].direction
     target = schedule.at(iteration - 1)
-    error_L = (sign * (target - measured_L) / args.num_experts).float()
+    error_L = law.error(sign * measured_L, sign * target).float()
     for layer, expected in zip(layers, law.threshold_at(error_L, integral_L).tolist(), strict=True):
-        if abs(knobs[layer] - expected) > _ROUNDING:
+        if abs(knobs[layer] - expected) > _ROUNDING * max(1, abs(expected)):
             yield (
                 f"{knob} of layer {layer} is {knobs[layer]:.6f}, and the controller's law "
                 f"gives {expected:.6f} for its integral and measured count: they are not of one "
@@ -165,7 +166,9 @@ def _law(dynmoe: DynMoEConfig, num_experts: int) -> PIController | None:
     first, proportional, integral = (getattr(dynmoe, name) for name in names)
     if not all(isinstance(value, float) for value in (first, proportional, integral)):
         return None
-    return PIController(num_experts, first, proportional, integral, *_bounds(dynmoe))
+    return PIController(
+        num_experts, first, proportional, integral, *_bounds(dynmoe), errors_of(dynmoe)
+    )
 
 
 def _bounds(dynmoe: DynMoEConfig) -> tuple[float, float]:

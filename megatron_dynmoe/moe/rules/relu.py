@@ -1,0 +1,98 @@
+"""ReLU routing (ReMoE): a token uses the experts with a positive gate; an L1 loss holds the count.
+
+The knob is the logarithm of that loss's coefficient. It acts on the gates through training, so the
+count answers some steps later (docs/rules.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dynmoe.moe.rules.rule import Rule
+from megatron_dynmoe.routing.losses import sum_by_sequence
+from megatron_dynmoe.routing.relu import choose_open
+from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.messages.refusals import SettingError
+
+
+class ReLU(Rule):
+    """See :mod:`megatron_dynmoe.routing.relu`."""
+
+    knob = "log10_lambda"
+    entries = ("log10_lambda",)
+    direction = -1  # a larger coefficient pushes more gates to zero
+    # Half of the gates are positive in step 1. Until the coefficient has grown, the language-model
+    # loss may open all of them.
+    peak = 2.0
+
+    def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
+        super().__init__(dynmoe, first, num_experts)
+        if dynmoe.balance_loss == "none":
+            raise SettingError(
+                "balance_loss",
+                "none",
+                f", and with {{routing}} {dynmoe.routing!r} its gradient is what holds the count",
+                "use aux_loss (as in the paper), seq_aux_loss or global_aux_loss",
+            )
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        training: bool,
+        theta: Tensor | None = None,  # there is no normalization
+        group: ProcessGroup | None = None,  # no token's experts depend on another token
+        **batch: Any,
+    ) -> Routing:
+        return route(logits_TE, max_experts=self.cap(training), **batch)
+
+    def balance_coefficient(self, state: Mapping[str, Tensor]) -> Tensor:
+        """``lambda / k``, with which the balance loss of the gates is ``lambda`` times L1."""
+        target = self.dynmoe.target_experts_per_token
+        assert target is not None
+        return 10.0 ** state[self.knob].squeeze() / target.targets[-1]
+
+
+def route(
+    logits_TE: Tensor,
+    *,
+    max_experts: int | None = None,
+    num_sequences: int = 1,
+    valid_T: Tensor | None = None,
+) -> Routing:
+    """Choose, and sum up what the L1 loss and the counters need.
+
+    Args:
+        logits_TE: [T, E], any floating dtype. The computation is in float32, or in float64 if the
+            logits are float64. Tokens are ordered as ``position * num_sequences + sequence``.
+        max_experts: the cap, or None.
+        num_sequences: B.
+        valid_T: [T], bool, False for padding. Padding is routed, but no sum includes it.
+
+    Returns:
+        See :class:`Routing`. ``prob_sums_BE`` are sums of all gates, those that the cap has cut
+        included, so that the L1 loss reaches them, too. Gates are no distribution: their entropy is
+        reported as 0.
+
+    Raises:
+        ValueError: the number of tokens is not a multiple of ``num_sequences``.
+    """
+    check_positions(logits_TE, num_sequences)
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    gates_TE, map_TE, weights_TE = choose_open(logits_TE, max_experts)
+    return Routing(
+        weights_TE,
+        map_TE,
+        experts_T=map_TE.sum(dim=-1),
+        prob_sums_BE=sum_by_sequence(gates_TE, num_sequences, valid_T),
+        entropy=gates_TE.new_zeros(()),
+        assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
+        not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
+    )
