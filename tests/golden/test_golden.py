@@ -37,7 +37,7 @@ def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
     if others:
         platform = ", ".join(f"{key} {now} (file: {then})" for key, (then, now) in others.items())
         warnings.warn(
-            f"{name} is compared with the relative tolerances {runs.TOLERANCES}, not to the bit, "
+            f"{name} is compared with the relative tolerances {runs.tolerances_of(golden)}, not to the bit, "
             f"because of {platform}",
             stacklevel=1,
         )
