@@ -66,6 +66,12 @@ DECIDES = ("torch", "megatron-core", "machine", "processor", "instructions")
 # probabilities all but equal the threshold may take another expert, though, which is 2e-3 of the
 # experts of a step here.
 TOLERANCES = {"loss": 2e-4, "experts_per_token": 1e-2, "threshold": 1e-2}
+# A token that changes its mind moves the thresholds of its experts, and with these the tokens near
+# them. Without vector instructions one does so in step 39; until then losses differ by 8e-7, from
+# then on by up to 4e-3, counts by 1.4e-2 and the share by 4e-3.
+TOLERANCES_OF = {
+    "expert_threshold": {"loss": 2e-2, "experts_per_token": 5e-2, "threshold": 2e-2},
+}
 # Whose files are compared with if there are none of the same kind of processor.
 REFERENCE = "GenuineIntel-avx512"
 
@@ -169,16 +175,23 @@ def first_difference(golden: dict[str, Any], found: dict[str, Any], exact: bool)
     if len(golden["steps"]) != len(found["steps"]):
         return f"{len(found['steps'])} steps, {len(golden['steps'])} in the file"
     steps = list(zip(golden["steps"], found["steps"], strict=True))
+    tolerances = tolerances_of(golden)
     different = [a != b for a, b in steps]
     for number, (then, now) in enumerate(steps, 1):
         for field in then.keys() | now.keys():
             pair = then.get(field), now.get(field)
-            if pair[0] != pair[1] and (exact or not _close(*pair, TOLERANCES[field])):
+            if pair[0] != pair[1] and (exact or not _close(*pair, tolerances[field])):
                 return (
                     f"step {number}, {field}: {pair[1]} here, {pair[0]} in the file "
                     f"({sum(different)} of {len(steps)} steps differ)"
                 )
     return None
+
+
+def tolerances_of(golden: dict[str, Any]) -> dict[str, float]:
+    """How far apart a run on another platform may be."""
+    routing = golden["flags"].partition("--moe-dynamic-routing ")[2].partition(" ")[0]
+    return TOLERANCES_OF.get(routing, TOLERANCES)
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:

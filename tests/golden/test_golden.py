@@ -37,8 +37,8 @@ def test_a_run_equals_its_golden_file(trained: Records, name: str) -> None:
     if others:
         platform = ", ".join(f"{key} {now} (file: {then})" for key, (then, now) in others.items())
         warnings.warn(
-            f"{name} is compared with the relative tolerances {runs.TOLERANCES}, not to the bit, "
-            f"because of {platform}",
+            f"{name} is compared with the relative tolerances {runs.tolerances_of(golden)}, not to "
+            f"the bit, because of {platform}",
             stacklevel=1,
         )
     difference = runs.first_difference(golden, found, exact=not others)
