@@ -1,8 +1,9 @@
-"""The exported model with null slots: its layer against every slot in a loop, and generation."""
+"""Null slots in models in plain PyTorch: against loops and LongCat's layer, and generation."""
 
 import pytest
 import torch
 
+from megatron_dynmoe.routing.null_experts import fill_slots
 from tests.huggingface.test_model import tiny_model
 from tests.oracles import null_experts as oracle
 from tests.oracles.routing import moe as looped
@@ -58,6 +59,46 @@ def test_a_layer_is_every_slot_in_a_loop(kind, weights):
     counts = {len(choice) for choice in choices[:15]}
     assert 0 in counts and len(counts) > 2
     torch.testing.assert_close(output_BSD.flatten(0, 1), expected_TD, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_raw_weights_and_copies_are_those_of_longcats_layer(slots):
+    # Each null slot has gate rows of its own there; with equal rows and no bias both are the same.
+    from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
+
+    width, null_slots = 12, 5
+    torch.manual_seed(0)
+    config = LongcatFlashConfig(
+        hidden_size=width,
+        expert_ffn_hidden_size=4,
+        n_routed_experts=8,
+        zero_expert_num=null_slots,
+        zero_expert_type="identity",
+        moe_topk=slots,
+        routed_scaling_factor=1.0,
+    )
+    theirs = LongcatFlashMoE(config)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    classifier = theirs.router.classifier.weight.data
+    classifier[8:] = classifier[8]
+    inputs_TD = torch.randn(48, width)
+    filled = fill_slots(
+        inputs_TD @ classifier[:9].T,
+        0.0,
+        null_slots=null_slots,
+        identity=True,
+        max_experts=slots,
+        renormalize=False,
+    )
+    output_TD = filled.residual_T.unsqueeze(-1) * inputs_TD
+    for expert in range(8):
+        gate, up = (inputs_TD @ theirs.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        hidden = theirs.experts.act_fn(gate) * up @ theirs.experts.down_proj[expert].T
+        output_TD = output_TD + filled.weights_TE[:, expert : expert + 1] * hidden
+    assert 0 < filled.map_TE.sum(-1).double().mean() < slots
+    torch.testing.assert_close(output_TD, theirs(inputs_TD[None])[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_generates_with_and_without_its_cache_alike():
