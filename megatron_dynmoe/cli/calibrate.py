@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     with in_our_format(args.model, beside=beside) as folder:
         # 1. Load model and text.
         config = load_config(folder)
+        calibration.check_routing(config)
         own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
         if args.max_experts_per_token is not None:
             if args.max_experts_per_token > config.num_experts:
