@@ -61,7 +61,8 @@ def _run(args: argparse.Namespace) -> None:
     with in_our_format(args.model, beside=beside) as folder:
         # 1. Load model and text.
         config = load_config(folder)
-        own_cap = config.inference_max_experts_per_token
+        calibration.check_routing(config)
+        own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
         if args.max_experts_per_token is not None:
             if args.max_experts_per_token > config.num_experts:
                 raise ValueError(
@@ -70,7 +71,6 @@ def _run(args: argparse.Namespace) -> None:
                 )
             config.inference_max_experts_per_token = args.max_experts_per_token
         _check_goals(config, args)
-        own_setting = _describe(config)
         positions = config.max_position_embeddings
         if (args.sequence_length or 0) > positions:
             raise ValueError(

@@ -195,6 +195,19 @@ def calibrate(
     )
 
 
+def check_routing(config: Any) -> None:
+    """Refuse a model whose experts are chosen by no threshold that a calibration could find.
+
+    Raises:
+        ValueError: it has another rule.
+    """
+    if config.rule is not None:
+        raise ValueError(
+            f"routing is {config.routing!r}, which has no threshold to calibrate: give a model "
+            "with routing 'top_p', 'dtop_p' or 'top_k'"
+        )
+
+
 def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """Refuse a target that no routing of this model can give, before anything is measured.
 
@@ -203,11 +216,7 @@ def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """
     if "sparse" not in config.mlp_layer_types:
         raise ValueError("the model has no layer with experts")
-    if config.routing not in ("top_k", "top_p", "dtop_p"):
-        raise ValueError(
-            f"routing is {config.routing!r}, which has no threshold to calibrate: give a model "
-            "with routing 'top_p', 'dtop_p' or 'top_k'"
-        )
+    check_routing(config)
     most = max_experts(config) or config.num_experts
     if not 1 <= target <= most:
         raise ValueError(

@@ -230,6 +230,16 @@ def test_cap_counts() -> None:
     assert capped(found.threshold).experts == pytest.approx(1.9, abs=0.0095)
 
 
+def test_a_rule_without_a_threshold_for_all_layers_is_refused_in_one_line(
+    tmp_path: Path, tokenizer_model: Path, tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"threshold": [[0.2], None, [0.3]]}
+    export_tiny(tmp_path / "model", tokenizer_model, routing="seq_top_k", router_state=state)
+    said = "error: routing is 'seq_top_k', which has no threshold to calibrate: give a model with"
+    with pytest.raises(SystemExit, match=said):
+        tool(monkeypatch, "--model", tmp_path / "model", "--data", BOOK, "--target", 2)
+
+
 def test_a_jump_over_the_target_is_refused() -> None:
     def measure_at(threshold: Any, _label: str = "") -> Measurement:
         probs_LTE = torch.full((1, 100, 4), 0.25)
