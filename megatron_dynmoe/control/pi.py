@@ -100,7 +100,8 @@ class PIController:
         if self.errors == SIGN:
             return missing.sign()
         if self.errors == RELATIVE:  # both are negative if the count falls with the knob
-            return (missing / abs(target)).clamp(-MOST_RELATIVE_ERROR, MOST_RELATIVE_ERROR)
+            size = target.abs() if isinstance(target, Tensor) else abs(target)
+            return (missing / size).clamp(-MOST_RELATIVE_ERROR, MOST_RELATIVE_ERROR)
         return missing / self.num_experts
 
     def integral_after(self, error: Tensor, integral: Tensor) -> Tensor:
