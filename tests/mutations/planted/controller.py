@@ -14,8 +14,8 @@ MISTAKES = [
         "error_sign",
         "the error of the controller has the wrong sign",
         "control/pi.py",
-        "(target - measured) / self.num_experts",
-        "(measured - target) / self.num_experts",
+        "missing = target - measured",
+        "missing = measured - target",
         (f"{PI}::test_steps_by_hand",),
     ),
     Mutation(
