@@ -5,31 +5,21 @@
 Three ways to a model that uses b experts per token, on the study's text and with its model:
 `elastic` is trained at targets drawn from 1 to 4 and asked for b, with the map of its controller;
 `at_2` is trained at 2, and its threshold calibrated for b after the training; `at_1` to `at_4` are
-trained at b. The parts can be trained one by one, on any day: each finished run adds its row to
-study/results/budgets.json, and the table is printed from all rows that are there.
+trained at b.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dynmoe.settings.messages.command_line import CommandParser
-from megatron_dynmoe.storage.atomic import replace_file
-from study import corpus, document, fingerprint, runs
-from study.queue import Queue, alone
-from study.variants import SEEDS, SIZES, Variant
+from study import corpus, runs
+from study.parts import Part, Rows, end, of_variant
+from study.variants import SEEDS, Variant
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
-RESULTS = document.RESULTS / "budgets.json"
 _FLAGS = (
     "--moe-dynamic-routing dtop_p --moe-dynamic-balance-loss-coeff 1e-2 "
     "--moe-dynamic-target-experts-per-token "
@@ -49,48 +39,7 @@ VARIANTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is not finished, measure it, and print the table; returns the exit code."""
-    args = _parser().parse_args(argv)
-    size = SIZES["quick" if args.quick else "cpu"]
-    folder = args.runs or runs.default_folder(args.quick)
-    files = corpus.files_of(None)
-    text = corpus.corpus_of(files, size.vocab_size, folder)
-    planned = runs.plan(
-        size,
-        text,
-        fingerprint.of_code(),
-        folder,
-        only=args.only,
-        num_seeds=1 if args.quick else args.seeds,
-        variants=VARIANTS,
-    )
-    results = folder / RESULTS.name if args.quick else RESULTS
-    rows = json.loads(results.read_text()) if results.is_file() else {}
-    if args.list:
-        for run in planned:
-            done = "in the results" if run.name in rows else f"{run.iteration} of {size.steps}"
-            print(f"{run.name:<16} {done:<16} {run.variant.title}")
-        return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
-        corpus.prepare(text, files, size.vocab_size, size.sequence_length)
-        queue = Queue([run for run in planned if run.name not in rows], text, size, args.jobs)
-        queue.train()
-        for run in planned:
-            if run.is_finished and run.name not in rows:
-                rows[run.name] = {"commit": run.commit, "points": _points(run, text)}
-                kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
-                replace_file(results, lambda partial, kept=kept: partial.write_text(kept))
-    print("\n".join(table(rows)))
-    for failure in queue.failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if queue.stopped_by is not None:
-        return 128 + queue.stopped_by
-    return 1 if queue.failures else 0
-
-
-def table(rows: dict[str, Any]) -> list[str]:
+def table(rows: Rows) -> list[str]:
     """Held-out losses by budget, in Markdown: means over the seeds that are there."""
     lines = ["| experts per token | elastic | trained at 2, calibrated | trained at it |"]
     lines.append("| --- | --- | --- | --- |")
@@ -99,9 +48,9 @@ def table(rows: dict[str, Any]) -> list[str]:
         for name in (ELASTIC, AFTERWARDS, f"at_{budget:g}"):
             points = [
                 point
-                for run, row in sorted(rows.items())
+                for row in of_variant(rows, name)
                 for point in row["points"]
-                if run.rpartition("-seed")[0] == name and point["budget"] == budget
+                if point["budget"] == budget
             ]
             cells.append(_cell(points))
         lines.append(f"| {' | '.join(cells)} |")
@@ -122,7 +71,6 @@ def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
     from megatron_dynmoe.use import calibrate as calibration  # these import PyTorch
     from study import afterwards
 
-    print(f"{run.name}: held-out text", flush=True)
     model, tokens_NS = afterwards.load_run(run, text)
     config = model.config
 
@@ -159,22 +107,11 @@ def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
     return points
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="python -m study.budgets", description=__doc__)
-    add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="NAME", help=f"parts: {', '.join(VARIANTS)}")
-    add("--seeds", type=int, metavar="N", help="at most so many seeds of each (default: all)")
-    add("--list", action="store_true", help="show the parts and how far they are")
-    add("--quick", action="store_true", help="a tiny model, to see whether everything works")
-    add("--jobs", type=int, default=2, metavar="N", help="trainings side by side")
-    add("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/study)")
-    return parser
+def _measure(run: runs.Run, text: corpus.Corpus) -> dict[str, Any]:
+    return {"points": _points(run, text)}
 
+
+PART = Part("budgets", __doc__, VARIANTS, _measure, table)
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"study: error: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"study: error: {Path(error.cmd[1]).name} failed")
+    end(PART)

@@ -31,6 +31,8 @@ here may not hold at the papers' sizes, and the other way round.
     make study STUDY="--quick"             # a few minutes, to see whether everything works
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
+    make study PART=rules                  # every rule at 2 experts, 33 runs; see "Parts"
+    make study PART=budgets STUDY="--only elastic --seeds 1"
 
 Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
 same command continues from there, or after a crash from the last checkpoint. A run is not trained
@@ -40,6 +42,12 @@ count); `--any-code` also takes finished runs of other code. The runs are in `ru
 one picture.
 
 The size for a GPU ({gpu}) has not been run yet.
+
+**Parts.** `PART=rules` trains every [rule](rules.md) at the same mean number of experts,
+so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost. It
+has not been run yet. `PART=budgets` trains one model for every budget and models of one budget each
+([what is there](huggingface.md#budgets)). A part can be trained run by run, on any day: a finished
+run adds its row to `study/results/`, and the table is printed from the rows that are there.
 
 ## What is compared
 

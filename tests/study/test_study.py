@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from study import budgets, corpus, document, fingerprint, results, runs
+from study import budgets, corpus, document, fingerprint, parts, results, rules, runs
 from study.claims import CLAIMS, FAILS, HOLDS, UNCLEAR, judge
 from study.queue import alone
 from study.results import Results
@@ -98,6 +98,27 @@ def test_flags_of_all_variants_are_accepted_settings():
     assert routings["by_layer"].scope == "layer" and routings["no_drn"].normalization == "none"
     assert routings["top_p_04"].weights == "raw" and routings["fixed_020"].threshold == 0.2
     assert {c.balance_loss_coeff for c in routings.values() if c.is_dynamic} == {1e-2}
+    for part in (rules.PART, budgets.PART):
+        for variant in part.variants.values():
+            args, _ = parser.parse_known_args(training_flags(variant, CPU, 1))
+            config_from_args(args).resolve(None if variant.name == "dense" else NUM_EXPERTS)
+
+
+def test_rules_are_compared_by_their_seeds_noise():
+    found = {
+        f"{name}-seed{seed}": {"validation_loss": loss, "validation_experts_per_token": 2.0}
+        for name, losses in {"dtop_p": (4.0, 4.2), "top2": (4.3, 4.5), "relu": (3.0,)}.items()
+        for seed, loss in enumerate(losses, 1)
+    }
+    noise = rules.pooled_deviation([[4.0, 4.2], [4.3, 4.5], [3.0], []])
+    assert noise == pytest.approx(0.02**0.5)
+    lines = rules.table(found)
+    assert len(lines) == 2 + len(rules.VARIANTS)
+    top2 = next(line for line in lines if line.startswith("| top-2 "))
+    half = 2 * noise  # two seeds of each
+    assert f"| 2 | 4.4000 | 2.00 | +0.3000 ({0.3 - half:+.4f} to {0.3 + half:+.4f}) |" in top2
+    assert "| 1 | 3.0000 | 2.00 | -1.1000 (" in next(line for line in lines if "ReLU" in line)
+    assert "| 0 | - | - | - |" in next(line for line in lines if "SeqTopK" in line)
 
 
 def test_without_controller_the_threshold_is_the_one_that_dtop_p_begins_with():
@@ -396,4 +417,4 @@ def test_numbers_are_kept_with_five_digits():
 
 def test_two_studies_never_share_a_folder(tmp_path):
     with alone(tmp_path), pytest.raises(ValueError, match=f"another study runs in {tmp_path}"):
-        budgets.main(["--quick", "--runs", str(tmp_path)])
+        parts.main(budgets.PART, ["--quick", "--runs", str(tmp_path)])

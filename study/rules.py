@@ -1,0 +1,108 @@
+"""Every rule of routing at the same mean number of experts, so at equal FLOPs.
+
+    python -m study.rules [--only NAME ...] [--list] [--quick]
+
+Same text, model, tokens and seeds for all, on the study's text and with its model; those of a
+varying number are held at 2 experts per token on average. Losses are those on all held-out text.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from study import corpus, runs
+from study.parts import Part, Rows, end, of_variant
+from study.variants import SEEDS, TARGET, Variant
+from study.variants import VARIANTS as MAIN
+
+REFERENCE = "dtop_p"
+
+
+def _rule(name: str, title: str, routing: str, more: str = "") -> Variant:
+    flags = f"--moe-dynamic-routing {routing} --moe-dynamic-target-experts-per-token {TARGET:g} "
+    return Variant(name, title, flags + more, SEEDS)
+
+
+def _of_main(name: str) -> Variant:
+    """A variant of the main study, with all seeds."""
+    variant = MAIN[name]
+    return Variant(name, variant.title, variant.flags, SEEDS)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        _of_main(REFERENCE),
+        _of_main("top2"),
+        _of_main("no_drn"),
+        _of_main("by_layer"),
+        _rule("expert_threshold", "expert threshold", "expert_threshold"),
+        _rule("null_zero", "null experts, zero", "null_experts"),
+        _rule(
+            "null_identity",
+            "null experts, identity",
+            "null_experts",
+            "--moe-dynamic-null-kind identity",
+        ),
+        _rule("seq_top_k", "SeqTopK", "seq_top_k"),
+        _rule("relu", "ReLU", "relu"),
+        _of_main("dense"),
+        _of_main("top1"),
+    )
+}
+
+
+def _measure(run: runs.Run, text: corpus.Corpus) -> dict[str, Any]:
+    from study import afterwards  # imports PyTorch
+
+    return afterwards.held_out(run, text)
+
+
+def table(rows: Rows) -> list[str]:
+    """Loss and experts of each rule, and how it differs from DTop-p, in Markdown."""
+    losses = {name: [row["validation_loss"] for row in of_variant(rows, name)] for name in VARIANTS}
+    noise = pooled_deviation(list(losses.values()))
+    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, variant in VARIANTS.items():
+        experts = [
+            row["validation_experts_per_token"]
+            for row in of_variant(rows, name)
+            if "validation_experts_per_token" in row
+        ]
+        cells = [
+            variant.title,
+            str(len(losses[name])),
+            f"{statistics.fmean(losses[name]):.4f}" if losses[name] else "-",
+            f"{statistics.fmean(experts):.2f}" if experts else "-",
+            "" if name == REFERENCE else _difference(losses[REFERENCE], losses[name], noise),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def pooled_deviation(groups: list[list[float]]) -> float | None:
+    """The standard deviation that seeds alone cause; None with one seed of each."""
+    several = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in several)
+    if not freedom:
+        return None
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
+    return (squares / freedom) ** 0.5
+
+
+def _difference(reference: list[float], losses: list[float], noise: float | None) -> str:
+    if not reference or not losses:
+        return "-"
+    difference = statistics.fmean(losses) - statistics.fmean(reference)
+    if noise is None:
+        return f"{difference:+.4f}"
+    half = 2 * noise * (1 / len(reference) + 1 / len(losses)) ** 0.5
+    return f"{difference:+.4f} ({difference - half:+.4f} to {difference + half:+.4f})"
+
+
+PART = Part("rules", __doc__, VARIANTS, _measure, table)
+
+if __name__ == "__main__":
+    end(PART)
