@@ -60,6 +60,11 @@ def check_router_entries(folder: Path, state_dict: dict[str, Any], strictness: s
     # If the checkpoint has no router weights, it has no experts either: these flags cannot help.
     if not missing or _WEIGHT not in there:
         return
+    if (of_nulls := _of_larger_gates()) & wanted != of_nulls & there:
+        raise CheckpointError(
+            f"the checkpoint {folder} was trained with another --moe-dynamic-routing, whose gates "
+            "have another number of rows: its weights fit only that routing."
+        )
     if missing != [_THETA]:
         trained = (
             "was trained with another --moe-dynamic-routing"
@@ -83,6 +88,11 @@ def _of_routers(keys: Iterable[str]) -> set[str]:
     found = {key.rpartition(_ROUTER)[2] for key in keys if _ROUTER in key}
     entries = {name for rule in RULES.values() for name in rule.entries}
     return found & {_WEIGHT, _THETA, _INTEGRAL, _MEASURED, *KNOTS, *entries}
+
+
+def _of_larger_gates() -> set[str]:
+    """The state of the rules whose gates have rows beside those of the experts."""
+    return {name for rule in RULES.values() if rule.extra_logits for name in rule.entries}
 
 
 def _keys(state_dict: dict[str, Any]) -> Iterable[str]:

@@ -69,7 +69,6 @@ def initial_threshold(
     max_experts: int | None = None,
     theta: float = 1.0,
     routing: str = "dtop_p",
-    **settings: Any,
 ) -> float:
     """Compute the knob that gives ``target`` on normal logits, rounded to 4 decimals.
 
@@ -83,13 +82,12 @@ def initial_threshold(
         max_experts: cap on the experts of a token; None for no cap.
         theta: scale of the normalized logits; it has no effect unless ``normalized``.
         routing: the routing whose knob it is.
-        settings: those that the rule names in ``plant_settings``.
 
     Raises:
         ValueError: an argument is out of range.
     """
     return _operating_point(
-        num_experts, target, logits_std, normalized, max_experts, theta, routing, settings
+        num_experts, target, logits_std, normalized, max_experts, theta, routing
     )[0]
 
 
@@ -125,7 +123,6 @@ def plant_slope(
     max_experts: int | None = None,
     theta: float = 1.0,
     routing: str = "dtop_p",
-    **settings: Any,
 ) -> float:
     """Compute the gain in mean experts per token per unit of the knob, near ``target``.
 
@@ -135,7 +132,7 @@ def plant_slope(
     :func:`initial_threshold`.
     """
     return _operating_point(
-        num_experts, target, logits_std, normalized, max_experts, theta, routing, settings
+        num_experts, target, logits_std, normalized, max_experts, theta, routing
     )[1]
 
 
@@ -174,14 +171,11 @@ def _operating_point(
     max_experts: int | None,
     theta: float,
     routing: str,
-    settings: dict[str, Any],
 ) -> tuple[float, float]:
     """Compute knob and slope at the target, rounded to be the same on every platform."""
     # What has no effect becomes 1, so that one result serves all its values.
     std, theta = (1.0, float(theta)) if normalized else (float(logits_std), 1.0)
-    population = _Population(
-        num_experts, std, normalized, max_experts, theta, RULES[routing], tuple(settings.items())
-    )
+    population = _Population(num_experts, std, normalized, max_experts, theta, RULES[routing])
     kind = ROUTINGS[routing]
     return _compute_point(population, float(target), kind.knob_range, kind.least_experts)
 
@@ -195,7 +189,6 @@ class _Population(NamedTuple):
     max_experts: int | None
     theta: float
     rule: type[Rule]
-    settings: tuple[tuple[str, Any], ...]
 
 
 @lru_cache
@@ -227,13 +220,13 @@ def _compute_point(
 @lru_cache(maxsize=1)  # the targets of one run
 def _points(population: _Population) -> tuple[Tensor, int]:
     """The crossings of normal logits, a flat tensor that rises with the count, and their tokens."""
-    rule, settings = population.rule, dict(population.settings)
+    rule = population.rule
     num_logits = population.num_experts + rule.extra_logits
     logits_TE = _normal_logits(num_logits, population.logits_std)
     if population.normalized:
         _check_scale("theta", population.theta)
         logits_TE = normalize(logits_TE, population.theta)
-    crossings_TK = rule.crossings(logits_TE, population.max_experts, **settings)
+    crossings_TK = rule.crossings(logits_TE, population.max_experts)
     return rule.direction * crossings_TK.flatten(), len(logits_TE)
 
 
@@ -244,10 +237,11 @@ def _knob_at(crossings: Tensor, num_tokens: int, more: float, ends: tuple[float,
         more: crossings per token, the mean experts beyond the fewest.
     """
     num_passed = round(more * num_tokens)
+    # A range may reach far beyond the crossings. From its end, a controller would come back late.
     if num_passed == 0:
-        return ends[0]
+        return max(ends[0], float(crossings.min()) - 1)
     if num_passed == len(crossings):
-        return ends[1]
+        return min(ends[1], float(crossings.max()) + 1)
     below, above = (float(crossings.kthvalue(k).values) for k in (num_passed, num_passed + 1))
     return (below + above) / 2
 

@@ -1,4 +1,4 @@
-"""The control law of DTop-p: a positional PI controller on the top-p threshold.
+"""The control law of DTop-p: a positional PI controller on a rule's knob, the threshold.
 
 The law is a pure elementwise function. State and measurement have the shape [S]. S is 1 if one
 threshold serves all layers (scope ``global``), or the number of layers if each layer has its own
@@ -45,8 +45,8 @@ class PIController:
         max_threshold: upper bound of the threshold.
         errors: ``share`` (above), ``relative`` or ``sign``.
 
-    ``DynMoEConfig.resolve`` has checked the values: the bounds lie in 0 to 1 with the initial
-    threshold between them, and no gain is negative.
+    ``DynMoEConfig.resolve`` has checked the values: the bounds lie in the knob's range with the
+    initial threshold between them, and no gain is negative.
     """
 
     num_experts: int

@@ -102,7 +102,7 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
         "normalized": resolved.normalization == "drn",
         "logits_std": _logits_std(model),
         "max_experts": resolved.max_experts_per_token,
-    } | {name: getattr(resolved, name) for name in RULES[resolved.routing].plant_settings}
+    }
 
 
 def started_rule(dynmoe: DynMoEConfig, controller: Controller | None, model: ModelSizes) -> Rule:

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi_map import MapController
 from megatron_dynmoe.moe.router import DynamicRouter, finished_iterations
+from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
 from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
@@ -56,6 +57,7 @@ class GlobalBatchUpdate:
         assert settled.rule is not None
         self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
         self.rule = settled.rule
+        self._keeps_state = type(self.rule).next_state is not Rule.next_state
         self.finalize = finalize or finalize_model_grads
         self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
@@ -106,7 +108,7 @@ class GlobalBatchUpdate:
         mean_L = statistics.mean_experts
         self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
         self._staged = self._next_controlled(statistics, maps_L2K, is_invalid)
-        if self.rule.num_sums:
+        if self._keeps_state:
             self._staged_of_rule = []
             for router in self._routers:
                 layer, knob = router.layer_number - 1, None

@@ -225,10 +225,10 @@ def with_routing(config: dict[str, Any], dynmoe: DynMoEConfig) -> dict[str, Any]
     first = {
         name: [shortest(value) for value in values] for name, values in rule.first_state.items()
     }
-    if rule.extra_logits != extra_logits(config):
+    if (rows := rule.extra_logits) != (there := extra_logits(config)):
         raise ValueError(
-            f"routing is {dynmoe.routing!r}, whose gate has rows that the model's gate does not "
-            "have: train such a model from its start."
+            f"routing is {dynmoe.routing!r}, whose gate has {rows} rows beside those of the "
+            f"experts, and the model's gate has {there}: train such a model from its start."
         )
     state: RouterState = {
         name: where_sparse(config, values if dynmoe.routing in LAYER_RULES else values[0])

@@ -76,7 +76,8 @@ def threshold_at(
     if curve is None:
         raise ValueError(
             f"{name} is {budget!r}, and the model has no budget_curve, which says the "
-            f"threshold for it. To measure one: {_CALIBRATE}"
+            f"threshold for it. To measure one, if its routing has a threshold (top_k, top_p or "
+            f"dtop_p): {_CALIBRATE}"
         )
     low, high = curve[0]["experts_per_token"], curve[-1]["experts_per_token"]
     if not _is_number(budget) or not low * (1 - _ROUNDING) <= budget <= high * (1 + _ROUNDING):

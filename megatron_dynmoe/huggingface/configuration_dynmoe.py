@@ -52,8 +52,10 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Of other rules, exports name all settings.
-OTHER_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"]
+# Of other rules, where they do not say otherwise (layers/rules.py).
+RULE_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"] | {"weights": "raw"}
+for _name, _rule in RULES.items():
+    ROUTING_DEFAULTS[_name] = {**RULE_DEFAULTS, **_rule.defaults}
 
 # What top-p and DTop-p have, and what other rules have. Those that are in no list, all have.
 TOP_P_ONLY = ("threshold", "inference_threshold", "inference_experts_per_token", "budget_curve")
@@ -246,7 +248,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         self.output_router_logits = output_router_logits
         self.controller = controller
         self.measured_experts_per_token = measured_experts_per_token
-        for name, default in ROUTING_DEFAULTS.get(routing, OTHER_DEFAULTS).items():
+        for name, default in ROUTING_DEFAULTS.get(routing, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
 
@@ -385,7 +387,7 @@ class DynMoEModelConfig(PreTrainedConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name} is {getattr(self, name)!r}, which routing 'top_k' does not have: "
-                        "set routing to 'top_p' or 'dtop_p', or leave it out."
+                        "set another routing, or leave it out."
                     )
             self._validate_experts("num_experts_per_tok", self.num_experts_per_tok)
             return
@@ -433,8 +435,15 @@ class DynMoEModelConfig(PreTrainedConfig):
                     f"{kind} has {', '.join(sorted(given)) or 'nothing'}, and routing "
                     f"{self.routing!r} has {', '.join(sorted(wanted)) or 'nothing'} there."
                 )
+        for name, value in rule.fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, and routing {self.routing!r} knows "
+                    f"{value!r} only: leave it out."
+                )
+        most = max(self.cap(training) or self.num_experts for training in (True, False))
         for name, (allowed, is_allowed) in rule.settings.items():
-            if not is_allowed(settings[name]):
+            if not is_allowed(settings[name], most):
                 raise ValueError(f"rule_settings[{name!r}] is {settings[name]!r}: use {allowed}.")
         for name, length in rule.lengths(self.num_experts).items():
             self._validate_length(f"router_state[{name!r}]", state[name])

@@ -116,6 +116,8 @@ class Gate(nn.Module):
         """
         choice = self.choice()
         if threshold is not None:
+            if choice.rule is not None:
+                raise ValueError(f"threshold is {threshold}, and this routing compares with none.")
             choice = choice._replace(threshold=threshold)
         # 1. Gate, normalize, softmax
         kind = hidden_TD.device.type

@@ -63,13 +63,19 @@ class LayerRule:
         state: the entries of its state in each layer, each with the number of its values: ``one``
             or ``experts``.
         settings: its settings beside those that all rules have, each with the values that it may
-            have: what ``allowed`` says in words, and a check.
+            have: in words, and a check of a value and the most experts of a token.
+        defaults: values of settings that all rules have, if a configuration leaves them out.
+        fixed: settings that all rules have, and of which it knows one value only.
+        reads: the entries of its state that ``choose`` reads; None: all.
         extra_logits: how many rows the gate has beside those of the experts, from the settings.
     """
 
     choose: Choose
     state: Mapping[str, str]
-    settings: Mapping[str, tuple[str, Callable[[Any], bool]]] = field(default_factory=dict)
+    settings: Mapping[str, tuple[str, Callable[[Any, int], bool]]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] | None = None
     extra_logits: Callable[[Mapping[str, Any]], int] = lambda _: 0
 
     def lengths(self, num_experts: int) -> dict[str, int]:
@@ -90,7 +96,7 @@ def _seq_top_k(
 ) -> Chosen:
     """SeqTopK without a look at other tokens: all probabilities above the layer's threshold."""
     probs_TE = logits_TE.softmax(dim=-1)
-    map_TE = select_above(probs_TE, state["threshold"], settings["max_experts_per_token"])
+    map_TE = select_above(probs_TE, state["score_threshold"], settings["max_experts_per_token"])
     return Chosen(probs_TE, map_TE, weigh(probs_TE, map_TE, settings["weights"] == "renormalized"))
 
 
@@ -121,27 +127,37 @@ RULES: dict[str, LayerRule] = {
         {
             "threshold_decay": (
                 "a number from 0 to below 1",
-                lambda decay: isinstance(decay, float | int) and 0 <= decay < 1,
+                lambda decay, _: isinstance(decay, float | int) and 0 <= decay < 1,
             )
         },
+        reads=("thresholds",),
     ),
     "null_experts": LayerRule(
         _null_experts,
         {"null_bias": "one"},
         {
             "null_slots": (
-                "a whole number from 1, at least a token's slots",
-                lambda slots: type(slots) is int and slots >= 1,
+                "a whole number, at least the most slots of a token (the caps, or all experts)",
+                lambda slots, most: type(slots) is int and slots >= most,
             ),
-            "null_kind": ("zero or identity", lambda kind: kind in ("zero", "identity")),
+            "null_kind": ("zero or identity", lambda kind, _: kind in ("zero", "identity")),
         },
+        defaults={"weights": "renormalized", "balance_loss": "global_aux_loss"}
+        | {"balance_loss_coeff": 1e-2},
         extra_logits=lambda _: 1,
     ),
-    "seq_top_k": LayerRule(_seq_top_k, state={"threshold": "one"}),
+    "seq_top_k": LayerRule(
+        _seq_top_k,
+        {"score_threshold": "one"},
+        defaults={"balance_loss": "seq_aux_loss", "balance_loss_coeff": 1e-2},
+    ),
     "relu": LayerRule(
         _relu,
         {"log10_lambda": "one"},
-        {"control_law": ("pi or sign", lambda law: law in ("pi", "sign"))},
+        {"control_law": ("pi or sign", lambda law, _: law in ("pi", "sign"))},
+        defaults={"balance_loss": "aux_loss"},
+        fixed={"normalization": "none", "weights": "raw", "dynamic_loss_coeff": 0.0},
+        reads=(),
     ),
 }
 
@@ -155,10 +171,12 @@ def chooser(
         config: the fields of the model's configuration.
         max_experts: the cap, or None.
     """
+    rule = RULES[config["routing"]]
     state = {
         name: torch.tensor(layers[layer], dtype=torch.float32, device=device)
         for name, layers in (config["router_state"] or {}).items()
+        if rule.reads is None or name in rule.reads
     }
     settings = {"weights": config["weights"], "max_experts_per_token": max_experts}
     settings |= config["rule_settings"] or {}
-    return partial(RULES[config["routing"]].choose, state=state, settings=settings)
+    return partial(rule.choose, state=state, settings=settings)

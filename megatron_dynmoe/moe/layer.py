@@ -79,7 +79,7 @@ class DynMoELayer(MoELayer):
         if self._tokens is not None:
             weights_SB1 = self.router.last_residual.view(*self._tokens.shape[:-1], 1)
             output = output + (self._tokens * weights_SB1).to(output.dtype)
-            self._tokens = None
+            self._tokens = self.router.last_residual = None  # or they would keep the graph
         return output
 
     def preprocess(

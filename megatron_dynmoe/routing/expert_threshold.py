@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.select import most_experts
+from megatron_dynmoe.routing.select import most_experts, weigh
 
 
 def choose(
@@ -30,10 +30,8 @@ def choose(
     """
     map_TE = select(logits_TE, thresholds_E, max_experts)
     scores_TE = logits_TE.sigmoid()
-    weights_TE = scores_TE * map_TE
-    if renormalize:
-        weights_TE = weights_TE / _sum(weights_TE)
-    return scores_TE / _sum(scores_TE), map_TE, weights_TE
+    sum_T1 = scores_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
+    return scores_TE / sum_T1, map_TE, weigh(scores_TE, map_TE, renormalize)
 
 
 @torch.no_grad()
@@ -54,8 +52,3 @@ def select(logits_TE: Tensor, thresholds_E: Tensor, max_experts: int | None = No
     taken_TE = logits_TE.masked_fill(~map_TE, -torch.inf)
     order_TE = taken_TE.sort(dim=-1, descending=True, stable=True).indices[:, :most]
     return map_TE & torch.zeros_like(map_TE).scatter(-1, order_TE, True)
-
-
-def _sum(scores_TE: Tensor) -> Tensor:
-    """The sum over experts as a divisor that is never zero, [T, 1]."""
-    return scores_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)

@@ -65,7 +65,8 @@ def take_best(scores_SBK: Tensor, mean: float) -> Taken:
     flat_BN = scores_SBK.transpose(0, 1).flatten(1)
     sorted_BN, order_BN = flat_BN.sort(dim=-1, descending=True, stable=True)
     tokens_B = (scores_SBK[..., 0] >= 0).sum(dim=0)
-    budget_B1 = (tokens_B.double() * mean).floor().long().unsqueeze(-1)
+    # A mean such as 1.4 lies a little beside its decimal number: of 90 tokens it is 126 experts.
+    budget_B1 = (tokens_B.double() * mean + 1e-6).floor().long().unsqueeze(-1)
     places_N = torch.arange(flat_BN.shape[1], device=flat_BN.device)
     used_BN = torch.zeros_like(flat_BN, dtype=torch.bool)
     used_BN.scatter_(-1, order_BN, places_N < budget_B1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_dynmoe.settings.messages.refusals import SettingError
-from megatron_dynmoe.settings.routings import AUTO, ROUTINGS
+from megatron_dynmoe.settings.routings import AUTO, CALIBRATED, ROUTINGS
 
 if TYPE_CHECKING:
     from megatron_dynmoe.settings.config import DynMoEConfig
@@ -115,11 +115,21 @@ def _check_target(dynmoe: DynMoEConfig, wanted: Target, num_experts: int) -> Non
 
 
 def _check_controller(dynmoe: DynMoEConfig) -> None:
+    kind = ROUTINGS[dynmoe.routing]
+    auto = "'auto' or " if kind.is_calibrated else ""
+    for name in CALIBRATED:
+        if getattr(dynmoe, name) == AUTO and not kind.is_calibrated:
+            raise SettingError(
+                name,
+                AUTO,
+                f", and no count can be computed from the knob of {{routing}} {dynmoe.routing!r}",
+                f"give a number, or leave it out ({kind.defaults[name]:g})",
+            )
     if dynmoe.drawn_target is not None:
         _check_drawn_target(dynmoe)
     low, high = dynmoe.min_threshold, dynmoe.max_threshold
     assert low is not None and high is not None
-    lowest, highest = ROUTINGS[dynmoe.routing].knob_range
+    lowest, highest = kind.knob_range
     if not lowest <= low < high <= highest:
         raise SettingError(
             "min_threshold",
@@ -141,8 +151,8 @@ def _check_controller(dynmoe: DynMoEConfig) -> None:
                 name,
                 gain,
                 "",
-                "a negative gain drives the count away from the target; use 'auto' or a "
-                "positive number",
+                f"a negative gain drives the count away from the target; use {auto}a positive "
+                "number",
             )
     if dynmoe.control_law == "sign" and dynmoe.proportional_gain:
         raise SettingError(
@@ -157,7 +167,7 @@ def _check_controller(dynmoe: DynMoEConfig) -> None:
             "integral_gain",
             dynmoe.integral_gain,
             "",
-            "without it the count settles off the target; use 'auto' or a positive number",
+            f"without it the count settles off the target; use {auto}a positive number",
         )
 
 
@@ -171,7 +181,7 @@ def _check_drawn_target(dynmoe: DynMoEConfig) -> None:
             f", and {{routing}} {dynmoe.routing!r} cannot follow a target of each step's own",
             f"give one target, or use {{routing}} {others}",
         )
-    for name in ("initial_threshold", "proportional_gain", "integral_gain"):
+    for name in CALIBRATED:
         if getattr(dynmoe, name) != AUTO:
             raise SettingError(
                 name,

@@ -257,8 +257,9 @@ class DynMoEConfig:
         int | None,
         Setting(
             "int",
-            "For debugging: after every so many steps, compare threshold, integral, theta and gate "
-            "of all routers between ranks, bit for bit, and stop if two differ. Default: never.",
+            "For debugging: after every so many steps, compare threshold, integral, theta, gate "
+            "and the rule's state of all routers between ranks, bit for bit, and stop if two "
+            "differ. Default: never.",
         ),
     ] = None
 

@@ -46,7 +46,8 @@ class Derived(NamedTuple):
         return self.words
 
 
-_CALIBRATED = ("initial_threshold", "proportional_gain", "integral_gain")
+# What is computed from normal logits unless it is given.
+CALIBRATED = ("initial_threshold", "proportional_gain", "integral_gain")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ class RoutingSettings:
 
         Else the defaults of the routing are numbers.
         """
-        return AUTO in (self.defaults.get(name) for name in _CALIBRATED)
+        return AUTO in (self.defaults.get(name) for name in CALIBRATED)
+
+
+_NOISE = "half of all gates of random logits are open, whatever the coefficient of the L1 loss is"
 
 
 def _twice_the_target(dynmoe: DynMoEConfig, num_experts: int) -> int:
@@ -179,7 +183,6 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "dynamic_loss_coeff": 0.0,
         },
         required=_TARGET_REQUIRED,
-        instead={"threshold": "initial_threshold"},
         least_experts=0,
         is_exported=True,
         knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
@@ -193,7 +196,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         defaults=_COMMON_DEFAULTS
         | _CONTROLLER_DEFAULTS
         | {
-            "max_experts_per_token": Derived("twice the target", _twice_the_target),
+            "max_experts_per_token": Derived("twice the largest target", _twice_the_target),
             "null_slots": Derived("one per expert", lambda _, num_experts: num_experts),
             "null_kind": "zero",
             "min_threshold": -50.0,
@@ -205,7 +208,6 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "dynamic_loss_coeff": 0.0,
         },
         required=_TARGET_REQUIRED,
-        instead={"threshold": "initial_threshold"},
         least_experts=0,
         is_exported=True,
         knob_range=(-50.0, 50.0),
@@ -251,9 +253,10 @@ ROUTINGS: dict[str, RoutingSettings] = {
         },
         law_defaults={"sign": {"proportional_gain": 0.0, "integral_gain": math.log10(1.2)}},
         required=_TARGET_REQUIRED,
-        instead={"threshold": "initial_threshold"},
         refuses={
-            "moe_z_loss_coeff": "it pulls all gates below zero, which is for the L1 loss to steer"
+            "moe_z_loss_coeff": "it pulls all gates below zero, which is for the L1 loss to steer",
+            "moe_router_force_load_balancing": _NOISE,
+            "moe_router_force_biased": _NOISE,
         },
         least_experts=0,
         is_exported=True,

@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         TOP_P
         | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
         | {"routing": "seq_top_k", "threshold": None, "target_experts_per_token": 1.5}
-        | {"router_state": {"threshold": [[0.3], None, [0.1]]}},
+        | {"router_state": {"score_threshold": [[0.3], None, [0.1]]}},
     ),
     "raw weights of top-k": ("dynmoe", {"weights": "raw"}),
     "renormalized top-p": ("dynmoe", TOP_P | {"weights": "renormalized"}),

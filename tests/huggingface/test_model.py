@@ -146,7 +146,7 @@ ROUTINGS = {
     "seq_top_k": {
         "routing": "seq_top_k",
         "max_experts_per_token": 2,
-        "router_state": {"threshold": [[0.1], [0.3], [0.2]]},
+        "router_state": {"score_threshold": [[0.1], [0.3], [0.2]]},
     },
     "relu": {
         "routing": "relu",
@@ -164,7 +164,7 @@ def choices_by_oracle(config, layer, probs_TE):
         k = config.num_experts_per_tok
         return [set(sorted(range(len(r)), key=lambda e: (-r[e], e))[:k]) for r in rows]
     if config.routing == "seq_top_k":
-        least = torch.tensor(config.router_state["threshold"][layer][0]).item()
+        least = torch.tensor(config.router_state["score_threshold"][layer][0]).item()
         best = [sorted(range(len(r)), key=lambda e: (-r[e], e)) for r in rows]
         cap = config.max_experts_per_token
         return [{e for e in b[:cap] if r[e] > least} for b, r in zip(best, rows, strict=True)]

@@ -40,7 +40,7 @@ class Thrift(Rule):
         return route(logits_TE, 1 - state["left_out"], renormalize=True, **batch)
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         return 1 - TopP.crossings(logits_TE, max_experts)
 
 
@@ -60,13 +60,13 @@ class MinP(Rule):
     ) -> Routing:
         def select(probs_TE: Tensor) -> Tensor:
             chosen_TE = probs_TE >= state["share"] * probs_TE.max(dim=-1, keepdim=True).values
-            first_TE = torch.arange(probs_TE.shape[1]).expand_as(probs_TE) == 0
-            return torch.where(chosen_TE.any(dim=-1, keepdim=True), chosen_TE, first_TE)
+            chosen_TE[:, 0] |= ~chosen_TE.any(dim=-1)
+            return chosen_TE
 
         return route_by(select, logits_TE, renormalize=True, **batch)
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         probs_TE = logits_TE.softmax(dim=-1).sort(dim=-1, descending=True).values
         return probs_TE[:, 1:max_experts] / probs_TE[:, :1]
 

@@ -97,7 +97,7 @@ def test_weights_losses_and_gradients_are_those_of_the_loops(weights):
 def test_evaluation_does_not_look_ahead_and_training_does():
     layer = built()
     router = layer.router
-    router.threshold.fill_(0.2)
+    router.score_threshold.fill_(0.2)
     early, late = hidden(3), hidden(3)
     late[S // 2 :] = 3 * hidden(4)[S // 2 :]
 
@@ -115,7 +115,7 @@ def test_evaluation_does_not_look_ahead_and_training_does():
 
 def test_inference_may_have_another_cap():
     layer = built(inference_max_experts_per_token=5)
-    layer.router.threshold.fill_(0.05)
+    layer.router.score_threshold.fill_(0.05)
     assert layer.router(hidden(5))[1].sum(dim=-1).max() == CAP
     layer.eval()
     probs_TE = probs_of(layer.router, hidden(5)).view(-1, E)
@@ -127,7 +127,7 @@ def test_inference_may_have_another_cap():
 @pytest.mark.parametrize("weights", ["raw", "renormalized"])
 def test_an_exported_router_chooses_as_evaluations_do(weights):
     router = built(weights=weights).eval().router
-    router.threshold.fill_(0.3)
+    router.score_threshold.fill_(0.3)
     logits_TE = torch.nn.functional.linear(hidden(6), router.weight).flatten(end_dim=1)
     settings = {"weights": weights, "max_experts_per_token": CAP}
     chosen = RULES["seq_top_k"].choose(logits_TE, router.state, settings)
@@ -157,7 +157,9 @@ def test_the_threshold_is_the_mean_of_what_the_last_budgets_left_out(monkeypatch
         ]
         update([model])
         left_out = [values[int(positions * MEAN)].item() for values in best]
-        assert router.threshold.item() == pytest.approx(sum(left_out) / len(left_out), rel=1e-6)
+        assert router.score_threshold.item() == pytest.approx(
+            sum(left_out) / len(left_out), rel=1e-6
+        )
     assert router.measured.item() == int(positions * MEAN) / positions
     layer.eval()
     layer(hidden(7, positions=4096))

@@ -99,7 +99,7 @@ print(model(**tokens).experts_per_token)  # [layers with experts, batch, tokens]
     column={
         "what it is": "ours",
         "runs in": "Transformers 5, with this package or with `trust_remote_code=True`",
-        "routing": "top-k, top-p, DTop-p",
+        "routing": "top-k and all [rules](rules.md)",
         "theta (DRN), threshold per layer, caps": "yes",
         "weights raw / renormalized": "both",
         "routing computed in": "`router_dtype`: float32",

@@ -67,7 +67,7 @@ class ExpertThreshold(Rule):
             state["thresholds"],
             max_experts=self.cap(training),
             renormalize=self.dynmoe.weights == "renormalized",
-            counted=training,
+            counted=training and torch.is_grad_enabled(),
             **batch,
         )
 
@@ -88,7 +88,7 @@ class ExpertThreshold(Rule):
         return {"thresholds": thresholds_E, "batches": batches + (sums_W.sum() > 0)}
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         """The share from which an expert takes a token: that of the tokens with larger logits."""
         num_tokens, num_experts = logits_TE.shape
         places_TE = logits_TE.argsort(dim=0, descending=True).argsort(dim=0)

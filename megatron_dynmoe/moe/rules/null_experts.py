@@ -67,7 +67,7 @@ class NullExperts(Rule):
         )
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         return null_crossings(logits_TE, max_experts)
 
 

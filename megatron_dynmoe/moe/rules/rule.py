@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -27,7 +27,6 @@ class Rule(ABC):
         extra_logits: rows of the gate beyond one for each expert, X.
         by_sequence: whether it has to know the sequences. If not, and the balance loss does not
             need them either, all tokens of a micro-batch count as one.
-        plant_settings: names of the settings that ``crossings`` depends on.
         num_sums: how many numbers of its own the rule sums over a global batch, W.
         first_state: the rule's state at the start of training, by name. The router holds each as a
             float32 buffer [number of values] that is saved with the model, beside the controller's
@@ -42,7 +41,6 @@ class Rule(ABC):
     peak: ClassVar[float] = 1.0
     entries: ClassVar[tuple[str, ...]] = ()
     by_sequence: ClassVar[bool] = False
-    plant_settings: ClassVar[tuple[str, ...]] = ()
     extra_logits: int = 0
     num_sums: int = 0
     first_state: Mapping[str, tuple[float, ...]]
@@ -127,7 +125,7 @@ class Rule(ABC):
         return {}
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         """Compute the values of the knob at which tokens gain or lose an expert.
 
         Only a rule with a controller needs this. Where the controller starts and its default gains
@@ -136,7 +134,6 @@ class Rule(ABC):
         Args:
             logits_TE: [T, E] float64, normalized if the routing normalizes.
             max_experts: the cap, or None.
-            settings: those of ``plant_settings``.
 
         Returns:
             [T, K - L] float64, K the most and L the fewest experts of a token (``least_experts`` in

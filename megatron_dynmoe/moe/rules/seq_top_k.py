@@ -30,18 +30,18 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 class SeqTopK(Rule):
     """See :mod:`megatron_dynmoe.routing.seq_top_k`.
 
-    State: ``threshold``, [1]. Means over several batches follow the probabilities too slowly.
+    State: ``score_threshold``, [1]. Means over several batches follow the probabilities too slowly.
     """
 
-    knob = "threshold"
-    entries = ("threshold",)
+    knob = "score_threshold"
+    entries = ("score_threshold",)
     direction = -1
     by_sequence = True
     num_sums = 2  # the best probabilities left out, and the sequences
 
     def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
         super().__init__(dynmoe, first, num_experts)
-        self.first_state = {"threshold": (1 / num_experts,)}  # for evaluations before a step
+        self.first_state = {"score_threshold": (1 / num_experts,)}  # for evaluations before a step
         self.fixed = {}
         target = dynmoe.target_experts_per_token
         assert target is not None
@@ -69,7 +69,7 @@ class SeqTopK(Rule):
             return as_map(ids_TK, taken.used_SBK.reshape(ids_TK.shape), self.num_experts)
 
         def above(probs_TE: Tensor) -> Tensor:
-            return select_above(probs_TE, state["threshold"], cap)
+            return select_above(probs_TE, state["score_threshold"], cap)
 
         routed = route_by(
             best if training else above,
@@ -85,8 +85,8 @@ class SeqTopK(Rule):
         self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
     ) -> Mapping[str, Tensor]:
         left_out, sequences = sums_W.split(1)
-        threshold = torch.where(sequences > 0, left_out / sequences, state["threshold"])
-        return {"threshold": threshold.float()}
+        threshold = torch.where(sequences > 0, left_out / sequences, state["score_threshold"])
+        return {"score_threshold": threshold.float()}
 
 
 def _summed(taken: Taken) -> Tensor:
@@ -118,6 +118,9 @@ def _take_best_of_all(scores_SBK: Tensor, mean: float, group: ProcessGroup | Non
     cp_rank, tp_rank = divmod(group.rank(), group.size() // cp)
     all_SBK = scores_SBK.new_empty(group.size() * len(scores_SBK), *scores_SBK.shape[1:])
     torch.distributed.all_gather_into_tensor(all_SBK, scores_SBK.contiguous(), group=group)
+    if cp == 1:  # the ranks have one stretch of positions after the other
+        taken = take_best(all_SBK, mean)
+        return taken._replace(used_SBK=taken.used_SBK.chunk(group.size())[tp_rank])
     # Megatron cuts a sequence into 2 CP chunks, gives each context-parallel rank r chunk r and
     # chunk 2 CP - 1 - r, and splits these over the ranks with sequence parallelism.
     halves = all_SBK.view(cp, 2, -1, *scores_SBK.shape[1:])

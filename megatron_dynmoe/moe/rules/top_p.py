@@ -46,5 +46,5 @@ class TopP(Rule):
         )
 
     @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None, **settings: Any) -> Tensor:
+    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         return crossings(logits_TE.softmax(-1), max_experts)

@@ -57,7 +57,9 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
         experts_axis.legend(frameon=False)
         if names.THRESHOLD in scalars:
             _plot_by_layer(threshold_axis, scalars, names.THRESHOLD, names.THRESHOLD_OF_LAYER)
-        threshold_axis.set(title="threshold", xlabel="iteration", ylabel="cumulative probability")
+        threshold_axis.set(title="what the controller moves", xlabel="iteration")
+        if routing.get("routing") in ("top_p", "dtop_p"):
+            threshold_axis.set(title="threshold", ylabel="cumulative probability")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
