@@ -237,6 +237,8 @@ def _knob_at(crossings: Tensor, num_tokens: int, more: float, ends: tuple[float,
         more: crossings per token, the mean experts beyond the fewest.
     """
     num_passed = round(more * num_tokens)
+    if not len(crossings):  # every token uses one expert
+        return ends[0]
     # A range may reach far beyond the crossings. From its end, a controller would come back late.
     if num_passed == 0:
         return max(ends[0], float(crossings.min()) - 1)

@@ -61,7 +61,7 @@ def test_a_dynamic_checkpoint_in_a_top_k_model_is_warned_of(saved, capsys):
 
 def test_a_checkpoint_of_another_rule_is_refused(saved, monkeypatch):
     class Other(TopP):
-        knob = "margin"
+        knob, entries = "margin", ("margin",)
 
     monkeypatch.setitem(RULES, "other", Other)
     folder, settings = saved

@@ -110,7 +110,7 @@ class Recorder:
                 "skipped": bool(skipped),
                 "grad_norm": grad_norm,
                 # By global layer number, after the step:
-                "threshold": {layer: r.knob.item() for layer, r in routers.items()},
+                "threshold": {layer: knob_of(r) for layer, r in routers.items()},
                 "integral": {layer: r.integral.item() for layer, r in routers.items()},
                 "measured": {layer: r.measured.item() for layer, r in routers.items()},
                 "theta": {layer: r.theta.item() for layer, r in routers.items()},
@@ -122,6 +122,12 @@ class Recorder:
                 "counted": {layer: r.counters.sums.tokens.item() for layer, r in routers.items()},
             }
         )
+
+
+def knob_of(router: Any) -> float:
+    """The number in a router's state that a controller may move; NaN if there is none."""
+    name = router.rule.knob
+    return float("nan") if name is None else router.get_buffer(name).item()
 
 
 def main() -> None:

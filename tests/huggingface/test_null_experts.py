@@ -119,8 +119,11 @@ def test_a_model_generates_with_and_without_its_cache_alike():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"null_slots": 0, "null_kind": "zero"}, "null_slots.* is 0: use a whole number from 1"),
-        ({"null_slots": 4, "null_kind": "copy"}, "null_kind.* is 'copy': use zero or identity"),
+        (
+            {"null_slots": 7, "null_kind": "zero"},
+            "null_slots.* is 7: use .*at least the most slots",
+        ),
+        ({"null_slots": 8, "null_kind": "copy"}, "null_kind.* is 'copy': use zero or identity"),
         ({"null_slots": 4}, "rule_settings has null_slots, and routing 'null_experts' has null_k"),
     ],
 )

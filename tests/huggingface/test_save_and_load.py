@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import megatron_dynmoe
+from megatron_dynmoe.conversion.formats import FORMATS
 from megatron_dynmoe.huggingface import DynMoEForCausalLM, DynMoEModelConfig
 from tests.huggingface.tiny import tiny_model, tokens
 
@@ -22,17 +23,7 @@ from tests.huggingface.tiny import tiny_model, tokens
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 DTOP_P = {"routing": "dtop_p", "threshold": [0.3, 0.4, 0.5]}
 PACKAGE = Path(megatron_dynmoe.__file__).parent
-SHIPPED = (
-    "huggingface/budgets_dynmoe.py",
-    "huggingface/configuration_dynmoe.py",
-    "huggingface/masking_dynmoe.py",
-    "huggingface/modeling_dynmoe.py",
-    "kernels/choose_cpu.py",
-    "layers/moe.py",
-    "routing/losses.py",
-    "routing/normalize.py",
-    "routing/select.py",
-)
+SHIPPED = FORMATS["dynmoe"].shipped
 
 
 def with_theta(model, *theta):

@@ -181,7 +181,7 @@ def test_an_exported_model_chooses_as_evaluations_do():
 
 def test_settings_that_it_has_not_are_refused_by_name():
     for more, message in (
-        ({"threshold": 0.4}, "threshold is 0.4.*does not have.*initial_threshold"),
+        ({"threshold": 0.4}, "threshold is 0.4.*does not have.*leave it out"),
         ({"inference_threshold": 0.4}, "inference_threshold.*does not have"),
         ({"initial_threshold": 1.5}, "share of all tokens that an expert takes"),
         ({"threshold_decay": 1.0}, "threshold_decay is 1.0.*below 1"),

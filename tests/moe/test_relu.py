@@ -129,7 +129,7 @@ def test_a_cap_keeps_the_largest_gates():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"threshold": 0.4}, "threshold is 0.4.*use initial_threshold"),
+        ({"threshold": 0.4}, "threshold is 0.4.*does not have.*leave it out"),
         ({"normalization": "drn"}, "normalization is 'drn'.*does not have"),
         ({"weights": "renormalized"}, "weights is 'renormalized'.*does not have"),
         ({"dynamic_loss_coeff": 1e-3}, "dynamic_loss_coeff is 0.001.*does not have"),
