@@ -70,6 +70,11 @@ def test_a_checkpoint_of_another_rule_is_refused(saved, monkeypatch):
         check(folder, ["weight", "margin", "integral", "measured"])
 
 
+def test_a_gate_with_other_rows_is_told_of_without_a_remedy_that_cannot_help(saved):
+    with pytest.raises(CheckpointError, match=r"another number of rows: its weights fit only"):
+        check(saved[0], ["weight", "null_bias", "integral", "measured"])
+
+
 def test_what_is_asked_to_be_lenient_is(saved):
     for strictness in ("log_all", "log_unexpected", "return_all", "ignore_all"):
         check(saved[0], [*STATE, "theta_offset"], strictness)

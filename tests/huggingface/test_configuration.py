@@ -9,7 +9,8 @@ import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_dynmoe.huggingface import DynMoEModelConfig
-from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTINGS
+from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTING_DEFAULTS, ROUTINGS
+from megatron_dynmoe.layers.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.routings import ROUTINGS as TRAINED
 from tests.huggingface.tiny import tiny_config
@@ -182,3 +183,36 @@ def test_engines_read_how_many_slots_a_token_needs(settings, slots, tmp_path):
 )
 def test_inference_has_a_threshold_and_a_cap_of_its_own(settings, training, expected):
     assert tiny_config(**settings).threshold_and_cap(layer=1, training=training) == expected
+
+
+RELU = {
+    "routing": "relu",
+    "rule_settings": {"control_law": "pi"},
+    "router_state": {"log10_lambda": [[-3.0], [-3.0]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalization": "drn"}, "normalization is 'drn', and routing 'relu' knows 'none' only"),
+        ({"weights": "renormalized"}, "weights is 'renormalized', .* knows 'raw' only"),
+        ({"threshold": 0.3}, "threshold is 0.3, which routing 'relu' does not have"),
+        ({"router_state": {"log10_lambda": [[-3.0], [1, 2]]}}, r"log10_lambda'\]\[1\] is \[1, 2\]"),
+        ({"router_state": {}}, "router_state has nothing, and routing 'relu' has log10_lambda"),
+    ],
+)
+def test_settings_of_a_rule_are_refused_by_name(settings, message):
+    DynMoEModelConfig(num_hidden_layers=2, **RELU)
+    with pytest.raises(ValueError, match=message):
+        DynMoEModelConfig(num_hidden_layers=2, **RELU | settings)
+
+
+def test_a_rule_has_the_defaults_of_its_training():
+    for routing, kind in TRAINED.items():
+        if routing not in RULES:
+            continue
+        found = ROUTING_DEFAULTS[routing]
+        for name in ("normalization", "weights", "balance_loss"):
+            wanted = kind.defaults.get(name, RULES[routing].fixed.get(name))
+            assert found[name] == wanted, (routing, name)

@@ -141,6 +141,9 @@ def test_a_cap_keeps_the_largest_gates():
         ({"target_experts_per_token": "uniform(1,3)"}, "uniform"),
         ({"target_experts_per_token": 0}, "use more than 0 to 8"),
         ({"target_experts_per_token": 9}, "use more than 0 to 8"),
+        ({"integral_gain": "auto"}, r"integral_gain is 'auto'.*leave it out \(0.08\)"),
+        ({"initial_threshold": "auto"}, r"initial_threshold is 'auto'.*leave it out \(-8\)"),
+        ({"integral_gain": 0.0}, "use a positive number"),
     ],
     ids=str,
 )

@@ -69,7 +69,9 @@ def test_a_cap_of_the_mean_is_top_k():
     assert torch.equal(map_SBE.view(-1, E), as_map(ids_TK, used_TK, E))
 
 
-@pytest.mark.parametrize(("mean", "tokens", "total"), [(1.1, 10, 11), (0.5, 5, 2), (0.05, 8, 0)])
+@pytest.mark.parametrize(
+    ("mean", "tokens", "total"), [(1.1, 10, 11), (1.4, 90, 126), (0.5, 5, 2), (0.05, 8, 0)]
+)
 def test_the_total_is_rounded_down(mean, tokens, total):
     map_SBE, taken = selected(torch.rand(tokens, 1, E), mean, None)
     assert map_SBE.sum() == total
