@@ -343,7 +343,11 @@ def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention, routi
             cache = step.past_key_values
             logits.append(step.logits)
             counts.append(step.experts_per_token)
-    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, atol=1e-5, rtol=1e-5)
+    # ReLU's gates do not sum to 1: what they weigh is larger, and rounds in larger steps.
+    size = 10 if routing == "relu" else 1
+    torch.testing.assert_close(
+        torch.cat(logits, dim=1), whole.logits, atol=size * 1e-5, rtol=size * 1e-5
+    )
     assert torch.equal(torch.cat(counts, dim=-1), whole.experts_per_token)
 
 

@@ -233,7 +233,7 @@ def test_cap_counts() -> None:
 def test_a_rule_without_a_threshold_for_all_layers_is_refused_in_one_line(
     tmp_path: Path, tokenizer_model: Path, tool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = {"threshold": [[0.2], None, [0.3]]}
+    state = {"score_threshold": [[0.2], None, [0.3]]}
     export_tiny(tmp_path / "model", tokenizer_model, routing="seq_top_k", router_state=state)
     said = "error: routing is 'seq_top_k', which has no threshold to calibrate: give a model with"
     with pytest.raises(SystemExit, match=said):
