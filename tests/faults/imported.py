@@ -9,6 +9,8 @@ import torch
 
 from megatron_dynmoe.run import prepare
 
+# Once a process has computed with several threads, those that are forked of it wait for them.
+torch.set_num_threads(1)
 prepare()
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     del os.environ[name]  # each rank is told its own
