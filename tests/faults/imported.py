@@ -17,7 +17,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
 
 import matplotlib.pyplot  # noqa: E402, F401
 import torch.distributed.launcher.api  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402
 
 from tests.distributed.worker import warm_up  # noqa: E402
 
