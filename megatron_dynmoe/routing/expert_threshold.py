@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.select import most_experts, weigh
+from megatron_dynmoe.routing.select import capped, weigh
 
 
 def choose(
@@ -44,11 +44,4 @@ def select(logits_TE: Tensor, thresholds_E: Tensor, max_experts: int | None = No
     Raises:
         ValueError: the cap is below 1.
     """
-    map_TE = logits_TE > thresholds_E
-    num_experts = logits_TE.shape[-1]
-    if (most := most_experts(num_experts, max_experts)) == num_experts:
-        return map_TE
-    # Ties go by index, so that all devices agree.
-    taken_TE = logits_TE.masked_fill(~map_TE, -torch.inf)
-    order_TE = taken_TE.sort(dim=-1, descending=True, stable=True).indices[:, :most]
-    return map_TE & torch.zeros_like(map_TE).scatter(-1, order_TE, True)
+    return capped(logits_TE > thresholds_E, logits_TE, max_experts)

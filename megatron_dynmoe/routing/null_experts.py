@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.select import most_experts
+from megatron_dynmoe.routing.select import capped, most_experts
 
 
 class Slots(NamedTuple):
@@ -100,10 +100,7 @@ def select_above_null(
     """
     is_nan_T1 = logits_TL.isnan().any(dim=-1, keepdim=True)
     logits_TE, null_T1 = logits_TL[:, :-1], logits_TL[:, -1:] + bias
-    most = most_experts(logits_TE.shape[1], max_experts)
-    sorted_TE, order_TE = logits_TE.sort(dim=-1, descending=True, stable=True)
-    used_TK = (sorted_TE[:, :most] >= null_T1) & ~is_nan_T1
-    map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, order_TE[:, :most], used_TK)
+    map_TE = capped((logits_TE >= null_T1) & ~is_nan_T1, logits_TE, max_experts)
     map_TE[:, :1] |= is_nan_T1
     return map_TE
 

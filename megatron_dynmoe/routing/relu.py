@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.select import choose_top_k
+from megatron_dynmoe.routing.select import capped
 
 
 def choose_open(logits_TE: Tensor, max_experts: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,9 +36,6 @@ def choose_open(logits_TE: Tensor, max_experts: int | None = None) -> tuple[Tens
     """
     is_nan_T1 = logits_TE.isnan().any(dim=-1, keepdim=True)
     gates_TE = logits_TE.masked_fill(is_nan_T1, torch.nan).relu()
-    map_TE = gates_TE > 0
-    if max_experts is not None and max_experts < logits_TE.shape[1]:
-        ids_TK, _ = choose_top_k(gates_TE.detach().nan_to_num(), max_experts)
-        map_TE &= torch.zeros_like(map_TE).scatter(-1, ids_TK, True)
+    map_TE = capped(gates_TE > 0, gates_TE, max_experts)
     map_TE[:, :1] |= is_nan_T1
     return gates_TE, map_TE, gates_TE.where(map_TE, 0.0)

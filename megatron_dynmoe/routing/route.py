@@ -95,24 +95,62 @@ def route_by(
             probabilities are NaN. It needs no gradient.
         logits_TE and the others: as for :func:`route`.
     """
-    check_positions(logits_TE, num_sequences)
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
     # 1. Normalize, softmax
-    scaled_TE = logits_TE if theta is None else normalize(logits_TE, theta)
+    logits_TE, scaled_TE = scale(logits_TE, theta, num_sequences)
     probs_TE = scaled_TE.softmax(dim=-1)
     # 2. Select
     map_TE = select_experts(probs_TE)
     # 3. Weigh
     weights_TE = weigh(probs_TE, map_TE, renormalize)
     # 4. Sum up
+    return summed(logits_TE, probs_TE, map_TE, weights_TE, num_sequences, valid_T)
+
+
+def scale(logits_TE: Tensor, theta: Tensor | None, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Bring the logits into the dtype of the computation, and normalize them if theta is given.
+
+    Returns:
+        The logits and the normalized ones, both [T, E] float32 (or float64), contiguous.
+
+    Raises:
+        ValueError: the tokens do not fill whole positions.
+    """
+    check_positions(logits_TE, num_sequences)
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
+    return logits_TE, logits_TE if theta is None else normalize(logits_TE, theta)
+
+
+def summed(
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    map_TE: Tensor,
+    weights_TE: Tensor,
+    num_sequences: int,
+    valid_T: Tensor | None,
+    *,
+    entropy: Tensor | None = None,
+    sums_W: Tensor | None = None,
+    residual_T: Tensor | None = None,
+) -> Routing:
+    """Sum up what losses and counters need of a choice.
+
+    Args:
+        logits_TE: the gate's, before normalization; those of a rule may be more than E.
+        probs_TE: what the losses are computed from.
+        num_sequences, valid_T: as for :func:`route`.
+        entropy, sums_W, residual_T: as in :class:`Routing`; without an entropy, that of
+            ``probs_TE``.
+    """
     return Routing(
         weights_TE,
         map_TE,
         experts_T=map_TE.sum(dim=-1),
         prob_sums_BE=sum_by_sequence(probs_TE, num_sequences, valid_T),
-        entropy=sum_entropy(probs_TE, valid_T),
+        entropy=sum_entropy(probs_TE, valid_T) if entropy is None else entropy,
         assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
         not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
+        sums_W=sums_W,
+        residual_T=residual_T,
     )
 
 

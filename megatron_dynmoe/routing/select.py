@@ -86,6 +86,24 @@ def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 
 
+def capped(map_TE: Tensor, scores_TE: Tensor, max_experts: int | None) -> Tensor:
+    """Leave each token at most ``max_experts`` of its experts, those with the largest scores.
+
+    Args:
+        map_TE: [T, E], bool.
+        scores_TE: [T, E]; ties go by expert index. Where the map is False, it may be anything.
+        max_experts: the cap, or None.
+
+    Raises:
+        ValueError: the cap is below 1.
+    """
+    num_experts = map_TE.shape[-1]
+    if (most := most_experts(num_experts, max_experts)) == num_experts:
+        return map_TE
+    ids_TK, _ = choose_top_k(scores_TE.detach().masked_fill(~map_TE, -torch.inf), most)
+    return map_TE & torch.zeros_like(map_TE).scatter(-1, ids_TK, True)
+
+
 def rank(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Order each token's experts by descending probability, ties by expert index.
 

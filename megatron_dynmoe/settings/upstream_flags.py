@@ -46,8 +46,8 @@ _CAP = "use --moe-dynamic-max-experts-per-token to bound the worst case"
 _ROOM = "use --moe-dynamic-row-buffer target, which needs one expert-parallel rank"
 _TOP_K_ONLY = "it belongs to upstream's top-k selection"
 _GROUPS = (
-    "top-p takes the most probable experts until their sum exceeds the threshold, and these may "
-    "lie outside the groups or devices that a token is limited to"
+    "the rules of routing choose among all experts, and some may lie outside the groups or devices "
+    "that a token is limited to"
 )
 _FLEX = "only used by the flex dispatcher"
 _NCCLEP = "only used by ncclep, which is refused"
@@ -103,9 +103,9 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_router_force_biased": Works("biased random logits, for benchmarks"),
     "moe_router_score_function": Refused(
         ("softmax",),
-        "top-p needs probabilities that sum to 1. Sigmoid scores do if each is divided by their "
-        "sum, but no kernel, no export and no first threshold knows such a rule yet",
-        "use softmax",
+        "each rule of routing has scores of its own: softmax, sigmoids (expert_threshold) or gates "
+        "(relu)",
+        "use softmax, whatever the rule has",
     ),
     "moe_router_num_groups": Refused((None,), _GROUPS, _LEAVE_OUT),
     "moe_router_group_topk": Refused((None,), _GROUPS, _LEAVE_OUT),

@@ -7,45 +7,33 @@ dropout is off. So gates, counts and lambda are the same, up to the order of flo
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.distributed.agreement import (
     GRADIENTS,
     assert_same_gradients,
     assert_same_training,
-    tensors,
 )
-from tests.distributed.harness import TINY, Case, CaseResult, Results, add
+from tests.distributed.harness import Case, Results, add
+from tests.distributed.rule_runs import (
+    HALF,
+    LAYOUTS,
+    STEPS,
+    TRAIN,
+    assert_goes_on,
+    assert_near_state,
+    assert_resumes_bitwise,
+)
 from tests.distributed.selection import matrix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
-HALF, STEPS = 3, 6
-TRAIN = (
-    f"{TINY} --num-layers 2 --make-vocab-size-divisible-by 16 --moe-token-dispatcher-type alltoall "
-    f"--train-iters {STEPS} --save-interval {HALF} --ckpt-format torch_dist "
-    "--moe-dynamic-routing relu --moe-dynamic-target-experts-per-token 2 "
-    "--moe-dynamic-initial-threshold -1.5"
-)
-EP2 = "--expert-model-parallel-size 2"
-PP2 = "--pipeline-model-parallel-size 2"
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-CP2 = "--context-parallel-size 2 --cp-comm-type a2a"
-LAYOUTS = {
-    "one": (1, ""),
-    "dp2": (2, ""),
-    "ep2": (2, EP2),
-    "pp2": (2, PP2),
-    "tp2": (2, TP2),
-    "cp2": (2, CP2),
-    "pp2_ep2": (4, f"{PP2} {EP2}"),
-    "tp2_ep2": (4, f"{TP2} {EP2}"),
-}
+RULE = f"{TRAIN} --moe-dynamic-routing relu --moe-dynamic-initial-threshold -1.5"
+STATE = ("log10_lambda",)
 
 
 def case(name: str, layout: str, flags: str = "", **fields) -> Case:
     name, (num_ranks, layout_flags) = f"relu_{name}", LAYOUTS[layout]
-    flags = f"{TRAIN} {layout_flags} {flags} --save {{dir}}/{name}"
+    flags = f"{RULE} {layout_flags} {flags} --save {{dir}}/{name}"
     return add(Case(name, num_ranks, flags, **fields))
 
 
@@ -71,20 +59,12 @@ RESHARDED = {
 }
 
 
-def router_state(result: CaseResult) -> dict[str, torch.Tensor]:
-    saved = tensors(result.directory / result.case.name / f"iter_{STEPS:07d}")
-    names = ("log10_lambda", "integral", "measured")
-    return {name: saved[f"decoder.layers.mlp.router.{name}"] for name in names}
-
-
 @pytest.mark.parametrize("layout", matrix(MANY, ("relu_tp2_ep2",)))
 def test_every_layout_has_the_same_gates_and_the_same_lambda(results: Results, layout: Case):
     one, many = results[ONE], results[layout]
     assert_same_training(one, many)
     assert_same_gradients(one, many)
-    found = router_state(many)
-    for name, value in router_state(one).items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    assert_near_state(one, many, STATE, atol=1e-5)
     assert one.losses[-1] < one.losses[0] - 0.1
     assert len(set(one.thresholds)) == STEPS  # lambda moves
     assert one.assignments[-1] != one.assignments[0]
@@ -93,15 +73,10 @@ def test_every_layout_has_the_same_gates_and_the_same_lambda(results: Results, l
 @pytest.mark.parametrize("name", matrix(RESUMED, ("ep2",)))
 def test_resume_equals_one_go_bitwise(results: Results, name: str) -> None:
     whole, resumed = (results[case] for case in RESUMED[name])
-    assert resumed.losses == whole.losses[HALF:]
-    expected, found = router_state(whole), router_state(resumed)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert_resumes_bitwise(whole, resumed, STATE)
 
 
 @pytest.mark.parametrize("name", matrix(RESHARDED, ()))
 def test_another_layout_goes_on_with_lambda(results: Results, name: str) -> None:
     whole, resumed = (results[case] for case in RESHARDED[name])
-    assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)
-    expected, found = router_state(whole), router_state(resumed)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+    assert_goes_on(whole, resumed, STATE, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,21 @@ def moe_layer(dynmoe: Any, **settings: Any) -> Any:
     layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     return layer
+
+
+def steered(dynmoe: Any, **settings: Any) -> tuple[Any, Callable[[], None]]:
+    """Such a layer, and what ends its global batch."""
+    layer = moe_layer(dynmoe, **settings)
+    return layer, end_of_batch(layer)
+
+
+def end_of_batch(layer: Any) -> Callable[[], None]:
+    """What ends a layer's global batch: the rule and the controller move."""
+    model = torch.nn.ModuleList([layer])
+    model.config = layer.config
+    update = layer.config.finalize_model_grads_func
+    update.finalize = lambda *_: None
+    return lambda: update([model])
 
 
 def router(dynmoe: Any, **settings: Any) -> Any:

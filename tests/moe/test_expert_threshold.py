@@ -30,12 +30,7 @@ def settings(**more) -> DynMoEConfig:
 
 def steered(dynmoe: DynMoEConfig, **model):
     """A layer, and what ends its global batch."""
-    layer = one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D, **model)
-    update = layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
-    chunk = torch.nn.ModuleList([layer])
-    chunk.config = layer.config
-    return layer, lambda: update([chunk])
+    return one_rank.steered(dynmoe, num_experts=E, hidden_size=D, **model)
 
 
 def hidden(seed: int, tokens: int = 256) -> torch.Tensor:

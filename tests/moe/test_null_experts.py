@@ -102,16 +102,13 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens_and_slots(dynmoe,
 
 @pytest.mark.parametrize("target", [0.5, 2.0])
 def test_the_default_gains_hold_the_mean_number_of_real_experts(monkeypatch, target):
-    layer = one_rank.moe_layer(
+    layer, end_of_batch = one_rank.steered(
         DynMoEConfig(routing="null_experts", target_experts_per_token=target),
         num_experts=8,
         hidden_size=16,
     )
-    router, update = layer.router, layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
+    router = layer.router
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
     router.weight.data[:-1] *= 1.5  # what the controller has not been calibrated for
     generator = torch.Generator().manual_seed(5)
     means = []
@@ -121,7 +118,7 @@ def test_the_default_gains_hold_the_mean_number_of_real_experts(monkeypatch, tar
         layer(torch.randn(128, 8, 16, generator=generator))
         means.append(float(router.counters.sums.assignments.sum() / router.counters.sums.tokens))
         before = router.knob.clone()
-        update([model])
+        end_of_batch()
         if step == 0:
             assert (router.knob > before) == (means[0] > target)
     assert abs(means[0] - target) > 0.1 * target

@@ -29,12 +29,7 @@ def relu(target: float = 2.0, **settings) -> DynMoEConfig:
 
 def layer_of(dynmoe: DynMoEConfig):
     """A layer, and what ends its global batch."""
-    layer = one_rank.moe_layer(dynmoe, num_experts=E, hidden_size=D)
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
-    update = layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
-    return layer, lambda: update([model])
+    return one_rank.steered(dynmoe, num_experts=E, hidden_size=D)
 
 
 def hidden(seed: int, positions: int = S) -> torch.Tensor:

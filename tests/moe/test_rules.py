@@ -125,12 +125,7 @@ def quotas(monkeypatch):
     monkeypatch.setitem(RULES, "top_p", Quotas)
     monkeypatch.setitem(ROUTINGS, "top_p", dataclasses.replace(ROUTINGS["top_p"], least_experts=0))
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
-    layer = one_rank.moe_layer(DynMoEConfig(routing="top_p"), num_experts=E, hidden_size=D)
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
-    update = layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
-    return layer, lambda: update([model])
+    return one_rank.steered(DynMoEConfig(routing="top_p"), num_experts=E, hidden_size=D)
 
 
 def hidden(seed: int) -> Tensor:
@@ -185,17 +180,15 @@ def test_a_count_that_falls_with_the_knob_is_held_at_its_target(monkeypatch, rul
     router, update = layer.router, layer.config.finalize_model_grads_func
     assert isinstance(update, GlobalBatchUpdate) and update.rule.direction == -1
     assert {rule.knob, "integral", "measured"} <= set(router.state_dict())
-    update.finalize = lambda *_: None
+    end_of_batch = one_rank.end_of_batch(layer)
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
     generator = torch.Generator().manual_seed(5)
     means = []
     for _ in range(60):
         layer(torch.randn(64, 4, D, generator=generator))
         before = router.knob.clone()
         means.append(float(router.counters.sums.assignments.sum() / router.counters.sums.tokens))
-        update([model])
+        end_of_batch()
         if abs(means[-1] - target) > 0.5:
             assert (router.knob > before) == (means[-1] > target)
     assert abs(means[0] - target) > 0.2

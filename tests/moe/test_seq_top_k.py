@@ -141,10 +141,7 @@ def test_the_threshold_is_the_mean_of_what_the_last_budgets_left_out(monkeypatch
     """And with it an evaluation uses about the same mean number of experts."""
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
     layer = built(max_experts_per_token=None)
-    router, update = layer.router, layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
+    router, end_of_batch = layer.router, one_rank.end_of_batch(layer)
     positions = 512
     for step in range(2):
         batches = [hidden(10 * step + micro, positions) for micro in range(2)]
@@ -155,7 +152,7 @@ def test_the_threshold_is_the_mean_of_what_the_last_budgets_left_out(monkeypatch
             for batch in batches
             for b in range(B)
         ]
-        update([model])
+        end_of_batch()
         left_out = [values[int(positions * MEAN)].item() for values in best]
         assert router.score_threshold.item() == pytest.approx(
             sum(left_out) / len(left_out), rel=1e-6
@@ -170,20 +167,17 @@ def test_the_threshold_is_the_mean_of_what_the_last_budgets_left_out(monkeypatch
 def test_a_batch_of_padding_or_with_nan_leaves_the_threshold_as_it_is(monkeypatch):
     monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
     layer = built()
-    update = layer.config.finalize_model_grads_func
-    update.finalize = lambda *_: None
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
+    end_of_batch = one_rank.end_of_batch(layer)
     layer(hidden(1))
-    update([model])
+    end_of_batch()
     before = {name: value.clone() for name, value in layer.router.state.items()}
     layer.router(hidden(2), padding_mask=torch.ones(S, B, dtype=torch.bool))
-    update([model])
+    end_of_batch()
     assert layer.router.state == before
     spoilt = hidden(3)
     spoilt[0] = torch.nan
     layer(spoilt)
-    update([model])
+    end_of_batch()
     assert layer.router.state == before
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.routing import quantiles
 from megatron_dynmoe.routing.expert_threshold import choose
-from megatron_dynmoe.routing.losses import sum_by_sequence, sum_entropy
-from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.routing.route import Routing, scale, summed
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -117,17 +115,7 @@ def route(
     Returns:
         See :class:`Routing`. ``sums_W`` are the tokens in each bin of each expert, if ``counted``.
     """
-    check_positions(logits_TE, num_sequences)
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).contiguous()
-    scaled_TE = logits_TE if theta is None else normalize(logits_TE, theta)
-    probs_TE, map_TE, weights_TE = choose(scaled_TE, thresholds_E, max_experts, renormalize)
-    return Routing(
-        weights_TE,
-        map_TE,
-        experts_T=map_TE.sum(dim=-1),
-        prob_sums_BE=sum_by_sequence(probs_TE, num_sequences, valid_T),
-        entropy=sum_entropy(probs_TE, valid_T),
-        assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
-        not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
-        sums_W=quantiles.count(scaled_TE, thresholds_E, valid_T).double() if counted else None,
-    )
+    logits_TE, scaled_TE = scale(logits_TE, theta, num_sequences)
+    chosen = choose(scaled_TE, thresholds_E, max_experts, renormalize)
+    sums_W = quantiles.count(scaled_TE, thresholds_E, valid_T).double() if counted else None
+    return summed(logits_TE, *chosen, num_sequences, valid_T, sums_W=sums_W)

@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
-from megatron_dynmoe.routing.losses import sum_by_sequence
-from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.null_experts import Slots, fill_slots, null_crossings
-from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.routing.route import Routing, scale, summed
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
@@ -92,18 +90,16 @@ def route_with_nulls(
     Returns:
         Weights, map and counts are those of the experts; float32 (or float64).
     """
-    check_positions(logits_TL, num_sequences)
-    logits_TL = logits_TL.to(torch.promote_types(logits_TL.dtype, torch.float32))
-    scaled_TL = logits_TL if theta is None else normalize(logits_TL, theta)
+    logits_TL, scaled_TL = scale(logits_TL, theta, num_sequences)
     slots = fill_slots(scaled_TL, bias, null_slots=null_slots, **how)
-    return Routing(
-        slots.weights_TE,
+    return summed(
+        logits_TL,
+        slots.spread_TE,
         slots.map_TE,
-        experts_T=slots.map_TE.sum(dim=-1),
-        prob_sums_BE=sum_by_sequence(slots.spread_TE, num_sequences, valid_T),
+        slots.weights_TE,
+        num_sequences,
+        valid_T,
         entropy=_sum_entropy(slots, null_slots, valid_T),
-        assignments_BE=sum_by_sequence(slots.map_TE, num_sequences, valid_T),
-        not_finite=(~logits_TL.isfinite().all(dim=-1)).sum(),
         residual_T=slots.residual_T,
     )
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
-from megatron_dynmoe.routing.losses import sum_by_sequence
 from megatron_dynmoe.routing.relu import choose_open
-from megatron_dynmoe.routing.route import Routing, check_positions
+from megatron_dynmoe.routing.route import Routing, scale, summed
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 
@@ -84,15 +82,7 @@ def route(
     Raises:
         ValueError: the number of tokens is not a multiple of ``num_sequences``.
     """
-    check_positions(logits_TE, num_sequences)
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    gates_TE, map_TE, weights_TE = choose_open(logits_TE, max_experts)
-    return Routing(
-        weights_TE,
-        map_TE,
-        experts_T=map_TE.sum(dim=-1),
-        prob_sums_BE=sum_by_sequence(gates_TE, num_sequences, valid_T),
-        entropy=gates_TE.new_zeros(()),
-        assignments_BE=sum_by_sequence(map_TE, num_sequences, valid_T),
-        not_finite=(~logits_TE.isfinite().all(dim=-1)).sum(),
-    )
+    logits_TE, _ = scale(logits_TE, None, num_sequences)
+    chosen = choose_open(logits_TE, max_experts)
+    none = logits_TE.new_zeros(())
+    return summed(logits_TE, *chosen, num_sequences, valid_T, entropy=none)

@@ -149,8 +149,8 @@ MISTAKES = [
         "null_slot_before_an_expert",
         "at equal logits a null slot goes before an expert",
         "routing/null_experts.py",
-        "used_TK = (sorted_TE[:, :most] >= null_T1) & ~is_nan_T1",
-        "used_TK = (sorted_TE[:, :most] > null_T1) & ~is_nan_T1",
+        "(logits_TE >= null_T1) & ~is_nan_T1",
+        "(logits_TE > null_T1) & ~is_nan_T1",
         (
             f"{NULLS}::test_tokens_without_experts_with_ties_and_with_nan_have_defined_weights_"
             "and_gradients",

@@ -10,8 +10,8 @@ MISTAKES = [
         "on_the_threshold_taken",
         "an expert takes a token whose logit only reaches its threshold",
         "routing/expert_threshold.py",
-        "map_TE = logits_TE > thresholds_E",
-        "map_TE = logits_TE >= thresholds_E",
+        "capped(logits_TE > thresholds_E,",
+        "capped(logits_TE >= thresholds_E,",
         (f"{BINS}::test_a_logit_on_the_threshold_is_not_taken_and_ties_under_a_cap_go_by_index",),
     ),
     Mutation(
