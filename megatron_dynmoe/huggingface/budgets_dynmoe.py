@@ -47,7 +47,7 @@ def check_curve(curve: Any, num_experts: int) -> None:
             value: Any = point.get(name)
             if name == "loss" and value is None:
                 continue
-            if not _is_number(value) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 numbers = f"{low} to {high}" if high < math.inf else f"a number from {low}"
                 raise ValueError(f"budget_curve[{index}].{name} is {value!r}: use {numbers}.")
     for index, (before, point) in enumerate(pairwise(curve), 1):
@@ -80,7 +80,7 @@ def threshold_at(
             f"dtop_p): {_CALIBRATE}"
         )
     low, high = curve[0]["experts_per_token"], curve[-1]["experts_per_token"]
-    if not _is_number(budget) or not low * (1 - _ROUNDING) <= budget <= high * (1 + _ROUNDING):
+    if not is_number(budget) or not low * (1 - _ROUNDING) <= budget <= high * (1 + _ROUNDING):
         raise ValueError(
             f"{name} is {budget!r}, and the model's budget_curve goes from {low:g} to "
             f"{high:g}: use a number in this range, or measure a wider one: {_CALIBRATE}"
@@ -241,5 +241,5 @@ def _interpolated(curve: Curve, budgets_B: Tensor) -> Tensor:
     return values_B.clamp(max=curve[-1]["threshold"]).float()
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,11 +1,10 @@
 """The model's configuration for Transformers: its shape, and every setting of its routing.
 
-Exported models ship with this file and with the one that it imports from the package.
+Exported models ship with this file and with those that it imports from the package.
 """
 
 import difflib
 import inspect
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import transformers
 from packaging import version
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
+from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
+from megatron_dynmoe.huggingface.validation_dynmoe import check_settings, checked_threshold
 from megatron_dynmoe.layers.rules import RULES, LayerRule
 
 if version.parse(transformers.__version__) < version.parse("5.5"):
@@ -23,8 +22,6 @@ if version.parse(transformers.__version__) < version.parse("5.5"):
         f"transformers {transformers.__version__} is installed, and this model needs 5.5 or later: "
         "pip install --upgrade transformers"
     )
-
-ROUTINGS = ("top_k", "top_p", "dtop_p", *RULES)
 
 # For each routing, the values of settings that are left out: the papers' values, as in training.
 ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -56,26 +53,6 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
 RULE_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"] | {"weights": "raw"}
 for _name, _rule in RULES.items():
     ROUTING_DEFAULTS[_name] = {**RULE_DEFAULTS, **_rule.defaults}
-
-# What top-p and DTop-p have, and what other rules have. Those that are in no list, all have.
-TOP_P_ONLY = ("threshold", "inference_threshold", "inference_experts_per_token", "budget_curve")
-OF_RULES_ONLY = ("router_state", "rule_settings")
-DYNAMIC_ONLY = (
-    *TOP_P_ONLY,
-    *OF_RULES_ONLY,
-    "max_experts_per_token",
-    "inference_max_experts_per_token",
-    "target_experts_per_token",
-)
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "hidden_act": ("silu",),
-    "routing": ROUTINGS,
-    "normalization": ("none", "drn"),
-    "weights": ("raw", "renormalized"),
-    "router_dtype": ("float32", "bfloat16", "float16"),
-    "balance_loss": ("seq_aux_loss", "aux_loss", "global_aux_loss", "none"),
-}
 
 
 class DynMoEModelConfig(PreTrainedConfig):
@@ -289,13 +266,13 @@ class DynMoEModelConfig(PreTrainedConfig):
         threshold, inference_threshold = given["threshold"], given["inference_threshold"]
         budget = None if training else given["inference_experts_per_token"]
         if budget is not None:
-            threshold = self._threshold_of(budget)
+            threshold = self.threshold_of_budget(budget)
         elif not training and inference_threshold is not None:
-            threshold = _checked_threshold("inference_threshold", inference_threshold)
+            threshold = checked_threshold("inference_threshold", inference_threshold)
         elif isinstance(threshold, (list, tuple)):
-            threshold = _checked_threshold("threshold", threshold[layer], layer)
+            threshold = checked_threshold("threshold", threshold[layer], layer)
         else:
-            threshold = _checked_threshold("threshold", threshold)
+            threshold = checked_threshold("threshold", threshold)
         return threshold, self.cap(training)
 
     @property
@@ -321,173 +298,16 @@ class DynMoEModelConfig(PreTrainedConfig):
         Raises:
             ValueError: a setting makes no sense, alone or with another.
         """
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: use {' or '.join(choices)}.")
-        self._validate_shape()
-        if self.has_experts:
-            self._validate_selection()
-        for name in ("balance_loss_coeff", "dynamic_loss_coeff"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: use 0 (off) or a positive number."
-                )
-        if self.theta is not None and self.normalization != "drn":
-            raise ValueError(
-                f"theta is given, but normalization is {self.normalization!r}, which has none: set "
-                "normalization to 'drn', or leave theta out."
-            )
-        for name in ("theta", "measured_experts_per_token"):
-            if getattr(self, name) is not None:
-                self._validate_per_layer(name, getattr(self, name))
+        check_settings(self)
 
-    def _validate_shape(self) -> None:
-        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-        positive += ["num_key_value_heads", "head_dim"]
-        if self.has_experts:
-            positive += ["num_experts", "moe_intermediate_size"]
-        for name in positive:
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: use a whole number from 1.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads}: use a divisor of "
-                f"num_attention_heads ({self.num_attention_heads})."
-            )
-        self._validate_length("mlp_layer_types", self.mlp_layer_types)
-        for layer, kind in enumerate(self.mlp_layer_types):
-            if kind not in ("sparse", "dense"):
-                raise ValueError(f"mlp_layer_types[{layer}] is {kind!r}: use sparse or dense.")
-        if "dense" in self.mlp_layer_types and not _is_count(self.intermediate_size):
-            raise ValueError(
-                f"intermediate_size is {self.intermediate_size!r}, but layer "
-                f"{self.mlp_layer_types.index('dense')} is dense: give its ffn size."
-            )
-        if self.shared_expert_gate and self.shared_expert_intermediate_size is None:
-            raise ValueError(
-                "shared_expert_gate is on, but there is no shared expert: set "
-                "shared_expert_intermediate_size, or leave the gate out."
-            )
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        known = ("default", *ROPE_INIT_FUNCTIONS)
-        if rope_type not in known:
-            raise ValueError(
-                f"rope_parameters has rope_type {rope_type!r}: use {' or '.join(known)}."
-            )
-        part = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        if _is_number(part) and 2 * math.ceil(int(self.head_dim * part) / 2) > self.head_dim:
-            raise ValueError(
-                f"head_dim is {self.head_dim} and partial_rotary_factor {part:g}: rotary positions "
-                "turn pairs of numbers, so use an even head_dim and a factor up to 1."
-            )
+    def threshold_of_budget(self, budget: Any) -> float:
+        """The curve's threshold for so many experts per token in inference.
 
-    def _validate_selection(self) -> None:
-        if self.routing == "top_k":
-            for name in DYNAMIC_ONLY:
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, which routing 'top_k' does not have: "
-                        "set another routing, or leave it out."
-                    )
-            self._validate_experts("num_experts_per_tok", self.num_experts_per_tok)
-            return
-        given = vars(self)["num_experts_per_tok"]
-        if given is not None:
-            raise ValueError(
-                f"num_experts_per_tok is {given!r}, which routing "
-                f"{self.routing!r} does not have: use max_experts_per_token for a cap, or set "
-                "routing to 'top_k'."
-            )
-        for name in ("max_experts_per_token", "inference_max_experts_per_token"):
-            if getattr(self, name) is not None:
-                self._validate_experts(name, getattr(self, name))
-        for name in OF_RULES_ONLY if self.rule is None else TOP_P_ONLY:
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which routing {self.routing!r} does not "
-                    "have: leave it out."
-                )
-        if self.rule is not None:
-            self._validate_rule(self.rule)
-            return
-        if self.inference_threshold is not None:
-            _checked_threshold("inference_threshold", self.inference_threshold)
-        if isinstance(self.threshold, (list, tuple)):
-            self._validate_per_layer("threshold", self.threshold)
-            for layer, threshold in enumerate(self.threshold):
-                if threshold is not None:
-                    _checked_threshold("threshold", threshold, layer)
-        else:
-            _checked_threshold("threshold", self.threshold)
-        if self.budget_curve is not None:
-            check_curve(self.budget_curve, self.num_experts)
-        if self.inference_experts_per_token is not None:
-            self._threshold_of(self.inference_experts_per_token)
-
-    def _validate_rule(self, rule: LayerRule) -> None:
-        settings, state = self.rule_settings or {}, self.router_state or {}
-        for kind, given, wanted in (
-            ("rule_settings", settings, rule.settings),
-            ("router_state", state, rule.state),
-        ):
-            if set(given) != set(wanted):
-                raise ValueError(
-                    f"{kind} has {', '.join(sorted(given)) or 'nothing'}, and routing "
-                    f"{self.routing!r} has {', '.join(sorted(wanted)) or 'nothing'} there."
-                )
-        for name, value in rule.fixed.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, and routing {self.routing!r} knows "
-                    f"{value!r} only: leave it out."
-                )
-        most = max(self.cap(training) or self.num_experts for training in (True, False))
-        for name, (allowed, is_allowed) in rule.settings.items():
-            if not is_allowed(settings[name], most):
-                raise ValueError(f"rule_settings[{name!r}] is {settings[name]!r}: use {allowed}.")
-        for name, length in rule.lengths(self.num_experts).items():
-            self._validate_length(f"router_state[{name!r}]", state[name])
-            for layer, values in enumerate(state[name]):
-                where = f"router_state[{name!r}][{layer}]"
-                if not self.is_sparse(layer):
-                    if values is not None:
-                        raise ValueError(
-                            f"{where} is {values!r}, but layer {layer} is dense: use null."
-                        )
-                elif not (
-                    isinstance(values, (list, tuple))
-                    and len(values) == length
-                    and all(map(_is_number, values))
-                ):
-                    raise ValueError(f"{where} is {values!r}: use a list of {length} numbers.")
-
-    def _threshold_of(self, budget: Any) -> float:
+        Raises:
+            ValueError: there is no curve, or it does not have this budget.
+        """
         name = "inference_experts_per_token"
         return threshold_at(vars(self)["budget_curve"], budget, self.cap(training=False), name)
-
-    def _validate_experts(self, name: str, value: Any) -> None:
-        if not _is_count(value) or value > self.num_experts:
-            raise ValueError(
-                f"{name} is {value!r}: use 1 to {self.num_experts} (the number of experts)."
-            )
-
-    def _validate_length(self, name: str, values: Any) -> None:
-        if not isinstance(values, (list, tuple)) or len(values) != self.num_hidden_layers:
-            raise ValueError(
-                f"{name} is {values!r}: use a list with one entry for each of the "
-                f"{self.num_hidden_layers} layers."
-            )
-
-    def _validate_per_layer(self, name: str, values: Any) -> None:
-        """Check a list of one number for each sparse and None for each dense layer."""
-        self._validate_length(name, values)
-        for layer, value in enumerate(values):
-            if self.is_sparse(layer) and not _is_number(value):
-                raise ValueError(f"{name}[{layer}] is {value!r}: use a number.")
-            if not self.is_sparse(layer) and value is not None:
-                raise ValueError(
-                    f"{name}[{layer}] is {value!r}, but layer {layer} is dense: use null."
-                )
 
 
 def _warn_of_misspelled(names: Iterable[str]) -> None:
@@ -504,21 +324,3 @@ def _warn_of_misspelled(names: Iterable[str]) -> None:
                 f"did you mean {near[0]!r}?",
                 stacklevel=3,
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _checked_threshold(name: str, value: Any, layer: int | None = None) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
-        where = name if layer is None else f"{name}[{layer}]"
-        raise ValueError(
-            f"{where} is {value!r}: it is a cumulative probability, so use 0 (one expert) to 1 "
-            "(all experts)."
-        )
-    return value

@@ -9,7 +9,8 @@ import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_dynmoe.huggingface import DynMoEModelConfig
-from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTING_DEFAULTS, ROUTINGS
+from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTING_DEFAULTS
+from megatron_dynmoe.huggingface.validation_dynmoe import ROUTINGS
 from megatron_dynmoe.layers.rules import RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.routings import ROUTINGS as TRAINED

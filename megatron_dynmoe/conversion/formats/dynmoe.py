@@ -73,6 +73,7 @@ FORMAT = Format(
         "huggingface/configuration_dynmoe.py",
         "huggingface/masking_dynmoe.py",
         "huggingface/modeling_dynmoe.py",
+        "huggingface/validation_dynmoe.py",
         "kernels/choose_cpu.py",
         "layers/moe.py",
         "layers/rules.py",
