@@ -103,9 +103,9 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     "moe_router_force_biased": Works("biased random logits, for benchmarks"),
     "moe_router_score_function": Refused(
         ("softmax",),
-        "each rule of routing has scores of its own: softmax, sigmoids (expert_threshold) or gates "
-        "(relu)",
-        "use softmax, whatever the rule has",
+        "a rule of routing has scores of its own: a softmax, so that they sum to 1 (top-p and "
+        "most others), sigmoids (expert_threshold) or gates (relu)",
+        "use softmax, which changes no rule's scores",
     ),
     "moe_router_num_groups": Refused((None,), _GROUPS, _LEAVE_OUT),
     "moe_router_group_topk": Refused((None,), _GROUPS, _LEAVE_OUT),
