@@ -118,8 +118,9 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, mounted: Path) -> None:
     check_refusal(
         attempt, mounted / f"iter_{latest + 20:07d}", "read-only file system", latest=latest
     )
-    # The next start finds out before it builds anything.
-    again = start(ONE_BY_ONE, 1, f"{FLAGS} --save {mounted}".split(), tmp_path / "again")
+    # The next start finds out before it builds anything: on its first rank, which is all there is.
+    alone = f"{FLAGS} --expert-model-parallel-size 1 --save {mounted}".split()
+    again = start(ONE_BY_ONE, 1, alone, tmp_path / "again")
     again.wait_until_all_have_ended(PATIENCE)
     assert again.exit_codes() == [2]
     assert f"--save is {mounted}, where nothing can be written (read-only file" in again.log()
