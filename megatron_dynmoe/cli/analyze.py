@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dynmoe.cli.reading import add_key_flag, add_reading_flags
 from megatron_dynmoe.data.text.records import Limits, Unreadable
@@ -57,20 +57,22 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     return write_report(args.output, measured, min_count=args.min_count, overwrite=args.overwrite)
 
 
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
+class _Subject(NamedTuple):
+    """What is looked at, and how it reads."""
 
+    model: Any
+    tokenizer: Any
+    tokenizer_folder: Path
+    shape: Any
+    letters: Any
+    length: int  # tokens of a window
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_dynmoe.analysis.counting import measure
-    from megatron_dynmoe.analysis.counting.collect import collect, shape_of
-    from megatron_dynmoe.analysis.counting.tokens import letters_of, token_text
-    from megatron_dynmoe.analysis.counting.windows import (
-        Reading,
-        check_text,
-        name_groups,
-        read_windows,
-    )
+    from megatron_dynmoe.analysis.counting.tokens import token_text
+    from megatron_dynmoe.analysis.counting.windows import Reading, check_text, name_groups
     from megatron_dynmoe.analysis.report import write_report as report
-    from megatron_dynmoe.conversion.convert import has_tokenizer
     from megatron_dynmoe.use import load, vocabulary
 
     load.be_quiet()
@@ -89,85 +91,16 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     check_text(files, reading)
     num_skipped = 0
     with load.in_our_format(args.model, args.tokenizer) as folder:
-        # 1. Check everything that can be wrong before the weights are read.
-        config = load.load_config(folder)
-        if "sparse" not in config.mlp_layer_types:
-            raise ValueError(
-                f"--model {args.model}: the model has no layer with experts, so there is no "
-                "routing to look at"
-            )
-        positions = config.max_position_embeddings
-        length = args.sequence_length or min(positions, 2048)
-        if length > positions:
-            raise ValueError(f"--sequence-length is {length}: the model has {positions} positions")
-        brings_its_own = args.tokenizer is None or folder != args.model
-        if brings_its_own and not has_tokenizer(folder):
-            raise ValueError(
-                f"--model {args.model} brings no tokenizer: name the training's with --tokenizer"
-            )
-        tokenizer_folder = folder if brings_its_own else args.tokenizer
-        tokenizer = load.load_tokenizer(tokenizer_folder)
-        load.check_ids(len(tokenizer) - 1, config)
-        if args.tokenizer is not None:
-            vocabulary.check_given(args.tokenizer, tokenizer, args.model)
-        if args.tokens is not None and args.source_key is None:
-            _check_enough(args, len({file.group for file in files}) * args.tokens, length)
-        letters = letters_of(tokenizer, config.vocab_size)
-        shape = shape_of(config, length)
-        device = args.device or load.default_device()
-        model = load.load_model(folder, config, dtype=args.dtype, device=device)
-
-        # 2. Read all text in one pass, in memory that does not grow with it.
-        started = time.monotonic()
+        subject = _open(args, folder, len({file.group for file in files}))
         kept = measure.SweepWindows(args.sweep_tokens)
-        size = sum(file.path.stat().st_size for file in files)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as bar:
-            num_tokens = 0
-
-            def count(tokens: int) -> None:
-                nonlocal num_tokens
-                num_tokens += tokens
-                bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
-
-            windows = read_windows(
-                files,
-                tokenizer,
-                length,
-                reading,
-                separate=args.separate_documents,
-                limit=args.tokens,
-                on_read=bar.update,
-            )
-            collected = collect(
-                model,
-                kept.passing(windows),
-                shape,
-                letters,
-                sample_tokens=SAMPLE_TOKENS,
-                on_tokens=count,
-            )
-        seconds = time.monotonic() - started
-        print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens/s\n")
-        _check_enough(args, num_tokens, length)
-
-        # 3. Read the same windows again for every threshold.
-        swept = None
-        if args.sweep != []:
-            chosen, total = kept.chosen(), None  # the default depends on what is found
-            if args.sweep is not None:
-                total = (1 + len(args.sweep)) * sum(len(window.tokens) for window in chosen)
-            with tqdm(total=total, unit=" tokens", desc="sweep", disable=None) as bar:
-                swept = measure.sweep(
-                    model, chosen, shape, letters, args.sweep, on_tokens=bar.update
-                )
-
+        collected = _count(args, subject, files, reading, kept)
+        swept = None if args.sweep == [] else _sweep(args.sweep, subject, kept.chosen())
+        model, tokenizer = subject.model, subject.tokenizer
         dtype = str(model.dtype).removeprefix("torch.")
+        described = vocabulary.describe(tokenizer, subject.tokenizer_folder)
         return report.measurement(
             report.describe_model(
-                "/".join(args.model.resolve().parts[-2:]),
-                model,
-                dtype,
-                vocabulary.describe(tokenizer, tokenizer_folder),
+                "/".join(args.model.resolve().parts[-2:]), model, dtype, described
             ),
             collected,
             tokenizer,
@@ -175,6 +108,101 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             swept,
             args.separate_documents,
             num_skipped,
+        )
+
+
+def _open(args: argparse.Namespace, folder: Path, num_groups: int) -> _Subject:
+    """Check everything that can be wrong before the weights are read; then read them."""
+    from megatron_dynmoe.analysis.counting.collect import shape_of
+    from megatron_dynmoe.analysis.counting.tokens import letters_of
+    from megatron_dynmoe.conversion.convert import has_tokenizer
+    from megatron_dynmoe.use import load, vocabulary
+
+    config = load.load_config(folder)
+    if "sparse" not in config.mlp_layer_types:
+        raise ValueError(
+            f"--model {args.model}: the model has no layer with experts, so there is no "
+            "routing to look at"
+        )
+    positions = config.max_position_embeddings
+    length = args.sequence_length or min(positions, 2048)
+    if length > positions:
+        raise ValueError(f"--sequence-length is {length}: the model has {positions} positions")
+    brings_its_own = args.tokenizer is None or folder != args.model
+    if brings_its_own and not has_tokenizer(folder):
+        raise ValueError(
+            f"--model {args.model} brings no tokenizer: name the training's with --tokenizer"
+        )
+    tokenizer_folder = folder if brings_its_own else args.tokenizer
+    tokenizer = load.load_tokenizer(tokenizer_folder)
+    load.check_ids(len(tokenizer) - 1, config)
+    if args.tokenizer is not None:
+        vocabulary.check_given(args.tokenizer, tokenizer, args.model)
+    if args.tokens is not None and args.source_key is None:
+        _check_enough(args, num_groups * args.tokens, length)
+    letters, shape = letters_of(tokenizer, config.vocab_size), shape_of(config, length)
+    device = args.device or load.default_device()
+    model = load.load_model(folder, config, dtype=args.dtype, device=device)
+    return _Subject(model, tokenizer, tokenizer_folder, shape, letters, length)
+
+
+def _count(args: argparse.Namespace, subject: _Subject, files: Any, reading: Any, kept: Any) -> Any:
+    """Read all text in one pass, in memory that does not grow with it; ``kept`` is filled."""
+    from tqdm import tqdm
+
+    from megatron_dynmoe.analysis.counting.collect import collect
+    from megatron_dynmoe.analysis.counting.windows import read_windows
+
+    started = time.monotonic()
+    num_tokens = 0
+    size = sum(file.path.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as bar:
+
+        def on_tokens(tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += tokens
+            bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
+
+        windows = read_windows(
+            files,
+            subject.tokenizer,
+            subject.length,
+            reading,
+            separate=args.separate_documents,
+            limit=args.tokens,
+            on_read=bar.update,
+        )
+        collected = collect(
+            subject.model,
+            kept.passing(windows),
+            subject.shape,
+            subject.letters,
+            sample_tokens=SAMPLE_TOKENS,
+            on_tokens=on_tokens,
+        )
+    seconds = time.monotonic() - started
+    print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens/s\n")
+    _check_enough(args, num_tokens, subject.length)
+    return collected
+
+
+def _sweep(thresholds: list[float] | None, subject: _Subject, windows: Any) -> Any:
+    """Read the same windows again for every threshold."""
+    from tqdm import tqdm
+
+    from megatron_dynmoe.analysis.counting import measure
+
+    total = None  # the default depends on what is found
+    if thresholds is not None:
+        total = (1 + len(thresholds)) * sum(len(window.tokens) for window in windows)
+    with tqdm(total=total, unit=" tokens", desc="sweep", disable=None) as bar:
+        return measure.sweep(
+            subject.model,
+            windows,
+            subject.shape,
+            subject.letters,
+            thresholds,
+            on_tokens=bar.update,
         )
 
 
