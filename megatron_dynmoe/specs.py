@@ -19,6 +19,8 @@ from megatron_dynmoe.model.spec import layer_spec
 from megatron_dynmoe.settings.arguments import adopt_upstream_balance_loss, config_from_environment
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
@@ -35,10 +37,10 @@ def dynmoe_layer_spec(
     update = config.transformer.finalize_model_grads_func
     if isinstance(update, GlobalBatchUpdate):  # of the chunk before
         return layer_spec(config, vp_stage, settled=update.settled)
-    settled = _settle_from_environment(config.transformer)
     args = None
     with suppress(AssertionError):  # a training loop of one's own has none
         args = get_args()
+    settled = _settle_from_environment(config.transformer, args)
     prepare_training(settled, config.transformer, args)
     if not vp_stage:
         for line in describe(settled, config.transformer, args):
@@ -46,7 +48,7 @@ def dynmoe_layer_spec(
     return layer_spec(config, vp_stage, settled=settled)
 
 
-def _settle_from_environment(transformer: TransformerConfig) -> Settled:
+def _settle_from_environment(transformer: TransformerConfig, args: Namespace | None) -> Settled:
     dynmoe = config_from_environment()
     if dynmoe is None:
         raise ValueError(
@@ -64,4 +66,5 @@ def _settle_from_environment(transformer: TransformerConfig) -> Settled:
     if impl == "transformer_engine":
         impl = None  # upstream's default
     chosen = choice.choose_backend(dynmoe.backend, impl)
-    return settle_run(dynmoe.resolve(transformer.num_moe_experts), transformer, chosen)
+    resolved = dynmoe.resolve(transformer.num_moe_experts)
+    return settle_run(resolved, transformer, chosen, args)

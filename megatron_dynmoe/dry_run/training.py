@@ -45,7 +45,7 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
         args, resolved, chosen = loop.parse_command_line()
         model_config = gpt_config_from_args(args)
         with naming_flags(args):
-            settled = settle_run(resolved, model_config.transformer, chosen)
+            settled = settle_run(resolved, model_config.transformer, chosen, args)
         if settled.backend.backend not in _WITHOUT_A_GPU:
             raise ValueError(
                 f"the training would take the back end {settled.backend.backend} "

@@ -49,7 +49,7 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
             validate_args(args, {})
             model = gpt_config_from_args(args)
         with naming_flags(args):
-            settle_run(resolved, model.transformer, chosen, here=False)
+            settle_run(resolved, model.transformer, chosen, args, here=False)
 
 
 def _fill_in(args: Namespace) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from megatron.training import get_args
 
 from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi_map import MapController
@@ -19,6 +16,8 @@ from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.upstream_flags import check_upstream_settings
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -73,6 +72,7 @@ def settle_run(
     resolved: DynMoEConfig,
     transformer: TransformerConfig,
     chosen: choice.BackEnd | None = None,
+    args: Namespace | None = None,
     here: bool = True,
 ) -> Settled:
     """Settle the settings of a run with its model, before anything is built.
@@ -82,15 +82,16 @@ def settle_run(
         transformer: upstream's config of the model. It is not changed.
         chosen: the result of :func:`choice.choose_backend`; None chooses here, as without
             ``--transformer-impl``.
+        args: Megatron's arguments, for the optimizer and the seed; None for a training loop of
+            one's own, which has none.
         here: whether the run is on this machine, which then needs its packages.
 
     Raises:
         ValueError: one of our or of upstream's settings contradicts the model.
     """
     optimizer = "adam"
-    with suppress(AssertionError):  # a user's own training loop has no Megatron arguments
-        optimizer = get_args().optimizer
-        resolved = resolved.seeded(get_args().seed)
+    if args is not None:
+        optimizer, resolved = args.optimizer, resolved.seeded(args.seed)
     if chosen is None:
         chosen = choice.choose_backend(resolved.backend, transformer_impl=None)
     backend = choice.choose_parts(chosen, transformer, optimizer)

@@ -56,7 +56,7 @@ def train(program_start: float) -> None:
             args, resolved, chosen = parse_command_line()
             model_config = gpt_config_from_args(args)
             with naming_flags(args):
-                settled = settle_run(resolved, model_config.transformer, chosen)
+                settled = settle_run(resolved, model_config.transformer, chosen, args)
             check_token_files(args)
         _build_and_train(args, model_config, settled, program_start)
 

@@ -93,7 +93,7 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
     args.perform_initialization = False  # of nothing, which takes half of the time
     config = gpt_config_from_args(args)
-    settled = settle_run(resolved, config.transformer, chosen)
+    settled = settle_run(resolved, config.transformer, chosen, args)
     prepare_training(settled, config.transformer, args)
     config.transformer_layer_spec = partial(layer_spec, settled=settled)
     with torch.device("meta"):

@@ -71,7 +71,7 @@ def of_training(words: list[str], monkeypatch) -> str:
     monkeypatch.setattr(sys, "argv", ["pretrain", *words])
     with pytest.raises(UsageError) as refused, loop.refusing_in_flags():
         args, resolved, chosen = loop.parse_command_line()
-        settle_run(resolved, gpt_config_from_args(args).transformer, chosen)
+        settle_run(resolved, gpt_config_from_args(args).transformer, chosen, args)
     return str(refused.value)
 
 
