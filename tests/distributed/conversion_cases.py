@@ -37,18 +37,19 @@ def computed(recorder: Any) -> Iterator[None]:
     """Hook: write down what the model computes for the first batch of an evaluation.
 
     The file beside ``--load`` holds ``tokens`` [B, S], ``logits`` [B, S, V] and, of each layer
-    with experts in order, ``probs`` and ``maps`` [S, B, E].
+    with experts in order, ``maps`` [S, B, E], and ``probs`` if the routing compares them.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.training import get_args
 
     from megatron_dynmoe import kernels
+    from megatron_dynmoe.moe.router import DynamicRouter
     from megatron_dynmoe.routing.normalize import normalize
 
     seen: dict[str, list[torch.Tensor]] = {"probs": [], "maps": []}
     forward, choose_route = GPTModel.forward, kernels.choose_route
-    routing = TopKRouter.routing
+    own = {router: router.routing for router in (TopKRouter, DynamicRouter)}
 
     def dump(self, input_ids, position_ids, attention_mask, *args, **kwargs):
         if not self.training and "logits" not in seen:
@@ -64,22 +65,25 @@ def computed(recorder: Any) -> Iterator[None]:
         routed = choose_route(logits)(logits, threshold, theta=theta, **settings)
         logits = logits.float() if theta is None else normalize(logits.float(), theta)
         seen["probs"].append(logits.softmax(dim=-1))
-        seen["maps"].append(routed.map_TE)
         return routed
 
-    def keep_top_k(self, logits, *args, **kwargs):
-        weights, chosen = routing(self, logits, *args, **kwargs)
-        seen["probs"].append(weights)
-        seen["maps"].append(chosen)
-        return weights, chosen
+    def keeping(routing):
+        def keep_map(self, logits, *args, **kwargs):
+            weights, chosen = routing(self, logits, *args, **kwargs)
+            seen["maps"].append(chosen)
+            return weights, chosen
+
+        return keep_map
 
     GPTModel.forward, kernels.choose_route = dump, lambda logits: keep
-    TopKRouter.routing = keep_top_k
+    for router, routing in own.items():
+        router.routing = keeping(routing)
     try:
         yield
     finally:
         GPTModel.forward, kernels.choose_route = forward, choose_route
-        TopKRouter.routing = routing
+        for router, routing in own.items():
+            router.routing = routing
 
 
 def save_dense() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dynmoe.conversion.formats import FORMATS
+from megatron_dynmoe.layers.rules import RULES
 from tests.conversion.checkpoints import EXAMPLES
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 from tests.distributed.selection import matrix
@@ -134,6 +135,16 @@ PARITY = {
         ("bf16", "dynmoe, bf16", 0, f"{DTOP_P} --bf16"),
     )
 }
+
+
+def of_a_rule(rule: str) -> tuple[Case, Case]:
+    """A training with a rule that only our format holds, exported; and its evaluation."""
+    flags = f"--moe-dynamic-routing {rule} --moe-dynamic-target-experts-per-token 2"
+    trained = train(f"rule_{rule}_trained", "one", flags)
+    return to_hf(trained, f"rule_{rule}_hf", ""), evaluate(trained, flags)
+
+
+OF_RULES = {rule: of_a_rule(rule) for rule in RULES}
 # The published layout has no code for this Transformers: its weights are looked at in ours.
 OURS = {"top_p": to_hf(TRIPS["dynamic-moe, ep2"][0], "ep2_dynamic-moe_ours", "")}
 
@@ -307,6 +318,30 @@ def test_the_exported_model_computes_what_training_computes(
         counts = torch.stack([chosen.sum(-1).T for chosen in expected["maps"]])
         assert torch.equal(output.experts_per_token[:, clean_BS], counts[:, clean_BS])
         assert counts.unique().numel() > 1
+
+
+@pytest.mark.parametrize("rule", matrix(OF_RULES, ("expert_threshold",)))
+def test_an_exported_rule_computes_what_training_computes(results: Results, rule: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import megatron_dynmoe.huggingface  # noqa: F401
+
+    exported, evaluated = OF_RULES[rule]
+    result = results[evaluated].check()
+    expected = torch.load(result.directory / f"{result.case.after[0].name}.computed.pt")
+    model = AutoModelForCausalLM.from_pretrained(result.directory / results[exported].case.name)
+    assert model.config.routing == rule
+    with torch.no_grad():
+        output = model.eval()(expected["tokens"])
+
+    counts_LBS = torch.stack([chosen.sum(-1).T for chosen in expected["maps"]])
+    assert counts_LBS.float().std() > 0.1, "every token has the same number of experts"
+    # A score on its threshold may fall to either side, which changes all later tokens.
+    differing_BS = (output.experts_per_token != counts_LBS).any(0)
+    clean_BS = differing_BS.cumsum(-1) == 0
+    assert clean_BS.float().mean() > 0.9
+    difference = (output.logits - expected["logits"]).abs().amax(-1)
+    assert difference[clean_BS].max() < 1e-4
 
 
 def test_a_converted_checkpoint_trains_on_like_the_original(results: Results) -> None:
