@@ -131,9 +131,9 @@ def _check_controlled_quantity(dynmoe: DynMoEConfig, transformer: TransformerCon
 
 def _check_uncounted_rows(settled: Settled, transformer: TransformerConfig) -> None:
     """Refuse any ``row_buffer`` but measured if the host needs the number of rows."""
-    remedy, plan = "leave {row_buffer} out (measured)", settled.backend
-    if plan.backend != "torch_native" or "experts" in plan.kept:
-        reason = f"the experts are upstream's ({plan.kept.get('experts', plan.backend)})"
+    remedy, backend = "leave {row_buffer} out (measured)", settled.backend
+    if backend.backend != "torch_native" or "experts" in backend.kept:
+        reason = f"the experts are upstream's ({backend.kept.get("experts", backend.backend)})"
         remedy += ", or use torch_native"
     elif choice.gemm_of(transformer) == "a loop":
         reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
