@@ -133,7 +133,7 @@ def _check_uncounted_rows(settled: Settled, transformer: TransformerConfig) -> N
     """Refuse any ``row_buffer`` but measured if the host needs the number of rows."""
     remedy, backend = "leave {row_buffer} out (measured)", settled.backend
     if backend.backend != "torch_native" or "experts" in backend.kept:
-        reason = f"the experts are upstream's ({backend.kept.get("experts", backend.backend)})"
+        reason = f"the experts are upstream's ({backend.kept.get('experts', backend.backend)})"
         remedy += ", or use torch_native"
     elif choice.gemm_of(transformer) == "a loop":
         reason = "the experts' GEMMs run in a loop on this device, in this dtype and these sizes"
