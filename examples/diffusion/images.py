@@ -15,6 +15,10 @@ from examples.diffusion.flow import noised
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+FASHION = [
+    *("top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "boot"),
+]
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 

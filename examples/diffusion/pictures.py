@@ -85,21 +85,23 @@ def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str
     """
     times = [(level + 0.5) / LEVELS for level in range(LEVELS)]
     routers = list(routers_of([model]))
+    seen: list[Tensor] = []  # of one pass, a layer each: [S]
+
+    def note(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        per_token = output[1].sum(dim=-1).view(-1, len(images))  # [S, B]
+        seen.append(per_token.double().mean(dim=1))
+
     losses, experts = [], []
-    for time in times:
-        x, velocity = noised(images, noise, torch.full((len(images),), time, device=images.device))
-        of_layers: list[Tensor] = []
-        with ExitStack() as hooks:
-            for router in routers:
-
-                def note(_module: Any, _inputs: Any, output: Any) -> None:
-                    per_token = output[1].sum(dim=-1).view(-1, len(images))  # [S, B]
-                    of_layers.append(per_token.double().mean(dim=1))
-
-                hooks.callback(router.register_forward_hook(note).remove)
-            predicted = model(x, torch.full((len(images),), time, device=images.device), labels)
-        losses.append(float((predicted - velocity).square().mean()))
-        experts += [torch.stack(of_layers).tolist()] if routers else []
+    with ExitStack() as hooks:
+        for router in routers:
+            hooks.callback(router.register_forward_hook(note).remove)
+        for level in times:
+            time = torch.full((len(images),), level, device=images.device)
+            x, velocity = noised(images, noise, time)
+            losses.append(float((model(x, time, labels) - velocity).square().mean()))
+            if seen:
+                experts.append(torch.stack(seen).tolist())
+            seen.clear()
     layers = [router.layer_number for router in routers]
     return {"times": times, "loss": losses, "layers": layers, "experts": experts}
 
