@@ -106,10 +106,12 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, 
     args = get_args()
     known = load(args.images)
     rows = split(known, args.held_out, args.seed)
-    train, validation = (
-        NoisedImages(known, part, length, args.seed + number, args.class_dropout)
-        for number, (part, length) in enumerate(zip(rows, num_samples[:2], strict=True))
-    )
+    of_splits = []
+    for number, (part, length) in enumerate(zip(rows, num_samples[:2], strict=True)):
+        length = len(part) if length is None else length  # --full-validation asks for all
+        seeds = args.seed + number, args.class_dropout
+        of_splits.append(NoisedImages(known, part, length, *seeds) if length else None)
+    train, validation = of_splits
     return train, validation, None
 
 

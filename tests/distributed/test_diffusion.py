@@ -23,7 +23,7 @@ MODEL = (
     "--num-attention-heads 2 --num-experts 8 --normalization RMSNorm --swiglu "
     "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 16 "
     "--global-batch-size 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 0 "
-    f"--train-iters {STEPS} --log-interval 1 --eval-iters 0 --num-workers 0 "
+    f"--train-iters {STEPS} --log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 "
     "--distributed-timeout-minutes 5"
 )
 
@@ -60,7 +60,8 @@ WHOLE = run(
 RESUMED = run(
     "resumed",
     1,
-    f"--load {{dir}}/diffusion_whole --ckpt-step {HALF} --save {{dir}}/diffusion_resumed",
+    f"--load {{dir}}/diffusion_whole --ckpt-step {HALF} --save {{dir}}/diffusion_resumed "
+    f"--save-interval {HALF}",
     after=(WHOLE,),
 )
 SHORT = f"--train-iters 4 --lr-decay-iters {STEPS}"
