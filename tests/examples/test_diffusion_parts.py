@@ -121,3 +121,25 @@ def test_patches_and_positions() -> None:
     assert len({tuple(row.tolist()) for row in positions}) == 6
     assert torch.equal(positions[0, :4], positions[2, :4])  # of one row
     assert torch.equal(positions[0, 4:], positions[3, 4:])  # of one column
+
+
+@pytest.mark.megatron
+def test_the_average_is_an_exponential_mean() -> None:
+    from examples.diffusion.model import DiT
+
+    class Model(torch.nn.BatchNorm1d):  # has parameters and buffers
+        model_config = SimpleNamespace(average_decay=0.5)
+
+    model = Model(3)
+    average = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    model.average = (average,)
+    expected = torch.ones(3)
+    for step in range(12):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(3))
+            model.running_mean.copy_(torch.randn(3))
+        DiT.follow(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(average.weight, expected)
+        assert torch.equal(average.running_mean, model.running_mean)
