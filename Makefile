@@ -10,7 +10,7 @@ PLOT = $(PYTHON_GPU) benchmarks/plot.py --results "$(OUTPUT)" --images "$(OUTPUT
 SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples/*/*.sh launch/*.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test test-unit test-distributed test-long test-avx2 test-wheel \
+.PHONY: help setup quickstart diffusion check test test-unit test-distributed test-long test-avx2 test-wheel \
 	test-transformers test-vllm test-faults soak mutations \
 	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
@@ -25,6 +25,10 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
+
+diffusion: setup ## trains a small diffusion model on images (IMAGES=...), about 10 minutes on 2 cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(if $(IMAGES),IMAGES="$(IMAGES)") \
+	  bash examples/diffusion/run.sh
 
 # Without what takes long: Megatron, several processes, slow tests and Triton's interpreter.
 check: setup lint types ## lint, types, and the tests that need no Megatron: about 4 minutes

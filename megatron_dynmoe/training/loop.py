@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
@@ -35,47 +35,56 @@ from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.training import notices, run_directory, signals
 from megatron_dynmoe.training.checks.settle_arguments import OTHER_MODELS, settle_arguments
 from megatron_dynmoe.training.checks.upstream_refusals import in_flags
-from megatron_dynmoe.training.datasets.provider import train_valid_test_datasets_provider
-from megatron_dynmoe.training.datasets.token_files import check_token_files
 from megatron_dynmoe.training.flags import add_flags, training_parser
-from megatron_dynmoe.training.forward import forward_step
+from megatron_dynmoe.training.script import GPT, Script
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
 
-def train(program_start: float) -> None:
+def train(program_start: float, script: Script = GPT) -> None:
     """Train as the command line says.
+
+    Args:
+        program_start: seconds since the epoch.
+        script: what is trained.
 
     Raises:
         UsageError: a setting makes no sense; raised before the first step.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     with run_directory.cleaning_up_failed_starts():
-        with refusing_in_flags():
-            args, resolved, chosen = parse_command_line()
-            model_config = gpt_config_from_args(args)
+        with refusing_in_flags(script=script):
+            args, resolved, chosen = parse_command_line(script)
+            model_config = script.model_config(args)
             with naming_flags(args):
                 settled = settle_run(resolved, model_config.transformer, chosen, args)
-            check_token_files(args)
-        _build_and_train(args, model_config, settled, program_start)
+            script.check_data(args)
+        _build_and_train(args, model_config, settled, program_start, script)
 
 
 def _build_and_train(
-    args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
+    args: Namespace,
+    model_config: GPTModelConfig,
+    settled: Settled,
+    program_start: float,
+    script: Script,
 ) -> None:
     notices.print_notes(args, settled)
     if use_our_layers(args, model_config, settled) and args.rank == 0:
         for line in describe(settled, model_config.transformer, args):
             print(line, flush=True)
     try:
-        with run_directory.recording(args, settled, program_start), refusing_in_flags():
+        with (
+            run_directory.recording(args, settled, program_start, script.module),
+            refusing_in_flags(script=script),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
-                train_valid_test_datasets_provider,
+                script.datasets,
                 ModelType.encoder_or_decoder,
-                forward_step,
-                non_loss_data_func=report_evaluation,
+                script.forward_step,
+                non_loss_data_func=partial(report_evaluation, evaluated=script.evaluated),
             )
     except collective.CheckpointError:
         sys.tracebacklimit = 0
@@ -101,29 +110,34 @@ def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settl
 
 
 @contextmanager
-def refusing_in_flags(words: Sequence[str] | None = None) -> Iterator[None]:
+def refusing_in_flags(words: Sequence[str] | None = None, script: Script = GPT) -> Iterator[None]:
     """State in one line, in terms of flags, why a run is refused; active until the first step.
 
     Args:
         words: the command line; None: this process's.
+        script: whose flags there are.
     """
     try:
         yield
     except Exception as error:
-        refusal = in_flags(error, training_parser(), sys.argv[1:] if words is None else words)
+        parser = script.add_flags(training_parser())
+        refusal = in_flags(error, parser, sys.argv[1:] if words is None else words)
         if refusal is None:
             raise
         raise UsageError(refusal) from None
 
 
-def parse_command_line() -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
+def parse_command_line(
+    script: Script = GPT,
+) -> tuple[Namespace, DynMoEConfig, choice.BackEnd]:
     """Parse and check all flags, and register them as Megatron's global arguments.
 
     Returns:
         Megatron's arguments; our settings with their defaults filled in; and the back end, on which
         some of Megatron's arguments depend.
     """
-    args = megatron_arguments.parse_args(add_flags)
+    args = megatron_arguments.parse_args(lambda parser: script.add_flags(add_flags(parser)))
+    script.settle(args)
     if args.yaml_cfg is not None:
         raise FlagError(
             "yaml_cfg",
@@ -168,11 +182,23 @@ def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
     return resolved, chosen
 
 
-def report_evaluation(model: list[torch.nn.Module]) -> None:
+def report_evaluation(
+    model: list[torch.nn.Module],
+    evaluated: Callable[[list[torch.nn.Module]], None] = GPT.evaluated,
+) -> None:
     """Print and write the mean experts per token of the evaluation that just ran.
 
     Megatron calls it on every rank at the end of an evaluation (``non_loss_data_func``).
+
+    Args:
+        model: the rank's model chunks.
+        evaluated: what a script does after it.
     """
+    _report_experts(model)
+    evaluated(model)
+
+
+def _report_experts(model: list[torch.nn.Module]) -> None:
     config = get_model_config(model[0])
     if not isinstance(config.finalize_model_grads_func, GlobalBatchUpdate):
         return  # stock top-k has no such count

@@ -111,19 +111,25 @@ def _remove_empty(*folders: Path) -> None:
 
 
 @contextmanager
-def recording(args: Namespace, settled: Settled, program_start: float) -> Iterator[None]:
+def recording(
+    args: Namespace,
+    settled: Settled,
+    program_start: float,
+    module: str = "megatron_dynmoe.pretrain",
+) -> Iterator[None]:
     """Write into ``--run-dir``, if given, what the run is and, at its end, what it did.
 
     Args:
         args: Megatron's arguments.
         settled: the run's settings.
         program_start: seconds since the epoch.
+        module: what ``python -m`` calls.
     """
     if args.run_dir is None:
         yield
         return
     run_dir = Path(args.run_dir)
-    before = _write_settings(run_dir, args, settled) if args.rank == 0 else {}
+    before = _write_settings(run_dir, args, settled, module) if args.rank == 0 else {}
     plotting = args.live_plot and args.rank == args.world_size - 1  # the rank that writes events
     try:
         with redrawing(run_dir, get_tensorboard_writer) if plotting else nullcontext():
@@ -140,7 +146,9 @@ def recording(args: Namespace, settled: Settled, program_start: float) -> Iterat
         mark_finished(run_dir, args.train_iters, args.train_samples)
 
 
-def _write_settings(run_dir: Path, args: Namespace, settled: Settled) -> dict[str, bytes | None]:
+def _write_settings(
+    run_dir: Path, args: Namespace, settled: Settled, module: str
+) -> dict[str, bytes | None]:
     """Write the command and the settings; return what the two files held before, None if new."""
     written = (COMMAND, names.RESOLVED)
     before = {
@@ -151,7 +159,7 @@ def _write_settings(run_dir: Path, args: Namespace, settled: Settled) -> dict[st
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    command = shlex.join([*launcher, "-m", "megatron_dynmoe.pretrain", *sys.argv[1:]])
+    command = shlex.join([*launcher, "-m", module, *sys.argv[1:]])
     with open(run_dir / COMMAND, "a") as file:  # a resumed run appends its own command
         file.write(command + "\n")
     settings = {

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_dynmoe.checkpoints.collective import CheckpointError
+from megatron_dynmoe.settings.messages.refusals import FlagError
 
 # Upstream calls these by another name than their flag.
 _OTHER_NAMES = {
@@ -59,7 +60,8 @@ def in_flags(error: Exception, parser: ArgumentParser, words: Sequence[str]) -> 
         return None
     frame, line = frames[-1]
     module = str(frame.f_globals.get("__name__"))
-    if module.startswith("megatron_dynmoe.") and isinstance(error, ValueError):
+    is_ours = module.startswith("megatron_dynmoe.") and isinstance(error, ValueError)
+    if is_ours or isinstance(error, FlagError):  # which a script of a user's own may raise, too
         return str(error)
     if not module.startswith("megatron.") or module.startswith(_FILES):
         return None

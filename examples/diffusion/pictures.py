@@ -1,0 +1,161 @@
+"""Samples by class, and where the model spends its experts, as pictures and as JSON."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.diffusion.flow import noised, sample
+from examples.diffusion.images import load, scaled, split
+from examples.diffusion.model import CONDITIONS, DiT
+from megatron_dynmoe.control.update import routers_of
+from megatron_dynmoe.runs.drawing.curves import save_figure
+from megatron_dynmoe.storage.atomic import replace_file
+
+LEVELS = 10  # times in the middle of as many parts of [0, 1]
+COUNTED = 128  # images, at most
+
+
+@torch.no_grad()
+def draw(model: DiT, args: Namespace, folder: Path, iteration: int) -> None:
+    """Write ``step_N.png`` (a row for each class), ``experts_N.png`` and ``experts_N.json``.
+
+    All ranks compute the same, for experts may be spread over them; the first one writes. The
+    weights are the moving average.
+
+    Args:
+        model: the whole model; it must not be split over pipeline or tensor ranks.
+        args: Megatron's arguments and ours.
+        folder: where to; it is made.
+        iteration: N.
+    """
+    (average,) = model.average
+    known = load(args.images)
+    device = torch.cuda.current_device()
+    classes = torch.arange(len(known.names)).repeat_interleave(args.samples_per_class)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(len(classes), *known.pixels.shape[1:], generator=generator)
+    samples = sample(
+        average,
+        noise.to(device),
+        classes.to(device),
+        steps=args.sampling_steps,
+        guidance=args.guidance,
+        null_class=len(known.names),
+    )
+    rows = split(known, args.held_out, args.seed)[1][:COUNTED]
+    images = scaled(known.pixels[rows]).to(device)
+    noise = torch.randn(images.shape, generator=generator).to(device)
+    counted = count(average, images, noise, known.labels[rows].to(device))
+    if torch.distributed.get_rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_grid(samples.cpu(), args.samples_per_class, folder / f"step_{iteration}.png")
+    report = {"iteration": iteration, "images": len(rows), **counted}
+    replace_file(
+        folder / f"experts_{iteration}.json",
+        lambda path: path.write_text(json.dumps(report, indent=1) + "\n"),
+    )
+    if counted["experts"]:
+        _save_experts(counted, model.model_config.grid, folder / f"experts_{iteration}.png")
+    for line in describe(counted):
+        print(line, flush=True)
+    print(f"> samples and counts: {folder}/*_{iteration}.*", flush=True)
+
+
+def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Loss and experts of noised images, by noise level.
+
+    Args:
+        model: in evaluation mode.
+        images, noise: [B, C, H, W].
+        labels: [B].
+
+    Returns:
+        ``times`` and ``loss``, one number for each level; ``experts``, mean counts as lists
+        [level][MoE layer][token], the tokens being time, class and the patches row by row (empty
+        for stock top-k, which counts nothing); ``layers``, the numbers of the layers.
+    """
+    times = [(level + 0.5) / LEVELS for level in range(LEVELS)]
+    routers = list(routers_of([model]))
+    seen: list[Tensor] = []  # of one pass, a layer each: [S]
+
+    def note(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        per_token = output[1].sum(dim=-1).view(-1, len(images))  # [S, B]
+        seen.append(per_token.double().mean(dim=1))
+
+    losses, experts = [], []
+    with ExitStack() as hooks:
+        for router in routers:
+            hooks.callback(router.register_forward_hook(note).remove)
+        for level in times:
+            time = torch.full((len(images),), level, device=images.device)
+            x, velocity = noised(images, noise, time)
+            losses.append(float((model(x, time, labels) - velocity).square().mean()))
+            if seen:
+                experts.append(torch.stack(seen).tolist())
+            seen.clear()
+    layers = [router.layer_number for router in routers]
+    return {"times": times, "loss": losses, "layers": layers, "experts": experts}
+
+
+def describe(counted: dict[str, Any]) -> list[str]:
+    """Lines of a table: for each noise level its loss, and experts per token by layer."""
+    lines = [
+        "> time (0: noise)   loss   experts: all" + "".join(f"{n:7}" for n in counted["layers"])
+    ]
+    if not counted["experts"]:
+        lines = ["> time (0: noise)   loss"]
+    for number, (time, loss) in enumerate(zip(counted["times"], counted["loss"], strict=True)):
+        line = f"> {time:13.2f} {loss:9.4f}"
+        if counted["experts"]:
+            by_layer = np.mean(counted["experts"][number], axis=1)
+            line += f"{by_layer.mean():15.2f}" + "".join(f"{value:7.2f}" for value in by_layer)
+        lines.append(line)
+    return lines
+
+
+def _save_grid(samples: Tensor, columns: int, path: Path, scale: int = 3) -> None:
+    from PIL import Image
+
+    pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+    padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=64)
+    rows = padded.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
+    grid = rows.flatten(2, 3).flatten(0, 1).numpy()
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid[..., :3])
+    replace_file(path, lambda partial: image.save(partial, format="PNG"))
+
+
+def _save_experts(counted: dict[str, Any], grid: tuple[int, int], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    experts_VLS = np.array(counted["experts"])
+    figure, (by_layer, over_image, by_level) = plt.subplots(
+        1, 3, figsize=(13, 3.6), layout="constrained"
+    )
+    edges = np.linspace(0, 1, LEVELS + 1)
+    layers = np.arange(len(counted["layers"]) + 1) + 0.5
+    mesh = by_layer.pcolormesh(edges, layers, experts_VLS.mean(axis=2).T)
+    figure.colorbar(mesh, ax=by_layer, label="experts per token")
+    by_layer.set(title="by layer and noise level", xlabel="time (0: noise)", ylabel="MoE layer")
+    by_layer.yaxis.get_major_locator().set_params(integer=True)
+    mesh = over_image.imshow(experts_VLS[..., CONDITIONS:].mean(axis=(0, 1)).reshape(grid))
+    figure.colorbar(mesh, ax=over_image, label="experts per token")
+    over_image.set(title="over the image, by patch", xticks=[], yticks=[])
+    by_level.plot(counted["times"], experts_VLS.mean(axis=(1, 2)), marker="o")
+    by_level.set(title="by noise level", xlabel="time (0: noise)", ylabel="experts per token")
+    loss = by_level.twinx()
+    loss.plot(counted["times"], counted["loss"], color="C1", marker="o")
+    loss.set_ylabel("loss", color="C1")
+    save_figure(figure, path, dpi=110)

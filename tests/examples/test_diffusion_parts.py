@@ -1,0 +1,145 @@
+"""The sampler, the images and the positions of ``examples/diffusion``: no model is trained."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.diffusion.flow import noised, sample
+from examples.diffusion.images import NoisedImages, load, split
+from megatron_dynmoe.settings.messages.refusals import FlagError
+
+
+def gaussian(means: torch.Tensor, std: float):
+    """The velocity of flow matching for images ~ N(means[class], std ** 2), in closed form.
+
+    With x_t = (1 - t) z + t y, of variance s_t ** 2 = (1 - t) ** 2 + t ** 2 std ** 2,
+    E[y - z | x_t = x] = m + (t std ** 2 - (1 - t)) / s_t ** 2 * (x - t m).
+    """
+
+    def velocity(x, time, classes):
+        mean, t = means[classes].view(-1, 1, 1, 1), time.view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 + (t * std) ** 2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    return velocity
+
+
+MEANS = torch.tensor([-1.0, 0.5, 0.0], dtype=torch.float64)  # the last: no class
+
+
+def test_the_sampler_follows_a_closed_form_velocity() -> None:
+    """The flow carries noise z to mean + std * z, exactly; Euler's error falls as 1 / steps."""
+    noise = torch.randn(64, 1, 2, 2, dtype=torch.float64)
+    classes = torch.arange(64) % 2
+    exact = MEANS[classes].view(-1, 1, 1, 1) + 0.3 * noise
+    errors = {
+        steps: (sample(gaussian(MEANS, 0.3), noise, classes, steps=steps) - exact).abs().max()
+        for steps in (100, 200, 400)
+    }
+    assert errors[400] < 0.01
+    assert errors[100] / errors[200] == pytest.approx(2, rel=0.1)
+    assert errors[200] / errors[400] == pytest.approx(2, rel=0.1)
+
+
+def test_guidance_goes_beyond_the_class() -> None:
+    """With point masses, v = (m - x) / (1 - t) is linear in m, so guided samples end at the
+    guided mean, 0 + guidance * (m - 0)."""
+    noise, classes = torch.randn(8, 1, 2, 2, dtype=torch.float64), torch.arange(8) % 2
+    ended = sample(gaussian(MEANS, 0.0), noise, classes, steps=10, guidance=3.0, null_class=2)
+    torch.testing.assert_close(ended, 3 * MEANS[classes].view(-1, 1, 1, 1).expand_as(ended))
+    with pytest.raises(ValueError, match=r"guidance is 3\.0: give null_class"):
+        sample(gaussian(MEANS, 0.0), noise, classes, steps=1, guidance=3.0)
+
+
+def test_the_line_begins_at_noise_and_ends_at_the_image() -> None:
+    image, noise = torch.randn(2, 3, 1, 4, 4)
+    x, velocity = noised(image, noise, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(x[0], noise[0]) and torch.equal(x[1], image[1])
+    torch.testing.assert_close(x[2] + 0.75 * velocity[2], image[2])
+
+
+def test_samples_depend_on_their_index_alone() -> None:
+    pytest.importorskip("sklearn")
+    digits = load("digits")
+    assert digits.pixels.shape == (1797, 1, 8, 8) and digits.pixels.max() == 255
+    train, held_out = split(digits, 0.05, seed=1)
+    assert sorted(torch.cat([train, held_out]).tolist()) == list(range(1797))
+    data, again = (NoisedImages(digits, train, 10_000, 1, class_dropout=0.25) for _ in range(2))
+    for index in (5000, 3, 5000):
+        for name, value in data[index].items():
+            assert torch.equal(value, again[index][name])
+    samples = [data[index] for index in range(len(train))]
+    # An epoch has each image once; a quarter of the labels are left out.
+    images = torch.stack([s["x"] + (1 - s["time"]) * s["velocity"] for s in samples])
+    pixels = torch.sort(((images + 1) * 127.5).round().sum(dim=(1, 2, 3))).values
+    expected = torch.sort(digits.pixels[train].sum(dim=(1, 2, 3)).float()).values
+    assert torch.equal(pixels, expected)
+    dropped = np.mean([int(s["label"]) == 10 for s in samples])
+    assert abs(dropped - 0.25) < 5 * math.sqrt(0.25 * 0.75 / len(samples))
+
+
+def test_every_source_of_images(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 8, 3), dtype=np.uint8)
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    np.savez(tmp_path / "some.npz", images=pixels, labels=labels)
+    for number, label in enumerate(labels):
+        folder = tmp_path / "tree" / f"class_{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(folder / f"{number}.png")
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    for source, names in (("some.npz", ["0", "1"]), ("tree", ["class_0", "class_1"])):
+        found = load(str(tmp_path / source))
+        assert torch.equal(found.pixels, expected) and found.labels.tolist() == labels.tolist()
+        assert found.names == names
+    Image.fromarray(pixels[0, :2]).save(tmp_path / "tree" / "class_1" / "small.png")
+    load.cache_clear()
+    for source, message in (
+        ("tree", r"small.png is \[2, 8, 3\], and .* \[4, 8, 3\]"),
+        ("none", "No such file"),
+        ("none.npz", "No such file"),
+    ):
+        with pytest.raises(FlagError, match=message):
+            load(str(tmp_path / source))
+
+
+@pytest.mark.megatron
+def test_patches_and_positions() -> None:
+    from examples.diffusion.model import DiT, positions_2d
+
+    fake = SimpleNamespace(model_config=SimpleNamespace(patch_size=2, image_shape=(3, 4, 6)))
+    x = torch.randn(2, 3, 4, 6)
+    patches = DiT._cut(fake, x)
+    assert patches.shape == (2, 6, 12)
+    # Row by row: the fourth patch is the first of the second row.
+    assert torch.equal(patches[:, 3], x[:, :, 2:, :2].flatten(1))
+    assert torch.equal(DiT._paste(fake, patches), x)
+    positions = positions_2d(2, 3, 8)
+    assert len({tuple(row.tolist()) for row in positions}) == 6
+    assert torch.equal(positions[0, :4], positions[2, :4])  # of one row
+    assert torch.equal(positions[0, 4:], positions[3, 4:])  # of one column
+
+
+@pytest.mark.megatron
+def test_the_average_is_an_exponential_mean() -> None:
+    from examples.diffusion.model import DiT
+
+    class Model(torch.nn.BatchNorm1d):  # has parameters and buffers
+        model_config = SimpleNamespace(average_decay=0.5)
+
+    model = Model(3)
+    average = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    model.average = (average,)
+    expected = torch.ones(3)
+    for step in range(12):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(3))
+            model.running_mean.copy_(torch.randn(3))
+        DiT.follow(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(average.weight, expected)
+        assert torch.equal(average.running_mean, model.running_mean)
