@@ -101,7 +101,8 @@ class Layout:
             expert_tensor=args.expert_tensor_parallel_size or tensor,
             stages_per_rank=args.num_virtual_stages_per_pipeline_rank or 1,
             sequence_parallel=args.sequence_parallel,
-            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS),
+            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS)
+            or "|" in (args.hybrid_layer_pattern or ""),
         )
 
     @property

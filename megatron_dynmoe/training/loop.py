@@ -15,7 +15,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, pretrain, print_rank_last, set_startup_timestamps
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
@@ -23,6 +23,7 @@ from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
+from megatron_dynmoe.model.hybrid import hybrid_stack_spec, model_config_from_args
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
@@ -42,6 +43,9 @@ from megatron_dynmoe.training.forward import forward_step
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
+    from megatron.training.models.hybrid import HybridModelConfig
+
+    AnyModelConfig = GPTModelConfig | HybridModelConfig
 
 
 def train(program_start: float) -> None:
@@ -54,7 +58,7 @@ def train(program_start: float) -> None:
     with run_directory.cleaning_up_failed_starts():
         with refusing_in_flags():
             args, resolved, chosen = parse_command_line()
-            model_config = gpt_config_from_args(args)
+            model_config = model_config_from_args(args)
             with naming_flags(args):
                 settled = settle_run(resolved, model_config.transformer, chosen)
             check_token_files(args)
@@ -62,7 +66,7 @@ def train(program_start: float) -> None:
 
 
 def _build_and_train(
-    args: Namespace, model_config: GPTModelConfig, settled: Settled, program_start: float
+    args: Namespace, model_config: AnyModelConfig, settled: Settled, program_start: float
 ) -> None:
     notices.print_notes(args, settled)
     if use_our_layers(args, model_config, settled) and args.rank == 0:
@@ -89,14 +93,17 @@ def _build_and_train(
         notices.print_how_to_resume(args)
 
 
-def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
+def use_our_layers(args: Namespace, model_config: AnyModelConfig, settled: Settled) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
     is_other_model = any(getattr(args, name, None) for name in OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
     if not (settled.dynmoe.is_dynamic or is_native):
         return False
     prepare_training(settled, model_config.transformer, args)
-    model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
+    if args.hybrid_layer_pattern:
+        model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer, settled)
+    else:
+        model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
     return True
 
 
