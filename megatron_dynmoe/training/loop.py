@@ -18,6 +18,7 @@ from megatron.training import get_args, pretrain, print_rank_last, set_startup_t
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
@@ -43,9 +44,6 @@ from megatron_dynmoe.training.forward import forward_step
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
-    from megatron.training.models.hybrid import HybridModelConfig
-
-    AnyModelConfig = GPTModelConfig | HybridModelConfig
 
 
 def train(program_start: float) -> None:
@@ -66,7 +64,10 @@ def train(program_start: float) -> None:
 
 
 def _build_and_train(
-    args: Namespace, model_config: AnyModelConfig, settled: Settled, program_start: float
+    args: Namespace,
+    model_config: GPTModelConfig | HybridModelConfig,
+    settled: Settled,
+    program_start: float,
 ) -> None:
     notices.print_notes(args, settled)
     if use_our_layers(args, model_config, settled) and args.rank == 0:
@@ -93,14 +94,16 @@ def _build_and_train(
         notices.print_how_to_resume(args)
 
 
-def use_our_layers(args: Namespace, model_config: AnyModelConfig, settled: Settled) -> bool:
+def use_our_layers(
+    args: Namespace, model_config: GPTModelConfig | HybridModelConfig, settled: Settled
+) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
     is_other_model = any(getattr(args, name, None) for name in OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
     if not (settled.dynmoe.is_dynamic or is_native):
         return False
     prepare_training(settled, model_config.transformer, args)
-    if args.hybrid_layer_pattern:
+    if isinstance(model_config, HybridModelConfig):
         model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer, settled)
     else:
         model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
