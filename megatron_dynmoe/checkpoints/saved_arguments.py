@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_dynmoe.checkpoints.load import candidates
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
+from megatron_dynmoe.settings.hybrid_pattern import PIPE
 from megatron_dynmoe.settings.messages.refusals import FlagError, flag
 from megatron_dynmoe.storage.megatron_names import checkpoint_name
 
@@ -47,6 +48,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
     saved = saved_arguments(args)
     if saved is None:
         return
+    _check_pattern(args, saved)
     for name in _SIZES:
         here, there = getattr(args, name), getattr(saved, name, None)
         if name == "num_query_groups" and not args.group_query_attention:
@@ -75,6 +77,21 @@ def saved_arguments(args: Namespace) -> Namespace | None:
         return MegatronCheckpoint(load / checkpoint_name(names[0])).args if names else None
     except (ValueError, OSError):
         return None  # it is damaged or holds unreadable objects: loading will say so
+
+
+def _check_pattern(args: Namespace, saved: Namespace) -> None:
+    """Refuse another model class or other layers; stages of the pipeline may differ."""
+    here, there = (getattr(run, "hybrid_layer_pattern", None) for run in (args, saved))
+    if (here or "").replace(PIPE, "") == (there or "").replace(PIPE, ""):
+        return
+    raise FlagError(
+        "hybrid_layer_pattern",
+        here,
+        f", and the model in {args.load} was trained "
+        + ("without it" if there is None else f"with {there}"),
+        ("leave it out" if there is None else f"give --hybrid-layer-pattern '{there}'")
+        + ", or start anew without --load",
+    )
 
 
 def _keep_padded_vocabulary(args: Namespace, saved: Namespace) -> None:

@@ -16,13 +16,14 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_dynmoe.dry_run.recording.recorder import Recorder
 from megatron_dynmoe.dry_run.recording.schedule import MicroBatches, Watch
 from megatron_dynmoe.dry_run.request import Request
 from megatron_dynmoe.dry_run.stand_ins.rows import BalancedRows
+from megatron_dynmoe.model.hybrid import model_config_from_args
 from megatron_dynmoe.model.settled import settle_run
 from megatron_dynmoe.settings.arguments import naming_flags
 from megatron_dynmoe.training import loop
@@ -43,7 +44,7 @@ def train(recorder: Recorder, request: Request) -> MicroBatches:
     """
     with loop.refusing_in_flags():
         args, resolved, chosen = loop.parse_command_line()
-        model_config = gpt_config_from_args(args)
+        model_config = model_config_from_args(args)
         with naming_flags(args):
             settled = settle_run(resolved, model_config.transformer, chosen, args)
         if settled.backend.backend not in _WITHOUT_A_GPU:

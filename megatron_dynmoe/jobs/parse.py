@@ -9,6 +9,8 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from megatron_dynmoe.settings.hybrid_pattern import settle_pattern
+
 
 def parse(flags: Sequence[str]) -> Namespace:
     """Parse flags by the parser of the training. The first call imports Megatron, for seconds.
@@ -39,6 +41,7 @@ def read_args(flags: Sequence[str]) -> Namespace:
         ValueError: a flag is unknown or missing, or has a bad value.
     """
     args = parse(flags)
+    settle_pattern(args)
     # This repeats upstream's validate_args, which cannot run without processes.
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not getattr(args, name):

@@ -32,9 +32,9 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
     """
     args = parse(words)
     # These import Megatron's training, for seconds; the parser has done it already.
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
+    from megatron_dynmoe.model.hybrid import model_config_from_args
     from megatron_dynmoe.model.settled import settle_run
     from megatron_dynmoe.settings.arguments import naming_flags
     from megatron_dynmoe.training.checks.settle_arguments import settle_arguments
@@ -47,7 +47,7 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
         resolved, chosen = settle_arguments(args, here=False)
         with _its_packages(chosen.backend):
             validate_args(args, {})
-            model = gpt_config_from_args(args)
+            model = model_config_from_args(args)
         with naming_flags(args):
             settle_run(resolved, model.transformer, chosen, args, here=False)
 

@@ -17,6 +17,7 @@ from megatron_dynmoe.moe.router import DynamicRouter
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
 
@@ -30,8 +31,7 @@ def layer_spec(
         vp_stage: the chunk's virtual pipeline stage.
         settled: the run's settings.
     """
-    transformer, plan = config.transformer, settled.backend
-    implementation = plan.implementation
+    transformer, implementation = config.transformer, settled.backend.implementation
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=implementation == "transformer_engine",
@@ -39,8 +39,15 @@ def layer_spec(
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    if plan.backend == "torch_native":
-        spec = torch_native.with_native_modules(spec, plan, transformer)
+    return with_our_modules(spec, transformer, settled)
+
+
+def with_our_modules(
+    spec: TransformerBlockSubmodules, transformer: TransformerConfig, settled: Settled
+) -> TransformerBlockSubmodules:
+    """Copy a spec of upstream's, with the back end's modules and dynamic routing in its layers."""
+    if settled.backend.backend == "torch_native":
+        spec = torch_native.with_native_modules(spec, settled.backend, transformer)
     if settled.rule is None:
         return spec
     router = partial(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dynmoe.settings.hybrid_pattern import PIPE
 from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.messages.words import values_of, whole_number
 
@@ -57,6 +58,7 @@ class Layout:
         def size(name: str, default: int | None = None) -> int:
             return whole_number(values, name, default)
 
+        pattern = "".join(values.get("hybrid-layer-pattern", ()))
         experts = values.get("num-experts")
         tensor = size("tensor-model-parallel-size", 1)
         pipeline = size("pipeline-model-parallel-size", 1)
@@ -64,7 +66,7 @@ class Layout:
         micro_batch, model_size = size("micro-batch-size"), tensor * pipeline * context
         return cls(
             world_size=world_size,
-            num_layers=size("num-layers"),
+            num_layers=size("num-layers", len(pattern.replace(PIPE, "")) or None),
             num_attention_heads=size("num-attention-heads"),
             num_experts=0 if experts is None or experts == ["0"] else size("num-experts"),
             seq_length=size("seq-length"),
@@ -77,7 +79,7 @@ class Layout:
             expert_tensor=size("expert-tensor-parallel-size", tensor),
             stages_per_rank=size("num-virtual-stages-per-pipeline-rank", 1),
             sequence_parallel="sequence-parallel" in values,
-            has_own_split=any(name in values for name in _OWN_SPLITS),
+            has_own_split=any(name in values for name in _OWN_SPLITS) or PIPE in pattern,
         )
 
     @classmethod
@@ -101,7 +103,8 @@ class Layout:
             expert_tensor=args.expert_tensor_parallel_size or tensor,
             stages_per_rank=args.num_virtual_stages_per_pipeline_rank or 1,
             sequence_parallel=args.sequence_parallel,
-            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS),
+            has_own_split=any(getattr(args, name.replace("-", "_"), None) for name in _OWN_SPLITS)
+            or PIPE in (args.hybrid_layer_pattern or ""),
         )
 
     @property

@@ -18,11 +18,13 @@ from megatron.training import get_args, pretrain, print_rank_last, set_startup_t
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_dynmoe.backends import choice
 from megatron_dynmoe.checkpoints import collective, load
 from megatron_dynmoe.checkpoints.saved_arguments import agree_with_checkpoint
 from megatron_dynmoe.control.update import GlobalBatchUpdate, reduce_statistics, routers_of
+from megatron_dynmoe.model.hybrid import hybrid_stack_spec
 from megatron_dynmoe.model.prepare import describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
@@ -65,7 +67,7 @@ def train(program_start: float, script: Script = GPT) -> None:
 
 def _build_and_train(
     args: Namespace,
-    model_config: GPTModelConfig,
+    model_config: GPTModelConfig | HybridModelConfig,
     settled: Settled,
     program_start: float,
     script: Script,
@@ -98,14 +100,19 @@ def _build_and_train(
         notices.print_how_to_resume(args)
 
 
-def use_our_layers(args: Namespace, model_config: GPTModelConfig, settled: Settled) -> bool:
+def use_our_layers(
+    args: Namespace, model_config: GPTModelConfig | HybridModelConfig, settled: Settled
+) -> bool:
     """Prepare the training of a model with our layers, unless upstream's alone do; say whether."""
     is_other_model = any(getattr(args, name, None) for name in OTHER_MODELS)
     is_native = settled.backend.backend == "torch_native" and not is_other_model
     if not (settled.dynmoe.is_dynamic or is_native):
         return False
     prepare_training(settled, model_config.transformer, args)
-    model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
+    if isinstance(model_config, HybridModelConfig):
+        model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer, settled)
+    else:
+        model_config.transformer_layer_spec = partial(layer_spec, settled=settled)
     return True
 
 

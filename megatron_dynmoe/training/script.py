@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.training.argument_utils import gpt_config_from_args
 
+from megatron_dynmoe.model.hybrid import model_config_from_args
 from megatron_dynmoe.training.datasets.provider import train_valid_test_datasets_provider
 from megatron_dynmoe.training.datasets.token_files import check_token_files
 from megatron_dynmoe.training.forward import forward_step
@@ -17,7 +17,7 @@ from megatron_dynmoe.training.forward import forward_step
 
 @dataclass(frozen=True)
 class Script:
-    """The parts of a training that depend on what is trained; by default a GPT on token files.
+    """The parts of a training that depend on what is trained; by default a language model on token files.
 
     A script of your own gives some of them to :func:`megatron_dynmoe.training.loop.train`, and
     keeps flags, controller, checkpoints and run folder. ``examples/diffusion`` is one.
@@ -38,7 +38,7 @@ class Script:
     module: str = "megatron_dynmoe.pretrain"
     add_flags: Callable[[ArgumentParser], ArgumentParser] = lambda parser: parser
     settle: Callable[[Namespace], None] = lambda args: None
-    model_config: Callable[[Namespace], Any] = gpt_config_from_args
+    model_config: Callable[[Namespace], Any] = model_config_from_args
     check_data: Callable[[Namespace], None] = check_token_files
     datasets: Callable[..., tuple[Any, Any, Any]] = train_valid_test_datasets_provider
     forward_step: Callable[..., Any] = forward_step

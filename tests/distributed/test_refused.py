@@ -30,7 +30,7 @@ MISTAKES = {
     "--moe-dynamic-max-experts-per-token 0": ("use 1 to 8",),
     "--moe-dynamic-threshold 0.4": ("use --moe-dynamic-initial-threshold",),
     "--moe-dynamic-integral-gain 0": ("auto",),
-    "--hybrid-layer-pattern *E*E": ("builds the model's layers itself", "leave it out"),
+    "--hybrid-layer-pattern M*E*": ("M is Mamba, which has no CPU kernel", "use * for attention"),
     "--spec megatron_dynmoe.specs dynmoe_layer_spec": ("itself", "leave it out"),
     "--sft": ("--sft", "pretrain_gpt.py"),
     "--lr 1e-4": ("Megatron refuses", "it requires: --min-lr <= --lr."),

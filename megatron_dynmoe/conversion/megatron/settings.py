@@ -83,7 +83,10 @@ NEEDED_OF_MEGATRON = (
     Needed("activation_func_clamp_value", None, "clamped activations"),
     Needed("glu_linear_offset", 0.0, "an offset in the gated unit"),
     Needed("mtp_num_layers", None, "multi-token prediction"),
-    Needed("hybrid_layer_pattern", None, "a hybrid model"),
+    Needed(
+        *("hybrid_layer_pattern", None, "a hybrid model"),
+        "write the layers with --num-layers and --moe-layer-freq",
+    ),
     Needed("heterogeneous_layers_config_path", None, "layers of different kinds"),
     Needed("use_mup", False, "maximal update parametrization"),
     Needed("moe_latent_size", None, "experts in a latent space"),
@@ -138,7 +141,8 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
         allowed = needed.value[0] if isinstance(needed.value, tuple) else needed.value
         raise ValueError(
             f"{needed.name} is {shown(value)} ({needed.otherwise}), which no format has: "
-            f"only models trained with {shown(allowed)} can be converted."
+            f"only models trained with {shown(allowed)} can be converted. For training anew: "
+            f"{needed.remedy}."
         )
     sparse = (False,) * args.num_layers
     if not dense:

@@ -60,7 +60,7 @@ def check_arguments(args: Namespace) -> None:
     """
     _check_given(args)
     # If the sizes of the model come from elsewhere, upstream checks them.
-    if not (args.use_checkpoint_args or args.hybrid_layer_pattern):
+    if not args.use_checkpoint_args:
         _check_sizes(args)
         check_layout(Layout.from_args(args))
     _check_schedule(args)

@@ -15,6 +15,7 @@ from megatron_dynmoe.settings.arguments import (
     settle_balance_loss,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
+from megatron_dynmoe.settings.hybrid_pattern import settle_pattern
 from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training.checks.argument_checks import check_arguments, check_top_k
@@ -31,7 +32,6 @@ _OTHER_BATCHES = {
 # These settings build a model that dynamic routing cannot be put into.
 OTHER_MODELS = (
     "spec",
-    "hybrid_layer_pattern",
     "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
     "experimental_attention_variant",
@@ -51,6 +51,7 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
     Raises:
         ValueError: the message names the flag, its value and the remedy.
     """
+    settle_pattern(args)
     _check_model(args)
     dynmoe = settle_balance_loss(args, config_from_args(args))
     if not here and dynmoe.backend == "transformer_engine" and not choice.has_transformer_engine():
@@ -101,7 +102,14 @@ def _check_modes(args: Namespace, dynmoe: DynMoEConfig, chosen: choice.BackEnd) 
                 "use Megatron's pretrain_gpt.py with --spec megatron_dynmoe.specs "
                 "dynmoe_layer_spec and DYNMOE_CONFIG",
             )
-    if not (dynmoe.is_dynamic or dynmoe.backend == "torch_native"):
+    if args.hybrid_layer_pattern and chosen.backend != "torch_native":
+        raise FlagError(
+            "hybrid_layer_pattern",
+            args.hybrid_layer_pattern,
+            f", and the back end is {chosen.backend} ({chosen.why}), which builds no such model",
+            "give --moe-dynamic-backend torch_native",
+        )
+    if not (dynmoe.is_dynamic or dynmoe.backend == "torch_native" or args.hybrid_layer_pattern):
         return
     for name in OTHER_MODELS:
         if getattr(args, name, None):

@@ -17,6 +17,7 @@ from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     is_dense,
     numbers,
 )
+from megatron_dynmoe.settings.hybrid_pattern import layers_of_kinds
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 _NAME = "layers and experts"
@@ -31,14 +32,10 @@ def check_structure(values: Values, args: Namespace, folder: Path) -> Iterator[C
     sparse = (False,) * num_layers
     if num_experts:
         sparse = layers_with_experts(args.moe_layer_freq, num_layers, "moe_layer_freq")
-    expected = {
-        "all": set(range(num_layers)),
-        "sparse": {layer for layer in range(num_layers) if sparse[layer]},
-        "dense": {layer for layer in range(num_layers) if not sparse[layer]},
-    }
+    expected = layers_of_kinds(getattr(args, "hybrid_layer_pattern", None), sparse)
     found = [
         *_layers(values, expected),
-        *_experts(values, expected["sparse"], num_experts),
+        *_experts(values, expected["experts"], num_experts),
         *_states(values),
     ]
     yield from (Check(_NAME, FAILED, f"{folder}: {text}", _CONVERT) for text in found)
@@ -78,7 +75,7 @@ def _layers(values: Values, expected: dict[str, set[int]]) -> Iterator[str]:
     missing: dict[str, list[str]] = defaultdict(list)
     surplus: dict[str, list[str]] = defaultdict(list)
     for row, places in _of_layers(values):
-        kind = "sparse" if belongs_to_experts(row) else "dense" if is_dense(row) else "all"
+        kind = _kind(row)
         there = {layer for layer, _ in places if layer is not None}
         if lacking := expected[kind] - there:
             missing[numbers(lacking)].append(row)
@@ -88,6 +85,15 @@ def _layers(values: Values, expected: dict[str, set[int]]) -> Iterator[str]:
         yield f"{_some(rows)} of layer {layers} is missing, which the saved arguments ask for"
     for layers, rows in surplus.items():
         yield f"{_some(rows)} of layer {layers} is there, which the saved arguments know nothing of"
+
+
+def _kind(row: str) -> str:
+    """Which layers have a row; see :func:`layers_of_kinds`."""
+    if belongs_to_experts(row):
+        return "experts"
+    if is_dense(row):
+        return "dense"
+    return "mlp" if "mlp" in row else "attention"
 
 
 def _experts(values: Values, sparse: set[int], num_experts: int) -> Iterator[str]:

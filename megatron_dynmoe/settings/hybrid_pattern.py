@@ -1,0 +1,126 @@
+"""``--hybrid-layer-pattern``: a model whose layers are written down one by one.
+
+A layer of a ``GPTModel`` is attention and an MLP; upstream's ``HybridModel`` counts each of them as
+a layer of its own. So ``*E*E`` is what ``--num-layers 2`` is elsewhere, and its layers with experts
+are the second and the fourth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dynmoe.settings.messages.refusals import FlagError
+
+ATTENTION, DENSE, EXPERTS, PIPE = "*", "-", "E", "|"
+_REMEDY = "use * for attention, - for a dense MLP, E for experts and | between pipeline stages"
+_REFUSED = {
+    "M": "Mamba, which has no CPU kernel",
+    "G": "gated delta net, which has no CPU kernel",
+    "D": "sparse latent attention, which needs Transformer Engine",
+    "+": "latent attention, which needs Transformer Engine",
+    "/": "the start of multi-token prediction, whose layers would keep upstream's router",
+}
+# Settings that a GPTModel obeys and a HybridModel does not, with the values that change nothing.
+_NOT_FOR_PATTERNS: dict[str, tuple[Any, ...]] = {
+    "multi_latent_attention": (False,),
+    "use_rope_scaling": (False,),
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "mtp_num_layers": (None, 0),
+}
+
+
+def settle_pattern(args: Any) -> None:
+    """Check the pattern, and set what follows from it: the layers, and which of them have experts.
+
+    Args:
+        args: Megatron's arguments, parsed and not yet validated. ``num_layers`` and
+            ``moe_layer_freq`` are set if there is a pattern.
+
+    Raises:
+        FlagError: the pattern, or a setting beside it, cannot be trained.
+    """
+    if args.hybrid_override_pattern is not None:
+        raise FlagError(
+            "hybrid_override_pattern",
+            args.hybrid_override_pattern,
+            ", which Megatron calls --hybrid-layer-pattern by now",
+            "give it by that name",
+        )
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        return
+    layers = pattern.replace(PIPE, "")
+    _check_symbols(pattern, layers)
+    _check_stages(pattern, args.pipeline_model_parallel_size)
+    for name, works in _NOT_FOR_PATTERNS.items():
+        if (value := getattr(args, name)) not in works:
+            raise FlagError(
+                name,
+                value,
+                f", which a model by --hybrid-layer-pattern {pattern} does not have",
+                "leave one of them out",
+            )
+    if args.num_layers not in (None, len(layers)):
+        raise FlagError(
+            "num_layers",
+            args.num_layers,
+            f", and --hybrid-layer-pattern {pattern} has {len(layers)} layers (attention and MLP "
+            "are one each)",
+            f"give {len(layers)}, or leave it out",
+        )
+    args.num_layers = len(layers)
+    sparse = [int(symbol == EXPERTS) for symbol in layers]
+    if bool(args.num_experts) != any(sparse):
+        raise FlagError(
+            "num_experts",
+            args.num_experts,
+            f", and --hybrid-layer-pattern {pattern} has {sum(sparse)} layers with experts (E)",
+            "give both or neither",
+        )
+    if args.moe_layer_freq not in (1, sparse):
+        raise FlagError(
+            "moe_layer_freq",
+            args.moe_layer_freq,
+            f", and --hybrid-layer-pattern {pattern} says which layers have experts",
+            "leave it out",
+        )
+    if any(sparse):
+        args.moe_layer_freq = sparse
+
+
+def layers_of_kinds(pattern: str | None, sparse: tuple[bool, ...]) -> dict[str, set[int]]:
+    """The layers that have attention, an MLP of either kind, experts and a dense MLP, from 0.
+
+    Args:
+        pattern: None: every layer has attention and an MLP.
+        sparse: for each layer, whether it has experts.
+    """
+    every = set(range(len(sparse)))
+    experts = {layer for layer in every if sparse[layer]}
+    attention, dense = every, every - experts
+    if pattern is not None:
+        symbols = pattern.replace(PIPE, "")
+        attention = {layer for layer in every if symbols[layer] == ATTENTION}
+        dense -= attention
+    return {"attention": attention, "mlp": experts | dense, "experts": experts, "dense": dense}
+
+
+def _check_symbols(pattern: str, layers: str) -> None:
+    for symbol in layers:
+        if symbol not in (ATTENTION, DENSE, EXPERTS):
+            meaning = _REFUSED.get(symbol, "no kind of layer")
+            problem = f", in which {symbol} is {meaning}"
+            raise FlagError("hybrid_layer_pattern", pattern, problem, _REMEDY)
+    if not layers:
+        raise FlagError("hybrid_layer_pattern", repr(pattern), ", a model without layers", _REMEDY)
+
+
+def _check_stages(pattern: str, num_stages: int) -> None:
+    stages = pattern.split(PIPE)
+    if len(stages) > 1 and (len(stages) != num_stages or "" in stages):
+        raise FlagError(
+            "hybrid_layer_pattern",
+            pattern,
+            f", and --pipeline-model-parallel-size is {num_stages}",
+            f"put {PIPE} between its stages, with a layer or more in each, or leave {PIPE} out",
+        )
