@@ -17,7 +17,7 @@ from megatron_dynmoe.training.forward import forward_step
 
 @dataclass(frozen=True)
 class Script:
-    """The parts of a training that depend on what is trained; by default a language model on token files.
+    """The parts of a training that depend on its model; by default a language model of tokens.
 
     A script of your own gives some of them to :func:`megatron_dynmoe.training.loop.train`, and
     keeps flags, controller, checkpoints and run folder. ``examples/diffusion`` is one.
