@@ -6,6 +6,7 @@ from tests.mutations.planted import (
     controller,
     conversion,
     dispatching,
+    hybrid,
     losses,
     relu,
     routing,
@@ -24,6 +25,7 @@ MUTATIONS = [
     *dispatching.MISTAKES,
     *attention.MISTAKES,
     *conversion.MISTAKES,
+    *hybrid.MISTAKES,
     *budgets.MISTAKES,
     *watching.MISTAKES,
 ]
