@@ -26,7 +26,7 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-diffusion: setup ## trains a small diffusion model on images (IMAGES=...), about 10 minutes on 2 cores
+diffusion: setup ## trains a small diffusion model on images: IMAGES=folder, STEPS=1500
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(if $(IMAGES),IMAGES="$(IMAGES)") \
 	  bash examples/diffusion/run.sh
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
 from tests.distributed.harness import DTOP_P, Case, Results, add
+from tests.distributed.selection import matrix
 from tests.distributed.test_resume import checkpoint, differences
 
 pytest.importorskip("sklearn")  # has the digits
@@ -132,7 +133,7 @@ def test_two_data_parallel_ranks_equal_one(results: Results) -> None:
     assert_same_gradients(whole, dp2)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", matrix(LAYOUTS, ("ep2",)))
 def test_other_layouts_train_alike(results: Results, name: str) -> None:
     one, many = results[LOADED], results[SAME_WEIGHTS[name]]
     assert_same_training(one, many)
