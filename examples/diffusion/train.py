@@ -179,6 +179,7 @@ def main() -> None:
 
     script = Script(
         module="examples.diffusion.train",
+        is_exported=False,
         add_flags=add_flags,
         settle=settle,
         model_config=model_config,

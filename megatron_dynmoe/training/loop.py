@@ -72,7 +72,7 @@ def _build_and_train(
     program_start: float,
     script: Script,
 ) -> None:
-    notices.print_notes(args, settled)
+    notices.print_notes(args, settled, script.is_exported)
     if use_our_layers(args, model_config, settled) and args.rank == 0:
         for line in describe(settled, model_config.transformer, args):
             print(line, flush=True)

@@ -18,8 +18,14 @@ from megatron_dynmoe.storage.megatron_names import TRACKER
 NOTE = "> note: "
 
 
-def print_notes(args: Namespace, settled: Settled) -> None:
-    """Print, on the first rank, what a person would want to know before hours have passed."""
+def print_notes(args: Namespace, settled: Settled, is_exported: bool = True) -> None:
+    """Print, on the first rank, what a person would want to know before hours have passed.
+
+    Args:
+        args: Megatron's arguments, validated.
+        settled: the run's settings.
+        is_exported: whether models of this kind can be exported to Hugging Face.
+    """
     if args.rank != 0:
         return
     if args.bf16 and cpu.is_installed():
@@ -27,22 +33,35 @@ def print_notes(args: Namespace, settled: Settled) -> None:
         if slow is not None:
             print(slow, flush=True)
     if not args.skip_train:
-        for note in start_notes(args, settled.backend, settled.dynmoe.routing):
+        for note in start_notes(args, settled.backend, settled.dynmoe.routing, is_exported):
             print(NOTE + note, flush=True)
 
 
-def start_notes(args: Namespace, plan: choice.BackEnd, routing: str) -> list[str]:
+def start_notes(
+    args: Namespace, backend: choice.BackEnd, routing: str, is_exported: bool = True
+) -> list[str]:
     """Lines about what cannot be done later with a new run; empty if the run resumes.
 
     Args:
         args: Megatron's arguments, validated.
-        plan: the back end of each part of the model.
+        backend: the back end of each part of the model.
         routing: the name of the routing.
+        is_exported: as for :func:`print_notes`.
     """
     if not args.save:
         return ["neither --run-dir nor --save is given, so nothing of this run will be kept"]
     if args.load and (Path(args.load) / TRACKER).is_file():
         return []  # the first start has already printed it, and it can no longer be changed
+    notes = _export_notes(args, routing) if is_exported else []
+    if choice.needs_parallel_experts(backend, args):
+        notes.append(
+            "the experts have biases, so this run cannot go on later without expert parallelism "
+            "(give --disable-bias-linear)"
+        )
+    return notes
+
+
+def _export_notes(args: Namespace, routing: str) -> list[str]:
     notes = []
     causes = [f"{one.otherwise} ({one.remedy})" for one, _ in obstacles(args)]
     if not ROUTINGS[routing].is_exported:
@@ -55,11 +74,6 @@ def start_notes(args: Namespace, plan: choice.BackEnd, routing: str) -> list[str
         notes.append(
             f"--ckpt-format is {args.ckpt_format}, and only checkpoints of torch_dist, the "
             "default, can be exported to Hugging Face"
-        )
-    if choice.needs_parallel_experts(plan, args):
-        notes.append(
-            "the experts have biases, so this run cannot go on later without expert parallelism "
-            "(give --disable-bias-linear)"
         )
     return notes
 

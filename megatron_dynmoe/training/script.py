@@ -24,6 +24,8 @@ class Script:
 
     Attributes:
         module: how ``python -m`` calls it, for the command in the run's folder.
+        is_exported: whether its models can be exported to Hugging Face; else no note at the start
+            says what stands in the way.
         add_flags: adds flags of its own to Megatron's and ours; it may change defaults.
         settle: completes the parsed arguments before they are checked, such as ``seq_length``.
         model_config: the model's config from validated arguments. A subclass of upstream's
@@ -36,6 +38,7 @@ class Script:
     """
 
     module: str = "megatron_dynmoe.pretrain"
+    is_exported: bool = True
     add_flags: Callable[[ArgumentParser], ArgumentParser] = lambda parser: parser
     settle: Callable[[Namespace], None] = lambda args: None
     model_config: Callable[[Namespace], Any] = model_config_from_args

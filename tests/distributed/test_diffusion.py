@@ -101,6 +101,7 @@ def test_the_loss_falls_and_the_target_is_held(results: Results) -> None:
     assert last < 0.8 * whole.losses[0]
     assert sum(whole.experts_per_token[-10:]) / 10 == pytest.approx(2, rel=0.05)
     assert max(whole.finalized[0]["tokens"]) == 32 * (2 + 16)
+    assert "Hugging Face" not in whole.log()  # no note of what stands in an export's way
 
 
 def test_attention_is_bidirectional(results: Results) -> None:
