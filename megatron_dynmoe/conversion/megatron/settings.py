@@ -83,10 +83,7 @@ NEEDED_OF_MEGATRON = (
     Needed("activation_func_clamp_value", None, "clamped activations"),
     Needed("glu_linear_offset", 0.0, "an offset in the gated unit"),
     Needed("mtp_num_layers", None, "multi-token prediction"),
-    Needed(
-        *("hybrid_layer_pattern", None, "a hybrid model"),
-        "write the layers with --num-layers and --moe-layer-freq",
-    ),
+    Needed("hybrid_layer_pattern", None, "a hybrid model"),
     Needed("heterogeneous_layers_config_path", None, "layers of different kinds"),
     Needed("use_mup", False, "maximal update parametrization"),
     Needed("moe_latent_size", None, "experts in a latent space"),
