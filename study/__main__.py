@@ -80,10 +80,10 @@ def _study(args: argparse.Namespace) -> int:
         # 3. What trained models show, and all of it on paper
         finished = [run for run in planned if run.is_finished]
         content = _content(finished, text)
-        where = document.RESULTS if recorded and not args.only else folder / "results"
+        where = results.RESULTS if recorded and not args.only else folder / "results"
         results.write(where, size.name, content)
         print(f"written: {where / size.name}.json and .csv")
-        if where == document.RESULTS and size.name == document.SIZE:
+        if where == results.RESULTS and size.name == document.SIZE:
             for path in document.write(results.Results(content)):
                 print(f"written: {path}")
     for failure in queue.failures:
@@ -117,7 +117,7 @@ def _content(finished: Sequence[runs.Run], text: corpus.Corpus) -> dict[str, Any
 
 
 def _document() -> int:
-    found = results.Results.read(document.RESULTS / f"{document.SIZE}.json")
+    found = results.Results.read(results.RESULTS / f"{document.SIZE}.json")
     for path in document.write(found):
         print(f"written: {path}")
     return 0

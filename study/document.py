@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from study import tables
+from study import rules, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
+from study.parts import read_rows
 from study.results import Results
 from study.variants import SIZES, TARGET, VARIANTS, Size
 
 DOCUMENT, IMAGES = ROOT / "docs" / "study.md", ROOT / "docs" / "images"
-RESULTS = ROOT / "study" / "results"
 SIZE = "cpu"  # the size that the document is about
 
 _INTRODUCTION = """\
@@ -44,10 +44,20 @@ one picture.
 The size for a GPU ({gpu}) has not been run yet.
 
 **Parts.** `PART=rules` trains every [rule](rules.md) at the same mean number of experts,
-so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost. It
-has not been run yet. `PART=budgets` trains one model for every budget and models of one budget each
-([what is there](huggingface.md#budgets)). A part can be trained run by run, on any day: a finished
-run adds its row to `study/results/`, and the table is printed from the rows that are there.
+so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost
+([what is there](#rules-at-equal-compute)). `PART=budgets` trains one model for every budget and
+models of one budget each ([what is there](huggingface.md#budgets)). A part can be trained run by
+run, on any day: a finished run adds its row to `study/results/`, and the table is printed from the
+rows that are there.
+
+### Rules at equal compute
+
+{num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
+The loss is that of all held-out text, in nats; the interval takes in what seeds alone cause, once
+there are several. Null experts do not hold the target in so short a training
+([why](rules.md#null_experts)), so see their count.
+
+{rules}
 
 ## What is compared
 
@@ -88,6 +98,9 @@ def text(results: Results | None) -> str:
         jobs=size.jobs,
         gpu=_describe(SIZES["gpu"]),
         variants=_variants(),
+        num_rows=len(of_rules := read_rows(rules.PART.results)),
+        num_runs=rules.PART.num_runs,
+        rules="\n".join(rules.table(of_rules)),
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)

@@ -17,8 +17,9 @@ from typing import Any
 
 from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
-from study import corpus, document, fingerprint, runs
+from study import corpus, fingerprint, runs
 from study.queue import Queue, alone
+from study.results import RESULTS
 from study.variants import SIZES, Variant
 
 Rows = dict[str, Any]  # by the name of a run
@@ -45,7 +46,12 @@ class Part:
     @property
     def results(self) -> Path:
         """The file of the rows."""
-        return document.RESULTS / f"{self.name}.json"
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def num_runs(self) -> int:
+        """The runs of all seeds."""
+        return sum(variant.num_seeds for variant in self.variants.values())
 
 
 def main(part: Part, argv: Sequence[str] | None = None) -> int:
@@ -65,7 +71,7 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
         variants=part.variants,
     )
     results = folder / part.results.name if args.quick else part.results
-    rows: Rows = json.loads(results.read_text()) if results.is_file() else {}
+    rows = read_rows(results)
     if args.list:
         for run in planned:
             done = "in the results" if run.name in rows else f"{run.iteration} of {size.steps}"
@@ -88,6 +94,11 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
     if queue.stopped_by is not None:
         return 128 + queue.stopped_by
     return 1 if queue.failures else 0
+
+
+def read_rows(results: Path) -> Rows:
+    """The rows of finished runs; none before the first."""
+    return json.loads(results.read_text()) if results.is_file() else {}
 
 
 def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:

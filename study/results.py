@@ -17,7 +17,10 @@ from megatron_dynmoe.runs.drawing import overlay
 from megatron_dynmoe.runs.events import layers, read_run
 from megatron_dynmoe.runs.summary import TAIL, summarize_run
 from megatron_dynmoe.storage.atomic import replace_file
+from study.fingerprint import ROOT
 from study.runs import Run
+
+RESULTS = ROOT / "study" / "results"
 
 # Shares of the target, the two bands by which control engineering defines settling: a count is held
 # from a step within the first band on if it never leaves the second band again.

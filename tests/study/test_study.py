@@ -406,7 +406,7 @@ def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
 
 
 def test_the_page_says_what_the_results_say():
-    found = Results.read(document.RESULTS / f"{document.SIZE}.json")
+    found = Results.read(results.RESULTS / f"{document.SIZE}.json")
     assert document.DOCUMENT.read_text() == document.text(found), "run python -m study document"
 
 
