@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
     from megatron.training.models.hybrid import HybridModelConfig
 
+# The two halves of a layer of a GPTModel, by the names of their submodules.
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
 
 def model_config_from_args(args: Namespace) -> GPTModelConfig | HybridModelConfig:
     """The config of upstream's model: a HybridModel if there is a pattern, else a GPTModel."""
@@ -60,37 +64,13 @@ def hybrid_stack_spec(transformer: TransformerConfig, settled: Settled) -> Modul
     ]
     frequency = transformer.moe_layer_freq
     has_experts = frequency if isinstance(frequency, list) else [0] * len(layers)
-    moe = next((layer for layer, sparse in zip(layers, has_experts, strict=True) if sparse), None)
-    dense = next(
-        (layer for layer, sparse in zip(layers, has_experts, strict=True) if not sparse), None
-    )
-    parts = {"attention_layer": _attention_of(layers[0])}
-    if moe is not None:
-        parts["moe_layer"] = _mlp_of(moe)
-    if dense is not None:
-        parts["mlp_layer"] = _mlp_of(dense)
+    parts = {"attention_layer": _half(layers[0], *_ATTENTION)}
+    for layer, sparse in zip(layers, has_experts, strict=True):
+        parts.setdefault("moe_layer" if sparse else "mlp_layer", _half(layer, *_MLP))
     return ModuleSpec(module=NativeStack, submodules=HybridStackSubmodules(**parts))
 
 
-def _attention_of(layer: TransformerLayerSubmodules) -> ModuleSpec:
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=layer.input_layernorm,
-            self_attention=layer.self_attention,
-            self_attn_bda=layer.self_attn_bda,
-            sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
-        ),
-    )
-
-
-def _mlp_of(layer: TransformerLayerSubmodules) -> ModuleSpec:
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=layer.pre_mlp_layernorm,
-            mlp=layer.mlp,
-            mlp_bda=layer.mlp_bda,
-            sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
-        ),
-    )
+def _half(layer: TransformerLayerSubmodules, *names: str) -> ModuleSpec:
+    """A layer with these submodules alone; upstream's defaults for the others do nothing."""
+    kept = {name: getattr(layer, name) for name in (*names, "sharded_state_dict_keys_map")}
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**kept))

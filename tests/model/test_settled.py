@@ -14,13 +14,6 @@ TARGET = {"routing": "dtop_p", "target_experts_per_token": 2.0}
 WITHOUT_WAITING = TARGET | {"row_buffer": "target"}
 
 
-@pytest.fixture(autouse=True)
-def megatron():
-    one_rank.world_of_one()
-    yield
-    one_rank.forget_global_state()
-
-
 def settled(dynmoe, args=None, **transformer):
     from megatron_dynmoe.model.settled import settle_run
 

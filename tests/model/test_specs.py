@@ -10,13 +10,6 @@ from tests.moe import one_rank
 pytestmark = pytest.mark.megatron
 
 
-@pytest.fixture(autouse=True)
-def megatron():
-    one_rank.world_of_one()
-    yield
-    one_rank.forget_global_state()
-
-
 @pytest.mark.parametrize(
     ("upstream", "expected"),
     [
