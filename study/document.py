@@ -18,8 +18,8 @@ SIZE = "cpu"  # the size that the document is about
 _INTRODUCTION = """\
 # The papers' claims on a small model
 
-Written by `python -m study document` from `{size}.json` and `rules.json` in `study/results/`; a test
-compares.
+Written by `python -m study document` from `{size}.json` and `rules.json` in `study/results/`; a
+test compares.
 
 `make study` trains the routings of both papers on the same text with the same model, steps and
 seeds, and tests what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
