@@ -225,9 +225,9 @@ class DynamicRouter(KeepDtype, TopKRouter):
         #    evaluation or the first of the two passes of recomputation, which is not counted
         weights_TE = routed.weights_TE
         cap = self.rule.cap(self.training)
-        counted = (
-            routed.assignments_BE.sum(dim=0), routed.experts_T, cap, valid_T, routed.not_finite
-        )  # fmt: skip
+        assignments_BE = routed.assignments_BE
+        assignments_E = assignments_BE[0] if len(assignments_BE) == 1 else assignments_BE.sum(dim=0)
+        counted = assignments_E, routed.experts_T, cap, valid_T, routed.not_finite
         if self.training and torch.is_grad_enabled():
             self.counters.add_counts(*counted, routed.sums_W)
             weights_TE = self._attach_losses(routed, valid_T)
