@@ -134,7 +134,7 @@ RULES: dict[str, LayerRule] = {
     ),
     "null_experts": LayerRule(
         _null_experts,
-        {"null_bias": "one"},
+        {"share": "one", "null_bias": "one"},
         {
             "null_slots": (
                 "a whole number, at least the most slots of a token (the caps, or all experts)",
@@ -144,6 +144,7 @@ RULES: dict[str, LayerRule] = {
         },
         defaults={"weights": "renormalized", "balance_loss": "global_aux_loss"}
         | {"balance_loss_coeff": 1e-2},
+        reads=("null_bias",),
         extra_logits=lambda _: 1,
     ),
     "seq_top_k": LayerRule(
