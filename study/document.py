@@ -55,8 +55,7 @@ rows that are there.
 
 {num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
 The loss is that of all held-out text, in nats; the interval takes in what seeds alone cause, once
-there are several. Null experts do not hold the target in so short a training
-([why](rules.md#null_experts)), so see their count.
+there are several. *DRN without controller* has a fixed threshold, chosen for about 2 experts.
 
 {rules}
 

@@ -9,6 +9,7 @@ varying number are held at 2 experts per token on average. Losses are those on a
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from study import corpus, runs
@@ -17,6 +18,7 @@ from study.variants import SEEDS, TARGET, Variant
 from study.variants import VARIANTS as MAIN
 
 REFERENCE = "dtop_p"
+FIXED_THRESHOLD = 0.24
 
 
 def _rule(name: str, title: str, routing: str, more: str = "") -> Variant:
@@ -30,12 +32,21 @@ def _of_main(name: str) -> Variant:
     return Variant(name, variant.title, variant.flags, SEEDS)
 
 
+def _with_threshold(name: str, threshold: float) -> Variant:
+    """A variant of the main study at another threshold, with all seeds."""
+    variant = _of_main(name)
+    flags = f"{variant.flags} --moe-dynamic-threshold {threshold:g}"  # the last one counts
+    return replace(variant, title=f"{variant.title}, threshold {threshold:g}", flags=flags)
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
         _of_main(REFERENCE),
         _of_main("top2"),
         _of_main("no_drn"),
+        # "DRN without controller" at the count of the others.
+        _with_threshold("no_controller", FIXED_THRESHOLD),
         _of_main("by_layer"),
         _rule("expert_threshold", "expert threshold", "expert_threshold"),
         _rule("null_zero", "null experts, zero", "null_experts"),

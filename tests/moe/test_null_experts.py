@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.null_experts import null_crossings
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from tests.moe import one_rank
@@ -120,6 +121,32 @@ def test_the_default_gains_hold_the_mean_number_of_real_experts(monkeypatch, tar
     assert abs(means[0] - target) > 0.1 * target
     for settled in (means[25:35], means[60:]):  # 24 steps settle to 2 %
         assert sum(settled) / 10 == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_the_bias_is_the_quantile_of_the_tokens_that_share_it(monkeypatch, scope):
+    """Those of all layers if they have one share; however the batch is split."""
+    monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
+    dynmoe = dataclasses.replace(ZERO, scope=scope)
+    layers = torch.nn.ModuleList([one_rank.moe_layer(dynmoe, num_experts=E) for _ in range(2)])
+    layers[1].set_layer_number(2)
+    layers[1].router.weight.data[-1] += 1.0
+    end_of_batch = one_rank.end_of_batch(*layers)
+    batch_SBD = torch.randn(256, 4, D, generator=torch.Generator().manual_seed(3))
+    for step in range(4):  # from the wide bins far off the quantile to the fine ones
+        crossings, shares = [], []
+        for layer in layers:
+            for part_SBD in batch_SBD.chunk(step + 1):
+                layer(part_SBD)
+            logits_TL = batch_SBD.flatten(0, 1) @ layer.router.weight.T.detach()
+            crossings.append(null_crossings(logits_TL, SLOTS).flatten())
+        end_of_batch()
+        shares = [layer.router.share.item() for layer in layers]
+        biases = [layer.router.null_bias.item() for layer in layers]
+        pooled = [torch.cat(crossings)] * 2 if scope == "global" else crossings
+        found = [float((each >= b).double().mean()) for each, b in zip(pooled, biases, strict=True)]
+    assert found == pytest.approx([share * E / SLOTS for share in shares], abs=0.01)
+    assert (biases[0] == biases[1]) is (scope == "global")
 
 
 def test_a_token_without_experts_is_counted_and_put_out():
