@@ -68,7 +68,7 @@ def counts_of(
 def test_the_count_is_at_its_target_after_the_settling_time(
     num_experts: int, share: float, velocity: float, apart: float, growth: float, seed: int
 ) -> None:
-    """At up to 0.3 standard deviations a step, with spreads that grow up to tenfold."""
+    """At up to 0.3 standard deviations a step, with spreads that grow up to sixfold."""
     dynmoe = DynMoEConfig(routing="null_experts", target_experts_per_token=share * num_experts)
     velocities = [velocity + apart * layer for layer in range(LAYERS)]
     means, target = counts_of(dynmoe, num_experts, velocities, growth, seed)
