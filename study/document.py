@@ -54,9 +54,9 @@ rows that are there.
 ### Rules at equal compute
 
 {num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
-The loss is that of all held-out text, in nats; the interval takes in what seeds alone cause, once
-there are several. Null experts do not hold the target in so short a training
-([why](rules.md#null_experts)), so see their count.
+The loss is that of all held-out text, in nats. The interval takes in what seeds alone cause, by the
+runs below and these together, and the verdict is that of the rule against DTop-p. *DRN without
+controller* has a fixed threshold, chosen for about 2 experts.
 
 {rules}
 
@@ -101,7 +101,7 @@ def text(results: Results | None) -> str:
         variants=_variants(),
         num_rows=len(of_rules := read_rows(rules.PART.results)),
         num_runs=rules.PART.num_runs,
-        rules="\n".join(rules.table(of_rules)),
+        rules="\n".join(rules.table(of_rules, results)),
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)

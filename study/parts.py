@@ -80,14 +80,19 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         corpus.prepare(text, files, size.vocab_size, size.sequence_length)
-        queue = Queue([run for run in planned if run.name not in rows], text, size, args.jobs)
-        queue.train()
-        for run in planned:
-            if run.is_finished and run.name not in rows:
-                print(f"{run.name}: held-out text", flush=True)
-                rows[run.name] = {"commit": run.commit, **part.measure(run, text)}
-                kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
-                replace_file(results, lambda partial, kept=kept: partial.write_text(kept))
+        left = [run for run in planned if run.name not in rows]
+
+        def measure(run: runs.Run) -> None:
+            print(f"{run.name}: held-out text", flush=True)
+            rows[run.name] = {"commit": run.commit, **part.measure(run, text)}
+            kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
+            replace_file(results, lambda partial: partial.write_text(kept))
+
+        for run in left:  # from before, when something stopped the study
+            if run.is_finished:
+                measure(run)
+        queue = Queue(left, text, size, args.jobs)
+        queue.train(then=measure)
     print("\n".join(part.table(rows)))
     for failure in queue.failures:
         print(f"failed: {failure}", file=sys.stderr)

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import FrameType
 
@@ -50,15 +50,21 @@ class Queue:
         self.stopped_by: int | None = None  # a signal
         self.failures: list[str] = []
 
-    def train(self) -> None:
-        """Train all runs. After SIGINT or SIGTERM, save the running ones and return early."""
+    def train(self, then: Callable[[Run], None] | None = None) -> None:
+        """Train all runs. After SIGINT or SIGTERM, save the running ones and return early.
+
+        Args:
+            then: called with each run that has finished, while the next one is trained.
+        """
         if not self._waiting:
             return
         with self._stopping(), ThreadPoolExecutor(self._jobs) as pool:
             self._started = time.monotonic()
-            futures = [pool.submit(self._train, run) for run in self._waiting]
-            for future in futures:
+            futures = {pool.submit(self._train, run): run for run in self._waiting}
+            for future in as_completed(futures):
                 future.result()
+                if then is not None and futures[future].is_finished:
+                    then(futures[future])
 
     def _train(self, run: Run) -> None:
         with self._lock:

@@ -167,6 +167,16 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
+def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
+    """The standard deviation within groups of runs that differ by their seed; None if none do."""
+    several = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in several)
+    if not freedom:
+        return None
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
+    return math.sqrt(squares / freedom)
+
+
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage, as the page writes it."""
     return f"{100 * share:.{digits}f} %"
@@ -199,13 +209,7 @@ class Results:
 
     def spread(self, name: str) -> float | None:
         """Standard deviation over seeds, pooled over the variants that have several."""
-        several = [self.values(variant, name) for variant in self.rows]
-        squares = [
-            (statistics.variance(values), len(values) - 1) for values in several if len(values) > 1
-        ]
-        if not squares:
-            return None
-        return math.sqrt(sum(v * n for v, n in squares) / sum(n for _, n in squares))
+        return pooled_deviation([self.values(variant, name) for variant in self.rows])
 
     def compare(self, first: str, second: str, name: str = "validation_loss") -> Comparison:
         """Compare two variants' means; the error is from the spread over seeds."""

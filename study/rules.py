@@ -9,14 +9,17 @@ varying number are held at 2 experts per token on average. Losses are those on a
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from study import corpus, runs
 from study.parts import Part, Rows, end, of_variant
+from study.results import Results, pooled_deviation
 from study.variants import SEEDS, TARGET, Variant
 from study.variants import VARIANTS as MAIN
 
-REFERENCE = "dtop_p"
+REFERENCE, LOSS = "dtop_p", "validation_loss"
+FIXED_THRESHOLD = 0.24
 
 
 def _rule(name: str, title: str, routing: str, more: str = "") -> Variant:
@@ -30,12 +33,21 @@ def _of_main(name: str) -> Variant:
     return Variant(name, variant.title, variant.flags, SEEDS)
 
 
+def _with_threshold(name: str, threshold: float) -> Variant:
+    """A variant of the main study at another threshold, with all seeds."""
+    variant = _of_main(name)
+    flags = f"{variant.flags} --moe-dynamic-threshold {threshold:g}"  # the last one counts
+    return replace(variant, title=f"{variant.title}, threshold {threshold:g}", flags=flags)
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
         _of_main(REFERENCE),
         _of_main("top2"),
         _of_main("no_drn"),
+        # "DRN without controller" at the count of the others.
+        _with_threshold("no_controller", FIXED_THRESHOLD),
         _of_main("by_layer"),
         _rule("expert_threshold", "expert threshold", "expert_threshold"),
         _rule("null_zero", "null experts, zero", "null_experts"),
@@ -59,47 +71,50 @@ def _measure(run: runs.Run, text: corpus.Corpus) -> dict[str, Any]:
     return afterwards.held_out(run, text)
 
 
-def table(rows: Rows) -> list[str]:
-    """Loss and experts of each rule, and how it differs from DTop-p, in Markdown."""
-    losses = {name: [row["validation_loss"] for row in of_variant(rows, name)] for name in VARIANTS}
-    noise = pooled_deviation(list(losses.values()))
-    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+def table(rows: Rows, of_main: Results | None = None) -> list[str]:
+    """Loss and experts of each rule, and how it differs from DTop-p, in Markdown.
+
+    Args:
+        of_main: results of the main study, whose seeds count in what seeds alone cause, too.
+    """
+    losses = {name: [row[LOSS] for row in of_variant(rows, name)] for name in VARIANTS}
+    of_others = [] if of_main is None else [of_main.values(name, LOSS) for name in of_main.rows]
+    noise = pooled_deviation([*losses.values(), *of_others])
+    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % | |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, variant in VARIANTS.items():
         experts = [
             row["validation_experts_per_token"]
             for row in of_variant(rows, name)
             if "validation_experts_per_token" in row
         ]
+        difference = ("", "")
+        if name != REFERENCE:
+            difference = _difference(losses[REFERENCE], losses[name], noise)
         cells = [
             variant.title,
             str(len(losses[name])),
             f"{statistics.fmean(losses[name]):.4f}" if losses[name] else "-",
             f"{statistics.fmean(experts):.2f}" if experts else "-",
-            "" if name == REFERENCE else _difference(losses[REFERENCE], losses[name], noise),
+            *difference,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def pooled_deviation(groups: list[list[float]]) -> float | None:
-    """The standard deviation that seeds alone cause; None with one seed of each."""
-    several = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in several)
-    if not freedom:
-        return None
-    squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
-    return (squares / freedom) ** 0.5
-
-
-def _difference(reference: list[float], losses: list[float], noise: float | None) -> str:
+def _difference(
+    reference: list[float], losses: list[float], noise: float | None
+) -> tuple[str, str]:
+    """The difference of the means with its interval, and a verdict."""
     if not reference or not losses:
-        return "-"
+        return "-", ""
     difference = statistics.fmean(losses) - statistics.fmean(reference)
     if noise is None:
-        return f"{difference:+.4f}"
+        return f"{difference:+.4f}", ""
     half = 2 * noise * (1 / len(reference) + 1 / len(losses)) ** 0.5
-    return f"{difference:+.4f} ({difference - half:+.4f} to {difference + half:+.4f})"
+    low, high = difference - half, difference + half
+    verdict = "worse" if low > 0 else "better" if high < 0 else "not clear"
+    return f"{difference:+.4f} ({low:+.4f} to {high:+.4f})", verdict
 
 
 PART = Part("rules", __doc__, VARIANTS, _measure, table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 def check_agreement(
     routers: list[DynamicRouter],
     staged: tuple[Tensor, ...] | None,
-    staged_of_rule: list[dict[str, Tensor]],
+    staged_of_rule: Mapping[str, Tensor],
     num_layers: int,
     has_one_threshold: bool,
     iteration: int,
@@ -44,7 +45,7 @@ def check_agreement(
         routers: this rank's routers.
         staged: next threshold and integral, [1] or [L] float32, and what else there is; None
             without a controller.
-        staged_of_rule: for each router, the rule's next state by name; may be empty.
+        staged_of_rule: the rule's next state by name, a row for each router; may be empty.
         num_layers: L, the number of layers of the whole model.
         has_one_threshold: whether threshold and integral must also agree between layers.
         iteration: the number of the ending iteration, for the message.
@@ -65,7 +66,7 @@ def check_agreement(
         if staged is not None:
             ahead = (value[layer if len(value) > 1 else 0] for value in staged)
             values |= zip(("next threshold", "next integral"), ahead, strict=False)
-        ahead_of_rule = list(staged_of_rule[place].values()) if staged_of_rule else []
+        ahead_of_rule = [values[place] for values in staged_of_rule.values()]
         own = [value for name, value in router.state.items() if name != router.rule.knob]
         for name, parts in (("rule's state", own), ("next rule's state", ahead_of_rule)):
             if parts:

@@ -210,8 +210,6 @@ def _compute_point(
     # averages over such a step.
     half_width = max(0.5, 0.1 * target)
     low, high = max(float(least), target - half_width), min(float(limit), target + half_width)
-    if least == 0:  # the last token's crossing, and the first one's, may lie far out
-        low, high = max(low, target / 2), min(high, max(target, (target + limit) / 2))
     ranks = [max(1, round((mean - least) * num_tokens)) for mean in (low, high)]
     at_low, at_high = (float(points.kthvalue(rank).values) for rank in ranks)
     return round(knob, 4), float(f"{(high - low) / (at_high - at_low):.4g}")
@@ -239,11 +237,10 @@ def _knob_at(crossings: Tensor, num_tokens: int, more: float, ends: tuple[float,
     num_passed = round(more * num_tokens)
     if not len(crossings):  # every token uses one expert
         return ends[0]
-    # A range may reach far beyond the crossings. From its end, a controller would come back late.
     if num_passed == 0:
-        return max(ends[0], float(crossings.min()) - 1)
+        return ends[0]
     if num_passed == len(crossings):
-        return min(ends[1], float(crossings.max()) + 1)
+        return ends[1]
     below, above = (float(crossings.kthvalue(k).values) for k in (num_passed, num_passed + 1))
     return (below + above) / 2
 

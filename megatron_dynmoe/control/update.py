@@ -62,7 +62,7 @@ class GlobalBatchUpdate:
         self.statistics: RoutingStatistics | None = None  # of the last global batch
         self._measured: Tensor | None = None
         self._staged: tuple[Tensor, ...] | None = None  # as controlled_state
-        self._staged_of_rule: list[dict[str, Tensor]] = []  # for each router, by name
+        self._staged_of_rule: dict[str, Tensor] = {}  # by name, a row for each router
         self._routers: list[DynamicRouter] = []
         self._hooked: set[int] = set()
         self._warned = False
@@ -108,14 +108,25 @@ class GlobalBatchUpdate:
         mean_L = statistics.mean_experts
         self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
         self._staged = self._next_controlled(statistics, maps_L2K, is_invalid)
-        if self._keeps_state:
-            self._staged_of_rule = []
-            for router in self._routers:
-                layer, knob = router.layer_number - 1, None
-                if self._staged is not None:
-                    knob = self._staged[0].expand(len(sums_LW))[layer : layer + 1]
-                after = router.next_state(sums_LW[layer], is_invalid, knob)
-                self._staged_of_rule.append(after)
+        self._staged_of_rule = self._next_of_rule(sums_LW, is_invalid)
+
+    @torch.no_grad()
+    def _next_of_rule(self, sums_LW: Tensor, is_invalid: Tensor) -> dict[str, Tensor]:
+        """What the rule keeps beside the knob, by name, [R, number of values] float32 each."""
+        if not (self._keeps_state and self._routers):
+            return {}
+        layers = [router.layer_number - 1 for router in self._routers]
+        if self.rule.pools and self.dynmoe.scope == "global":
+            sums_LW = sums_LW.sum(dim=0, keepdim=True).expand_as(sums_LW)
+        knobs_R1 = None
+        if self._staged is not None:
+            knobs_R1 = _of_layers(self._staged[0].expand(len(sums_LW)), layers).unsqueeze(-1)
+        before = {
+            name: torch.stack([router.get_buffer(name) for router in self._routers])
+            for name in self.rule.first_state
+        }
+        after = self.rule.next_state(before, _of_layers(sums_LW, layers), knobs_R1)
+        return {name: torch.where(is_invalid, before[name], new) for name, new in after.items()}
 
     def _next_controlled(
         self, statistics: RoutingStatistics, maps_L2K: Tensor, is_invalid: Tensor
@@ -175,7 +186,7 @@ class GlobalBatchUpdate:
 
     def _commit(self) -> None:
         measured_L, staged, of_rule = self._measured, self._staged, self._staged_of_rule
-        self._measured, self._staged, self._staged_of_rule = None, None, []
+        self._measured, self._staged, self._staged_of_rule = None, None, {}
         if measured_L is None:
             return
         if not self._routers:
@@ -191,9 +202,9 @@ class GlobalBatchUpdate:
                 states = zip(*(router.controlled_state for router in self._routers), strict=True)
                 for state, values in zip(states, staged, strict=True):
                     torch._foreach_copy_(list(state), [values[row].view(-1) for row in rows])
-            for router, values_of in zip(self._routers, of_rule, strict=False):
-                for name, new in values_of.items():
-                    router.get_buffer(name).copy_(new)
+            for name, new in of_rule.items():
+                buffers = [router.get_buffer(name) for router in self._routers]
+                torch._foreach_copy_(buffers, list(new.unbind()))
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,7 +134,7 @@ RULES: dict[str, LayerRule] = {
     ),
     "null_experts": LayerRule(
         _null_experts,
-        {"null_bias": "one"},
+        {"share": "one", "null_bias": "one"},
         {
             "null_slots": (
                 "a whole number, at least the most slots of a token (the caps, or all experts)",
@@ -144,6 +144,7 @@ RULES: dict[str, LayerRule] = {
         },
         defaults={"weights": "renormalized", "balance_loss": "global_aux_loss"}
         | {"balance_loss_coeff": 1e-2},
+        reads=("null_bias",),
         extra_logits=lambda _: 1,
     ),
     "seq_top_k": LayerRule(
@@ -162,6 +163,14 @@ RULES: dict[str, LayerRule] = {
 }
 
 
+def _tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # one that later passes with gradients can use, too
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+_kept_tensor = lru_cache(maxsize=1024)(_tensor)
+
+
 def chooser(
     config: Mapping[str, Any], layer: int, max_experts: int | None, device: torch.device
 ) -> Callable[[Tensor], Chosen]:
@@ -172,8 +181,10 @@ def chooser(
         max_experts: the cap, or None.
     """
     rule = RULES[config["routing"]]
+    # A forward pass does not copy the same numbers to the device again.
+    make = _tensor if torch.compiler.is_compiling() else _kept_tensor
     state = {
-        name: torch.tensor(layers[layer], dtype=torch.float32, device=device)
+        name: make(tuple(layers[layer]), device)
         for name, layers in (config["router_state"] or {}).items()
         if rule.reads is None or name in rule.reads
     }

@@ -167,20 +167,6 @@ class DynamicRouter(KeepDtype, TopKRouter):
             return self.in_force
         return torch.full_like(self.measured, torch.nan) if name is None else self.state[name]
 
-    @torch.no_grad()
-    def next_state(
-        self, sums_W: Tensor, is_invalid: Tensor, next_knob: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The rule's state after a global batch; as it is if the batch's counts mean nothing.
-
-        Args:
-            sums_W, next_knob: see :meth:`Rule.next_state`.
-            is_invalid: scalar bool, on the device.
-        """
-        after = self.rule.next_state(self.state, sums_W, next_knob)
-        before = self.state
-        return {name: torch.where(is_invalid, before[name], new) for name, new in after.items()}
-
     @property
     def controlled_state(self) -> list[Tensor]:
         """What the controller writes: knob, integral and, if the target is drawn, the map's two."""

@@ -54,7 +54,7 @@ def quantile(counts_EN: Tensor, thresholds_E: Tensor, share: Tensor | float) -> 
     Args:
         counts_EN: [E, N], the tokens of a global batch in each bin.
         thresholds_E: [E], those around which the bins lie.
-        share: from 0 to 1; a number or a tensor of one element.
+        share: from 0 to 1; a number or, for each expert or for all, a tensor [E] or [1].
 
     Returns:
         [E] float64; NaN if there are no tokens.
@@ -62,6 +62,8 @@ def quantile(counts_EN: Tensor, thresholds_E: Tensor, share: Tensor | float) -> 
     thresholds_E = thresholds_E.double()
     edges_EN = thresholds_E.unsqueeze(-1) + _edges(thresholds_E)
     above_EN = counts_EN.double().flip(-1).cumsum(-1).flip(-1)  # from each bin up
+    if isinstance(share, Tensor):
+        share = share.unsqueeze(-1)
     wanted_E1 = share * above_EN[:, :1]
     above_EN = above_EN[:, 1:]  # from each edge up
     # The first edge that no more tokens exceed than are wanted; the quantile lies below it.
@@ -93,9 +95,9 @@ def next_thresholds(
     Args:
         thresholds_E: [E], c, during that batch.
         counts_EN: [E, N], its tokens in each bin.
-        share: [1], q, the share of tokens that an expert took to that batch.
-        next_share: [1], q', that of the next batch.
-        weight: w, from 0 to 1; a number or a tensor of one element.
+        share: q, the share of tokens that an expert took to that batch, [E] or [1].
+        next_share: q', that of the next batch, as ``share``.
+        weight: w, from 0 to 1; a number, or as ``share``.
 
     Returns:
         [E] float32. An expert for which nothing was counted keeps its threshold.

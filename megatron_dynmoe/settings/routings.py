@@ -111,6 +111,7 @@ def _twice_the_target(dynmoe: DynMoEConfig, num_experts: int) -> int:
 
 
 _COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}
+_SHARE_REMEDY = "it is the share of all tokens that an expert takes, so use 0 to 1"
 _TARGET_REQUIRED = {
     "target_experts_per_token": "give the mean number of experts per token to hold, such as 2"
 }
@@ -185,13 +186,14 @@ ROUTINGS: dict[str, RoutingSettings] = {
         required=_TARGET_REQUIRED,
         least_experts=0,
         is_exported=True,
-        knob_remedy="it is the share of all tokens that an expert takes, so use 0 to 1",
+        knob_remedy=_SHARE_REMEDY,
     ),
     # "Composing Weight and Data Sparsity": zero slots, half of the slots null on average, weights
     # renormalized, and its 2e-2 for a loss that is 1 if balanced: here it is the count, such as 2.
     "null_experts": RoutingSettings(
         title="null experts",
-        summary="top-k of experts and null slots, whose bias a PI controller steers",
+        summary="top-k of experts and null slots; a PI controller steers the share of tokens that "
+        "an expert takes, from which the null slots' bias follows",
         takes=(*COMMON, *WEIGHTS, *CAPS, *CONTROLLER, "null_slots", "null_kind"),
         defaults=_COMMON_DEFAULTS
         | _CONTROLLER_DEFAULTS
@@ -199,8 +201,6 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "max_experts_per_token": Derived("twice the largest target", _twice_the_target),
             "null_slots": Derived("one per expert", lambda _, num_experts: num_experts),
             "null_kind": "zero",
-            "min_threshold": -50.0,
-            "max_threshold": 50.0,
             "normalization": "none",
             "weights": "renormalized",
             "balance_loss": "global_aux_loss",
@@ -210,8 +210,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         required=_TARGET_REQUIRED,
         least_experts=0,
         is_exported=True,
-        knob_range=(-50.0, 50.0),
-        knob_remedy="it is added to the null slots' logit, so use -50 (all experts) to 50 (none)",
+        knob_remedy=_SHARE_REMEDY,
     ),
     # SeqTopK: raw probabilities, and no loss of its own beside the balance loss.
     "seq_top_k": RoutingSettings(

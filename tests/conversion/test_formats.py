@@ -103,7 +103,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_experts_per_token": 3,
             "inference_max_experts_per_token": 2,
             "rule_settings": {"null_slots": 5, "null_kind": "identity"},
-            "router_state": {"null_bias": [[0.5], None, [-1.25]]},
+            "router_state": {
+                "share": [[0.125], None, [0.125]],
+                "null_bias": [[0.5], None, [-1.25]],
+            },
         },
     ),
     "gates": (

@@ -20,7 +20,7 @@ def test_a_layer_is_every_slot_in_a_loop(kind, weights):
         routing="null_experts",
         weights=weights,
         max_experts_per_token=SLOTS,
-        router_state={"null_bias": [[0.0], [BIAS], [0.0]]},
+        router_state={"share": [[0.25]] * 3, "null_bias": [[0.0], [BIAS], [0.0]]},
         rule_settings={"null_slots": NULLS, "null_kind": kind},
     )
     moe, size = model.model.layers[1].mlp, model.config.moe_intermediate_size
@@ -105,7 +105,7 @@ def test_a_model_generates_with_and_without_its_cache_alike():
     model = tiny_model(
         routing="null_experts",
         max_experts_per_token=SLOTS,
-        router_state={"null_bias": [[0.0], [50.0], [-50.0]]},
+        router_state={"share": [[0.25]] * 3, "null_bias": [[0.0], [50.0], [-50.0]]},
         rule_settings={"null_slots": NULLS, "null_kind": "identity"},
     ).eval()
     prompt = torch.tensor([[3, 5, 7, 9]])
@@ -130,5 +130,7 @@ def test_a_model_generates_with_and_without_its_cache_alike():
 def test_settings_that_the_rule_does_not_have_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(
-            routing="null_experts", router_state={"null_bias": [[0.0]] * 3}, rule_settings=rule
+            routing="null_experts",
+            router_state={"share": [[0.25]] * 3, "null_bias": [[0.0]] * 3},
+            rule_settings=rule,
         )

@@ -104,11 +104,11 @@ def steered(dynmoe: Any, **settings: Any) -> tuple[Any, Callable[[], None]]:
     return layer, end_of_batch(layer)
 
 
-def end_of_batch(layer: Any) -> Callable[[], None]:
-    """What ends a layer's global batch: the rule and the controller move."""
-    model = torch.nn.ModuleList([layer])
-    model.config = layer.config
-    update = layer.config.finalize_model_grads_func
+def end_of_batch(*layers: Any) -> Callable[[], None]:
+    """What ends a global batch of layers: the rule and the controller move."""
+    model = torch.nn.ModuleList(layers)
+    model.config = layers[0].config
+    update = model.config.finalize_model_grads_func
     update.finalize = lambda *_: None
     return lambda: update([model])
 

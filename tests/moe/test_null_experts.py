@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.null_experts import null_crossings
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from tests.moe import one_rank
@@ -23,7 +24,6 @@ ZERO = DynMoEConfig(
     target_experts_per_token=1.5,
     max_experts_per_token=SLOTS,
     null_slots=NULLS,
-    initial_threshold=BIAS,
     balance_loss_coeff=0,
 )
 IDENTITY = dataclasses.replace(ZERO, null_kind="identity")
@@ -117,13 +117,36 @@ def test_the_default_gains_hold_the_mean_number_of_real_experts(monkeypatch, tar
             router.weight.data[:-1] *= 0.5
         layer(torch.randn(128, 8, 16, generator=generator))
         means.append(float(router.counters.sums.assignments.sum() / router.counters.sums.tokens))
-        before = router.knob.clone()
         end_of_batch()
-        if step == 0:
-            assert (router.knob > before) == (means[0] > target)
     assert abs(means[0] - target) > 0.1 * target
     for settled in (means[25:35], means[60:]):  # 24 steps settle to 2 %
         assert sum(settled) / 10 == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_the_bias_is_the_quantile_of_the_tokens_that_share_it(monkeypatch, scope):
+    """Those of all layers if they have one share; however the batch is split."""
+    monkeypatch.setattr("megatron_dynmoe.control.update.finished_iterations", lambda: 0)
+    dynmoe = dataclasses.replace(ZERO, scope=scope)
+    layers = torch.nn.ModuleList([one_rank.moe_layer(dynmoe, num_experts=E) for _ in range(2)])
+    layers[1].set_layer_number(2)
+    layers[1].router.weight.data[-1] += 1.0
+    end_of_batch = one_rank.end_of_batch(*layers)
+    batch_SBD = torch.randn(256, 4, D, generator=torch.Generator().manual_seed(3))
+    for step in range(4):  # from the wide bins far off the quantile to the fine ones
+        crossings, shares = [], []
+        for layer in layers:
+            for part_SBD in batch_SBD.chunk(step + 1):
+                layer(part_SBD)
+            logits_TL = batch_SBD.flatten(0, 1) @ layer.router.weight.T.detach()
+            crossings.append(null_crossings(logits_TL, SLOTS).flatten())
+        end_of_batch()
+        shares = [layer.router.share.item() for layer in layers]
+        biases = [layer.router.null_bias.item() for layer in layers]
+        pooled = [torch.cat(crossings)] * 2 if scope == "global" else crossings
+        found = [float((each >= b).double().mean()) for each, b in zip(pooled, biases, strict=True)]
+    assert found == pytest.approx([share * E / SLOTS for share in shares], abs=0.01)
+    assert (biases[0] == biases[1]) is (scope == "global")
 
 
 def test_a_token_without_experts_is_counted_and_put_out():
@@ -142,8 +165,9 @@ def test_a_token_without_experts_is_counted_and_put_out():
 
 
 def test_evaluations_have_a_number_of_slots_of_their_own():
-    dynmoe = dataclasses.replace(ZERO, initial_threshold=-9.0, inference_max_experts_per_token=2)
+    dynmoe = dataclasses.replace(ZERO, inference_max_experts_per_token=2)
     router = one_rank.router(dynmoe, num_experts=E)
+    router.null_bias.fill_(-9)
     hidden = hidden_states(0)
     assert set(router(hidden)[1].sum(-1).tolist()) == {3}
     router.eval()

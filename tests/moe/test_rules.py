@@ -113,10 +113,11 @@ class Quotas(Rule):
         )
 
     def next_state(
-        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+        self, state: Mapping[str, Tensor], sums_RW: Tensor, next_knob_R1: Tensor | None
     ) -> Mapping[str, Tensor]:
-        assert next_knob is None
-        return {"thresholds": (state["thresholds"] + sums_W[:-1] / sums_W[-1] - 0.25).float()}
+        assert next_knob_R1 is None
+        shares_RE = sums_RW[:, :-1] / sums_RW[:, -1:]
+        return {"thresholds": (state["thresholds"] + shares_RE - 0.25).float()}
 
 
 @pytest.fixture

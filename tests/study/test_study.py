@@ -110,15 +110,19 @@ def test_rules_are_compared_by_their_seeds_noise():
         for name, losses in {"dtop_p": (4.0, 4.2), "top2": (4.3, 4.5), "relu": (3.0,)}.items()
         for seed, loss in enumerate(losses, 1)
     }
-    noise = rules.pooled_deviation([[4.0, 4.2], [4.3, 4.5], [3.0], []])
+    noise = results.pooled_deviation([[4.0, 4.2], [4.3, 4.5], [3.0], []])
     assert noise == pytest.approx(0.02**0.5)
     lines = rules.table(found)
     assert len(lines) == 2 + len(rules.VARIANTS)
     top2 = next(line for line in lines if line.startswith("| top-2 "))
     half = 2 * noise  # two seeds of each
-    assert f"| 2 | 4.4000 | 2.00 | +0.3000 ({0.3 - half:+.4f} to {0.3 + half:+.4f}) |" in top2
-    assert "| 1 | 3.0000 | 2.00 | -1.1000 (" in next(line for line in lines if "ReLU" in line)
+    interval = f"({0.3 - half:+.4f} to {0.3 + half:+.4f})"
+    assert f"| 2 | 4.4000 | 2.00 | +0.3000 {interval} | worse |" in top2
+    relu = next(line for line in lines if "ReLU" in line)
+    assert "| 1 | 3.0000 | 2.00 | -1.1000 (" in relu and relu.endswith("| better |")
     assert "| 0 | - | - | - |" in next(line for line in lines if "SeqTopK" in line)
+    found["dtop_p-seed1"]["validation_loss"] = 5.0
+    assert rules.table(found)[3].endswith("| not clear |")
 
 
 def test_without_controller_the_threshold_is_the_one_that_dtop_p_begins_with():

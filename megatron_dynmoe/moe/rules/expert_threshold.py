@@ -70,20 +70,22 @@ class ExpertThreshold(Rule):
         )
 
     def next_state(
-        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+        self, state: Mapping[str, Tensor], sums_RW: Tensor, next_knob_R1: Tensor | None
     ) -> Mapping[str, Tensor]:
-        decay = self.dynmoe.threshold_decay
-        assert decay is not None and next_knob is not None
-        batches = state["batches"]
-        thresholds_E = quantiles.next_thresholds(
-            state["thresholds"],
-            sums_W.view(self.num_experts, -1),
-            state["share"],
-            next_knob,
-            (START / (START + batches.double())).clamp(min=1 - decay),
+        decay, thresholds_RE = self.dynmoe.threshold_decay, state["thresholds"]
+        assert decay is not None and next_knob_R1 is not None
+        batches_R1 = state["batches"]
+        weights_R1 = (START / (START + batches_R1.double())).clamp(min=1 - decay)
+        of_router = (
+            each_R1.expand_as(thresholds_RE).flatten()
+            for each_R1 in (state["share"], next_knob_R1, weights_R1)
         )
+        next_RE = quantiles.next_thresholds(
+            thresholds_RE.flatten(), sums_RW.view(thresholds_RE.numel(), -1), *of_router
+        ).view_as(thresholds_RE)
         # A batch without tokens is none.
-        return {"thresholds": thresholds_E, "batches": batches + (sums_W.sum() > 0)}
+        batches_R1 = batches_R1 + (sums_RW.sum(dim=-1, keepdim=True) > 0)
+        return {"thresholds": next_RE, "batches": batches_R1}
 
     @staticmethod
     def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:

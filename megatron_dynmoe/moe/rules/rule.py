@@ -28,6 +28,8 @@ class Rule(ABC):
         by_sequence: whether it has to know the sequences. If not, and the balance loss does not
             need them either, all tokens of a micro-batch count as one.
         num_sums: how many numbers of its own the rule sums over a global batch, W.
+        pools: whether these are those of all layers together if all have one knob (scope
+            ``global``).
         first_state: the rule's state at the start of training, by name. The router holds each as a
             float32 buffer [number of values] that is saved with the model, beside the controller's
             sum of errors and the measured count. The knob has one value.
@@ -43,6 +45,7 @@ class Rule(ABC):
     by_sequence: ClassVar[bool] = False
     extra_logits: int = 0
     num_sums: int = 0
+    pools: ClassVar[bool] = False
     first_state: Mapping[str, tuple[float, ...]]
     fixed: Mapping[str, tuple[float, ...]]
 
@@ -106,18 +109,18 @@ class Rule(ABC):
         return self.dynmoe.loss_coefficients.balance
 
     def next_state(
-        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+        self, state: Mapping[str, Tensor], sums_RW: Tensor, next_knob_R1: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """Compute the rule's state after a global batch, without the knob that a controller moves.
+        """Compute the state of R routers after a global batch, without the controlled knob.
 
-        The router writes it together with the controller's step: not if the optimizer skips the
-        step, or if a logit was not finite.
+        It is written together with the controller's step: not if the optimizer skips the step, or
+        if a logit was not finite.
 
         Args:
-            state: that of the batch, by the names of ``first_state``.
-            sums_W: [W] float64, ``Routing.sums_W`` over all tokens of the batch and all ranks.
-            next_knob: [1] float32, where the controller puts the knob for the next batch; None
-                without a controller.
+            state: that of the batch, by the names of ``first_state``, [R, number of values] each.
+            sums_RW: [R, W] float64, ``Routing.sums_W`` over all tokens of the batch and all ranks.
+            next_knob_R1: [R, 1] float32, where the controller puts the knobs for the next batch;
+                None without a controller.
 
         Returns:
             The new values, float32, of the names that change.

@@ -82,11 +82,12 @@ class SeqTopK(Rule):
         return routed._replace(sums_W=sums[0]) if sums else routed
 
     def next_state(
-        self, state: Mapping[str, Tensor], sums_W: Tensor, next_knob: Tensor | None
+        self, state: Mapping[str, Tensor], sums_RW: Tensor, next_knob_R1: Tensor | None
     ) -> Mapping[str, Tensor]:
-        left_out, sequences = sums_W.split(1)
-        threshold = torch.where(sequences > 0, left_out / sequences, state["score_threshold"])
-        return {"score_threshold": threshold.float()}
+        left_out_R1, sequences_R1 = sums_RW.split(1, dim=-1)
+        found_R1 = (left_out_R1 / sequences_R1).float()
+        threshold_R1 = torch.where(sequences_R1 > 0, found_R1, state["score_threshold"])
+        return {"score_threshold": threshold_R1}
 
 
 def _summed(taken: Taken) -> Tensor:

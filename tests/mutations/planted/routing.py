@@ -157,6 +157,26 @@ MISTAKES = [
         ),
     ),
     Mutation(
+        "null_bias_by_layer_under_one_share",
+        "layers with one share of null experts have a bias each",
+        "control/update.py",
+        'self.rule.pools and self.dynmoe.scope == "global"',
+        'self.rule.pools and self.dynmoe.scope == "layer"',
+        (
+            "tests/moe/test_null_experts.py::test_the_bias_is_the_quantile_of_the_tokens_that_share_it",
+        ),
+    ),
+    Mutation(
+        "null_share_of_slots_for_that_of_experts",
+        "the bias of the null slots leaves the share of the slots that is meant for experts",
+        "moe/rules/null_experts.py",
+        "self.num_experts / self.slots)",
+        "1.0)",
+        (
+            "tests/control/test_drifting_logits.py::test_the_count_is_at_its_target_after_the_settling_time",
+        ),
+    ),
+    Mutation(
         "balance_moves_tokens_to_null_slots",
         "the balance loss sees the experts' probabilities without those of the null slots",
         "routing/null_experts.py",
