@@ -31,9 +31,9 @@ diffusion: setup ## trains a small diffusion model on images: IMAGES=folder, STE
 	  bash examples/diffusion/run.sh
 
 # Without what takes long: Megatron, several processes, slow tests and Triton's interpreter.
-check: setup lint types ## lint, types, and the tests that need no Megatron: about 4 minutes
+check: setup lint types ## lint, types, and quick tests that need no Megatron: 4 minutes at most
 	@$(TEST) tests -n 2 --dist loadgroup \
-	  -m "not (megatron or distributed or long or slow or triton)"
+	  -m "not (megatron or distributed or long or slow or triton or hypothesis)"
 
 test: setup lint types ## lint, types and every test that this machine can run and is not long
 	@$(TEST) tests -n 2 --dist loadgroup -m "not long"

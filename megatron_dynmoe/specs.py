@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from megatron.training import get_args, print_rank_0
 
 from megatron_dynmoe.backends import choice
-from megatron_dynmoe.control.update import GlobalBatchUpdate
-from megatron_dynmoe.model.prepare import describe, prepare_training
+from megatron_dynmoe.model.prepare import SettledUpdate, describe, prepare_training
 from megatron_dynmoe.model.settled import Settled, settle_run
 from megatron_dynmoe.model.spec import layer_spec
 from megatron_dynmoe.settings.arguments import adopt_upstream_balance_loss, config_from_environment
@@ -35,7 +34,7 @@ def dynmoe_layer_spec(
         ValueError: ``DYNMOE_CONFIG`` is not set, or a setting makes no sense.
     """
     update = config.transformer.finalize_model_grads_func
-    if isinstance(update, GlobalBatchUpdate):  # of the chunk before
+    if isinstance(update, SettledUpdate):  # of the chunk before
         return layer_spec(config, vp_stage, settled=update.settled)
     args = None
     with suppress(AssertionError):  # a training loop of one's own has none

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_dynmoe.analysis.report.write_report import FORMAT, ROUTING
+from megatron_dynmoe.analysis.results.write_results import FORMAT, ROUTING
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.megatron_names import CHECKPOINTS

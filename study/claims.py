@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from megatron_dynmoe.analysis.report.statistics import EXTREMES
+from megatron_dynmoe.analysis.results.statistics import EXTREMES
 from study.results import TOLERANCE, Comparison, Results, paired, percent
 from study.variants import TARGET, VARIANTS
 

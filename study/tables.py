@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
-from megatron_dynmoe.analysis.report.statistics import EXTREMES, describe_correlation
+from megatron_dynmoe.analysis.results.statistics import EXTREMES, describe_correlation
 from study.results import TOLERANCE, WORST, Results, percent
 from study.variants import VARIANTS
 

@@ -3,5 +3,5 @@
 A model and text files enter. A folder with ``routing.json``, figures and one HTML page leaves.
 
 counting/  runs the model on text and counts its routing
-report/    computes numbers from the counts, and draws and writes them
+results/   computes numbers from the counts, and draws and writes them
 """

@@ -51,10 +51,10 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_dynmoe.analysis.report.write_report import merge, write_report
+    from megatron_dynmoe.analysis.results.write_results import merge, write_results
 
     measured = merge(args.merge) if args.merge else _measure(args)
-    return write_report(args.output, measured, min_count=args.min_count, overwrite=args.overwrite)
+    return write_results(args.output, measured, min_count=args.min_count, overwrite=args.overwrite)
 
 
 class _Subject(NamedTuple):
@@ -72,7 +72,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_dynmoe.analysis.counting import measure
     from megatron_dynmoe.analysis.counting.tokens import token_text
     from megatron_dynmoe.analysis.counting.windows import Reading, check_text, name_groups
-    from megatron_dynmoe.analysis.report import write_report as report
+    from megatron_dynmoe.analysis.results import write_results as results
     from megatron_dynmoe.use import load, vocabulary
 
     load.be_quiet()
@@ -98,8 +98,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = subject.model, subject.tokenizer
         dtype = str(model.dtype).removeprefix("torch.")
         described = vocabulary.describe(tokenizer, subject.tokenizer_folder)
-        return report.measurement(
-            report.describe_model(
+        return results.measurement(
+            results.describe_model(
                 "/".join(args.model.resolve().parts[-2:]), model, dtype, described
             ),
             collected,
@@ -228,7 +228,7 @@ def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> Non
 
 
 def _print(content: dict[str, Any], output: Path) -> None:
-    from megatron_dynmoe.analysis.report.write_report import shorten
+    from megatron_dynmoe.analysis.results.write_results import shorten
 
     statistics = content["statistics"]
     # A name comes from a field that may hold anything, of any length.

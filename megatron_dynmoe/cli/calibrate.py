@@ -8,6 +8,7 @@ without one of them, it writes nothing.
 """
 
 import argparse
+import copy
 import os
 import shutil
 from collections.abc import Sequence
@@ -41,17 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from megatron_dynmoe.use import calibrate as calibration
-    from megatron_dynmoe.use.budgets import points_of, refine
-    from megatron_dynmoe.use.load import (
-        be_quiet,
-        check_ids,
-        default_device,
-        in_our_format,
-        load_config,
-        load_model,
-        load_tokenizer,
-    )
+    from megatron_dynmoe.use.load import be_quiet, in_our_format, load_config
 
     be_quiet()
     load_config(args.model)  # refuses code from a hub, before the folder is converted
@@ -59,92 +50,114 @@ def _run(args: argparse.Namespace) -> None:
     # Beside the output, so that files can be moved there.
     beside = None if args.output is None else args.output.absolute().parent
     with in_our_format(args.model, beside=beside) as folder:
-        # 1. Load model and text.
         config = load_config(folder)
-        calibration.check_routing(config)
-        own_setting, own_cap = _describe(config), config.inference_max_experts_per_token
-        if args.max_experts_per_token is not None:
-            if args.max_experts_per_token > config.num_experts:
-                raise ValueError(
-                    f"--max-experts-per-token is {args.max_experts_per_token}: the model has "
-                    f"{config.num_experts} experts"
-                )
-            config.inference_max_experts_per_token = args.max_experts_per_token
-        _check_goals(config, args)
-        positions = config.max_position_embeddings
-        if (args.sequence_length or 0) > positions:
-            raise ValueError(
-                f"--sequence-length is {args.sequence_length}: the model has {positions} positions"
-            )
-        tokens_NS = calibration.read_tokens(
-            args.data,
-            load_tokenizer(folder),
-            num_tokens=args.tokens,
-            sequence_length=args.sequence_length or min(positions, 2048),
-            text_key=args.json_keys,
-        )
-        check_ids(int(tokens_NS.max()), config)
-        model = load_model(folder, config, dtype=args.dtype, device=args.device or default_device())
-        config = model.config
-        print(
-            f"{' '.join(args.data)}: {tokens_NS.numel():,} tokens in {len(tokens_NS):,} sequences\n"
-        )
-
-        # 2. Measure the model's own setting, the sweep, then the target.
-        table = _Table()
-        new_cap = config.inference_max_experts_per_token
-        config.inference_max_experts_per_token = own_cap
-        start = calibration.measure(model, tokens_NS, args.batch_size, own_setting)
-        config.inference_max_experts_per_token = new_cap
-        table.add(f"{own_setting} (own)", start)
-
-        def measure_at(threshold: calibration.Threshold, label: str) -> calibration.Measurement:
-            calibration.set_threshold(config, threshold)
-            return calibration.measure(model, tokens_NS, args.batch_size, label)
-
+        _check_model(config, args)
+        passes = _Passes(folder, config, args)
         for threshold in args.sweep:
-            label = f"threshold {threshold:g}"
-            table.add(label, measure_at(threshold, label))
-
-        def find(goal: float, scope: str, what: str) -> calibration.Calibration:
-            nonlocal start
-            found = calibration.calibrate(
-                measure_at,
-                start,
-                goal,
-                scope=scope,
-                cap=calibration.max_experts(config),
-                sparse=[kind == "sparse" for kind in config.mlp_layer_types],
-                name=f"{what} {goal:g}",
-            )
-            start = found.measurement  # the next goal is likely near
-            table.add(_describe(config), start, f"  <- {what} {goal:g}")
-            return found
-
-        def measure_between(threshold: calibration.Threshold, label: str) -> Any:
-            measured = measure_at(threshold, label)
-            table.add(_describe(config), measured, f"  {label}")
-            return measured
-
-        curve = []
-        if args.budgets:
-            budgets = [find(budget, "global", "budget") for budget in args.budgets]
-            curve = refine(points_of(budgets), measure_between)
-        found = None
-        if args.target is not None:
-            found = find(args.target, args.scope, "target")
-            if isinstance(found.threshold, list):
-                for layer, value in enumerate(found.threshold, 1):
-                    if value is not None:
-                        print(f"  layer {layer}: threshold {value:g}")
-
-        # 3. Write the result.
+            passes.measure_at(threshold, f"threshold {threshold:g}")
+        curve = passes.find_curve(args.budgets) if args.budgets else []
+        found = None if args.target is None else passes.find(args.target, args.scope, "target")
+        if found is not None and isinstance(found.threshold, list):
+            for layer, value in enumerate(found.threshold, 1):
+                if value is not None:
+                    print(f"  layer {layer}: threshold {value:g}")
         print()
         if args.in_place or args.output is not None:
             written = _write(args, folder, found, curve)
             print(f"written: {written / 'config.json'}")
         else:
             print("nothing was written: give --in-place, or --output for a copy")
+
+
+class _Passes:
+    """Passes of one model over one text, each of which is a row of the table."""
+
+    def __init__(self, folder: Path, config: Any, args: argparse.Namespace) -> None:
+        """Load model and text, and measure the model as it is."""
+        from megatron_dynmoe.use import calibrate
+        from megatron_dynmoe.use.load import check_ids, default_device, load_model, load_tokenizer
+
+        self._tokens_NS = calibrate.read_tokens(
+            args.data,
+            load_tokenizer(folder),
+            num_tokens=args.tokens,
+            sequence_length=args.sequence_length or min(config.max_position_embeddings, 2048),
+            text_key=args.json_keys,
+        )
+        check_ids(int(self._tokens_NS.max()), config)
+        device = args.device or default_device()
+        self._model = load_model(folder, config, dtype=args.dtype, device=device)
+        self._config, self._batch_size = self._model.config, args.batch_size
+        num_sequences, num_tokens = len(self._tokens_NS), self._tokens_NS.numel()
+        print(f"{' '.join(args.data)}: {num_tokens:,} tokens in {num_sequences:,} sequences\n")
+        self._table = _Table()
+        own = _describe(self._config)
+        self._latest = self._measure(own)
+        self._table.add(f"{own} (own)", self._latest)
+        if args.max_experts_per_token is not None:
+            self._config.inference_max_experts_per_token = args.max_experts_per_token
+
+    def measure_at(self, threshold: Any, label: str) -> None:
+        """Measure the model with this threshold."""
+        self._table.add(label, self._measure(label, threshold))
+
+    def find(self, goal: float, scope: str, what: str) -> Any:
+        """Return the :class:`Calibration` for a mean number of experts."""
+        from megatron_dynmoe.use import calibrate
+
+        found = calibrate.calibrate(
+            lambda threshold, label: self._measure(label, threshold),
+            self._latest,
+            goal,
+            scope=scope,
+            cap=calibrate.max_experts(self._config),
+            sparse=[kind == "sparse" for kind in self._config.mlp_layer_types],
+            name=f"{what} {goal:g}",
+        )
+        self._latest = found.measurement  # the next goal is likely near
+        self._table.add(_describe(self._config), self._latest, f"  <- {what} {goal:g}")
+        return found
+
+    def find_curve(self, budgets: Sequence[float]) -> list[Any]:
+        """Return the points of the curve of budgets, and of those between that it needs."""
+        from megatron_dynmoe.use.budgets import points_of, refine
+
+        def measure_between(threshold: Any, label: str) -> Any:
+            measured = self._measure(label, threshold)
+            self._table.add(_describe(self._config), measured, f"  {label}")
+            return measured
+
+        points = points_of([self.find(budget, "global", "budget") for budget in budgets])
+        return refine(points, measure_between)
+
+    def _measure(self, label: str, threshold: Any = None) -> Any:
+        """Return the :class:`Measurement` of one pass; None: with the model's own threshold."""
+        from megatron_dynmoe.use import calibrate
+
+        if threshold is not None:
+            calibrate.set_threshold(self._config, threshold)
+        return calibrate.measure(self._model, self._tokens_NS, self._batch_size, label)
+
+
+def _check_model(config: Any, args: argparse.Namespace) -> None:
+    """Refuse what this model cannot have, before its weights are loaded."""
+    from megatron_dynmoe.use.calibrate import check_routing
+
+    check_routing(config)
+    capped = copy.copy(config)
+    if args.max_experts_per_token is not None:
+        if args.max_experts_per_token > config.num_experts:
+            raise ValueError(
+                f"--max-experts-per-token is {args.max_experts_per_token}: the model has "
+                f"{config.num_experts} experts"
+            )
+        capped.inference_max_experts_per_token = args.max_experts_per_token
+    _check_goals(capped, args)
+    positions = config.max_position_embeddings
+    if (args.sequence_length or 0) > positions:
+        raise ValueError(
+            f"--sequence-length is {args.sequence_length}: the model has {positions} positions"
+        )
 
 
 def _check_goals(config: Any, args: argparse.Namespace) -> None:

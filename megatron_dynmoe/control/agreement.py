@@ -10,11 +10,13 @@ import itertools
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.moe.router import DynamicRouter
+if TYPE_CHECKING:
+    from megatron_dynmoe.moe.router import DynamicRouter  # which imports Megatron
 
 QUANTITIES = (
     *("threshold", "integral", "next threshold", "next integral"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -24,13 +24,12 @@ from torch import Tensor
 
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi_map import MapController
+from megatron_dynmoe.control.settle import Controller
 from megatron_dynmoe.moe.router import DynamicRouter, finished_iterations
 from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
 from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
-
-if TYPE_CHECKING:
-    from megatron_dynmoe.model.settled import Settled
+from megatron_dynmoe.settings.config import DynMoEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +44,20 @@ class GlobalBatchUpdate:
 
     def __init__(
         self,
-        settled: Settled,
+        dynmoe: DynMoEConfig,
+        rule: Rule,
+        controller: Controller | None = None,
         finalize: Callable[..., None] | None = None,
     ) -> None:
         """Wrap the training loop's hook.
 
         Args:
-            settled: the run's settings with dynamic routing.
+            dynmoe: the run's resolved settings.
+            rule: how logits become a routing map.
+            controller: the law that moves the rule's knob; None if the knob is fixed.
             finalize: the hook to run first; None: upstream's ``finalize_model_grads``.
         """
-        assert settled.rule is not None
-        self.settled, self.dynmoe, self.controller = settled, settled.dynmoe, settled.controller
-        self.rule = settled.rule
+        self.dynmoe, self.rule, self.controller = dynmoe, rule, controller
         self._keeps_state = type(self.rule).next_state is not Rule.next_state
         self.finalize = finalize or finalize_model_grads
         self.statistics: RoutingStatistics | None = None  # of the last global batch
@@ -134,11 +135,9 @@ class GlobalBatchUpdate:
         """What the controller writes, [1] or [L] each; None without a controller."""
         if self.controller is None:
             return None
-        mean_L = statistics.mean_experts
         if self.dynmoe.scope == "global":
             statistics = statistics.pooled(keepdim=True)
-            mean_L = statistics.mean_experts
-        measured = mean_L.masked_fill(is_invalid, torch.nan)
+        measured = statistics.mean_experts.masked_fill(is_invalid, torch.nan)
         if self.dynmoe.controlled_quantity == "busiest_rank":
             measured = measured * statistics.rank_imbalance
         # The state of all routers is reduced with the counts, so that every rank computes the same

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_dynmoe.backends import choice, transformer_engine
@@ -16,6 +16,15 @@ from megatron_dynmoe.runs.metrics import install_metrics_tracker
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SettledUpdate(GlobalBatchUpdate):
+    """The update of a prepared training, from which the next model chunk reads the settings."""
+
+    def __init__(self, settled: Settled, finalize: Callable[..., None] | None = None) -> None:
+        assert settled.rule is not None
+        super().__init__(settled.dynmoe, settled.rule, settled.controller, finalize)
+        self.settled = settled
 
 
 def prepare_training(
@@ -36,7 +45,7 @@ def prepare_training(
     if settled.backend.backend == "transformer_engine":
         transformer_engine.group_experts(transformer)
     transformer.moe_router_dtype = "fp32"
-    transformer.finalize_model_grads_func = GlobalBatchUpdate(
+    transformer.finalize_model_grads_func = SettledUpdate(
         settled, transformer.finalize_model_grads_func
     )
     install_metrics_tracker(settled.dynmoe)

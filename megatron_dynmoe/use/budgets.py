@@ -8,33 +8,16 @@ of each two neighbors gives, and becomes a point itself if that is not what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
-from megatron_dynmoe.use.calibrate import Calibration, Measurement, Threshold, tolerance
+from megatron_dynmoe.use.calibrate import Calibration, Measurement, Point, Threshold, tolerance
 
 # How far, relatively, the count in the middle of two points may be from what was asked for.
 CLOSE_ENOUGH = 0.02
 # Passes between two budgets; each of them halves a part of the range.
 EXTRA_POINTS = 5
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of the curve: what to ask for, and what was measured with its threshold."""
-
-    experts: float  # as asked for, if it was, and else as measured
-    threshold: float
-    measurement: Measurement
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "experts_per_token": self.experts,
-            "threshold": self.threshold,
-            "loss": round(self.measurement.loss, 6),
-        }
 
 
 def points_of(found: Sequence[Calibration]) -> list[Point]:

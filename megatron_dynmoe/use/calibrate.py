@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from megatron_dynmoe.huggingface.encoding import encode_document
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import update_manifest
-
-if TYPE_CHECKING:
-    from megatron_dynmoe.use.budgets import Point
 
 # So many probabilities are kept of one pass, over all layers: 16 MiB.
 MAX_SAMPLED_PROBS = 2**22
@@ -66,6 +63,22 @@ class Calibration:
     scope: str
     threshold: Threshold
     measurement: Measurement
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve of budgets: what to ask for, and what was measured with its threshold."""
+
+    experts: float  # as asked for, if it was, and else as measured
+    threshold: float
+    measurement: Measurement
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "experts_per_token": self.experts,
+            "threshold": self.threshold,
+            "loss": round(self.measurement.loss, 6),
+        }
 
 
 def tolerance(target: float) -> float:

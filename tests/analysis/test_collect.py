@@ -27,7 +27,7 @@ from megatron_dynmoe.analysis.counting.influences import PAIRS
 from megatron_dynmoe.analysis.counting.measure import SweepWindows, sweep
 from megatron_dynmoe.analysis.counting.tokens import letters_of
 from megatron_dynmoe.analysis.counting.windows import TextFile, Window, read_windows
-from megatron_dynmoe.analysis.report.statistics import spearman
+from megatron_dynmoe.analysis.results.statistics import spearman
 from megatron_dynmoe.routing.select import choose
 
 LENGTH = 32

@@ -13,7 +13,7 @@ from megatron_dynmoe.analysis.counting.influences import (
     count,
     frequency_bins,
 )
-from megatron_dynmoe.analysis.report.partial import partial_correlations
+from megatron_dynmoe.analysis.results.partial import partial_correlations
 
 E = 8
 NUM_TOKENS = 4000

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_dynmoe.analysis.counting.counts import NUM_BAGS, RoutingCounts, Shape
-from megatron_dynmoe.analysis.report.statistics import (
+from megatron_dynmoe.analysis.results.statistics import (
     MIN_DOCUMENTS,
     correlation,
     distribution,

@@ -5,8 +5,6 @@ import torch
 
 from megatron_dynmoe.control.agreement import ABSENT, QUANTITIES, first_disagreement
 
-pytestmark = pytest.mark.megatron
-
 NUM_RANKS, NUM_LAYERS = 4, 3
 
 

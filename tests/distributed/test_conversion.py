@@ -190,8 +190,8 @@ def megatron_weights(folder: Path) -> dict[str, Any]:
     matrix(
         TRIPS,
         (
-            *("dynmoe, pp2ep2", "dynmoe, one", "dynamic-moe, ep2", "mixtral, pp2"),
-            *("dynmoe, odd", "dynmoe, bf16", "dynmoe, top-k", "dynmoe, padded vocabulary"),
+            *("dynmoe, pp2ep2", "dynamic-moe, ep2", "mixtral, pp2"),
+            *("dynmoe, odd", "dynmoe, top-k", "dynmoe, padded vocabulary"),
         ),
     ),
 )
@@ -252,7 +252,10 @@ def test_the_export_holds_what_training_held(results: Results) -> None:
     assert offsets.abs().min() > 0 and min(state["integral"]) != 0
 
 
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize(
+    "name",
+    matrix(PARITY, PARITY.keys() - {"dtop_p, after the round trip", "bf16"}),
+)
 def test_the_exported_model_computes_what_training_computes(
     results: Results, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

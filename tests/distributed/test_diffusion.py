@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from tests.distributed.harness import DTOP_P, Case, Results, add
 from tests.distributed.selection import matrix
 from tests.distributed.test_resume import checkpoint, differences
 
-pytest.importorskip("sklearn")  # has the digits
-pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.megatron,
+    pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn has the digits"),
+]
 
 HALF, STEPS = 20, 40
 MODEL = (

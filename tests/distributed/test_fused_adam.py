@@ -64,6 +64,7 @@ RESUMED = {
     for layout in LAYOUTS
     for fused, saved in ((True, True), (True, False), (False, True))
 }
+QUICK = [("one", False, True), ("ep2", False, True), ("ep2", True, False)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,10 +78,7 @@ def test_fused_steps_train_as_others_do(results: Results, layout: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [
-        pytest.param(key, marks=[pytest.mark.long] if key[0] == "one" and key[1] else [])
-        for key in RESUMED
-    ],
+    [pytest.param(key, marks=[] if key in QUICK else [pytest.mark.long]) for key in RESUMED],
     ids=lambda key: RESUMED[key].name,
 )
 def test_a_resumed_run_steps_in_its_own_way(results: Results, key: tuple[str, bool, bool]) -> None:

@@ -60,11 +60,13 @@ RECIPE = add(
 )
 
 
-def named(*cases):
-    return pytest.param(*cases, id=cases[0][1].name)
+def named(*cases, marks=()):
+    return pytest.param(*cases, id=cases[0][1].name, marks=marks)
 
 
-@pytest.mark.parametrize("cases", [named(c) for c in (SKIPPED, EP2_OF_4, PP2_DP2)])
+@pytest.mark.parametrize(
+    "cases", [named(SKIPPED), named(EP2_OF_4), named(PP2_DP2, marks=[pytest.mark.long])]
+)
 def test_losses_counts_and_thresholds_are_those_without_overlap(results: Results, cases) -> None:
     plain, overlapped = (results[case] for case in cases)
     assert overlapped.losses == pytest.approx(plain.losses, rel=1e-6)
@@ -87,7 +89,10 @@ def test_a_checkpoint_holds_what_was_not_gathered_yet(results: Results) -> None:
     assert resumed.thresholds == whole.thresholds[2:]
 
 
-@pytest.mark.parametrize(("cases", "times"), [named(EP2_OF_4, 2), named(PP2_DP2, 1)])
+@pytest.mark.parametrize(
+    ("cases", "times"),
+    [named(EP2_OF_4, 2), named(PP2_DP2, 1, marks=[pytest.mark.long])],
+)
 def test_with_experts_on_several_ranks_upstream_gathers_twice_unless_it_overlaps(
     results: Results, cases, times
 ) -> None:

@@ -191,10 +191,7 @@ def test_tensor_parallel_equals_one_rank(results: Results, routing: str, layout:
     ("first", "second"),
     matrix(
         EXCHANGED,
-        (
-            *("native_loads_ep2_distopt_native", "native_loads_ep2_distopt_local"),
-            "native_loads_pp2_native",
-        ),
+        ("native_loads_ep2_distopt_native",),
     ),
 )
 def test_either_back_end_goes_on_from_the_others_checkpoint(

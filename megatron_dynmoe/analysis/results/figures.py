@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from megatron_dynmoe.analysis.counting.counts import RoutingCounts, add_up
 from megatron_dynmoe.analysis.counting.influences import INFLUENCES
-from megatron_dynmoe.analysis.report.statistics import describe_correlation, lift
+from megatron_dynmoe.analysis.results.statistics import describe_correlation, lift
 
 INK, FAINT = "#1c2733", "#c9d1da"
 BLUE, ORANGE = "#3b7dd8", "#e0732c"

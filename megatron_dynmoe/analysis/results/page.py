@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.analysis.report.figures import Drawn
+from megatron_dynmoe.analysis.results.figures import Drawn
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # What the page shows; the counts stay in routing.json.

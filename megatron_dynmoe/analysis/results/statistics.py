@@ -1,4 +1,4 @@
-"""Computes the numbers of the report from the counts; pure arithmetic.
+"""Computes the numbers of the results from the counts; pure arithmetic.
 
 Letters of dimensions are those of counts.py, and G groups.
 """
@@ -18,7 +18,7 @@ from megatron_dynmoe.analysis.counting.counts import (
     expert_bins,
     loss_of_bin,
 )
-from megatron_dynmoe.analysis.report.partial import partial_correlations
+from megatron_dynmoe.analysis.results.partial import partial_correlations
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 RESAMPLES = 500

@@ -12,8 +12,8 @@ from megatron_dynmoe.analysis.counting.collect import Collected
 from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
 from megatron_dynmoe.analysis.counting.tokens import pieces_of
 from megatron_dynmoe.analysis.counting.windows import OTHER
-from megatron_dynmoe.analysis.report import figures, page
-from megatron_dynmoe.analysis.report.statistics import MIN_DOCUMENTS, summarize
+from megatron_dynmoe.analysis.results import figures, page
+from megatron_dynmoe.analysis.results.statistics import MIN_DOCUMENTS, summarize
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import read_json
@@ -78,7 +78,7 @@ def measurement(
     separate: bool,
     num_skipped: int,
 ) -> dict[str, Any]:
-    """A measurement as JSON; :func:`write_report` adds the numbers that follow from it."""
+    """A measurement as JSON; :func:`write_results` adds the numbers that follow from it."""
     shape = next(iter(collected.groups.values())).shape
     return {
         "format": FORMAT,
@@ -144,7 +144,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     return merged | {"groups": {name: counts.to_json() for name, counts in groups.items()}}
 
 
-def write_report(
+def write_results(
     output: Path, measured: dict[str, Any], *, min_count: int, overwrite: bool
 ) -> dict[str, Any]:
     """Write a measurement, its statistics, figures and page; whole or not at all.

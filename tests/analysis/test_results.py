@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
-from megatron_dynmoe.analysis.report import figures
+from megatron_dynmoe.analysis.results import figures
 from megatron_dynmoe.cli import analyze as analyze_command
 from megatron_dynmoe.storage.manifest import write_manifest
 from tests.helpers.commands import exit_code_of
@@ -44,7 +44,7 @@ def analyze(output: Path, model: Path, *data: Path, flags: tuple[str, ...] = ())
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figures out, which take most of the time."""
-    monkeypatch.setattr("megatron_dynmoe.analysis.report.figures.draw_all", lambda *_: {})
+    monkeypatch.setattr("megatron_dynmoe.analysis.results.figures.draw_all", lambda *_: {})
 
 
 def content(report: Path) -> dict[str, Any]:
