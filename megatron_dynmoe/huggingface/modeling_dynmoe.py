@@ -127,11 +127,16 @@ class DynMoEExperts(Experts):
         super().__init__(*sizes, init_std=None)
         self.act_fn = F.silu
 
-    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    @property
+    def sums_itself(self) -> bool:
+        """Whether neither Transformers nor a compiler's graph computes the experts."""
+        return self.config._experts_implementation == "eager" and not torch.compiler.is_compiling()
+
+    def forward(self, hidden_TD: Tensor, ids_TK: Tensor | None, weights: Tensor) -> Tensor:
         """See :meth:`Experts.forward`."""
         if torch.compiler.is_compiling():  # which cannot follow a loop over as many rows as it is
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_TD, ids_TK, weights_TK)
-        return super().forward(hidden_TD, ids_TK, weights_TK)
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_TD, ids_TK, weights)
+        return super().forward(hidden_TD, ids_TK, weights)
 
 
 class DynMoESparseMLP(MoELayer):

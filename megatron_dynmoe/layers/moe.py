@@ -61,24 +61,45 @@ class Choice(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What a router decided. A token's experts fill its first slots, the most probable one first.
+    """What a router decided.
 
     Attributes:
         logits_TE: the input of the softmax, so after normalization; in the router's dtype.
         probs_TE: in the router's dtype.
         map_TE: bool, which experts a token uses.
-        ids_TK: int64. A slot without an expert repeats the token's first: engines take only valid
-            ids, and no further expert's weights are read for it.
-        weights_TK: in the router's dtype; exactly 0 in slots without an expert.
+        weights_TE: in the router's dtype; exactly 0 for experts that a token does not use.
+        ranked_TK: int64, candidates of each token, its own experts first, the most probable one
+            before all others.
         residual_T: the weight of the token itself in the layer's output; None: zero for all.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     map_TE: Tensor
-    ids_TK: Tensor
-    weights_TK: Tensor
+    weights_TE: Tensor
+    ranked_TK: Tensor
     residual_T: Tensor | None = None
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The experts in slots, the first ones of which are used; both [T, K].
+
+        Returns:
+            Ids, int64, and weights, exactly 0 in slots without an expert. Such a slot repeats the
+            token's first id: engines take only valid ones, and no further expert's weights are read
+            for it.
+        """
+        ids_TK = self.ranked_TK
+        used_TK, weights_TK = self.map_TE.gather(-1, ids_TK), self.weights_TE.gather(-1, ids_TK)
+        return torch.where(used_TK, ids_TK, ids_TK[:, :1]), weights_TK
+
+    def without(self, padding_T1: Tensor) -> Routed:
+        """The same without the experts of padding, [T, 1] bool; the logits stay."""
+        residual_T = self.residual_T
+        return self._replace(
+            map_TE=self.map_TE & ~padding_T1,
+            weights_TE=self.weights_TE * ~padding_T1,
+            residual_T=None if residual_T is None else residual_T * ~padding_T1.squeeze(-1),
+        )
 
 
 class Gate(nn.Module):
@@ -129,7 +150,7 @@ class Gate(nn.Module):
         if choice.normalized:
             logits_TE = normalize(logits_TE, self.theta).to(choice.dtype)
         if choice.rule is not None:
-            return _in_slots(logits_TE, choice.rule(logits_TE), choice.max_experts)
+            return _ranked(logits_TE, choice.rule(logits_TE), choice.max_experts)
         probs_TE = torch.softmax(logits_TE, dim=-1)
 
         # 2. Select; the threshold is compared in float32, whatever the router's dtype is
@@ -141,20 +162,17 @@ class Gate(nn.Module):
         map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
 
         # 3. Weigh
-        weights_TK = weigh(probs_TE, map_TE, choice.renormalize).gather(-1, ids_TK)
-        ids_TK = torch.where(used_TK, ids_TK, ids_TK[:, :1])
-        return Routed(logits_TE, probs_TE, map_TE, ids_TK, weights_TK)
+        weights_TE = weigh(probs_TE, map_TE, choice.renormalize)
+        return Routed(logits_TE, probs_TE, map_TE, weights_TE, ids_TK)
 
 
-def _in_slots(logits_TE: Tensor, chosen: Chosen, max_experts: int | None) -> Routed:
-    """Give each token's experts in slots, as many as it may use, or all E without a cap."""
-    weights_TE, map_TE = chosen.weights_TE, chosen.map_TE
-    ranked_TE = weights_TE.detach().masked_fill(~map_TE, -1.0)
+def _ranked(logits_TE: Tensor, chosen: Chosen, max_experts: int | None) -> Routed:
+    """Give each token's experts as many places as it may use, or all E without a cap."""
+    ranked_TE = chosen.weights_TE.detach().masked_fill(~chosen.map_TE, -1.0)
     ids_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, :max_experts]
-    used_TK = map_TE.gather(-1, ids_TK)
-    weights_TK = weights_TE.gather(-1, ids_TK) * used_TK
-    ids_TK = torch.where(used_TK, ids_TK, ids_TK[:, :1])
-    return Routed(logits_TE, chosen.probs_TE, map_TE, ids_TK, weights_TK, chosen.residual_T)
+    return Routed(
+        logits_TE, chosen.probs_TE, chosen.map_TE, chosen.weights_TE, ids_TK, chosen.residual_T
+    )
 
 
 class Experts(nn.Module):
@@ -176,27 +194,40 @@ class Experts(nn.Module):
             nn.init.normal_(self.gate_up_proj, std=init_std)
             nn.init.normal_(self.down_proj, std=init_std)
 
-    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    @property
+    def sums_itself(self) -> bool:
+        """Whether :meth:`forward` is this class's own, which needs no slots."""
+        return True
+
+    def forward(self, hidden_TD: Tensor, ids_TK: Tensor | None, weights: Tensor) -> Tensor:
         """Sum each token's experts with their weights, in the order of the experts.
 
-        Slots of weight 0 cost nothing. The order of the sum is fixed on every device, and a token's
-        result does not depend on the rest of the batch.
+        An expert of weight 0 costs nothing. The order of the sum is fixed on every device, and a
+        token's result does not depend on the rest of the batch.
+
+        Args:
+            hidden_TD: [T, D].
+            ids_TK: the expert in each slot, int64; no expert has two slots of a token with weights
+                other than 0. None: there are no slots.
+            weights: of the slots, [T, K]; or, without slots, of all experts, [T, E].
 
         Returns:
             [T, D], dtype of ``hidden_TD``; summed in float32 at least, and rounded once.
         """
+        weights_TE = weights
+        if ids_TK is not None:
+            # Of an unused slot the id may be any: with expert parallelism it is that of no expert.
+            zeros_TE = weights.new_zeros(len(weights), self.num_experts)
+            weights_TE = zeros_TE.scatter_add(-1, ids_TK.masked_fill(weights == 0, 0), weights)
         if hidden_TD.shape[0] == 1 and hidden_TD.device.type == "cpu":
-            return self._forward_of_one(hidden_TD, ids_TK, weights_TK)
-        # 1. The slots that are used, in the order of their experts
-        slots_A = weights_TK.flatten().nonzero().squeeze(-1)
-        experts_A, order_A = ids_TK.flatten().index_select(0, slots_A).sort(stable=True)
-        slots_A = slots_A.index_select(0, order_A)
-        tokens_A = slots_A // ids_TK.shape[1]
+            return self._forward_of_one(hidden_TD, weights_TE)
+        # 1. What each expert computes, in the order of the experts
+        experts_A, tokens_A = weights_TE.t().nonzero().unbind(1)
         rows_E = experts_A.bincount(minlength=self.num_experts)
 
         # 2. Compute and weigh
         rows_AD = hidden_TD.index_select(0, tokens_A)
-        weights_A1 = weights_TK.flatten().index_select(0, slots_A).unsqueeze(-1)
+        weights_A1 = weights_TE[tokens_A, experts_A].unsqueeze(-1)
         if _can_group(rows_AD, self.gate_up_proj, self.down_proj):
             ends_E = rows_E.cumsum(0, dtype=torch.int32)
             rows_AG = F.grouped_mm(rows_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
@@ -213,21 +244,20 @@ class Experts(nn.Module):
         # as on a GPU it would be in any order. A CPU adds row after row.
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
-        parts = [len(slots_A)] if output_TD.device.type == "cpu" else rows_E.tolist()
+        parts = [len(tokens_A)] if output_TD.device.type == "cpu" else rows_E.tolist()
         for tokens, part in zip(tokens_A.split(parts), rows_AD.to(dtype).split(parts), strict=True):
             output_TD.index_add_(0, tokens, part)
         return output_TD.to(hidden_TD.dtype)
 
-    def _forward_of_one(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The same for one token, which has no rows to sort, nor to collect."""
+    def _forward_of_one(self, hidden_TD: Tensor, weights_TE: Tensor) -> Tensor:
+        """The same for one token, which has no rows to find, nor to collect."""
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
-        ids, weights = ids_TK[0].tolist(), weights_TK[0].tolist()
-        used = sorted((expert, slot) for slot, expert in enumerate(ids) if weights[slot])
-        for expert, slot in used:
-            gate_AF, up_AF = F.linear(hidden_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            row_AD = F.linear(F.silu(gate_AF) * up_AF, self.down_proj[expert])
-            output_TD = output_TD + (row_AD * weights_TK[:, slot : slot + 1]).to(dtype)
+        for expert, weight in enumerate(weights_TE[0].tolist()):
+            if weight:
+                gate_AF, up_AF = F.linear(hidden_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+                row_AD = F.linear(F.silu(gate_AF) * up_AF, self.down_proj[expert])
+                output_TD = output_TD + (row_AD * weights_TE[:, expert, None]).to(dtype)
         return output_TD.to(hidden_TD.dtype)
 
 
@@ -333,7 +363,8 @@ class MoELayer(nn.Module):
 
         Args:
             router: maps [T, D] to :class:`Routed`.
-            experts: maps hidden states [T, D], ids and weights [T, K] to [T, D].
+            experts: maps hidden states [T, D], ids and weights [T, K] to [T, D]; see
+                :meth:`Routed.slots`.
             losses: which losses the router is trained with; None: the defaults, DTop-p's.
 
         Raises:
@@ -366,16 +397,14 @@ class MoELayer(nn.Module):
 
         # 1. Route
         routed = self.router(hidden_TD, *(() if threshold is None else (threshold,)))
-        map_TE, weights_TK = routed.map_TE, routed.weights_TK
         if valid_BS is not None:
-            valid_T1 = valid_BS.flatten().unsqueeze(-1)
-            map_TE, weights_TK = map_TE & valid_T1, weights_TK * valid_T1
+            routed = routed.without(~valid_BS.flatten().unsqueeze(-1))
+        map_TE = routed.map_TE
 
         # 2. Compute and combine
-        output_BSD = self.experts(hidden_TD, routed.ids_TK, weights_TK).view_as(hidden_BSD)
+        ids_TK, weights = (None, routed.weights_TE) if self._needs_no_slots() else routed.slots()
+        output_BSD = self.experts(hidden_TD, ids_TK, weights).view_as(hidden_BSD)
         if (residual_T := routed.residual_T) is not None:
-            if valid_BS is not None:
-                residual_T = residual_T * valid_BS.flatten()
             itself_TD = (hidden_TD * residual_T.unsqueeze(-1)).to(hidden_TD.dtype)
             output_BSD = output_BSD + itself_TD.view_as(hidden_BSD)
         if self.shared_expert is not None:
@@ -396,6 +425,12 @@ class MoELayer(nn.Module):
             map_TE.sum(dim=-1).view(batch, length),
             loss,
         )
+
+    def _needs_no_slots(self) -> bool:
+        """Whether the experts are computed here. Hooks on them, and others' experts, take slots."""
+        experts = self.experts
+        has_hooks = bool(experts._forward_pre_hooks or experts._forward_hooks)
+        return isinstance(experts, Experts) and experts.sums_itself and not has_hooks
 
 
 def routing_loss(

@@ -304,10 +304,9 @@ def test_the_experts_of_a_bfloat16_model_are_summed_in_float32(router_dtype):
     for expert in range(8):
         gate, up = (hidden_TD @ moe.experts.gate_up_proj[expert].t()).chunk(2, dim=-1)
         rows = (torch.nn.functional.silu(gate) * up) @ moe.experts.down_proj[expert].t()
-        weights_T = routing.weights_TK[routing.ids_TK == expert]
-        expected_TD += (rows * weights_T[:, None]).float()
-    actual_TD = moe.experts(hidden_TD, routing.ids_TK, routing.weights_TK)
-    assert torch.equal(actual_TD, expected_TD.bfloat16())
+        expected_TD += (rows * routing.weights_TE[:, expert, None]).float()
+    for ids_TK, weights in ((None, routing.weights_TE), routing.slots()):
+        assert torch.equal(moe.experts(hidden_TD, ids_TK, weights), expected_TD.bfloat16())
 
 
 def test_a_router_in_bfloat16_compares_with_the_unrounded_threshold():
