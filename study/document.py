@@ -56,7 +56,9 @@ rows that are there.
 {num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
 The loss is that of all held-out text, in nats. The interval takes in what seeds alone cause, by the
 runs below and these together, and the verdict is that of the rule against DTop-p. *DRN without
-controller* has a fixed threshold, chosen for about 2 experts.
+controller* has a fixed threshold, chosen for about 2 experts; see its count. The row of *expert
+threshold* is of thresholds that followed more slowly than those of today
+([why](rules.md#expert_threshold)).
 
 {rules}
 

@@ -22,7 +22,7 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 
 # After n batches the last one counts at least START / (START + n) in the moving average, so that
 # the thresholds keep up with the logits while these change fast.
-START = 10.0
+START = 100.0
 
 
 class ExpertThreshold(Rule):

@@ -173,7 +173,7 @@ MISTAKES = [
         "self.num_experts / self.slots)",
         "1.0)",
         (
-            "tests/control/test_drifting_logits.py::test_the_count_is_at_its_target_after_the_settling_time",
+            "tests/moe/test_null_experts.py::test_the_bias_is_the_quantile_of_the_tokens_that_share_it",
         ),
     ),
     Mutation(
