@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,24 +47,33 @@ def run(part: str, variables: Mapping[str, str], folder: Path) -> list[Check]:
     if not report.exists():
         last = ((child.stdout + child.stderr).strip().splitlines() or ["without a word"])[-1]
         return [Check(part, FAILED, f"pytest ended with {child.returncode}: {last}")]
+    return read(report)
+
+
+def read(report: Path) -> list[Check]:
+    """The findings in what pytest has written of its tests."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = list(_failed(cases))
+    num_failed = sum(len(tests) for _, tests in failed)
     num_skipped = sum(case.find("skipped") is not None for case in cases)
-    num_passed = len(cases) - num_skipped - len(failed)
+    num_passed = len(cases) - num_skipped - num_failed
+    checks = [
+        Check(f"{len(tests)} failed", FAILED, reason, f"the first is {tests[0]}")
+        for reason, tests in failed
+    ]
     skipped = f", {num_skipped} skipped" if num_skipped else ""
     passed = Check("tests", PASSED, f"{num_passed} passed{skipped}")
-    return ([passed] if num_passed else []) + failed
+    return ([passed] if num_passed else []) + checks
 
 
-def _failed(cases: list[ElementTree.Element]) -> Iterator[Check]:
-    """A line for each reason, with the first test that fails for it."""
+def _failed(cases: list[ElementTree.Element]) -> Iterable[tuple[str, list[str]]]:
+    """Each reason why tests failed, and these."""
     by_reason: dict[str, list[str]] = {}
     for case in cases:
         wrong = [found for kind in ("failure", "error") if (found := case.find(kind)) is not None]
         if wrong:
             by_reason.setdefault(_reason(wrong[0]), []).append(str(case.get("name")))
-    for reason, tests in by_reason.items():
-        yield Check(f"{len(tests)} failed", FAILED, reason, f"the first is {tests[0]}")
+    return by_reason.items()
 
 
 def _reason(found: ElementTree.Element) -> str:
