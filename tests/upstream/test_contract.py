@@ -90,8 +90,7 @@ def test_it_names_what_has_changed_and_nothing_else(
         ("settings", "moe_planted"): ("failed", "is new, 3 by default"),
         ("patches", "empty splits are refused"): (
             "failed",
-            "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs takes (self, "
-            "num_tokens_per_epoch, planted=None), and took (self, num_tokens_per_epoch)",
+            "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs takes planted, too",
         ),
         ("patches", "checked loads"): (
             "failed",
@@ -135,17 +134,24 @@ def test_a_megatron_without_its_training_is_refused(
 @pytest.mark.parametrize(
     ("ours", "now", "goes_along"),
     [
-        (lambda *args, **kwargs: 0, "b", True),  # whatever it is, it is passed on
-        (lambda a, b=None: 0, "a, b=None", True),
-        (lambda a, **other: 0, "a, c=None", True),
-        (lambda a: 0, "a, b=None", False),
-        (lambda a, b=None: 0, "b=None", False),  # what stood first is gone
+        (lambda *args, **kwargs: 0, "c", True),  # whatever it is, it is passed on
+        (lambda x, b=0, c=0: 0, "a, b=0, c=0", True),  # the first by place
+        (lambda a, **other: 0, "a, c=0", True),
+        (lambda a, **other: 0, "a", True),
+        (lambda a, b=0: 0, "a, b=0, c=0", False),
+        (lambda a, b: 0, "a", False),
+        (lambda a, b=0: 0, "b, a", False),  # another order
     ],
 )
 def test_ours_goes_along_with_what_it_takes(
     ours: Callable[..., Any], now: str, goes_along: bool
 ) -> None:
-    assert signatures.accepts(ours, "a", now) is goes_along
+    assert signatures.accepts(ours, "a, b=0", now) is goes_along
+
+
+def test_the_difference_is_told() -> None:
+    assert signatures.difference("a, b", "a, c=0") == "takes no b any more and takes c, too"
+    assert signatures.difference("a=0", "a=1") == "takes (a=1), and took (a=0)"
 
 
 def test_tests_that_fail_for_one_reason_share_a_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import importlib
 import sys
 import types
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ class Placeholder(types.ModuleType):
 
 
 def imported() -> dict[tuple[str, str], list[str]]:
-    """Module and name (empty for the module itself) of each import, with the files that do it."""
+    """Module and name (empty for the module itself) of each import, with the files that do it.
+
+    Those for types alone, which no run imports, are left out.
+    """
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         place = str(path.relative_to(PACKAGE))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[tuple[str, str]] = []
             if isinstance(node, ast.Import):
                 names = [(name.name, "") for name in node.names]
@@ -47,6 +51,13 @@ def imported() -> dict[tuple[str, str], list[str]]:
                 if module.partition(".")[0] == "megatron" and place not in found[module, name]:
                     found[module, name].append(place)
     return dict(found)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from _statements(child)
 
 
 def load(module: str) -> tuple[types.ModuleType, dict[str, str]]:

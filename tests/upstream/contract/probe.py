@@ -112,16 +112,20 @@ def _patch(patch: Any, there: Path, supported: Path) -> Check:
         if before == now:
             continue
         owner, name = _find(full_name)
-        says = f"{full_name} takes ({now}), and took ({before})"
-        fits = before and now and signatures.accepts(getattr(owner, name), before, now)
-        (changed if fits or not is_applied else refused).append(says)
+        ours = getattr(owner, name)
+        if before is None or now is None:
+            refused.append(f"{full_name} is no function that is defined there")
+        elif is_applied and not signatures.accepts(ours, before, now):
+            refused.append(f"{full_name} {signatures.difference(before, now)}")
+        else:
+            changed.append(f"{full_name} {signatures.difference(before, now)}")
     if refused:
-        return Check(patch.name, FAILED, "; ".join(refused), "let ours take the same")
+        return Check(patch.name, FAILED, "; ".join(refused), "ours has to take the same")
     needed = _still_needed(patch.name)
     if needed is not None:
         return needed
     if changed:
-        return Check(patch.name, WARNING, "; ".join(changed), "ours passes on what it gets")
+        return Check(patch.name, WARNING, "; ".join(changed), "ours goes along with it")
     return Check(patch.name, PASSED, "applies" if is_applied else "not for this machine")
 
 

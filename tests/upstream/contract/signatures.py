@@ -55,20 +55,30 @@ def _of(node: ast.FunctionDef | ast.ClassDef, rest: list[str]) -> str | None:
     return ast.unparse(arguments)
 
 
+def difference(before: str, now: str) -> str:
+    """What a function takes now and did not, and the other way round."""
+    old, new = _names(before), _names(now)
+    parts = [f"takes no {name} any more" for name in old if name not in new]
+    parts += [f"takes {name}, too" for name in new if name not in old]
+    return " and ".join(parts) or f"takes ({now}), and took ({before})"
+
+
 def accepts(ours: Callable[..., Any], before: str, now: str) -> bool:
     """Whether what takes a function's place goes along with the function's new parameters.
 
-    It does if it passes on whatever it gets, or if all that changed are parameters that it has.
+    It does if it passes on whatever it gets. Otherwise it has to have each new parameter, and must
+    not want one that is gone; the others have to stand in the order in which they stood.
     """
-    own = inspect.signature(ours, follow_wrapped=False).parameters.values()
-    kinds = {parameter.kind for parameter in own}
+    own = inspect.signature(ours, follow_wrapped=False).parameters
+    kinds = {parameter.kind for parameter in own.values()}
     if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds:
         return True
     old, new = _names(before), _names(now)
-    added = [name for name in new if name not in old]
-    kept = [name for name in new if name in old]
-    takes_any_name = inspect.Parameter.VAR_KEYWORD in kinds
-    return kept == old and (takes_any_name or {*added} <= {parameter.name for parameter in own})
+    if [name for name in old if name in new] != [name for name in new if name in old]:
+        return False
+    has_all = inspect.Parameter.VAR_KEYWORD in kinds or {*new} - {*old} <= own.keys()
+    wanted = {name for name, parameter in own.items() if parameter.default is parameter.empty}
+    return has_all and not wanted & ({*old} - {*new})
 
 
 def _names(parameters: str) -> list[str]:

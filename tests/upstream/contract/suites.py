@@ -13,15 +13,24 @@ from megatron_dynmoe.data.finding import FAILED, PASSED, Check
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATIENCE = 3600  # seconds; the layouts take minutes
 
+RESUME = "tests/distributed/test_resume.py"
+
 # What each part gives pytest. Those of golden runs allow tolerances on another Megatron.
 SUITES = {
-    "specs": ("tests/model", "tests/moe/test_layer.py", "tests/moe/test_router.py"),
+    "specs": (
+        "tests/upstream/test_patches.py::"
+        "test_the_entry_point_does_what_upstreams_parse_and_validate_args_does",
+        "tests/model",
+        "tests/moe/test_layer.py",
+        "tests/moe/test_router.py",
+    ),
     "dispatch": ("tests/distributed/test_dispatch.py",),
     "golden": ("tests/golden",),
     "layouts": (
-        "tests/distributed/test_layouts.py",
-        "tests/distributed/test_resume.py",
-        "tests/distributed/test_torch_native.py",
+        "tests/distributed/test_layouts.py::test_the_same_weights_route_alike_under_every_layout",
+        f"{RESUME}::test_resume_equals_one_go_bitwise",
+        f"{RESUME}::test_another_layout_loads_every_tensor_and_goes_on",
+        f"{RESUME}::test_upstream_still_needs_the_patches",
     ),
 }
 LONG = {"layouts"}
