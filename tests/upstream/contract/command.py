@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"megatron": there.version, "origin": there.origin, "commit": there.commit}
         print(json.dumps(about | {"parts": parts} | counts, indent=2))
     else:
-        verdict = "what failed above breaks" if counts[FAILED] else "all holds"
+        verdict = f"{counts[FAILED]} checks failed" if counts[FAILED] else "all holds"
         print(f"\nmegatron-core {there.version}: {verdict}")
     return int(counts[FAILED] > 0)
 

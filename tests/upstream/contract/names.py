@@ -61,8 +61,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def load(module: str) -> tuple[types.ModuleType, dict[str, str]]:
-    """Import a module of Megatron's; for each module that cannot be imported, itself or one that it
-    needs, put a placeholder and give the error.
+    """Import a module of Megatron's, with placeholders for what cannot be imported.
 
     Returns:
         The module, or its placeholder; what each module in the way of it raised, by name.
