@@ -61,7 +61,7 @@ def place(wanted: str, folder: Path) -> Place:
     version = _version(folder / "megatron/core/package_info.py")
     if not (folder / "megatron/training/__init__.py").is_file():
         raise UsageError(
-            f"megatron-core {version} has no megatron.training in its package, which trains here."
+            f"megatron-core {version} has no megatron.training in its package, with which we train."
         )
     _add_helpers(folder / "megatron/core/datasets")
     if not any(folder.glob("megatron_core-*.dist-info")):
