@@ -15,7 +15,7 @@ from tests.upstream.contract import signatures, suites
 from tests.upstream.contract.command import main
 from tests.upstream.contract.place import PACKAGES, installed
 
-QUICK = ("--parts", "names", "settings", "patches", "--json")
+QUICK = ("--parts", "names", "settings", "patches", "overrides", "--json")
 
 # File of Megatron's, what it says, and what it says instead.
 PLANTED = {
@@ -38,6 +38,11 @@ PLANTED = {
         "core/transformer/moe/moe_logging.py",
         "import torch\n",
         "import torch\nimport planted_package\n",
+    ),
+    "a method that ours overrides": (
+        "core/transformer/moe/moe_layer.py",
+        "def routed_experts_compute(",
+        "def planted_experts_compute(",
     ),
     "what a patch is for": (
         "training/training.py",
@@ -97,6 +102,10 @@ def test_it_names_what_has_changed_and_nothing_else(
             "megatron.training.checkpointing:read_metadata is gone",
         ),
         ("patches", "each step is logged as itself"): ("warning", "is no longer needed"),
+        ("overrides", "DynMoELayer.routed_experts_compute"): (
+            "failed",
+            "Megatron has none any more",
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""Looks at another Megatron in a process that trains nothing: names, settings and patches.
+"""Looks at another Megatron in a process that trains nothing: names, settings, patches, overrides.
 
 Run as a module it is that process; :func:`probe` starts it and reads what it prints.
 """
@@ -143,7 +143,19 @@ def _still_needed(name: str) -> Check | None:
     return Check(name, WARNING, "is no longer needed", "remove it when only this Megatron is meant")
 
 
-PROBES = {"names": names_that_we_import, "settings": settings, "patches": patches}
+def overrides() -> Iterator[Check]:
+    """Each method of ours that overrides one of Megatron's still does."""
+    from tests.upstream.contract.overrides import compare
+
+    return compare(*map(Path, sys.argv[1:3]))
+
+
+PROBES = {
+    "names": names_that_we_import,
+    "settings": settings,
+    "patches": patches,
+    "overrides": overrides,
+}
 
 
 def probe(
