@@ -11,7 +11,7 @@ SCRIPTS := .ci/run $(wildcard tests/setup/*.sh tools/*.sh examples/*.sh examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart diffusion check test test-unit test-distributed test-long test-avx2 test-wheel \
-	test-transformers test-vllm test-faults soak mutations \
+	test-transformers test-vllm try-megatron test-faults soak mutations \
 	fuzz audit gpu test-gpu test-te gpu-first gpu-pack bench-gpu bench-gpu-select bench-gpu-layer \
 	bench-gpu-train study study-gpu \
 	lint shellcheck format types constraints clean
@@ -72,6 +72,11 @@ VLLM_ENV ?= .venv/vllm
 test-vllm: setup ## vLLM serves exported models over HTTP and says what Transformers says; 6 GB, once
 	@bash tests/setup/vllm.sh "$(VLLM_ENV)"
 	@DYNMOE_VLLM="$(VLLM_ENV)" $(TEST) tests/vllm
+
+# In a copy of its own: neither .venv nor the checkout that is named changes. docs/upstream_versions.md
+try-megatron: setup ## this package on another Megatron: MEGATRON=checkout or version, PARTS="names settings"
+	@$(PYTHON_VENV) tools/try_megatron.py $(or $(MEGATRON),$(error give MEGATRON=PATH_OR_VERSION)) \
+	  $(if $(PARTS),--parts $(PARTS))
 
 test-faults: setup ## kills, damaged checkpoints, full disks, signals: up to 25 minutes; KILLS=25
 	@$(TEST) tests/faults --kills $(or $(KILLS),10)

@@ -19,7 +19,13 @@ from megatron_dynmoe.runs.metric_names import MEANINGS
 from megatron_dynmoe.settings.config import SETTINGS
 from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.settings.routings import DYNAMIC, RoutingSettings
-from megatron_dynmoe.settings.upstream_flags import UPSTREAM_FLAGS, Ignored, Refused, Works
+from megatron_dynmoe.settings.upstream_flags import (
+    UNRELEASED,
+    UPSTREAM_FLAGS,
+    Ignored,
+    Refused,
+    Works,
+)
 
 PHASES = ("forward", "backward", "optimizer")  # of a step
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -110,6 +116,8 @@ def upstream_flags() -> str:
             case Refused(unused, reason, remedy):
                 values = " or ".join(f"`{value}`" for value in unused)
                 status, remark = f"refused unless {values}", f"{reason}; remedy: {remedy}"
+        if name in UNRELEASED:
+            remark += " (on Megatron's main branch)"
         rows.append(f"| `{name}` | {status} | {remark} |")
     return UPSTREAM + "\n".join(rows) + "\n"
 

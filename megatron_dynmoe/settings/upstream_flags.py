@@ -219,6 +219,16 @@ UPSTREAM_FLAGS: dict[str, Works | Refused | Ignored] = {
     ),
 }
 
+# Settings of Megatron's main branch that no release has yet. With the release they move up.
+UNRELEASED: dict[str, Works | Refused | Ignored] = {
+    "gtp_expert_remat_nccl_ub": Ignored("only used by sharded expert weights, which are refused"),
+    "moe_use_grouped_tensor": Works("needs Transformer Engine in upstream, too"),
+    "moe_dispatch_fwd_dtype": Ignored(_NCCLEP),
+    "moe_combine_bwd_dtype": Ignored(_NCCLEP),
+    "mtp_hsm": Ignored("only used with multi-token prediction, which is refused"),
+}
+UPSTREAM_FLAGS |= UNRELEASED
+
 # Refused values of settings that otherwise work.
 _REFUSED_VALUES = {
     ("moe_router_load_balancing_type", "sinkhorn"): (

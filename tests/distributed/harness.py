@@ -245,7 +245,9 @@ def run_session(
     with open(directory / "session.log", "w") as log:
         worker = REPOSITORY / "tests/distributed/worker.py"
         command = [sys.executable, str(worker), str(directory), str(num_processes)]
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        path = os.environ.get("PYTHONPATH", "")  # a Megatron that is tried stands there
+        path = os.pathsep.join([*filter(None, [path]), str(REPOSITORY)])
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         variables |= environment or {}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=directory)
         try:

@@ -271,7 +271,8 @@ def warm_up(cases: list[dict[str, Any]]) -> None:
     from tests.helpers.megatron_arguments import keep_help_texts
 
     for name in EVERY_CASE_IMPORTS:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # of another Megatron, which is tried
+            importlib.import_module(name)
     for name in dict.fromkeys(name for case in cases for name in (case["entry"], *case["hooks"])):
         # A case of what no environment has, say, is the case's error and not the session's.
         with contextlib.suppress(Exception):

@@ -25,6 +25,7 @@ MISSPELLED = {
     "tools/report_run.py": ("runs/x --hlep", "--help"),
     "tools/show_progress.py": ("--hlep", "--help"),
     "tools/train_tokenizer.py": ("--input x --output y --vocab-szie 300", "--vocab-size"),
+    "tools/try_megatron.py": ("0.19.2 --prats names", "--parts"),
     "benchmarks/busiest_rank.py": ("draw --rouitng top_k", "--routing"),
     "benchmarks/collect_logits.py": ("--modle x --output y", "--model"),
     "benchmarks/controller_step_response.py": ("--figrue x", "--figure"),
