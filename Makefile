@@ -136,7 +136,7 @@ bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of
 	  --seconds-budget 440 --output "$(OUTPUT)"
 	@$(PLOT)
 
-study: setup ## the papers' claims in small, up to 4 hours, resumes; PART=rules or budgets: a part
+study: setup ## the papers' claims in small, up to 4 hours, resumes; PART=rules, budgets, diffusion
 	@$(PYTHON_VENV) -m study$(if $(PART),.$(PART)) $(STUDY)
 
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."

@@ -31,7 +31,7 @@ from study.variants import Variant
 STEPS, SAMPLES, SEEDS = 400, 50, 3
 ROWS = RESULTS / "diffusion.json"
 RUNS = fingerprint.ROOT / "runs" / "study-diffusion"
-THRESHOLD = 0.14  # of the fixed one, at which a training counts about 2 experts in the mean
+THRESHOLD = 0.146  # of the fixed one, at which a training counts about 2 experts in the mean
 
 FIXED = MAIN["fixed_020"].flags.replace("0.2", f"{THRESHOLD:g}")
 VARIANTS = {
