@@ -223,19 +223,18 @@ def main() -> None:
     asked, more = parser.parse_known_args()
     with ending_plainly(parser.prog, "nothing was measured"):
         sys.argv[1:] = flags_of(asked.run, more)
-        prepare()
-        from megatron_dynmoe.training import loop
-
         shown = sys.stdout
 
         def evaluated(model: list[nn.Module]) -> None:
             with contextlib.redirect_stdout(shown):
                 write(model[0], asked.run, asked.samples)
 
-        script = dataclasses.replace(train.script(), evaluated=evaluated)
         log = open(asked.run / "measure_log.txt", "w")  # noqa: SIM115  # open until the very end
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            loop.train(program_start, script)
+            prepare()
+            from megatron_dynmoe.training import loop
+
+            loop.train(program_start, dataclasses.replace(train.script(), evaluated=evaluated))
 
 
 def write(model: nn.Module, run: Path, per_class: int) -> None:
