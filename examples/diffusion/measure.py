@@ -42,7 +42,8 @@ HELD_OUT = 512  # images of which the loss is computed, at most
 SAMPLES = "samples"
 # Of the training's command, by how their names begin: its layout, and what it writes and reads.
 _LEFT_OUT = (
-    "run-dir", "save", "load", "tensorboard-", "wandb-", "live-plot", "exit-", "sequence-parallel",
+    "run-dir", "save", "load", "no-load-", "finetune", "ckpt-", "pretrained-checkpoint", "exit-",
+    "tensorboard-", "wandb-", "live-plot", "sequence-parallel",
     "context-parallel-", "expert-model-parallel-", "expert-tensor-parallel-",
     "pipeline-model-parallel-", "tensor-model-parallel-", "num-layers-per-virtual-",
     "num-virtual-stages-", "use-distributed-optimizer", "overlap-", "eval-", "full-validation",
