@@ -5,7 +5,6 @@ Megatron validates the recipe's own layout first, for a world of 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
@@ -73,7 +72,7 @@ def test_a_recipe_has_the_published_size(name, monkeypatch):
 def test_the_diffusion_transformer_has_the_published_size(monkeypatch):
     """With everything that is the example's own, and the planner counts all but that."""
     from examples.diffusion import images, train
-    from examples.diffusion.model import DiT
+    from examples.diffusion.model import DiTBuilder
     from megatron_dynmoe.jobs.plan import make_plan
     from megatron_dynmoe.planning.gpus import GPUS
 
@@ -85,13 +84,11 @@ def test_the_diffusion_transformer_has_the_published_size(monkeypatch):
     monkeypatch.setattr(images, "load", lambda source: some)
     recipe = "examples/diffusion/dtop_p_dit_64e8a.flags"
     flags = [*recipe_flags(recipe), "--images", "some", "--patch-size", "16"]
-    model = build(
-        flags,
-        monkeypatch,
-        train.script(),
-        lambda config, groups: DiT(config, groups, True, True, None),
-    )
+    model = build(flags, monkeypatch, train.script(), DiTBuilder)
     check(model, Sizes(3.4 * BILLION, 8, 0.9 * BILLION), tolerance=0.02)
+    (average,) = model.average
+    assert {parameter.dtype for parameter in average.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
     plan = make_plan(recipe, [], 8, GPUS["h200-141g"])
     own = sum(
         parameter.numel()
@@ -118,7 +115,7 @@ def build(
     flags: list[str],
     monkeypatch: pytest.MonkeyPatch,
     script: Any = None,
-    make: Callable[[Any, Any], torch.nn.Module] | None = None,
+    builder: Any = None,
 ) -> torch.nn.Module:
     """The whole model of a recipe, on one rank and without memory; by default a GPT."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -141,4 +138,4 @@ def build(
     config.transformer_layer_spec = partial(layer_spec, settled=settled)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
-        return make(config, groups) if make else GPTModelBuilder(config).build_model(groups)
+        return (builder or GPTModelBuilder)(config).build_model(groups)
