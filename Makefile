@@ -26,7 +26,7 @@ setup: ## makes .venv with the tested set of packages (about 6 GB, once)
 quickstart: setup ## trains a small model on real text on this machine, about 5 minutes on 2 cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-diffusion: setup ## trains a small diffusion model on images: IMAGES=folder, STEPS=1500
+diffusion: setup ## trains a small model of images, about 10 minutes on 2 cores; IMAGES=folder
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(if $(IMAGES),IMAGES="$(IMAGES)") \
 	  bash examples/diffusion/run.sh
 
@@ -141,7 +141,7 @@ bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of
 	  --seconds-budget 440 --output "$(OUTPUT)"
 	@$(PLOT)
 
-study: setup ## the papers' claims in small, up to 4 hours, resumes; PART=rules or budgets: a part
+study: setup ## the papers' claims in small, resumes; PART=rules, budgets or diffusion
 	@$(PYTHON_VENV) -m study$(if $(PART),.$(PART)) $(STUDY)
 
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."

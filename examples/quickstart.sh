@@ -58,27 +58,7 @@ command=(
   --save-interval $((STEPS > 2 ? STEPS / 3 : 1))
   "$@"
 )
-printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"
-status=0
-trap 'stopped=yes' INT # the training saves and ends; what shows its progress stays until then
-# The last line of a training says how to go on, but not with the whole command, as this script does.
-"${command[@]}" > >(trap '' INT; tee "$RUN/log.txt" | python tools/show_progress.py |
-  sed -u 's/; to \(go on\|train further\): .*//') 2>"$RUN/errors.txt" || status=$?
-wait
-if [ -n "${stopped:-}" ] && [ ! -e "$RUN/finished.json" ]; then
-  if [ -f "$RUN/checkpoints/latest_checkpointed_iteration.txt" ]; then
-    printf '\nto go on:\n  %s\n' "$(printf '%q ' "${command[@]}" --load "$RUN/checkpoints")"
-  else
-    printf '\nstopped before there was a checkpoint\n'
-  fi
-  exit 130
-fi
-if [ "$status" -ne 0 ]; then
-  echo "training failed (exit code $status); the end of $RUN/errors.txt:" >&2
-  grep -E '^(error: |(\[rank[0-9]+\]: )?[A-Za-z]*(Error|Exception)\b)' "$RUN/errors.txt" | head -5 >&2 ||
-    tail -20 "$RUN/errors.txt" >&2
-  exit "$status"
-fi
+train_and_show "${command[@]}"
 
 say "4/4  what came out: $RUN/summary.json"
 cat "$RUN/summary.json"

@@ -47,9 +47,10 @@ The size for a GPU ({gpu}) has not been run yet.
 **Parts.** `PART=rules` trains every [rule](rules.md) at the same mean number of experts,
 so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost
 ([what is there](#rules-at-equal-compute)). `PART=budgets` trains one model for every budget and
-models of one budget each ([what is there](huggingface.md#budgets)). A part can be trained run by
-run, on any day: a finished run adds its row to `study/results/`, and the table is printed from the
-rows that are there.
+models of one budget each ([what is there](huggingface.md#budgets)). `PART=diffusion` compares
+routings in a model of images ([what is there](diffusion.md#three-routings-at-equal-compute)). A
+part can be trained run by run, on any day: a finished run adds its row to `study/results/`, and the
+table is printed from the rows that are there.
 
 ### Rules at equal compute
 

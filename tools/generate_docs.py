@@ -176,6 +176,14 @@ def planning() -> str:
     return with_table("planning.md", "dry runs", rows)
 
 
+def diffusion() -> str:
+    """The text of docs/diffusion.md: what it says now, with the tables of finished runs."""
+    from study.diffusion import ROWS, table
+    from study.parts import read_rows
+
+    return with_table("diffusion.md", "routings", table(read_rows(ROWS)))
+
+
 def with_table(page: str, name: str, rows: list[str]) -> str:
     """The text of a page with these rows as its table of that name."""
     text = (DOCS / page).read_text(encoding="utf-8")
@@ -189,6 +197,7 @@ def with_table(page: str, name: str, rows: list[str]) -> str:
 
 DOCUMENTS = {
     "configuration.md": configuration,
+    "diffusion.md": diffusion,
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
     "planning.md": planning,

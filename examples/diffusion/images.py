@@ -105,20 +105,7 @@ def _idx(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
         name = path.name.replace("images-idx3", "labels-idx1")
         content = gzip.decompress(path.with_name(name).read_bytes())
         labels.append(np.frombuffer(content, np.uint8, offset=8))
-    names = None
-    if "fashion" in folder.name:
-        names = [
-            "top",
-            "trouser",
-            "pullover",
-            "dress",
-            "coat",
-            "sandal",
-            "shirt",
-            "sneaker",
-            "bag",
-            "boot",
-        ]
+    names = FASHION if "fashion" in folder.name else None
     return np.concatenate(pixels), np.concatenate(labels), names
 
 

@@ -66,7 +66,7 @@ class DiTBuilder(GPTModelBuilder):
         parts = (config, pg_collection, pre_process, post_process, vp_stage)
         model = DiT(*parts)
         # Not a submodule: neither the optimizer nor the controller shall see it.
-        model.average = (DiT(*parts).cuda().requires_grad_(False).eval(),)
+        model.average = (DiT(*parts).float().cuda().requires_grad_(False).eval(),)
         model.average[0].load_state_dict(model.state_dict())
         return model
 

@@ -24,7 +24,7 @@ COUNTED = 128  # images, at most
 
 
 @torch.no_grad()
-def draw(model: DiT, args: Namespace, folder: Path, iteration: int) -> None:
+def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bool = False) -> None:
     """Write ``step_N.png`` (a row for each class), ``experts_N.png`` and ``experts_N.json``.
 
     All ranks compute the same, for experts may be spread over them; the first one writes. The
@@ -35,6 +35,7 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int) -> None:
         args: Megatron's arguments and ours.
         folder: where to; it is made.
         iteration: N.
+        quiet: print nothing.
     """
     (average,) = model.average
     known = load(args.images)
@@ -65,6 +66,8 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int) -> None:
     )
     if counted["experts"]:
         _save_experts(counted, model.model_config.grid, folder / f"experts_{iteration}.png")
+    if quiet:
+        return
     for line in describe(counted):
         print(line, flush=True)
     print(f"> samples and counts: {folder}/*_{iteration}.*", flush=True)

@@ -6,6 +6,7 @@
 #   RUN      folder of the run               (runs/diffusion)
 #   STEPS    training steps                  (1500)
 #   NPROC    processes: 1, 2, 4 or 8         (2, or 1 on a single core)
+#   SAMPLES  of each class, to be judged     (50)
 #   ROUTING  flags of the routing            (DTop-p at a target of 2 experts per token)
 #
 # Further arguments are passed on to the training command.
@@ -17,6 +18,7 @@ PATCH=${PATCH:-$([ "$IMAGES" = digits ] && echo 2 || echo 4)}
 RUN=${RUN:-runs/diffusion}
 STEPS=${STEPS:-1500}
 NPROC=${NPROC:-$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))}
+SAMPLES=${SAMPLES:-50}
 ROUTING=${ROUTING:---moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token 2 \
 --moe-dynamic-balance-loss-coeff 1e-2}
 # shellcheck source=../common.sh
@@ -54,23 +56,16 @@ command=(
   --eval-interval $((STEPS > 3 ? STEPS / 3 : 1)) --save-interval $((STEPS > 3 ? STEPS / 3 : 1))
   "$@"
 )
-printf '  %s\n  everything Megatron says goes to %s\n\n' "$(printf '%q ' "${command[@]}")" "$RUN/log.txt"
-status=0
-"${command[@]}" 2>"$RUN/errors.txt" | tee "$RUN/log.txt" | python tools/show_progress.py ||
-  status=${PIPESTATUS[0]}
-if [ "$status" -ne 0 ]; then
-  echo "training failed (exit code $status); the end of $RUN/errors.txt:" >&2
-  grep -E '^error: ' "$RUN/errors.txt" | head -5 >&2 || tail -20 "$RUN/errors.txt" >&2
-  exit "$status"
-fi
+train_and_show "${command[@]}"
 
-say "where the experts go: the last samples' counts"
-grep -A 10 -F '> time (0: noise)' "$RUN/log.txt" | tail -n 11
+say "how good the samples are, and where the experts go"
+show python -m examples.diffusion.measure "$RUN" --samples "$SAMPLES"
 say "next"
 cat <<NEXT
   the samples, a class a row      $RUN/samples/step_$STEPS.png
   experts by layer, time, patch   $RUN/samples/experts_$STEPS.png
   the curves                      $RUN/curves.png
-  other samples of the model      the command above with --load $RUN/checkpoints --skip-train --guidance 3
+  all of it on one page           $RUN/report.html
+  other samples of the model      python -m examples.diffusion.measure $RUN --guidance 3
   what all this is                docs/diffusion.md
 NEXT

@@ -160,7 +160,11 @@ def evaluated(model: list[torch.nn.Module]) -> None:
     if args.run_dir is None or args.samples_per_class == 0:
         return
     if args.pipeline_model_parallel_size * args.tensor_model_parallel_size > 1:
-        print_rank_0("> no samples: they need a model on one pipeline stage and tensor rank")
+        print_rank_0(
+            "> no samples: they need a model on one pipeline stage and tensor rank. Later, "
+            f"python -m examples.diffusion.measure {args.run_dir} loads the checkpoint into one "
+            "process, and draws"
+        )
         return
     iteration = args.curr_iteration + 1 if hasattr(args, "curr_iteration") else args.iteration
     dit = unwrap_model(model[0])
@@ -169,15 +173,11 @@ def evaluated(model: list[torch.nn.Module]) -> None:
         dit.drawn = iteration
 
 
-@record
-def main() -> None:
-    """Parse the command line and train."""
-    program_start = time.time()
-    prepare()
-    from megatron_dynmoe.training import loop
+def script() -> Any:
+    """What the loop trains; after :func:`~megatron_dynmoe.run.prepare`."""
     from megatron_dynmoe.training.script import Script
 
-    script = Script(
+    return Script(
         module="examples.diffusion.train",
         is_exported=False,
         add_flags=add_flags,
@@ -188,8 +188,17 @@ def main() -> None:
         forward_step=forward_step,
         evaluated=evaluated,
     )
+
+
+@record
+def main() -> None:
+    """Parse the command line and train."""
+    program_start = time.time()
+    prepare()
+    from megatron_dynmoe.training import loop
+
     with exiting_on_misuse():
-        loop.train(program_start, script)
+        loop.train(program_start, script())
 
 
 if __name__ == "__main__":

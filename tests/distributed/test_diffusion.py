@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.distributed.agreement import GRADIENTS, assert_same_gradients, assert_same_training
-from tests.distributed.harness import DTOP_P, Case, Results, add
+from tests.distributed.harness import DTOP_P, Case, CaseResult, Results, add
 from tests.distributed.selection import matrix
 from tests.distributed.test_resume import checkpoint, differences
 
@@ -73,16 +73,46 @@ SHORT = f"--train-iters 4 --lr-decay-iters {STEPS}"
 DP2 = run("dp2", 2, SHORT, hooks=GRADIENTS)
 # Weights that every layout can load.
 LOAD = f"--load {{dir}}/diffusion_whole --ckpt-step {HALF} --finetune --no-load-optim --no-load-rng"
-LOADED = run("loaded", 1, f"{LOAD} {SHORT}", hooks=GRADIENTS, after=(WHOLE,))
+KEPT = "--run-dir {dir}/diffusion_run_"
+LOADED = run("loaded", 1, f"{LOAD} {SHORT} {KEPT}one", hooks=GRADIENTS, after=(WHOLE,))
 LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
     "pp2": "--pipeline-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
 }
 SAME_WEIGHTS = {
-    name: run(f"loaded_{name}", 2, f"{LOAD} {SHORT} {flags}", hooks=GRADIENTS, after=(WHOLE,))
+    name: run(
+        f"loaded_{name}", 2, f"{LOAD} {SHORT} {flags} {KEPT}{name}", hooks=GRADIENTS, after=(WHOLE,)
+    )
     for name, flags in LAYOUTS.items()
 }
+
+
+@contextlib.contextmanager
+def quick_classifier(_recorder: Any) -> Iterator[None]:
+    """It needs not know much here."""
+    from examples.diffusion import measure
+
+    measure.CLASSIFIER_STEPS = 30
+    yield
+
+
+def measuring(name: str, case: Case) -> Case:
+    """One process loads what any number have trained."""
+    return add(
+        Case(
+            f"diffusion_measured_{name}",
+            1,
+            f"{{dir}}/diffusion_run_{name} --samples 10 --sampling-steps 2",
+            entry="examples.diffusion.measure:main",
+            hooks=(f"{__name__}:quick_classifier",),
+            after=(case,),
+        )
+    )
+
+
+MEASURED_ONE = measuring("one", LOADED)
+MEASURED = {name: measuring(name, case) for name, case in SAME_WEIGHTS.items()}
 DRAWN = run(
     "drawn",
     2,
@@ -158,6 +188,23 @@ def test_an_evaluation_draws_samples_and_counts_experts(results: Results) -> Non
     assert all(math.isfinite(loss) and loss > 0 for loss in counted["loss"])
     mean = torch.tensor(counted["experts"]).mean().item()
     assert mean == pytest.approx(2, rel=0.3)
+
+
+def measured(result: CaseResult, name: str) -> dict[str, Any]:
+    folder = result.directory / f"diffusion_run_{name}"
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert (folder / "samples" / "step_4.png").is_file()
+    return json.loads((folder / "samples" / "measured_4.json").read_text())
+
+
+@pytest.mark.parametrize("name", matrix(LAYOUTS, ("pp2", "tp2")))
+def test_a_run_is_measured_in_one_process_whatever_its_layout(results: Results, name: str) -> None:
+    one = measured(results[MEASURED_ONE], "one")
+    many = measured(results[MEASURED[name]], name)
+    assert one["samples"] == many["samples"] == 100
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert many["frechet"] == pytest.approx(one["frechet"], rel=1e-2)
+    assert one["frechet"] > one["frechet_of_held_out"] > 0
 
 
 @pytest.mark.parametrize("flags", REFUSED)

@@ -143,3 +143,47 @@ def test_the_average_is_an_exponential_mean() -> None:
         expected = decay * expected + (1 - decay) * model.weight.detach()
         torch.testing.assert_close(average.weight, expected)
         assert torch.equal(average.running_mean, model.running_mean)
+
+
+@pytest.mark.megatron
+def test_the_frechet_distance_of_normal_distributions() -> None:
+    """Against the closed form if covariances commute, and SciPy's matrix root if they do not."""
+    linalg = pytest.importorskip("scipy.linalg")
+    from examples.diffusion.measure import frechet_distance
+
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 6, generator=draw, dtype=torch.float64)
+    x = x - x.mean(dim=0)
+    white = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # covariance exactly 1
+    m, n, s, t = torch.rand(4, 6, generator=draw, dtype=torch.float64)
+    s[5] = 0  # a feature that is always the same
+    exact = ((m - n) ** 2 + (s - t) ** 2).sum().item()
+    assert frechet_distance(m + s * white, n + t * white) == pytest.approx(exact, abs=1e-7)
+    assert frechet_distance((m + s * white).float(), m + s * white) == pytest.approx(0, abs=1e-5)
+    mixes = torch.randn(2, 6, 6, generator=draw, dtype=torch.float64)
+    a, b = (mix @ mix.T for mix in mixes)
+    root = linalg.sqrtm((a @ b).numpy()).real
+    exact = ((m - n) ** 2).sum() + (a + b - 2 * torch.from_numpy(root)).trace()
+    measured = frechet_distance(m + white @ mixes[0].T, n + white @ mixes[1].T)
+    assert measured == pytest.approx(exact.item(), rel=1e-9)
+
+
+@pytest.mark.megatron
+def test_the_classifier_knows_digits(monkeypatch) -> None:
+    pytest.importorskip("sklearn")
+    from examples.diffusion import measure
+    from examples.diffusion.images import scaled
+
+    monkeypatch.setattr(measure, "CLASSIFIER_STEPS", 120)
+    digits = load("digits")
+    train, held_out = split(digits, 0.2, seed=1)
+    state = torch.get_rng_state()
+    one, again = (
+        measure.classifier_of(digits.pixels[train], digits.labels[train], 10, "cpu")
+        for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)  # what is sampled later does not change
+    assert torch.equal(one.head.weight, again.head.weight)
+    with torch.no_grad():
+        found = one(scaled(digits.pixels[held_out])).argmax(dim=1)
+    assert (found == digits.labels[held_out]).double().mean() > 0.9

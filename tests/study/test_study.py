@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from study import budgets, corpus, document, fingerprint, parts, results, rules, runs
+from study import budgets, corpus, diffusion, document, fingerprint, parts, results, rules, runs
 from study.claims import CLAIMS, FAILS, HOLDS, UNCLEAR, judge
 from study.queue import alone
 from study.results import Results
@@ -98,10 +98,24 @@ def test_flags_of_all_variants_are_accepted_settings():
     assert routings["by_layer"].scope == "layer" and routings["no_drn"].normalization == "none"
     assert routings["top_p_04"].weights == "raw" and routings["fixed_020"].threshold == 0.2
     assert {c.balance_loss_coeff for c in routings.values() if c.is_dynamic} == {1e-2}
-    for part in (rules.PART, budgets.PART):
-        for variant in part.variants.values():
+    for variants in (rules.PART.variants, budgets.PART.variants, diffusion.VARIANTS):
+        for variant in variants.values():
             args, _ = parser.parse_known_args(training_flags(variant, CPU, 1))
             config_from_args(args).resolve(None if variant.name == "dense" else NUM_EXPERTS)
+
+
+def test_routings_of_images_are_compared_with_their_seeds_noise():
+    def row(value):
+        named = {name: value for name, *_ in diffusion.MEASURES}
+        return named | {"times": [level / 10 for level in range(10)], "loss": [value] * 10}
+
+    found = {"dtop_p-seed1": row(1.0), "dtop_p-seed2": row(1.2), "top2-seed1": row(3.0)}
+    lines = diffusion.table(found)
+    assert lines[2].startswith("| DTop-p, target 2 | 2 | 1.10 ± 0.20 | 1.10 ± 0.20 | 1.1000 ± 0.2")
+    assert lines[3].startswith("| top-2 | 1 | 3.00 ± 0.28 |")  # noise pooled, of one run
+    assert lines[4] == "| fixed top-p 0.146 | 0 " + "| - " * len(diffusion.MEASURES) + "|"
+    assert lines[6].startswith("| loss at time | seeds | 0.00 | 0.20 |")
+    assert diffusion.table({})[2].startswith("| DTop-p, target 2 | 0 | - |")
 
 
 def test_rules_are_compared_by_their_seeds_noise():
