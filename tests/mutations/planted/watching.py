@@ -6,6 +6,14 @@ EVALUATION = "tests/use/test_evaluate_checkpoint.py"
 
 MISTAKES = [
     Mutation(
+        "wandb_run_of_another_training",
+        "a run that begins from another run's checkpoint goes on in the run of W&B before it",
+        "training/wandb_run.py",
+        "os.path.realpath(args.load) == os.path.realpath(args.save)",
+        "os.path.isdir(args.save)",
+        ("tests/training/test_wandb_run.py::test_a_run_that_resumes_goes_on_in_its_run",),
+    ),
+    Mutation(
         "answers_cut_within_a_token",
         "an answer that begins within a word is scored without its beginning",
         "use/counting_lm.py",
