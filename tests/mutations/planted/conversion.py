@@ -55,6 +55,17 @@ MISTAKES = [
         ("tests/conversion/bad_input/test_folders.py::test_what_training_does_not_have",),
     ),
     Mutation(
+        "padding_with_the_end_of_a_text",
+        "an exported tokenizer pads with the end token, which collators leave out of the loss",
+        "conversion/hugging_face/tokenizer.py",
+        '"unk_token" if proto.trainer_spec.byte_fallback else "eos_token"',
+        '"eos_token"',
+        (
+            "tests/conversion/test_tokenizer.py"
+            "::test_collators_leave_the_end_of_a_text_to_be_learned",
+        ),
+    ),
+    Mutation(
         "sparse_step_from_the_first_layer",
         "every n-th layer of a Qwen3-MoE is counted from the first one on",
         "conversion/formats/qwen3_moe.py",
