@@ -24,7 +24,11 @@ from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, cast
 from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.conversion.megatron import settings as megatron_settings
 from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint, checkpoint_folder
-from megatron_dynmoe.conversion.model_settings import check_config
+from megatron_dynmoe.conversion.model_settings import (
+    check_config,
+    partial_rotary_factor,
+    rope_theta,
+)
 from megatron_dynmoe.conversion.names import (
     MEGATRON,
     PARAMETERS,
@@ -38,6 +42,9 @@ from megatron_dynmoe.layers.rules import RULES as LAYER_RULES
 from megatron_dynmoe.settings.distribution import TargetDistribution
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest
+
+_TIED = ("lm_head", "embedding")
+_OLD_FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
 
 
 class Source(Protocol):
@@ -250,6 +257,7 @@ class FromFolder:
                 unknown.discard(block.key)
         if self.format.inv_freq_key is not None:
             unknown -= self._check_inv_freq(self.format.inv_freq_key)
+        unknown -= self._checked_tied_head() | self._checked_frequencies()
         if unknown:
             key = sorted(unknown)[0]
             raise ValueError(
@@ -273,6 +281,41 @@ class FromFolder:
             if not torch.equal(found, inv_freq(self.config["head_dim"]).to(found.dtype)):
                 raise ValueError(f"{where}: {key} is not that of a rotary base of 10000")
             self.inv_freq_dtype = str(self.folder.dtype(key)).removeprefix("torch.")
+        return keys
+
+    def _checked_tied_head(self) -> set[str]:
+        """The key of an output layer that repeats the embedding, as in the published Qwen3-0.6B."""
+        rows = rows_by_part(self.table)
+        head, embedding = (rows[part].key if part in rows else "" for part in _TIED)
+        if not self.config["tie_word_embeddings"] or head not in self.folder.keys:
+            return set()
+        both = self.folder.read(head), self.folder.read(embedding)
+        if both[0].dtype != both[1].dtype or not torch.equal(*both):
+            raise ValueError(
+                f"{self.folder.file_of(head)}: {head} differs from {embedding}, and "
+                f"{self.folder.folder / CONFIG} says that they are one (tie_word_embeddings): set "
+                f"tie_word_embeddings to false to keep both, or take {head} out"
+            )
+        return {head}
+
+    def _checked_frequencies(self) -> set[str]:
+        """The keys of rotary frequencies, which Transformers wrote into every folder until 4.31.
+
+        It reads the config's base instead, so they only have to agree with it.
+        """
+        base, size = rope_theta(self.config), self.config["head_dim"]
+        size = int(size * partial_rotary_factor(self.config))
+        keys = {key for key in self.folder.keys if key.endswith(_OLD_FREQUENCIES)}
+        for key in sorted(keys):
+            where = str(self.folder.file_of(key))
+            _check_shape(where, key, self.folder.shape(key), (size // 2,))
+            found = self.folder.read(key).float()
+            if not torch.allclose(found, inv_freq(size, base), rtol=2**-7, atol=0):
+                raise ValueError(
+                    f"{where}: {key} is not that of {self.folder.folder / CONFIG}, whose "
+                    f"rope_theta is {base:g}: the model was trained with other positions; state "
+                    "them in config.json"
+                )
         return keys
 
     def _check_thetas(self) -> None:
@@ -341,9 +384,9 @@ def thetas(offsets: list[float | None]) -> list[float | None]:
     ]
 
 
-def inv_freq(head_dim: int) -> Tensor:
-    """The rotary frequencies of base 10000, [head_dim / 2] float32."""
-    return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+def inv_freq(head_dim: int, base: float = 10000) -> Tensor:
+    """The rotary frequencies of a base, [head_dim / 2] float32."""
+    return 1.0 / (base ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
 
 def in_order(shapes: Shapes, table: tuple[Row, ...]) -> list[Block]:

@@ -83,6 +83,11 @@ class Upcycling(NamedTuple):
                     f"({of}): use a granularity of {_largest_divisor(number, parts)}"
                     + (f", or a multiple of {parts}." if name.startswith("--") else ".")
                 )
+        if topk == 1:
+            raise UsageError(
+                "--upcycle-topk is 1: the only weight of a token would always be 1, through which "
+                "a text cannot train the router; use 2 or more."
+            )
         if topk > self.experts:
             raise UsageError(
                 f"--upcycle-topk is {topk}: use at most --upcycle-experts, {self.experts}."

@@ -20,6 +20,16 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that goes on in the middle of a word.
+
+    Many tokenizers put a space before a text that stands alone; none puts it after a line break.
+    """
+    before = encode_text(tokenizer, "\n")
+    ids = encode_text(tokenizer, "\n" + text)
+    return ids[len(before) :] if ids[: len(before)] == before else encode_text(tokenizer, text)
+
+
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """The ids of the beginning of a document that the model is to continue.
 

@@ -504,11 +504,17 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GeneratesWithBudgets, GenerationM
             targets, predicting = next_tokens(labels, position_ids, attention_mask), logits[:, :-1]
         if targets is not None:
             targets = targets.to(logits.device)
-            loss = F.cross_entropy(predicting.flatten(0, 1).float(), targets.flatten())
+            summed = F.cross_entropy(
+                predicting.flatten(0, 1).float(), targets.flatten(), reduction="sum"
+            )
+            num_targets = (targets != -100).sum()
+            # A batch without targets has the loss 0: the mean of nothing would be NaN, and one such
+            # batch would make all weights NaN.
+            loss = summed / num_targets.clamp(min=1)
             if outputs.aux_loss is not None:
                 loss = loss + outputs.aux_loss.to(loss.device)
             if num_items_in_batch is not None:
-                loss = loss * ((targets != -100).sum() / num_items_in_batch)
+                loss = loss * (num_targets / num_items_in_batch)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DynMoECausalLMOutput(loss=loss, logits=logits, **rest)
 

@@ -39,6 +39,7 @@ from megatron_dynmoe.training.checks.settle_arguments import OTHER_MODELS, settl
 from megatron_dynmoe.training.checks.upstream_refusals import in_flags
 from megatron_dynmoe.training.flags import add_flags, training_parser
 from megatron_dynmoe.training.script import GPT, Script
+from megatron_dynmoe.training.wandb_run import complete_wandb
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -182,6 +183,7 @@ def _take_arguments_of_checkpoint(args: Namespace) -> None:
 def _check(args: Namespace) -> tuple[DynMoEConfig, choice.BackEnd]:
     """Check and complete the arguments before upstream does."""
     run_directory.set_paths(args)
+    complete_wandb(args)
     signals.disable_without_training(args)
     resolved, chosen = settle_arguments(args)
     load.check_paths(args)

@@ -17,7 +17,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 
-from megatron_dynmoe.huggingface.encoding import added_ids, encode_prompt, encode_text
+from megatron_dynmoe.huggingface.encoding import (
+    added_ids,
+    encode_continuation,
+    encode_prompt,
+    encode_text,
+)
 
 
 class CountingLM(HFLM):
@@ -91,6 +96,23 @@ class CountingLM(HFLM):
         if not self._begins_texts and ids[:1] == [self.prefix_token_id]:
             ids = ids[1:]  # the text itself spells the begin token out
         return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of a context, and those of what follows it, neither of them empty.
+
+        lm-eval cuts the ids of both together after as many as the context alone has. If a token
+        spans the join (``hello wor`` + ``ld``), that leaves out a part of the continuation or all
+        of it, which lm-eval then scores without a word, or stops at. Such a continuation is encoded
+        by itself. Spaces at the context's end belong to the continuation, as with lm-eval.
+        """
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        if not bare:  # only spaces: the continuation begins the text
+            return [self.prefix_token_id], encode_text(self.tokenizer, continuation)
+        ids, whole = self.tok_encode(bare), self.tok_encode(bare + continuation)
+        if whole[: len(ids)] == ids and len(whole) > len(ids):
+            return ids, whole[len(ids) :]
+        return ids, encode_continuation(self.tokenizer, continuation)
 
     def tok_batch_encode(
         self,

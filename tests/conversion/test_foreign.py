@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_dynmoe.conversion.convert import Target, from_hf, to_hf
@@ -42,6 +43,32 @@ def test_through_megatron_it_comes_back_as_it_was(
     configs = [m.config.to_dict() for m in (model, back)]
     differing = {key for key in configs[0] if configs[0][key] != configs[1].get(key)}
     assert differing <= {"_name_or_path", "mlp_only_layers", "decoder_sparse_step"}
+
+
+@pytest.mark.parametrize("name", ["qwen3, tied", "llama"])
+def test_tensors_that_repeat_others_are_not_needed(tmp_path: Path, name: str) -> None:
+    """The published Qwen3-0.6B repeats its tied embedding; old folders have rotary frequencies."""
+    expected = logits(save_random(name, tmp_path / "theirs"))
+
+    def add(factor: float) -> None:
+        weights = tmp_path / "theirs" / "model.safetensors"
+        tensors = load_file(weights)
+        if name == "llama":
+            frequencies = 1e4 ** (torch.arange(0, -6, -2) / 6) * factor
+            for layer in range(3):
+                key = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+                tensors[key] = frequencies.bfloat16()
+        else:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    add(1)
+    to_hf(tmp_path / "theirs", Target(tmp_path / "ours"))
+    torch.testing.assert_close(logits(loaded(tmp_path / "ours")), expected, atol=1e-5, rtol=0)
+    add(0.5)
+    with pytest.raises(ValueError, match="rope_theta is 10000" if name == "llama" else "are one"):
+        to_hf(tmp_path / "theirs", Target(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_qwen3_moe_as_published() -> None:

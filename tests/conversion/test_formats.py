@@ -40,8 +40,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "one key for all": ("mixtral", {"num_key_value_heads": 1}),
     "wide heads": ("mixtral", {"head_dim": 10}),
     "one layer, one expert": (
-        "mixtral",
-        {"num_hidden_layers": 1, "num_experts": 1, "num_experts_per_tok": 1},
+        "qwen3-moe",
+        {
+            **{"num_hidden_layers": 1, "num_experts": 1, "num_experts_per_tok": 1},
+            **{"weights": "raw", "qk_norm": True},
+        },
     ),
     "tied mixtral": ("mixtral", {"tie_word_embeddings": True}),
     "a vocabulary of 1": ("dynamic-moe", TOP_P | {"vocab_size": 1}),
@@ -377,7 +380,7 @@ def settings_of(draw: st.DrawFn, format: str) -> dict[str, Any]:
         {"tie_word_embeddings": draw(st.booleans())},
         {"attention_dropout": draw(rate)},
         {"num_experts": draw(st.integers(4, 9))},
-        {"num_experts_per_tok": draw(st.integers(1, 4))},
+        {"num_experts_per_tok": draw(st.integers(2, 4))},
         {"rope_parameters": {"rope_type": "default", "rope_theta": draw(st.floats(1, 1e9))}},
         {"mlp_layer_types": ["dense" if i % every else "sparse" for i in range(layers)]},
         {"threshold": draw(st.floats(0, 1, width=32).map(lambda x: float(f"{x:.6g}")))},

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from megatron_dynmoe.conversion.hugging_face.tokenizer import (
     HARD_TEXTS,
@@ -122,7 +122,7 @@ def test_the_quickstarts_tokenizer(quickstart_model: Path, tmp_path: Path) -> No
     assert special_token_ids(tmp_path) == {
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 2,  # it has none of its own
+        "pad_token_id": 0,  # it has none of its own, and no text has the unknown piece
     }
     assert (tmp_path / "tokenizer.model").read_bytes() == quickstart_model.read_bytes()
 
@@ -150,6 +150,15 @@ def test_ids_of_special_tokens(train: Callable[..., Path], tmp_path: Path) -> No
     assert tokenizer.bos_token is None
     assert len(tokenizer) == 600
     assert tokenizer.decode([1, *encode(tokenizer, "text"), 1], skip_special_tokens=True) == "text"
+
+
+def test_collators_leave_the_end_of_a_text_to_be_learned(
+    quickstart_model: Path, tmp_path: Path
+) -> None:
+    export_tokenizer(quickstart_model, tmp_path)
+    collate = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(tmp_path), mlm=False)
+    batch = collate([{"input_ids": [5, 6, 2]}, {"input_ids": [5, 2]}])
+    assert batch["labels"].tolist() == [[5, 6, 2], [-100, 5, 2]]
 
 
 def test_nothing_is_added_and_names_of_tokens_stay_text(

@@ -121,6 +121,7 @@ def test_noise_has_the_stated_size_and_the_seed_decides_it(llama: Path, tmp_path
             "--upcycle-topk is 6, which --upcycle-granularity 4 does not divide (a token uses "
             "whole copies): use a granularity of 3, or a multiple of 4.",
         ),
+        ("--upcycle-experts 4 --upcycle-topk 1", "--upcycle-topk is 1: the only weight"),
         ("--upcycle-experts 4 --upcycle-topk 5", "--upcycle-topk is 5: use at most"),
         ("--upcycle-experts 1", "--upcycle-experts is 1: use at least 2"),
         ("--upcycle-experts x", "--upcycle-experts is 'x': give a whole number"),

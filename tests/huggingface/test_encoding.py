@@ -6,7 +6,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dynmoe.huggingface.encoding import encode_document, encode_prompt, encode_text
+from megatron_dynmoe.huggingface.encoding import (
+    encode_continuation,
+    encode_document,
+    encode_prompt,
+    encode_text,
+)
 
 BEGIN, END = 1, 0
 
@@ -71,3 +76,20 @@ def test_tokens_that_the_text_spells_out_are_not_added_again(case, encode: Calla
     if encode is encode_document:
         spelled += tokenizer.decode(end)
     assert encode(tokenizer, spelled) == encode(tokenizer, "the river")
+
+
+@pytest.mark.parametrize("spaced", [False, True], ids=["plain", "space-before-a-text"])
+def test_a_continuation_goes_on_in_a_word(spaced: bool) -> None:
+    """Llama's tokenizer and others put a space before a text."""
+    rust = Tokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    rust.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    rust.train_from_iterator(
+        ["the river"] * 9,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust)
+    assert encode_text(tokenizer, "river")  # " river" with the space
+    assert tokenizer.decode(encode_continuation(tokenizer, "ver")) == "ver"
+    assert tokenizer.decode(encode_continuation(tokenizer, " river")) == " river"

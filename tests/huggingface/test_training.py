@@ -88,6 +88,19 @@ def test_padding_enters_no_loss():
     torch.testing.assert_close(padded, alone)
 
 
+@pytest.mark.parametrize("num_items", [None, 10])
+def test_a_batch_without_targets_has_only_the_losses_of_routing(num_items):
+    """The mean cross entropy of nothing would be NaN, and after a step all weights with it."""
+    model = tiny_model(balance_loss_coeff=0.1).train()
+    ids = tokens(2, 7)
+    outputs = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items)
+    torch.testing.assert_close(outputs.loss, outputs.aux_loss * (0 if num_items else 1))
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    only_one_token = model(ids[:, :1], labels=ids[:, :1])
+    assert only_one_token.loss == only_one_token.aux_loss
+
+
 def test_top_k_has_a_routing_loss_only_where_one_is_set():
     ids = tokens(2, 9)
     plain = tiny_model(routing="top_k", num_experts_per_tok=2)

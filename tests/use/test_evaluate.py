@@ -192,6 +192,40 @@ def test_a_group_is_the_mean_over_all_its_tokens(
     assert whole["mean_experts_per_token"] == pytest.approx(weighted / whole["tokens"])
 
 
+JOINS = {
+    # An answer that is a part of the last word, or a whole one; its context and it alone.
+    "within a word": ("Q: 7 app", "les", "Q: 7 app", "les"),
+    "a letter": ("Q: th", "e", "Q: th", "e"),
+    "whole": ("Q: the", " word", "Q: the", " word"),
+    "a space at the end": ("Q: the ", "word", "Q: the", " word"),
+    "spaces only": (" ", "the", "</s>", " the"),
+    "a line break only": ("\n", "the", "</s>", "\nthe"),
+}
+
+
+@pytest.mark.parametrize("case", JOINS.values(), ids=JOINS)
+def test_all_of_an_answer_is_scored_if_a_token_spans_the_join(
+    model: Any, tokenizer: Any, case: tuple[str, str, str, str]
+) -> None:
+    context, answer, *parts = case
+    ids = CountingLM(model, tokenizer, batch_size=1)._encode_pair(context, answer)
+    assert [tokenizer.decode(part) for part in ids] == parts
+
+
+def test_a_task_whose_answers_are_parts_of_words(
+    model: Any, tokenizer: Any, task_file: Any
+) -> None:
+    parts = task_file(
+        "parts",
+        output_type="multiple_choice",
+        doc_to_text="{{text}} Q: th",
+        doc_to_choice=["e", "at", "ing"],
+        target_delimiter="",
+    )
+    report = evaluate(model, tokenizer, load_tasks([str(parts)]))
+    assert report["tasks"]["parts"]["num_samples"] == 10
+
+
 def test_models_without_counts(tokenizer: Any, choice: Path) -> None:
     tasks = load_tasks([str(choice)])
     sizes = {**SIZES, "vocab_size": 500, "intermediate_size": 32, "num_key_value_heads": 2}

@@ -127,8 +127,12 @@ def _write_json(proto: Any, source: Path, output: Path) -> None:
         number = getattr(processor, f"{name}_id")()
         if number >= 0:
             config[f"{name}_token"] = processor.id_to_piece(number)
-    if "pad_token" not in config and "eos_token" in config:
-        config["pad_token"] = config["eos_token"]  # or a batch could not be padded
+    if "pad_token" not in config:  # without one a batch could not be padded
+        # Transformers' collators put no loss on padding. If it is the end token, a model that is
+        # trained further never learns to end. With bytes no text has an unknown piece.
+        unused = "unk_token" if proto.trainer_spec.byte_fallback else "eos_token"
+        if unused in config:
+            config["pad_token"] = config[unused]
     _write_config(config, output)
 
 

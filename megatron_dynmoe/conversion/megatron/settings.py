@@ -195,6 +195,18 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
             "only; take the scaling out of config.json to train without it."
         )
     sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
+    if (
+        any(sparse)
+        and (config["routing"], config["weights"]) == ("top_k", "renormalized")
+        and config["num_experts_per_tok"] == 1
+    ):
+        raise UsageError(
+            "num_experts_per_tok is 1, and the weights of a token's experts sum to 1: the only "
+            "weight is always 1, through which a text cannot train the router, so training refuses "
+            "it (with --moe-router-pre-softmax it would be another model). Give --routing top_p "
+            "--threshold 0 --weights renormalized, which computes the same, and train the router "
+            "with a higher threshold."
+        )
     args = {theirs: config[name] for name, theirs, _ in _SAME}
     args |= {
         "seq_length": config["max_position_embeddings"],

@@ -278,6 +278,12 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
             {"layer_types": ["full_attention", "sliding_attention"]},
             ("layer_types is ['full_attention', 'sliding_attention']", "leave layer_types out"),
         ),
+        ("mixtral", {"num_experts_per_tok": 1}, ("num_experts_per_tok is 1", "--routing top_p")),
+        (
+            "qwen3-moe",
+            {"num_experts_per_tok": 1, "norm_topk_prob": True},
+            ("num_experts_per_tok is 1", "--routing top_p"),
+        ),
         ("llama", {"mlp_bias": True}, ("mlp_bias is True", "another model")),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("is 'llama3'",)),
         ("qwen3", {"use_sliding_window": True}, ("use_sliding_window is True", "to false")),

@@ -39,6 +39,33 @@ MISTAKES = [
         ("tests/conversion/test_foreign.py::test_what_a_file_leaves_out",),
     ),
     Mutation(
+        "any_output_layer_beside_a_tied_embedding",
+        "an output layer that differs from the embedding it is tied to is left out",
+        "conversion/sources.py",
+        "not torch.equal(*both)",
+        "False",
+        ("tests/conversion/test_foreign.py::test_tensors_that_repeat_others_are_not_needed",),
+    ),
+    Mutation(
+        "one_expert_whose_weight_is_always_one",
+        "a model whose router no text can train is converted for a training that refuses it",
+        "conversion/megatron/settings.py",
+        'and config["num_experts_per_tok"] == 1',
+        'and config["num_experts_per_tok"] == 0',
+        ("tests/conversion/bad_input/test_folders.py::test_what_training_does_not_have",),
+    ),
+    Mutation(
+        "padding_with_the_end_of_a_text",
+        "an exported tokenizer pads with the end token, which collators leave out of the loss",
+        "conversion/hugging_face/tokenizer.py",
+        '"unk_token" if proto.trainer_spec.byte_fallback else "eos_token"',
+        '"eos_token"',
+        (
+            "tests/conversion/test_tokenizer.py"
+            "::test_collators_leave_the_end_of_a_text_to_be_learned",
+        ),
+    ),
+    Mutation(
         "sparse_step_from_the_first_layer",
         "every n-th layer of a Qwen3-MoE is counted from the first one on",
         "conversion/formats/qwen3_moe.py",

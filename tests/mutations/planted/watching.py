@@ -6,6 +6,33 @@ EVALUATION = "tests/use/test_evaluate_checkpoint.py"
 
 MISTAKES = [
     Mutation(
+        "wandb_run_of_another_training",
+        "a run that begins from another run's checkpoint goes on in the run of W&B before it",
+        "training/wandb_run.py",
+        "os.path.realpath(args.load) == os.path.realpath(args.save)",
+        "os.path.isdir(args.save)",
+        ("tests/training/test_wandb_run.py::test_a_run_that_resumes_goes_on_in_its_run",),
+    ),
+    Mutation(
+        "answers_cut_within_a_token",
+        "an answer that begins within a word is scored without its beginning",
+        "use/counting_lm.py",
+        "if whole[: len(ids)] == ids and len(whole) > len(ids):",
+        "if len(whole) > len(ids):",
+        ("tests/use/test_evaluate.py::test_all_of_an_answer_is_scored_if_a_token_spans_the_join",),
+    ),
+    Mutation(
+        "loss_of_nothing",
+        "a batch without targets has the loss NaN",
+        "huggingface/modeling_dynmoe.py",
+        "num_targets.clamp(min=1)",
+        "num_targets",
+        (
+            "tests/huggingface/test_training.py"
+            "::test_a_batch_without_targets_has_only_the_losses_of_routing",
+        ),
+    ),
+    Mutation(
         "infinite_logits_unnoticed",
         "only NaN logits are noticed, infinite ones are routed",
         "kernels/routing_cpu.py",
