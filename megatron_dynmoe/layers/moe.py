@@ -427,10 +427,16 @@ class MoELayer(nn.Module):
         )
 
     def _needs_no_slots(self) -> bool:
-        """Whether the experts are computed here. Hooks on them, and others' experts, take slots."""
+        """Whether the experts are computed here.
+
+        Hooks take slots, and so does whoever puts a function before a module's own, as expert
+        parallelism of Transformers.
+        """
         experts = self.experts
-        has_hooks = bool(experts._forward_pre_hooks or experts._forward_hooks)
-        return isinstance(experts, Experts) and experts.sums_itself and not has_hooks
+        is_wrapped = bool(
+            "forward" in vars(experts) or experts._forward_pre_hooks or experts._forward_hooks
+        )
+        return isinstance(experts, Experts) and experts.sums_itself and not is_wrapped
 
 
 def routing_loss(
