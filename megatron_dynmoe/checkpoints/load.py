@@ -31,6 +31,7 @@ from megatron_dynmoe.storage.megatron_names import (
     TRACKER,
     checkpoint_name,
     nearby_checkpoints,
+    read_tracker,
 )
 
 _FOLDER = re.compile(r"iter_(\d{7,18})")
@@ -250,13 +251,10 @@ def candidates(
     tracker, problem = load / TRACKER, None
     wanted: Name | None = step or None
     if wanted is None and tracker.is_file():
-        text = tracker.read_text(errors="replace").strip()
-        if re.fullmatch(r"[0-9]{1,18}", text):
-            wanted = int(text)
-        elif text == RELEASE:
-            wanted = RELEASE
-        else:
-            problem = f"{tracker} holds {text[:40]!r}, not an iteration; {listed}"
+        try:
+            wanted = read_tracker(tracker)
+        except ValueError as error:
+            problem = f"{error}; {listed}"
     elif wanted is None:
         if not (fallback and there):
             if is_required:
