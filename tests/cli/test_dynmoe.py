@@ -56,7 +56,7 @@ def test_a_misspelled_command_is_answered_in_one_line(capsys, words) -> None:
     assert re.fullmatch(r"dynmoe: error: there is no command \w+: did you mean \w+\?\n", error)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "attempt")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
 def test_every_commands_help_ends_with_an_example_that_it_can_read(
     capsys, monkeypatch, tmp_path, name
 ):
@@ -84,6 +84,8 @@ def test_every_commands_help_ends_with_an_example_that_it_can_read(
 
 
 def test_a_recipe_is_printed_or_written(capsys, tmp_path) -> None:
+    code, _, error = run_here(capsys, "recipe", "nothere")
+    assert code == 2 and error.startswith("dynmoe recipe: error: recipe is 'nothere'")
     assert run_here(capsys, "recipe", "smoke", "--seed", "7")[1].split("\n")[-2] == "--seed 7"
     file = tmp_path / "my.flags"
     assert run_here(capsys, "recipe", "--output", str(file), "smoke", "--seed", "7")[0] is None
