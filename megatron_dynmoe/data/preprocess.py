@@ -21,7 +21,7 @@ from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
 from megatron_dynmoe.settings.messages.command_line import UsageError
-from megatron_dynmoe.settings.messages.outputs import check_parent
+from megatron_dynmoe.settings.messages.outputs import check_absent, check_parent
 
 # A batch ends at this much text (characters) or this many documents. Larger batches leave a thread
 # idle at the end, smaller ones cost more switches. Both numbers also bound the memory.
@@ -240,8 +240,4 @@ def _output_prefixes(output_prefix: str, keys: Sequence[str]) -> list[Path]:
 def _check_targets(prefixes: Sequence[Path], overwrite: bool) -> None:
     for prefix in prefixes:
         for suffix in (".bin", ".idx"):
-            target = prefix.with_name(prefix.name + suffix)
-            if target.exists() and not overwrite:
-                raise UsageError(
-                    f"--output-prefix: {target} exists: give another prefix, or --overwrite"
-                )
+            check_absent(prefix.with_name(prefix.name + suffix), overwrite, "--output-prefix")

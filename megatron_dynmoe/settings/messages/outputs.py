@@ -32,3 +32,13 @@ def check_parent(output: Path | str, flag: str = "--output") -> None:
     folder = os.path.dirname(output) or "."  # of a prefix such as folder/, too
     if not os.path.isdir(folder):
         raise UsageError(f"{flag} is {output}: there is no folder {folder}: create it")
+
+
+def check_absent(file: Path, overwrite: bool, flag: str = "--output") -> None:
+    """Refuse a file that is there; its name begins with a prefix that the flag gives.
+
+    Raises:
+        UsageError: the file is there, and ``overwrite`` is not given.
+    """
+    if file.exists() and not overwrite:
+        raise UsageError(f"{flag}: {file} exists: give another prefix, or --overwrite")
