@@ -31,6 +31,7 @@ from megatron_dynmoe.storage.megatron_names import (
     TRACKER,
     checkpoint_name,
     nearby_checkpoints,
+    read_tracker,
 )
 
 _FOLDER = re.compile(r"iter_(\d{7,18})")
@@ -39,17 +40,18 @@ _RULE = "*" * 100
 Name = int | str  # the name of a checkpoint: its iteration, or "release"
 
 
-def _check_can_be_written(folder: str, flag: str, run_dir: str | None) -> None:
+def _check_can_be_written(folder: str, name: str, run_dir: str | None) -> None:
     try:
         # The folder is not made yet, so that a start that is refused leaves nothing behind.
         with tempfile.TemporaryFile(dir=nearest_existing(Path(folder))) as file:
             file.write(b"room?")
     except OSError as error:
         by_run_dir = run_dir and Path(folder).parent == Path(run_dir)
-        given = f"--run-dir is {run_dir}" if by_run_dir else f"{flag} is {folder}"
-        raise ValueError(
-            f"{given}, where nothing can be written ({cause(error)}): name a "
-            "folder that can be written to, or mend this one."
+        raise FlagError(
+            "run_dir" if by_run_dir else name,
+            run_dir if by_run_dir else folder,
+            f", where nothing can be written ({cause(error)})",
+            "name a folder that can be written to, or mend this one",
         ) from None
 
 
@@ -61,9 +63,9 @@ def check_paths(args: Namespace) -> None:
     """
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of the ranks of this machine
     if args.tensorboard_dir and is_first:
-        _check_can_be_written(args.tensorboard_dir, "--tensorboard-dir", args.run_dir)
+        _check_can_be_written(args.tensorboard_dir, "tensorboard_dir", args.run_dir)
     if args.save and is_local(args.save) and is_first:
-        _check_can_be_written(args.save, "--save", args.run_dir)
+        _check_can_be_written(args.save, "save", args.run_dir)
         tracker = Path(args.save) / TRACKER
         if args.save_retain_interval and tracker.is_file():
             text = tracker.read_text(errors="replace").strip()
@@ -113,9 +115,12 @@ def _check_first_start(args: Namespace, load: Path) -> None:
         )
         raise ValueError(f"{flag} is {load}, which {found} (no {TRACKER}): {remedy}")
     if args.skip_train:
-        raise ValueError(
-            f"--skip-train is given, and {flag} is {load}, which holds no checkpoint yet, so there "
-            "is nothing to evaluate: train first, or name the folder of another run."
+        raise FlagError(
+            "skip_train",
+            True,
+            f", and {flag} is {load}, which holds no checkpoint yet, so there is nothing to "
+            "evaluate",
+            "train first, or name the folder of another run",
         )
     if os.environ.get("RANK", "0") == "0":
         print(
@@ -250,13 +255,10 @@ def candidates(
     tracker, problem = load / TRACKER, None
     wanted: Name | None = step or None
     if wanted is None and tracker.is_file():
-        text = tracker.read_text(errors="replace").strip()
-        if re.fullmatch(r"[0-9]{1,18}", text):
-            wanted = int(text)
-        elif text == RELEASE:
-            wanted = RELEASE
-        else:
-            problem = f"{tracker} holds {text[:40]!r}, not an iteration; {listed}"
+        try:
+            wanted = read_tracker(tracker)
+        except ValueError as error:
+            problem = f"{error}; {listed}"
     elif wanted is None:
         if not (fallback and there):
             if is_required:

@@ -19,6 +19,7 @@ from megatron_dynmoe.settings.messages.command_line import (
     number,
     thresholds,
 )
+from megatron_dynmoe.settings.messages.outputs import check_new_folder
 
 SAMPLE_TOKENS = 512
 
@@ -36,18 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused without a model."""
-    from megatron_dynmoe.storage.atomic import check_target
-
     if args.merge is not None and (args.model or args.data or args.group):
         parser.error("--merge takes no --model, --data or --group: everything is in the files")
     if args.merge is None and not (args.model and (args.data or args.group)):
         parser.error("give --model and text, by --data or --group; or --merge")
     if args.source_key is not None and args.group:
         parser.error("--source-key and --group both name groups: give one of them")
-    try:
-        check_target(args.output, args.overwrite)
-    except ValueError as error:
-        raise UsageError(f"--output: {error}") from error
+    check_new_folder(args.output, args.overwrite)
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,10 +123,10 @@ def _open(args: argparse.Namespace, folder: Path, num_groups: int) -> _Subject:
     positions = config.max_position_embeddings
     length = args.sequence_length or min(positions, 2048)
     if length > positions:
-        raise ValueError(f"--sequence-length is {length}: the model has {positions} positions")
+        raise UsageError(f"--sequence-length is {length}: the model has {positions} positions")
     brings_its_own = args.tokenizer is None or folder != args.model
     if brings_its_own and not has_tokenizer(folder):
-        raise ValueError(
+        raise UsageError(
             f"--model {args.model} brings no tokenizer: name the training's with --tokenizer"
         )
     tokenizer_folder = folder if brings_its_own else args.tokenizer
@@ -221,7 +217,8 @@ def _check_enough(args: argparse.Namespace, num_tokens: int, length: int) -> Non
         return
     limited = args.tokens is not None and args.tokens < length
     what, more = ("--tokens lets", "a larger one") if limited else ("the text has", "more text")
-    raise ValueError(
+    kind = UsageError if limited else ValueError  # too little text is no misuse
+    raise kind(
         f"{what} {num_tokens} tokens{' be read' if limited else ''}, less than one window of "
         f"{length}: give {more}, or --sequence-length {max(num_tokens, 2)}"
     )

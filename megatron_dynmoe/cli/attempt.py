@@ -11,7 +11,12 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Begin or end an attempt, with exit codes of :mod:`megatron_dynmoe.jobs.attempts`."""
-    parser = CommandParser(prog="dynmoe attempt")
+    parser = CommandParser(
+        prog="dynmoe attempt",
+        description="Begin or end a job's attempt at a run, for launch scripts of your own; begin "
+        "prints the attempt's folder, whose flags.txt holds the flags to train with.",
+        example="dynmoe attempt begin --world-size 2 smoke --run-dir runs/mine",
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     start = commands.add_parser("begin")
     start.add_argument("--world-size", type=int, required=True)

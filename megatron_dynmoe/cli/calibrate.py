@@ -19,12 +19,14 @@ from megatron_dynmoe.cli.reading import add_key_flag
 from megatron_dynmoe.conversion.formats import OURS, format_in
 from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
+    UsageError,
     add_runtime_flags,
     budgets,
     ending_plainly,
     number,
     thresholds,
 )
+from megatron_dynmoe.settings.messages.outputs import check_new_folder, check_parent
 
 DEFAULT_SWEEP = "0.1,0.2,0.3,0.4,0.5"  # the values of Dynamic MoE's Table 7 and Figure 4
 
@@ -147,7 +149,7 @@ def _check_model(config: Any, args: argparse.Namespace) -> None:
     capped = copy.copy(config)
     if args.max_experts_per_token is not None:
         if args.max_experts_per_token > config.num_experts:
-            raise ValueError(
+            raise UsageError(
                 f"--max-experts-per-token is {args.max_experts_per_token}: the model has "
                 f"{config.num_experts} experts"
             )
@@ -155,7 +157,7 @@ def _check_model(config: Any, args: argparse.Namespace) -> None:
     _check_goals(capped, args)
     positions = config.max_position_embeddings
     if (args.sequence_length or 0) > positions:
-        raise ValueError(
+        raise UsageError(
             f"--sequence-length is {args.sequence_length}: the model has {positions} positions"
         )
 
@@ -167,7 +169,7 @@ def _check_goals(config: Any, args: argparse.Namespace) -> None:
     if args.target is not None:
         check_target(config, args.target)
     elif config.routing == "top_k":
-        raise ValueError(
+        raise UsageError(
             f"--budgets: every token of this model uses {config.num_experts_per_tok} experts, "
             "and a curve needs a model with a threshold: give it one, too, with --target "
             f"{config.num_experts_per_tok}"
@@ -176,7 +178,7 @@ def _check_goals(config: Any, args: argparse.Namespace) -> None:
         check_target(config, budget, "--budgets")
     own = config.inference_experts_per_token
     if args.target is None and own is not None and not (args.budgets[0] <= own <= args.budgets[-1]):
-        raise ValueError(
+        raise UsageError(
             f"--budgets: the model's config.json asks for {own:g} experts per token "
             f"(inference_experts_per_token), which no curve from {args.budgets[0]:g} to "
             f"{args.budgets[-1]:g} has: measure that far, or take it out of the file"
@@ -192,7 +194,7 @@ def _write(args: argparse.Namespace, folder: Path, found: Any, curve: Sequence[A
     if args.in_place:
         write_calibration(folder, *record)
         return folder
-    with new_folder(args.output, overwrite=False) as partial:
+    with new_folder(args.output, overwrite=None) as partial:
         if folder == args.model:
             shutil.copytree(folder, partial, dirs_exist_ok=True)  # links become files
         else:
@@ -210,20 +212,18 @@ def _data_name(data: list[str]) -> str:
 
 def _check_target_folder(args: argparse.Namespace) -> None:
     """Refuse what would otherwise fail only after the last pass."""
-    output = args.output
-    if args.in_place and (format := format_in(args.model)) is not OURS:
-        raise ValueError(
+    if args.output is not None:
+        check_parent(args.output)
+        check_new_folder(args.output, overwrite=None)
+    if not args.in_place:
+        return
+    if (format := format_in(args.model)) is not OURS:
+        raise UsageError(
             f"--in-place: a folder of format {format.name} has no place for what a calibration "
             "finds: give --output for a copy in our format"
         )
-    if output is not None:
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise ValueError(f"--output {output}: it exists and is not empty")
-        if not output.absolute().parent.is_dir():
-            raise ValueError(f"--output {output}: there is no folder {output.parent}: create it")
-    folder = args.model if args.in_place else output and output.absolute().parent
-    if folder is not None and not os.access(folder, os.W_OK):
-        raise ValueError(f"folder {folder}: it cannot be written to")
+    if not os.access(args.model, os.W_OK):
+        raise UsageError(f"--in-place: folder {args.model} cannot be written to: give --output")
 
 
 class _Table:

@@ -151,8 +151,11 @@ def _to_hf(args: argparse.Namespace) -> int:
 def _from_hf(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     if given and "routing" not in given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --routing")
-    routing = DynMoEConfig.from_dict(given, source="the command line") if given else None
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} needs --routing")
+    try:
+        routing = DynMoEConfig.from_dict(given, source="the command line") if given else None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     from megatron_dynmoe.conversion.convert import FLAGS, from_hf
     from megatron_dynmoe.conversion.upcycle import Upcycling
 

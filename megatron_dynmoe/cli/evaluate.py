@@ -26,6 +26,7 @@ from megatron_dynmoe.settings.messages.command_line import (
     ending_plainly,
     number,
 )
+from megatron_dynmoe.settings.messages.outputs import check_parent
 from megatron_dynmoe.storage.atomic import replace_file
 
 
@@ -59,8 +60,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
     for flag in ("iteration", "tokenizer"):
         if args.load is None and getattr(args, flag) is not None:
             parser.error(f"--{flag} is of a checkpoint: give it with --load")
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise UsageError(f"--output is {args.output}: there is no folder for it; create it")
+    if args.output is not None:
+        check_parent(args.output)
     if args.load is None:
         check_is_model(args.model)
         return args.model

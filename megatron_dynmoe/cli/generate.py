@@ -115,12 +115,12 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
         if value is None:
             continue
         if reason := _fixed_experts(config):
-            raise ValueError(
+            raise UsageError(
                 f"{flag} is {value}, but {reason}: leave it out, or give the model a threshold "
                 "with dynmoe calibrate"
             )
         if field == "inference_max_experts_per_token" and value > config.num_experts:
-            raise ValueError(f"{flag} is {value}: the model has {config.num_experts} experts")
+            raise UsageError(f"{flag} is {value}: the model has {config.num_experts} experts")
         if field is not None:
             setattr(config, field, value)
     if args.threshold is not None:

@@ -66,8 +66,10 @@ def _show(args: argparse.Namespace, parser: CommandParser) -> None:
             from megatron_dynmoe.jobs.parse import parse
 
             parse(flags)
-    except ValueError as error:  # shown by launch scripts, whose user has not called this command
-        parser.exit(2, f"error: {error}\n")
+    except ValueError as error:
+        if args.world_size is not None:  # as launch scripts call it, whose user knows only them
+            parser.exit(2, f"error: {error}\n")
+        raise UsageError(str(error)) from error
     if args.output is None:
         print(format_flags(flags))
         return

@@ -42,7 +42,8 @@ from megatron_dynmoe.conversion.sources import (
 from megatron_dynmoe.conversion.upcycle import Upcycled, Upcycling
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.command_line import UsageError
-from megatron_dynmoe.storage.atomic import check_target, new_folder
+from megatron_dynmoe.settings.messages.outputs import check_new_folder
+from megatron_dynmoe.storage.atomic import new_folder
 from megatron_dynmoe.storage.json_files import write_json
 from megatron_dynmoe.storage.manifest import write_manifest
 
@@ -83,11 +84,12 @@ def to_hf(load: Path, target: Target, iteration: int | None = None) -> None:
         iteration: the iteration of the checkpoint; the latest if None.
 
     Raises:
-        UsageError: there is no such source, or no tokenizer although one is needed.
+        UsageError: there is no such source, the target may not be written, or there is no tokenizer
+            although one is needed.
         ValueError: the source is damaged, there is no such format, or it cannot express the model.
     """
     format_named(target.format)
-    check_target(target.folder, target.overwrite, source=load)
+    check_new_folder(target.folder, target.overwrite, source=load)
     if (load / CONFIG).is_file():
         if iteration is not None:
             raise UsageError(f"--iteration: {load} is a Hugging Face folder, which has none")
@@ -158,10 +160,11 @@ def from_hf(
         The flags of a training command that fit the model.
 
     Raises:
-        UsageError: training does not have a setting of the model.
+        UsageError: training does not have a setting of the model, the model cannot have the routing
+            or the upcycling, or ``save`` may not be written.
         ValueError: the folder is damaged, or the model cannot be trained here.
     """
-    check_target(save, overwrite, source=model)
+    check_new_folder(save, overwrite, source=model, flag="--save")
     folder = FromFolder(model, progress)
     source: Source = folder if upcycling is None else Upcycled(folder, upcycling)
     config = source.config
@@ -169,7 +172,7 @@ def from_hf(
         try:
             config = routing_settings.with_routing(config, routing)
         except ValueError as error:
-            raise ValueError(f"--routing {routing.routing}: {error}") from error
+            raise UsageError(f"--routing {routing.routing}: {error}") from error
     if upcycling is not None:
         upcycling.check_routing(config)
     try:

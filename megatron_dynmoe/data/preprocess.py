@@ -21,6 +21,7 @@ from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.data.tokenizer import Tokenizer
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.outputs import check_absent, check_parent
 
 # A batch ends at this much text (characters) or this many documents. Larger batches leave a thread
 # idle at the end, smaller ones cost more switches. Both numbers also bound the memory.
@@ -114,7 +115,7 @@ def preprocess(
             try:
                 writers.append(IndexedDatasetWriter(prefix, dtype))
             except OSError as error:
-                raise ValueError(
+                raise UsageError(
                     f"--output-prefix is {output_prefix}: nothing can be written to "
                     f"{prefix.parent} ({error.strerror})"
                 ) from error
@@ -232,20 +233,11 @@ def _policy(skip_unreadable: bool, summary: Summary) -> OnUnreadable:
 def _output_prefixes(output_prefix: str, keys: Sequence[str]) -> list[Path]:
     if len(set(keys)) < len(keys):
         raise UsageError(f"--json-keys is {' '.join(keys)}: a field is named twice")
-    prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
-    folder = prefixes[0].parent
-    if not folder.is_dir():
-        raise UsageError(
-            f"--output-prefix is {output_prefix}: there is no folder {folder}: create it"
-        )
-    return prefixes
+    check_parent(output_prefix, "--output-prefix")
+    return [Path(f"{output_prefix}_{key}_document") for key in keys]
 
 
 def _check_targets(prefixes: Sequence[Path], overwrite: bool) -> None:
     for prefix in prefixes:
         for suffix in (".bin", ".idx"):
-            target = prefix.with_name(prefix.name + suffix)
-            if target.exists() and not overwrite:
-                raise UsageError(
-                    f"--output-prefix: {target} exists: give another prefix, or --overwrite"
-                )
+            check_absent(prefix.with_name(prefix.name + suffix), overwrite, "--output-prefix")

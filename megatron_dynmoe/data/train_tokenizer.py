@@ -10,6 +10,7 @@ from megatron_dynmoe.data.text.inputs import expand_inputs
 from megatron_dynmoe.data.text.readers import open_reader
 from megatron_dynmoe.data.text.records import DEFAULT_LIMITS, Limits, OnUnreadable, Unreadable
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.outputs import check_absent, check_parent
 from megatron_dynmoe.storage.atomic import replace_file
 
 # These are <unk>, <s>, </s> and one piece for each byte.
@@ -57,12 +58,8 @@ def train_tokenizer(
 
     paths = expand_inputs(inputs)
     target = Path(f"{output_prefix}.model")
-    if not target.parent.is_dir():
-        raise UsageError(
-            f"--output is {output_prefix}: there is no folder {target.parent}: create it"
-        )
-    if target.exists() and not overwrite:
-        raise UsageError(f"--output: {target} exists: give another prefix, or --overwrite")
+    check_parent(output_prefix)
+    check_absent(target, overwrite)
     if vocab_size <= FIXED_PIECES:
         raise UsageError(
             f"--vocab-size is {vocab_size}: give more than {FIXED_PIECES}, which are the bytes and "

@@ -45,6 +45,7 @@ from megatron_dynmoe.huggingface.masking_dynmoe import (
 )
 from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
 from megatron_dynmoe.layers.rules import chooser
+from megatron_dynmoe.routing.keep_dtype import KeepDtype
 
 logger = logging.getLogger(__name__)
 
@@ -150,18 +151,8 @@ class DynMoESparseMLP(MoELayer):
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
 
-class DynMoERotaryEmbedding(Glm4MoeRotaryEmbedding):
+class DynMoERotaryEmbedding(KeepDtype, Glm4MoeRotaryEmbedding):
     """Cosine and sine of positions, [B or 1, S, rotary size], from frequencies in float32."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "DynMoERotaryEmbedding":
-        """Move the frequencies between devices, but never round them to another dtype."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, frequencies in exact.items():
-            moved = self._buffers[name]
-            if frequencies is not None and moved is not None and moved.dtype != frequencies.dtype:
-                self._buffers[name] = frequencies.to(moved.device)
-        return self
 
 
 class DynMoEAttention(Glm4MoeAttention):

@@ -1,11 +1,12 @@
 """Choosing experts in fewer and quicker operations on a CPU, in inference.
 
 Experts are those of :mod:`megatron_dynmoe.routing.select`, which decides on any other device and in
-training. Exports ship with this file and with that one.
+training, and everywhere with ``DYNMOE_KERNELS=0``. Exports ship with this file and with that one.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from functools import lru_cache
 
@@ -28,7 +29,7 @@ def choose(
     probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.choose`, quickly if values may decide how."""
-    if not (_may_look(probs_TE) and probs_TE.dtype == torch.float32):
+    if not (_values_may_decide(probs_TE) and probs_TE.dtype == torch.float32):
         return choose_anywhere(probs_TE, threshold, max_experts)
     most = most_experts(probs_TE.shape[-1], max_experts)
     is_number = isinstance(threshold, float)
@@ -45,21 +46,24 @@ def choose(
 @torch.no_grad()
 def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.choose_top_k`, quickly if values may decide how."""
-    ranked = _sort_quickly(probs_TE) if _may_look(probs_TE) else None
+    ranked = _sort_quickly(probs_TE) if _values_may_decide(probs_TE) else None
     if ranked is None:
         return choose_top_k_anywhere(probs_TE, num_experts)
     ids_TK = ranked[1][:, :num_experts]
     return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
 
 
-def _may_look(values: Tensor) -> bool:
+def _values_may_decide(values: Tensor) -> bool:
     """Whether values may decide what is computed.
 
     A GPU would wait, a graph cannot branch, a fake tensor, which is on the CPU by its own word, has
-    none, and a training on a CPU stands in for one on a GPU.
+    none, and a training on a CPU stands in for one on a GPU. ``DYNMOE_KERNELS=0`` asks for plain
+    PyTorch.
     """
-    is_real = type(values) is Tensor and values.device.type == "cpu"
-    return is_real and not values.requires_grad and not torch.compiler.is_compiling()
+    # Exports ship without ``kernels.asked_for``.
+    if torch.compiler.is_compiling() or os.environ.get("DYNMOE_KERNELS") == "0":
+        return False
+    return type(values) is Tensor and values.device.type == "cpu" and not values.requires_grad
 
 
 def _sort_quickly(probs_TE: Tensor) -> tuple[Tensor, Tensor] | None:

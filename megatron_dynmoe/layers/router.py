@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dynmoe.layers.moe import Choice, Gate
-from megatron_dynmoe.routing.counters import KeepDtype
+from megatron_dynmoe.routing.keep_dtype import KeepDtype
 from megatron_dynmoe.settings.config import DynMoEConfig
 
 

@@ -14,7 +14,8 @@ from megatron.core.utils import log_single_rank
 from torch import Tensor
 
 from megatron_dynmoe.moe.rules import Rule
-from megatron_dynmoe.routing.counters import KeepDtype, RoutingCounters
+from megatron_dynmoe.routing.counters import RoutingCounters
+from megatron_dynmoe.routing.keep_dtype import KeepDtype
 from megatron_dynmoe.routing.losses import (
     count_tokens,
     dynamic_loss,

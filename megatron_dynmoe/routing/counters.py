@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.keep_dtype import KeepDtype
+
 
 class RoutingStatistics(NamedTuple):
     """Sums over tokens or micro-batches, of one router or of all layers.
@@ -102,23 +104,6 @@ def unpack(packed: Tensor) -> RoutingStatistics:
     """View a tensor ``[..., NUM_STATISTICS + E]`` as statistics."""
     columns = packed[..., :NUM_STATISTICS].unbind(dim=-1)
     return RoutingStatistics._make([*columns, packed[..., NUM_STATISTICS:]])
-
-
-class KeepDtype(torch.nn.Module):
-    """A module whose own buffers move between devices but are never cast.
-
-    Megatron's Float16Module casts every floating-point buffer. Casting back afterwards is too
-    late: by then bf16 has rounded a threshold of 0.2374 to 0.23730469.
-    """
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 class RoutingCounters(KeepDtype):

@@ -39,7 +39,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool | None) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place when the block ends well, and else vanishes.
 
     Raises:
@@ -64,10 +64,11 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_target(target: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, overwrite: bool | None, source: Path | None = None) -> None:
     """Whether a folder may be written; worth asking before hours of reading.
 
     Args:
+        overwrite: None if the caller has no flag ``--overwrite``.
         source: the folder that is read, whose files nothing may replace.
 
     Raises:
@@ -88,7 +89,8 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None) -> N
                 f"{target} is, holds or lies in {source}, which is read: name a folder elsewhere"
             )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target} is not empty: name another folder, or give --overwrite")
+        remedy = "" if overwrite is None else ", or give --overwrite"
+        raise ValueError(f"{target} is not empty: name another folder{remedy}")
 
 
 def _replace(target: Path, new: Path) -> None:

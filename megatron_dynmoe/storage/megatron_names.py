@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 # Megatron's note of the last complete checkpoint: an iteration, or "release".
@@ -16,6 +17,20 @@ CHECKPOINTS = "checkpoints"  # in --run-dir
 def checkpoint_name(name: int | str) -> str:
     """The folder of an iteration's checkpoint, or of ``release``."""
     return RELEASE if name == RELEASE else f"iter_{name:07d}"
+
+
+def read_tracker(tracker: Path) -> int | str:
+    """The iteration that Megatron's note names, or ``release``.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    text = tracker.read_text(errors="replace").strip()
+    if text == RELEASE:
+        return RELEASE
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError(f"{tracker} holds {text[:40]!r}, not an iteration")
+    return int(text)
 
 
 def nearby_checkpoints(path: Path) -> Path | None:

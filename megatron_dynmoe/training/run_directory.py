@@ -21,6 +21,7 @@ from megatron_dynmoe.runs.drawing.live_plot import redrawing
 from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.folder import mark_finished
 from megatron_dynmoe.runs.summary import write_summary_and_curves
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.megatron_names import CHECKPOINTS, TRACKER
 
@@ -63,10 +64,12 @@ def set_paths(args: Namespace) -> None:
         if has_checkpoint or _has_logged(run_dir):
             remedy = "or name another folder" if has_checkpoint else "name another folder"
             go_on = f"go on with it by --load {run_dir / CHECKPOINTS}, "
-            raise ValueError(
-                f"--run-dir is {run_dir}, which holds a run"
-                f"{'' if has_checkpoint else ' that has saved no checkpoint'}: "
-                f"{go_on * has_checkpoint}{remedy}."
+            problem = "" if has_checkpoint else " that has saved no checkpoint"
+            raise FlagError(
+                "run_dir",
+                args.run_dir,
+                f", which holds a run{problem}",
+                f"{go_on * has_checkpoint}{remedy}",
             )
     args.save = args.save or str(run_dir / CHECKPOINTS)
     if args.save_interval is None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.use.calibrate import Calibration, Measurement, Point, Threshold, tolerance
 
 # How far, relatively, the count in the middle of two points may be from what was asked for.
@@ -77,7 +78,7 @@ def set_budget(config: Any, budget: float | None) -> None:
     """Let the model of a config use a mean number of experts per token; None: its own routing.
 
     Raises:
-        ValueError: the config has no curve, or the curve does not have this budget.
+        UsageError: the config has no curve, or the curve does not have this budget.
     """
     if budget is None:
         return
@@ -85,7 +86,7 @@ def set_budget(config: Any, budget: float | None) -> None:
     try:
         threshold_at(curve, budget, None if curve is None else config.cap(training=False))
     except ValueError as error:
-        raise ValueError(f"--budget: {error}") from error
+        raise UsageError(f"--budget: {error}") from error
     config.inference_experts_per_token = budget
 
 

@@ -25,6 +25,7 @@ from megatron_dynmoe.control.calibrate import mean_experts_per_token, threshold_
 from megatron_dynmoe.conversion.hugging_face.card import CARD, update_routing
 from megatron_dynmoe.conversion.hugging_face.words import CONFIG
 from megatron_dynmoe.huggingface.encoding import encode_document
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.atomic import replace_file
 from megatron_dynmoe.storage.json_files import read_json, write_json
 from megatron_dynmoe.storage.manifest import update_manifest
@@ -225,14 +226,15 @@ def check_target(config: Any, target: float, flag: str = "--target") -> None:
     """Refuse a target that no routing of this model can give, before anything is measured.
 
     Raises:
-        ValueError: the target is below 1, or above the cap or the number of experts.
+        UsageError: the target is below 1, or above the cap or the number of experts.
+        ValueError: the model has no threshold to calibrate.
     """
     if "sparse" not in config.mlp_layer_types:
         raise ValueError("the model has no layer with experts")
     check_routing(config)
     most = max_experts(config) or config.num_experts
     if not 1 <= target <= most:
-        raise ValueError(
+        raise UsageError(
             f"{flag} is {target:g}: a token uses at least 1 expert and here at most {most}, so "
             f"use 1 to {most}"
         )

@@ -19,7 +19,11 @@ import transformers
 
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.conversion.formats import FORMATS, OURS, format_in
-from megatron_dynmoe.conversion.hugging_face.folder import ModelFolder, check_is_model
+from megatron_dynmoe.conversion.hugging_face.folder import (
+    ModelFolder,
+    check_is_folder,
+    check_is_model,
+)
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.messages.refusals import in_few_words
 from megatron_dynmoe.storage.json_files import read_json
@@ -50,8 +54,7 @@ def in_our_format(
             no tokenizer for a Megatron checkpoint.
         ValueError: the model is of another type, or cannot be converted.
     """
-    if not model.is_dir():
-        raise UsageError(f"--model is {model}: there is no such folder")
+    check_is_folder(model)
     has_config = (model / "config.json").is_file()
     if has_config and format_in(model) is OURS:
         yield model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.conversion.convert import has_tokenizer
+from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_file, read_manifest
 from megatron_dynmoe.use import load
 
@@ -41,7 +42,7 @@ def check_given(given: Path, tokenizer: Any, model: Path) -> None:
         model: a Hugging Face folder, or the checkpoints of a Megatron run.
 
     Raises:
-        ValueError: a token of the model's own tokenizer has another id, or is missing.
+        UsageError: a token of the model's own tokenizer has another id, or is missing.
     """
     found = _own(model, given)
     if found is None:
@@ -51,7 +52,7 @@ def check_given(given: Path, tokenizer: Any, model: Path) -> None:
     others = {piece: i for piece, i in own.get_vocab().items() if vocabulary.get(piece) != i}
     if others:
         piece, i = min(others.items(), key=lambda item: item[1])
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer {given} is not the model's: {len(others)} of {len(own)} tokens have "
             f"another id than in {where}, or none (the first is {piece!r}, {i} there): leave "
             "--tokenizer out"

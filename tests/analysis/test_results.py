@@ -287,7 +287,7 @@ def test_another_tokenizer_is_refused_or_marked(
     export_tokenizer(train_tokenizer([str(texts["prose"])], str(tmp_path / "t"), 300), small)
 
     command = ["--model", exported, "--data", texts["prose"], "--tokenizer", other]
-    assert main([str(word) for word in [*command, "--output", tmp_path / "report"]]) == 1
+    assert main([str(word) for word in [*command, "--output", tmp_path / "report"]]) == 2
     assert "is not the model's" in capsys.readouterr().err
     analyze(tmp_path / "r1", exported, texts["prose"], flags=("--tokenizer", str(exported)))
     without = tmp_path / "without"
@@ -365,7 +365,7 @@ def _nothing(folder: Path, tokenizer: Path) -> None:
     [
         (_dense, 1, "no layer with experts"),
         (_small_vocabulary, 1, "another model's tokenizer"),
-        (_without_tokenizer, 1, "--tokenizer"),
+        (_without_tokenizer, 2, "--tokenizer"),
         (_nan, 1, "router of layer 1 gives NaN"),
         (_gpt2, 1, "model_type is 'gpt2' and architectures None: the formats that"),
         (_nothing, 2, "there is no such folder"),
@@ -403,7 +403,8 @@ def test_too_little_text_is_refused(
 ) -> None:
     (tmp_path / "a.txt").write_text(text)
     command = ["--model", str(exported), "--data", str(tmp_path / "a.txt"), *flags]
-    assert main([*command, "--output", str(tmp_path / "report")]) == 1
+    code = 2 if flags else 1  # too little text is no misuse, but such a flag is
+    assert main([*command, "--output", str(tmp_path / "report")]) == code
     assert message in capsys.readouterr().err
 
 

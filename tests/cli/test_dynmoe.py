@@ -56,7 +56,7 @@ def test_a_misspelled_command_is_answered_in_one_line(capsys, words) -> None:
     assert re.fullmatch(r"dynmoe: error: there is no command \w+: did you mean \w+\?\n", error)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "attempt")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
 def test_every_commands_help_ends_with_an_example_that_it_can_read(
     capsys, monkeypatch, tmp_path, name
 ):
@@ -84,6 +84,8 @@ def test_every_commands_help_ends_with_an_example_that_it_can_read(
 
 
 def test_a_recipe_is_printed_or_written(capsys, tmp_path) -> None:
+    code, _, error = run_here(capsys, "recipe", "nothere")
+    assert code == 2 and error.startswith("dynmoe recipe: error: recipe is 'nothere'")
     assert run_here(capsys, "recipe", "smoke", "--seed", "7")[1].split("\n")[-2] == "--seed 7"
     file = tmp_path / "my.flags"
     assert run_here(capsys, "recipe", "--output", str(file), "smoke", "--seed", "7")[0] is None
@@ -149,6 +151,40 @@ def test_an_input_that_is_not_there_is_misuse(capsys, monkeypatch, tmp_path, wor
     code, out, error = run_here(capsys, *words.split())
     assert (code, out) == (2, "") and "absent" in error and error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"here.txt", "config.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("convert from-hf --model MODEL --save new --threshold 0.3", "needs --routing"),
+        ("convert from-hf --model MODEL --save new --routing top_p --threshold 2", "threshold is"),
+        ("convert from-hf --model MODEL --save new --routing top_k", "--routing top_k: "),
+        ("convert from-hf --model MODEL --save full", "--save: full is not empty"),
+        ("convert to-hf --load MODEL --output full", "--output: full is not empty"),
+        ("calibrate --model MODEL --data full --target 5", "--target is 5: "),
+        ("calibrate --model MODEL --data full --budgets 1,5", "--budgets is 5: "),
+        ("calibrate --model MODEL --data full --target 2 --max-experts-per-token 5", "4 experts"),
+        ("calibrate --model MODEL --data full --target 2 --sequence-length 33", "32 positions"),
+        ("calibrate --model MODEL --data full --target 2 --output full", "full is not empty"),
+        ("calibrate --model MODEL --data full --target 2 --output no/new", "no folder no: create"),
+        ("analyze --model MODEL --data full --sequence-length 33", "32 positions"),
+        ("analyze --model MODEL --data full --output full", "--output: full is not empty"),
+        ("generate --model MODEL --prompt x --max-experts-per-token 5", "4 experts"),
+        ("generate --model MODEL --prompt x --budget 2", "--budget: "),
+        ("evaluate --model MODEL --tasks piqa --output no/new", "no folder no: create"),
+        ("plot full --output no/new.png", "no folder no: create"),
+        ("tokenizer --input full --vocab-size 300 --output no/new", "no folder no: create"),
+    ],
+)
+def test_a_flag_that_cannot_work_is_misuse(capsys, monkeypatch, tmp_path, words, said) -> None:
+    """By itself, beside another flag, or with the model or folder that is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "here.txt").write_text("Some text.")
+    model = str(ROOT / "tests" / "fixtures" / "exported")
+    code, _, error = run_here(capsys, *words.replace("MODEL", model).split())
+    assert code == 2 and said in error and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_ctrl_c_ends_a_command_without_a_stack(tmp_path) -> None:

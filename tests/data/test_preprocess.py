@@ -201,7 +201,7 @@ def test_outputs_that_cannot_be_written(run_preprocess: Run, tmp_path: Path) -> 
     assert f"--output-prefix is {tmp_path}/no/out: there is no folder" in result.error
     # Even root cannot write there.
     result = run_preprocess("--input", source, "--output-prefix", "/proc/out")
-    assert result.code == 1 and "nothing can be written to /proc (" in result.error
+    assert result.code == 2 and "nothing can be written to /proc (" in result.error
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

@@ -47,9 +47,14 @@ def test_of_top_k(probs_TE):
 
 
 def test_where_values_may_not_decide_the_rule_does(monkeypatch):
-    """In training, which stands in for that on a GPU, and in a graph."""
+    """In training, which stands in for that on a GPU, and if plain PyTorch is asked for."""
+    monkeypatch.delenv("DYNMOE_KERNELS", raising=False)
     monkeypatch.setattr("megatron_dynmoe.kernels.choose_cpu._sort_quickly", lambda _: 1 / 0)
     probs_TE = RANDOM.clone().requires_grad_()
     assert_same(choose(probs_TE, 0.5), select.choose(probs_TE, 0.5))
     with pytest.raises(ZeroDivisionError):
         choose(RANDOM, 0.5)
+    monkeypatch.setenv("DYNMOE_KERNELS", "0")
+    assert_same(choose(RANDOM, 0.5), select.choose(RANDOM, 0.5))
+    assert_same(choose_top_k(RANDOM, 3), select.choose_top_k(RANDOM, 3))
+    assert_same(choose(RANDOM[:1], 0.5), select.choose(RANDOM[:1], 0.5))

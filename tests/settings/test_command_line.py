@@ -144,6 +144,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, says: str, capsys) ->
     assert capsys.readouterr().err == f"tool.py: error: {says}\n"
 
 
+def test_one_of_two_flags_is_asked_for(capsys) -> None:
+    made = CommandParser(prog="tool.py")
+    one_of = made.add_mutually_exclusive_group(required=True)
+    one_of.add_argument("--model")
+    one_of.add_argument("--load")
+    with pytest.raises(SystemExit):
+        made.parse_args([])
+    assert capsys.readouterr().err == "tool.py: error: give --load or --model.\n"
+
+
 def test_a_flag_of_a_subcommand_is_found_among_its_own(capsys) -> None:
     made = CommandParser(prog="tool.py")
     commands = made.add_subparsers(required=True)

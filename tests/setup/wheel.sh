@@ -47,6 +47,8 @@ say "the model at work"
 dynmoe convert to-hf --load runs/mine/checkpoints --output my-model --quiet
 dynmoe generate --model my-model --prompt "It is a truth" --max-new-tokens 8
 dynmoe calibrate --model my-model --data book.jsonl.gz --target 2 --tokens 2000 --output calibrated
+dynmoe doctor --checkpoint runs/mine/checkpoints
+dynmoe evaluate --help >/dev/null # lm-eval itself is an extra
 dynmoe analyze --model my-model --data book.jsonl.gz --tokens 2000 --output my-report >/dev/null
 say "misuse is answered in one line, with exit code 2"
 status=0

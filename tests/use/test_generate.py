@@ -342,7 +342,7 @@ def test_fixed_experts_are_said(
     assert status == 0 and out.startswith("and") and "experts per token" not in out
     assert "every token of this model (mixtral) uses 2 experts" in err
     status, _, err = run(tmp_path, *flags, "--threshold", "0.5", capsys=capsys)
-    assert status == 1 and "--threshold is 0.5, but every token" in err
+    assert status == 2 and "--threshold is 0.5, but every token" in err
 
 
 @pytest.mark.slow
@@ -408,7 +408,7 @@ def test_color_where_it_is_wanted(
         (["--prompt", "x", "--threshold", "nan"], 2, "--threshold is nan: use 0 to 1."),
         (["--prompt", "x", "--threshold", "high"], 2, "--threshold is 'high': give a number."),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens is 0: use at least 1."),
-        (["--prompt", "x", "--max-experts-per-token", "9"], 1, "the model has 8 experts"),
+        (["--prompt", "x", "--max-experts-per-token", "9"], 2, "the model has 8 experts"),
         (["--prompt-file", "missing.txt"], 2, "--prompt-file is missing.txt: No such file"),
         (["--prompt", "x", "--device", "abacus"], 2, "--device is abacus, which is not here: "),
         ([], 2, "give --prompt or --prompt-file."),

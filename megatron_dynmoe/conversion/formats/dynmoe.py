@@ -78,6 +78,7 @@ FORMAT = Format(
         "layers/moe.py",
         "layers/rules.py",
         "routing/expert_threshold.py",
+        "routing/keep_dtype.py",
         "routing/null_experts.py",
         "routing/relu.py",
         "routing/select.py",

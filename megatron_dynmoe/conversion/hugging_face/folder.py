@@ -103,14 +103,23 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return result
 
 
+def check_is_folder(model: Path) -> None:
+    """Refuse a model's folder that is not there.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not model.is_dir():
+        raise UsageError(f"--model is {model}: there is no such folder")
+
+
 def check_is_model(folder: Path) -> None:
     """Refuse a folder that is not a Hugging Face model; for a training's, name the remedy.
 
     Raises:
         UsageError: there is no such folder, or no config.json in it.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--model is {folder}: there is no such folder")
+    check_is_folder(folder)
     if (folder / CONFIG).is_file():
         return
     saved = (folder, folder / CHECKPOINTS, folder.parent)

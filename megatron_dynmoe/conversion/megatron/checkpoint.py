@@ -32,7 +32,7 @@ from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
 from megatron_dynmoe.conversion.shapes import Block
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import plain_name
-from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
+from megatron_dynmoe.storage.megatron_names import TRACKER, checkpoint_name, read_tracker
 from megatron_dynmoe.storage.unpickle import load_metadata, load_objects
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -318,10 +318,7 @@ def checkpoint_folder(load: Path, iteration: int | None) -> Path:
                 f"--load is {load}, which holds no {TRACKER}: name the folder that a run saved to "
                 "(its --save, or checkpoints in its --run-dir)"
             )
-        latest = tracker.read_text(errors="replace").strip()
-        if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
-            raise ValueError(f"{tracker} holds {latest[:40]!r}: not the number of an iteration")
-        name = checkpoint_name(RELEASE if latest == RELEASE else int(latest))
+        name = checkpoint_name(read_tracker(tracker))
     else:
         name = checkpoint_name(iteration)
     folder = load / name

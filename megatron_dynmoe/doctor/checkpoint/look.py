@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_dynmoe.storage.megatron_names import (
     TRACKER,
     checkpoint_name,
     nearby_checkpoints,
+    read_tracker,
 )
 
 _CONFIG = "config.json"
@@ -111,10 +111,10 @@ def _folder(path: Path) -> Path | Check:
     remedy = "name one of them, resume with --ckpt-fallback, or write a good one's number into it"
     if not tracker.is_file():
         return Check("tracker", FAILED, f"{tracker} is missing; {listed}", remedy)
-    text = tracker.read_text(errors="replace").strip()
-    if text != RELEASE and not re.fullmatch(r"[0-9]{1,18}", text):
-        return Check("tracker", FAILED, f"{tracker} holds {text[:40]!r}; {listed}", remedy)
-    folder = path / checkpoint_name(text if text == RELEASE else int(text))
+    try:
+        folder = path / checkpoint_name(read_tracker(tracker))
+    except ValueError as error:
+        return Check("tracker", FAILED, f"{error}; {listed}", remedy)
     if not folder.is_dir():
         return Check("tracker", FAILED, f"{tracker} names {folder.name}; {listed}", remedy)
     if _kind(folder) is None:

@@ -17,6 +17,7 @@ from megatron_dynmoe.runs import metric_names as names
 from megatron_dynmoe.runs.drawing.curves import save_figure
 from megatron_dynmoe.runs.events import Series, read_run, target_of
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.messages.outputs import check_parent
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -180,8 +181,7 @@ def check_output(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--output is {path}: end its name in one of {', '.join(SUFFIXES)}.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output is {path}: there is no folder {path.parent}; create it.")
+    check_parent(path)
 
 
 def _draw_loss(axis: Any, run: Run, x: Values, validation_x: Values, color: Any) -> None:

@@ -143,6 +143,9 @@ class RaisingParser(argparse.ArgumentParser):
 def in_one_line(parser: argparse.ArgumentParser, message: str, words: Sequence[str] = ()) -> str:
     """Turn argparse's error into one line that names the flag and the remedy.
 
+    argparse has only English sentences for its errors, so these are read here. If a Python words
+    one in another way, the tests in ``tests/settings/test_command_line.py`` fail.
+
     Args:
         parser: the parser, which knows the flags.
         message: argparse's message.

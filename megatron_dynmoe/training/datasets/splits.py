@@ -23,6 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 
 from megatron_dynmoe.data.check import read_dataset
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.messages.words import is_number
 
 SPLITS = ("training", "validation", "test")
@@ -201,11 +202,8 @@ def _proportions(args: Namespace) -> list[float]:
         shares = []
     is_right = 1 <= len(shares) <= len(Split) and min(shares) >= 0 and 0 < sum(shares) < math.inf
     if not is_right:
-        found = args.split if args.split else "not given"
-        raise ValueError(
-            f"--split is {found}: give the shares of training, validation and test data, as in "
-            "--split 95,5,0."
-        )
+        remedy = "give the shares of training, validation and test data, as in --split 95,5,0"
+        raise FlagError("split", args.split or None, "", remedy)
     return parse_and_normalize_split(args.split)
 
 

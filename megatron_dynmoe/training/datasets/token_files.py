@@ -21,6 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_dynmoe.checkpoints.collective import cause
 from megatron_dynmoe.data.check import Vocabulary, check_dataset
 from megatron_dynmoe.data.finding import FAILED, WARNING
+from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.training.datasets import data_order, splits
 
 # The check at start-up reads about this many bytes of each .bin file.
@@ -60,10 +61,8 @@ def check_token_files(args: Any) -> None:
         splits.check_weights(flag, blend)
     named = _named_files(args)
     if not named:
-        raise ValueError(
-            "--data-path is not given: name what dynmoe preprocess wrote, without .bin, or "
-            "give --mock-data to try without data."
-        )
+        remedy = "name what dynmoe preprocess wrote, without .bin, or give --mock-data to try "
+        raise FlagError("data_path", None, "", f"{remedy}without data")
     for prefix, flag in named.items():
         if "://" in prefix or not (reads or _is_missing(prefix)):
             continue

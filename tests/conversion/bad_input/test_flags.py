@@ -57,4 +57,4 @@ def test_a_tokenizer_with_code_of_its_own(load: Path, refused: Refused) -> None:
     ids=str,
 )
 def test_another_routing(model: Path, refused: Refused, flags: tuple, says: tuple) -> None:
-    refused.from_hf(model, *says, flags=flags)
+    refused.from_hf(model, *says, flags=flags, code=2)

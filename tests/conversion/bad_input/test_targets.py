@@ -19,13 +19,13 @@ from tests.conversion.bad_input.damage import (
 
 def test_targets_that_are_in_the_way(load: Path, model: Path, refused: Refused) -> None:
     refused.output.write_text("a file")
-    refused.to_hf(load, "is a file")
-    refused.from_hf(model, "is a file", flags=("--overwrite",))
+    refused.to_hf(load, "--output", "is a file", code=2)
+    refused.from_hf(model, "--save", "is a file", flags=("--overwrite",), code=2)
     refused.output.unlink()
     refused.output.mkdir()
     (refused.output / "kept").write_text("kept")
-    refused.to_hf(load, "not empty", "--overwrite")
-    refused.from_hf(model, "not empty", "--overwrite")
+    refused.to_hf(load, "not empty", "--overwrite", code=2)
+    refused.from_hf(model, "not empty", "--overwrite", code=2)
 
 
 @pytest.mark.parametrize("relation", (".", "inside", ".."))
@@ -38,11 +38,13 @@ def test_the_source_is_never_replaced(
     ):
         before = listing(source)
         target = source / relation
-        refused(command, read, source, written, target, "--overwrite", says=(str(source), "read"))
+        command_line = (command, read, source, written, target, "--overwrite")
+        refused(*command_line, says=(str(source), "read"), code=2)
         link = refused.output.parent / "link"
         link.symlink_to(source)
         target = link / relation
-        refused(command, read, source, written, target, "--overwrite", says=(str(source), "read"))
+        command_line = (command, read, source, written, target, "--overwrite")
+        refused(*command_line, says=(str(source), "read"), code=2)
         link.unlink()
         assert listing(source) == before
 
@@ -101,7 +103,7 @@ def test_a_parent_that_cannot_be_made(load: Path, model: Path, refused: Refused)
         ("to-hf", "--load", load, "--output", file / "new"),
         ("from-hf", "--model", model, "--save", file / "new"),
     ):
-        refused(*command, says=(str(file),))
+        refused(*command, says=(str(file),), code=2)
 
 
 def test_a_missing_parent_is_made(model: Path, tmp_path: Path) -> None:

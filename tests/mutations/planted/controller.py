@@ -61,7 +61,7 @@ MISTAKES = [
     Mutation(
         "state_cast_to_bf16",
         "threshold and sum are cast to the model's dtype",
-        "routing/counters.py",
+        "routing/keep_dtype.py",
         "new.dtype != old.dtype:",
         "False:",
         (f"{ROUTER}::test_state_keeps_dtype_and_value_when_the_model_is_cast",),

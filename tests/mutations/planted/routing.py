@@ -54,6 +54,14 @@ MISTAKES = [
         ("tests/kernels/test_routing_cpu.py::test_the_environment_chooses",),
     ),
     Mutation(
+        "quick_choice_not_switched_off",
+        "with DYNMOE_KERNELS=0 a CPU still chooses in its own way in inference",
+        "kernels/choose_cpu.py",
+        'if torch.compiler.is_compiling() or os.environ.get("DYNMOE_KERNELS") == "0":',
+        "if torch.compiler.is_compiling():",
+        ("tests/kernels/test_choose_cpu.py::test_where_values_may_not_decide_the_rule_does",),
+    ),
+    Mutation(
         "ties_by_the_highest_index",
         "of equal probabilities the last expert is chosen, not the first",
         "routing/select.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
-from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name
+from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER, checkpoint_name, read_tracker
 from megatron_dynmoe.storage.unpickle import StoredTensor
 
 _OTHER = "the files are of several saves: take another iteration, or restore this one from a copy"
@@ -27,13 +27,12 @@ def check_tracker(folder: Path, iteration: int) -> Check:
     if not tracker.is_file():
         remedy = f"write {iteration} into it, or --load finds nothing"
         return Check(name, WARNING, f"there is no {tracker}", remedy)
-    text = tracker.read_text(errors="replace").strip()
-    if text != RELEASE and not re.fullmatch(r"[0-9]{1,18}", text):
-        remedy = f"write {iteration} into it, or resume with --ckpt-fallback"
-        return Check(name, FAILED, f"{tracker} holds {text[:40]!r}, no iteration", remedy)
-    named = folder.parent / checkpoint_name(RELEASE if text == RELEASE else int(text))
+    remedy = f"write {iteration} into it, or resume with --ckpt-fallback"
+    try:
+        named = folder.parent / checkpoint_name(read_tracker(tracker))
+    except ValueError as error:
+        return Check(name, FAILED, str(error), remedy)
     if not named.is_dir():
-        remedy = f"write {iteration} into it, or resume with --ckpt-fallback"
         return Check(name, FAILED, f"{tracker} names {named.name}, which is missing", remedy)
     return Check(name, PASSED, f"{folder.name}; {TRACKER} names {named.name}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
@@ -12,6 +11,7 @@ from megatron_dynmoe.data.finding import FAILED, PASSED, WARNING, Check
 from megatron_dynmoe.doctor.checkpoint.checks.values import STATE, Place, Values
 from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MOMENT,
+    OPTIMIZER_STATE,
     WEIGHT,
     belongs_to_experts,
     is_dense,
@@ -22,7 +22,6 @@ from megatron_dynmoe.settings.upstream_flags import layers_with_experts
 
 _NAME = "layers and experts"
 _CONVERT = "take another iteration, or convert again from the source"
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
 _OF_MODEL = "decoder."
 
 
@@ -120,7 +119,7 @@ def _states(values: Values) -> Iterator[str]:
     """Each parameter has a state in the optimizer, if the optimizer's states have their names."""
     places: dict[str, dict[str, Set[Place]]] = defaultdict(dict)
     for (kind, row), blocks in values.blocks.items():
-        if kind == MOMENT and (found := _STATE.fullmatch(row)):
+        if kind == MOMENT and (found := OPTIMIZER_STATE.fullmatch(row)):
             places[found[2]][found[1]] = blocks.keys()
     weights = {row: blocks for (kind, row), blocks in values.blocks.items() if kind == WEIGHT}
     if not places.keys() & weights.keys():

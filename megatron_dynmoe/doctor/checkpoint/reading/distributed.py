@@ -17,6 +17,7 @@ from megatron_dynmoe.data.finding import FAILED, Check
 from megatron_dynmoe.doctor.checkpoint.reading.parts import (
     MASTER,
     MOMENT,
+    OPTIMIZER_STATE,
     RESTORE,
     WEIGHT,
     Part,
@@ -26,7 +27,6 @@ from megatron_dynmoe.doctor.checkpoint.reading.parts import (
 )
 
 _OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
 _MASTERS = ("param", "fp32_param", "master_param")
 # The distributed optimizer's default format: all parameters of a rank in one flat tensor. Each
 # begins at a multiple of this; upstream saves whatever lies between.
@@ -96,7 +96,7 @@ class Distributed:
 
 def _kind(key: str) -> tuple[str, str]:
     """What an entry is, and the name of the parameter that it is or belongs to."""
-    if found := _STATE.match(key):
+    if found := OPTIMIZER_STATE.match(key):
         return (MASTER if found[1] in _MASTERS else MOMENT), found[2]
     return (MOMENT if _OF_OPTIMIZER.match(key) else WEIGHT), key
 

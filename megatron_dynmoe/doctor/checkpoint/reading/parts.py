@@ -16,6 +16,8 @@ from megatron_dynmoe.data.finding import FAILED, Check
 # What a part is: a parameter of the model, the optimizer's own copy of one, or what else it keeps.
 WEIGHT, MASTER, MOMENT = "weight", "master", "moment"
 
+# The key of a state of the optimizer: its name, and that of the parameter.
+OPTIMIZER_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
 _LAYER = re.compile(r"(?<!\w)layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(?:experts\.|local_experts\.)?(\d+)\.")
 _EXPERT_AT_END = re.compile(r"(\.experts\.linear_fc\d\.(?:weight|bias))(\d+)$")
