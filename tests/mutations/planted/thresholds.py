@@ -33,7 +33,7 @@ MISTAKES = [
     Mutation(
         "bad_batch_moves_the_thresholds",
         "a batch with an infinite logit moves what the rule keeps",
-        "moe/router.py",
+        "control/update.py",
         "torch.where(is_invalid, before[name], new)",
         "new",
         (f"{ROUTER}::test_evaluation_recomputation_and_bad_batches_change_nothing",),
