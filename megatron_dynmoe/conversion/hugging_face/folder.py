@@ -199,6 +199,12 @@ class ModelFolder:
             if not isinstance(where, dict) or not where:
                 raise ValueError(f"{index} has no weight_map")
             names = sorted({plain_name(name, index) for name in where.values()})
+            if (self.folder / SINGLE).is_file() and SINGLE not in names:
+                # save_pretrained leaves one model's file beside the shards of the next.
+                raise ValueError(
+                    f"{self.folder} holds {SINGLE}, which Transformers would read, and shards that "
+                    f"{INDEX} lists: remove what is not the model"
+                )
             for name in names:
                 if not (self.folder / name).is_file():
                     raise ValueError(f"{self.folder / name} is missing: {INDEX} lists it")
