@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -102,8 +103,8 @@ def _check_first_start(args: Namespace, load: Path) -> None:
     flag = "--load" if load == Path(args.load or "") else "--pretrained-checkpoint"
     if (load / "config.json").is_file() or any(load.glob("*.safetensors")):
         raise ValueError(
-            f"{flag} is {load}, which is a Hugging Face folder: dynmoe convert "
-            f"from-hf --model {load} --save DIR makes a checkpoint of it, for --load DIR."
+            f"{flag} is {load}, which is a Hugging Face folder: dynmoe convert from-hf --model "
+            f"{shlex.quote(str(load))} --save DIR makes a checkpoint of it, for --load DIR."
         )
     if not _is_same(load, args.save):
         found = "holds no checkpoint" if load.is_dir() else "does not exist"

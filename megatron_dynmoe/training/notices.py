@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def how_to_resume(args: Namespace, stopped_by: str | None, ends: bool) -> str:
     if saved is None:
         return f"{begin}; {where}, and no checkpoint was saved"
     is_same = args.load and os.path.realpath(args.load) == os.path.realpath(args.save)
-    command = "the same command" if is_same else f"the same command with --load {args.save}"
+    command = "the same command"
+    if not is_same:
+        command += f" with --load {shlex.quote(args.save)}"
     go_on = f"to go on: {command}"
     if ends:
         unit = "samples" if args.train_samples else "iters"

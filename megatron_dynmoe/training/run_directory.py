@@ -63,7 +63,8 @@ def set_paths(args: Namespace) -> None:
         has_checkpoint = (run_dir / CHECKPOINTS / TRACKER).is_file()
         if has_checkpoint or _has_logged(run_dir):
             remedy = "or name another folder" if has_checkpoint else "name another folder"
-            go_on = f"go on with it by --load {run_dir / CHECKPOINTS}, "
+            checkpoints = shlex.quote(str(run_dir / CHECKPOINTS))
+            go_on = f"go on with it by --load {checkpoints}, "
             problem = "" if has_checkpoint else " that has saved no checkpoint"
             raise FlagError(
                 "run_dir",

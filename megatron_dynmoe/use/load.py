@@ -7,6 +7,7 @@ error and not a random weight. Errors are plain. A folder may be hostile: see SE
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -88,7 +89,8 @@ def load_config(folder: Path) -> Any:
     if format is not None and not format.has_model_code:
         raise ValueError(
             f"model {folder} is of format {format.name} ({format.summary}), for which Transformers "
-            f"has no code: dynmoe convert to-hf --load {folder} --output DIR makes one of ours"
+            f"has no code: dynmoe convert to-hf --load {shlex.quote(str(folder))} --output DIR "
+            "makes one of ours"
         )
     try:
         return transformers.AutoConfig.from_pretrained(

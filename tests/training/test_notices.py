@@ -121,6 +121,10 @@ def test_a_run_that_was_stopped_says_where_it_is_and_how_to_go_on(tmp_path: Path
         "stopped by SIGINT: iteration 6 of 20; the run is in runs/mine, last checkpoint: 6; "
         f"to go on: the same command with --load {tmp_path}"
     )
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / TRACKER).write_text("6")
+    spaced = said_at_the_end("SIGINT", False, save=str(tmp_path / "my run"))
+    assert spaced.endswith(f"the same command with --load '{tmp_path / 'my run'}'")  # for a shell
     again = said_at_the_end("SIGINT", False, save=str(tmp_path), load=f"{tmp_path}/.")
     assert again.endswith(f"are in {tmp_path}, last checkpoint: 6; to go on: the same command")
 

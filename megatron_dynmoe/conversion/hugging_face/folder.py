@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,14 +125,13 @@ def check_is_model(folder: Path) -> None:
         return
     saved = (folder, folder / CHECKPOINTS, folder.parent)
     checkpoints = next((place for place in saved if (place / TRACKER).is_file()), None)
-    remedy = (
-        ""
-        if checkpoints is None
-        else (
-            f" but a checkpoint: dynmoe evaluate takes it as --load {checkpoints}, and dynmoe "
-            f"convert to-hf --load {checkpoints} --output DIR makes a model of it"
+    remedy = ""
+    if checkpoints is not None:
+        load = f"--load {shlex.quote(str(checkpoints))}"
+        remedy = (
+            f" but a checkpoint: dynmoe evaluate takes it as {load}, and dynmoe convert to-hf "
+            f"{load} --output DIR makes a model of it"
         )
-    )
     raise UsageError(
         f"--model is {folder}: it has no {CONFIG}, so it is no Hugging Face model{remedy}"
     )
@@ -208,6 +208,12 @@ class ModelFolder:
             if not isinstance(where, dict) or not where:
                 raise ValueError(f"{index} has no weight_map")
             names = sorted({plain_name(name, index) for name in where.values()})
+            if (self.folder / SINGLE).is_file() and SINGLE not in names:
+                # save_pretrained leaves one model's file beside the shards of the next.
+                raise ValueError(
+                    f"{self.folder} holds {SINGLE}, which Transformers would read, and shards that "
+                    f"{INDEX} lists: remove what is not the model"
+                )
             for name in names:
                 if not (self.folder / name).is_file():
                     raise ValueError(f"{self.folder / name} is missing: {INDEX} lists it")

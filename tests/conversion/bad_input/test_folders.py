@@ -74,6 +74,11 @@ from tests.conversion.bad_input.damage import (
             id="only pickles",
         ),
         pytest.param(
+            lambda f: shutil.copyfile(f / SHARD, f / folder.SINGLE),
+            ("holds model.safetensors, which", "remove what is not the model"),
+            id="two models",
+        ),
+        pytest.param(
             lambda f: [path.unlink() for path in f.glob("*.safetensors*")],
             ("neither model.safetensors nor",),
             id="no weights",

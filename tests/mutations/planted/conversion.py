@@ -55,6 +55,14 @@ MISTAKES = [
         ("tests/conversion/bad_input/test_folders.py::test_what_training_does_not_have",),
     ),
     Mutation(
+        "two_models_in_one_folder",
+        "a folder with shards and another model's single file is converted",
+        "conversion/hugging_face/folder.py",
+        "(self.folder / SINGLE).is_file() and SINGLE not in names",
+        "not (self.folder / INDEX).is_file()",
+        ("tests/conversion/bad_input/test_folders.py::test_files_of_weights",),
+    ),
+    Mutation(
         "padding_with_the_end_of_a_text",
         "an exported tokenizer pads with the end token, which collators leave out of the loss",
         "conversion/hugging_face/tokenizer.py",
