@@ -62,7 +62,7 @@ def test_values_with_fewer_dimensions_than_the_angles_are_left_to_megatron() -> 
 def test_megatron_calls_it() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_dynmoe.upstream import patches
+    from tests.moe.one_rank import megatron_on_cpu
 
-    patches.install()
+    megatron_on_cpu()
     assert rope_utils._apply_rotary_pos_emb_bshd.__wrapped__
