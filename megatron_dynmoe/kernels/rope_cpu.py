@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 def rotates_all(values: Tensor, angles: Tensor) -> bool:
     """Whether :func:`rotate_halves` can rotate these values by these angles."""
-    return values.device.type == "cpu" and values.shape[-1] == angles.shape[-1]
+    has_form = values.dim() == angles.dim() and values.shape[-1] == angles.shape[-1]
+    return values.device.type == "cpu" and has_form
 
 
 def rotate_halves(values: Tensor, angles: Tensor, scale: float = 1.0) -> Tensor:

@@ -50,10 +50,19 @@ def test_other_forms_are_left_to_megatron(width, settings) -> None:
     assert torch.equal(theirs, ours)
 
 
+def test_values_with_fewer_dimensions_than_the_angles_are_left_to_megatron() -> None:
+    """Megatron 0.19 fails; later ones take a dimension of the angles away."""
+    from megatron_dynmoe.kernels.rope_cpu import rotates_all
+
+    values, angles = torch.randn(S, B, WIDTH), torch.randn(S, 1, 1, WIDTH)
+    assert rotates_all(values.unsqueeze(1), angles)
+    assert not rotates_all(values, angles)
+
+
 def test_megatron_calls_it() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_dynmoe.upstream import patches
+    from tests.moe.one_rank import megatron_on_cpu
 
-    patches.install()
+    megatron_on_cpu()
     assert rope_utils._apply_rotary_pos_emb_bshd.__wrapped__
