@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.diffusion import train
+from megatron_dynmoe.jobs.recipes import recipe_flags
 from megatron_dynmoe.run import prepare
 from megatron_dynmoe.settings.messages.command_line import (
     CommandParser,
@@ -43,8 +44,8 @@ SAMPLES = "samples"
 # Of the training's command, by how their names begin: its layout, and what it writes and reads.
 _LEFT_OUT = (
     "run-dir", "save", "load", "no-load-", "finetune", "ckpt-", "pretrained-checkpoint", "exit-",
-    "tensorboard-", "wandb-", "live-plot", "sequence-parallel",
-    "context-parallel-", "expert-model-parallel-", "expert-tensor-parallel-",
+    "tensorboard-", "wandb-", "live-plot", "sequence-parallel", "context-parallel-",
+    "expert-model-parallel-", "expert-tensor-parallel-",
     "pipeline-model-parallel-", "tensor-model-parallel-", "num-layers-per-virtual-",
     "num-virtual-stages-", "use-distributed-optimizer", "overlap-", "eval-", "full-validation",
 )  # fmt: skip
@@ -205,11 +206,15 @@ def flags_of(run: Path, more: Sequence[str]) -> list[str]:
         if not (run / name).is_file():
             raise UsageError(f"RUN is {run}, which holds no {name}: give the --run-dir of a run")
     words = shlex.split((run / "command.txt").read_text().splitlines()[0])
-    flags = values_of(words[words.index("-m") + 2 :])
-    kept = {name: given for name, given in flags.items() if not name.startswith(_LEFT_OUT)}
+    flags: list[str] = []
+    for word in words[words.index("-m") + 2 :]:
+        flags += recipe_flags(word) if word.startswith("@") else [word]
+    kept = {
+        name: values for name, values in values_of(flags).items() if not name.startswith(_LEFT_OUT)
+    }
     kept |= {"load": [str(run / CHECKPOINTS)], "eval-iters": ["1"], "num-workers": ["0"]}
     loading = ["--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
-    words = [word for name, given in kept.items() for word in (f"--{name}", *given)]
+    words = [word for name, values in kept.items() for word in (f"--{name}", *values)]
     return [*words, *loading, *more]
 
 
@@ -246,10 +251,12 @@ def write(model: nn.Module, run: Path, per_class: int) -> None:
     from examples.diffusion import page, pictures
 
     args, dit = get_args(), unwrap_model(model)
-    pictures.draw(dit, args, run / SAMPLES, args.iteration, quiet=True)
+    if args.samples_per_class:
+        pictures.draw(dit, args, run / SAMPLES, args.iteration, quiet=True)
     measured = measure(dit, args, per_class)
     text = json.dumps(measured, indent=1) + "\n"
     target = run / SAMPLES / f"measured_{args.iteration}.json"
+    target.parent.mkdir(exist_ok=True)
     replace_file(target, lambda path: path.write_text(text))
     lines = describe(measured)
     page.write(run, args.iteration, lines)

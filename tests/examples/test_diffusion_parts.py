@@ -187,3 +187,24 @@ def test_the_classifier_knows_digits(monkeypatch) -> None:
     with torch.no_grad():
         found = one(scaled(digits.pixels[held_out])).argmax(dim=1)
     assert (found == digits.labels[held_out]).double().mean() > 0.9
+
+
+@pytest.mark.megatron
+def test_a_run_is_measured_by_its_first_command_without_layout_and_steps(tmp_path) -> None:
+    from examples.diffusion.measure import flags_of
+    from megatron_dynmoe.settings.messages.command_line import UsageError
+
+    with pytest.raises(UsageError, match=r"holds no command\.txt: give the --run-dir"):
+        flags_of(tmp_path, [])
+    (tmp_path / "sizes.flags").write_text("--num-layers 2\n--pipeline-model-parallel-size 2\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "command.txt").write_text(
+        f"torchrun --nproc-per-node 4 -m examples.diffusion.train @{tmp_path}/sizes.flags "
+        "--images 'my images' --tensor-model-parallel-size 2 --sequence-parallel --seed 7 "
+        f"--load elsewhere --ckpt-step 3 --finetune --run-dir {tmp_path}\nanother -m x --seed 8\n"
+    )
+    flags = flags_of(tmp_path, ["--seed", "9"])
+    assert flags[:6] == ["--num-layers", "2", "--images", "my images", "--seed", "7"]
+    assert flags[6:8] == ["--load", str(tmp_path / "checkpoints")] and flags[-2:] == ["--seed", "9"]
+    assert not {"--finetune", "--ckpt-step", "--sequence-parallel", "--run-dir"} & set(flags)
