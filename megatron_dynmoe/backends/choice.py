@@ -280,7 +280,7 @@ def adapt_arguments(args: Any) -> None:
         args.apply_rope_fusion &= kernels.available(torch.device("cuda")) and not needs_it
 
 
-def settle_masks(backend: str, args: Any) -> None:
+def adapt_masks(backend: str, args: Any) -> None:
     """Let the data loader make no attention mask if the attention of ``torch_native`` runs.
 
     That attention applies the causal mask by itself, and gets the lengths of documents that are

@@ -82,7 +82,7 @@ class SaveGuard:
 
         return save_with_manifest
 
-    def keeping_returned_error(self, write: Callable[..., Any]) -> Callable[..., Any]:
+    def record_returned_error(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the writing of one file, whose error Megatron replaces by its type's name."""
 
         @functools.wraps(write)
@@ -94,7 +94,7 @@ class SaveGuard:
 
         return write_and_keep_error
 
-    def keeping_raised_error(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def record_raised_error(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a step of rank 0 that the other ranks wait for: keep its error until later."""
 
         @functools.wraps(step)

@@ -25,7 +25,7 @@ MIN_GAIN_MARGIN = 3.0
 # so that the thresholds between this knot and the next are right, too.
 _LEAST_START = 1.05
 
-Controller = PIController | MapController
+ControlLaw = PIController | MapController
 
 
 class ModelSizes(Protocol):
@@ -36,7 +36,7 @@ class ModelSizes(Protocol):
     init_method_std: float
 
 
-def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, Controller | None]:
+def settle(resolved: DynMoEConfig, model: ModelSizes) -> tuple[DynMoEConfig, ControlLaw | None]:
     """Compute every ``auto`` from the model's configuration.
 
     Args:
@@ -105,7 +105,7 @@ def _plant(resolved: DynMoEConfig, model: ModelSizes) -> dict[str, Any]:
     }
 
 
-def started_rule(dynmoe: DynMoEConfig, controller: Controller | None, model: ModelSizes) -> Rule:
+def started_rule(dynmoe: DynMoEConfig, controller: ControlLaw | None, model: ModelSizes) -> Rule:
     """Build the rule of a run, with its state of the first step.
 
     Args:

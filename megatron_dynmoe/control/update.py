@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_dynmoe.control.agreement import check_agreement
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller
+from megatron_dynmoe.control.settle import ControlLaw
 from megatron_dynmoe.moe.router import DynamicRouter, finished_iterations
 from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
@@ -46,7 +46,7 @@ class GlobalBatchUpdate:
         self,
         dynmoe: DynMoEConfig,
         rule: Rule,
-        controller: Controller | None = None,
+        controller: ControlLaw | None = None,
         finalize: Callable[..., None] | None = None,
     ) -> None:
         """Wrap the training loop's hook.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from megatron_dynmoe.layers.rules import RULES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 
 # The settings of dynamic routing that a config has under their own names.
 ROUTING = (
@@ -129,7 +129,7 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def extra_logits(config: dict[str, Any]) -> int:
     """How many rows a gate has beside those of the experts."""
-    rule = RULES.get(config["routing"])
+    rule = LAYER_RULES.get(config["routing"])
     return 0 if rule is None else rule.extra_logits(config["rule_settings"] or {})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller, settle, started_rule
+from megatron_dynmoe.control.settle import ControlLaw, settle, started_rule
 from megatron_dynmoe.conversion.model_settings import (
     NO_ROUTING,
     ROUTING,
@@ -16,7 +16,7 @@ from megatron_dynmoe.conversion.model_settings import (
     per_layer,
     where_sparse,
 )
-from megatron_dynmoe.layers.rules import RULES as LAYER_RULES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.moe.rules import RULES, Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import (
@@ -180,7 +180,7 @@ def is_drawn(config: dict[str, Any]) -> bool:
     return isinstance(target, str) and isinstance(parse_target(target), TargetDistribution)
 
 
-def _settle(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, Controller | None]:
+def _settle(dynmoe: DynMoEConfig, config: dict[str, Any]) -> tuple[DynMoEConfig, ControlLaw | None]:
     return settle(dynmoe.resolve(config["num_experts"]), _sizes(config))
 
 

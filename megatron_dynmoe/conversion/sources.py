@@ -38,7 +38,7 @@ from megatron_dynmoe.conversion.names import (
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
-from megatron_dynmoe.layers.rules import RULES as LAYER_RULES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.settings.distribution import TargetDistribution
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest

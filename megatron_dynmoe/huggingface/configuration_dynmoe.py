@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
 from megatron_dynmoe.huggingface.validation_dynmoe import check_settings, checked_threshold
-from megatron_dynmoe.layers.rules import RULES, LayerRule
+from megatron_dynmoe.layers.rules import LAYER_RULES, LayerRule
 
 if version.parse(transformers.__version__) < version.parse("5.5"):
     raise ImportError(
@@ -51,7 +51,7 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Of other rules, where they do not say otherwise (layers/rules.py).
 RULE_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"] | {"weights": "raw"}
-for _name, _rule in RULES.items():
+for _name, _rule in LAYER_RULES.items():
     ROUTING_DEFAULTS[_name] = {**RULE_DEFAULTS, **_rule.defaults}
 
 
@@ -278,7 +278,7 @@ class DynMoEModelConfig(PreTrainedConfig):
     @property
     def rule(self) -> LayerRule | None:
         """The rule of the routing, unless it is top-k, top-p or DTop-p."""
-        return RULES.get(vars(self)["routing"])
+        return LAYER_RULES.get(vars(self)["routing"])
 
     @property
     def extra_logits(self) -> int:

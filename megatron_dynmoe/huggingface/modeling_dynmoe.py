@@ -123,6 +123,8 @@ class DynMoEExperts(Experts):
     that a token does not use. Transformers' own compute every slot.
     """
 
+    config: DynMoEModelConfig
+
     def __init__(self, config: DynMoEModelConfig) -> None:
         sizes = config.hidden_size, config.num_experts, config.moe_intermediate_size
         super().__init__(*sizes, init_std=None)

@@ -11,9 +11,9 @@ from typing import Any
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, is_number
-from megatron_dynmoe.layers.rules import RULES, LayerRule
+from megatron_dynmoe.layers.rules import LAYER_RULES, LayerRule
 
-ROUTINGS = ("top_k", "top_p", "dtop_p", *RULES)
+ROUTING_NAMES = ("top_k", "top_p", "dtop_p", *LAYER_RULES)
 
 # What top-p and DTop-p have, and what other rules have. Those that are in no list, all have.
 TOP_P_ONLY = ("threshold", "inference_threshold", "inference_experts_per_token", "budget_curve")
@@ -28,7 +28,7 @@ DYNAMIC_ONLY = (
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "hidden_act": ("silu",),
-    "routing": ROUTINGS,
+    "routing": ROUTING_NAMES,
     "normalization": ("none", "drn"),
     "weights": ("raw", "renormalized"),
     "router_dtype": ("float32", "bfloat16", "float16"),

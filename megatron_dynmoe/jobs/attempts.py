@@ -167,7 +167,7 @@ def is_finished(run_dir: Path, values: dict[str, list[str]]) -> bool:
     """Whether the run has reached its end, and the flags ask for no more than that.
 
     Raises:
-        ValueError: a flag for the run's length is no whole number.
+        ValueError: a flag for the run's length is not a whole number.
     """
     marker = run_dir / FINISHED
     if not marker.is_file():

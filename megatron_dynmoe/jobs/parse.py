@@ -9,7 +9,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from megatron_dynmoe.settings.hybrid_pattern import settle_pattern
+from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern
 
 
 def parse(flags: Sequence[str]) -> Namespace:
@@ -41,7 +41,7 @@ def read_args(flags: Sequence[str]) -> Namespace:
         ValueError: a flag is unknown or missing, or has a bad value.
     """
     args = parse(flags)
-    settle_pattern(args)
+    adapt_pattern(args)
     # This repeats upstream's validate_args, which cannot run without processes.
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not getattr(args, name):

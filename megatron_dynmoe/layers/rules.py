@@ -1,8 +1,8 @@
 """Rules of routing for models in plain PyTorch, beside top-k and top-p, which the gate knows.
 
 The mathematics of a rule is in ``routing``: in training, the rule of the same name in ``moe/rules``
-calls the same functions. A row of :data:`RULES` says what a model's configuration has to hold.
-Exports ship with this file.
+calls the same functions. A row of :data:`LAYER_RULES` says what a model's configuration has to
+hold. Exports ship with this file.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _relu(logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str,
 
 
 # By routing.
-RULES: dict[str, LayerRule] = {
+LAYER_RULES: dict[str, LayerRule] = {
     "expert_threshold": LayerRule(
         _expert_threshold,
         {"share": "one", "thresholds": "experts", "batches": "one"},
@@ -180,7 +180,7 @@ def chooser(
         config: the fields of the model's configuration.
         max_experts: the cap, or None.
     """
-    rule = RULES[config["routing"]]
+    rule = LAYER_RULES[config["routing"]]
     # A forward pass does not copy the same numbers to the device again.
     make = _tensor if torch.compiler.is_compiling() else _kept_tensor
     state = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.control.pi_map import MapController
-from megatron_dynmoe.control.settle import Controller, settle, started_rule
+from megatron_dynmoe.control.settle import ControlLaw, settle, started_rule
 from megatron_dynmoe.moe.flex import check_flex
 from megatron_dynmoe.moe.rules import Rule
 from megatron_dynmoe.settings.config import DynMoEConfig
@@ -35,7 +35,7 @@ class Settled:
 
     dynmoe: DynMoEConfig
     backend: choice.BackEnd
-    controller: Controller | None = None
+    controller: ControlLaw | None = None
     rule: Rule | None = None
 
     @property

@@ -158,6 +158,6 @@ def check_positions(logits_TE: Tensor, num_sequences: int) -> None:
     """Refuse tokens that do not fill whole positions; a position has one token per sequence."""
     if len(logits_TE) % num_sequences:
         raise ValueError(
-            f"there are {len(logits_TE)} tokens, which are no whole number of positions of "
+            f"there are {len(logits_TE)} tokens, which is not a whole number of positions of "
             f"num_sequences {num_sequences}."
         )

@@ -95,7 +95,7 @@ def resolved_from_args(args: Namespace, num_experts: int | None) -> DynMoEConfig
         return config.resolve(num_experts)
 
 
-def settle_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
+def adapt_balance_loss(args: Namespace, config: DynMoEConfig) -> DynMoEConfig:
     """Give upstream's balance-loss flags their meaning for the chosen routing.
 
     With stock top-k, upstream's own defaults apply again. With dynamic routing our router computes

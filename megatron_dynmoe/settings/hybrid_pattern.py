@@ -29,7 +29,7 @@ _NOT_FOR_PATTERNS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def settle_pattern(args: Any) -> None:
+def adapt_pattern(args: Any) -> None:
     """Check the pattern, and set what follows from it: the layers, and which of them have experts.
 
     Args:

@@ -159,11 +159,11 @@ PATCHES = (
         {
             "megatron.core.dist_checkpointing:save": _saving.with_manifest,
             "megatron.core.dist_checkpointing.serialization:save_config": (
-                _saving.keeping_raised_error
+                _saving.record_raised_error
             ),
-            f"{_WRITER}.finish": _saving.keeping_raised_error,
+            f"{_WRITER}.finish": _saving.record_raised_error,
             f"{_WRITER}.write_preloaded_data": lambda write: staticmethod(
-                _saving.keeping_returned_error(write)
+                _saving.record_returned_error(write)
             ),
             f"{_CHECKPOINTING}:save_checkpoint": _saving.with_folder,
             "megatron.training.training:save_checkpoint": _saving.with_folder,
@@ -204,7 +204,7 @@ PATCHES = (
         "been killed before that, the worker takes the process that adopted it for its parent, "
         "and never ends.",
         "ManagerWatchdog takes the parent from multiprocessing, or from its caller.",
-        {"torch.utils.data._utils.worker:ManagerWatchdog": wrappers.knowing_its_parent},
+        {"torch.utils.data._utils.worker:ManagerWatchdog": wrappers.watching_parent_from_start},
     ),
     Patch(
         "data indexes named by content",
@@ -239,7 +239,7 @@ PATCHES = (
         "in the interval that the step begins. With --log-interval 1 the step is the whole "
         "interval, so the second line shows the mean of the first two losses and times.",
         "The first step's losses are not counted again if the step ends an interval.",
-        {"megatron.training.training:training_log": wrappers.counting_once},
+        {"megatron.training.training:training_log": wrappers.with_first_interval_logged},
     ),
     Patch(
         "experts begin differently",
@@ -249,7 +249,7 @@ PATCHES = (
         "all others. (On a GPU, experts have a generator of their own with a seed by rank.)",
         "Experts are drawn by a seed of their rank on the CPU, too.",
         {
-            f"{_LAYERS}:{cls}.__init__": wrappers.differing_by_rank
+            f"{_LAYERS}:{cls}.__init__": wrappers.seeded_by_rank
             for cls in ("ColumnParallelLinear", "RowParallelLinear")
         },
     ),

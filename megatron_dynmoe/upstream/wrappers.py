@@ -29,7 +29,7 @@ def with_plain_queue(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_with_plain_queue
 
 
-def knowing_its_parent(watchdog: type) -> type:
+def watching_parent_from_start(watchdog: type) -> type:
     """Let a data worker know its parent from the start, not from its first look."""
 
     class Watchdog(watchdog):
@@ -42,7 +42,7 @@ def knowing_its_parent(watchdog: type) -> type:
     return Watchdog
 
 
-def counting_once(log: Callable[..., Any]) -> Callable[..., Any]:
+def with_first_interval_logged(log: Callable[..., Any]) -> Callable[..., Any]:
     """Log the first step as any other if it ends an interval."""
     from megatron.training import get_args
 
@@ -55,7 +55,7 @@ def counting_once(log: Callable[..., Any]) -> Callable[..., Any]:
     return log_interval
 
 
-def differing_by_rank(init: Callable[..., None]) -> Callable[..., None]:
+def seeded_by_rank(init: Callable[..., None]) -> Callable[..., None]:
     """Draw the experts of a rank by a seed that includes the rank.
 
     A run with one expert-parallel rank draws as upstream does.

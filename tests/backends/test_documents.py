@@ -238,10 +238,10 @@ def arguments(**given) -> Namespace:
     ],
 )
 def test_only_attention_that_needs_a_mask_gets_one(backend, given, makes_mask):
-    from megatron_dynmoe.backends.choice import settle_masks
+    from megatron_dynmoe.backends.choice import adapt_masks
 
     args = arguments(**given)
-    settle_masks(backend, args)
+    adapt_masks(backend, args)
     assert args.create_attention_mask_in_dataloader is makes_mask
 
 
@@ -271,8 +271,8 @@ def test_only_attention_that_needs_a_mask_gets_one(backend, given, makes_mask):
     ],
 )
 def test_a_mask_that_would_not_arrive_is_refused(backend, given, message):
-    from megatron_dynmoe.backends.choice import settle_masks
+    from megatron_dynmoe.backends.choice import adapt_masks
 
     with pytest.raises(ValueError, match=message):
-        settle_masks(backend, arguments(**given))
-    settle_masks(backend, arguments(**{**given, "reset_attention_mask": False}))
+        adapt_masks(backend, arguments(**given))
+    adapt_masks(backend, arguments(**{**given, "reset_attention_mask": False}))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dynmoe.conversion.formats import FORMATS
-from megatron_dynmoe.layers.rules import RULES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from tests.conversion.checkpoints import EXAMPLES
 from tests.distributed.harness import DTOP_P, TINY, Case, Results, add
 from tests.distributed.selection import matrix
@@ -144,7 +144,7 @@ def of_a_rule(rule: str) -> tuple[Case, Case]:
     return to_hf(trained, f"rule_{rule}_hf", ""), evaluate(trained, flags)
 
 
-OF_RULES = {rule: of_a_rule(rule) for rule in RULES}
+OF_RULES = {rule: of_a_rule(rule) for rule in LAYER_RULES}
 # The published layout has no code for this Transformers: its weights are looked at in ours.
 OURS = {"top_p": to_hf(TRIPS["dynamic-moe, ep2"][0], "ep2_dynamic-moe_ours", "")}
 

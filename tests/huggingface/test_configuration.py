@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_dynmoe.huggingface import DynMoEModelConfig
 from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTING_DEFAULTS
-from megatron_dynmoe.huggingface.validation_dynmoe import ROUTINGS
-from megatron_dynmoe.layers.rules import RULES
+from megatron_dynmoe.huggingface.validation_dynmoe import ROUTING_NAMES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.routings import ROUTINGS as TRAINED
+from megatron_dynmoe.settings.routings import ROUTING_NAMES as TRAINED
 from tests.huggingface.tiny import tiny_config
 
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"], "intermediate_size": 48}
@@ -133,7 +133,7 @@ def test_the_file_states_every_routing_setting(tmp_path):
 
 
 def test_the_routings_are_those_that_training_calls_exported():
-    assert tuple(name for name, kind in TRAINED.items() if kind.is_exported) == ROUTINGS
+    assert tuple(name for name, kind in TRAINED.items() if kind.is_exported) == ROUTING_NAMES
 
 
 @pytest.mark.parametrize("routing", ["top_p", "dtop_p"])
@@ -211,9 +211,9 @@ def test_settings_of_a_rule_are_refused_by_name(settings, message):
 
 def test_a_rule_has_the_defaults_of_its_training():
     for routing, kind in TRAINED.items():
-        if routing not in RULES:
+        if routing not in LAYER_RULES:
             continue
         found = ROUTING_DEFAULTS[routing]
         for name in ("normalization", "weights", "balance_loss"):
-            wanted = kind.defaults.get(name, RULES[routing].fixed.get(name))
+            wanted = kind.defaults.get(name, LAYER_RULES[routing].fixed.get(name))
             assert found[name] == wanted, (routing, name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.layers.rules import RULES
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.moe import one_rank
 from tests.oracles import routing as oracle
@@ -130,7 +130,7 @@ def test_an_exported_router_chooses_as_evaluations_do(weights):
     router.score_threshold.fill_(0.3)
     logits_TE = torch.nn.functional.linear(hidden(6), router.weight).flatten(end_dim=1)
     settings = {"weights": weights, "max_experts_per_token": CAP}
-    chosen = RULES["seq_top_k"].choose(logits_TE, router.state, settings)
+    chosen = LAYER_RULES["seq_top_k"].choose(logits_TE, router.state, settings)
     weights_TE, map_TE = router(hidden(6))
     assert torch.equal(chosen.map_TE, map_TE)
     assert torch.equal(chosen.weights_TE, weights_TE)

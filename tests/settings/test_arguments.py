@@ -5,13 +5,13 @@ from argparse import ArgumentParser, Namespace
 import pytest
 
 from megatron_dynmoe.settings.arguments import (
+    adapt_balance_loss,
     add_dynmoe_args,
     adopt_upstream_balance_loss,
     config_from_args,
     config_from_environment,
     flag_of,
     resolved_from_args,
-    settle_balance_loss,
 )
 from megatron_dynmoe.settings.config import SETTINGS, DynMoEConfig
 
@@ -155,7 +155,7 @@ TOP_P = DynMoEConfig(routing="top_p")
 @pytest.mark.parametrize("kind", SETTINGS["balance_loss"].choices)
 def test_upstreams_flags_are_taken_over(kind):
     args = parse(TYPE, kind, COEFF, "0.02")
-    config = settle_balance_loss(args, TOP_P)
+    config = adapt_balance_loss(args, TOP_P)
     assert (config.balance_loss, config.balance_loss_coeff) == (kind, 0.02)
     assert args.moe_router_load_balancing_type == "none", "upstream computes none"
     assert args.moe_aux_loss_coeff == 0
@@ -163,14 +163,14 @@ def test_upstreams_flags_are_taken_over(kind):
 
 def test_without_upstreams_flags_the_defaults_of_the_routing_hold():
     args = parse()
-    assert settle_balance_loss(args, TOP_P) == TOP_P
+    assert adapt_balance_loss(args, TOP_P) == TOP_P
     assert args.moe_router_load_balancing_type == "none"
     assert args.moe_aux_loss_coeff == 0
 
 
 def test_both_flags_may_say_the_same():
     config = DynMoEConfig(routing="top_p", balance_loss="aux_loss", balance_loss_coeff=0.02)
-    assert settle_balance_loss(parse(TYPE, "aux_loss", COEFF, "0.02"), config) == config
+    assert adapt_balance_loss(parse(TYPE, "aux_loss", COEFF, "0.02"), config) == config
 
 
 @pytest.mark.parametrize(
@@ -196,15 +196,15 @@ def test_both_flags_may_say_the_same():
 def test_what_upstreams_flags_cannot_mean_is_refused(flags, ours, message):
     config = DynMoEConfig(routing="top_p", **ours)
     with pytest.raises(ValueError, match=message):
-        settle_balance_loss(parse(*flags), config)
+        adapt_balance_loss(parse(*flags), config)
 
 
 def test_stock_top_k_keeps_upstreams_flags_and_defaults():
     args = parse()
-    assert settle_balance_loss(args, DynMoEConfig()) == DynMoEConfig()
+    assert adapt_balance_loss(args, DynMoEConfig()) == DynMoEConfig()
     assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 0.0)
     args = parse(TYPE, "sinkhorn", COEFF, "0.5")
-    assert settle_balance_loss(args, DynMoEConfig()) == DynMoEConfig()
+    assert adapt_balance_loss(args, DynMoEConfig()) == DynMoEConfig()
     assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == (["sinkhorn"], [0.5])
 
 

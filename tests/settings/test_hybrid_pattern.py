@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dynmoe.settings.hybrid_pattern import layers_of_kinds, settle_pattern
+from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern, layers_of_kinds
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
@@ -29,16 +29,16 @@ def arguments(pattern: str | None, **changed: Any) -> SimpleNamespace:
 
 def test_layers_follow_from_the_pattern() -> None:
     args = arguments("*E|*-", pipeline_model_parallel_size=2)
-    settle_pattern(args)
+    adapt_pattern(args)
     assert (args.num_layers, args.moe_layer_freq) == (4, [0, 1, 0, 0])
-    settle_pattern(args)  # as with --use-checkpoint-args
+    adapt_pattern(args)  # as with --use-checkpoint-args
     assert (args.num_layers, args.moe_layer_freq) == (4, [0, 1, 0, 0])
 
 
 def test_without_experts_or_a_pattern_the_frequency_is_as_it_was() -> None:
     dense, none = arguments("*-*-", num_experts=None), arguments(None, num_layers=3)
-    settle_pattern(dense)
-    settle_pattern(none)
+    adapt_pattern(dense)
+    adapt_pattern(none)
     assert (dense.num_layers, dense.moe_layer_freq) == (4, 1)
     assert (none.num_layers, none.moe_layer_freq) == (3, 1)
 
@@ -66,7 +66,7 @@ def test_without_experts_or_a_pattern_the_frequency_is_as_it_was() -> None:
 )
 def test_what_is_not_taken_is_named(pattern: str, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(FlagError, match=said):
-        settle_pattern(arguments(pattern, **changed))
+        adapt_pattern(arguments(pattern, **changed))
 
 
 def test_each_kind_has_its_layers() -> None:

@@ -217,7 +217,7 @@ class MegatronCheckpoint:
     def _tensor_entry(self, key: str) -> TensorStorageMetadata:
         entry = self._entries[key]
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{self.folder}: {key} is no tensor")
+            raise ValueError(f"{self.folder}: {key} is not a tensor")
         return entry
 
     def _check_files(self) -> None:
@@ -262,7 +262,7 @@ class MegatronCheckpoint:
 
     @property
     def objects(self) -> list[str]:
-        """The keys of all entries that are no tensors."""
+        """The keys of all entries that are not tensors."""
         return [
             key
             for key, entry in self._entries.items()
@@ -270,7 +270,7 @@ class MegatronCheckpoint:
         ]
 
     def read_object(self, key: str) -> Any:
-        """An entry that is no tensor; None if there is no such entry.
+        """An entry that is not a tensor; None if there is no such entry.
 
         Raises:
             ValueError: its file is damaged.

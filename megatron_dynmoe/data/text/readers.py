@@ -27,7 +27,7 @@ PARQUET_ROWS = 64
 # A plain text is one document. A longer one is split, and each piece of about so many characters
 # is a document.
 TXT_PIECE = 1 << 22
-# Files that begin like this are no text, whatever their name says; the text names the remedy.
+# Files that begin like this are not text, whatever their name says; the text names the remedy.
 FOREIGN = {
     b"\x1f\x8b\x08": "gzip: let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "zstd: let its name end in .zst",

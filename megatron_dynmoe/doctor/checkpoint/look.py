@@ -124,7 +124,7 @@ def _folder(path: Path) -> Path | Check:
 
 
 def _kind(folder: Path) -> Callable[[Path], Opened] | None:
-    """What opens a folder; None if it is no checkpoint."""
+    """What opens a folder; None if it is not a checkpoint."""
     if (folder / _CONFIG).is_file():
         return HuggingFace
     if (folder / ".metadata").is_file():

@@ -57,7 +57,7 @@ def ranks_of_a_token(num_experts: int, num_ranks: int, experts_per_token: float)
     """Compute to how many ranks a token goes on average if any choice of experts is as likely.
 
     A rank is left out if all of a token's k experts are among the E - E/R of the others:
-    R (1 - C(E - E/R, k) / C(E, k)), with the gamma function for a k that is no whole number.
+    R (1 - C(E - E/R, k) / C(E, k)), with the gamma function for a k that is not a whole number.
     """
     others, k = num_experts - num_experts // num_ranks, experts_per_token
     if k > others:

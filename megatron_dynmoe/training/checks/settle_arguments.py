@@ -10,12 +10,12 @@ from argparse import Namespace
 
 from megatron_dynmoe.backends import choice, transformer_engine
 from megatron_dynmoe.settings.arguments import (
+    adapt_balance_loss,
     config_from_args,
     naming_flags,
-    settle_balance_loss,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.hybrid_pattern import settle_pattern
+from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern
 from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training.checks.argument_checks import check_arguments, check_top_k
@@ -51,9 +51,9 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
     Raises:
         ValueError: the message names the flag, its value and the remedy.
     """
-    settle_pattern(args)
+    adapt_pattern(args)
     _check_model(args)
-    dynmoe = settle_balance_loss(args, config_from_args(args))
+    dynmoe = adapt_balance_loss(args, config_from_args(args))
     if not here and dynmoe.backend == "transformer_engine" and not choice.has_transformer_engine():
         chosen = choice.BackEnd(dynmoe.backend, "asked for")
     else:
@@ -61,7 +61,7 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
             chosen = choice.choose_backend(dynmoe.backend, args.transformer_impl)
     args.transformer_impl = chosen.implementation
     choice.adapt_arguments(args)
-    choice.settle_masks(chosen.backend, args)
+    choice.adapt_masks(chosen.backend, args)
     choice.check_norms(chosen.backend, args)
     if chosen.backend == "transformer_engine" and dynmoe.is_dynamic:
         transformer_engine.check_mask(args)

@@ -41,7 +41,7 @@ class RankFiles:
     """See :class:`megatron_dynmoe.doctor.checkpoint.reading.parts.Opened`."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder of one iteration: reads all that is no tensor.
+        """Open the folder of one iteration: reads all that is not a tensor.
 
         Raises:
             ValueError: no file can be read.
