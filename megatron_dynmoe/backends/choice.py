@@ -180,14 +180,14 @@ def check_biases(config: TransformerConfig) -> None:
         )
 
 
-def needs_parallel_experts(plan: BackEnd, settings: Any) -> bool:
+def needs_parallel_experts(backend: BackEnd, settings: Any) -> bool:
     """Whether a model can be trained only with expert parallelism; see :func:`check_biases`.
 
     Args:
-        plan: the model's back end.
+        backend: the model's back end.
         settings: Megatron's arguments or a TransformerConfig.
     """
-    return (plan.backend == "local" or "experts" in plan.kept) and _have_biases(settings)
+    return (backend.backend == "local" or "experts" in backend.kept) and _have_biases(settings)
 
 
 def _have_biases(settings: Any) -> bool:
@@ -337,12 +337,12 @@ def _unsupported(config: Any, supported: dict[str, tuple[Any, ...]]) -> str | No
     return None
 
 
-def describe(plan: BackEnd, config: TransformerConfig) -> str:
+def describe(backend: BackEnd, config: TransformerConfig) -> str:
     """Describe in one line which code runs attention, norms and experts."""
-    if plan.backend == "transformer_engine" and config.moe_grouped_gemm:
-        return f"> back end: {plan.backend} ({plan.why}) | experts: its grouped GEMMs"
-    if plan.backend != "torch_native":
-        return f"> back end: {plan.backend} ({plan.why})"
+    if backend.backend == "transformer_engine" and config.moe_grouped_gemm:
+        return f"> back end: {backend.backend} ({backend.why}) | experts: its grouped GEMMs"
+    if backend.backend != "torch_native":
+        return f"> back end: {backend.backend} ({backend.why})"
     gemm = gemm_of(config)
     ours = {
         "attention": "scaled_dot_product_attention",
@@ -351,11 +351,14 @@ def describe(plan: BackEnd, config: TransformerConfig) -> str:
     }
     if not config.num_moe_experts:
         del ours["experts"]
+    kept = backend.kept
     parts = [
-        f"{part}: upstream's local ({plan.kept[part]})" if part in plan.kept else f"{part}: {code}"
+        f"{part}: upstream's local ({backend.kept[part]})"
+        if part in backend.kept
+        else f"{part}: {code}"
         for part, code in ours.items()
     ]
-    return f"> back end: torch_native ({plan.why}) | " + " | ".join(parts)
+    return f"> back end: torch_native ({backend.why}) | " + " | ".join(parts)
 
 
 def gemm_of(config: TransformerConfig) -> str:

@@ -215,8 +215,8 @@ def native_norm(
 class TorchNativeSpecProvider(LocalSpecProvider):
     """Upstream's local modules, except for attention, norms and experts."""
 
-    def __init__(self, plan: BackEnd) -> None:
-        self.kept = plan.kept
+    def __init__(self, backend: BackEnd) -> None:
+        self.kept = backend.kept
 
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
@@ -236,14 +236,14 @@ class TorchNativeSpecProvider(LocalSpecProvider):
 
 
 def with_native_modules(
-    spec: TransformerBlockSubmodules, plan: BackEnd, config: TransformerConfig
+    spec: TransformerBlockSubmodules, backend: BackEnd, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
     """Copy upstream's local spec with this back end's modules in it.
 
     The functions of upstream that build the spec choose their provider themselves, so ours cannot
     be passed to them.
     """
-    provider = TorchNativeSpecProvider(plan)
+    provider = TorchNativeSpecProvider(backend)
     layers: dict[int, Any] = {}  # by id, because upstream shares one spec object among layers
     for layer in spec.layer_specs:
         if id(layer) not in layers:

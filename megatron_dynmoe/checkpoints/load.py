@@ -233,7 +233,7 @@ def choose(
     if fallback:
         raise CheckpointError(
             f"--ckpt-fallback finds no good checkpoint in {load}:\n  {listed}\n"
-            "Restore one from a copy, or start anew without --load, in another --save."
+            "Restore one from a copy, or start anew without --load and with another --save."
         )
     raise CheckpointError(
         f"the checkpoint {checkpoint_name(names[0])} in {load} is damaged:\n  {listed}\n"

@@ -2,6 +2,7 @@
 
 The rule of the routing gives the counts. The knob is what the controller moves: of DTop-p, the
 threshold.
+
 Letters: T tokens, E experts, K = min(E, max_experts) the most experts that a token can use.
 """
 

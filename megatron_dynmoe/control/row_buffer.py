@@ -63,7 +63,7 @@ class RowBuffer:
         margin = update.dynmoe.row_buffer_margin if isinstance(update, GlobalBatchUpdate) else None
         if margin is None or forward_only:  # an evaluation counts its rows
             return run(data_iterator=data_iterator)
-        batches, again = _twice(data_iterator)
+        batches, again = _tee_batches(data_iterator)
         restore = _state_of_host()
         self._make_room(chunks, 1 + margin)
         losses = run(data_iterator=batches)
@@ -129,10 +129,10 @@ def _layers(chunks: list[torch.nn.Module]) -> Iterator[DynMoELayer]:
         yield from (module for module in chunk.modules() if isinstance(module, DynMoELayer))
 
 
-def _twice(data_iterator: Any) -> tuple[Any, Any]:
+def _tee_batches(data_iterator: Any) -> tuple[Any, Any]:
     """The same micro-batches two times; each is kept until both have given it, or are deleted."""
     if isinstance(data_iterator, list):  # of the chunks of a pipeline with virtual stages
-        pairs = [_twice(each) for each in data_iterator]
+        pairs = [_tee_batches(each) for each in data_iterator]
         return [first for first, _ in pairs], [second for _, second in pairs]
     if data_iterator is None:  # this rank gets its batches from another
         return None, None

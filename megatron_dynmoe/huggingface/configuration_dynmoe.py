@@ -49,7 +49,7 @@ ROUTING_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Of other rules, where they do not say otherwise (layers/rules.py).
+# Of other rules, if they do not say otherwise (layers/rules.py).
 RULE_DEFAULTS: dict[str, Any] = ROUTING_DEFAULTS["top_k"] | {"weights": "raw"}
 for _name, _rule in LAYER_RULES.items():
     ROUTING_DEFAULTS[_name] = {**RULE_DEFAULTS, **_rule.defaults}

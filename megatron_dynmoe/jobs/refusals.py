@@ -43,9 +43,9 @@ def check_start(words: Sequence[str], num_gpus: int, gpu: GPU) -> None:
     args.rank, args.world_size = 0, num_gpus
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     _fill_in(args)
-    with _a_gpu(gpu), refusing_in_flags(words):
+    with _as_on_gpu(gpu), refusing_in_flags(words):
         resolved, chosen = settle_arguments(args, here=False)
-        with _its_packages(chosen.backend):
+        with _with_packages_of(chosen.backend):
             validate_args(args, {})
             model = model_config_from_args(args)
         with naming_flags(args):
@@ -62,7 +62,7 @@ def _fill_in(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _a_gpu(gpu: GPU) -> Iterator[None]:
+def _as_on_gpu(gpu: GPU) -> Iterator[None]:
     """Let ``torch.cuda`` answer as on one of these GPUs, and Megatron print nothing."""
     import torch
 
@@ -83,7 +83,7 @@ def _a_gpu(gpu: GPU) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _its_packages(backend: str) -> Iterator[None]:
+def _with_packages_of(backend: str) -> Iterator[None]:
     """Let Megatron find a Transformer Engine that only the planned machine has."""
     from megatron_dynmoe.backends.choice import has_transformer_engine
 

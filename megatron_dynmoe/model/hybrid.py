@@ -64,13 +64,13 @@ def hybrid_stack_spec(transformer: TransformerConfig, settled: Settled) -> Modul
     ]
     frequency = transformer.moe_layer_freq
     has_experts = frequency if isinstance(frequency, list) else [0] * len(layers)
-    parts = {"attention_layer": _half(layers[0], *_ATTENTION)}
+    parts = {"attention_layer": _one_sublayer(layers[0], *_ATTENTION)}
     for layer, sparse in zip(layers, has_experts, strict=True):
-        parts.setdefault("moe_layer" if sparse else "mlp_layer", _half(layer, *_MLP))
+        parts.setdefault("moe_layer" if sparse else "mlp_layer", _one_sublayer(layer, *_MLP))
     return ModuleSpec(module=NativeStack, submodules=HybridStackSubmodules(**parts))
 
 
-def _half(layer: TransformerLayerSubmodules, *names: str) -> ModuleSpec:
+def _one_sublayer(layer: TransformerLayerSubmodules, *names: str) -> ModuleSpec:
     """A layer with these submodules alone; upstream's defaults for the others do nothing."""
     kept = {name: getattr(layer, name) for name in (*names, "sharded_state_dict_keys_map")}
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**kept))

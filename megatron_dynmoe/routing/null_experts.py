@@ -19,7 +19,7 @@ from megatron_dynmoe.routing.select import capped, most_experts
 
 
 class Slots(NamedTuple):
-    """What T tokens have put into their slots, differentiable but for the map."""
+    """What T tokens have put into their slots. Everything but the map is differentiable."""
 
     probs_TE: Tensor  # of the experts, without the bias
     null_T: Tensor  # the probability of all M null slots together

@@ -204,7 +204,7 @@ PATCHES = (
         "been killed before that, the worker takes the process that adopted it for its parent, "
         "and never ends.",
         "ManagerWatchdog takes the parent from multiprocessing, or from its caller.",
-        {"torch.utils.data._utils.worker:ManagerWatchdog": wrappers.watching_parent_from_start},
+        {"torch.utils.data._utils.worker:ManagerWatchdog": wrappers.noting_parent_at_start},
     ),
     Patch(
         "data indexes named by content",

@@ -29,8 +29,8 @@ def with_plain_queue(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_with_plain_queue
 
 
-def watching_parent_from_start(watchdog: type) -> type:
-    """Let a data worker know its parent from the start, not from its first look."""
+def noting_parent_at_start(watchdog: type) -> type:
+    """Note the parent of a data worker when it starts, and not when it first checks on it."""
 
     class Watchdog(watchdog):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the numbers of every part say by themselves: not finite, constant, the copy of another."""
+"""Checks of the values of every part: not finite, constant, or a copy of another part's."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Values:
         self._compare_masters()
         for fault, places in self._faults.items():
             files = files_in_words(file for _, file in places)
-            found = f"{fault.row}{_within(places)} {fault.what} ({files})"
+            found = f"{fault.row}{_name_places(places)} {fault.what} ({files})"
             yield Check("values", FAILED, found, fault.remedy)
 
     def _remember(self, part: Part, block: Block, tensor: Tensor) -> None:
@@ -172,7 +172,7 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(memoryview(data.numpy())).digest()
 
 
-def _within(places: list[tuple[Place, str]]) -> str:
+def _name_places(places: list[tuple[Place, str]]) -> str:
     """The layers and experts in words."""
     layers = {layer for (layer, _), _ in places if layer is not None}
     experts = {expert for (_, expert), _ in places if expert is not None}
