@@ -351,7 +351,6 @@ def describe(backend: BackEnd, config: TransformerConfig) -> str:
     }
     if not config.num_moe_experts:
         del ours["experts"]
-    kept = backend.kept
     parts = [
         f"{part}: upstream's local ({backend.kept[part]})"
         if part in backend.kept
