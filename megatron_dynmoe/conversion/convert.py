@@ -313,7 +313,7 @@ def _ship_code(files: tuple[str, ...], folder: Path) -> None:
     """Copy the modeling files, which then import each other instead of the package."""
     for name in files:
         code = (_PACKAGE / name).read_text("utf-8")
-        for package in ("routing", "kernels", "layers", "huggingface"):
+        for package in ("routing.rules", "routing", "kernels", "layers", "huggingface"):
             code = code.replace(f"from megatron_dynmoe.{package}.", "from .")
         (folder / Path(name).name).write_text(code)
 

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_dynmoe.moe.rules.seq_top_k import _take_best_of_all
-from megatron_dynmoe.routing.seq_top_k import scores_in_order, take_best
+from megatron_dynmoe.routing.rules.seq_top_k import scores_in_order, take_best
 
 POSITIONS, SEQUENCES, NUM_EXPERTS, CAP, MEAN = 48, 3, 4, 3, 1.3
 

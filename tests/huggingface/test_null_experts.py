@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dynmoe.routing.null_experts import fill_slots
+from megatron_dynmoe.routing.rules.null_experts import fill_slots
 from tests.huggingface.test_model import tiny_model
 from tests.oracles import null_experts as oracle
 from tests.oracles.routing import moe as looped

@@ -7,7 +7,7 @@ import torch
 
 from megatron_dynmoe.layers.rules import chooser
 from megatron_dynmoe.moe.rules import RULES
-from megatron_dynmoe.routing import quantiles
+from megatron_dynmoe.routing.rules import quantiles
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from tests.moe import one_rank

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.null_experts import null_crossings
+from megatron_dynmoe.routing.rules.null_experts import null_crossings
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from tests.moe import one_rank

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.moe.rules.rule import Rule
-from megatron_dynmoe.routing import quantiles
-from megatron_dynmoe.routing.expert_threshold import choose
 from megatron_dynmoe.routing.route import Routing, scale, summed
+from megatron_dynmoe.routing.rules import quantiles
+from megatron_dynmoe.routing.rules.expert_threshold import choose
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -26,7 +26,7 @@ START = 100.0
 
 
 class ExpertThreshold(Rule):
-    """See :mod:`megatron_dynmoe.routing.expert_threshold` and ``quantiles`` beside it.
+    """See :mod:`megatron_dynmoe.routing.rules.expert_threshold` and ``quantiles`` beside it.
 
     State: ``share``, [1], the share of all tokens that an expert is to take; ``thresholds``, [E];
     ``batches``, [1], how many global batches the thresholds have been averaged over.

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
-from megatron_dynmoe.routing import quantiles
-from megatron_dynmoe.routing.null_experts import Slots, fill_slots, null_crossings
 from megatron_dynmoe.routing.route import Routing, scale, summed
+from megatron_dynmoe.routing.rules import quantiles
+from megatron_dynmoe.routing.rules.null_experts import Slots, fill_slots, null_crossings
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
@@ -32,7 +32,7 @@ _FIRST_TOKENS = 4096
 
 
 class NullExperts(Rule):
-    """See :mod:`megatron_dynmoe.routing.null_experts`; the cap is K, a token's slots.
+    """See :mod:`megatron_dynmoe.routing.rules.null_experts`; the cap is K, a token's slots.
 
     State: ``share``, [1], the share of all tokens that an expert is to take on average;
     ``null_bias``, [1], added to the null logit for the choice alone.

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
-from megatron_dynmoe.routing.relu import choose_open
 from megatron_dynmoe.routing.route import Routing, scale, summed
+from megatron_dynmoe.routing.rules.relu import choose_open
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 
 
 class ReLU(Rule):
-    """See :mod:`megatron_dynmoe.routing.relu`."""
+    """See :mod:`megatron_dynmoe.routing.rules.relu`."""
 
     knob = "log10_lambda"
     entries = ("log10_lambda",)

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.routing.route import Routing, route_by
-from megatron_dynmoe.routing.seq_top_k import (
+from megatron_dynmoe.routing.rules.seq_top_k import (
     Taken,
     as_map,
     scores_in_order,
@@ -28,7 +28,7 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 
 
 class SeqTopK(Rule):
-    """See :mod:`megatron_dynmoe.routing.seq_top_k`.
+    """See :mod:`megatron_dynmoe.routing.rules.seq_top_k`.
 
     State: ``score_threshold``, [1]. Means over several batches follow the probabilities too slowly.
     """

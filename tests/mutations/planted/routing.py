@@ -5,7 +5,7 @@ from tests.mutations.mutation import Mutation
 ROUTER = "tests/moe/test_router.py"
 SELECT = "tests/routing/test_select.py"
 GRADIENTS = "tests/routing/test_gradients.py"
-NULLS = "tests/routing/test_null_experts.py"
+NULLS = "tests/routing/rules/test_null_experts.py"
 
 MISTAKES = [
     Mutation(
@@ -148,7 +148,7 @@ MISTAKES = [
     Mutation(
         "bias_of_null_slots_in_the_weights",
         "the bias of the null slots changes weights, not the choice alone",
-        "routing/null_experts.py",
+        "routing/rules/null_experts.py",
         "shift_L[-1] = math.log(null_slots)",
         "shift_L[-1] = math.log(null_slots) + float(bias)",
         (f"{NULLS}::test_weights_counts_sums_and_gradients_are_those_of_every_slot_in_a_loop",),
@@ -156,7 +156,7 @@ MISTAKES = [
     Mutation(
         "null_slot_before_an_expert",
         "at equal logits a null slot goes before an expert",
-        "routing/null_experts.py",
+        "routing/rules/null_experts.py",
         "(logits_TE >= null_T1) & ~is_nan_T1",
         "(logits_TE > null_T1) & ~is_nan_T1",
         (
@@ -187,7 +187,7 @@ MISTAKES = [
     Mutation(
         "balance_moves_tokens_to_null_slots",
         "the balance loss sees the experts' probabilities without those of the null slots",
-        "routing/null_experts.py",
+        "routing/rules/null_experts.py",
         "return self.probs_TE + self.null_T.unsqueeze(-1) / self.probs_TE.shape[1]",
         "return self.probs_TE",
         (f"{NULLS}::test_the_balance_loss_is_the_papers_at_the_target_and_never_moves_the_count",),

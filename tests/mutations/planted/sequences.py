@@ -2,14 +2,14 @@
 
 from tests.mutations.mutation import Mutation
 
-CHOICE = "tests/routing/test_best_of_sequence.py"
+CHOICE = "tests/routing/rules/test_best_of_sequence.py"
 ROUTER = "tests/moe/test_seq_top_k.py"
 
 MISTAKES = [
     Mutation(
         "one_more_than_the_budget",
         "a sequence gets one expert more than its budget",
-        "routing/seq_top_k.py",
+        "routing/rules/seq_top_k.py",
         "places_N < budget_B1",
         "places_N <= budget_B1",
         (f"{CHOICE}::test_the_total_is_rounded_down",),
@@ -17,7 +17,7 @@ MISTAKES = [
     Mutation(
         "padding_spends_the_budget",
         "padding has a part of the budget, and takes experts with it",
-        "routing/seq_top_k.py",
+        "routing/rules/seq_top_k.py",
         "PADDING = -1.0",
         "PADDING = 0.0",
         (f"{ROUTER}::test_a_sequence_spends_its_budget_on_its_best_scores",),

@@ -2,14 +2,14 @@
 
 from tests.mutations.mutation import Mutation
 
-BINS = "tests/routing/test_expert_threshold.py"
+BINS = "tests/routing/rules/test_expert_threshold.py"
 ROUTER = "tests/moe/test_expert_threshold.py"
 
 MISTAKES = [
     Mutation(
         "on_the_threshold_taken",
         "an expert takes a token whose logit only reaches its threshold",
-        "routing/expert_threshold.py",
+        "routing/rules/expert_threshold.py",
         "capped(logits_TE > thresholds_E,",
         "capped(logits_TE >= thresholds_E,",
         (f"{BINS}::test_a_logit_on_the_threshold_is_not_taken_and_ties_under_a_cap_go_by_index",),
@@ -17,7 +17,7 @@ MISTAKES = [
     Mutation(
         "padding_in_the_bins",
         "the quantiles of an expert's logits are those of padding, too",
-        "routing/quantiles.py",
+        "routing/rules/quantiles.py",
         "torch.ones_like(bins_TE) if valid_T is None else",
         "torch.ones_like(bins_TE) if True else",
         (f"{BINS}::test_counts_and_thresholds_are_those_of_plain_loops_in_any_layout",),
@@ -25,7 +25,7 @@ MISTAKES = [
     Mutation(
         "average_of_another_share",
         "thresholds follow the controller's share only as slowly as their average moves",
-        "routing/quantiles.py",
+        "routing/rules/quantiles.py",
         " + slope_E * (share - next_share)",
         "",
         (f"{BINS}::test_the_default_gains_hold_the_target_within_30_steps[a long average]",),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routing.rules.seq_top_k import as_map, scores_in_order, select_above, take_best
 from megatron_dynmoe.routing.select import choose_top_k
-from megatron_dynmoe.routing.seq_top_k import as_map, scores_in_order, select_above, take_best
 from tests.oracles import routing as oracle
 
 S, B, E = 12, 3, 6

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dynmoe.moe.rules.null_experts import route_with_nulls
 from megatron_dynmoe.routing.losses import fractions, load_balance_loss
 from megatron_dynmoe.routing.normalize import normalize
-from megatron_dynmoe.routing.null_experts import null_crossings, select_above_null
+from megatron_dynmoe.routing.rules.null_experts import null_crossings, select_above_null
 from tests.oracles import null_experts as oracle
 from tests.oracles.routing import choices_of
 

@@ -9,8 +9,8 @@ import torch
 
 from megatron_dynmoe.control.pi import PIController
 from megatron_dynmoe.moe.rules.expert_threshold import route
-from megatron_dynmoe.routing import quantiles
-from megatron_dynmoe.routing.expert_threshold import select
+from megatron_dynmoe.routing.rules import quantiles
+from megatron_dynmoe.routing.rules.expert_threshold import select
 from tests.oracles import expert_threshold as oracle
 from tests.oracles import routing as plain
 

@@ -1,7 +1,7 @@
 """The quantiles of each expert's logits over global batches, from counts in bins.
 
-The thresholds of :mod:`megatron_dynmoe.routing.expert_threshold` follow them. Letters beyond those
-of the package: N bins of the logits of one expert, N - 1 edges between them.
+The thresholds of :mod:`~megatron_dynmoe.routing.rules.expert_threshold` follow them. Letters beyond
+those of the package: N bins of the logits of one expert, N - 1 edges between them.
 """
 
 from __future__ import annotations
