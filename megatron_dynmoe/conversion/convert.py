@@ -7,6 +7,7 @@ parameters inside them. Nothing is computed, only copied, so a round trip gives 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -313,8 +314,9 @@ def _ship_code(files: tuple[str, ...], folder: Path) -> None:
     """Copy the modeling files, which then import each other instead of the package."""
     for name in files:
         code = (_PACKAGE / name).read_text("utf-8")
-        for package in ("routing.rules", "routing", "kernels", "layers", "huggingface"):
-            code = code.replace(f"from megatron_dynmoe.{package}.", "from .")
+        code = re.sub(
+            r"^from megatron_dynmoe\.[\w.]*\b(\w+) import", r"from .\1 import", code, flags=re.M
+        )
         (folder / Path(name).name).write_text(code)
 
 

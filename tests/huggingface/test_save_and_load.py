@@ -218,7 +218,7 @@ def test_the_files_work_in_the_exported_folder_without_the_package(tmp_path):
     for name in SHIPPED:
         text = (PACKAGE / name).read_text()
         text = re.sub(
-            r"^from megatron_dynmoe\.(routing|kernels|layers|huggingface)\.",
+            r"^from megatron_dynmoe\.(routing\.rules|routing|kernels|layers|huggingface)\.",
             "from .",
             text,
             flags=re.M,
