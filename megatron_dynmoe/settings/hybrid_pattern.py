@@ -88,6 +88,40 @@ def adapt_pattern(args: Any) -> None:
         args.moe_layer_freq = sparse
 
 
+def check_losses_of_stages(args: Any) -> None:
+    """Refuse losses that upstream reports, if a pipeline stage has no experts.
+
+    Upstream adds up tables of these losses over the stages, a row for each layer. On a stage of a
+    ``HybridModel`` without experts its table has a row for each layer with experts, so the sum
+    fails, or waits forever.
+
+    Args:
+        args: Megatron's arguments, with the balance loss that upstream itself is to compute.
+
+    Raises:
+        FlagError: there is such a stage and such a loss.
+    """
+    pattern, num_stages = args.hybrid_layer_pattern, args.pipeline_model_parallel_size
+    if pattern is None or num_stages == 1 or EXPERTS not in pattern:
+        return
+    stages = pattern.split(PIPE)
+    if len(stages) == 1:
+        size = len(pattern) // num_stages
+        stages = [pattern[first : first + size] for first in range(0, len(pattern), size)]
+    if all(EXPERTS in stage for stage in stages):
+        return
+    losses = {"moe_z_loss_coeff": None, "moe_router_load_balancing_type": "none"}
+    for name, unused in losses.items():
+        if (value := getattr(args, name)) != unused:
+            raise FlagError(
+                name,
+                value,
+                f", which needs a layer with experts (E) in every pipeline stage of "
+                f"--hybrid-layer-pattern {pattern}",
+                "move one into each stage, or " + ("give none" if unused else "leave it out"),
+            )
+
+
 def layers_of_kinds(pattern: str | None, sparse: tuple[bool, ...]) -> dict[str, set[int]]:
     """The layers that have attention, an MLP of either kind, experts and a dense MLP, from 0.
 

@@ -17,6 +17,7 @@ from megatron_dynmoe.data.finding import PASSED
 from megatron_dynmoe.doctor.checkpoint.look import look
 from tests.distributed.agreement import tensors
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
+from tests.distributed.selection import matrix
 from tests.distributed.test_resume import checkpoint, differences
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
@@ -25,9 +26,12 @@ HALF, STEPS = 3, 6
 # Each layer has a threshold of its own, so that a wrong number of a layer shows.
 COMMON = (
     f"{TINY.replace('--num-layers 4 ', '')} {DTOP_P} --moe-dynamic-scope layer --split 1,0,0 "
-    f"--train-iters {STEPS} --save-interval {HALF}"
+    f"--train-iters {STEPS} --save-interval {HALF} "
+    "--make-vocab-size-divisible-by 16"  # 128, with and without tensor parallelism
 )
 MODEL = f"{COMMON} --hybrid-layer-pattern *E*-*E"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+CP2 = "--context-parallel-size 2 --cp-comm-type a2a"
 STAGES = f"{COMMON} --hybrid-layer-pattern *E|*-*E --pipeline-model-parallel-size 2"
 
 
@@ -42,6 +46,8 @@ RESUMED = case("hybrid_resumed", f"{MODEL} {LOAD}", after=(WHOLE,))
 LAYOUTS = {
     "ep2": case("hybrid_ep2", f"{MODEL} {LOAD} --expert-model-parallel-size 2", 2, after=(WHOLE,)),
     "pp2": case("hybrid_pp2", f"{STAGES} {LOAD}", 2, after=(WHOLE,)),
+    "tp2": case("hybrid_tp2", f"{MODEL} {LOAD} {TP2}", 2, after=(WHOLE,)),
+    "cp2": case("hybrid_cp2", f"{MODEL} {LOAD} {CP2}", 2, after=(WHOLE,)),
 }
 OTHER_LAYERS = add(
     Case(
@@ -91,7 +97,7 @@ def test_resume_equals_one_go_bitwise(results: Results) -> None:
     assert differences(checkpoint(whole), checkpoint(resumed)) == {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", matrix(LAYOUTS, ("ep2", "pp2")))
 def test_another_layout_goes_on_as_one_rank(results: Results, layout: str) -> None:
     whole, resumed = results[WHOLE], results[LAYOUTS[layout]]
     assert resumed.losses == pytest.approx(whole.losses[HALF:], rel=1e-5)

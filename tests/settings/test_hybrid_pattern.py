@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern, layers_of_kinds
+from megatron_dynmoe.settings.hybrid_pattern import (
+    adapt_pattern,
+    check_losses_of_stages,
+    layers_of_kinds,
+)
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
@@ -67,6 +71,27 @@ def test_without_experts_or_a_pattern_the_frequency_is_as_it_was() -> None:
 def test_what_is_not_taken_is_named(pattern: str, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(FlagError, match=said):
         adapt_pattern(arguments(pattern, **changed))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "stages", "changed", "said"),
+    [
+        ("*E|*-", 2, {"moe_router_load_balancing_type": "aux_loss"}, "is aux_loss.* give none"),
+        ("*E*-", 2, {"moe_z_loss_coeff": 1e-3}, "is 0.001.* leave it out"),
+        ("*E|*-", 2, {}, None),
+        ("*E|*E", 2, {"moe_z_loss_coeff": 1e-3}, None),
+        ("*E*-", 1, {"moe_z_loss_coeff": 1e-3}, None),
+        ("*-|*-", 2, {"moe_router_load_balancing_type": "aux_loss"}, None),
+    ],
+)
+def test_upstreams_losses_need_experts_in_every_stage(pattern, stages, changed, said) -> None:
+    losses = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": None} | changed
+    args = arguments(pattern, pipeline_model_parallel_size=stages, **losses)
+    if said is None:
+        check_losses_of_stages(args)
+        return
+    with pytest.raises(FlagError, match=said):
+        check_losses_of_stages(args)
 
 
 def test_each_kind_has_its_layers() -> None:

@@ -15,7 +15,7 @@ from megatron_dynmoe.settings.arguments import (
     naming_flags,
 )
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern
+from megatron_dynmoe.settings.hybrid_pattern import adapt_pattern, check_losses_of_stages
 from megatron_dynmoe.settings.messages.refusals import FlagError
 from megatron_dynmoe.settings.upstream_flags import check_query_groups, check_upstream_settings
 from megatron_dynmoe.training.checks.argument_checks import check_arguments, check_top_k
@@ -54,6 +54,7 @@ def settle_arguments(args: Namespace, here: bool = True) -> tuple[DynMoEConfig, 
     adapt_pattern(args)
     _check_model(args)
     dynmoe = adapt_balance_loss(args, config_from_args(args))
+    check_losses_of_stages(args)
     if not here and dynmoe.backend == "transformer_engine" and not choice.has_transformer_engine():
         chosen = choice.BackEnd(dynmoe.backend, "asked for")
     else:
