@@ -12,8 +12,8 @@ MISTAKES = [
         "at_the_threshold_enough",
         "a sum that only reaches the threshold stops the selection (< for <=)",
         "routing/select.py",
-        "_sum_before(sorted_TE)[:, :most] <= limit",
-        "_sum_before(sorted_TE)[:, :most] < limit",
+        "sums_TE[:, : most - 1] <= limit",
+        "sums_TE[:, : most - 1] < limit",
         (f"{SELECT}::test_a_sum_that_only_reaches_the_threshold_does_not_stop",),
     ),
     Mutation(
