@@ -23,7 +23,6 @@ TOP_P = DynMoEConfig("top_p", threshold=0.4, weights="renormalized")
 # The intermediate size is 20.
 EXACT: dict[str, tuple[Upcycling, DynMoEConfig | None]] = {
     "copies, top-2": (Upcycling(8), None),
-    "copies, top-1": (Upcycling(8, topk=1), None),
     "all copies": (Upcycling(4, topk=4), None),
     "halves": (Upcycling(8, granularity=2), None),
     "five parts of three copies, two copies": (Upcycling(15, granularity=5, topk=10), None),

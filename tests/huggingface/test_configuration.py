@@ -13,7 +13,7 @@ from megatron_dynmoe.huggingface.configuration_dynmoe import ROUTING_DEFAULTS
 from megatron_dynmoe.huggingface.validation_dynmoe import ROUTING_NAMES
 from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.routings import ROUTING_NAMES as TRAINED
+from megatron_dynmoe.settings.routings import ROUTINGS as TRAINED
 from tests.huggingface.tiny import tiny_config
 
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"], "intermediate_size": 48}
