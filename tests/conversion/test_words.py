@@ -260,7 +260,7 @@ def test_a_mixtrals_balance_loss_is_ours_and_megatrons_at_their_scales(layers: i
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.001, 0.02, 1 / 3])
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [2, 3, 4])  # a router of one expert cannot be trained by its weight
 @pytest.mark.parametrize("layers", [1, 3, 7, 32])
 def test_a_mixtrals_coefficient_comes_back_through_megatron(
     coefficient: float, layers: int, k: int

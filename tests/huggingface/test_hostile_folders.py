@@ -119,6 +119,7 @@ def index_of(model: Path, name: str) -> None:
 def pickle_in_the_index(model: Path) -> None:
     index_of(model, "pytorch_model.bin")
     write_pickle(model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
 
 
 def index_that_leads_out(model: Path) -> None:
