@@ -24,6 +24,8 @@ from tests.helpers.tiny_export import export_tiny
 main = partial(exit_code_of, analyze_command.main)
 
 
+pytestmark = pytest.mark.slow  # each worker would make the folder of results
+
 SWEEP = "0.2,0.8"
 
 

@@ -18,6 +18,8 @@ from megatron_dynmoe.control import (
 from megatron_dynmoe.control.calibrate import INTEGRAL_LOOP_GAIN, PROPORTIONAL_LOOP_GAIN
 from megatron_dynmoe.routing.select import select
 
+pytestmark = pytest.mark.slow  # all of them together
+
 GRANULARITIES = [(16, 2), (64, 8), (128, 16)]
 SEED = 7
 STEPS = 600

@@ -19,6 +19,8 @@ from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.distribution import TargetDistribution, place_between
 from tests.control.test_closed_loop import DriftingRouters
 
+pytestmark = pytest.mark.slow  # all of them together
+
 KNOTS = (1.0, 2.0, 4.0, 8.0)
 RIGHT = (0.2, 0.3, 0.45, 0.7)  # the plant's thresholds at the knots
 

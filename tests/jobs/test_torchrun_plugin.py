@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_dynmoe.torchrun_plugin import in_few_lines, rendezvous_handler
 
+pytestmark = pytest.mark.slow  # torchrun starts for each
+
 RANK = """
 import sys
 from torch.distributed.elastic.multiprocessing.errors import record
