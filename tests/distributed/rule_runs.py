@@ -11,6 +11,7 @@ from tests.distributed.agreement import tensors
 from tests.distributed.harness import TINY, CaseResult
 
 HALF, STEPS = 3, 6
+TOKENS = 8 * 32  # of a global batch of TINY
 TRAIN = (
     f"{TINY} --num-layers 2 --make-vocab-size-divisible-by 16 --moe-token-dispatcher-type alltoall "
     f"--train-iters {STEPS} --save-interval {HALF} --ckpt-format torch_dist "
@@ -39,12 +40,17 @@ def router_state(result: CaseResult, names: Iterable[str]) -> dict[str, torch.Te
 
 
 def assert_near_state(
-    one: CaseResult, other: CaseResult, names: Iterable[str], atol: float
+    one: CaseResult, other: CaseResult, names: Iterable[str], atol: float, other_choices: int = 0
 ) -> None:
-    """The routers of both end with the same state, up to ``atol``."""
+    """The routers of both end with the same state, up to ``atol``.
+
+    Args:
+        other_choices: how many assignments of a layer may differ in the measured count.
+    """
     expected, found = router_state(one, names), router_state(other, names)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=atol)
+        allowed = other_choices / TOKENS if name == "measured" else 0
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol + allowed)
 
 
 def assert_resumes_bitwise(whole: CaseResult, resumed: CaseResult, names: Iterable[str]) -> None:

@@ -70,7 +70,9 @@ def test_every_layout_finds_the_same_thresholds(results: Results, layout: Case) 
     assert_same_gradients(one, many)
     expected = router_state(one, STATE)
     assert expected["thresholds"].shape == (2, 8) and (expected["batches"] == STEPS + 1).all()
-    assert_near_state(one, many, STATE, atol=2e-3)
+    # A threshold is a quantile of these few tokens, so there is a token right at it, which tensor
+    # parallelism's order of sums moves across.
+    assert_near_state(one, many, STATE, atol=2e-3, other_choices=1)
     assert one.losses[-1] < one.losses[0] - 0.1
     assert len(set(one.thresholds)) == STEPS  # the share moves
 
