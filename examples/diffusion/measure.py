@@ -123,9 +123,8 @@ def measure(dit: Any, args: Namespace, per_class: int) -> dict[str, Any]:
         ``accuracy``, ``accuracy_by_class`` and ``frechet`` of the samples; ``times``, ``loss``,
         ``layers`` and ``experts`` by noise level, of held-out images; the numbers of images.
     """
-    from examples.diffusion.flow import sample
     from examples.diffusion.images import load, scaled, split
-    from examples.diffusion.pictures import count
+    from examples.diffusion.pictures import count, sample_classes
 
     (average,) = dit.average
     known, device = load(args.images), torch.cuda.current_device()
@@ -143,21 +142,9 @@ def measure(dit: Any, args: Namespace, per_class: int) -> dict[str, Any]:
     def real(rows: Tensor) -> tuple[Tensor, Tensor]:
         return judged(scaled(known.pixels[rows]), known.labels[rows])
 
-    labels = torch.arange(len(known.names)).repeat_interleave(per_class)
     generator = torch.Generator().manual_seed(args.seed + 1)
-    noise = torch.randn(len(labels), *known.pixels.shape[1:], generator=generator)
-    samples = [
-        sample(
-            average,
-            part.to(device),
-            classes.to(device),
-            steps=args.sampling_steps,
-            guidance=args.guidance,
-            null_class=len(known.names),
-        ).cpu()
-        for part, classes in zip(noise.split(100), labels.split(100), strict=True)
-    ]
-    features, recognized = judged(torch.cat(samples).clamp(-1, 1), labels)
+    samples, labels = sample_classes(average, args, known, per_class, generator)
+    features, recognized = judged(samples.clamp(-1, 1), labels)
     by_class = recognized.view(-1, per_class).double().mean(dim=1)
     held_out_features, held_out_recognized = real(held_out)
     compared, _ = real(train_rows[:COMPARED])
@@ -235,7 +222,8 @@ def main() -> None:
             with contextlib.redirect_stdout(shown):
                 write(model[0], asked.run, asked.samples)
 
-        log = open(asked.run / "measure_log.txt", "w")  # noqa: SIM115  # open until the very end
+        # It stays open: what ends with the process still writes there.
+        log = open(asked.run / "measure_log.txt", "w")  # noqa: SIM115
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             prepare()
             from megatron_dynmoe.training import loop

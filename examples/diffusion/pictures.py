@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from examples.diffusion.flow import noised, sample
-from examples.diffusion.images import load, scaled, split
+from examples.diffusion.images import Images, load, scaled, split
 from examples.diffusion.model import CONDITIONS, DiT
 from megatron_dynmoe.control.update import routers_of
 from megatron_dynmoe.runs.drawing.curves import save_figure
@@ -21,6 +21,7 @@ from megatron_dynmoe.storage.atomic import replace_file
 
 LEVELS = 10  # times in the middle of as many parts of [0, 1]
 COUNTED = 128  # images, at most
+BATCH = 100  # samples that are drawn at once
 
 
 @torch.no_grad()
@@ -40,17 +41,8 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
     (average,) = model.average
     known = load(args.images)
     device = torch.cuda.current_device()
-    classes = torch.arange(len(known.names)).repeat_interleave(args.samples_per_class)
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(len(classes), *known.pixels.shape[1:], generator=generator)
-    samples = sample(
-        average,
-        noise.to(device),
-        classes.to(device),
-        steps=args.sampling_steps,
-        guidance=args.guidance,
-        null_class=len(known.names),
-    )
+    samples, _ = sample_classes(average, args, known, args.samples_per_class, generator)
     rows = split(known, args.held_out, args.seed)[1][:COUNTED]
     images = scaled(known.pixels[rows]).to(device)
     noise = torch.randn(images.shape, generator=generator).to(device)
@@ -58,7 +50,7 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
     if torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _save_grid(samples.cpu(), args.samples_per_class, folder / f"step_{iteration}.png")
+    _save_grid(samples, args.samples_per_class, folder / f"step_{iteration}.png")
     report = {"iteration": iteration, "images": len(rows), **counted}
     replace_file(
         folder / f"experts_{iteration}.json",
@@ -71,6 +63,36 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
     for line in describe(counted):
         print(line, flush=True)
     print(f"> samples and counts: {folder}/*_{iteration}.*", flush=True)
+
+
+def sample_classes(
+    average: DiT, args: Namespace, known: Images, per_class: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sample so many images of each class, class by class.
+
+    Args:
+        average: the model with the averaged weights.
+        args: Megatron's arguments and ours.
+        generator: of the noise, on the CPU.
+
+    Returns:
+        Images [N, C, H, W], on the CPU, and their classes, [N] int64.
+    """
+    device, num_classes = torch.cuda.current_device(), len(known.names)
+    classes_N = torch.arange(num_classes).repeat_interleave(per_class)
+    noise = torch.randn(len(classes_N), *known.pixels.shape[1:], generator=generator)
+    samples = [
+        sample(
+            average,
+            part.to(device),
+            classes.to(device),
+            steps=args.sampling_steps,
+            guidance=args.guidance,
+            null_class=num_classes,
+        ).cpu()
+        for part, classes in zip(noise.split(BATCH), classes_N.split(BATCH), strict=True)
+    ]
+    return torch.cat(samples), classes_N
 
 
 def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str, Any]:

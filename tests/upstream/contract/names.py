@@ -107,6 +107,6 @@ def look(module: types.ModuleType, name: str) -> Any:
     if not hasattr(module, name):
         try:
             return importlib.import_module(f"{module.__name__}.{name}")
-        except Exception:
+        except Exception:  # whatever another version raises, its name cannot be had
             setattr(module, name, Missing)
     return getattr(module, name)
