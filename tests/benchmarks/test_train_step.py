@@ -46,7 +46,8 @@ def test_it_runs_and_writes_its_rows(tmp_path):
     assert float(dense["routing_share"]) == float(dense["control_share"]) == 0
     for row in (top_k, dtop_p, dense):
         of_ceiling = float(row["tflops_per_s"]) / float(row["ceiling_tflops_per_s"])
-        assert float(row["of_ceiling"]) == pytest.approx(of_ceiling, abs=1e-3)
+        # Two of four digits, each wrong by up to 1/2000 of itself, and one of three decimals.
+        assert float(row["of_ceiling"]) == pytest.approx(of_ceiling, abs=1.1e-3 * of_ceiling + 5e-4)
     profile = (tmp_path / "train_step_profile.txt").read_text()
     assert profile.count("Self CPU time total") == 4
 
