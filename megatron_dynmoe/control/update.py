@@ -27,7 +27,7 @@ from megatron_dynmoe.control.pi_map import MapController
 from megatron_dynmoe.control.settle import ControlLaw
 from megatron_dynmoe.moe.router import DynamicRouter, finished_iterations
 from megatron_dynmoe.moe.rules import Rule
-from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack, unpack
+from megatron_dynmoe.routing.counters import RoutingStatistics, clear, pack
 from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -103,13 +103,24 @@ class GlobalBatchUpdate:
         return len(self.controller.knots) if isinstance(self.controller, MapController) else 0
 
     def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor, sums_LW: Tensor) -> None:
-        # If a logit is not finite, or rows were left out, the counts mean nothing. NaN then keeps
-        # the state as it is.
-        is_invalid = (statistics.not_finite + statistics.overflows).sum() != 0
-        mean_L = statistics.mean_experts
-        self._measured = mean_L.nan_to_num().masked_fill(is_invalid, torch.nan)
-        self._staged = self._next_controlled(statistics, maps_L2K, is_invalid)
+        # If a logit is not finite, or rows were left out, the counts mean nothing, and the state
+        # stays as it is.
+        pooled = statistics.pooled(keepdim=True)
+        is_invalid = pooled.not_finite + pooled.overflows != 0  # [1]
+        self._measured = self._next_measured(statistics, is_invalid)
+        of_scope = pooled if self.dynmoe.scope == "global" else statistics
+        self._staged = self._next_controlled(of_scope, maps_L2K, is_invalid)
         self._staged_of_rule = self._next_of_rule(sums_LW, is_invalid)
+
+    @torch.no_grad()
+    def _next_measured(self, statistics: RoutingStatistics, is_invalid: Tensor) -> Tensor:
+        """The mean number of experts per token of each router, [R] float32."""
+        if not self._routers:
+            return is_invalid.new_empty(0)
+        layers = [router.layer_number - 1 for router in self._routers]
+        before_R = torch.cat([router.measured for router in self._routers])
+        measured_R = _of_layers(statistics.mean_experts.float(), layers).nan_to_num()
+        return torch.where(is_invalid, before_R, measured_R)
 
     @torch.no_grad()
     def _next_of_rule(self, sums_LW: Tensor, is_invalid: Tensor) -> dict[str, Tensor]:
@@ -132,11 +143,13 @@ class GlobalBatchUpdate:
     def _next_controlled(
         self, statistics: RoutingStatistics, maps_L2K: Tensor, is_invalid: Tensor
     ) -> tuple[Tensor, ...] | None:
-        """What the controller writes, [1] or [L] each; None without a controller."""
+        """What the controller writes, [S] each; None without a controller.
+
+        Args:
+            statistics: [S, ...], of all layers together (S = 1) or of each layer (S = L).
+        """
         if self.controller is None:
             return None
-        if self.dynmoe.scope == "global":
-            statistics = statistics.pooled(keepdim=True)
         measured = statistics.mean_experts.masked_fill(is_invalid, torch.nan)
         if self.dynmoe.controlled_quantity == "busiest_rank":
             measured = measured * statistics.rank_imbalance
@@ -152,8 +165,7 @@ class GlobalBatchUpdate:
             map_SK, integrals_SK = self.controller.step(map_SK, integrals_SK, measured, target)
             at_mean = map(self.controller.at_mean_target, (map_SK, integrals_SK))
             return *at_mean, map_SK, integrals_SK
-        states = torch.stack([statistics.knobs, statistics.integrals]) / statistics.routers
-        knob, integral = states.float()
+        _, knob, integral = statistics.states
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
         if self.rule.direction < 0:
@@ -184,18 +196,14 @@ class GlobalBatchUpdate:
         self._warned = True
 
     def _commit(self) -> None:
-        measured_L, staged, of_rule = self._measured, self._staged, self._staged_of_rule
+        measured_R, staged, of_rule = self._measured, self._staged, self._staged_of_rule
         self._measured, self._staged, self._staged_of_rule = None, None, {}
-        if measured_L is None:
-            return
-        if not self._routers:
+        if measured_R is None or not self._routers:
             return
         layers = [router.layer_number - 1 for router in self._routers]
         with torch.no_grad():
-            before = [router.measured for router in self._routers]
-            measured_R = _of_layers(measured_L.float(), layers)
-            kept_R = torch.where(measured_R.isnan(), torch.cat(before), measured_R)
-            torch._foreach_copy_(before, list(kept_R.split(1)))
+            measured = [router.measured for router in self._routers]
+            torch._foreach_copy_(measured, list(measured_R.split(1)))
             if staged is not None:
                 rows = [0] * len(layers) if self.dynmoe.scope == "global" else layers
                 states = zip(*(router.controlled_state for router in self._routers), strict=True)
@@ -262,7 +270,7 @@ def _reduce(
         clear(counters)
     torch.distributed.all_reduce(packed)
     own, maps_L2K, sums_LW = packed.split([packed.shape[1] - sum(widths), *widths], dim=1)
-    return unpack(own), maps_L2K, sums_LW
+    return RoutingStatistics(own), maps_L2K, sums_LW
 
 
 @torch.no_grad()

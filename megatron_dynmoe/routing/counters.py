@@ -8,7 +8,8 @@ small one between the ranks of a group finds the busiest of them before.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,30 +17,53 @@ from torch import Tensor
 from megatron_dynmoe.routing.keep_dtype import KeepDtype
 
 
-class RoutingStatistics(NamedTuple):
+class _Column:
+    """One column of the packed tensor, as a view of it."""
+
+    def __set_name__(self, owner: type[RoutingStatistics], name: str) -> None:
+        self.index = len(owner.columns)
+        owner.columns.append(name)
+
+    def __get__(self, statistics: RoutingStatistics, owner: type[RoutingStatistics]) -> Tensor:
+        return statistics.packed[..., self.index]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingStatistics:
     """Sums over tokens or micro-batches, of one router or of all layers.
 
-    The statistics of one router are scalar tensors (``assignments``: [E]); those of all layers have
-    a leading dimension L. A sum of statistics over ranks, layers or steps is statistics again.
+    The columns are views. Those of one router are scalar tensors (``assignments``: [E]); those of
+    all layers have a leading dimension L. A sum of statistics over ranks, layers or steps is
+    statistics again.
+
+    Attributes:
+        packed: [..., NUM_STATISTICS + E] float64, the columns in this order, then ``assignments``.
     """
 
-    tokens: Tensor
-    tokens_at_cap: Tensor
-    squared_experts: Tensor  # sum over tokens of (experts of the token) ** 2
-    overflows: Tensor  # passes with more rows than there was room for
-    balance_loss: Tensor
-    dynamic_loss: Tensor
-    micro_batches: Tensor  # in units of 1 / size of the group that shares a micro-batch's tokens
-    not_finite: Tensor  # tokens with a logit that is NaN or infinite
+    packed: Tensor
+
+    columns: ClassVar[list[str]] = []
+    tokens = _Column()
+    tokens_at_cap = _Column()
+    squared_experts = _Column()  # sum over tokens of (experts of the token) ** 2
+    overflows = _Column()  # passes with more rows than there was room for
+    balance_loss = _Column()
+    dynamic_loss = _Column()
+    micro_batches = _Column()  # in units of 1 / size of the group that shares its tokens
+    not_finite = _Column()  # tokens with a logit that is NaN or infinite
     # Sums over dispatches and ranks; zero without expert parallelism, where no rows travel.
-    dispatches: Tensor
-    rows: Tensor  # that the rank received
-    busiest_rows: Tensor  # that the busiest rank of its expert-parallel group received
-    thetas: Tensor  # this and the next two are sums over the routers that contribute
-    knobs: Tensor  # the numbers that the controller moves; for top-p they are thresholds
-    integrals: Tensor
-    routers: Tensor
-    assignments: Tensor
+    dispatches = _Column()
+    rows = _Column()  # that the rank received
+    busiest_rows = _Column()  # that the busiest rank of its expert-parallel group received
+    thetas = _Column()  # this and the next two are sums over the routers that contribute
+    knobs = _Column()  # the numbers that the controller moves; for top-p they are thresholds
+    integrals = _Column()
+    routers = _Column()
+
+    @property
+    def assignments(self) -> Tensor:
+        """Tokens that chose each expert, [..., E]."""
+        return self.packed[..., len(self.columns) :]
 
     @property
     def mean_experts(self) -> Tensor:
@@ -51,19 +75,23 @@ class RoutingStatistics(NamedTuple):
         """Rows of the busiest expert-parallel rank over the mean of the ranks, from 1 on."""
         return torch.where(self.rows > 0, self.busiest_rows / self.rows, 1.0)
 
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """Mean theta, knob and integral of the routers, [...] float32 each."""
+        sums = self.packed[..., _FIRST_OF_STATE : _FIRST_OF_STATE + 3]
+        return (sums / self.routers.unsqueeze(-1)).float().unbind(dim=-1)
+
     def pooled(self, keepdim: bool = False) -> RoutingStatistics:
         """Sum over layers (dimension 0), which ``keepdim`` keeps as a dimension of 1."""
-        *columns, assignments_LE = self
-        packed = torch.cat([torch.stack(columns, dim=-1), assignments_LE], dim=-1)
-        return unpack(packed.sum(dim=0, keepdim=keepdim))
+        return RoutingStatistics(self.packed.sum(dim=0, keepdim=keepdim))
 
-    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:  # type: ignore[override]
-        return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        return RoutingStatistics(self.packed + other.packed)
 
 
-NUM_STATISTICS = len(RoutingStatistics._fields) - 1  # each takes one column, except assignments
-_FIRST_OF_ROWS = RoutingStatistics._fields.index("dispatches")
-_FIRST_OF_STATE = RoutingStatistics._fields.index("thetas")
+NUM_STATISTICS = len(RoutingStatistics.columns)
+_FIRST_OF_ROWS = RoutingStatistics.columns.index("dispatches")
+_FIRST_OF_STATE = RoutingStatistics.columns.index("thetas")
 
 
 def pack(
@@ -100,18 +128,12 @@ def pack(
     return torch.stack([by_layer.get(number, empty) for number in range(1, num_layers + 1)])
 
 
-def unpack(packed: Tensor) -> RoutingStatistics:
-    """View a tensor ``[..., NUM_STATISTICS + E]`` as statistics."""
-    columns = packed[..., :NUM_STATISTICS].unbind(dim=-1)
-    return RoutingStatistics._make([*columns, packed[..., NUM_STATISTICS:]])
-
-
 class RoutingCounters(KeepDtype):
     """Accumulates the statistics of one router on its device, without a host sync.
 
     Attributes:
-        row: [NUM_STATISTICS + E] float64, laid out as :func:`unpack` reads it. Whole numbers up to
-            2**53 stay exact.
+        row: [NUM_STATISTICS + E] float64, laid out as :class:`RoutingStatistics`. Whole numbers up
+            to 2**53 stay exact.
         sums_W: [W] float64, the sums of the router's rule, which may have none.
         ep_group: the expert-parallel ranks between which rows travel; None if there is one rank.
         received: for each dispatch of this global batch, the rows of each local expert,
@@ -133,7 +155,7 @@ class RoutingCounters(KeepDtype):
     @property
     def sums(self) -> RoutingStatistics:
         """The statistics so far, as views; those of the router's state are zero."""
-        return unpack(self.row)
+        return RoutingStatistics(self.row)
 
     @torch.no_grad()
     def add_counts(

@@ -66,13 +66,7 @@ class RoutingSummary(NamedTuple):
 
 def summarize(statistics: RoutingStatistics) -> RoutingSummary:
     """Turn reduced statistics [L, ...] into numbers on the host in one device-to-host copy."""
-    statistics = RoutingStatistics(
-        *torch.cat([value.reshape(len(statistics.tokens), -1) for value in statistics], dim=1)
-        .cpu()
-        .split([value[0].numel() for value in statistics], dim=1)
-    )
-    *columns, assignments_LE = statistics
-    layer = RoutingStatistics._make([*(value.squeeze(-1) for value in columns), assignments_LE])
+    layer = RoutingStatistics(statistics.packed.cpu())
     has_experts = layer.routers > 0
     pooled = layer.pooled()
     mean = pooled.mean_experts

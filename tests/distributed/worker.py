@@ -75,6 +75,7 @@ class Recorder:
         """Follow the training steps and the reduced counts."""
         from megatron.training import training
 
+        from megatron_dynmoe.routing.counters import RoutingStatistics
         from megatron_dynmoe.runs.metrics import DynMoEMetricsTracker
 
         train_step, add = training.train_step, DynMoEMetricsTracker.add
@@ -86,7 +87,7 @@ class Recorder:
             return outcome
 
         def recorded_add(tracker, statistics):
-            self._reduced.append(statistics._make(value.clone() for value in statistics))
+            self._reduced.append(RoutingStatistics(statistics.packed.clone()))
             add(tracker, statistics)
 
         training.train_step, DynMoEMetricsTracker.add = recorded_step, recorded_add
@@ -95,7 +96,10 @@ class Recorder:
         finally:
             training.train_step, DynMoEMetricsTracker.add = train_step, add
             self.result["finalized"] = [
-                {name: value.tolist() for name, value in statistics._asdict().items()}
+                {
+                    name: getattr(statistics, name).tolist()
+                    for name in (*statistics.columns, "assignments")
+                }
                 for statistics in self._reduced
             ]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dynmoe.control import PIController
-from megatron_dynmoe.routing.counters import RoutingCounters, clear, pack, unpack
+from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, clear, pack
 from megatron_dynmoe.routing.route import route
 
 TOKENS, LAYERS = 4 * 2**20, 24
@@ -63,7 +63,7 @@ def test_sums_over_ranks_are_exact_in_any_order(
             rows.append(counted(chosen, tokens, squared))
         packed.append(packed_layers(rows, num_experts))
     for _ in range(3):
-        reduced = unpack(added_up_in_some_order(list(packed), chance))
+        reduced = RoutingStatistics(added_up_in_some_order(list(packed), chance))
         assert reduced.assignments.tolist() == totals
         assert reduced.tokens.tolist() == [TOKENS] * LAYERS
         assert reduced.squared_experts.tolist() == squares
@@ -76,7 +76,9 @@ def test_sums_over_ranks_are_exact_in_any_order(
         ]
     if num_ranks > 1 and not whole:
         in_float32 = added_up_in_some_order([part.float() for part in packed], chance)
-        assert unpack(in_float32).assignments.sum().item() != assignments, "or this shows nothing"
+        assert RoutingStatistics(in_float32).assignments.sum().item() != assignments, (
+            "or this shows nothing"
+        )
 
 
 def added_up_in_some_order(parts: list[Tensor], chance: random.Random) -> Tensor:
@@ -121,7 +123,7 @@ def test_micro_batches_are_counted_exactly(num_experts: int) -> None:
 def test_each_router_has_the_row_of_its_layer(numbers: list[int]) -> None:
     counters = [counted([number, 2 * number], 10 * number, 0) for number in numbers]
     states_R3 = torch.tensor([[1.5, 0.25, -number] for number in numbers]).reshape(-1, 3)
-    packed = unpack(pack(numbers, counters, states_R3, 3, 2, CPU))
+    packed = RoutingStatistics(pack(numbers, counters, states_R3, 3, 2, CPU))
     has_router = [number in numbers for number in (1, 2, 3)]
     assert packed.routers.tolist() == has_router
     assert packed.thetas.tolist() == [1.5 * has for has in has_router]
@@ -139,7 +141,7 @@ def test_one_more_assignment_reaches_the_controller() -> None:
     for more in (0, 2**10):  # 2.4e-6 experts per token, less than float32 resolves at 16
         rows = [counted([TOKENS] * 16, TOKENS, 0) for _ in range(LAYERS)]
         rows[0].sums.assignments[0] -= more
-        measured = unpack(packed_layers(rows, 16)).pooled().mean_experts
+        measured = RoutingStatistics(packed_layers(rows, 16)).pooled().mean_experts
         assert measured.dtype == torch.float64
         counts.append(measured.item())
         threshold, integral = law.step(torch.tensor([0.33]), torch.zeros(1), measured, 16.0)

@@ -44,8 +44,8 @@ def add_map(counters, routing_map: torch.Tensor, cap: int | None) -> None:
 
 
 def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
-    """The reduced statistics, made as routers make them: counters, pack, unpack."""
-    from megatron_dynmoe.routing.counters import RoutingCounters, pack, unpack
+    """The reduced statistics, made as routers make them."""
+    from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, pack
 
     all_counters, states = [], []
     for layer, routing_map in maps.items():
@@ -56,7 +56,9 @@ def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
         all_counters.append(counters)
         states.append([1 + layer / 10, layer / 20, 0])
     states_R3 = torch.tensor(states).reshape(-1, 3)
-    return unpack(pack(list(maps), all_counters, states_R3, num_layers, E, torch.device("cpu")))
+    return RoutingStatistics(
+        pack(list(maps), all_counters, states_R3, num_layers, E, torch.device("cpu"))
+    )
 
 
 def by_layer(values: dict[int, float]) -> list[float]:
@@ -145,14 +147,14 @@ def test_counting_a_token_on_several_ranks_changes_no_mean():
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_one_layer_and_one_expert(num_layers):
-    from megatron_dynmoe.routing.counters import RoutingCounters, pack, unpack
+    from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, pack
     from megatron_dynmoe.runs.metrics import summarize
 
     counters = RoutingCounters(1, torch.device("cpu"))
     add_map(counters, torch.ones(5, 1, dtype=torch.bool), None)
     states_R3 = torch.tensor([[1.0, 0, 0]])
     packed = pack([1], [counters], states_R3, num_layers, 1, torch.device("cpu"))
-    summary = summarize(unpack(packed))
+    summary = summarize(RoutingStatistics(packed))
     assert summary.experts_per_token == summary.max_over_mean_load == 1
     assert summary.std_experts_per_token == summary.share_at_cap == 0
     assert summary.tokens == 5
@@ -169,15 +171,15 @@ def test_nothing_counted_gives_nan_and_no_error():
 
 def test_large_counts_stay_exact():
     """A global batch of billions of tokens, beyond what float32 counts."""
-    from megatron_dynmoe.routing.counters import RoutingCounters, pack, unpack
+    from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, pack
     from megatron_dynmoe.runs.metrics import summarize
 
     counters = RoutingCounters(E, torch.device("cpu"))
     counters.sums.tokens.fill_(2**40 + 1)
     counters.sums.assignments.copy_(torch.tensor([2**40 + 1, 1, 0, 0]))
     packed = pack([1], [counters], torch.zeros(1, 3), 1, E, torch.device("cpu"))
-    assert unpack(packed).assignments[0].tolist() == [2**40 + 1, 1, 0, 0]
-    assert summarize(unpack(packed)).experts_per_token == 1 + 1 / (2**40 + 1)
+    assert RoutingStatistics(packed).assignments[0].tolist() == [2**40 + 1, 1, 0, 0]
+    assert summarize(RoutingStatistics(packed)).experts_per_token == 1 + 1 / (2**40 + 1)
 
 
 def test_names_written_are_those_that_the_routing_has():
