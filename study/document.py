@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from study import rules, tables
+from study import budgets, rules, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.parts import read_rows
@@ -83,10 +83,12 @@ writes them into this page.
 
 def write(results: Results | None) -> list[Path]:
     """Write the page and, if there are results, the pictures; returns the files."""
-    written = [DOCUMENT]
-    if results is not None:
-        from study.figures import draw_all
+    from study.figures import draw_all, draw_budgets
 
+    written = [DOCUMENT]
+    if of_budgets := read_rows(budgets.PART.results):
+        written.append(draw_budgets(of_budgets, IMAGES))
+    if results is not None:
         written += draw_all(results, IMAGES)
     DOCUMENT.write_text(text(results), encoding="utf-8")
     return written

@@ -1,4 +1,4 @@
-"""The pictures of docs/study.md."""
+"""The pictures of the study's pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from megatron_dynmoe.runs.drawing.curves import save_figure
+from study import budgets
+from study.parts import Rows
 from study.results import Results
 from study.variants import TARGET, VARIANTS
 
@@ -133,3 +135,25 @@ def _draw_post_hoc(results: Results) -> Any:
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     return figure
+
+
+def draw_budgets(rows: Rows, folder: Path) -> Path:
+    """Draw held-out loss against experts for each way to a budget, one dot per seed."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, way in enumerate(budgets.WAYS):
+        points = [budgets.points_at(rows, way, budget) for budget in budgets.BUDGETS]
+        means = [
+            [np.mean([point[quantity] for point in seeds]) for seeds in points if seeds]
+            for quantity in ("experts", "loss")
+        ]
+        axis.plot(*means, color=f"C{number}", label=way)
+        for seeds in points:
+            experts, losses = ([point[key] for point in seeds] for key in ("experts", "loss"))
+            axis.plot(experts, losses, "o", color=f"C{number}", markersize=4)
+    axis.set(xlabel="experts per token, held-out text", ylabel="nats per token")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    written = folder / "study_budgets.png"
+    save_figure(figure, written, dpi=110)
+    return written

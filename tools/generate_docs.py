@@ -130,24 +130,28 @@ def testing() -> str:
     for mutation in MUTATIONS:
         test = mutation.tests[0].removeprefix("tests/")
         rows.append(f"| {mutation.mistake} | `{mutation.file}` | `{test}` |")
-    return with_table("testing.md", "planted mistakes", rows)
+    return with_tables("testing.md", {"planted mistakes": rows})
 
 
 def monitoring() -> str:
     """The text of docs/monitoring.md: what it says now, with the table of metrics."""
     rows = ["| name | meaning |", "| --- | --- |"]
     rows += [f"| `{name}` | {meaning} |" for name, meaning in MEANINGS.items()]
-    return with_table("monitoring.md", "metrics", rows)
+    return with_tables("monitoring.md", {"metrics": rows})
 
 
 def huggingface() -> str:
-    """The text of docs/huggingface.md: what it says now, with the table of the formats."""
+    """The text of docs/huggingface.md: what it says now, with the tables of formats and budgets."""
+    from study import budgets
+    from study.parts import read_rows
+
     names = (f"`{name}`{' (default)' * (format is OURS)}" for name, format in FORMATS.items())
     rows = [f"| | {' | '.join(names)} |", "|" + " --- |" * (len(FORMATS) + 1)]
     for line in OURS.column:
         cells = " | ".join(format.column[line] for format in FORMATS.values())
         rows.append(f"| {line} | {cells} |")
-    return with_table("huggingface.md", "formats", rows)
+    of_budgets = budgets.table(read_rows(budgets.PART.results))
+    return with_tables("huggingface.md", {"formats": rows, "budgets": of_budgets})
 
 
 def planning() -> str:
@@ -173,7 +177,7 @@ def planning() -> str:
                 f"{float(row['sent_gb']):.3g}",
             )
             rows.append(f"| {' | '.join(cells)} |")
-    return with_table("planning.md", "dry runs", rows)
+    return with_tables("planning.md", {"dry runs": rows})
 
 
 def diffusion() -> str:
@@ -181,17 +185,18 @@ def diffusion() -> str:
     from study.diffusion import ROWS, table
     from study.parts import read_rows
 
-    return with_table("diffusion.md", "routings", table(read_rows(ROWS)))
+    return with_tables("diffusion.md", {"routings": table(read_rows(ROWS))})
 
 
-def with_table(page: str, name: str, rows: list[str]) -> str:
-    """The text of a page with these rows as its table of that name."""
+def with_tables(page: str, tables: dict[str, list[str]]) -> str:
+    """The text of a page with these rows as its tables of those names."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    table = "\n\n" + "\n".join(rows) + "\n\n"
-    place = re.compile(TABLE.format(name, name), re.DOTALL)
-    text, found = place.subn(lambda marks: marks[1] + table + marks[2], text)
-    if found != 1:
-        raise ValueError(f"docs/{page} has {found} places for the table of {name} instead of one")
+    for name, rows in tables.items():
+        table = "\n\n" + "\n".join(rows) + "\n\n"
+        place = re.compile(TABLE.format(name, name), re.DOTALL)
+        text, found = place.subn(lambda marks, table=table: marks[1] + table + marks[2], text)
+        if found != 1:
+            raise ValueError(f"docs/{page} has {found} places for the table of {name}, not one")
     return text
 
 
