@@ -147,7 +147,7 @@ class LoadGuard:
             if load_dir is None or not _is_checked(args, load_dir):
                 return load_base(load_dir, args, rank0=rank0, **kwargs)
             if rank0 or load_dir not in self._chosen:
-                self._chosen[load_dir] = choose(
+                self._chosen[load_dir] = choose_checkpoint(
                     Path(load_dir),
                     args.ckpt_step,
                     fallback=getattr(args, "ckpt_fallback", False),
@@ -192,7 +192,7 @@ class LoadGuard:
             self._pinned, args.ckpt_step = None, step
 
 
-def choose(
+def choose_checkpoint(
     load: Path,
     step: int | None = None,
     *,

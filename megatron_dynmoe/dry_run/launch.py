@@ -127,7 +127,7 @@ def dry_run(
     check_layout(layout)
     args = read_args(words)
     resolved = resolved_from_args(args, layout.num_experts)
-    _check_settings(args)
+    _check_can_rehearse(args)
     expected = expected_counts(args, experts_per_token)
     if experts_per_token is not None and counts != "mean":
         raise FlagError(
@@ -177,7 +177,7 @@ def dry_run(
     )
 
 
-def _check_settings(args: Namespace) -> None:
+def _check_can_rehearse(args: Namespace) -> None:
     """Refuse settings whose code cannot run here."""
     for name, (values, remedy) in _REFUSED.items():
         value = getattr(args, name, values[0])

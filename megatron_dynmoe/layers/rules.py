@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routing.rules.expert_threshold import choose as choose_above_thresholds
+from megatron_dynmoe.routing.rules.expert_threshold import choose_above_thresholds
 from megatron_dynmoe.routing.rules.null_experts import fill_slots
 from megatron_dynmoe.routing.rules.relu import choose_open
 from megatron_dynmoe.routing.rules.seq_top_k import select_above

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_dynmoe.checkpoints import faults
 from megatron_dynmoe.checkpoints.collective import CheckpointError
-from megatron_dynmoe.checkpoints.load import check_paths, choose
+from megatron_dynmoe.checkpoints.load import check_paths, choose_checkpoint
 from megatron_dynmoe.checkpoints.save import TrackerFileWriter, write_checkpoint_manifest
 from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.storage.manifest import MANIFEST
@@ -71,9 +71,9 @@ def test_a_good_checkpoint_is_loaded_whatever_lies_beside_it(load: Path) -> None
     (load / "iter_0000006" / "notes.txt").write_text("mine")
     make(load, 8)  # newer than the tracker: its save had not come to its end
     (load / "iter_0000010").mkdir()
-    assert choose(load) == 6
-    assert choose(load, fallback=True) == 6
-    assert choose(load, step=8) == 8
+    assert choose_checkpoint(load) == 6
+    assert choose_checkpoint(load, fallback=True) == 6
+    assert choose_checkpoint(load, step=8) == 8
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -82,9 +82,9 @@ def test_a_damaged_file_is_refused_by_name(load: Path, name: str, damage: str) -
     file = load / "iter_0000006" / name
     DAMAGES[damage](file)
     with pytest.raises(CheckpointError) as refused:
-        choose(load)
+        choose_checkpoint(load)
     assert all(words in str(refused.value) for words in (str(file), "--ckpt-fallback", MANIFEST))
-    assert choose(load, fallback=True) == 4
+    assert choose_checkpoint(load, fallback=True) == 4
 
 
 def test_every_flipped_bit_is_found(load: Path) -> None:
@@ -94,9 +94,9 @@ def test_every_flipped_bit_is_found(load: Path) -> None:
         bit = generator.randrange(file.stat().st_size * 8)
         flip(file, bit)
         with pytest.raises(CheckpointError, match=file.name):
-            choose(load)
+            choose_checkpoint(load)
         flip(file, bit)
-    assert choose(load) == 6
+    assert choose_checkpoint(load) == 6
 
 
 @pytest.mark.parametrize(
@@ -110,21 +110,21 @@ def test_a_damaged_manifest_is_refused_by_name(load: Path, content: str) -> None
     manifest = load / "iter_0000006" / MANIFEST
     manifest.write_text(content)
     with pytest.raises(CheckpointError, match=str(manifest)):
-        choose(load)
-    assert choose(load, fallback=True) == 4
+        choose_checkpoint(load)
+    assert choose_checkpoint(load, fallback=True) == 4
 
 
 def test_fallback_takes_the_newest_good_one_and_says_what_was_wrong(load: Path, capsys) -> None:
     make(load, 8)  # newer than the tracker
     for iteration in (4, 6):
         flip(load / f"iter_{iteration:07d}" / "common.pt", 5)
-    assert choose(load, fallback=True) == 2
+    assert choose_checkpoint(load, fallback=True) == 2
     said = capsys.readouterr().out
     assert "iter_0000006/common.pt" in said and "iter_0000004/common.pt" in said
     assert "Going on from" in said and "iter_0000002" in said
     assert (load / TRACKER).read_text() == "6"  # the folder may be somebody else's
 
-    assert choose(load, fallback=True, corrects_tracker=True) == 2
+    assert choose_checkpoint(load, fallback=True, corrects_tracker=True) == 2
     assert (load / TRACKER).read_text() == "2"
     assert (load / "iter_0000006" / MANIFEST).exists()
 
@@ -133,71 +133,71 @@ def test_fallback_never_starts_anew(load: Path) -> None:
     for iteration in (2, 4, 6):
         flip(load / f"iter_{iteration:07d}" / "common.pt", 5)
     with pytest.raises(CheckpointError, match="no good checkpoint") as refused:
-        choose(load, fallback=True)
+        choose_checkpoint(load, fallback=True)
     assert all(f"iter_000000{iteration}" in str(refused.value) for iteration in (2, 4, 6))
 
 
 def test_fallback_does_not_trust_what_it_cannot_check(load: Path) -> None:
     cut(load / "iter_0000006" / "common.pt")
     (load / "iter_0000004" / MANIFEST).unlink()  # its .metadata names no files at all
-    assert choose(load, fallback=True) == 2
+    assert choose_checkpoint(load, fallback=True) == 2
 
 
 @pytest.mark.parametrize("text", ("", "six", "-6", "6.0", "\ufffd", "9" * 30))
 def test_a_tracker_that_names_nothing(load: Path, text: str) -> None:
     (load / TRACKER).write_text(text)
     with pytest.raises(CheckpointError, match=r"6, 4, 2.*--ckpt-step N"):
-        choose(load)
-    assert choose(load, fallback=True, corrects_tracker=True) == 6
+        choose_checkpoint(load)
+    assert choose_checkpoint(load, fallback=True, corrects_tracker=True) == 6
     assert (load / TRACKER).read_text() == "6"
 
 
 def test_a_tracker_that_names_a_missing_folder(load: Path) -> None:
     shutil.rmtree(load / "iter_0000006")
     with pytest.raises(CheckpointError, match=r"iter_0000006 is missing; iterations there: 4, 2"):
-        choose(load)
-    assert choose(load, fallback=True) == 4
+        choose_checkpoint(load)
+    assert choose_checkpoint(load, fallback=True) == 4
     with pytest.raises(CheckpointError, match=r"--ckpt-step is 5.*iter_0000005 is missing"):
-        choose(load, step=5, fallback=True)  # asked for by number: a slip of the pen
+        choose_checkpoint(load, step=5, fallback=True)  # asked for by number: a slip of the pen
 
 
 def test_without_a_tracker(load: Path) -> None:
     (load / TRACKER).unlink()
-    assert choose(load) is None  # as with Megatron: training starts anew
-    assert choose(load, fallback=True) == 6
+    assert choose_checkpoint(load) is None  # as with Megatron: training starts anew
+    assert choose_checkpoint(load, fallback=True) == 6
     with pytest.raises(CheckpointError, match="--exit-on-missing-checkpoint"):
-        choose(load, is_required=True)
-    assert choose(load / "nowhere", fallback=True) is None
+        choose_checkpoint(load, is_required=True)
+    assert choose_checkpoint(load / "nowhere", fallback=True) is None
 
 
 def test_a_tracker_that_names_an_older_one_is_told_of(load: Path, capsys) -> None:
     (load / TRACKER).write_text("2")  # a 6 with one bit flipped
-    assert choose(load) == 2
+    assert choose_checkpoint(load) == 2
     assert "names iteration 2, though the save of 6 was complete" in capsys.readouterr().out
-    assert choose(load, step=2) == 2
+    assert choose_checkpoint(load, step=2) == 2
     (load / "iter_0000006" / MANIFEST).unlink()  # its save was cut short
     (load / TRACKER).write_text("4")
-    assert choose(load) == 4
+    assert choose_checkpoint(load) == 4
     assert "complete" not in capsys.readouterr().out
 
 
 def test_release(load: Path) -> None:
     (load / "iter_0000006").rename(load / "release")
     (load / TRACKER).write_text("release")
-    assert choose(load) == "release"
+    assert choose_checkpoint(load) == "release"
     flip(load / "release" / "common.pt", 1)
     with pytest.raises(CheckpointError, match=r"release/common\.pt"):
-        choose(load, fallback=True)  # nothing says which iteration came before it
+        choose_checkpoint(load, fallback=True)  # nothing says which iteration came before it
 
 
 def test_without_a_manifest(load: Path, capsys) -> None:
     (load / "iter_0000006" / MANIFEST).unlink()
-    assert choose(load) == 6
+    assert choose_checkpoint(load) == 6
     assert "has no manifest.json" in capsys.readouterr().out
-    assert choose(load, fallback=True) == 4  # its .metadata is none
+    assert choose_checkpoint(load, fallback=True) == 4  # its .metadata is none
     (load / "iter_0000006" / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match="its save was cut short"):
-        choose(load)
+        choose_checkpoint(load)
 
 
 def test_without_the_wish_for_one_an_old_manifest_goes(load: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_run_refuses_a_damaged_checkpoint_and_falls_back(tmp_path: Path, layou
             for path in (tmp_path / "good", save)
         )
         assert differences(good, again) == {}
-    assert choose(save) == STEPS  # saved over the damaged one
+    assert choose_checkpoint(save) == STEPS  # saved over the damaged one
 
 
 @pytest.mark.long

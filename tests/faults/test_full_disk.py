@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmoe.checkpoints.collective import cause
-from megatron_dynmoe.checkpoints.load import choose
+from megatron_dynmoe.checkpoints.load import choose_checkpoint
 from megatron_dynmoe.storage.megatron_names import TRACKER
 from tests.distributed.harness import DTOP_P, TINY
 from tests.faults.launching import ONE_BY_ONE, PATIENCE, Attempt, start
@@ -60,7 +60,7 @@ def check_refusal(attempt: Attempt, folder: Path, cause: str, latest: int) -> No
         assert cause in said and "During handling" not in said
         assert f"The last complete one is of iteration {latest}." in said
     assert (folder.parent / TRACKER).read_text() == str(latest)
-    assert choose(folder.parent) == latest
+    assert choose_checkpoint(folder.parent) == latest
 
 
 def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_when_there_is_room(
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_when_there_is_room(
     resumed = train(mounted, tmp_path / "resumed")
     resumed.wait_until_all_have_ended(PATIENCE)
     assert resumed.exit_codes() == [0, 0], resumed.log()
-    assert choose(mounted) == 4
+    assert choose_checkpoint(mounted) == 4
 
 
 @pytest.mark.long

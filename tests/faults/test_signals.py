@@ -16,7 +16,7 @@ import pytest
 import torch
 from megatron.training import global_vars
 
-from megatron_dynmoe.checkpoints.load import choose
+from megatron_dynmoe.checkpoints.load import choose_checkpoint
 from megatron_dynmoe.training.signals import StopSignals, disable_without_training
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult
 from tests.distributed.test_resume import checkpoint, differences
@@ -65,7 +65,7 @@ def check_end(attempt: Attempt, exit_code: int, save: Path) -> None:
     attempt.wait_until_all_have_ended(PATIENCE)
     assert attempt.exit_codes() == [exit_code], attempt.log()
     assert [path.name for path in save.glob("iter_*")] == [f"iter_{steps_of(attempt):07d}"]
-    assert choose(save) == steps_of(attempt)
+    assert choose_checkpoint(save) == steps_of(attempt)
     assert "Traceback" not in "".join(path.read_text() for path in attempt.folder.glob("rank*.log"))
 
 

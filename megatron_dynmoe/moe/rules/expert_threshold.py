@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.routing.route import Routing, scale, summed
 from megatron_dynmoe.routing.rules import quantiles
-from megatron_dynmoe.routing.rules.expert_threshold import choose
+from megatron_dynmoe.routing.rules.expert_threshold import choose_above_thresholds
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 
@@ -118,6 +118,6 @@ def route(
         See :class:`Routing`. ``sums_W`` are the tokens in each bin of each expert, if ``counted``.
     """
     logits_TE, scaled_TE = scale(logits_TE, theta, num_sequences)
-    chosen = choose(scaled_TE, thresholds_E, max_experts, renormalize)
+    chosen = choose_above_thresholds(scaled_TE, thresholds_E, max_experts, renormalize)
     sums_W = quantiles.count(scaled_TE, thresholds_E, valid_T).double() if counted else None
     return summed(logits_TE, *chosen, num_sequences, valid_T, sums_W=sums_W)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_dynmoe.routing.select import capped, weigh
 
 
-def choose(
+def choose_above_thresholds(
     logits_TE: Tensor, thresholds_E: Tensor, max_experts: int | None, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts and weigh them by the sigmoids of their logits.
