@@ -32,7 +32,7 @@ here may not hold at the papers' sizes, and the other way round.
     make study STUDY="--quick"             # a few minutes, to see whether everything works
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
-    make study PART=rules                  # every rule at 2 experts, 33 runs; see "Parts"
+    make study PART=rules                  # every rule at 2 experts, {num_runs} runs; see "Parts"
     make study PART=budgets STUDY="--only elastic --seeds 1"
 
 Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
@@ -57,9 +57,7 @@ table is printed from the rows that are there.
 {num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
 The loss is that of all held-out text, in nats. The interval takes in what seeds alone cause, by the
 runs below and these together, and the verdict is that of the rule against DTop-p. *DRN without
-controller* has a fixed threshold, chosen for about 2 experts; see its count. The row of *expert
-threshold* is of thresholds that followed more slowly than those of today
-([why](rules.md#expert_threshold)).
+controller* has a fixed threshold, chosen for about 2 experts; see its count.
 
 {rules}
 
