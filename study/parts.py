@@ -74,7 +74,7 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
     rows = read_rows(results)
     if args.list:
         for run in planned:
-            done = "in the results" if run.name in rows else f"{run.iteration} of {size.steps}"
+            done = "in the results" if run.name in rows else f"{run.iteration} of {run.size.steps}"
             print(f"{run.name:<24} {done:<16} {run.variant.title}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
         for run in left:  # from before, when something stopped the study
             if run.is_finished:
                 measure(run)
-        queue = Queue(left, text, size, args.jobs)
+        queue = Queue(left, text, args.jobs)
         queue.train(then=measure)
     print("\n".join(part.table(rows)))
     for failure in queue.failures:

@@ -220,7 +220,7 @@ def test_a_row_holds_what_the_events_and_the_held_out_text_say(tmp_path):
         "dynmoe/validation_std_experts_per_token": [(10, 0.9), (20, 0.8)],
     }
     held_out = {"validation_loss": 7.25, "validation_experts_per_token": 2.125}
-    run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path)
+    run = runs.Run(VARIANTS["dtop_p"], 2, {"code": "abc"}, tmp_path, CPU)
     make_run(tmp_path, {"routing": "dtop_p", "target_experts_per_token": "2"}, scalars)
     (tmp_path / runs.COMMIT).write_text("abc\n")
     run.add_times(5, 4.0)
