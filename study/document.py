@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from study import rules, tables
+from study import rules, sections, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
-from study.parts import read_rows
 from study.results import Results
 from study.variants import SIZES, TARGET, VARIANTS, Size
 
@@ -18,8 +17,7 @@ SIZE = "cpu"  # the size that the document is about
 _INTRODUCTION = """\
 # The papers' claims on a small model
 
-Written by `python -m study document` from `{size}.json` and `rules.json` in `study/results/`; a
-test compares.
+Written by `python -m study document` from the rows in `study/results/`. A test compares.
 
 `make study` trains the routings of both papers on the same text with the same model, steps and
 seeds, and tests what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
@@ -33,7 +31,7 @@ here may not hold at the papers' sizes, and the other way round.
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
     make study PART=rules                  # every rule at 2 experts, {num_runs} runs; see "Parts"
-    make study PART=budgets STUDY="--only elastic --seeds 1"
+    make study PART=tokens STUDY="--seeds 1"
 
 Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
 same command continues from there, or after a crash from the last checkpoint. A run is not trained
@@ -44,24 +42,26 @@ one picture.
 
 The size for a GPU ({gpu}) has not been run yet.
 
-**Parts.** `PART=rules` trains every [rule](rules.md) at the same mean number of experts,
-so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost
-([what is there](#rules-at-equal-compute)). `PART=budgets` trains one model for every budget and
-models of one budget each ([what is there](huggingface.md#budgets)). `PART=diffusion` compares
-routings in a model of images ([what is there](diffusion.md#three-routings-at-equal-compute)). A
-part can be trained run by run, on any day: a finished run adds its row to `study/results/`, and the
-table is printed from the rows that are there.
+**Parts.** Other comparisons are parts, with rows of their own in `study/results/`, from which their
+tables are drawn. A part can be trained run by run, on any day: a finished run adds its row and
+counts as done, and `make study PART=tokens STUDY="--list"` shows which wait. The last five take at
+most 90 minutes each on two cores; where three seeds do not fit, models have fewer. The study's own
+model at an axis is that of `PART=rules`, which is not trained again.
+
+{parts}
 
 ### Rules at equal compute
 
-{num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
-The loss is that of all held-out text, in nats. The interval takes in what seeds alone cause, by the
-runs below and these together, and the verdict is that of the rule against DTop-p. *DRN without
-controller* has a fixed threshold, chosen for about 2 experts; see its count.
+{status}
+
+Every [rule](rules.md) has the text and size below. The loss is that of all held-out text, in nats.
+The interval takes in what seeds alone cause, by the runs below and these together, and the verdict
+is that of the rule against DTop-p. *DRN without controller* has a fixed threshold, chosen for about
+2 experts; see its count.
 
 {rules}
 
-## What is compared
+{sections}## What is compared
 
 {variants}
 
@@ -100,9 +100,11 @@ def text(results: Results | None) -> str:
         jobs=size.jobs,
         gpu=_describe(SIZES["gpu"]),
         variants=_variants(),
-        num_rows=len(of_rules := read_rows(rules.PART.results)),
         num_runs=rules.PART.num_runs,
+        parts=sections.all_parts(),
+        status=fill(sections.status(rules.PART, of_rules := rules.PART.all_rows()), 100),
         rules="\n".join(rules.table(of_rules, results)),
+        sections=f"{found}\n\n" if (found := sections.of_parts(results)) else "",
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)
@@ -216,9 +218,12 @@ def _claims(results: Results | None) -> str:
         "| paper | claim | they saw | this study saw | |",
         "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for claim in CLAIMS:
         verdict = judge(claim, results) if results is not None else None
         saw, word = ("not run yet", "") if verdict is None else (verdict.numbers, verdict.word)
         cells = [claim.paper, claim.text, claim.they_saw, saw, word]
+        rows.append(cells)
+    for cells in [*rows, *sections.claims(results)]:
         lines.append(f"| {' | '.join(tables.escaped(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"

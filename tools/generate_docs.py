@@ -184,6 +184,14 @@ def diffusion() -> str:
     return with_table("diffusion.md", "routings", table(read_rows(ROWS)))
 
 
+def study() -> str:
+    """The text of docs/study.md, from the results of the study and of its parts."""
+    from study import document
+    from study.results import RESULTS, Results
+
+    return document.text(Results.read(RESULTS / f"{document.SIZE}.json"))
+
+
 def with_table(page: str, name: str, rows: list[str]) -> str:
     """The text of a page with these rows as its table of that name."""
     text = (DOCS / page).read_text(encoding="utf-8")
@@ -201,6 +209,7 @@ DOCUMENTS = {
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
     "planning.md": planning,
+    "study.md": study,
     "testing.md": testing,
     "upstream_flags.md": upstream_flags,
 }

@@ -423,11 +423,6 @@ def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
         assert f"(images/{picture.name})" in page
 
 
-def test_the_page_says_what_the_results_say():
-    found = Results.read(results.RESULTS / f"{document.SIZE}.json")
-    assert document.DOCUMENT.read_text() == document.text(found), "run python -m study document"
-
-
 def test_numbers_are_kept_with_five_digits():
     rounded = results._rounded({"a": [1.23456789, np.float64(2e-7)], "b": (3, None)})
     assert rounded == {"a": [1.2346, 2e-7], "b": [3, None]}

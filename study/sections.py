@@ -1,0 +1,127 @@
+"""What docs/study.md says of the parts: which there are, how far each is, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
+from study.axes import in_words
+from study.claims import FAILS, HOLDS, UNCLEAR
+from study.parts import Part, Rows, read_rows
+from study.results import RESULTS, Results
+
+SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
+_HOW_TO_READ = (
+    "In the sections that follow, the lead of DTop-p is the held-out loss of top-k less that of "
+    "DTop-p, with the same mean number of experts. An interval takes in what seeds alone cause, by "
+    "all runs with several seeds; it takes this to be the same for all models. Between one seed "
+    "of each it is wide, so that only a large difference is clear."
+)
+
+
+class _Listed(NamedTuple):
+    """A part in the list of all; ``where`` its table is, if not on this page."""
+
+    name: str
+    about: str | None
+    runs: int
+    rows: Rows
+    where: str
+
+    @property
+    def line(self) -> str:
+        question, *_ = (self.about or "").split("\n\n")
+        found = f"[table]({self.where})" if self.rows else "waits"
+        return f"| `{self.name}` | {question} | {len(self.rows)} of {self.runs} | {found} |"
+
+
+def all_parts() -> str:
+    """A list of the parts, with what each asks and how many of its runs have been trained."""
+
+    def listed(part: Part, where: str = "") -> _Listed:
+        rows = read_rows(part.results)
+        return _Listed(part.name, part.about, part.num_runs, rows, where or f"#{part.name}")
+
+    num_images = sum(variant.num_seeds for variant in diffusion.VARIANTS.values())
+    lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
+    for part in (
+        listed(rules.PART, "#rules-at-equal-compute"),
+        listed(budgets.PART, "huggingface.md#budgets"),
+        _Listed(
+            "diffusion",
+            diffusion.__doc__,
+            num_images,
+            read_rows(diffusion.ROWS),
+            "diffusion.md#three-routings-at-equal-compute",
+        ),
+        *(listed(part) for part in (*SCALING, settings.PART)),
+    ):
+        lines.append(part.line)
+    return "\n".join(lines)
+
+
+def of_parts(results: Results | None, folder: Path = RESULTS) -> str:
+    """A section for each part of this page that has a row."""
+    parts = (*SCALING, settings.PART)
+    found = [section for part in parts if (section := of_part(part, results, folder))]
+    return "\n\n".join([fill(_HOW_TO_READ, 100), *found] if found else [])
+
+
+def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> str:
+    """The section of a part; empty before its first row."""
+    if not (own := read_rows(folder / part.results.name)):
+        return ""
+    question, _, *body = (part.about or "").strip().split("\n\n")
+    return "\n".join(
+        [
+            f"### {part.name.capitalize()}",
+            "",
+            fill(" ".join([question, *body]), 100),
+            "",
+            fill(status(part, own), 100),
+            "",
+            *part.table(part.all_rows(folder), results),
+        ]
+    )
+
+
+def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:
+    """The cells of what DTop-p's authors claim of the axes, as in :mod:`study.claims`."""
+    lines = []
+    for axis in SCALING:
+        if axis.claim is None:
+            continue
+        slope = axis.trend(axis.all_rows(folder), results)
+        saw, word = f"waits for `PART={axis.name}`", ""
+        if slope is not None:
+            saw, word = in_words(slope), slope.verdict(FAILS, HOLDS)
+            word = UNCLEAR if word == "not clear" else word
+        lines.append(["DTop-p", *axis.claim, saw, word])
+    return lines
+
+
+def status(part: Part, rows: Rows) -> str:
+    """Which runs of a part have been trained, and which wait."""
+    num_trained = sum(name in rows for name in part.run_names)
+    if num_trained == part.num_runs:
+        return f"All {num_trained} runs of `PART={part.name}` have been trained."
+    waiting: dict[tuple[int, ...], list[str]] = {}
+    for name, variant in part.variants.items():
+        seeds = range(1, variant.num_seeds + 1)
+        if missing := tuple(seed for seed in seeds if f"{name}-seed{seed}" not in rows):
+            waiting.setdefault(missing, []).append(f"`{name}`")
+    trained = f"{num_trained} of the {part.num_runs} runs of `PART={part.name}`"
+    these = "; ".join(f"{_and(names)} ({_seeds(seeds)})" for seeds, names in waiting.items())
+    return f"{trained} {'has' if num_trained == 1 else 'have'} been trained. These wait: {these}."
+
+
+def _seeds(numbers: Sequence[int]) -> str:
+    return f"{'seed' if len(numbers) == 1 else 'seeds'} {_and([str(one) for one in numbers])}"
+
+
+def _and(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
