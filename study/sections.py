@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
 
 from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
 from study.axes import in_words
@@ -14,6 +13,11 @@ from study.parts import Part, Rows, read_rows
 from study.results import RESULTS, Results
 
 SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
+_ELSEWHERE = {
+    "rules": "#rules-at-equal-compute",
+    "budgets": "huggingface.md#budgets",
+    "diffusion": "diffusion.md#three-routings-at-equal-compute",
+}
 _HOW_TO_READ = (
     "In the sections that follow, the lead of DTop-p is the held-out loss of top-k less that of "
     "DTop-p, with the same mean number of experts. An interval takes in what seeds alone cause, by "
@@ -22,44 +26,15 @@ _HOW_TO_READ = (
 )
 
 
-class _Listed(NamedTuple):
-    """A part in the list of all; ``where`` its table is, if not on this page."""
-
-    name: str
-    about: str | None
-    runs: int
-    rows: Rows
-    where: str
-
-    @property
-    def line(self) -> str:
-        question, *_ = (self.about or "").split("\n\n")
-        found = f"[table]({self.where})" if self.rows else "waits"
-        return f"| `{self.name}` | {question} | {len(self.rows)} of {self.runs} | {found} |"
-
-
 def all_parts() -> str:
-    """A list of the parts, with what each asks and how many of its runs have been trained."""
-
-    def listed(part: Part, where: str = "") -> _Listed:
-        rows = read_rows(part.results)
-        return _Listed(part.name, part.about, part.num_runs, rows, where or f"#{part.name}")
-
-    num_images = sum(variant.num_seeds for variant in diffusion.VARIANTS.values())
+    """A list of the parts: what each asks, and how many of its runs have been trained."""
     lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
-    for part in (
-        listed(rules.PART, "#rules-at-equal-compute"),
-        listed(budgets.PART, "huggingface.md#budgets"),
-        _Listed(
-            "diffusion",
-            diffusion.__doc__,
-            num_images,
-            read_rows(diffusion.ROWS),
-            "diffusion.md#three-routings-at-equal-compute",
-        ),
-        *(listed(part) for part in (*SCALING, settings.PART)),
-    ):
-        lines.append(part.line)
+    for part in (rules.PART, budgets.PART, *SCALING, settings.PART):
+        where = _ELSEWHERE.get(part.name, f"#{part.name}")
+        lines.append(_line(part.name, part.about, read_rows(part.results), part.num_runs, where))
+    name, of_images = "diffusion", sum(one.num_seeds for one in diffusion.VARIANTS.values())
+    rows = read_rows(diffusion.ROWS)
+    lines.append(_line(name, diffusion.__doc__, rows, of_images, _ELSEWHERE[name]))
     return "\n".join(lines)
 
 
@@ -116,6 +91,12 @@ def status(part: Part, rows: Rows) -> str:
     trained = f"{num_trained} of the {part.num_runs} runs of `PART={part.name}`"
     these = "; ".join(f"{_and(names)} ({_seeds(seeds)})" for seeds, names in waiting.items())
     return f"{trained} {'has' if num_trained == 1 else 'have'} been trained. These wait: {these}."
+
+
+def _line(name: str, about: str | None, rows: Rows, num_runs: int, where: str) -> str:
+    question, *_ = (about or "").split("\n\n")
+    found = f"[table]({where})" if rows else "waits"
+    return f"| `{name}` | {question} | {len(rows)} of {num_runs} | {found} |"
 
 
 def _seeds(numbers: Sequence[int]) -> str:
