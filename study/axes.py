@@ -51,13 +51,11 @@ class Point:
         titles = f"DTop-p, target {self.experts}", f"top-{self.experts}"
         routings = dtop_p(self.experts), top_k(self.experts) + " "
         return [
-            Variant(name, f"{title}, {self.title}", routing + self.flags, *self._trainings)
+            Variant(
+                name, f"{title}, {self.title}", routing + self.flags, self.num_seeds, self.tokens
+            )
             for name, title, routing in zip(self.runs, titles, routings, strict=True)
         ]
-
-    @property
-    def _trainings(self) -> tuple[int, float]:
-        return self.num_seeds, self.tokens
 
 
 @dataclass(frozen=True)

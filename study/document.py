@@ -61,7 +61,7 @@ is that of the rule against DTop-p. *DRN without controller* has a fixed thresho
 
 {rules}
 
-{sections}## What is compared
+## What is compared
 
 {variants}
 
@@ -103,8 +103,7 @@ def text(results: Results | None) -> str:
         num_runs=rules.PART.num_runs,
         parts=sections.all_parts(),
         status=fill(sections.status(rules.PART, of_rules := rules.PART.all_rows()), 100),
-        rules="\n".join(rules.table(of_rules, results)),
-        sections=f"{found}\n\n" if (found := sections.of_parts(results)) else "",
+        rules="\n".join([*rules.table(of_rules, results), *sections.of_parts(results)]),
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)

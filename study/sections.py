@@ -38,29 +38,24 @@ def all_parts() -> str:
     return "\n".join(lines)
 
 
-def of_parts(results: Results | None, folder: Path = RESULTS) -> str:
-    """A section for each part of this page that has a row."""
+def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
+    """The lines of a section for each part of this page that has a row."""
     parts = (*SCALING, settings.PART)
-    found = [section for part in parts if (section := of_part(part, results, folder))]
-    return "\n\n".join([fill(_HOW_TO_READ, 100), *found] if found else [])
+    found = [line for part in parts for line in of_part(part, results, folder)]
+    return ["", fill(_HOW_TO_READ, 100), *found] if found else []
 
 
-def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> str:
-    """The section of a part; empty before its first row."""
+def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list[str]:
+    """The lines of the section of a part; none before its first row."""
     if not (own := read_rows(folder / part.results.name)):
-        return ""
+        return []
     question, _, *body = (part.about or "").strip().split("\n\n")
-    return "\n".join(
-        [
-            f"### {part.name.capitalize()}",
-            "",
-            fill(" ".join([question, *body]), 100),
-            "",
-            fill(status(part, own), 100),
-            "",
-            *part.table(part.all_rows(folder), results),
-        ]
-    )
+    return [
+        *("", f"### {part.name.capitalize()}", ""),
+        *(fill(" ".join([question, *body]), 100), ""),
+        *(fill(status(part, own), 100), ""),
+        *part.table(part.all_rows(folder), results),
+    ]
 
 
 def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:

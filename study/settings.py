@@ -3,11 +3,12 @@
     python -m study.settings [--only NAME ...] [--seeds N] [--list] [--quick]
 
 DTop-p's authors take a balance loss of 1e-4 and a dynamic loss of 1e-3, and no z-loss, since it
-flattens the logits and drives the threshold down. Here the coefficients change one at a time. The
-threshold is that of the last step; the load is that of the busiest expert over the mean expert, in
-the worst layer and over the last fifth of the training. Dynamic MoE compares thresholds, also of a
-trained top-2 model, and leaves out its dynamic loss (Table 7 and 8: experts per token, and the
-average score of five tasks). Its models but that with p = 0.5 are those of the study below.
+flattens the logits and drives the threshold down. Here the coefficients change one at a time, and
+the z-loss is on the logits before their normalization. The threshold is that of the last step; the
+load is that of the busiest expert over the mean expert, in the worst layer and over the last fifth
+of the training. Dynamic MoE compares thresholds, also of a trained top-2 model, and leaves out its
+dynamic loss (its Tables 7 and 8: experts per token, and the average score of five tasks). Its
+models but that with p = 0.5 are those of the study below.
 """
 
 from __future__ import annotations

@@ -139,12 +139,12 @@ def test_a_part_without_a_row_has_a_line_and_no_section(tmp_path):
     own, *others = axis.points
     rules_rows = rows_of([own], [0.1])
     write(tmp_path, rules.PART, rules_rows)
-    assert sections.of_parts(None, tmp_path) == ""
+    assert sections.of_parts(None, tmp_path) == []
     line = sections._line(axis.name, axis.about, {}, axis.num_runs, "#tokens")
     assert line.startswith("| `tokens` | More tokens: does") and line.endswith("| 0 of 4 | waits |")
 
     write(tmp_path, axis, rows_of(others[:1], [0.2], seeds=[0.0]))
-    section = sections.of_parts(None, tmp_path)
+    section = "\n".join(sections.of_parts(None, tmp_path))
     assert "### Tokens" in section and "### Size" not in section
     status = "2 of the 4 runs of `PART=tokens` have been trained. These wait: `dtop_p_x4` and "
     assert status + "`top2_x4` (seed 1)." in section.replace("\n", " ")
@@ -152,7 +152,9 @@ def test_a_part_without_a_row_has_a_line_and_no_section(tmp_path):
     assert "python -m" not in section
 
     write(tmp_path, axis, rows_of(others, [0.2, 0.3], seeds=[0.0]))
-    assert "All 4 runs of `PART=tokens` have been trained." in sections.of_parts(None, tmp_path)
+    assert "All 4 runs of `PART=tokens` have been trained." in sections.of_part(
+        axis, None, tmp_path
+    )
 
 
 def test_seeds_that_wait_are_named():
