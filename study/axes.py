@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from textwrap import fill
 
 from study.parts import EXPERTS, LOSS, Part, Rows, held_out, losses, mean, noise, of_variant
 from study.results import Comparison, Results, compared
+from study.tables import paragraph
 from study.variants import TARGET, Variant, dtop_p, top_k
 
 
@@ -126,7 +126,7 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
         cells += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
         lines.append(f"| {' | '.join(cells)} |")
     if (slope := _trend_of(known)) is not None:
-        lines += ["", fill(f"{in_words(slope)}.", 100)]
+        lines += ["", paragraph(f"{in_words(slope)}.")]
     return lines
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
 
 from study import rules, sections, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.results import Results
+from study.tables import paragraph
 from study.variants import SIZES, TARGET, VARIANTS, Size
 
 DOCUMENT, IMAGES = ROOT / "docs" / "study.md", ROOT / "docs" / "images"
@@ -102,7 +102,7 @@ def text(results: Results | None) -> str:
         variants=_variants(),
         num_runs=rules.PART.num_runs,
         parts=sections.all_parts(),
-        status=fill(sections.status(rules.PART, of_rules := rules.PART.all_rows()), 100),
+        status=paragraph(sections.status(rules.PART, of_rules := rules.PART.all_rows())),
         rules="\n".join([*rules.table(of_rules, results), *sections.of_parts(results)]),
     )
     if results is None:
@@ -145,7 +145,7 @@ def _results(results: Results) -> str:
         "",
         *tables.routings(results),
         "",
-        fill(
+        paragraph(
             "Losses are in nats per token: the mean over seeds (and the standard deviation). Loss, "
             "experts and their deviation over tokens and layers are those of the trained model on "
             "all held-out text, in the same whole sequences for every run. The work in experts is "
@@ -153,15 +153,13 @@ def _results(results: Results) -> str:
             "a step is processor time, and includes its share of a run's start and evaluations. "
             "The time on the clock would also depend on what else the machine did (the results "
             "have both; [benchmarks](benchmarks.md) has steps that were timed in turn).",
-            100,
         ),
         *(
             [
                 "",
-                fill(
+                paragraph(
                     f"Seeds alone cause a standard deviation of {spread:.4f} in the validation "
                     "loss, pooled over the variants with several seeds.",
-                    100,
                 ),
             ]
             if spread is not None
@@ -170,12 +168,11 @@ def _results(results: Results) -> str:
         "",
         "![Experts per token over training](images/study_experts.png)",
         "",
-        fill(
+        paragraph(
             "There is one line per seed. For the first seed the band, and the bar at a dot, show "
             "the standard deviation over tokens and layers. The dots are evaluations on held-out "
             "sequences that were drawn at random. The dashed line is at "
             f"{TARGET:g} experts.",
-            100,
         ),
         "",
         *tables.holding(results),
@@ -191,7 +188,7 @@ def _claims(results: Results | None) -> str:
         "",
         "## The claims",
         "",
-        fill(
+        paragraph(
             "The papers' figures are scores of tasks, which a model this small cannot do; this "
             "study compares the validation loss. A difference counts if it is larger than two "
             "standard errors (the figure behind \u00b1). Between routings the error comes from the "
@@ -203,15 +200,13 @@ def _claims(results: Results | None) -> str:
             "two evaluations of the same model were 0.02 to 0.05 apart, more than the seeds "
             "cause. So we measured the losses again, on all held-out text, and left the rules as "
             "they were.",
-            100,
         ),
         "",
-        fill(
+        paragraph(
             "The losses that are compared were not reached with equal numbers of experts. So "
             "each loss comes with the experts per token and the work in experts that it took. "
             "If the worse routing had less of both, it lost to more compute; only "
             "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count.",
-            100,
         ),
         "",
         "| paper | claim | they saw | this study saw | |",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 
 from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
 from study.axes import in_words
 from study.claims import FAILS, HOLDS, UNCLEAR
 from study.parts import Part, Rows, read_rows
 from study.results import RESULTS, Results
+from study.tables import paragraph
 
 SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
 _ELSEWHERE = {
@@ -42,7 +42,7 @@ def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
     """The lines of a section for each part of this page that has a row."""
     parts = (*SCALING, settings.PART)
     found = [line for part in parts for line in of_part(part, results, folder)]
-    return ["", fill(_HOW_TO_READ, 100), *found] if found else []
+    return ["", paragraph(_HOW_TO_READ), *found] if found else []
 
 
 def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list[str]:
@@ -52,8 +52,8 @@ def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list
     question, _, *body = (part.about or "").strip().split("\n\n")
     return [
         *("", f"### {part.name.capitalize()}", ""),
-        *(fill(" ".join([question, *body]), 100), ""),
-        *(fill(status(part, own), 100), ""),
+        *(paragraph(" ".join([question, *body])), ""),
+        *(paragraph(status(part, own)), ""),
         *part.table(part.all_rows(folder), results),
     ]
 
