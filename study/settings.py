@@ -7,8 +7,8 @@ flattens the logits and drives the threshold down. Here the coefficients change 
 the z-loss is on the logits before their normalization. The threshold is that of the last step; the
 load is that of the busiest expert over the mean expert, in the worst layer and over the last fifth
 of the training. Dynamic MoE compares thresholds, also of a trained top-2 model, and leaves out its
-dynamic loss (its Tables 7 and 8: experts per token, and the average score of five tasks). Its
-models but that with p = 0.5 are those of the study below.
+dynamic loss (its Tables 7 and 8: experts per token, and the average score of five tasks). All its
+models but the one of 0.5 are those of the study below.
 """
 
 from __future__ import annotations
