@@ -141,7 +141,7 @@ bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of
 	  --seconds-budget 440 --output "$(OUTPUT)"
 	@$(PLOT)
 
-study: setup ## the papers' claims in small, resumes; PART=rules, budgets or diffusion
+study: setup ## the papers' claims in small, resumes; PART=rules or another of docs/study.md
 	@$(PYTHON_VENV) -m study$(if $(PART),.$(PART)) $(STUDY)
 
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."

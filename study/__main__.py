@@ -71,7 +71,7 @@ def _study(args: argparse.Namespace) -> int:
         corpus.prepare(text, files, size.vocab_size, size.sequence_length)
 
         # 2. Trainings
-        queue = Queue(planned, text, size, args.jobs or size.jobs)
+        queue = Queue(planned, text, args.jobs or size.jobs)
         queue.train()
         if queue.stopped_by is not None:
             print("stopped. The same command goes on.", flush=True)

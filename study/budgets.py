@@ -17,6 +17,7 @@ import numpy as np
 
 from study import corpus, runs
 from study.parts import Part, Rows, end, of_variant
+from study.results import Results
 from study.variants import SEEDS, Variant
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -46,8 +47,9 @@ WAYS = {
 }
 
 
-def table(rows: Rows) -> list[str]:
+def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     """Held-out losses by budget, in Markdown: means over the seeds that are there."""
+    del of_main  # its models have no budgets
     lines = [f"| experts per token | {' | '.join(WAYS)} |", "|" + " --- |" * (len(WAYS) + 1)]
     for budget in BUDGETS:
         cells = [_cell(points_at(rows, way, budget)) for way in WAYS]

@@ -23,8 +23,7 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 from study import fingerprint
 from study.parts import Rows, of_variant, read_rows
-from study.results import RESULTS
-from study.rules import pooled_deviation
+from study.results import RESULTS, pooled_deviation
 from study.variants import VARIANTS as MAIN
 from study.variants import Variant
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
 
-from study import budgets, rules, tables
+from study import budgets, rules, sections, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.parts import read_rows
 from study.results import Results
+from study.tables import paragraph
 from study.variants import SIZES, TARGET, VARIANTS, Size
 
 DOCUMENT, IMAGES = ROOT / "docs" / "study.md", ROOT / "docs" / "images"
@@ -18,8 +18,7 @@ SIZE = "cpu"  # the size that the document is about
 _INTRODUCTION = """\
 # The papers' claims on a small model
 
-Written by `python -m study document` from `{size}.json` and `rules.json` in `study/results/`; a
-test compares.
+Written by `python -m study document` from the rows in `study/results/`. A test compares.
 
 `make study` trains the routings of both papers on the same text with the same model, steps and
 seeds, and tests what each paper claims. It is small: 6 layers of hidden size 128 with 16 experts
@@ -32,8 +31,8 @@ here may not hold at the papers' sizes, and the other way round.
     make study STUDY="--quick"             # a few minutes, to see whether everything works
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
-    make study PART=rules                  # every rule at 2 experts, 33 runs; see "Parts"
-    make study PART=budgets STUDY="--only elastic --seeds 1"
+    make study PART=rules                  # every rule at 2 experts, {num_runs} runs; see "Parts"
+    make study PART=tokens STUDY="--seeds 1"
 
 Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
 same command continues from there, or after a crash from the last checkpoint. A run is not trained
@@ -44,22 +43,22 @@ one picture.
 
 The size for a GPU ({gpu}) has not been run yet.
 
-**Parts.** `PART=rules` trains every [rule](rules.md) at the same mean number of experts,
-so at equal FLOPs, with three seeds: the comparison that decides which of them is worth its cost
-([what is there](#rules-at-equal-compute)). `PART=budgets` trains one model for every budget and
-models of one budget each ([what is there](huggingface.md#budgets)). `PART=diffusion` compares
-routings in a model of images ([what is there](diffusion.md#three-routings-at-equal-compute)). A
-part can be trained run by run, on any day: a finished run adds its row to `study/results/`, and the
-table is printed from the rows that are there.
+**Parts.** Other comparisons are parts, with rows of their own in `study/results/`, from which their
+tables are drawn. A part can be trained run by run, on any day: a finished run adds its row and
+counts as done, and `make study PART=tokens STUDY="--list"` shows which wait. `granularity` to
+`settings` take at most 90 minutes each on two cores; models have three seeds if they fit. Each axis
+also has the study's own model, which `PART=rules` trains.
+
+{parts}
 
 ### Rules at equal compute
 
-{num_rows} of the {num_runs} runs of `PART=rules` have been trained, with the text and size below.
-The loss is that of all held-out text, in nats. The interval takes in what seeds alone cause, by the
-runs below and these together, and the verdict is that of the rule against DTop-p. *DRN without
-controller* has a fixed threshold, chosen for about 2 experts; see its count. The row of *expert
-threshold* is of thresholds that followed more slowly than those of today
-([why](rules.md#expert_threshold)).
+{status}
+
+Every [rule](rules.md) has the text and size below. The loss is that of all held-out text, in nats.
+The interval takes in what seeds alone cause, by the runs below and these together, and the verdict
+is that of the rule against DTop-p. *DRN without controller* has a fixed threshold, chosen for about
+2 experts; see its count.
 
 {rules}
 
@@ -104,9 +103,10 @@ def text(results: Results | None) -> str:
         jobs=size.jobs,
         gpu=_describe(SIZES["gpu"]),
         variants=_variants(),
-        num_rows=len(of_rules := read_rows(rules.PART.results)),
         num_runs=rules.PART.num_runs,
-        rules="\n".join(rules.table(of_rules, results)),
+        parts=sections.all_parts(),
+        status=paragraph(sections.status(rules.PART, of_rules := rules.PART.all_rows())),
+        rules="\n".join([*rules.table(of_rules, results), *sections.of_parts(results)]),
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)
@@ -148,7 +148,7 @@ def _results(results: Results) -> str:
         "",
         *tables.routings(results),
         "",
-        fill(
+        paragraph(
             "Losses are in nats per token: the mean over seeds (and the standard deviation). Loss, "
             "experts and their deviation over tokens and layers are those of the trained model on "
             "all held-out text, in the same whole sequences for every run. The work in experts is "
@@ -156,15 +156,13 @@ def _results(results: Results) -> str:
             "a step is processor time, and includes its share of a run's start and evaluations. "
             "The time on the clock would also depend on what else the machine did (the results "
             "have both; [benchmarks](benchmarks.md) has steps that were timed in turn).",
-            100,
         ),
         *(
             [
                 "",
-                fill(
+                paragraph(
                     f"Seeds alone cause a standard deviation of {spread:.4f} in the validation "
                     "loss, pooled over the variants with several seeds.",
-                    100,
                 ),
             ]
             if spread is not None
@@ -173,12 +171,11 @@ def _results(results: Results) -> str:
         "",
         "![Experts per token over training](images/study_experts.png)",
         "",
-        fill(
+        paragraph(
             "There is one line per seed. For the first seed the band, and the bar at a dot, show "
             "the standard deviation over tokens and layers. The dots are evaluations on held-out "
             "sequences that were drawn at random. The dashed line is at "
             f"{TARGET:g} experts.",
-            100,
         ),
         "",
         *tables.holding(results),
@@ -194,7 +191,7 @@ def _claims(results: Results | None) -> str:
         "",
         "## The claims",
         "",
-        fill(
+        paragraph(
             "The papers' figures are scores of tasks, which a model this small cannot do; this "
             "study compares the validation loss. A difference counts if it is larger than two "
             "standard errors (the figure behind \u00b1). Between routings the error comes from the "
@@ -206,23 +203,24 @@ def _claims(results: Results | None) -> str:
             "two evaluations of the same model were 0.02 to 0.05 apart, more than the seeds "
             "cause. So we measured the losses again, on all held-out text, and left the rules as "
             "they were.",
-            100,
         ),
         "",
-        fill(
+        paragraph(
             "The losses that are compared were not reached with equal numbers of experts. So "
             "each loss comes with the experts per token and the work in experts that it took. "
             "If the worse routing had less of both, it lost to more compute; only "
             "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count.",
-            100,
         ),
         "",
         "| paper | claim | they saw | this study saw | |",
         "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for claim in CLAIMS:
         verdict = judge(claim, results) if results is not None else None
         saw, word = ("not run yet", "") if verdict is None else (verdict.numbers, verdict.word)
         cells = [claim.paper, claim.text, claim.they_saw, saw, word]
+        rows.append(cells)
+    for cells in [*rows, *sections.claims(results)]:
         lines.append(f"| {' | '.join(tables.escaped(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"

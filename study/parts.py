@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 from study import corpus, fingerprint, runs
 from study.queue import Queue, alone
-from study.results import RESULTS
+from study.results import RESULTS, Results, compared, pooled_deviation
 from study.variants import SIZES, Variant
 
 Rows = dict[str, Any]  # by the name of a run
+LOSS, EXPERTS = "validation_loss", "validation_experts_per_token"
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,17 @@ class Part:
         about: the help text.
         variants: what is trained, by name.
         measure: what a row holds of a finished run, beside its commit.
-        table: the lines of the table, in Markdown.
+        table: the lines of the table, in Markdown, from all rows; the results of the main study
+            tell more of what seeds alone cause.
+        beside: another part, whose rows the table shows, too.
     """
 
     name: str
     about: str | None
     variants: Mapping[str, Variant]
     measure: Callable[[runs.Run, corpus.Corpus], dict[str, Any]]
-    table: Callable[[Rows], list[str]]
+    table: Callable[[Rows, Results | None], list[str]]
+    beside: str | None = None
 
     @property
     def results(self) -> Path:
@@ -51,7 +56,21 @@ class Part:
     @property
     def num_runs(self) -> int:
         """The runs of all seeds."""
-        return sum(variant.num_seeds for variant in self.variants.values())
+        return len(self.run_names)
+
+    @property
+    def run_names(self) -> list[str]:
+        """The names of the runs of all seeds, which are those of their rows."""
+        return [
+            f"{name}-seed{seed + 1}"
+            for name, variant in self.variants.items()
+            for seed in range(variant.num_seeds)
+        ]
+
+    def all_rows(self, folder: Path = RESULTS) -> Rows:
+        """What the table shows."""
+        others = read_rows(folder / f"{self.beside}.json") if self.beside else {}
+        return others | read_rows(folder / self.results.name)
 
 
 def main(part: Part, argv: Sequence[str] | None = None) -> int:
@@ -74,7 +93,7 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
     rows = read_rows(results)
     if args.list:
         for run in planned:
-            done = "in the results" if run.name in rows else f"{run.iteration} of {size.steps}"
+            done = "in the results" if run.name in rows else f"{run.iteration} of {run.size.steps}"
             print(f"{run.name:<24} {done:<16} {run.variant.title}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +110,10 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
         for run in left:  # from before, when something stopped the study
             if run.is_finished:
                 measure(run)
-        queue = Queue(left, text, size, args.jobs)
+        queue = Queue(left, text, args.jobs)
         queue.train(then=measure)
-    print("\n".join(part.table(rows)))
+    of_main = None if args.quick else Results.read(RESULTS / f"{size.name}.json")
+    print("\n".join(part.table(part.all_rows(results.parent), of_main)))
     for failure in queue.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if queue.stopped_by is not None:
@@ -109,6 +129,45 @@ def read_rows(results: Path) -> Rows:
 def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:
     """The rows of all seeds of a variant."""
     return [row for run, row in sorted(rows.items()) if run.rpartition("-seed")[0] == name]
+
+
+def noise(groups: Iterable[Sequence[float]], of_main: Results | None) -> float | None:
+    """What seeds alone cause in the held-out loss, by a part's losses and the main study's."""
+    of_others = [] if of_main is None else [of_main.values(name, LOSS) for name in of_main.rows]
+    return pooled_deviation([*groups, *of_others])
+
+
+def losses(rows: Rows) -> dict[str, list[float]]:
+    """Held-out losses of all seeds, by variant."""
+    found: dict[str, list[float]] = {}
+    for run, row in sorted(rows.items()):
+        found.setdefault(run.rpartition("-seed")[0], []).append(row[LOSS])
+    return found
+
+
+def mean(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
+    """A cell: the mean of a measure over the rows that have it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return format(statistics.fmean(values), form) if values else "-"
+
+
+def more_than(
+    reference: str, name: str, found: dict[str, list[float]], noise: float | None
+) -> tuple[str, str]:
+    """Two cells: by how much a variant's loss is more than another's, and whether it is worse."""
+    if name == reference:
+        return "", ""
+    if reference not in found or name not in found:
+        return "-", ""
+    more = compared(found[name], found[reference], noise)
+    return more.interval, more.verdict("better", "worse")
+
+
+def held_out(run: runs.Run, text: corpus.Corpus) -> dict[str, Any]:
+    """Loss and experts on all held-out text: a row of most parts."""
+    from study import afterwards  # imports PyTorch
+
+    return afterwards.held_out(run, text)
 
 
 def end(part: Part) -> None:

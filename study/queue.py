@@ -22,7 +22,6 @@ from types import FrameType
 from megatron_dynmoe.runs.progress_lines import progress_of, shorten
 from study.corpus import Corpus
 from study.runs import ERRORS, LOG, Run, start
-from study.variants import Size
 
 NICENESS = 5  # the study goes on in the background
 # A signal to the group of make and its study comes once more, from make.
@@ -37,13 +36,13 @@ class Queue:
         jobs: how many runs train at a time.
     """
 
-    def __init__(self, runs: Sequence[Run], corpus: Corpus, size: Size, jobs: int) -> None:
+    def __init__(self, runs: Sequence[Run], corpus: Corpus, jobs: int) -> None:
         self._waiting = [run for run in runs if not run.is_finished]
         self._num_runs = len(runs)
-        self._corpus, self._size, self._jobs = corpus, size, jobs
+        self._corpus, self._jobs = corpus, jobs
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
-        self._left = {run.name: size.steps - run.iteration for run in self._waiting}
+        self._left = {run.name: run.size.steps - run.iteration for run in self._waiting}
         self._trained_steps, self._num_finished = 0, len(runs) - len(self._waiting)
         self._width = max((len(run.name) for run in runs), default=0)
         self._started = time.monotonic()
@@ -72,7 +71,7 @@ class Queue:
                 return
             action = f"going on from step {run.iteration}" if run.iteration else "starting"
             self._say(run, action)
-            process = start(run, self._corpus, self._size)
+            process = start(run, self._corpus)
             self._processes.add(process)
         assert process.stdout is not None
         begun_at = run.iteration
@@ -101,7 +100,7 @@ class Queue:
     def _show(self, run: Run, line: str) -> None:
         if (done := progress_of(line)) is not None:
             with self._lock:
-                left = self._size.steps - done
+                left = run.size.steps - done
                 self._trained_steps += self._left[run.name] - left
                 self._left[run.name] = left
         if (short := shorten(line)) is not None:

@@ -158,6 +158,32 @@ class Comparison(NamedTuple):
         """Whether the first is lower; None if the difference is within its error."""
         return None if abs(self.difference) <= self.error else self.difference < 0
 
+    @property
+    def interval(self) -> str:
+        """The difference and its ends; without them if nothing is known of the error."""
+        text = f"{self.difference:+.4f}"
+        if math.isinf(self.error):
+            return text
+        low, high = self.difference - self.error, self.difference + self.error
+        return f"{text} ({low:+.4f} to {high:+.4f})"
+
+    def verdict(self, lower: str, higher: str) -> str:
+        """What the first is, or ``not clear``; no word if nothing is known of the error."""
+        if math.isinf(self.error):
+            return ""
+        return "not clear" if self.is_lower is None else lower if self.is_lower else higher
+
+
+def compared(first: Sequence[float], second: Sequence[float], noise: float | None) -> Comparison:
+    """Compare the means of two groups of runs.
+
+    Args:
+        noise: the standard deviation that seeds alone cause, if it is known.
+    """
+    seeds = math.sqrt(sum(1 / len(group) for group in (first, second)))
+    error = math.inf if noise is None else 2 * noise * seeds
+    return Comparison(statistics.fmean(first), statistics.fmean(second), error)
+
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
     """Compare two numbers of each seed; the error is from the spread of their difference."""
@@ -213,11 +239,8 @@ class Results:
 
     def compare(self, first: str, second: str, name: str = "validation_loss") -> Comparison:
         """Compare two variants' means; the error is from the spread over seeds."""
-        spread = self.spread(name)
-        counts = [len(self.values(variant, name)) for variant in (first, second)]
-        seeds = math.sqrt(sum(1 / count for count in counts))
-        error = math.inf if spread is None else 2 * spread * seeds
-        return Comparison(self.mean(first, name), self.mean(second, name), error)
+        groups = (self.values(variant, name) for variant in (first, second))
+        return compared(*groups, self.spread(name))
 
 
 def _thin(values: np.ndarray) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,12 +34,14 @@ class Run:
     Attributes:
         key: what the result depends on; two runs with the same key are the same.
         folder: its ``--run-dir``, named by the key.
+        size: what is trained, with the steps of this variant.
     """
 
     variant: Variant
     seed: int
     key: dict[str, Any]
     folder: Path
+    size: Size
 
     @property
     def name(self) -> str:
@@ -118,16 +121,18 @@ def plan(
     for seed in range(1, min(most, num_seeds or most) + 1):
         for variant in chosen:
             if seed <= variant.num_seeds:
-                flags = training_flags(variant, size, seed)
+                scaled = size.scaled(variant.tokens)
+                flags = training_flags(variant, scaled, seed)
                 key = {"flags": flags, "data": corpus.fingerprint, "code": code}
-                run = Run(variant, seed, key, runs / f"{variant.name}-seed{seed}-{_digest(key)}")
+                folder = runs / f"{variant.name}-seed{seed}-{_digest(key)}"
+                run = Run(variant, seed, key, folder, scaled)
                 if any_code and not run.is_finished:
                     run = _with_other_code(run) or run
                 planned.append(run)
     return planned
 
 
-def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
+def start(run: Run, corpus: Corpus) -> subprocess.Popen[str]:
     """Begin a run, or resume it from its last checkpoint.
 
     The process has a session of its own, so that Ctrl-C does not reach it. At SIGTERM it saves and
@@ -142,8 +147,9 @@ def start(run: Run, corpus: Corpus, size: Size) -> subprocess.Popen[str]:
         run.folder.mkdir(parents=True)
         (run.folder / KEY).write_text(json.dumps(run.key, indent=2) + "\n")
         (run.folder / COMMIT).write_text(fingerprint.commit() + "\n")
-    interval = size.steps // size.num_evaluations
-    saving = ["--save-interval", str(interval), "--save-retain-interval", str(size.steps)]
+    steps = run.size.steps
+    interval = steps // run.size.num_evaluations
+    saving = ["--save-interval", str(interval), "--save-retain-interval", str(steps)]
     with open(run.folder / ERRORS, "a") as errors:
         return subprocess.Popen(
             [
@@ -171,7 +177,7 @@ def _with_other_code(run: Run) -> Run | None:
             key = json.loads((folder / KEY).read_text())
         except (OSError, ValueError):
             continue
-        other = Run(run.variant, run.seed, key, folder)
+        other = dataclasses.replace(run, key=key, folder=folder)
         if key | {"code": ""} == run.key | {"code": ""} and other.is_finished:
             return other
     return None

@@ -47,13 +47,12 @@ def holding(results: Results) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        fill(
+        paragraph(
             "The figures are distances from the target, of means over ten steps, because a single "
             "small batch is off by chance. A count is held from the first step whose mean is "
             f"within {percent(TOLERANCE, 0)} and after which no mean is beyond "
             f"{percent(WORST, 0)}. A count that begins at its target and leaves it, or only "
             "passes it, is not held. The last column is the worst single step from there on.",
-            100,
         ),
         "",
     ]
@@ -78,14 +77,18 @@ def patterns(results: Results) -> list[str]:
         f"| --- |{' --- |' * len(found)}",
         *(f"| {name} | {' | '.join(escaped(c[name]) for c in columns)} |" for name in columns[0]),
         "",
-        fill(
+        paragraph(
             "The tokens are those that appear at least 20 times, by their mean number of experts; "
             "a space shows as \u2423. [This page](analysis.md) says what counts as a word, and how "
             "else to look at a model.",
-            100,
         ),
         "",
     ]
+
+
+def paragraph(text: str) -> str:
+    """Lines of at most 100, which would show a space after a hyphen at their end."""
+    return fill(text, 100, break_on_hyphens=False)
 
 
 def escaped(cell: Any) -> str:

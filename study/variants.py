@@ -9,8 +9,6 @@ TARGET = 2.0  # mean experts per token, of 16
 NUM_EXPERTS = 16
 SEEDS = 3  # of the main variants; the others have one
 
-_TOP_K = "--moe-router-dtype fp32 --moe-router-load-balancing-type seq_aux_loss "
-_DTOP_P = f"--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token {TARGET:g} "
 _TOP_P_04 = "--moe-dynamic-routing top_p --moe-dynamic-threshold 0.4 "
 # DTop-p's baseline: its losses and weights, with a fixed threshold.
 _FIXED = (
@@ -22,6 +20,23 @@ _FIXED = (
 _BALANCE = "--moe-dynamic-balance-loss-coeff 1e-2 "
 
 
+def top_k(k: int) -> str:
+    """The flags of top-k, with the balance loss of the others, which Megatron divides by k."""
+    # Softmax over the one selected expert would give the router no gradient.
+    weights = "--moe-router-pre-softmax " if k == 1 else ""
+    return (
+        "--moe-router-dtype fp32 --moe-router-load-balancing-type seq_aux_loss "
+        f"--moe-router-topk {k} {weights}--moe-aux-loss-coeff {k}e-2"
+    )
+
+
+def dtop_p(target: float = TARGET) -> str:
+    """The flags of DTop-p at a mean number of experts per token."""
+    return (
+        f"--moe-dynamic-routing dtop_p --moe-dynamic-target-experts-per-token {target:g} {_BALANCE}"
+    )
+
+
 @dataclass(frozen=True)
 class Variant:
     """One routing.
@@ -31,19 +46,21 @@ class Variant:
         title: its name in tables and plots.
         flags: what distinguishes it from the others.
         num_seeds: number of trainings, with the seeds 1, 2, ...
+        tokens: what it is trained on, times the tokens of the size.
     """
 
     name: str
     title: str
     flags: str
     num_seeds: int = 1
+    tokens: float = 1.0
 
 
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("top2", "top-2", _TOP_K + "--moe-router-topk 2 --moe-aux-loss-coeff 2e-2", SEEDS),
-        Variant("dtop_p", "DTop-p, target 2", _DTOP_P + _BALANCE, SEEDS),
+        Variant("top2", "top-2", top_k(2), SEEDS),
+        Variant("dtop_p", "DTop-p, target 2", dtop_p(), SEEDS),
         Variant("top_p_04", "top-p 0.4 with dynamic loss", _TOP_P_04, SEEDS),
         Variant(
             "fixed_020",
@@ -53,12 +70,7 @@ VARIANTS = {
         ),
         # As wide as the two experts of a token.
         Variant("dense", "dense, equal active size", "--ffn-hidden-size {twice_ffn}"),
-        # Softmax over the one selected expert would give the router no gradient.
-        Variant(
-            "top1",
-            "top-1",
-            _TOP_K + "--moe-router-topk 1 --moe-router-pre-softmax --moe-aux-loss-coeff 1e-2",
-        ),
+        Variant("top1", "top-1", top_k(1)),
         Variant(
             "top_p_04_no_dynamic_loss",
             "top-p 0.4 without dynamic loss",
@@ -69,22 +81,14 @@ VARIANTS = {
             "fixed top-p 0.3",
             _FIXED + _BALANCE + "--moe-dynamic-threshold 0.3",
         ),
-        Variant(
-            "no_drn",
-            "DTop-p without DRN",
-            _DTOP_P + _BALANCE + "--moe-dynamic-normalization none",
-        ),
+        Variant("no_drn", "DTop-p without DRN", dtop_p() + "--moe-dynamic-normalization none"),
         # The threshold at which DTop-p begins.
         Variant(
             "no_controller",
             "DRN without controller",
             _FIXED + _BALANCE + "--moe-dynamic-normalization drn --moe-dynamic-threshold 0.3322",
         ),
-        Variant(
-            "by_layer",
-            "DTop-p by layer",
-            _DTOP_P + _BALANCE + "--moe-dynamic-scope layer",
-        ),
+        Variant("by_layer", "DTop-p by layer", dtop_p() + "--moe-dynamic-scope layer"),
     )
 }
 

@@ -188,6 +188,14 @@ def diffusion() -> str:
     return with_tables("diffusion.md", {"routings": table(read_rows(ROWS))})
 
 
+def study() -> str:
+    """The text of docs/study.md, from the results of the study and of its parts."""
+    from study import document
+    from study.results import RESULTS, Results
+
+    return document.text(Results.read(RESULTS / f"{document.SIZE}.json"))
+
+
 def with_tables(page: str, tables: dict[str, list[str]]) -> str:
     """The text of a page with these rows as its tables of those names."""
     text = (DOCS / page).read_text(encoding="utf-8")
@@ -206,6 +214,7 @@ DOCUMENTS = {
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
     "planning.md": planning,
+    "study.md": study,
     "testing.md": testing,
     "upstream_flags.md": upstream_flags,
 }

@@ -73,8 +73,12 @@ def test_a_stopped_study_goes_on_and_a_finished_one_trains_nothing(tmp_path):
     assert third.returncode == 0 and "dtop_p-seed1  " not in said, said
 
 
+def named(name, folder):
+    return runs.Run(VARIANTS[name], 1, {}, folder / name, SIZES["quick"])
+
+
 def script(text):
-    def start(run, corpus, size):
+    def start(run, corpus):
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / runs.ERRORS, "a") as errors:
             return subprocess.Popen(
@@ -95,11 +99,9 @@ def test_one_failure_is_named_and_the_others_are_trained(tmp_path, monkeypatch, 
         "(folder / 'finished.json').touch()"
     )
     monkeypatch.setattr(queue, "start", script(text))
-    planned = [
-        runs.Run(VARIANTS[name], 1, {}, tmp_path / name) for name in ("top2", "top1", "dtop_p")
-    ]
+    planned = [named(name, tmp_path) for name in ("top2", "top1", "dtop_p")]
     corpus = Corpus("text", [], tmp_path)
-    trained = queue.Queue(planned, corpus, SIZES["quick"], 2)
+    trained = queue.Queue(planned, corpus, 2)
     trained.train()
     (failure,) = trained.failures
     assert "top1-seed1: exit code 1: ValueError: out of luck" in failure
@@ -109,7 +111,7 @@ def test_one_failure_is_named_and_the_others_are_trained(tmp_path, monkeypatch, 
     assert said.count("finished. Study:") == 2 and "Study: 2 of 3 runs" in said
 
     monkeypatch.setattr(queue, "start", script(text.replace("top1", "none")))
-    again = queue.Queue(planned, corpus, SIZES["quick"], 2)
+    again = queue.Queue(planned, corpus, 2)
     again.train()
     said = capsys.readouterr().out
     assert not again.failures and "top2-seed1" not in said and "Study: 3 of 3 runs" in said
@@ -123,9 +125,9 @@ def test_ctrl_c_starts_nothing_more_and_reaches_the_running_ones(tmp_path, monke
         "time.sleep(60)"
     )
     monkeypatch.setattr(queue, "start", script(text))
-    planned = [runs.Run(VARIANTS[name], 1, {}, tmp_path / name) for name in ("top2", "top1")]
+    planned = [named(name, tmp_path) for name in ("top2", "top1")]
     before = signal.getsignal(signal.SIGINT)
-    stopped = queue.Queue(planned, Corpus("text", [], tmp_path), SIZES["quick"], 1)
+    stopped = queue.Queue(planned, Corpus("text", [], tmp_path), 1)
     stopped.train()
     assert stopped.stopped_by == signal.SIGINT and not stopped.failures
     assert not (tmp_path / "top1").exists()
@@ -147,8 +149,8 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(tmp_path, monkeypatch
     )
     monkeypatch.setattr(queue, "start", script(text))
     monkeypatch.setattr(queue, "SAME_SIGNAL", same)  # seconds; none of them is waited for
-    run = runs.Run(VARIANTS["top2"], 1, {}, tmp_path / "top2")
-    stopped = queue.Queue([run], Corpus("text", [], tmp_path), SIZES["quick"], 1)
+    run = named("top2", tmp_path)
+    stopped = queue.Queue([run], Corpus("text", [], tmp_path), 1)
 
     def echo():
         while stopped.stopped_by is None:

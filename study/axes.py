@@ -1,0 +1,163 @@
+"""DTop-p against top-k from point to point of an axis, both at the same mean number of experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from study.parts import EXPERTS, LOSS, Part, Rows, held_out, losses, mean, noise, of_variant
+from study.results import Comparison, Results, compared
+from study.tables import paragraph
+from study.variants import TARGET, Variant, dtop_p, top_k
+
+
+@dataclass(frozen=True)
+class Point:
+    """Two models that differ in their routing alone.
+
+    Attributes:
+        title: in the table.
+        at: its place on the axis, whose trend is that of a doubling.
+        name: the end of its runs' names. The point without one is the study's own model, which
+            `PART=rules` trains.
+        flags: what both models have instead of the study's model.
+        experts: per token, of top-k; DTop-p has them in the mean.
+        tokens: of the training, times the study's.
+        num_seeds: trainings of each model.
+        in_trend: whether the routings can differ here.
+    """
+
+    title: str
+    at: float
+    name: str = ""
+    flags: str = ""
+    experts: int = round(TARGET)
+    tokens: float = 1.0
+    num_seeds: int = 1
+    in_trend: bool = True
+
+    @property
+    def runs(self) -> tuple[str, str]:
+        """The names of the variants of DTop-p and of top-k."""
+        end = f"_{self.name}" if self.name else ""
+        return f"dtop_p{end}", f"top{self.experts}{end}"
+
+    def variants(self) -> list[Variant]:
+        """What has to be trained for this point."""
+        if not self.name:
+            return []
+        titles = f"DTop-p, target {self.experts}", f"top-{self.experts}"
+        routings = dtop_p(self.experts), top_k(self.experts) + " "
+        return [
+            Variant(
+                name, f"{title}, {self.title}", routing + self.flags, self.num_seeds, self.tokens
+            )
+            for name, title, routing in zip(self.runs, titles, routings, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Axis(Part):
+    """The part that trains the points of an axis.
+
+    Attributes:
+        points: along the axis.
+        claim: of DTop-p's authors, and what they saw, if they have this axis.
+    """
+
+    points: tuple[Point, ...] = ()
+    claim: tuple[str, str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        about: str | None,
+        points: Sequence[Point],
+        claim: tuple[str, str] | None = None,
+    ) -> Axis:
+        """An axis from its points."""
+        variants = {variant.name: variant for point in points for variant in point.variants()}
+        show = partial(table, points)
+        return cls(name, about, variants, held_out, show, "rules", tuple(points), claim)
+
+    def trend(self, rows: Rows, of_main: Results | None) -> Comparison | None:
+        """How the lead changes; None before all points that can differ have been trained."""
+        found = leads(self.points, rows, of_main)
+        if any(point.in_trend and point not in found for point in self.points):
+            return None
+        return _trend_of(found)
+
+
+def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> dict[Point, Comparison]:
+    """The loss of top-k less that of DTop-p, at the points of which both have been trained."""
+    found = losses(rows)
+    deviation = noise(found.values(), of_main)
+    return {
+        point: compared(found[top_k], found[dtop_p], deviation)
+        for point in points
+        for dtop_p, top_k in [point.runs]
+        if dtop_p in found and top_k in found
+    }
+
+
+def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -> list[str]:
+    """Loss and experts of both routings at each point, and the lead of DTop-p, in Markdown."""
+    known = leads(points, rows, of_main)
+    lines = [
+        "| | DTop-p, seeds | loss | experts | top-k, seeds | loss | experts | lead of DTop-p, 95 % "
+        "| |",
+        "| --- " * 9 + "|",
+    ]
+    for point in points:
+        models = [of_variant(rows, name) for name in point.runs]
+        if not any(models):
+            continue
+        cells = [point.title]
+        for of_model in models:
+            cells += [
+                str(len(of_model)),
+                mean(of_model, LOSS, ".4f"),
+                mean(of_model, EXPERTS, ".2f"),
+            ]
+        lead = known.get(point)
+        cells += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
+        lines.append(f"| {' | '.join(cells)} |")
+    if (slope := _trend_of(known)) is not None:
+        lines += ["", paragraph(f"{in_words(slope)}.")]
+    return lines
+
+
+def in_words(slope: Comparison) -> str:
+    """A trend, and what it says of the lead."""
+    verdict = slope.verdict("it narrows here", "it widens here")
+    if verdict == "not clear":
+        verdict += " here whether it widens"
+    return f"With each doubling the lead changes by {slope.interval}{verdict and ': '}{verdict}"
+
+
+def trend(leads: Sequence[tuple[float, Comparison]]) -> Comparison:
+    """By how much a lead changes with each doubling: a line through points by least squares.
+
+    Args:
+        leads: at least two places on an axis, each with its lead.
+
+    Returns:
+        The slope against 0. A lead counts by the inverse square of its error.
+    """
+    known = all(math.isfinite(lead.error) for _, lead in leads)
+    weights = [lead.error**-2 if known else 1.0 for _, lead in leads]
+    places = [math.log2(at) for at, _ in leads]
+    center = math.sumprod(weights, places) / sum(weights)
+    arms = [w * (x - center) for w, x in zip(weights, places, strict=True)]
+    square = math.sumprod(arms, places)
+    slope = math.sumprod(arms, [lead.difference for _, lead in leads]) / square
+    return Comparison(slope, 0.0, square**-0.5 if known else math.inf)
+
+
+def _trend_of(known: Mapping[Point, Comparison]) -> Comparison | None:
+    """The trend of the points at which the routings can differ; None of fewer than two."""
+    inside = [(point.at, lead) for point, lead in known.items() if point.in_trend]
+    return trend(inside) if len(inside) > 1 else None

@@ -1,0 +1,103 @@
+"""What docs/study.md says of the parts: which there are, how far each is, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
+from study.axes import in_words
+from study.claims import FAILS, HOLDS, UNCLEAR
+from study.parts import Part, Rows, read_rows
+from study.results import RESULTS, Results
+from study.tables import paragraph
+
+SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
+_ELSEWHERE = {
+    "rules": "#rules-at-equal-compute",
+    "budgets": "huggingface.md#budgets",
+    "diffusion": "diffusion.md#three-routings-at-equal-compute",
+}
+_HOW_TO_READ = (
+    "In the sections that follow, the lead of DTop-p is the held-out loss of top-k less that of "
+    "DTop-p, with the same mean number of experts. An interval takes in what seeds alone cause, by "
+    "all runs with several seeds; it takes this to be the same for all models. Between one seed "
+    "of each it is wide, so that only a large difference is clear."
+)
+
+
+def all_parts() -> str:
+    """A list of the parts: what each asks, and how many of its runs have been trained."""
+    lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
+    for part in (rules.PART, budgets.PART, *SCALING, settings.PART):
+        where = _ELSEWHERE.get(part.name, f"#{part.name}")
+        lines.append(_line(part.name, part.about, read_rows(part.results), part.num_runs, where))
+    name, of_images = "diffusion", sum(one.num_seeds for one in diffusion.VARIANTS.values())
+    rows = read_rows(diffusion.ROWS)
+    lines.append(_line(name, diffusion.__doc__, rows, of_images, _ELSEWHERE[name]))
+    return "\n".join(lines)
+
+
+def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
+    """The lines of a section for each part of this page that has a row."""
+    parts = (*SCALING, settings.PART)
+    found = [line for part in parts for line in of_part(part, results, folder)]
+    return ["", paragraph(_HOW_TO_READ), *found] if found else []
+
+
+def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list[str]:
+    """The lines of the section of a part; none before its first row."""
+    if not (own := read_rows(folder / part.results.name)):
+        return []
+    question, _, *body = (part.about or "").strip().split("\n\n")
+    return [
+        *("", f"### {part.name.capitalize()}", ""),
+        *(paragraph(" ".join([question, *body])), ""),
+        *(paragraph(status(part, own)), ""),
+        *part.table(part.all_rows(folder), results),
+    ]
+
+
+def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:
+    """The cells of what DTop-p's authors claim of the axes, as in :mod:`study.claims`."""
+    lines = []
+    for axis in SCALING:
+        if axis.claim is None:
+            continue
+        slope = axis.trend(axis.all_rows(folder), results)
+        saw, word = f"waits for `PART={axis.name}`", ""
+        if slope is not None:
+            saw, word = in_words(slope), slope.verdict(FAILS, HOLDS)
+            word = UNCLEAR if word == "not clear" else word
+        lines.append(["DTop-p", *axis.claim, saw, word])
+    return lines
+
+
+def status(part: Part, rows: Rows) -> str:
+    """Which runs of a part have been trained, and which wait."""
+    num_trained = sum(name in rows for name in part.run_names)
+    if num_trained == part.num_runs:
+        return f"All {num_trained} runs of `PART={part.name}` have been trained."
+    waiting: dict[tuple[int, ...], list[str]] = {}
+    for name, variant in part.variants.items():
+        seeds = range(1, variant.num_seeds + 1)
+        if missing := tuple(seed for seed in seeds if f"{name}-seed{seed}" not in rows):
+            waiting.setdefault(missing, []).append(f"`{name}`")
+    trained = f"{num_trained} of the {part.num_runs} runs of `PART={part.name}`"
+    these = "; ".join(f"{_and(names)} ({_seeds(seeds)})" for seeds, names in waiting.items())
+    return f"{trained} {'has' if num_trained == 1 else 'have'} been trained. These wait: {these}."
+
+
+def _line(name: str, about: str | None, rows: Rows, num_runs: int, where: str) -> str:
+    question, *_ = (about or "").split("\n\n")
+    found = f"[table]({where})" if rows else "waits"
+    return f"| `{name}` | {question} | {len(rows)} of {num_runs} | {found} |"
+
+
+def _seeds(numbers: Sequence[int]) -> str:
+    return f"{'seed' if len(numbers) == 1 else 'seeds'} {_and([str(one) for one in numbers])}"
+
+
+def _and(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
