@@ -17,7 +17,7 @@ POSITIONS, SEQUENCES, NUM_EXPERTS, CAP, MEAN = 48, 3, 4, 3, 1.3
 
 
 def main() -> None:
-    """SeqTopK's choice: split over TP x CP ranks (the command line) as Megatron does, and print what differs."""
+    """SeqTopK's choice, split over TP x CP ranks (the command line) as Megatron does."""
     tp, cp = map(int, sys.argv[1:])
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, context_parallel_size=cp

@@ -65,6 +65,8 @@ MISTAKES = [
         "moe/router.py",
         "loss = loss * tokens",
         "loss = loss * valid_T.sum() * group.size()",
-        (f"{SEQUENCES}::test_losses_of_a_split_sequence_leave_padding_out_as_those_of_a_whole_one",),
+        (
+            f"{SEQUENCES}::test_losses_of_a_split_sequence_leave_padding_out_as_those_of_a_whole_one",
+        ),
     ),
 ]
