@@ -127,15 +127,11 @@ def write_folder(source: Source, target: Target, inv_freq_dtype: str | None = "f
         entries += _inv_freq_entries(source, format.inv_freq_key, getattr(torch, inv_freq_dtype))
     with new_folder(target.folder, target.overwrite) as folder:
         write_json(folder / CONFIG, theirs)  # transformers reads a tokenizer only beside it
-        special, never = {}, []
-        if tokenizer is not None:
-            special, never = _write_tokenizer(tokenizer, folder, config["vocab_size"])
+        special = {} if tokenizer is None else _write_tokenizer(tokenizer, folder)
         ids = words.written_ids({n: config.get(n) for n in TOKEN_IDS}, special, stated)
         write_json(folder / CONFIG, theirs | ids)
         _ship_code(format.shipped, folder)
         known_ids = {name: value for name, value in ids.items() if value is not None}
-        if isinstance(source, FromMegatron):
-            generation = words.never_generating(never, generation)
         write_json(folder / words.GENERATION_CONFIG, known_ids | generation)
         num_bytes = sum(entry.num_bytes for entry in entries)
         with progress_bar("writing", num_bytes, target.progress) as bar:
@@ -294,14 +290,10 @@ def _add_router_state(writer: MegatronWriter, config: dict[str, Any]) -> None:
                 writer.add(Block(row, layer), (len(numbers),), torch.float32, make)
 
 
-def _write_tokenizer(
-    tokenizer: Path, folder: Path, vocab_size: int
-) -> tuple[dict[str, Any], list[int]]:
-    """Write it. Returns its special tokens, and the ids of the model that mean nothing to it."""
+def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
     import megatron_dynmoe.huggingface  # noqa: F401 - or transformers wonders about our config.json
     from megatron_dynmoe.conversion.hugging_face.tokenizer import (
         export_tokenizer,
-        ids_without_a_token,
         special_token_ids,
     )
 
@@ -315,7 +307,7 @@ def _write_tokenizer(
         raise ValueError(f"{tokenizer} is no tokenizer that can be read: {error}") from error
     for text in differing:
         say(f"the exported tokenizer gives other ids than the training's for {text!r}")
-    return special_token_ids(folder), ids_without_a_token(folder, vocab_size)
+    return special_token_ids(folder)
 
 
 def _ship_code(files: tuple[str, ...], folder: Path) -> None:

@@ -310,20 +310,3 @@ def test_several_ends_outlive_a_training_beside_a_tokenizer_that_knows_one(tmp_p
         to_hf(tmp_path / load, Target(back, format="mixtral"))
         assert json.loads((back / "config.json").read_text())["eos_token_id"] == [end, 7]
         assert GenerationConfig.from_pretrained(back).eos_token_id == [end, 8]
-
-
-def test_ids_of_the_padding_are_never_generated(tmp_path: Path) -> None:
-    """Megatron pads the vocabulary; the tokenizer has no text for those ids."""
-    tokenizer = make_tokenizer(tmp_path)
-    write_megatron(tmp_path / "load", model_config(vocab_size=VOCAB_SIZE + 5))
-    to_hf(tmp_path / "load", Target(tmp_path / "hf", tokenizer=tokenizer))
-    padding = [*range(VOCAB_SIZE, VOCAB_SIZE + 5)]
-    assert GenerationConfig.from_pretrained(tmp_path / "hf").suppress_tokens == padding
-    # What a model says itself is kept beside it, and one without padding says nothing.
-    change(tmp_path / "hf", "generation_config.json", suppress_tokens=[3])
-    from_hf(tmp_path / "hf", tmp_path / "save", progress=False)
-    to_hf(tmp_path / "save", Target(tmp_path / "again"))
-    assert GenerationConfig.from_pretrained(tmp_path / "again").suppress_tokens == [3, *padding]
-    write_megatron(tmp_path / "exact", model_config(vocab_size=VOCAB_SIZE))
-    to_hf(tmp_path / "exact", Target(tmp_path / "exact_hf", tokenizer=tokenizer))
-    assert GenerationConfig.from_pretrained(tmp_path / "exact_hf").suppress_tokens is None

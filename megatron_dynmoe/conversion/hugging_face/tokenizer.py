@@ -106,16 +106,6 @@ def special_token_ids(folder: Path) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def ids_without_a_token(folder: Path, vocab_size: int) -> list[int]:
-    """The ids below `vocab_size` that mean nothing to the tokenizer of `folder`, in order.
-
-    Megatron pads the embedding to a multiple. Training lowers the logits of these rows but a little
-    in each step, so a young model may choose one, and it would decode to no text.
-    """
-    known = set(_load(folder).get_vocab().values())
-    return [number for number in range(vocab_size) if number not in known]
-
-
 def _write_json(proto: Any, source: Path, output: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 

@@ -16,7 +16,6 @@ from megatron_dynmoe.storage.json_files import read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-SUPPRESSED = "suppress_tokens"  # Transformers' name for ids that are never generated
 
 # Transformers' defaults for token ids that a config.json of any format leaves out.
 DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -114,14 +113,6 @@ def generation_words(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
     kept = {name: value for name, value in words.items() if _is_plain(value)}
     return kept, {name: value for name, value in words.items() if name not in kept}
-
-
-def never_generating(ids: list[int], generation: dict[str, Any]) -> dict[str, Any]:
-    """The words of generation with which no text gets a token of these ids."""
-    suppressed = generation.get(SUPPRESSED, [])
-    suppressed = suppressed if isinstance(suppressed, list) else []
-    ids = sorted({*ids, *suppressed})
-    return generation | ({SUPPRESSED: ids} if ids else {})
 
 
 def words_beside(tokenizer: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:

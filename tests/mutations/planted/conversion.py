@@ -81,12 +81,4 @@ MISTAKES = [
         "layer % step == 0",
         (FOREIGN,),
     ),
-    Mutation(
-        "padding_generated",
-        "an export generates ids of the vocabulary's padding",
-        "conversion/hugging_face/words.py",
-        "ids = sorted({*ids, *suppressed})",
-        "ids = sorted(suppressed)",
-        ("tests/conversion/test_words.py::test_ids_of_the_padding_are_never_generated",),
-    ),
 ]
