@@ -11,7 +11,6 @@ file.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from megatron_dynmoe.settings.messages.command_line import (
 )
 from megatron_dynmoe.settings.messages.outputs import check_parent
 from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.storage.json_files import measured_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,7 +149,7 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _write(report: dict[str, Any], path: Path) -> None:
-    text = json.dumps(report, indent=2) + "\n"
+    text = measured_json(report)
     replace_file(path, lambda partial: partial.write_text(text, "utf-8"))
     print(f"\nwritten: {path}")
 

@@ -49,6 +49,7 @@ def _run(args: argparse.Namespace) -> None:
         be_quiet,
         check_ids,
         default_device,
+        ids_to_suppress,
         load_config,
         load_model,
         load_tokenizer,
@@ -96,6 +97,7 @@ def _run(args: argparse.Namespace) -> None:
             count_experts=mode != "none",
             max_new_tokens=max_new_tokens,
             num_beams=args.num_beams,
+            suppress_tokens=ids_to_suppress(model, tokenizer),
             **_sampling(args),
         )
     finally:  # this also runs after an interrupt

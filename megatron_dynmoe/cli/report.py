@@ -1,12 +1,12 @@
 """Write summary.json and curves.png of a run, even if it is under way or was cut off."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmoe.runs.folder import CURVES, SUMMARY
 from megatron_dynmoe.runs.summary import write_summary_and_curves
 from megatron_dynmoe.settings.messages.command_line import CommandParser, ending_plainly
+from megatron_dynmoe.storage.json_files import measured_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,5 +16,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parser.parse_args(argv).run
     with ending_plainly(parser.prog):
         summary = write_summary_and_curves(run)
-    print(json.dumps(summary, indent=2))
+    print(measured_json(summary), end="")
     print(f"written: {run / SUMMARY} and {run / CURVES}")

@@ -243,7 +243,7 @@ class DynamicRouter(KeepDtype, TopKRouter):
         """Attach both losses to the weights, so that their gradients reach the router."""
         dynmoe, group = self.dynmoe, self.tp_cp_group
         assignments_BE = routed.assignments_BE
-        tokens_B, num_local_tokens = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
+        tokens_B, _ = count_tokens(routed.map_TE, len(assignments_BE), valid_T)
         if group.size() > 1:
             torch.distributed.all_reduce(assignments_BE, group=group)
             if isinstance(tokens_B, Tensor):
@@ -280,8 +280,9 @@ class DynamicRouter(KeepDtype, TopKRouter):
         loss = sum(parts[1:], start=parts[0])
         if self.calculate_per_token_loss:
             # Upstream divides all gradients by the tokens of the global batch in this case; see
-            # attach_and_log_load_balancing_loss there.
-            loss = loss * num_local_tokens * group.size()
+            # attach_and_log_load_balancing_loss there. It multiplies by this rank's own tokens
+            # times ranks, which differs if their padding does.
+            loss = loss * tokens
         return MoEAuxLossAutoScaler.apply(routed.weights_TE, loss)
 
     def _fractions(self, assignments_BE: Tensor, tokens_B: Tensor | int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from itertools import pairwise
@@ -14,6 +13,7 @@ from megatron_dynmoe.runs.drawing.curves import plot_curves
 from megatron_dynmoe.runs.events import Series, read_run
 from megatron_dynmoe.runs.folder import CURVES, SUMMARY
 from megatron_dynmoe.storage.atomic import replace_file
+from megatron_dynmoe.storage.json_files import measured_json
 
 # The summary averages the routing over this share of the steps, at the end of the run.
 TAIL = 0.2
@@ -34,7 +34,7 @@ def write_summary_and_curves(run_dir: Path, wall_seconds: float | None = None) -
     """
     resolved, scalars = read_run(run_dir)
     summary = summarize_run(resolved, scalars, wall_seconds)
-    text = json.dumps(summary, indent=2) + "\n"
+    text = measured_json(summary)
     replace_file(run_dir / SUMMARY, lambda partial: partial.write_text(text))
     plot_curves(run_dir / CURVES, resolved, scalars)
     return summary

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON; numbers so that they are read back exactly."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def measured_json(content: Any) -> str:
+    """Readable JSON of measurements; null for those that are no number JSON has (NaN, infinity)."""
+    return json.dumps(_measured(content), indent=2, allow_nan=False) + "\n"
+
+
+def _measured(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _measured(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_measured(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -66,7 +66,23 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     num_tokens = loss_mask.sum().detach().to(torch.int)
     _validate(loss)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    if torch.is_grad_enabled() and not get_args().calculate_per_token_loss:
+        loss = _weighed_in_sequence(loss, num_tokens)
     return loss, num_tokens, {LOSS: report}
+
+
+def _weighed_in_sequence(loss: Tensor, num_tokens: Tensor) -> Tensor:
+    """Weigh a rank's part of a sequence by its share of the sequence's tokens that count.
+
+    Megatron divides each part by its own tokens and averages the gradients over the parts. If the
+    mask leaves different numbers to them, a token in one part would count more than in another.
+    """
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1:
+        return loss
+    of_all = num_tokens.clone()
+    torch.distributed.all_reduce(of_all, group=group)
+    return loss * (group.size() * num_tokens / of_all.clamp(min=1))
 
 
 def _get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:

@@ -254,6 +254,15 @@ PATCHES = (
         },
     ),
     Patch(
+        "the norm counts all sinks",
+        "megatron/core/transformer/dot_product_attention.py and Transformer Engine's do not mark "
+        "the learnable offset of --softmax-type learnable as split over tensor-parallel ranks. "
+        "Each rank holds that of its heads, but only the first one's is counted in the gradient's "
+        "norm, so gradients are clipped less than they should be.",
+        "The offset is marked as tensor-parallel (NVIDIA/Megatron-LM#7530).",
+        {"megatron.core.optimizer:_get_param_groups": wrappers.counting_all_sinks},
+    ),
+    Patch(
         "room for rows",
         "megatron/training/training.py has no hook around the schedule of a global batch, so that "
         "nothing could run it again. See control/row_buffer.py. A training loop of one's own gets "

@@ -79,3 +79,21 @@ def seeded_by_rank(init: Callable[..., None]) -> Callable[..., None]:
             generator.set_state(state)
 
     return init_by_rank
+
+
+def counting_all_sinks(param_groups: Callable[..., Any]) -> Callable[..., Any]:
+    """Say of attention's learnable sinks that tensor parallelism splits them by heads.
+
+    Before the optimizer copies the parameters, which takes such attributes along.
+    """
+
+    @functools.wraps(param_groups)
+    def param_groups_with_sinks(model_chunks, *args, **kwargs):
+        for chunk in model_chunks:
+            for name, parameter in chunk.named_parameters():
+                if name.endswith("softmax_offset"):
+                    parameter.tensor_model_parallel = True
+                    parameter.partition_dim, parameter.partition_stride = 0, 1
+        return param_groups(model_chunks, *args, **kwargs)
+
+    return param_groups_with_sinks

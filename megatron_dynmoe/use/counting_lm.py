@@ -23,6 +23,7 @@ from megatron_dynmoe.huggingface.encoding import (
     encode_prompt,
     encode_text,
 )
+from megatron_dynmoe.use.load import ids_to_suppress
 
 
 class CountingLM(HFLM):
@@ -186,6 +187,7 @@ class CountingLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
         self._passes.clear()
+        kwargs.setdefault("suppress_tokens", ids_to_suppress(self.model, self.tokenizer))
         output_BS = super()._model_generate(context, max_length, stop, **kwargs)
         if self._passes:
             experts_LBS = torch.cat(self._passes, dim=2)

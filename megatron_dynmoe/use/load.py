@@ -225,6 +225,18 @@ def check_ids(largest: int, config: Any) -> None:
         )
 
 
+def ids_to_suppress(model: Any, tokenizer: Any) -> list[int] | None:
+    """The ids that no text gets: those without a token, and those that the model suppresses.
+
+    Megatron pads the embedding to a multiple. Training lowers the logits of these rows but a little
+    in each step, so a young model may choose one, for which nothing would be written. An export
+    does not list them, because somebody who trains it further may give them a meaning.
+    """
+    known = set(tokenizer.get_vocab().values())
+    never = {number for number in range(model.config.vocab_size) if number not in known}
+    return sorted(never.union(model.generation_config.suppress_tokens or ())) or None
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,4 +1,4 @@
-"""SeqTopK's choice by ranks that hold parts of sequences, against the choice of one rank."""
+"""Routers of ranks that hold parts of sequences, against one that holds them whole."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_dynmoe.moe.rules.seq_top_k import _take_best_of_all
 from megatron_dynmoe.routing.rules.seq_top_k import scores_in_order, take_best
+from megatron_dynmoe.settings.config import DynMoEConfig
+from tests.moe import one_rank
 
 POSITIONS, SEQUENCES, NUM_EXPERTS, CAP, MEAN = 48, 3, 4, 3, 1.3
 
 
 def main() -> None:
-    """Split over TP x CP ranks (the command line) as Megatron does, and print what differs."""
+    """SeqTopK's choice, split over TP x CP ranks (the command line) as Megatron does."""
     tp, cp = map(int, sys.argv[1:])
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, context_parallel_size=cp
@@ -39,6 +41,27 @@ def main() -> None:
     assert torch.equal(own.left_out_B, one.left_out_B)
     assert torch.equal(own.tokens_B, one.tokens_B)
     print(f"SLOTS {own.used_SBK.numel()} USED {int(own.used_SBK.sum())} DIFFER {int(differing)}")
+
+
+def losses_with_padding() -> None:
+    """The gradient of the routers' losses per token, if two ranks hold unlike numbers of tokens."""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    rank = parallel_state.get_context_parallel_rank()
+    alone = [torch.distributed.new_group([one]) for one in range(2)][rank]
+    dynmoe = DynMoEConfig(
+        routing="top_p", threshold=0.6, balance_loss_coeff=0.3, dynamic_loss_coeff=0.2
+    )
+    torch.manual_seed(7)
+    part, whole = (one_rank.router(dynmoe, calculate_per_token_loss=True) for _ in range(2))
+    whole.load_state_dict(part.state_dict())
+    whole.tp_cp_group = alone
+    hidden_SBD = torch.randn(8, SEQUENCES, whole.config.hidden_size)
+    padding_SB = torch.arange(8).unsqueeze(-1) >= torch.tensor([8, 5, 2])
+    whole(hidden_SBD, padding_SB)[0].sum().mul(0).backward()
+    part(hidden_SBD.chunk(2)[rank], padding_SB.chunk(2)[rank])[0].sum().mul(0).backward()
+    torch.distributed.all_reduce(part.weight.grad)
+    assert whole.weight.grad.any()
+    torch.testing.assert_close(part.weight.grad, whole.weight.grad)
 
 
 def of_this_rank(values_SBK: torch.Tensor, tp: int, cp: int) -> torch.Tensor:

@@ -68,6 +68,17 @@ JOINED = add(
         NATIVE, name="documents_joined", flags=NATIVE.flags.replace(APART, "--eod-mask-loss")
     )
 )
+# With gradients that are means of micro-batches' means: the two halves of a row differ in how many
+# of their tokens count.
+BY_MICRO_BATCH = [
+    add(
+        dataclasses.replace(
+            loaded(f"{name}_by_micro_batch", num_ranks, flags),
+            flags=loaded("", num_ranks, flags).flags.replace("--calculate-per-token-loss", ""),
+        )
+    )
+    for name, num_ranks, flags in (("native", 1, ""), ("cp2", 2, CP2))
+]
 LAYOUTS = {
     "cp2": add(loaded("cp2", 2, CP2)),
     "pp2": add(loaded("pp2", 2, f"{PP2} {FULL} --micro-batch-size 1")),
@@ -83,6 +94,12 @@ def test_boundaries_train_as_upstreams_masks(results: Results) -> None:
 def test_documents_stay_apart_under_every_layout(results: Results, layout: str) -> None:
     assert_same_training(results[NATIVE], results[LAYOUTS[layout]])
     assert_same_gradients(results[NATIVE], results[LAYOUTS[layout]])
+
+
+def test_tokens_of_a_split_row_count_alike(results: Results) -> None:
+    whole, split = (results[case] for case in BY_MICRO_BATCH)
+    assert_same_training(whole, split)
+    assert_same_gradients(whole, split)
 
 
 def test_documents_that_are_not_kept_apart_train_otherwise(results: Results) -> None:

@@ -25,6 +25,10 @@ SPLIT = [
     for tp, cp in ((2, 2), (2, 1), (1, 2), (1, 4), (4, 1))
 ]
 
+PADDED = add(
+    Case("sequences_padded", 2, entry="tests.distributed.sequence_cases:losses_with_padding")
+)
+
 CP2 = "--context-parallel-size 2 --cp-comm-type a2a"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 EP2 = "--expert-model-parallel-size 2"
@@ -67,6 +71,12 @@ def test_a_split_sequence_spends_its_budget_as_a_whole_one(results: Results, cas
         assert differing == 0
         used += of_rank
     assert SEQUENCES * MEAN * POSITIONS / 2 < used <= SEQUENCES * math.floor(MEAN * POSITIONS)
+
+
+def test_losses_of_a_split_sequence_leave_padding_out_as_those_of_a_whole_one(
+    results: Results,
+) -> None:
+    results[PADDED].check()  # the ranks compare
 
 
 @pytest.mark.parametrize("layout", matrix(LAYOUTS, ("seq_top_k_cp2_tp2_ep2",)))

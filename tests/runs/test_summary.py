@@ -1,10 +1,12 @@
 """The summary of a run, and the curves beside it, from event files."""
 
 import json
+import math
 
 import pytest
 import yaml
 
+from megatron_dynmoe.cli import report
 from megatron_dynmoe.runs.events import NothingLogged, read_scalars
 from megatron_dynmoe.runs.summary import summarize_run, write_summary_and_curves
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
@@ -75,6 +77,17 @@ def test_the_rate_follows_a_batch_that_has_grown(tmp_path):
 def test_one_step_has_no_rate(tmp_path):
     make_run(tmp_path, {"routing": "top_k"}, {"lm loss": [(1, 9.0)]})
     assert write_summary_and_curves(tmp_path)["tokens_per_second"] is None
+
+
+def test_a_loss_that_is_no_number_leaves_valid_json(tmp_path, capsys):
+    """JSON has neither NaN nor infinity; Python writes and reads both, jq and browsers do not."""
+    losses = [(1, 9.0), (2, math.inf), (3, math.nan)]
+    make_run(tmp_path, {"routing": "top_k"}, {"lm loss": losses})
+    report.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    for text in ((tmp_path / "summary.json").read_text(), printed[: printed.index("}") + 1]):
+        summary = json.loads(text, parse_constant=pytest.fail)
+        assert summary["first_loss"] == 9 and summary["last_loss"] is None
 
 
 def test_a_schedule_is_kept_as_text(tmp_path):

@@ -183,6 +183,23 @@ def experts_are_drawn_without_their_rank(_: Path) -> bool:
     return "expert" not in inspect.getsource(layers._initialize_affine_weight_cpu)
 
 
+def sinks_are_not_marked(_: Path) -> bool:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from tests.moe.one_rank import transformer_config, world_of_one
+
+    world_of_one()
+    config = transformer_config(softmax_type="learnable", kv_channels=4)
+    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self")
+    was_marked = getattr(attention.softmax_offset, "tensor_model_parallel", False)
+    optimizer._get_param_groups([attention], OptimizerConfig(lr=1e-3), {})
+    assert attention.softmax_offset.tensor_model_parallel  # ours marks it in time
+    return not was_marked
+
+
 def only_the_loop_itself_wraps_a_schedule(_: Path) -> bool:
     train = source("megatron.training.training:train")
     wrappers = set(re.findall(r"forward_backward_func = (\w+)\(", train))
@@ -233,6 +250,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "empty splits are refused": empty_epochs_are_added,
     "each step is logged as itself": the_first_step_is_counted_twice,
     "experts begin differently": experts_are_drawn_without_their_rank,
+    "the norm counts all sinks": sinks_are_not_marked,
     "room for rows": only_the_loop_itself_wraps_a_schedule,
     "settings of a CPU": settings_need_a_gpu,
     "random state of a CPU": the_state_goes_to_a_list_of_generators,

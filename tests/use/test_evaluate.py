@@ -3,6 +3,7 @@
 Tasks and data are local; the network is never asked.
 """
 
+import copy
 import json
 import math
 import os
@@ -127,6 +128,19 @@ def test_generation(
         lengths.append(len(answer))
     assert len(set(lengths)) > 2  # so some answers end while others go on
     assert_counts(report["tasks"]["free"], model, inputs)
+
+
+def test_answers_hold_no_id_without_a_token(model: Any, tokenizer: Any, free: Path) -> None:
+    """One of the two rows that are put behind the vocabulary always has the largest logit."""
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(502)
+    with torch.no_grad():
+        weight = padded.lm_head.weight
+        weight[500], weight[501] = 50 * weight[5], -50 * weight[5]
+    reports = [
+        evaluate(one, tokenizer, load_tasks([str(free)]), batch_size=4) for one in (model, padded)
+    ]
+    assert reports[0]["tasks"] == reports[1]["tasks"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

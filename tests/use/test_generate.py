@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dynmoe.cli import generate as command
+from megatron_dynmoe.huggingface import DynMoEForCausalLM
 from megatron_dynmoe.use.generate import generate
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from megatron_dynmoe.use.token_display import (
@@ -209,6 +211,22 @@ def test_plain_text_is_the_decoded_whole(
     ids = tokenizer(PROMPT, return_tensors="pt")
     expected = model.generate(**ids, max_new_tokens=40, do_sample=False)[0].tolist()
     assert (status, out, err) == (0, decode(tokenizer, expected) + "\n", "")
+
+
+def test_ids_without_a_token_are_never_chosen(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here one of two rows of the vocabulary's padding has the largest logit, whatever is read."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    model = DynMoEForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[VOCAB_SIZE], weight[VOCAB_SIZE + 1] = 50 * weight[5], -50 * weight[5]
+    model.save_pretrained(copy)
+    flags = ("--prompt", PROMPT, "--max-new-tokens", "8", "--experts", "none")
+    written = run(copy, *flags, capsys=capsys)
+    assert written == run(folder, *flags, capsys=capsys)
+    assert len(written[1]) > len(PROMPT) + 1
 
 
 def test_digits_are_the_counts_of_a_pass_over_the_text(

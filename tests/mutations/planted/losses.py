@@ -7,6 +7,8 @@ LOSSES = "tests/routing/test_losses.py"
 GRADIENTS = "tests/routing/test_gradients.py"
 METRICS = "tests/runs/test_metrics.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+DOCUMENTS = "tests/distributed/test_documents.py"
+SEQUENCES = "tests/distributed/test_sequences.py"
 
 MISTAKES = [
     Mutation(
@@ -48,5 +50,23 @@ MISTAKES = [
         "torch.distributed.all_reduce(counted, group=self.tp_dp_cp_group)",
         "torch.distributed.all_reduce(counted, group=self.tp_cp_group)",
         (f"{INVARIANCE}::test_the_balance_loss_of_the_global_batch_spans_the_ranks",),
+    ),
+    Mutation(
+        "parts_of_a_row_weighed_alike",
+        "both halves of a split row count alike, however many of their tokens do",
+        "training/forward.py",
+        "loss = _weighed_in_sequence(loss, num_tokens)",
+        "pass",
+        (f"{DOCUMENTS}::test_tokens_of_a_split_row_count_alike",),
+    ),
+    Mutation(
+        "padding_of_one_rank",
+        "the routers' losses per token take other ranks to have as much padding",
+        "moe/router.py",
+        "loss = loss * tokens",
+        "loss = loss * valid_T.sum() * group.size()",
+        (
+            f"{SEQUENCES}::test_losses_of_a_split_sequence_leave_padding_out_as_those_of_a_whole_one",
+        ),
     ),
 ]

@@ -209,4 +209,23 @@ MISTAKES = [
             "test_an_engine_that_pads_without_a_cap_is_told_the_remedy",
         ),
     ),
+    Mutation(
+        "padding_generated",
+        "ids with which Megatron pads the vocabulary are generated",
+        "use/load.py",
+        "return sorted(never.union(",
+        "return sorted(set().union(",
+        (
+            "tests/use/test_generate.py::test_ids_without_a_token_are_never_chosen",
+            "tests/use/test_evaluate.py::test_answers_hold_no_id_without_a_token",
+        ),
+    ),
+    Mutation(
+        "nan_in_json",
+        "a summary holds NaN, which JSON does not have",
+        "storage/json_files.py",
+        "if isinstance(content, float) and not math.isfinite(content):",
+        "if False:",
+        ("tests/runs/test_summary.py::test_a_loss_that_is_no_number_leaves_valid_json",),
+    ),
 ]
