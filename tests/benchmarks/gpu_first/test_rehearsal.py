@@ -87,9 +87,14 @@ def test_what_is_missing_is_said_at_once(driver):
     assert not list(driver.output.iterdir())
 
 
-def test_every_stage_is_killed_once_and_then_all_are_done(driver, pack):
-    driver.flags += ["--pack", str(pack), "--minutes", "60"]
-    table = stages.read()
+def test_every_stage_is_killed_once_and_then_all_are_done(driver, pack, tmp_path):
+    # The limits are a GPU's; on a busy processor a stage may take several times as long.
+    patient = tmp_path / "stages.toml"
+    text = stages.TABLE.read_text(encoding="utf-8")
+    patient.write_text(re.sub(r"(?m)^seconds = (\d+)$", r"seconds = \g<1>0", text), "utf-8")
+    driver.flags += ["--pack", str(pack), "--minutes", "60", "--stages", str(patient)]
+    table = stages.read(patient)
+    assert [stage.seconds for stage in table] == [10 * stage.seconds for stage in stages.read()]
     for number, stage in enumerate(table):
         killed_by = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
         driver.kill(stage.name, killed_by, delay=number % 4, seconds=600)
