@@ -196,7 +196,10 @@ def _painter(mode: str, config: Any) -> tuple[Callable[[str, float], str] | None
 
 
 def _summary(counts_LT: Tensor, prompt_length: int, config: Any) -> str:
-    """Mean experts per token of prompt and generated tokens, over all layers and by layer."""
+    """Mean experts per token of prompt and generated tokens, over all layers and by layer.
+
+    They are of the tokens that the model has read, so of all but the last one.
+    """
     if not counts_LT.numel():
         return ""
     parts = {
@@ -213,7 +216,7 @@ def _summary(counts_LT: Tensor, prompt_length: int, config: Any) -> str:
     lines.append(f"{'all':<17}{means}")
     if (budget := config.inference_experts_per_token) is not None:
         lines.append(f"{'asked for':<17}" + f"{budget:12.2f}" * len(parts))
-    lines.append(f"{'tokens':<17}" + "".join(f"{part.shape[1]:12}" for part in parts.values()))
+    lines.append(f"{'tokens read':<17}" + "".join(f"{part.shape[1]:12}" for part in parts.values()))
     return "\n".join(lines) + "\n"
 
 

@@ -170,10 +170,12 @@ def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | No
         The document of each token, [B or 1, S] int64 from 0; None if no row has two documents. A
         compiled forward cannot ask for that and always gets the numbers.
     """
-    columns_S = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if position_ids.shape[1] == 1:
+        return None
     if valid_BS is None:
         goes_on = position_ids.diff() == 1
     else:
+        columns_S = torch.arange(position_ids.shape[1], device=position_ids.device)
         position_ids = position_ids.expand_as(valid_BS)
         last_valid = torch.where(valid_BS, columns_S, -1).cummax(dim=-1).values[:, :-1]
         steps = position_ids[:, 1:] - position_ids.gather(-1, last_valid.clamp(min=0))

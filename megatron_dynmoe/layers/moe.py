@@ -159,7 +159,7 @@ class Gate(nn.Module):
             ids_TK, used_TK = choose_top_k(probs_TE, choice.max_experts)
         else:
             ids_TK, used_TK = choose(probs_TE.float(), choice.threshold, choice.max_experts)
-        map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, used_TK)
+        map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(-1, ids_TK, used_TK)
 
         # 3. Weigh
         weights_TE = weigh(probs_TE, map_TE, choice.renormalize)
@@ -240,24 +240,28 @@ class Experts(nn.Module):
             gate_AF, up_AF = _multiply(rows_AD, self.gate_up_proj, rows).chunk(2, dim=-1)
             rows_AD = _multiply(F.silu(gate_AF) * up_AF, self.down_proj, rows) * weights_A1
 
-        # 3. Add up. An expert has a token at most once, so nothing is added at once to one place,
-        # as on a GPU it would be in any order. A CPU adds row after row.
+        # 3. Add up: a CPU row after row, in one call. A GPU adds all rows of a call at once, in any
+        # order, but an expert has a token at most once.
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-        output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
-        parts = [len(tokens_A)] if output_TD.device.type == "cpu" else rows_E.tolist()
-        for tokens, part in zip(tokens_A.split(parts), rows_AD.to(dtype).split(parts), strict=True):
-            output_TD.index_add_(0, tokens, part)
+        output_TD, rows_AD = torch.zeros_like(hidden_TD, dtype=dtype), rows_AD.to(dtype)
+        if hidden_TD.device.type == "cpu":
+            output_TD.index_add_(0, tokens_A, rows_AD)
+        else:
+            parts = rows_E.tolist()
+            for tokens, part in zip(tokens_A.split(parts), rows_AD.split(parts), strict=True):
+                output_TD.index_add_(0, tokens, part)
         return output_TD.to(hidden_TD.dtype)
 
     def _forward_of_one(self, hidden_TD: Tensor, weights_TE: Tensor) -> Tensor:
         """The same for one token, which has no rows to find, nor to collect."""
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         output_TD = torch.zeros_like(hidden_TD, dtype=dtype)
+        weights_ET = weights_TE.t()
         for expert, weight in enumerate(weights_TE[0].tolist()):
             if weight:
                 gate_AF, up_AF = F.linear(hidden_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
                 row_AD = F.linear(F.silu(gate_AF) * up_AF, self.down_proj[expert])
-                output_TD = output_TD + (row_AD * weights_TE[:, expert, None]).to(dtype)
+                output_TD = output_TD + (row_AD * weights_ET[expert]).to(dtype)
         return output_TD.to(hidden_TD.dtype)
 
 
@@ -281,11 +285,11 @@ def _can_group(rows_AI: Tensor, *weights_EOI: Tensor) -> bool:
         return False
     if not hasattr(F, "grouped_mm") or rows_AI.dtype == torch.float64:
         return False
+    unit = GROUPED_BYTES // rows_AI.element_size()
     return all(
         weights.dtype == rows_AI.dtype
         and not weights.data_ptr() % GROUPED_BYTES
-        and not weights.shape[1] * weights.element_size() % GROUPED_BYTES
-        and not weights.shape[2] * weights.element_size() % GROUPED_BYTES
+        and not (weights.shape[1] % unit or weights.shape[2] % unit)
         for weights in weights_EOI
     )
 

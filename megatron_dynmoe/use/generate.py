@@ -21,6 +21,8 @@ def generate(
 ) -> None:
     """Continue the prompt; pass every token and, if wanted, its experts, to the display.
 
+    The last token has no experts: the model has chosen it, and has not read it.
+
     Args:
         prompt_ids: at least one token.
         display: shows tokens as they come; with beams it shows them at the end.
@@ -41,11 +43,8 @@ def generate(
             pass
 
     has_beams = sampling.get("num_beams", 1) > 1
-    num_counted = 0
 
     def take_counts(_module: Any, _inputs: Any, output: Any) -> None:
-        nonlocal num_counted
-        num_counted += output.experts_per_token.shape[-1]
         display.add_counts(output.experts_per_token[:, 0])
 
     hook = None
@@ -56,21 +55,15 @@ def generate(
         generated = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, return_dict_in_generate=True, **sampling
-            ),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **sampling),
             streamer=None if has_beams else Streamer(),
         )
     finally:
         if hook is not None:
             hook.remove()
     if has_beams:
-        display.add_tokens(generated.sequences[0].tolist())
-    if count_experts and num_counted < len(display.tokens):
-        # The model has not read the last token. Beams were reordered, so none of theirs counts.
-        cache = generated.past_key_values if num_counted else None
-        num_cached = 0 if cache is None else cache.get_seq_length()
-        with torch.no_grad():
-            output = model(generated.sequences[:, num_cached:], past_key_values=cache)
-        display.add_counts(output.experts_per_token[:, 0, num_counted - num_cached :])
+        display.add_tokens(generated[0].tolist())
+        if count_experts:  # beams were reordered, so the model reads the text once more
+            with torch.no_grad():
+                display.add_counts(model(generated[:, :-1]).experts_per_token[:, 0])
     display.finish()

@@ -116,17 +116,16 @@ class TokenDisplay:
 
     def finish(self) -> None:
         """Write the pieces held back; tokens without a count are written as they are."""
-        if self._num_shown < len(self.tokens):
-            self._paint = None
-            self._show()
+        self._show(to_the_end=True)
         self._write_piece(self._detokenizer.finish())
 
-    def _show(self) -> None:
+    def _show(self, to_the_end: bool = False) -> None:
         ready = len(self.tokens)
-        if self._paint is not None:
+        if self._paint is not None and not to_the_end:
             ready = min(ready, len(self._means))
         for i in range(self._num_shown, ready):
-            if self._paint is not None and not self._detokenizer.is_special(self.tokens[i]):
+            counted = self._paint is not None and i < len(self._means)
+            if counted and not self._detokenizer.is_special(self.tokens[i]):
                 self._group.append(self._means[i])
             self._write_piece(self._detokenizer.add(self.tokens[i]))
         self._num_shown = max(self._num_shown, ready)

@@ -180,6 +180,24 @@ def test_bytes_of_one_character_show_their_mean(tokenizer: Any) -> None:
     assert written == ["日[3.0]"]
 
 
+def test_a_token_without_a_count_is_shown_at_the_end(tokenizer: Any) -> None:
+    written: list[str] = []
+    display = TokenDisplay(tokenizer, written.append, paint_digits)
+    display.add_tokens([3 + byte for byte in "日".encode()])
+    display.add_counts(torch.tensor([[1, 3]]))
+    assert not written
+    display.finish()  # the mean of the bytes that have one
+    assert written == ["日[2.0]"]
+
+    written.clear()
+    display = TokenDisplay(tokenizer, written.append, paint_digits)
+    display.add_tokens(tokenizer("and so", add_special_tokens=False)["input_ids"])
+    display.add_counts(torch.ones(1, len(display.tokens) - 1).long())
+    display.finish()
+    shown = "".join(written)
+    assert shown.replace("[1.0]", "") == "and so" and not shown.endswith("]")
+
+
 def test_digits_stand_before_the_line_break() -> None:
     assert paint_digits("word\n\n", 1.75) == "word[1.8]\n\n"
 
@@ -236,7 +254,7 @@ def test_digits_are_the_counts_of_a_pass_over_the_text(
     status, out, _ = run(folder, *flags, capsys=capsys)
     prompt = tokenizer("and so they", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    counts_LT = model(ids).experts_per_token[:, 0].double()
+    counts_LT = model(ids[:, :-1]).experts_per_token[:, 0].double()  # the last one is never read
     legend, body = out.split("\n\n", 1)
     body, summary = body.rsplit("\n\n", 1)
 
@@ -255,7 +273,7 @@ def test_digits_are_the_counts_of_a_pass_over_the_text(
     assert rows["all"] == [
         f"{part.mean():.2f}" for part in (counts_LT[:, :split], counts_LT[:, split:])
     ]
-    assert rows["tokens"] == [str(split), str(ids.shape[1] - split)]
+    assert rows["tokens read"] == [str(split), str(ids.shape[1] - split - 1)]
     assert len(set(means[0] + means[1])) > 1  # so that the test can tell layers apart
 
 
@@ -272,6 +290,20 @@ def test_streams_while_it_generates(model: Any, tokenizer: Any) -> None:
     assert lengths[0] >= len("and so they")
 
 
+def test_no_token_is_read_for_its_count_alone(model: Any, tokenizer: Any) -> None:
+    read: list[int] = []
+    hook = model.register_forward_hook(
+        lambda _module, _args, given, _output: read.append(given["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    display = TokenDisplay(tokenizer, lambda _: None, paint_digits)
+    ids = tokenizer("and so they were")["input_ids"]
+    generate(model, ids, display, count_experts=True, max_new_tokens=8, do_sample=False)
+    hook.remove()
+    assert sum(read) == display.counts_LT.shape[1] == len(display.tokens) - 1
+    assert read == [len(ids)] + [1] * (len(read) - 1)
+
+
 def test_beams_come_at_the_end_with_counts(
     folder: Path, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,8 +314,10 @@ def test_beams_come_at_the_end_with_counts(
     )
     assert status == 0
     assert decode(tokenizer, ids[0].tolist()) in re.sub(r"\[[\d.]+\]", "", out)
-    mean = model(ids).experts_per_token.double().mean(dim=0)
+    mean = model(ids[:, :-1]).experts_per_token.double().mean(dim=0)
     assert f"[{mean[0, 0]:.1f}]" in out
+    read = next(line for line in out.splitlines() if line.startswith("tokens read"))
+    assert sum(map(int, read.split()[2:])) == ids.shape[1] - 1
 
 
 def test_seed_decides_and_temperature_zero_is_greedy(
@@ -331,7 +365,7 @@ def test_new_tokens_end_where_the_positions_do(
 ) -> None:
     status, out, err = run(folder, "--prompt", "a " * 120, "--max-new-tokens", "999", capsys=capsys)
     assert status == 0 and "new tokens fit" in err
-    tokens = next(line for line in out.splitlines() if line.startswith("tokens")).split()[1:]
+    tokens = next(line for line in out.splitlines() if line.startswith("tokens")).split()[2:]
     assert sum(map(int, tokens)) <= 256
     status, _, err = run(folder, "--prompt", "a " * 300, capsys=capsys)
     assert status == 1 and "256 positions: shorten" in err
@@ -528,7 +562,7 @@ def test_a_checkpoint_in_place_of_a_model_is_told_the_way(
 
 def test_empty_prompt_begins_with_bos(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(folder, "--prompt", "", "--max-new-tokens", "4", capsys=capsys)
-    assert status == 0 and re.search(r"^tokens +1 +\d$", out, re.MULTILINE)
+    assert status == 0 and re.search(r"^tokens read +1 +\d$", out, re.MULTILINE)
 
 
 def test_code_in_the_folder_is_not_run(
