@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         name: of the module, and of the file of results.
-        about: the help text.
+        about: what it asks, how it is called, and more of it, in paragraphs.
         variants: what is trained, by name.
         measure: what a row holds of a finished run, beside its commit.
         table: the lines of the table, in Markdown, from all rows; the results of the main study
@@ -126,6 +126,12 @@ def read_rows(results: Path) -> Rows:
     return json.loads(results.read_text()) if results.is_file() else {}
 
 
+def prose(about: str | None) -> list[str]:
+    """The paragraphs of a module's docstring, without that of commands."""
+    paragraphs = (about or "").strip().split("\n\n")
+    return [text for text in paragraphs if not text.startswith("    ")]
+
+
 def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:
     """The rows of all seeds of a variant."""
     return [row for run, row in sorted(rows.items()) if run.rpartition("-seed")[0] == name]
@@ -181,7 +187,9 @@ def end(part: Part) -> None:
 
 
 def _parser(part: Part) -> argparse.ArgumentParser:
-    parser = CommandParser(prog=f"python -m study.{part.name}", description=part.about)
+    parser = CommandParser(
+        prog=f"python -m study.{part.name}", description=" ".join(prose(part.about))
+    )
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="NAME", help=f"runs: {', '.join(part.variants)}")
     add("--seeds", type=int, metavar="N", help="at most so many seeds of each (default: all)")

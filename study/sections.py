@@ -8,7 +8,7 @@ from pathlib import Path
 from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
 from study.axes import in_words
 from study.claims import FAILS, HOLDS, UNCLEAR
-from study.parts import Part, Rows, read_rows
+from study.parts import Part, Rows, prose, read_rows
 from study.results import RESULTS, Results
 from study.tables import paragraph
 
@@ -49,10 +49,9 @@ def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list
     """The lines of the section of a part; none before its first row."""
     if not (own := read_rows(folder / part.results.name)):
         return []
-    question, _, *body = (part.about or "").strip().split("\n\n")
     return [
         *("", f"### {part.name.capitalize()}", ""),
-        *(paragraph(" ".join([question, *body])), ""),
+        *(paragraph(" ".join(prose(part.about))), ""),
         *(paragraph(status(part, own)), ""),
         *part.table(part.all_rows(folder), results),
     ]
@@ -89,7 +88,7 @@ def status(part: Part, rows: Rows) -> str:
 
 
 def _line(name: str, about: str | None, rows: Rows, num_runs: int, where: str) -> str:
-    question, *_ = (about or "").split("\n\n")
+    question, *_ = prose(about)
     found = f"[table]({where})" if rows else "waits"
     return f"| `{name}` | {question} | {len(rows)} of {num_runs} | {found} |"
 
