@@ -6,7 +6,7 @@ Exported models ship with this file and with those that it imports from the pack
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
@@ -262,7 +262,7 @@ class DynMoEModelConfig(PreTrainedConfig):
         Raises:
             ValueError: the threshold is missing or not in [0, 1], or no curve has the budget.
         """
-        given = vars(self)  # every layer asks, and reading an attribute of a config takes long
+        given = vars(self)  # quicker, as in the router, which asks in every layer
         threshold, inference_threshold = given["threshold"], given["inference_threshold"]
         budget = None if training else given["inference_experts_per_token"]
         if budget is not None:
@@ -273,7 +273,7 @@ class DynMoEModelConfig(PreTrainedConfig):
             threshold = checked_threshold("threshold", threshold[layer], layer)
         else:
             threshold = checked_threshold("threshold", threshold)
-        return threshold, self.cap(training)
+        return threshold, _cap(given, training)
 
     @property
     def rule(self) -> LayerRule | None:
@@ -287,10 +287,7 @@ class DynMoEModelConfig(PreTrainedConfig):
 
     def cap(self, training: bool) -> int | None:
         """The most experts that a token may use; None: no cap."""
-        given = vars(self)
-        if not training and given["inference_max_experts_per_token"] is not None:
-            return given["inference_max_experts_per_token"]
-        return given["max_experts_per_token"]
+        return _cap(vars(self), training)
 
     def validate_dynmoe(self) -> None:
         """Check all settings; call it again after you change some.
@@ -308,6 +305,12 @@ class DynMoEModelConfig(PreTrainedConfig):
         """
         name = "inference_experts_per_token"
         return threshold_at(vars(self)["budget_curve"], budget, self.cap(training=False), name)
+
+
+def _cap(given: Mapping[str, Any], training: bool) -> int | None:
+    if not training and given["inference_max_experts_per_token"] is not None:
+        return given["inference_max_experts_per_token"]
+    return given["max_experts_per_token"]
 
 
 def _warn_of_misspelled(names: Iterable[str]) -> None:

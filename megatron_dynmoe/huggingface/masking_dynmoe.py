@@ -168,7 +168,7 @@ def find_documents(position_ids: Tensor, valid_BS: Tensor | None) -> Tensor | No
 
     Returns:
         The document of each token, [B or 1, S] int64 from 0; None if no row has two documents. A
-        compiled forward cannot ask for that and always gets the numbers.
+        compiled forward cannot ask for that and always gets the numbers, unless S is 1.
     """
     if position_ids.shape[1] == 1:
         return None

@@ -44,7 +44,7 @@ from megatron_dynmoe.huggingface.masking_dynmoe import (
     serves_itself,
 )
 from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
-from megatron_dynmoe.layers.rules import chooser
+from megatron_dynmoe.layers.rules import LAYER_RULES, chooser
 from megatron_dynmoe.routing.keep_dtype import KeepDtype
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,11 @@ class DynMoERouter(Gate):
 
     def choice(self) -> Choice:
         """See :class:`Choice`."""
-        config, given = self.config, vars(self.config)
-        rule = None
+        config, rule = self.config, None
+        given = vars(config)  # every layer asks, and reading an attribute of a config takes long
         if given["routing"] == "top_k":
             threshold, most = None, config.num_experts_per_tok
-        elif config.rule is not None:
+        elif given["routing"] in LAYER_RULES:
             threshold, most = None, config.cap(self.training)
             rule = chooser(given, self.layer, most, self.weight.device)
         else:

@@ -24,7 +24,6 @@ from megatron_dynmoe.routing.select import choose as choose_anywhere
 from megatron_dynmoe.routing.select import choose_top_k as choose_top_k_anywhere
 
 
-@torch.no_grad()
 def choose(
     probs_TE: Tensor, threshold: Tensor | float, max_experts: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +42,6 @@ def choose(
     return order_TE[:, :most], used_in_order(sorted_TE, limit, most)
 
 
-@torch.no_grad()
 def choose_top_k(probs_TE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """:func:`megatron_dynmoe.routing.select.choose_top_k`, quickly if values may decide how."""
     ranked = _sort_quickly(probs_TE) if _values_may_decide(probs_TE) else None

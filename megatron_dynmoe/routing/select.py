@@ -1,6 +1,7 @@
 """Top-p selection: how many experts a token uses, which ones, and with what weight."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Cumulative probabilities are sums of 64-bit integers in units of 2**-60. Such a sum is exact in
@@ -69,9 +70,8 @@ def used_in_order(sorted_TE: Tensor, limit: Tensor | int, most: int) -> Tensor:
     Returns:
         [T, K] bool.
     """
-    used_TK = _sum_before(sorted_TE)[:, :most] <= limit
-    used_TK[:, 0] = True
-    return used_TK
+    sums_TE = _in_units(sorted_TE).cumsum(dim=-1)
+    return F.pad(sums_TE[:, : most - 1] <= limit, (1, 0), value=True)
 
 
 @torch.no_grad()
