@@ -214,7 +214,7 @@ def test_settings_stand_beside_dynamic_moes_tables():
 @pytest.mark.long
 def test_parts_train_measure_and_print(tmp_path):
     """With as many steps as a point has, and the measures that a part adds."""
-    for module, run in (("tokens", "dtop_p_x2"), ("settings", "z_1e3"), ("size", "top2_small")):
+    for module, run in (("tokens", "dtop_p_x2"), ("settings", "z_1e3")):
         done = subprocess.run(
             [
                 *(sys.executable, "-m", f"study.{module}", "--quick"),
