@@ -114,12 +114,12 @@ class GlobalBatchUpdate:
 
     @torch.no_grad()
     def _next_measured(self, statistics: RoutingStatistics, is_invalid: Tensor) -> Tensor:
-        """The mean number of experts per token of each router, [R] float32."""
+        """The mean number of experts per token of each router, [R] float64."""
         if not self._routers:
             return is_invalid.new_empty(0)
         layers = [router.layer_number - 1 for router in self._routers]
         before_R = torch.cat([router.measured for router in self._routers])
-        measured_R = _of_layers(statistics.mean_experts.float(), layers).nan_to_num()
+        measured_R = _of_layers(statistics.mean_experts, layers).nan_to_num()
         return torch.where(is_invalid, before_R, measured_R)
 
     @torch.no_grad()
@@ -215,6 +215,8 @@ class GlobalBatchUpdate:
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
+    if layers == list(range(len(values_L))):
+        return values_L
     return torch.cat([values_L[layer : layer + 1] for layer in layers])
 
 
