@@ -46,8 +46,8 @@ The size for a GPU ({gpu}) has not been run yet.
 tables are drawn. A part can be trained run by run, on any day: a finished run adds its row and
 counts as done, and `make study PART=tokens STUDY="--list"` shows which wait. `granularity` to
 `settings` take 60 to 75 minutes each on two cores, by the processor time of a few of their steps;
-three seeds of all their models would take more than 90. Each axis also has the study's own model,
-which `PART=rules` trains.
+if models have fewer than three seeds, three would take more than 90. Each axis also has the study's
+own model, which `PART=rules` trains.
 
 {parts}
 
