@@ -46,9 +46,9 @@ The size for a GPU ({gpu}) has not been run yet.
 **Parts.** Other comparisons are parts, with rows of their own in `study/results/`, from which their
 tables are drawn. A part can be trained run by run, on any day: a finished run adds its row and
 counts as done, and `make study PART=tokens STUDY="--list"` shows which wait. `granularity` to
-`settings` are planned for at most 90 minutes each on two cores, by the time of a step below, so
-some models have fewer than three seeds. Each axis also has the study's own model, which
-`PART=rules` trains.
+`settings` take 60 to 75 minutes each on two cores, by the processor time of a few of their steps;
+if models have fewer than three seeds, three would take more than 90. Each axis also has the study's
+own model, which `PART=rules` trains.
 
 {parts}
 

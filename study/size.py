@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from study.axes import Axis, Point
 from study.parts import end
-from study.variants import TARGET
+from study.variants import SEEDS, TARGET
 
 
 def _active(layers: int, hidden: int) -> float:
@@ -19,20 +19,20 @@ def _active(layers: int, hidden: int) -> float:
     return layers * hidden * (4 * hidden + 3 * 2 * hidden * TARGET)
 
 
-def _point(layers: int, hidden: int, name: str, num_seeds: int) -> Point:
+def _point(layers: int, hidden: int, name: str = "") -> Point:
     active = _active(layers, hidden)
     flags = (
         f"--num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {2 * hidden} "
         f"--num-attention-heads {hidden // 32}"
     )
     title = f"{active / 1e6:.1f} M active: {layers} layers of {hidden}"
-    return Point(title, at=active, name=name, flags=flags if name else "", num_seeds=num_seeds)
+    return Point(title, at=active, name=name, flags=flags if name else "", num_seeds=SEEDS)
 
 
 PART = Axis.of(
     "size",
     __doc__,
-    [_point(4, 64, "small", 3), _point(6, 128, "", 0), _point(8, 192, "large", 2)],
+    [_point(4, 64, "small"), _point(6, 128), _point(8, 192, "large")],
     claim=(
         "Its lead over top-k widens with the model.",
         "so, from 0.4 over 1.3 to 2.4 B parameters (no figures at hand)",
