@@ -19,7 +19,7 @@ class Point:
 
     Attributes:
         title: in the table.
-        at: its place on the axis, whose trend is that of a doubling.
+        at: its place on the axis; a trend is the change with each doubling of it.
         name: the end of its runs' names. The point without one is the study's own model, which
             `PART=rules` trains.
         flags: what both models have instead of the study's model.
@@ -96,10 +96,10 @@ def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> dict[
     found = losses(rows)
     deviation = noise(found.values(), of_main)
     return {
-        point: compared(found[top_k], found[dtop_p], deviation)
+        point: compared(found[theirs], found[ours], deviation)
         for point in points
-        for dtop_p, top_k in [point.runs]
-        if dtop_p in found and top_k in found
+        for ours, theirs in [point.runs]
+        if ours in found and theirs in found
     }
 
 
@@ -126,7 +126,9 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
         cells += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
         lines.append(f"| {' | '.join(cells)} |")
     if (slope := _trend_of(known)) is not None:
-        lines += ["", paragraph(f"{in_words(slope)}.")]
+        complete = all(point in known for point in points if point.in_trend)
+        so_far = "" if complete else " That is of the points so far."
+        lines += ["", paragraph(f"{in_words(slope)}.{so_far}")]
     return lines
 
 
@@ -135,7 +137,8 @@ def in_words(slope: Comparison) -> str:
     verdict = slope.verdict("it narrows here", "it widens here")
     if verdict == "not clear":
         verdict += " here whether it widens"
-    return f"With each doubling the lead changes by {slope.interval}{verdict and ': '}{verdict}"
+    change = f"With each doubling along the axis the lead changes by {slope.interval}"
+    return f"{change}{verdict and ': '}{verdict}"
 
 
 def trend(leads: Sequence[tuple[float, Comparison]]) -> Comparison:

@@ -96,7 +96,6 @@ def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
         calibration.set_threshold(config, threshold)
         return calibration.measure(model, tokens_NS, afterwards.BATCH, label)
 
-    own = calibration.measure(model, tokens_NS, afterwards.BATCH)
     if run.variant.name == ELASTIC:
         targets, thresholds = zip(
             *((one["experts_per_token"], one["threshold"]) for one in config.budget_curve),
@@ -104,6 +103,7 @@ def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
         )
         wanted = [(budget, float(np.interp(budget, targets, thresholds))) for budget in BUDGETS]
         return [point(budget, measure(at, f"{budget:g}"), at) for budget, at in wanted]
+    own = calibration.measure(model, tokens_NS, afterwards.BATCH)
     trained_at = float(run.variant.name.removeprefix("at_"))
     points = [point(trained_at, own, float(config.threshold[0]))]
     if run.variant.name != AFTERWARDS:

@@ -3,8 +3,9 @@
     python -m study.granularity [--only NAME ...] [--seeds N] [--list] [--quick]
 
 There are 8 experts of 512 to 64 experts of 64, of which a token uses one in eight, so parameters
-and compute are the same at all points. At 8E1A both routings give every token one expert, so that
-this point is not part of the trend.
+and compute are the same at all points. At 8E1A both routings give every token one expert and
+differ only in its weight (top-1's is its probability, DTop-p's is 1), so this point is not part of
+the trend.
 """
 
 from __future__ import annotations

@@ -88,13 +88,13 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     Args:
         of_main: results of the main study, which trains the other models of those tables.
     """
-    deviation = noise(losses(rows).values(), of_main)
+    found = losses(rows)
+    deviation = noise(found.values(), of_main)
     lines = [
         "| losses of DTop-p | seeds | held-out loss | experts per token | threshold | load "
         "| more than the first, 95 % | |",
         "| --- " * 8 + "|",
     ]
-    found = losses(rows)
     for name, variant in COEFFICIENTS.items():
         if name not in found:
             continue

@@ -47,7 +47,9 @@ _LEFT_OUT = (
     "tensorboard-", "wandb-", "live-plot", "sequence-parallel", "context-parallel-",
     "expert-model-parallel-", "expert-tensor-parallel-",
     "pipeline-model-parallel-", "tensor-model-parallel-", "num-layers-per-virtual-",
-    "num-virtual-stages-", "use-distributed-optimizer", "overlap-", "eval-", "full-validation",
+    "num-virtual-stages-", "decoder-first-pipeline-", "decoder-last-pipeline-", "account-for-",
+    "microbatch-group-size-", "tp-comm-overlap", "use-distributed-optimizer", "overlap-",
+    "eval-", "full-validation",
 )  # fmt: skip
 
 
@@ -236,7 +238,7 @@ def write(model: nn.Module, run: Path, per_class: int) -> None:
     from megatron.core.utils import unwrap_model
     from megatron.training import get_args
 
-    from examples.diffusion import page, pictures
+    from examples.diffusion import images, page, pictures
 
     args, dit = get_args(), unwrap_model(model)
     if args.samples_per_class:
@@ -247,7 +249,7 @@ def write(model: nn.Module, run: Path, per_class: int) -> None:
     target.parent.mkdir(exist_ok=True)
     replace_file(target, lambda path: path.write_text(text))
     lines = describe(measured)
-    page.write(run, args.iteration, lines)
+    page.write(run, args.iteration, lines, images.load(args.images).names)
     print(*lines, f"> {target}\n> {run / page.NAME}", sep="\n", flush=True)
 
 

@@ -13,20 +13,28 @@ from megatron_dynmoe.storage.atomic import replace_file
 NAME = "report.html"
 STYLE = (
     "body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 "
-    "1em } img { max-width: 100%; image-rendering: pixelated } pre { white-space: pre-wrap }"
+    "1em } img { max-width: 100% } pre { white-space: pre-wrap }"
+)
+
+ABOUT = (
+    "Recognized is the share of samples that a small network, which has learned the real images, "
+    "takes for the class that was asked. The Fréchet distance compares its features of samples and "
+    "of real images; 0 is equal, and held-out real images show what is small. At time 0 there is "
+    "noise alone, at time 1 the image. Everything else is explained in docs/diffusion.md."
 )
 
 
-def write(run: Path, iteration: int, lines: Sequence[str]) -> None:
+def write(run: Path, iteration: int, lines: Sequence[str], names: Sequence[str]) -> None:
     """Write the page, one file that needs nothing else.
 
     Args:
         run: the folder of the run.
         iteration: of the samples.
         lines: what was measured.
+        names: of the classes, in their order.
     """
     figures = (
-        ("Samples, a row for each class", f"samples/step_{iteration}.png"),
+        (f"Samples, by row: {html.escape(', '.join(names))}", f"samples/step_{iteration}.png"),
         ("Experts by layer, noise level and patch", f"samples/experts_{iteration}.png"),
         ("Curves", CURVES),
     )
@@ -34,6 +42,7 @@ def write(run: Path, iteration: int, lines: Sequence[str]) -> None:
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>",
+        f"<p>{ABOUT}</p>",
         f"<pre>{html.escape(chr(10).join(line.removeprefix('> ') for line in lines))}</pre>",
     ]
     for caption, name in figures:

@@ -46,12 +46,33 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+# Of Megatron's flags, what an image's tokens cannot have: values that they can, a reason, a remedy.
+_ALLOWED = (
+    ("hybrid_layer_pattern", (None,), "this model is made of whole layers", "use --num-layers"),
+    (
+        "position_embedding_type",
+        ("learned_absolute", "none"),
+        "patches have positions in 2-D",
+        "leave it out",
+    ),
+    ("context_parallel_size", (1,), "an image is not split over ranks", "leave it out"),
+    ("data_path", (None,), "this model learns images", "use --images"),
+    *(
+        (name, (False, None), "an image is one sequence", "leave it out")
+        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    ),
+)
+
+
 def settle(args: Namespace) -> None:
-    """Take the length of the sequence from the images."""
+    """Refuse what such a model does not have, and take the sequence's length from the images."""
     from examples.diffusion import images
     from examples.diffusion.model import CONDITIONS
     from megatron_dynmoe.settings.messages.refusals import FlagError
 
+    for name, allowed, reason, remedy in _ALLOWED:
+        if (value := getattr(args, name, allowed[0])) not in allowed:
+            raise FlagError(name, value, f", and {reason}", remedy)
     for name, low, high in (
         ("held_out", 0, 0.9),
         ("class_dropout", 0, 1),

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.target is None and not args.budgets:
         parser.error("give --target or --budgets.")
+    if args.target is None and args.scope == "layer":
+        parser.error("--scope layer is for --target: a curve has one threshold for all layers.")
     if args.sweep is None:
         args.sweep = [] if args.budgets else thresholds(DEFAULT_SWEEP)
     with ending_plainly(parser.prog):
@@ -295,7 +297,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scope",
         choices=("global", "layer"),
         default="global",
-        help="one threshold for the mean over layers (default), or one for each layer's own mean",
+        help="of --target: one threshold for the mean over layers (default), or one for each "
+        "layer's own mean",
     )
     parser.add_argument(
         "--max-experts-per-token",

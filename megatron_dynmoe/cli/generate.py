@@ -127,7 +127,11 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
             setattr(config, field, value)
     if args.threshold is not None:
         config.inference_experts_per_token = None
-    set_budget(config, args.budget or getattr(config, "inference_experts_per_token", None))
+    if args.budget is not None:
+        set_budget(config, args.budget)
+    else:
+        name = "inference_experts_per_token"
+        set_budget(config, getattr(config, name, None), f"config.json's {name}")
 
 
 def _fixed_experts(config: Any) -> str | None:

@@ -88,7 +88,7 @@ def threshold_at(
     if cap is not None and budget > cap:
         raise ValueError(
             f"{name} is {budget:g}, and no token may use more than {cap} "
-            "(max_experts_per_token): use less, or raise the cap and measure the curve anew."
+            "(the cap): use less, or raise the cap and measure the curve anew."
         )
     for before, point in pairwise(curve):
         if budget <= point["experts_per_token"]:

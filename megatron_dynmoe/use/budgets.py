@@ -74,8 +74,11 @@ def refine(
     return sorted(found.values(), key=lambda point: point.experts)
 
 
-def set_budget(config: Any, budget: float | None) -> None:
+def set_budget(config: Any, budget: float | None, asked_by: str = "--budget") -> None:
     """Let the model of a config use a mean number of experts per token; None: its own routing.
+
+    Args:
+        asked_by: what names the budget, for messages.
 
     Raises:
         UsageError: the config has no curve, or the curve does not have this budget.
@@ -86,7 +89,7 @@ def set_budget(config: Any, budget: float | None) -> None:
     try:
         threshold_at(curve, budget, None if curve is None else config.cap(training=False))
     except ValueError as error:
-        raise UsageError(f"--budget: {error}") from error
+        raise UsageError(f"{asked_by}: {error}") from error
     config.inference_experts_per_token = budget
 
 

@@ -125,6 +125,11 @@ REFUSED = {
     "divides both",
     "--images /nowhere": "--images is /nowhere: [Errno 2] No such file or directory: '/nowhere'",
     "--held-out 2": "--held-out is 2.0: give a number from 0 to 0.9",
+    "--hybrid-layer-pattern *E*E": "--hybrid-layer-pattern is *E*E, and this model is made of "
+    "whole layers: use --num-layers",
+    "--position-embedding-type rope": "--position-embedding-type is rope, and patches have "
+    "positions in 2-D: leave it out",
+    "--eod-mask-loss": "--eod-mask-loss is given, and an image is one sequence: leave it out",
 }
 REFUSALS = {flags: run(f"refused_{n}", 1, flags) for n, flags in enumerate(REFUSED)}
 

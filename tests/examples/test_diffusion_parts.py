@@ -196,7 +196,9 @@ def test_a_run_is_measured_by_its_first_command_without_layout_and_steps(tmp_pat
 
     with pytest.raises(UsageError, match=r"holds no command\.txt: give the --run-dir"):
         flags_of(tmp_path, [])
-    (tmp_path / "sizes.flags").write_text("--num-layers 2\n--pipeline-model-parallel-size 2\n")
+    (tmp_path / "sizes.flags").write_text(
+        "--num-layers 2\n--pipeline-model-parallel-size 2\n--decoder-first-pipeline-num-layers 1\n"
+    )
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
     (tmp_path / "command.txt").write_text(

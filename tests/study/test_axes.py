@@ -121,7 +121,7 @@ def test_the_lead_at_each_point_and_its_trend():
     assert lines[3].endswith("| behind |")
     # The narrow point, with its large lead, does not count; between two points a doubling lies.
     assert lines[-1].startswith(
-        "With each doubling the lead changes by +0.8000 (+0.7600 to +0.8400)"
+        "With each doubling along the axis the lead changes by +0.8000 (+0.7600 to +0.8400)"
     )
     assert lines[-1].endswith(": it widens here.")
     del rows["dtop_p_x4-seed1"], rows["dtop_p_x4-seed2"]

@@ -246,7 +246,10 @@ def test_generate_refuses_what_the_curve_does_not_have(
             *(folder, ["--budget", "4", "--max-experts-per-token", "2"]),
             "no token may use more than 2",
         ),
-        (set_to_four, ["--max-experts-per-token", "2"], "no token may use more than 2"),
+        (
+            *(set_to_four, ["--max-experts-per-token", "2"]),
+            "config.json's inference_experts_per_token: experts_per_token is 4, and no token may",
+        ),
     ):
         assert words in said(generate.main, "--model", model, *PROMPT, *flags, capsys=capsys)
 
@@ -261,6 +264,7 @@ def test_calibrate_refuses_before_it_measures(
     set_to_one = copy_of(folder, tmp_path, inference_experts_per_token=1)
     for model, flags, words in (
         (folder, [], "give --target or --budgets"),
+        (folder, ["--budgets", "1,2", "--scope", "layer"], "--scope layer is for --target"),
         (folder, ["--budgets", "0.5,2"], "--budgets is 0.5,2: use mean experts per token, from 1"),
         (folder, ["--budgets", "1,nan"], "--budgets is 1,nan"),
         (folder, ["--budgets", "1,x"], "--budgets is '1,x': give a list of numbers"),

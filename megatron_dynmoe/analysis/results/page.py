@@ -32,7 +32,8 @@ CAPTIONS = {
     "sweep": "The same weights with other thresholds in every layer, on a part of the text. The "
     "star is the model's own routing.",
     "budgets": "The model's budget_curve: the threshold and the loss for each number of experts "
-    "that can be asked for, as measured when the curve was made, on the text of that time.",
+    "that can be asked for, as measured when the curve was made, on the text of that time; without "
+    "losses, the map that the training steered.",
     "load": "Orange: busier than the mean of its layer, blue: idler. Colors end at 4 and 1/4.",
     "together": "How many of the tokens that use one expert (row) also use another (column).",
     "specialization": "Orange: the group's tokens use the expert more often than all text does, "

@@ -185,8 +185,10 @@ def _budgets(config: dict[str, Any]) -> list[str]:
     if not curve:
         return []
     made = config.get("budget_calibration")
-    where = f"over {made['tokens']:,} tokens of {made['data']}" if made else "in training"
-    lines = ["### Budgets", "", f"Measured {where}; on other text the count is another.", ""]
+    how = "Steered in training"
+    if made:
+        how = f"Measured over {made['tokens']:,} tokens of {made['data']}"
+    lines = ["### Budgets", "", f"{how}; on other text the count is another.", ""]
     lines += ["| experts per token | threshold | loss, nats |", "| --- | --- | --- |"]
     for point in curve:
         loss = "-" if point.get("loss") is None else f"{point['loss']:.4f}"

@@ -37,7 +37,7 @@ def plot_curves(path: Path, resolved: dict[str, Any], scalars: dict[str, Series]
         loss_axis.plot(
             validation.iterations, validation.values, "o", color="C3", label="validation"
         )
-    loss_axis.set(title="language-model loss", xlabel="iteration", ylabel="nats per token")
+    loss_axis.set(title="loss", xlabel="iteration")
     loss_axis.legend(frameon=False)
 
     if dynamic:

@@ -153,7 +153,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         xlabel="floating-point operations in experts, forward and backward",
     )
     for axis in (by_tokens, by_compute):
-        axis.set_ylabel("nats per token (dots: validation)")
+        axis.set_ylabel("loss (dots: validation)")
     if routed:
         experts_axis, threshold_axis = routing_axes
         experts_axis.set(title="experts per token (dotted: target)", xlabel="tokens")
