@@ -215,8 +215,6 @@ class GlobalBatchUpdate:
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
-    if layers == list(range(len(values_L))):
-        return values_L
     return torch.cat([values_L[layer : layer + 1] for layer in layers])
 
 

@@ -184,20 +184,11 @@ def experts_are_drawn_without_their_rank(_: Path) -> bool:
 
 
 def sinks_are_not_marked(_: Path) -> bool:
-    from megatron.core import optimizer
-    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
 
-    from tests.moe.one_rank import transformer_config, world_of_one
-
-    world_of_one()
-    config = transformer_config(softmax_type="learnable", kv_channels=4)
-    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self")
-    was_marked = getattr(attention.softmax_offset, "tensor_model_parallel", False)
-    optimizer._get_param_groups([attention], OptimizerConfig(lr=1e-3), {})
-    assert attention.softmax_offset.tensor_model_parallel  # ours marks it in time
-    return not was_marked
+    made = inspect.getsource(DotProductAttention.__init__)
+    assert "self.softmax_offset" in made
+    return "partition_dim" not in made and "tensor_model_parallel_attributes" not in made
 
 
 def only_the_loop_itself_wraps_a_schedule(_: Path) -> bool:
@@ -358,3 +349,20 @@ def test_no_other_room_replaces_functions_of_megatron() -> None:
     }
     # The room itself assigns through its table; a queue is set for as long as a save takes.
     assert found.keys() == {"upstream/wrappers.py"}
+
+
+def test_sinks_are_marked_before_an_optimizer_copies_them() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from tests.moe.one_rank import transformer_config, world_of_one
+
+    world_of_one()
+    config = transformer_config(softmax_type="learnable", kv_channels=4)
+    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self")
+    assert not getattr(attention.softmax_offset, "tensor_model_parallel", False)
+    optimizer._get_param_groups([attention], OptimizerConfig(lr=1e-3), {})
+    assert attention.softmax_offset.tensor_model_parallel
+    assert attention.softmax_offset.partition_dim == 0

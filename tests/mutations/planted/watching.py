@@ -60,8 +60,8 @@ MISTAKES = [
         "group_size_left_out_of_losses",
         "with --calculate-per-token-loss the routing losses ignore the size of the group",
         "moe/router.py",
-        "loss = loss * num_local_tokens * group.size()",
-        "loss = loss * num_local_tokens",
+        "loss = loss * tokens",
+        "loss = loss * (tokens / group.size())",
         (
             "tests/distributed/test_resume.py::"
             "test_a_vocabulary_that_would_be_padded_otherwise_keeps_its_size",
