@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from study.parts import EXPERTS, LOSS, Part, Rows, held_out, losses, mean, noise, of_variant
-from study.results import Comparison, Results, compared
+from study.parts import Part, Rows, cells, held_out, losses, noise, of_variant
+from study.results import NOT_CLEAR, Comparison, Results, compared
 from study.tables import paragraph
 from study.variants import TARGET, Variant, dtop_p, top_k
 
@@ -81,7 +81,12 @@ class Axis(Part):
         """An axis from its points."""
         variants = {variant.name: variant for point in points for variant in point.variants()}
         show = partial(table, points)
-        return cls(name, about, variants, held_out, show, "rules", tuple(points), claim)
+        return cls(
+            *(name, about, variants, held_out, show),
+            beside="rules",
+            points=tuple(points),
+            claim=claim,
+        )
 
     def trend(self, rows: Rows, of_main: Results | None) -> Comparison | None:
         """How the lead changes; None before all points that can differ have been trained."""
@@ -115,16 +120,10 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
         models = [of_variant(rows, name) for name in point.runs]
         if not any(models):
             continue
-        cells = [point.title]
-        for of_model in models:
-            cells += [
-                str(len(of_model)),
-                mean(of_model, LOSS, ".4f"),
-                mean(of_model, EXPERTS, ".2f"),
-            ]
+        row = [point.title, *(cell for of_model in models for cell in cells(of_model))]
         lead = known.get(point)
-        cells += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
-        lines.append(f"| {' | '.join(cells)} |")
+        row += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
+        lines.append(f"| {' | '.join(row)} |")
     if (slope := _trend_of(known)) is not None:
         complete = all(point in known for point in points if point.in_trend)
         so_far = "" if complete else " That is of the points so far."
@@ -135,28 +134,28 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
 def in_words(slope: Comparison) -> str:
     """A trend, and what it says of the lead."""
     verdict = slope.verdict("it narrows here", "it widens here")
-    if verdict == "not clear":
+    if verdict == NOT_CLEAR:
         verdict += " here whether it widens"
     change = f"With each doubling along the axis the lead changes by {slope.interval}"
     return f"{change}{verdict and ': '}{verdict}"
 
 
-def trend(leads: Sequence[tuple[float, Comparison]]) -> Comparison:
+def trend(points: Sequence[tuple[float, Comparison]]) -> Comparison:
     """By how much a lead changes with each doubling: a line through points by least squares.
 
     Args:
-        leads: at least two places on an axis, each with its lead.
+        points: at least two places on an axis, each with its lead.
 
     Returns:
         The slope against 0. A lead counts by the inverse square of its error.
     """
-    known = all(math.isfinite(lead.error) for _, lead in leads)
-    weights = [lead.error**-2 if known else 1.0 for _, lead in leads]
-    places = [math.log2(at) for at, _ in leads]
+    known = all(math.isfinite(lead.error) for _, lead in points)
+    weights = [lead.error**-2 if known else 1.0 for _, lead in points]
+    places = [math.log2(at) for at, _ in points]
     center = math.sumprod(weights, places) / sum(weights)
     arms = [w * (x - center) for w, x in zip(weights, places, strict=True)]
     square = math.sumprod(arms, places)
-    slope = math.sumprod(arms, [lead.difference for _, lead in leads]) / square
+    slope = math.sumprod(arms, [lead.difference for _, lead in points]) / square
     return Comparison(slope, 0.0, square**-0.5 if known else math.inf)
 
 

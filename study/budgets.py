@@ -13,26 +13,25 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import numpy as np
-
 from study import corpus, runs
 from study.parts import Part, Rows, end, of_variant
 from study.results import Results
-from study.variants import SEEDS, Variant
+from study.variants import SEEDS, Variant, dtop_p
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
-_FLAGS = (
-    "--moe-dynamic-routing dtop_p --moe-dynamic-balance-loss-coeff 1e-2 "
-    "--moe-dynamic-target-experts-per-token "
-)
 ELASTIC, AFTERWARDS = "elastic", "at_2"
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(ELASTIC, "targets drawn from 1 to 4", _FLAGS + "uniform(1,4)", SEEDS),
-        Variant(AFTERWARDS, "target 2", _FLAGS + "2", SEEDS),
+        Variant(
+            *(ELASTIC, "targets drawn from 1 to 4"),
+            # The last one of a flag counts.
+            dtop_p() + "--moe-dynamic-target-experts-per-token uniform(1,4)",
+            SEEDS,
+        ),
+        Variant(AFTERWARDS, "target 2", dtop_p(2), SEEDS),
         *(
-            Variant(f"at_{budget:g}", f"target {budget:g}", f"{_FLAGS}{budget:g}")
+            Variant(f"at_{budget:g}", f"target {budget:g}", dtop_p(budget))
             for budget in BUDGETS
             if budget != 2
         ),
@@ -78,7 +77,8 @@ def _cell(points: list[dict[str, float]]) -> str:
 
 def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
     """Loss and experts of a model on the held-out text, at each budget that it serves."""
-    from megatron_dynmoe.use import calibrate as calibration  # these import PyTorch
+    from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at  # these import PyTorch
+    from megatron_dynmoe.use import calibrate as calibration
     from study import afterwards
 
     model, tokens_NS = afterwards.load_run(run, text)
@@ -97,11 +97,7 @@ def _points(run: runs.Run, text: corpus.Corpus) -> list[dict[str, float]]:
         return calibration.measure(model, tokens_NS, afterwards.BATCH, label)
 
     if run.variant.name == ELASTIC:
-        targets, thresholds = zip(
-            *((one["experts_per_token"], one["threshold"]) for one in config.budget_curve),
-            strict=True,
-        )
-        wanted = [(budget, float(np.interp(budget, targets, thresholds))) for budget in BUDGETS]
+        wanted = [(budget, threshold_at(config.budget_curve, budget)) for budget in BUDGETS]
         return [point(budget, measure(at, f"{budget:g}"), at) for budget, at in wanted]
     own = calibration.measure(model, tokens_NS, afterwards.BATCH)
     trained_at = float(run.variant.name.removeprefix("at_"))

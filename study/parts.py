@@ -61,11 +61,7 @@ class Part:
     @property
     def run_names(self) -> list[str]:
         """The names of the runs of all seeds, which are those of their rows."""
-        return [
-            f"{name}-seed{seed + 1}"
-            for name, variant in self.variants.items()
-            for seed in range(variant.num_seeds)
-        ]
+        return run_names(self.variants)
 
     def all_rows(self, folder: Path = RESULTS) -> Rows:
         """What the table shows."""
@@ -155,6 +151,20 @@ def mean(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
     """A cell: the mean of a measure over the rows that have it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return format(statistics.fmean(values), form) if values else "-"
+
+
+def run_names(variants: Mapping[str, Variant]) -> list[str]:
+    """The names of the runs of all seeds."""
+    return [
+        f"{name}-seed{seed + 1}"
+        for name, variant in variants.items()
+        for seed in range(variant.num_seeds)
+    ]
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Three cells of a variant's rows: seeds, held-out loss and experts per token."""
+    return [str(len(rows)), mean(rows, LOSS, ".4f"), mean(rows, EXPERTS, ".2f")]
 
 
 def more_than(

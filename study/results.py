@@ -21,6 +21,7 @@ from study.fingerprint import ROOT
 from study.runs import Run
 
 RESULTS = ROOT / "study" / "results"
+NOT_CLEAR = "not clear"  # the verdict of a comparison within its error
 
 # Shares of the target, the two bands by which control engineering defines settling: a count is held
 # from a step within the first band on if it never leaves the second band again.
@@ -171,7 +172,7 @@ class Comparison(NamedTuple):
         """What the first is, or ``not clear``; no word if nothing is known of the error."""
         if math.isinf(self.error):
             return ""
-        return "not clear" if self.is_lower is None else lower if self.is_lower else higher
+        return NOT_CLEAR if self.is_lower is None else lower if self.is_lower else higher
 
 
 def compared(first: Sequence[float], second: Sequence[float], noise: float | None) -> Comparison:

@@ -10,19 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from study.parts import (
-    EXPERTS,
-    LOSS,
-    Part,
-    Rows,
-    end,
-    held_out,
-    losses,
-    mean,
-    more_than,
-    noise,
-    of_variant,
-)  # fmt: skip
+from study.parts import Part, Rows, cells, end, held_out, losses, more_than, noise, of_variant
 from study.results import Results
 from study.variants import SEEDS, TARGET, Variant
 from study.variants import VARIANTS as MAIN
@@ -83,15 +71,9 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % | |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, variant in VARIANTS.items():
-        of_rule = of_variant(rows, name)
-        cells = [
-            variant.title,
-            str(len(of_rule)),
-            mean(of_rule, LOSS, ".4f"),
-            mean(of_rule, EXPERTS, ".2f"),
-            *more_than(REFERENCE, name, found, deviation),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        more = more_than(REFERENCE, name, found, deviation)
+        row = [variant.title, *cells(of_variant(rows, name)), *more]
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 

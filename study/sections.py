@@ -8,12 +8,12 @@ from pathlib import Path
 from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
 from study.axes import in_words
 from study.claims import FAILS, HOLDS, UNCLEAR
-from study.parts import Part, Rows, prose, read_rows
-from study.results import RESULTS, Results
+from study.parts import Part, Rows, prose, read_rows, run_names
+from study.results import NOT_CLEAR, RESULTS, Results
 from study.tables import paragraph
 
 SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
-_ELSEWHERE = {
+_PLACES = {
     "rules": "#rules-at-equal-compute",
     "budgets": "huggingface.md#budgets",
     "diffusion": "diffusion.md#three-routings-at-equal-compute",
@@ -30,19 +30,18 @@ def all_parts() -> str:
     """A list of the parts: what each asks, and how many of its runs have been trained."""
     lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
     for part in (rules.PART, budgets.PART, *SCALING, settings.PART):
-        where = _ELSEWHERE.get(part.name, f"#{part.name}")
-        lines.append(_line(part.name, part.about, read_rows(part.results), part.num_runs, where))
-    name, of_images = "diffusion", sum(one.num_seeds for one in diffusion.VARIANTS.values())
-    rows = read_rows(diffusion.ROWS)
-    lines.append(_line(name, diffusion.__doc__, rows, of_images, _ELSEWHERE[name]))
+        where = _PLACES.get(part.name, f"#{part.name}")
+        lines.append(_line(part.name, part.about, read_rows(part.results), part.run_names, where))
+    rows, names = read_rows(diffusion.ROWS), run_names(diffusion.VARIANTS)
+    lines.append(_line("diffusion", diffusion.__doc__, rows, names, _PLACES["diffusion"]))
     return "\n".join(lines)
 
 
 def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
     """The lines of a section for each part of this page that has a row."""
-    parts = (*SCALING, settings.PART)
-    found = [line for part in parts for line in of_part(part, results, folder)]
-    return ["", paragraph(_HOW_TO_READ), *found] if found else []
+    of_axes = [line for axis in SCALING for line in of_part(axis, results, folder)]
+    how_to_read = ["", paragraph(_HOW_TO_READ)] if of_axes else []
+    return [*how_to_read, *of_axes, *of_part(settings.PART, results, folder)]
 
 
 def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list[str]:
@@ -67,14 +66,14 @@ def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:
         saw, word = f"waits for `PART={axis.name}`", ""
         if slope is not None:
             saw, word = in_words(slope), slope.verdict(FAILS, HOLDS)
-            word = UNCLEAR if word == "not clear" else word
+            word = UNCLEAR if word == NOT_CLEAR else word
         lines.append(["DTop-p", *axis.claim, saw, word])
     return lines
 
 
 def status(part: Part, rows: Rows) -> str:
     """Which runs of a part have been trained, and which wait."""
-    num_trained = sum(name in rows for name in part.run_names)
+    num_trained = _num_trained(part.run_names, rows)
     if num_trained == part.num_runs:
         return f"All {num_trained} runs of `PART={part.name}` have been trained."
     waiting: dict[tuple[int, ...], list[str]] = {}
@@ -87,10 +86,14 @@ def status(part: Part, rows: Rows) -> str:
     return f"{trained} {'has' if num_trained == 1 else 'have'} been trained. These wait: {these}."
 
 
-def _line(name: str, about: str | None, rows: Rows, num_runs: int, where: str) -> str:
+def _num_trained(names: Sequence[str], rows: Rows) -> int:
+    return sum(name in rows for name in names)
+
+
+def _line(name: str, about: str | None, rows: Rows, names: Sequence[str], where: str) -> str:
     question, *_ = prose(about)
     found = f"[table]({where})" if rows else "waits"
-    return f"| `{name}` | {question} | {len(rows)} of {num_runs} | {found} |"
+    return f"| `{name}` | {question} | {_num_trained(names, rows)} of {len(names)} | {found} |"
 
 
 def _seeds(numbers: Sequence[int]) -> str:

@@ -7,8 +7,8 @@ flattens the logits and drives the threshold down. Here the coefficients change 
 the z-loss is on the logits before their normalization. The threshold is that of the last step; the
 load is that of the busiest expert over the mean expert, in the worst layer and over the last fifth
 of the training. Dynamic MoE compares thresholds, also of a trained top-2 model, and leaves out its
-dynamic loss (its Tables 7 and 8: experts per token, and the average score of five tasks). All its
-models but the one of 0.5 are those of the study below.
+dynamic loss (its Tables 7 and 8: experts per token, and the average score of five tasks). Of its
+models only that of 0.5 is trained here; the others are the main study's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from study.parts import (
     LOSS,
     Part,
     Rows,
+    cells,
     end,
     held_out,
     losses,
@@ -41,6 +42,7 @@ THRESHOLD, LOAD = "threshold", "busiest_load"
 
 
 def _losses(name: str, title: str, flags: str) -> Variant:
+    # Of a flag that is given twice the last one counts.
     return Variant(name, title, dtop_p() + flags)
 
 
@@ -99,16 +101,12 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
         if name not in found:
             continue
         of_model = of_variant(rows, name)
-        cells = [
-            variant.title,
-            str(len(of_model)),
-            mean(of_model, LOSS, ".4f"),
-            mean(of_model, EXPERTS, ".2f"),
-            mean(of_model, THRESHOLD, ".3f"),
-            mean(of_model, LOAD, ".2f"),
+        row = [
+            *(variant.title, *cells(of_model)),
+            *(mean(of_model, THRESHOLD, ".3f"), mean(of_model, LOAD, ".2f")),
             *more_than(REFERENCE, name, found, deviation),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(row)} |")
     return [*lines, "", *_of_dynamic_moe(rows, of_main, deviation)]
 
 
@@ -118,30 +116,30 @@ def _of_dynamic_moe(rows: Rows, of_main: Results | None, deviation: float | None
         "| more than top-2, 95 % | |",
         "| --- " * 8 + "|",
     ]
-    if of_main is not None:  # its models were all trained by the same code
+    if of_main is not None:
         rows = rows | {
             f"{row['variant']}-seed{row['seed']}": row for row in of_main.content["runs"]
         }
     found = losses(rows)
     for name, title, experts, score in TRAINED:
         of_model = of_variant(rows, name)
-        cells = [
+        row = [
             *(title, experts, score, str(len(of_model))),
             *(mean(of_model, EXPERTS, ".2f"), mean(of_model, LOSS, ".4f")),
             *more_than(TOP_2, name, found, deviation),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(row)} |")
     swept = [] if of_main is None else of_main.content["post_hoc"]
     own = [point["loss"] for point in swept if point["threshold"] is None]
     for threshold, experts, score in AFTERWARDS:
         points = [point for point in swept if point["threshold"] == threshold]
         more = paired([point["loss"] for point in points], own) if points else None
-        cells = [
+        row = [
             *(f"top-2, p = {threshold:g} after training", experts, score, str(len(points))),
             *(mean(points, "experts", ".2f"), mean(points, "loss", ".4f")),
             *(("-", "") if more is None else (more.interval, more.verdict("better", "worse"))),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 

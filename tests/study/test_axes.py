@@ -140,7 +140,7 @@ def test_a_part_without_a_row_has_a_line_and_no_section(tmp_path):
     rules_rows = rows_of([own], [0.1])
     write(tmp_path, rules.PART, rules_rows)
     assert sections.of_parts(None, tmp_path) == []
-    line = sections._line(axis.name, axis.about, {}, axis.num_runs, "#tokens")
+    line = sections._line(axis.name, axis.about, {}, axis.run_names, "#tokens")
     assert line.startswith("| `tokens` | More tokens: does") and line.endswith("| 0 of 4 | waits |")
 
     write(tmp_path, axis, rows_of(others[:1], [0.2], seeds=[0.0]))
