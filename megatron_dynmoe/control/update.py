@@ -102,6 +102,11 @@ class GlobalBatchUpdate:
     def _num_knots(self) -> int:
         return len(self.controller.knots) if isinstance(self.controller, MapController) else 0
 
+    @property
+    def _layers(self) -> list[int]:
+        """Those of this rank's routers, from 0."""
+        return [router.layer_number - 1 for router in self._routers]
+
     def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor, sums_LW: Tensor) -> None:
         # If a logit is not finite, or rows were left out, the counts mean nothing, and the state
         # stays as it is.
@@ -117,9 +122,8 @@ class GlobalBatchUpdate:
         """The mean number of experts per token of each router, [R] float64."""
         if not self._routers:
             return is_invalid.new_empty(0)
-        layers = [router.layer_number - 1 for router in self._routers]
         before_R = torch.cat([router.measured for router in self._routers])
-        measured_R = _of_layers(statistics.mean_experts, layers).nan_to_num()
+        measured_R = _of_layers(statistics.mean_experts, self._layers).nan_to_num()
         return torch.where(is_invalid, before_R, measured_R)
 
     @torch.no_grad()
@@ -127,17 +131,16 @@ class GlobalBatchUpdate:
         """What the rule keeps beside the knob, by name, [R, number of values] float32 each."""
         if not (self._keeps_state and self._routers):
             return {}
-        layers = [router.layer_number - 1 for router in self._routers]
         if self.rule.pools and self.dynmoe.scope == "global":
             sums_LW = sums_LW.sum(dim=0, keepdim=True).expand_as(sums_LW)
         knobs_R1 = None
         if self._staged is not None:
-            knobs_R1 = _of_layers(self._staged[0].expand(len(sums_LW)), layers).unsqueeze(-1)
+            knobs_R1 = _of_layers(self._staged[0].expand(len(sums_LW)), self._layers).unsqueeze(-1)
         before = {
             name: torch.stack([router.get_buffer(name) for router in self._routers])
             for name in self.rule.first_state
         }
-        after = self.rule.next_state(before, _of_layers(sums_LW, layers), knobs_R1)
+        after = self.rule.next_state(before, _of_layers(sums_LW, self._layers), knobs_R1)
         return {name: torch.where(is_invalid, before[name], new) for name, new in after.items()}
 
     def _next_controlled(
@@ -200,12 +203,11 @@ class GlobalBatchUpdate:
         self._measured, self._staged, self._staged_of_rule = None, None, {}
         if measured_R is None or not self._routers:
             return
-        layers = [router.layer_number - 1 for router in self._routers]
         with torch.no_grad():
             measured = [router.measured for router in self._routers]
             torch._foreach_copy_(measured, list(measured_R.split(1)))
             if staged is not None:
-                rows = [0] * len(layers) if self.dynmoe.scope == "global" else layers
+                rows = [0] * len(self._routers) if self.dynmoe.scope == "global" else self._layers
                 states = zip(*(router.controlled_state for router in self._routers), strict=True)
                 for state, values in zip(states, staged, strict=True):
                     torch._foreach_copy_(list(state), [values[row].view(-1) for row in rows])

