@@ -4,11 +4,10 @@ Tests hold each one equal to the plain PyTorch that it replaces. The environment
 ``DYNMOE_KERNELS`` chooses:
 
     0      plain PyTorch everywhere
-    unset  on a CPU ``routing_cpu`` in training and ``choose_cpu`` in inference, plain PyTorch on
-           CUDA
+    unset  on a CPU ``routing_cpu`` and PyTorch's fused AdamW in training and ``choose_cpu`` in
+           inference, plain PyTorch on CUDA
     1      as unset, but the Triton kernels on CUDA if Triton is installed. They have run in
-           Triton's interpreter, but not on a GPU yet. On a CPU: PyTorch's fused AdamW, which takes
-           a third of the time and rounds the last bit in another way
+           Triton's interpreter, but not on a GPU yet
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,21 +60,22 @@ ENVIRONMENT = {"dtop_p_readable": {"DYNMOE_KERNELS": "0"}}
 
 HOOKS = (f"{__name__}:platform_noted",)
 # What of that note decides; the C library is noted because it may come to be suspected.
-DECIDES = ("torch", "megatron-core", "machine", "processor", "instructions")
+DECIDES = ("torch", "megatron-core", "machine", "processor", "instructions", "adamw")
 
 # On another platform: how far apart any of the steps may be, relatively. Between a Xeon and an EPYC
 # losses differ by up to 8.4e-7, counts and thresholds by nothing. A single token whose
-# probabilities all but equal the threshold may take another expert, though, which is 2e-3 of the
-# experts of a step here.
-TOLERANCES = {"loss": 2e-4, "experts_per_token": 1e-2, "threshold": 1e-2}
-# A token that changes its mind moves the thresholds of its experts, and with these the tokens near
-# them. Without vector instructions one does so in step 39; until then losses differ by 8e-7, from
-# then on by up to 4e-3, counts by 1.4e-2 and the share by 4e-3.
-TOLERANCES_OF = {
-    "expert_threshold": {"loss": 2e-2, "experts_per_token": 5e-2, "threshold": 2e-2},
-}
+# probabilities all but equal the threshold, or each other, may take another expert, though. That is
+# 2e-3 of the experts of a step here, and moves losses by up to 2.2e-4 (top_p, from step 84 on).
+TOLERANCES = {"loss": 1e-3, "experts_per_token": 1e-2, "threshold": 1e-2}
+# Where a token that changes its mind moves what decides for others, too: the thresholds of its
+# experts, or the number of null slots. Without vector instructions a token does so in step 39 of
+# expert_threshold; until then losses differ by 8e-7, from then on by up to 4e-3, counts by 1.4e-2
+# and the share by 4e-3. With another AdamW one does so in step 17 of null_experts; from then on
+# losses differ by up to 5.9e-3, counts by 1.8e-2 and the knob by 3.4e-3.
+LOOSER = {"loss": 2e-2, "experts_per_token": 5e-2, "threshold": 2e-2}
+TOLERANCES_OF = {"expert_threshold": LOOSER, "null_experts": LOOSER}
 # Whose files are compared with if there are none of the same kind of processor.
-REFERENCE = "GenuineIntel-avx512"
+REFERENCE = "AuthenticAMD-avx512"
 
 
 @contextmanager
@@ -90,6 +92,7 @@ def platform_noted(recorder: Any) -> Iterator[None]:
         "machine": platform.machine(),
         "processor": kind_of_processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "adamw": "loop" if os.environ.get("DYNMOE_KERNELS") == "0" else "fused",
         "libc": " ".join(platform.libc_ver()),
     }
     yield

@@ -75,7 +75,7 @@ def test_elsewhere_all_steps_are_compared_with_a_tolerance() -> None:
     loss, thresholds = (golden["steps"][4][field] for field in ("loss", "threshold"))
     near = changed(golden, 5, loss=loss * (1 + 1e-5), threshold=[t * 1.001 for t in thresholds])
     assert runs.first_difference(golden, near, exact=False) is None
-    late = changed(golden, 100, loss=golden["steps"][99]["loss"] * 1.001)
+    late = changed(golden, 100, loss=golden["steps"][99]["loss"] * 1.002)
     assert str(runs.first_difference(golden, late, exact=False)).startswith("step 100, loss")
     for far in (changed(golden, 5, loss=loss * 1.01), changed(golden, 5, threshold=thresholds[:1])):
         assert str(runs.first_difference(golden, far, exact=False)).startswith("step 5")
