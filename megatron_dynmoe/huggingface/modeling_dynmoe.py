@@ -1,14 +1,12 @@
-"""The model for Transformers: attention and a mixture of experts that routes as in training.
+"""The model for Transformers: :class:`DynMoEModel`, and with an output layer the language model.
 
-Attention, masks, rotary tables and experts go through Transformers' own interfaces, so whatever
-implements one of them runs this model. Exported models ship with this file and the files of
-``huggingface``, ``layers`` and ``routing`` that it imports: selection, normalization and losses are
-the ones that Megatron trains with.
+Its layers are in ``layers_dynmoe``. Exported models ship with this file and the files of
+``huggingface``, ``layers``, ``kernels`` and ``routing`` that it imports: selection, normalization
+and losses of the routing are the ones that Megatron trains with.
 
 Dimension letters, in names as a suffix (``hidden_BSD``): those of ``layers.moe``, and
-    K  positions with those in the cache; of ids and weights, slots of a token
+    K  positions with those in the cache
     N  attention heads
-    H  size of a head
 """
 
 import importlib
@@ -18,34 +16,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.glm4_moe.modeling_glm4_moe import (
-    Glm4MoeAttention,
-    Glm4MoeMLP,
-    Glm4MoeRotaryEmbedding,
-)
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import GeneratesWithBudgets, thresholds_of
 from megatron_dynmoe.huggingface.configuration_dynmoe import DynMoEModelConfig
-from megatron_dynmoe.huggingface.masking_dynmoe import (
-    check_keywords,
-    find_documents,
-    read_rows,
-    serves_itself,
+from megatron_dynmoe.huggingface.layers_dynmoe import (
+    DynMoEAttention,
+    DynMoEDecoderLayer,
+    DynMoEExperts,
+    DynMoERotaryEmbedding,
+    DynMoERouter,
 )
-from megatron_dynmoe.layers.moe import Choice, Experts, Gate, MoELayer
-from megatron_dynmoe.layers.rules import LAYER_RULES, chooser
-from megatron_dynmoe.routing.keep_dtype import KeepDtype
+from megatron_dynmoe.huggingface.loss_dynmoe import language_loss, next_tokens
+from megatron_dynmoe.huggingface.masking_dynmoe import check_keywords, read_rows, serves_itself
 
 logger = logging.getLogger(__name__)
 
@@ -86,153 +75,6 @@ class DynMoECausalLMOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
-class DynMoERouter(Gate):
-    """Routes by the settings in the config, which it reads at every forward."""
-
-    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
-        sizes = config.hidden_size, config.num_experts
-        super().__init__(*sizes, config.normalization == "drn", config.extra_logits)
-        self.config, self.layer = config, layer
-
-    def choice(self) -> Choice:
-        """See :class:`Choice`."""
-        config, rule = self.config, None
-        given = vars(config)  # every layer asks, and reading an attribute of a config takes long
-        if given["routing"] == "top_k":
-            threshold, most = None, config.num_experts_per_tok
-        elif given["routing"] in LAYER_RULES:
-            threshold, most = None, config.cap(self.training)
-            rule = chooser(given, self.layer, most, self.weight.device)
-        else:
-            threshold, most = config.threshold_and_cap(self.layer, self.training)
-        return Choice(
-            threshold,
-            most,
-            normalized=given["normalization"] == "drn",
-            renormalize=given["weights"] == "renormalized",
-            dtype=getattr(torch, given["router_dtype"]),
-            rule=rule,
-        )
-
-
-@use_experts_implementation
-class DynMoEExperts(Experts):
-    """The experts of a layer. ``experts_implementation`` chooses how they are computed.
-
-    ``eager``, the default, is the loop of :class:`Experts`: exact, and without a cost for slots
-    that a token does not use. Transformers' own compute every slot.
-    """
-
-    config: DynMoEModelConfig
-
-    def __init__(self, config: DynMoEModelConfig) -> None:
-        sizes = config.hidden_size, config.num_experts, config.moe_intermediate_size
-        super().__init__(*sizes, init_std=None)
-        self.act_fn = F.silu
-
-    @property
-    def sums_itself(self) -> bool:
-        """Whether neither Transformers nor a compiler's graph computes the experts."""
-        return self.config._experts_implementation == "eager" and not torch.compiler.is_compiling()
-
-    def forward(self, hidden_TD: Tensor, ids_TK: Tensor | None, weights: Tensor) -> Tensor:
-        """See :meth:`Experts.forward`."""
-        if torch.compiler.is_compiling():  # which cannot follow a loop over as many rows as it is
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_TD, ids_TK, weights)
-        return super().forward(hidden_TD, ids_TK, weights)
-
-
-class DynMoESparseMLP(MoELayer):
-    """Mixture of experts: router, experts, and, if the model has one, the shared expert."""
-
-    def __init__(self, config: DynMoEModelConfig, layer: int) -> None:
-        super().__init__(DynMoERouter(config, layer), DynMoEExperts(config), losses=config)
-        if config.shared_expert_intermediate_size is not None:
-            self.shared_expert = Glm4MoeMLP(config, config.shared_expert_intermediate_size)
-            if config.shared_expert_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-
-
-class DynMoERotaryEmbedding(KeepDtype, Glm4MoeRotaryEmbedding):
-    """Cosine and sine of positions, [B or 1, S, rotary size], from frequencies in float32."""
-
-
-class DynMoEAttention(Glm4MoeAttention):
-    """Causal attention with grouped queries and rotary positions in the first part of a head.
-
-    Transformers' own, except for the norms of queries and keys, which round once.
-    """
-
-    def __init__(self, config: DynMoEModelConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-
-class DynMoEPlainAttention(DynMoEAttention):
-    """The same without norms if all of a head turns: GLM's would split and join heads for nothing.
-
-    vLLM reads the source of a class's own ``forward``, so none of ours may stand in between.
-    """
-
-    forward = MixtralAttention.forward
-
-
-class DynMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts or a dense MLP, each after a norm and inside a residual."""
-
-    def __init__(self, config: DynMoEModelConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.hidden_dropout = config.hidden_dropout
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        turned = config.rope_parameters.get("partial_rotary_factor", 1.0)
-        attention = DynMoEPlainAttention if turned == 1 and not config.qk_norm else DynMoEAttention
-        self.self_attn = attention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.is_sparse = config.is_sparse(layer_idx)
-        if self.is_sparse:
-            self.mlp: nn.Module = DynMoESparseMLP(config, layer_idx)
-        else:
-            self.mlp = Glm4MoeMLP(config)
-
-    def forward(
-        self,
-        hidden_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Any,
-        valid_BS: Tensor | None,
-        with_loss: bool,
-        threshold: Tensor | float | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return output, router logits, experts per token, routing loss.
-
-        The tuple is flat: recomputation would lose the gradients of tensors in other containers.
-        """
-        attended_BSD, _ = self.self_attn(
-            self.input_layernorm(hidden_BSD),
-            position_embeddings=rotary,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_BSD = hidden_BSD + self._dropout(attended_BSD)
-        normed_BSD = self.post_attention_layernorm(hidden_BSD)
-        logits_BSE = counts_BS = loss = None
-        if self.is_sparse:
-            mlp_BSD, logits_BSE, counts_BS, loss = self.mlp(
-                normed_BSD, valid_BS, with_loss, threshold
-            )
-        else:
-            mlp_BSD = self.mlp(normed_BSD)
-        return hidden_BSD + self._dropout(mlp_BSD), logits_BSE, counts_BS, loss
-
-    def _dropout(self, values: Tensor) -> Tensor:
-        return F.dropout(values, self.hidden_dropout) if self.training else values
-
-
 class DynMoEPreTrainedModel(PreTrainedModel):
     """What both models share: initialization, loading and saving."""
 
@@ -251,6 +93,11 @@ class DynMoEPreTrainedModel(PreTrainedModel):
     }
     _no_split_modules = ["DynMoEDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Yes: Transformers searches this file for the decorator that ``layers_dynmoe`` has."""
+        return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Check a name. Without one it is our loop, and not ``grouped_mm``, which computes E."""
@@ -490,24 +337,13 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GeneratesWithBudgets, GenerationM
             **(kwargs | {"return_dict": True}),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        targets, predicting = shift_labels, logits
-        if targets is None and labels is not None:
-            targets, predicting = next_tokens(labels, position_ids, attention_mask), logits[:, :-1]
-        if targets is not None:
-            targets = targets.to(logits.device)
-            summed = F.cross_entropy(
-                predicting.flatten(0, 1).float(), targets.flatten(), reduction="sum"
-            )
-            num_targets = (targets != -100).sum()
-            # A batch without targets has the loss 0: the mean of nothing would be NaN, and one such
-            # batch would make all weights NaN.
-            loss = summed / num_targets.clamp(min=1)
-            if outputs.aux_loss is not None:
-                loss = loss + outputs.aux_loss.to(loss.device)
-            if num_items_in_batch is not None:
-                loss = loss * (num_targets / num_items_in_batch)
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
+        predicting = logits
+        if shift_labels is None and labels is not None:
+            shift_labels = next_tokens(labels, position_ids, attention_mask)
+            predicting = logits[:, :-1]
+        if shift_labels is not None:
+            loss = language_loss(predicting, shift_labels, outputs.aux_loss, num_items_in_batch)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DynMoECausalLMOutput(loss=loss, logits=logits, **rest)
 
@@ -530,21 +366,6 @@ def weights_in_place(module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
     # A plain import would make every user of a shipped copy install accelerate.
     return importlib.import_module("accelerate.utils").align_module_device(module)
-
-
-def next_tokens(labels: Tensor, position_ids: Tensor | None, attention_mask: Any) -> Tensor:
-    """The token that each one but a row's last has to predict, [B, S - 1]; -100: none.
-
-    Padding predicts nothing, and no token the first one of the next packed document.
-    """
-    targets, valid_BS = labels[:, 1:], None
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        valid_BS = attention_mask[:, -labels.shape[1] :].bool()
-        targets = targets.masked_fill(~valid_BS[:, :-1].to(targets.device), -100)
-    documents_BS = None if position_ids is None else find_documents(position_ids, valid_BS)
-    if documents_BS is None:
-        return targets
-    return targets.masked_fill((documents_BS.diff() != 0).to(targets.device), -100)
 
 
 def _or(value: bool | None, default: bool) -> bool:

@@ -262,7 +262,7 @@ def test_the_exported_model_computes_what_training_computes(
     from transformers import AutoModelForCausalLM
 
     import megatron_dynmoe.huggingface  # noqa: F401
-    from megatron_dynmoe.huggingface import modeling_dynmoe
+    from megatron_dynmoe.huggingface import layers_dynmoe
 
     cases, evaluated = PARITY[name]
     result = results[evaluated].check()
@@ -270,7 +270,7 @@ def test_the_exported_model_computes_what_training_computes(
     expected = torch.load(result.directory / f"{origin}.computed.pt")
     exported = OURS.get(name, cases[1])
     maps: list[torch.Tensor] = []
-    forward = modeling_dynmoe.DynMoERouter.forward
+    forward = layers_dynmoe.DynMoERouter.forward
 
     def keep(router: Any, hidden: torch.Tensor) -> Any:
         routed = forward(router, hidden)
@@ -278,7 +278,7 @@ def test_the_exported_model_computes_what_training_computes(
             maps.append(routed.map_TE)
         return routed
 
-    monkeypatch.setattr(modeling_dynmoe.DynMoERouter, "forward", keep)
+    monkeypatch.setattr(layers_dynmoe.DynMoERouter, "forward", keep)
     model = AutoModelForCausalLM.from_pretrained(result.directory / results[exported].case.name)
     with torch.no_grad():
         output = model.eval()(expected["tokens"])

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 
-from megatron_dynmoe.huggingface import modeling_dynmoe
+from megatron_dynmoe.huggingface import layers_dynmoe
 from tests.huggingface.tiny import LAYERS, left_padded, tiny_config, tiny_model, tokens
 from tests.oracles import relu
 from tests.oracles import routing as oracle
@@ -120,7 +120,7 @@ def test_rotary_turns_pairs_of_the_first_part_of_a_head_as_complex_numbers():
     )
     values = torch.randn(1, 2, 5, 12, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 7, 50]])
-    tables = modeling_dynmoe.DynMoERotaryEmbedding(config).bfloat16()(torch.ones(1), positions)
+    tables = layers_dynmoe.DynMoERotaryEmbedding(config).bfloat16()(torch.ones(1), positions)
     rotated, _ = apply_rotary_pos_emb(values, values, *tables)
     expected = values.clone()
     for index, position in enumerate(positions[0].tolist()):

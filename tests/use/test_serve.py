@@ -119,3 +119,11 @@ def test_completions_are_those_of_generate(
         for budget in ({"experts_per_token": 1}, {"experts_per_token": 3.5}):
             answer = ask(PROMPTS[0], generation_config=json.dumps(budget))
             check(PROMPTS[0], answer, **budget)
+
+
+def test_a_prompt_that_is_longer_than_the_positions_is_answered(folder: Path, url: str) -> None:
+    """As for any model here: the server does not ask how many positions there are (vLLM does)."""
+    prompt = " ".join(["house"] * 60)
+    answer = post(url, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=2)
+    assert answer["usage"]["prompt_tokens"] > load_config(folder).max_position_embeddings
+    assert answer["usage"]["completion_tokens"] == 2

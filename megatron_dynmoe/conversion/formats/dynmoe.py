@@ -71,6 +71,8 @@ FORMAT = Format(
     shipped=(
         "huggingface/budgets_dynmoe.py",
         "huggingface/configuration_dynmoe.py",
+        "huggingface/layers_dynmoe.py",
+        "huggingface/loss_dynmoe.py",
         "huggingface/masking_dynmoe.py",
         "huggingface/modeling_dynmoe.py",
         "huggingface/validation_dynmoe.py",

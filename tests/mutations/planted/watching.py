@@ -24,7 +24,7 @@ MISTAKES = [
     Mutation(
         "loss_of_nothing",
         "a batch without targets has the loss NaN",
-        "huggingface/modeling_dynmoe.py",
+        "huggingface/loss_dynmoe.py",
         "num_targets.clamp(min=1)",
         "num_targets",
         (
