@@ -4,8 +4,8 @@ Importing this package changes nothing and loads neither torch nor Megatron: ups
 only when an entry point (``megatron_dynmoe.pretrain``, ``megatron_dynmoe.run``) or the layer
 spec (``megatron_dynmoe.specs``) is used.
 
-``Router``, ``Experts``, ``MoELayer`` and ``Controller`` are the method in plain PyTorch, for models
-that are no Megatron. They load torch when they are first named.
+``Router``, ``Experts``, ``MoELayer`` with its ``Losses``, and ``Controller`` are the method in
+plain PyTorch, for models that are no Megatron. They load torch when they are first named.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_dynmoe.layers.controller import Controller
-    from megatron_dynmoe.layers.moe import Experts, MoELayer
+    from megatron_dynmoe.layers.moe import Experts, Losses, MoELayer
     from megatron_dynmoe.layers.router import Router
 
-__all__ = ["Controller", "Experts", "MoELayer", "Router"]
+__all__ = ["Controller", "Experts", "Losses", "MoELayer", "Router"]
 
 __version__ = "0.1.0"
 
-_MODULES = {"Controller": "controller", "Experts": "moe", "MoELayer": "moe", "Router": "router"}
+_MODULES = {
+    "Controller": "controller",
+    "Experts": "moe",
+    "Losses": "moe",
+    "MoELayer": "moe",
+    "Router": "router",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,15 @@ def language_loss(
         aux_loss: the losses of the routing, a scalar; or None.
         num_items_in_batch: predicted tokens of all batches whose losses will be added up; then the
             result is this batch's share and not its mean.
+
+    Raises:
+        ValueError: there is not one target for each of the logits.
     """
+    if targets_BS.shape != logits_BSV.shape[:2]:
+        raise ValueError(
+            f"the loss has {list(logits_BSV.shape[:2])} logits and {list(targets_BS.shape)} "
+            "targets: give labels of the shape of input_ids, and no logits_to_keep with them."
+        )
     targets_BS = targets_BS.to(logits_BSV.device)
     summed = F.cross_entropy(
         logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum"

@@ -81,7 +81,7 @@ def read_rows(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         num_cached = int(num_cached)  # a static cache has a tensor
-        attention_mask = _checked(attention_mask, num_cached, past_key_values, num_positions)
+        attention_mask = _checked(attention_mask, num_cached, past_key_values, hidden_BSD)
     valid_BK = None if attention_mask is None else attention_mask.bool()
     valid_BS = None
     if valid_BK is not None:
@@ -208,16 +208,19 @@ def _count_positions(valid_BK: Tensor | None, num_cached: Any, hidden_BSD: Tenso
 
 
 def _checked(
-    attention_mask: Tensor | None, num_cached: int, cache: Cache | None, num_positions: int
+    attention_mask: Tensor | None, num_cached: int, cache: Cache | None, hidden_BSD: Tensor
 ) -> Tensor | None:
     """The mask [B, K], or None if there is no padding."""
     if attention_mask is None:
         return None
-    length, needed = attention_mask.shape[1], num_cached + num_positions
-    if length != needed and (cache is None or length != cache.get_mask_sizes(num_positions, 0)[0]):
+    batch, num_positions = hidden_BSD.shape[:2]
+    lengths = [num_cached + num_positions]
+    if cache is not None:
+        lengths.append(cache.get_mask_sizes(num_positions, 0)[0])
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in lengths:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, {needed}], one "
-            "entry for each position in the cache and of the input."
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [{batch}, "
+            f"{lengths[0]}], one entry for each position in the cache and of the input."
         )
     if (attention_mask == 1).all():
         return None

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, is_number
+from megatron_dynmoe.layers.moe import BALANCE_LOSSES
 from megatron_dynmoe.layers.rules import LAYER_RULES, LayerRule
 
 ROUTING_NAMES = ("top_k", "top_p", "dtop_p", *LAYER_RULES)
@@ -32,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("none", "drn"),
     "weights": ("raw", "renormalized"),
     "router_dtype": ("float32", "bfloat16", "float16"),
-    "balance_loss": ("seq_aux_loss", "aux_loss", "global_aux_loss", "none"),
+    "balance_loss": BALANCE_LOSSES,
 }
 
 

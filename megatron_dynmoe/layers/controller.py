@@ -125,13 +125,21 @@ class Controller:
                 update: a tensor of any shape, or several. 0 stands for padding.
 
         Raises:
-            ValueError: there are no counts.
+            ValueError: there are no counts, or they are no whole numbers, as in a layer's whole
+                output.
         """
         several = [counts] if isinstance(counts, Tensor) else list(counts)
         if not several:
             raise ValueError(
                 "counts is empty: give the experts of each token of at least one layer."
             )
+        for one in several:
+            if not isinstance(one, Tensor) or one.is_floating_point():
+                kind = one.dtype if isinstance(one, Tensor) else type(one).__name__
+                raise ValueError(
+                    f"counts has values of {kind}: give the output's experts_per_token, tensors of "
+                    "whole numbers, one for each token."
+                )
         experts, tokens = (
             torch.stack([sums.double() for sums in each]).sum()
             for each in zip(*((one.sum(), (one > 0).sum()) for one in several), strict=True)

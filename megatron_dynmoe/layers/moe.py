@@ -37,6 +37,7 @@ from megatron_dynmoe.routing.losses import (
 from megatron_dynmoe.routing.normalize import normalize
 from megatron_dynmoe.routing.select import weigh
 
+BALANCE_LOSSES = ("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
 GROUPED_BYTES = 16  # what grouped_mm wants weights and their rows to be a multiple of
 
 
@@ -312,7 +313,8 @@ class Losses(NamedTuple):
     """The losses of a router: their scope and their coefficients.
 
     Attributes:
-        balance_loss: seq_aux_loss (over each sequence), aux_loss (over the batch) or none.
+        balance_loss: seq_aux_loss (over each sequence), aux_loss (over the batch) or none;
+            global_aux_loss, which a configuration may have from training, is aux_loss here.
         balance_loss_coeff: times the balance loss (equations 6 to 8 of Dynamic MoE).
         dynamic_loss_coeff: times the mean entropy of the probabilities (equation 5 there).
     """
@@ -369,16 +371,21 @@ class MoELayer(nn.Module):
             router: maps [T, D] to :class:`Routed`.
             experts: maps hidden states [T, D], ids and weights [T, K] to [T, D]; see
                 :meth:`Routed.slots`.
-            losses: which losses the router is trained with; None: the defaults, DTop-p's.
+            losses: which :class:`Losses` the router is trained with; None: the defaults, DTop-p's.
 
         Raises:
-            ValueError: router and experts are made for other numbers of experts or other sizes.
+            ValueError: router and experts are made for other numbers of experts or other sizes, or
+                there is no such balance loss.
         """
         super().__init__()
         if isinstance(router, Gate) and isinstance(experts, Experts):
             _check_fit(router, experts)
         self.router, self.experts = router, experts
         self.losses = Losses() if losses is None else losses
+        if self.losses.balance_loss not in BALANCE_LOSSES:
+            raise ValueError(
+                f"balance_loss is {self.losses.balance_loss!r}: use {' or '.join(BALANCE_LOSSES)}."
+            )
         self.shared_expert = self.shared_expert_gate = None
 
     def forward(
@@ -395,7 +402,15 @@ class MoELayer(nn.Module):
             valid_BS: [B, S] bool, False for padding, which uses no expert; None: no padding.
             with_loss: whether to compute the losses of the router.
             threshold: see :meth:`Gate.forward`; None: the router's own.
+
+        Raises:
+            ValueError: the hidden states do not have three dimensions.
         """
+        if hidden_BSD.dim() != 3:
+            raise ValueError(
+                f"the hidden states have shape {list(hidden_BSD.shape)}: give [sequences, "
+                "positions, hidden size], of single tokens [1, tokens, hidden size]."
+            )
         batch, length = hidden_BSD.shape[:2]
         hidden_TD = hidden_BSD.flatten(0, 1)
 

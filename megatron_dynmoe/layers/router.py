@@ -14,7 +14,8 @@ class Router(KeepDtype, Gate):
     """Sends each token to the fewest experts whose probabilities exceed a threshold.
 
     The defaults are DTop-p's, for which a :class:`~megatron_dynmoe.Controller` moves the threshold.
-    Dynamic MoE has a fixed one: ``threshold=0.4, normalization="none", weights="raw"``.
+    Dynamic MoE has a fixed one: ``threshold=0.4, normalization="none", weights="raw"``, in a layer
+    with ``Losses(balance_loss_coeff=1e-2, dynamic_loss_coeff=1e-4)``.
 
     Attributes:
         threshold: [1] float32, a buffer, which is saved with the model and never cast.

@@ -192,6 +192,8 @@ def test_the_trainer_takes_what_the_collator_flattens(tmp_path):
         ({"seq_idx": torch.zeros(1, 5)}, ValueError, "seq_idx.*position_ids"),
         ({"attention_mask": torch.tensor([[1, 1, 2, 2, 2]])}, ValueError, "other than 0"),
         ({"attention_mask": torch.full((1, 5), 2)}, ValueError, "other than 0"),
+        ({"attention_mask": torch.ones(3, 5)}, ValueError, r"\(3, 5\): give \[1, 5\]"),
+        ({"attention_mask": torch.ones(1, 6)}, ValueError, r"\(1, 6\): give \[1, 5\]"),
         ({"position_ids": torch.arange(5)}, ValueError, r"\(5,\): give \[1, 5\]"),
         ({"position_ids": torch.arange(4)[None]}, ValueError, r"\(1, 4\)"),
     ],

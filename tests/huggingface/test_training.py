@@ -88,6 +88,20 @@ def test_padding_enters_no_loss():
     torch.testing.assert_close(padded, alone)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"labels": tokens(1, 5)},
+        {"labels": tokens(1, 6), "logits_to_keep": 2},
+        {"shift_labels": tokens(1, 5)},
+    ],
+    ids=" and ".join,
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(given):
+    with pytest.raises(ValueError, match="targets: give labels of the shape of input_ids"):
+        tiny_model()(tokens(1, 6), **given)
+
+
 @pytest.mark.parametrize("num_items", [None, 10])
 def test_a_batch_without_targets_has_only_the_losses_of_routing(num_items):
     """The mean cross entropy of nothing would be NaN, and after a step all weights with it."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_dynmoe import Controller, Experts, MoELayer, Router
+from megatron_dynmoe import Controller, Experts, Losses, MoELayer, Router
 from megatron_dynmoe.routing.route import route
 from tests.huggingface.tiny import tiny_model
 
@@ -87,7 +87,7 @@ def test_the_controller_takes_steps_of_the_pi_law():
     assert threshold.item() == pytest.approx(controller.law.initial_threshold)
     measured = moe(torch.randn(4, 64, WIDTH)).experts_per_token.double().mean()
     assert measured == pytest.approx(3, rel=0.1)  # the first guess
-    batches = [torch.tensor([[4, 0, 2], [3, 0, 0]]), torch.tensor([1, 1]), torch.zeros(2, 2)]
+    batches = [torch.tensor([[4, 0, 2], [3, 0, 0]]), torch.tensor([1, 1]), torch.zeros(2, 2).long()]
     for target, means in ((3, 3.0), (2.75, 1.0), (2.5, torch.nan), (2.25, 2.2)):
         counts = batches.pop(0) if batches else [torch.tensor([1, 2]), torch.tensor([2, 3, 3])]
         controller.update(counts)
@@ -132,6 +132,16 @@ def test_all_routers_of_a_model_share_the_threshold_and_it_is_saved_with_them(tm
         ),
         (lambda: Controller(nn.Linear(2, 2), target=2), "no megatron_dynmoe.Router"),
         (lambda: Controller(layer(), target=2).update([]), "counts is empty"),
+        (  # the whole output
+            lambda: Controller(layer(), target=2).update(layer()(torch.zeros(1, 2, WIDTH))),
+            "values of torch.float32: give the output's experts_per_token",
+        ),
+        (lambda: Controller(layer(), target=2).update([2, 3]), "values of int: give the output's"),
+        (lambda: layer()(torch.zeros(5, WIDTH)), r"shape \[5, 24\]: give .* \[1, tokens, hidden"),
+        (
+            lambda: MoELayer(Router(8, 4), Experts(8, 4, 8), Losses("seq_aux")),
+            "balance_loss is 'seq_aux': use seq_aux_loss or",
+        ),
         (lambda: MoELayer(Router(8, 4), Experts(8, 5, 8)), "4 experts and Experts has 5"),
         (lambda: MoELayer(Router(8, 4), Experts(6, 4, 8)), "hidden size is 8 .* is 6"),
         (

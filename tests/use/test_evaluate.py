@@ -389,7 +389,7 @@ def test_svamp(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.M
         words = {"Body": f"Ann has {number} pens. Bob has 2", "Question": "How many are there? "}
         return words | {"Answer": f"{number + 2}.0"}
 
-    data = {"train": range(6), "test": [1498, 40]}
+    data = {"train": range(6), "test": [1234565, 40]}
     for split, numbers in data.items():
         rows = (json.dumps(problem(number)) + "\n" for number in numbers)
         (tmp_path / f"{split}.jsonl").write_text("".join(rows))
@@ -404,7 +404,7 @@ def test_svamp(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.M
 
     def answers(self: Any, requests: list[Any], **_: Any) -> list[str]:
         prompts.extend(request.args[0] for request in requests)
-        return [" 1,500 pens, not 3", " -42"]
+        return [" 1,234,567 pens, not 3", " -42"]
 
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", answers)
     monkeypatch.setattr(CountingLM, "max_length", 1000)
@@ -416,7 +416,7 @@ def test_svamp(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.M
         for n in range(5)
     )
     assert prompts[0] == (
-        f"{shown}Question: Ann has 1498 pens. Bob has 2. How many are there?\nAnswer:"
+        f"{shown}Question: Ann has 1234565 pens. Bob has 2. How many are there?\nAnswer:"
     )
 
 
