@@ -26,6 +26,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 GRAY, COLOR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 CHANNELS = (1, 3)
 FEWEST = 4  # images: two to learn from and two to hold out, which is what a covariance needs
+_ABOUT = "docs/diffusion.md says what images have to be"
+_SOURCES = (
+    f"for Fashion-MNIST, sudo apt-get install dataset-fashion-mnist and give {FASHION_MNIST}; or "
+    "give digits (needs scikit-learn), an .npz file with images [N, H, W] or [N, H, W, C] and "
+    "labels [N], or a folder with a folder of PNG or JPEG files for each class"
+)
 # What the readers of files raise.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, ImportError, EOFError),
@@ -75,15 +81,8 @@ def load(source: str) -> Images:
             pixels_NHWC, labels, names = _folders(path)
         images = _checked(np.asarray(pixels_NHWC), np.asarray(labels), names)
     except _UNREADABLE as error:
-        raise FlagError(
-            "images",
-            source,
-            f": {error}",
-            "for Fashion-MNIST, sudo apt-get install dataset-fashion-mnist and give "
-            f"{FASHION_MNIST}; or give digits (needs scikit-learn), an .npz file with images "
-            "[N, H, W] or [N, H, W, C] and labels [N], or a folder with a folder of PNG or JPEG "
-            "files for each class",
-        ) from None
+        remedy = _ABOUT if path.exists() else _SOURCES
+        raise FlagError("images", source, f": {error}", remedy) from None
     return images
 
 
