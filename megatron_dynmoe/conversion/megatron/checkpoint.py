@@ -39,7 +39,6 @@ COMMON_STATE = "common_state/shard_0_1"
 _NOT_THE_MODEL = re.compile(
     r"(chained_\d+\.)?optimizer\b|rng_state|rerun_state_machine|common_state|.*\._extra_state/"
 )
-
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 

@@ -86,7 +86,7 @@ NEEDED_OF_MEGATRON = (
     Needed("mtp_num_layers", None, "multi-token prediction"),
     Needed(
         *("hybrid_layer_pattern", None, "layers that are not attention and an MLP in turn"),
-        "give a pattern such as *E*E",
+        "give --hybrid-layer-pattern one such as *E*E",
     ),
     Needed("heterogeneous_layers_config_path", None, "layers of different kinds"),
     Needed("use_mup", False, "maximal update parametrization"),
