@@ -210,9 +210,9 @@ def _save_experts(
     if of_steps:
         starts = np.arange(len(of_steps)) / len(of_steps)
         of_samples = np.array(of_steps).mean(axis=(1, 2))
-        by_level.plot(starts, of_samples, color="C0", linestyle="--", label="while sampling")
-        by_level.legend(loc="lower left")
-    by_level.set(title="by noise level", xlabel="time (0: noise)")
+        by_level.plot(starts, of_samples, color="C0", linestyle="--")
+    title = "by noise level" + (" (dashed: while sampling)" if of_steps else "")
+    by_level.set(title=title, xlabel="time (0: noise)")
     by_level.set_ylabel("experts per token", color="C0")
     by_level.set_ylim(0, 1.1 * by_level.dataLim.ymax)
     loss = by_level.twinx()

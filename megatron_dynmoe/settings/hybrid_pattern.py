@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
@@ -162,7 +162,7 @@ def as_whole_layers(args: Namespace) -> Namespace:
     return Namespace(**vars(args) | of_layers | {"hybrid_layer_pattern": None})
 
 
-def is_in_pairs(pattern: Any) -> bool:
+def is_in_pairs(pattern: Any) -> TypeGuard[str]:
     """Whether a pattern is attention and an MLP in turn, as in the layers of a ``GPTModel``."""
     return isinstance(pattern, str) and bool(_PAIRS.fullmatch(pattern.replace(PIPE, "")))
 
