@@ -23,14 +23,14 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 from study import fingerprint
 from study.parts import Rows, of_variant, read_rows
-from study.results import RESULTS, pooled_deviation
+from study.results import RESULTS, errors_in_95, freedom, pooled_deviation
 from study.variants import VARIANTS as MAIN
 from study.variants import Variant
 
 STEPS, SAMPLES, SEEDS = 400, 50, 3
 ROWS = RESULTS / "diffusion.json"
 RUNS = fingerprint.ROOT / "runs" / "study-diffusion"
-THRESHOLD = 0.146  # of the fixed one, at which a training counts about 2 experts in the mean
+THRESHOLD = 0.146  # of the fixed one: about 2 experts in the mean of a training
 
 FIXED = MAIN["fixed_020"].flags.replace("0.2", f"{THRESHOLD:g}")
 VARIANTS = {
@@ -46,6 +46,7 @@ MEASURES = (
     ("recognized", "recognized, %", "{:.1f}"),
     ("frechet", "Fréchet distance", "{:.2f}"),
 )
+NUM_COUNTS = 2  # of these, which are no results
 LEVELS = (0, 2, 4, 6, 8, 9)  # of the noise, in the table
 Column = tuple[str, Callable[[dict[str, Any]], float], str]  # title, value of a row, form
 
@@ -91,9 +92,9 @@ def train(name: str, variant: Variant, seed: int, images: str) -> dict[str, Any]
 
 
 def table(rows: Rows) -> list[str]:
-    """The measures by routing, and the loss by noise level, in Markdown."""
+    """The measures by routing, DTop-p against the others, and the loss by noise level."""
     columns = [(title, lambda row, name=name: row[name], form) for name, title, form in MEASURES]
-    lines = _table("routing", columns, rows)
+    lines = [*_table("routing", columns, rows), "", *_differences(columns[NUM_COUNTS:], rows)]
     known = next((row["times"] for row in rows.values()), None)
     if known is not None:
         levels = [
@@ -104,24 +105,64 @@ def table(rows: Rows) -> list[str]:
 
 
 def _table(head: str, columns: list[Column], rows: Rows) -> list[str]:
-    """Means of the columns by routing, with twice their standard errors."""
+    """Means of the columns by routing, with their 95 % intervals."""
     titles = [title for title, *_ in columns]
     lines = [f"| {head} | seeds | {' | '.join(titles)} |", "| --- " * (2 + len(titles)) + "|"]
     of = {name: of_variant(rows, name) for name in VARIANTS}
     for name, variant in VARIANTS.items():
         cells = [variant.title, str(len(of[name]))]
         for _, value, form in columns:
-            groups = {name: [value(row) for row in found] for name, found in of.items()}
-            cells.append(_cell(groups[name], pooled_deviation(list(groups.values())), form))
+            groups = [[value(row) for row in found] for found in of.values()]
+            cells.append(_cell([value(row) for row in of[name]], _error(groups), form))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _cell(values: list[float], noise: float | None, form: str) -> str:
+def _differences(columns: list[Column], rows: Rows) -> list[str]:
+    """DTop-p less each other routing, with 95 % intervals."""
+    ours, *others = VARIANTS
+    lines = [
+        f"| {VARIANTS[ours].title}, less | {' | '.join(title for title, *_ in columns)} |",
+        "| --- " * (1 + len(columns)) + "|",
+    ]
+    for name in others:
+        cells = [VARIANTS[name].title]
+        for _, value, form in columns:
+            of = {known: [value(row) for row in of_variant(rows, known)] for known in VARIANTS}
+            error = _error(list(of.values()))
+            cells.append(_difference(of[ours], of[name], error, form.replace(":", ":+")))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(first: list[float], second: list[float], error: float | None, form: str) -> str:
+    if not first or not second:
+        return "-"
+    difference = statistics.fmean(first) - statistics.fmean(second)
+    if error is None:
+        return form.format(difference)
+    half = error * (1 / len(first) + 1 / len(second)) ** 0.5
+    ends = (form.format(difference + sign * half) for sign in (-1, 1))
+    return f"{form.format(difference)} ({' to '.join(ends)})"
+
+
+def _error(groups: list[list[float]]) -> float | None:
+    """Half of the 95 % interval of a single run; None before two seeds of a routing differ.
+
+    A group that is always the same, such as top-2's counts, says nothing of the others.
+    """
+    groups = [values for values in groups if len(set(values)) > 1]
+    noise = pooled_deviation(groups)
+    return None if noise is None else errors_in_95(freedom(groups)) * noise
+
+
+def _cell(values: list[float], error: float | None, form: str) -> str:
     if not values:
         return "-"
     mean = form.format(statistics.fmean(values))
-    return mean if noise is None else f"{mean} ± {form.format(2 * noise / len(values) ** 0.5)}"
+    if error is None or (len(values) > 1 and len(set(values)) == 1):
+        return mean
+    return f"{mean} ± {form.format(error / len(values) ** 0.5)}"
 
 
 def _mean(nested: Any) -> float:

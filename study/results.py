@@ -197,11 +197,22 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
     """The standard deviation within groups of runs that differ by their seed; None if none do."""
     several = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in several)
-    if not freedom:
+    if not several:
         return None
     squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
-    return math.sqrt(squares / freedom)
+    return math.sqrt(squares / freedom(several))
+
+
+def freedom(groups: Sequence[Sequence[float]]) -> int:
+    """The degrees of freedom of :func:`pooled_deviation`."""
+    return sum(len(group) - 1 for group in groups if group)
+
+
+def errors_in_95(degrees: int) -> float:
+    """How many standard errors the half of a 95 % interval is, by Student's distribution."""
+    from scipy import stats  # of the tests' extra
+
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,21 @@ FASHION = [
     *("sandal", "shirt", "sneaker", "bag", "boot"),
 ]
 SUFFIXES = (".png", ".jpg", ".jpeg")
+# Pillow's modes of 8 bits for each color; the others would be cut off at 255 in silence.
+GRAY, COLOR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+CHANNELS = (1, 3)
+FEWEST = 4  # images: two to learn from and two to hold out, which is what a covariance needs
+_ABOUT = "docs/diffusion.md says what images have to be"
+_SOURCES = (
+    f"for Fashion-MNIST, sudo apt-get install dataset-fashion-mnist and give {FASHION_MNIST}; or "
+    "give digits (needs scikit-learn), an .npz file with images [N, H, W] or [N, H, W, C] and "
+    "labels [N], or a folder with a folder of PNG or JPEG files for each class"
+)
+# What the readers of files raise.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, ImportError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class Images(NamedTuple):
@@ -42,8 +59,10 @@ def load(source: str) -> Images:
 
     - ``digits``: the 1,797 digits of 8 x 8 pixels that come with scikit-learn.
     - a folder with files of MNIST's format, such as those of Debian's dataset-fashion-mnist.
-    - a folder with one folder of PNG or JPEG files for each class, all of one size.
-    - an ``.npz`` file with ``images`` [N, H, W] or [N, H, W, C], uint8, and ``labels`` [N].
+    - a folder with one folder of PNG or JPEG files for each class, all of one size, with 8 bits for
+      each color. All become gray or, if one of them has colors, RGB; what is transparent is white.
+    - an ``.npz`` file with ``images`` [N, H, W] or [N, H, W, C], uint8, gray or RGB, and ``labels``
+      [N], which number the classes from 0.
 
     Raises:
         FlagError: there are no such images; the message says what was looked for.
@@ -61,29 +80,31 @@ def load(source: str) -> Images:
         else:
             pixels_NHWC, labels, names = _folders(path)
         images = _checked(np.asarray(pixels_NHWC), np.asarray(labels), names)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise FlagError(
-            "images",
-            source,
-            f": {error}",
-            "for Fashion-MNIST, sudo apt-get install dataset-fashion-mnist and give "
-            f"{FASHION_MNIST}; or give digits (needs scikit-learn), an .npz file with images "
-            "[N, H, W] or [N, H, W, C] and labels [N], or a folder with a folder of PNG or JPEG "
-            "files for each class",
-        ) from None
+    except _UNREADABLE as error:
+        remedy = _ABOUT if path.exists() else _SOURCES
+        raise FlagError("images", source, f": {error}", remedy) from None
     return images
 
 
 def _checked(pixels: np.ndarray, labels: np.ndarray, names: list[str] | None) -> Images:
     if pixels.ndim == 3:
         pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
-        raise ValueError(f"images are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, C]")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in CHANNELS:
+        raise ValueError(
+            f"images are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, C] with C = 1 "
+            "(gray) or 3 (RGB)"
+        )
+    if len(pixels) < FEWEST:
+        raise ValueError(f"there are {len(pixels)} images, and {FEWEST} are the fewest")
     if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels are {labels.dtype} {list(labels.shape)} of {len(pixels)} images")
-    if labels.min() < 0:
-        raise ValueError(f"the smallest label is {labels.min()}, and the first class is 0")
-    names = names or [str(number) for number in range(int(labels.max()) + 1)]
+    classes = np.unique(labels)
+    if not np.array_equal(classes, np.arange(len(classes))):
+        raise ValueError(
+            f"labels are of {len(classes)} classes from {classes[0]} to {classes[-1]}, not "
+            "numbered 0, 1, 2 and so on"
+        )
+    names = names or [str(number) for number in range(len(classes))]
     channels_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     return Images(torch.from_numpy(channels_first), torch.from_numpy(labels.astype("int64")), names)
 
@@ -110,26 +131,44 @@ def _idx(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
 
 
 def _folders(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise ValueError("it holds no folders, of which each would be a class")
+    arrays, labels = [], []
+    for label, each in enumerate(classes):
+        files = sorted(path for path in each.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f"{each} holds no PNG or JPEG files")
+        for path in files:
+            arrays.append(_pixels(path))
+            labels.append(label)
+            if arrays[-1].shape[:2] != (first := arrays[0].shape[:2]):
+                shape = list(arrays[-1].shape[:2])
+                raise ValueError(f"{path} has {shape} pixels, and the first file {list(first)}")
+    channels = max(array.shape[2] for array in arrays)
+    stacked = np.stack([np.broadcast_to(array, (*first, channels)) for array in arrays])
+    return stacked, np.array(labels), [each.name for each in classes]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """[H, W, 1 or 3] uint8."""
     from PIL import Image  # matplotlib brings it
 
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    files = [
-        (path, label)
-        for label, each in enumerate(classes)
-        for path in sorted(each.iterdir())
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise ValueError("it holds no folders with PNG or JPEG files")
-    arrays, shape = [], None
-    for path, _ in files:
+    try:
         with Image.open(path) as image:
-            array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-        shape = shape or array.shape
-        if array.shape != shape:
-            raise ValueError(f"{path} is {list(array.shape)}, and {files[0][0]} {list(shape)}")
-        arrays.append(array)
-    return np.stack(arrays), np.array([label for _, label in files]), [c.name for c in classes]
+            if image.mode not in (*GRAY, *COLOR):
+                raise ValueError(
+                    f"{path} is of Pillow's mode {image.mode}, not of 8 bits for each color; save "
+                    "it so"
+                )
+            is_gray = image.mode in GRAY
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            pixels = np.asarray(image.convert("L" if is_gray else "RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow has both for a damaged file
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 class NoisedImages(torch.utils.data.Dataset):
@@ -187,7 +226,7 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 def split(images: Images, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training and for validation, drawn at random."""
+    """Rows for training and for validation, drawn at random; two or more of each."""
     order = torch.randperm(len(images.labels), generator=_generator(seed, 2))
-    held_out = max(1, round(fraction * len(order)))
+    held_out = min(max(2, round(fraction * len(order))), len(order) - 2)
     return order[held_out:], order[:held_out]

@@ -145,7 +145,7 @@ def measure(dit: Any, args: Namespace, per_class: int) -> dict[str, Any]:
         return judged(scaled(known.pixels[rows]), known.labels[rows])
 
     generator = torch.Generator().manual_seed(args.seed + 1)
-    samples, labels = sample_classes(average, args, known, per_class, generator)
+    samples, labels, _ = sample_classes(average, args, known, per_class, generator)
     features, recognized = judged(samples.clamp(-1, 1), labels)
     by_class = recognized.view(-1, per_class).double().mean(dim=1)
     held_out_features, held_out_recognized = real(held_out)

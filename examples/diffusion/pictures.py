@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
     known = load(args.images)
     device = torch.cuda.current_device()
     generator = torch.Generator().manual_seed(args.seed)
-    samples, _ = sample_classes(average, args, known, args.samples_per_class, generator)
+    samples, _, of_steps = sample_classes(average, args, known, args.samples_per_class, generator)
     rows = split(known, args.held_out, args.seed)[1][:COUNTED]
     images = scaled(known.pixels[rows]).to(device)
     noise = torch.randn(images.shape, generator=generator).to(device)
@@ -51,13 +52,14 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
         return
     folder.mkdir(parents=True, exist_ok=True)
     _save_grid(samples, args.samples_per_class, folder / f"step_{iteration}.png")
-    report = {"iteration": iteration, "images": len(rows), **counted}
+    report = {"iteration": iteration, "images": len(rows), **counted, "sampling": of_steps}
     replace_file(
         folder / f"experts_{iteration}.json",
         lambda path: path.write_text(json.dumps(report, indent=1) + "\n"),
     )
     if counted["experts"]:
-        _save_experts(counted, model.model_config.grid, folder / f"experts_{iteration}.png")
+        grid = model.model_config.grid
+        _save_experts(counted, of_steps, grid, folder / f"experts_{iteration}.png")
     if quiet:
         return
     for line in describe(counted):
@@ -67,7 +69,7 @@ def draw(model: DiT, args: Namespace, folder: Path, iteration: int, *, quiet: bo
 
 def sample_classes(
     average: DiT, args: Namespace, known: Images, per_class: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Any]]:
     """Sample so many images of each class, class by class.
 
     Args:
@@ -76,23 +78,38 @@ def sample_classes(
         generator: of the noise, on the CPU.
 
     Returns:
-        Images [N, C, H, W], on the CPU, and their classes, [N] int64.
+        Images [N, C, H, W], on the CPU; their classes, [N] int64; and mean experts per token as
+        lists [step][MoE layer][token], over the passes of guidance, too (empty for stock top-k).
     """
     device, num_classes = torch.cuda.current_device(), len(known.names)
     classes_N = torch.arange(num_classes).repeat_interleave(per_class)
     noise = torch.randn(len(classes_N), *known.pixels.shape[1:], generator=generator)
-    samples = [
-        sample(
-            average,
-            part.to(device),
-            classes.to(device),
-            steps=args.sampling_steps,
-            guidance=args.guidance,
-            null_class=num_classes,
-        ).cpu()
-        for part, classes in zip(noise.split(BATCH), classes_N.split(BATCH), strict=True)
-    ]
-    return torch.cat(samples), classes_N
+    of_passes: list[Tensor] = []  # sums over images, [L, S]
+
+    def velocity(x: Tensor, time: Tensor, classes: Tensor) -> Tensor:
+        result = average(x, time, classes)
+        if seen:
+            of_passes.append(len(x) * torch.stack(seen))
+            seen.clear()
+        return result
+
+    with _counting(average) as seen:
+        samples = [
+            sample(
+                velocity,
+                part.to(device),
+                classes.to(device),
+                steps=args.sampling_steps,
+                guidance=args.guidance,
+                null_class=num_classes,
+            ).cpu()
+            for part, classes in zip(noise.split(BATCH), classes_N.split(BATCH), strict=True)
+        ]
+    if not of_passes:
+        return torch.cat(samples), classes_N, []
+    sums_VLS = torch.stack(of_passes).unflatten(0, (-1, args.sampling_steps)).sum(dim=0)
+    num_images = len(noise) * (1 if args.guidance == 1 else 2)
+    return torch.cat(samples), classes_N, (sums_VLS / num_images).tolist()
 
 
 def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -109,17 +126,8 @@ def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str
         for stock top-k, which counts nothing); ``layers``, the numbers of the layers.
     """
     times = [(level + 0.5) / LEVELS for level in range(LEVELS)]
-    routers = list(routers_of([model]))
-    seen: list[Tensor] = []  # of one pass, a layer each: [S]
-
-    def note(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        per_token = output[1].sum(dim=-1).view(-1, len(images))  # [S, B]
-        seen.append(per_token.double().mean(dim=1))
-
     losses, experts = [], []
-    with ExitStack() as hooks:
-        for router in routers:
-            hooks.callback(router.register_forward_hook(note).remove)
+    with _counting(model) as seen:
         for level in times:
             time = torch.full((len(images),), level, device=images.device)
             x, velocity = noised(images, noise, time)
@@ -127,8 +135,24 @@ def count(model: DiT, images: Tensor, noise: Tensor, labels: Tensor) -> dict[str
             if seen:
                 experts.append(torch.stack(seen).tolist())
             seen.clear()
-    layers = [router.layer_number for router in routers]
+    layers = [router.layer_number for router in routers_of([model])]
     return {"times": times, "loss": losses, "layers": layers, "experts": experts}
+
+
+@contextmanager
+def _counting(model: DiT) -> Iterator[list[Tensor]]:
+    """A list, to which each pass adds mean experts of a layer's tokens, [S] float64; empty it."""
+    rows, columns = model.model_config.grid
+    seen: list[Tensor] = []
+
+    def note(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        per_token = output[1].sum(dim=-1).view(CONDITIONS + rows * columns, -1)  # [S, B]
+        seen.append(per_token.double().mean(dim=1))
+
+    with ExitStack() as hooks:
+        for router in routers_of([model]):
+            hooks.callback(router.register_forward_hook(note).remove)
+        yield seen
 
 
 def describe(counted: dict[str, Any]) -> list[str]:
@@ -155,11 +179,13 @@ def _save_grid(samples: Tensor, columns: int, path: Path, scale: int = 3) -> Non
     rows = padded.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
     grid = rows.flatten(2, 3).flatten(0, 1).numpy()
     grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
-    image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid[..., :3])
+    image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
     replace_file(path, lambda partial: image.save(partial, format="PNG"))
 
 
-def _save_experts(counted: dict[str, Any], grid: tuple[int, int], path: Path) -> None:
+def _save_experts(
+    counted: dict[str, Any], of_steps: list[Any], grid: tuple[int, int], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,6 +195,7 @@ def _save_experts(counted: dict[str, Any], grid: tuple[int, int], path: Path) ->
     figure, (by_layer, over_image, by_level) = plt.subplots(
         1, 3, figsize=(13, 3.6), layout="constrained"
     )
+    figure.get_layout_engine().set(wspace=0.08)  # a bar's label is not the next axis's
     edges = np.linspace(0, 1, LEVELS + 1)
     layers = np.arange(len(counted["layers"]) + 1) + 0.5
     mesh = by_layer.pcolormesh(edges, layers, experts_VLS.mean(axis=2).T)
@@ -178,10 +205,16 @@ def _save_experts(counted: dict[str, Any], grid: tuple[int, int], path: Path) ->
     mesh = over_image.imshow(experts_VLS[..., CONDITIONS:].mean(axis=(0, 1)).reshape(grid))
     figure.colorbar(mesh, ax=over_image, label="experts per token")
     over_image.set(title="over the image, by patch", xticks=[], yticks=[])
-    by_level.plot(counted["times"], experts_VLS.mean(axis=(1, 2)), marker="o")
-    by_level.set(title="by noise level", xlabel="time (0: noise)")
+    experts_V = experts_VLS.mean(axis=(1, 2))
+    by_level.plot(counted["times"], experts_V, marker="o")
+    if of_steps:
+        starts = np.arange(len(of_steps)) / len(of_steps)
+        of_samples = np.array(of_steps).mean(axis=(1, 2))
+        by_level.plot(starts, of_samples, color="C0", linestyle="--")
+    title = "by noise level" + (" (dashed: while sampling)" if of_steps else "")
+    by_level.set(title=title, xlabel="time (0: noise)")
     by_level.set_ylabel("experts per token", color="C0")
-    by_level.set_ylim(bottom=0)
+    by_level.set_ylim(0, 1.1 * by_level.dataLim.ymax)
     loss = by_level.twinx()
     loss.plot(counted["times"], counted["loss"], color="C1", marker="o")
     loss.set_ylabel("loss", color="C1")

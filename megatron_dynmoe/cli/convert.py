@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument(
         "--save", type=Path, required=True, metavar="CKPT", help="a new folder, for --load"
     )
+    from_hf.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="for a training with --hybrid-layer-pattern (docs/backends.md)",
+    )
     routing = from_hf.add_argument_group(
         "routing", "train on with another routing; its settings are those of docs/configuration.md"
     )
@@ -168,6 +173,7 @@ def _from_hf(args: argparse.Namespace) -> int:
         args.save,
         routing=routing,
         upcycling=Upcycling(**upcycling) if upcycling else None,
+        has_pattern=args.hybrid,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )

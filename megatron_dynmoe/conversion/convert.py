@@ -148,6 +148,7 @@ def from_hf(
     *,
     routing: DynMoEConfig | None = None,
     upcycling: Upcycling | None = None,
+    has_pattern: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[str]:
@@ -156,6 +157,7 @@ def from_hf(
     Args:
         routing: a routing that replaces the folder's; its state is that of a training's start.
         upcycling: how to make experts of a dense model.
+        has_pattern: whether the training is to have ``--hybrid-layer-pattern``.
 
     Returns:
         The flags of a training command that fit the model.
@@ -177,7 +179,7 @@ def from_hf(
     if upcycling is not None:
         upcycling.check_routing(config)
     try:
-        args = megatron_settings.args_from_config(config, source.dtype)
+        args = megatron_settings.args_from_config(config, source.dtype, has_pattern)
     except UsageError as error:
         raise UsageError(f"{model / CONFIG}: {error}") from error
     except ValueError as error:
@@ -190,7 +192,7 @@ def from_hf(
         "generation": source.generation,
         **({} if upcycling is None else {"upcycling": upcycling._asdict()}),
     }
-    flags = megatron_settings.training_flags(config, source.dtype)
+    flags = megatron_settings.training_flags(config, source.dtype, has_pattern)
     if has_tokenizer(model):
         args["tokenizer_type"] = "HuggingFaceTokenizer"
         args["tokenizer_model"] = str(model.resolve())
@@ -200,7 +202,7 @@ def from_hf(
     weights = Weights(source)
     dtype = getattr(torch, source.dtype)
     alike = args["moe_layer_freq"] == 1
-    writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike)
+    writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike, has_pattern)
     total = 0
     with progress_bar("writing", None, progress) as bar:
         for block in in_order(shapes, MEGATRON):

@@ -73,6 +73,11 @@ class Row:
     aliases: tuple[str, ...] = ()
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys under which the tensor may be."""
+        return (self.key, *self.aliases)
+
+    @property
     def parameter(self) -> Parameter:
         """The first of its parameters; all of them exist in the same layers."""
         return PARAMETERS[self.parts[0]]
@@ -89,6 +94,7 @@ def row(key: str, *parts: str, **kwargs: Any) -> Row:
 
 
 _BLOCK = "decoder.layers.{layer}."
+_FINAL_NORM = ("decoder.final_layernorm.", "decoder.final_norm.")  # and a HybridModel's name for it
 MEGATRON: tuple[Row, ...] = (
     row("embedding.word_embeddings.weight", "embedding"),
     row("decoder.final_layernorm.weight", "final_norm"),
@@ -124,6 +130,20 @@ MEGATRON: tuple[Row, ...] = (
 def router_entry(name: str) -> str:
     """Megatron's name of a part of a router's state, which other formats keep in the config."""
     return _BLOCK + f"mlp.router.{name}"
+
+
+def in_halves(key: str, layer: int | None) -> tuple[str, int | None]:
+    """Where a ``HybridModel`` has an entry: its layers are either attention or an MLP.
+
+    Args:
+        key: of an entry of the table, or of a router's state.
+        layer: counted as in the table, from 0; None outside of layers.
+
+    Returns:
+        The key, still with its ``{layer}``, and the layer as the checkpoint counts it.
+    """
+    half = ".mlp." in key or ".pre_mlp_layernorm." in key
+    return key.replace(*_FINAL_NORM), None if layer is None else 2 * layer + half
 
 
 # The map of a target that is drawn: a number for each knot.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,12 +35,14 @@ from megatron_dynmoe.conversion.names import (
     PARAMETERS,
     ROUTER_MAP,
     Row,
+    in_halves,
     router_entry,
     rows_by_part,
 )
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.settings.distribution import TargetDistribution
+from megatron_dynmoe.settings.hybrid_pattern import is_in_pairs
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import check_manifest
 
@@ -85,6 +88,7 @@ class FromMegatron:
             _check_hashes(checkpoint_folder(load, iteration), progress)
         self.checkpoint = MegatronCheckpoint(load, iteration)
         args = self.checkpoint.args
+        self._has_pattern = is_in_pairs(getattr(args, "hybrid_layer_pattern", None))
         key, _ = self.checkpoint.find(("embedding.word_embeddings.weight",), None)
         vocab_size = self.checkpoint.shape(key)[0]
         num_layers = self.checkpoint.num_layers
@@ -114,7 +118,16 @@ class FromMegatron:
         self._check()
 
     def read(self, block: Block) -> Tensor:
-        return self.checkpoint.read_block(block)
+        key, index = self._find(block.row.keys, block.layer)
+        return self.checkpoint.read(key, index if block.expert is None else (*index, block.expert))
+
+    def _find(self, keys: Iterable[str], layer: int | None) -> tuple[str, tuple[int, ...]]:
+        """As :meth:`MegatronCheckpoint.find`, with the layers of the table."""
+        places = [self._place(key, layer) for key in keys]
+        return self.checkpoint.find([key for key, _ in places], places[0][1])
+
+    def _place(self, key: str, layer: int | None) -> tuple[str, int | None]:
+        return in_halves(key, layer) if self._has_pattern else (key, layer)
 
     def _router_state(self) -> routing_settings.RouterState:
         if self.config["routing"] == "top_k":
@@ -151,7 +164,7 @@ class FromMegatron:
     ) -> list[float] | None:
         if self._layer_types[layer] != "sparse":
             return None
-        key, index = self.checkpoint.find((template,), layer)
+        key, index = self._find((template,), layer)
         found = self.checkpoint.shape(key)[len(index) :]
         _check_shape(str(self.checkpoint.folder), key, found, (count,))
         values = self.checkpoint.read(key, index).tolist()
@@ -166,28 +179,32 @@ class FromMegatron:
     def _check(self) -> None:
         """Check that every entry is known and has the shape that the settings give it."""
         templates = [router_entry(name) for name in routing_settings.STATE]
-        known = {template.replace("{layer}.", "") for template in templates}
+        known: set[str] = set()
         for layer in range(self.shapes.num_layers):
-            known |= {template.format(layer=layer) for template in templates}
+            known.update(self._known(templates, layer))
         for row in MEGATRON:
             for block in self.shapes.blocks(row):
                 where = str(self.checkpoint.folder)
-                key, index = self.checkpoint.find((row.key, *row.aliases), block.layer)
+                key, index = self._find(row.keys, block.layer)
                 lead = (self.shapes.num_layers,) if index else ()
                 if block.expert is not None:
                     lead = (*lead, self.shapes.num_experts)
                 shape = (*lead, *self.shapes.of_row(row))
                 _check_shape(where, key, self.checkpoint.shape(key), shape)
                 _check_dtype(where, key, self.checkpoint.dtype(key), self.dtype)
-                for template in (row.key, *row.aliases):
-                    known.add(template.replace("{layer}.", ""))
-                    known.add(template.format(layer=block.layer))
+                known.update(self._known(row.keys, block.layer))
         unknown = sorted(self.checkpoint.model_keys - known)
         if unknown:
             raise ValueError(
                 f"{self.checkpoint.folder}: {unknown[0]} is part of the model, but the converter "
                 "does not know it; nothing was written"
             )
+
+    def _known(self, keys: Iterable[str], layer: int | None) -> Iterator[str]:
+        """What entries with these keys may be called: layers lie along a dimension, or apart."""
+        for key, number in (self._place(key, layer) for key in keys):
+            yield key.replace("{layer}.", "")
+            yield key.format(layer=number)
 
 
 class FromFolder:

@@ -7,11 +7,15 @@ are the second and the fourth.
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
 ATTENTION, DENSE, EXPERTS, PIPE = "*", "-", "E", "|"
+_PAIRS = re.compile(r"(\*[E-])+")
 _REMEDY = "use * for attention, - for a dense MLP, E for experts and | between pipeline stages"
 _REFUSED = {
     "M": "Mamba, which has no CPU kernel",
@@ -137,6 +141,35 @@ def layers_of_kinds(pattern: str | None, sparse: tuple[bool, ...]) -> dict[str, 
         attention = {layer for layer in every if symbols[layer] == ATTENTION}
         dense -= attention
     return {"attention": attention, "mlp": experts | dense, "experts": experts, "dense": dense}
+
+
+def as_whole_layers(args: Namespace) -> Namespace:
+    """The arguments of the ``GPTModel`` that a model by a pattern equals, if there is one.
+
+    There is one if the pattern is attention and an MLP in turn. Each pair is one layer of it.
+
+    Args:
+        args: Megatron's arguments of a trained model.
+
+    Returns:
+        The same arguments if there is no pattern, or another one.
+    """
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not is_in_pairs(pattern):
+        return args
+    sparse = [int(symbol == EXPERTS) for symbol in pattern.replace(PIPE, "")[1::2]]
+    of_layers = {"num_layers": len(sparse), "moe_layer_freq": sparse if any(sparse) else 1}
+    return Namespace(**vars(args) | of_layers | {"hybrid_layer_pattern": None})
+
+
+def is_in_pairs(pattern: Any) -> TypeGuard[str]:
+    """Whether a pattern is attention and an MLP in turn, as in the layers of a ``GPTModel``."""
+    return isinstance(pattern, str) and bool(_PAIRS.fullmatch(pattern.replace(PIPE, "")))
+
+
+def pairs(sparse: Iterable[bool]) -> str:
+    """The pattern of a ``GPTModel``'s layers, of which some have experts."""
+    return "".join(ATTENTION + (EXPERTS if experts else DENSE) for experts in sparse)
 
 
 def _check_symbols(pattern: str, layers: str) -> None:

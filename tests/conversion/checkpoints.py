@@ -107,13 +107,14 @@ def write_megatron(
     seed: int = 0,
     make: Any = torch.randn,
     threshold: float = 0.3,
+    has_pattern: bool = False,
     **args: Any,
 ) -> Path:
     """A checkpoint with random weights; ``args`` are further arguments of the run."""
     generator = torch.Generator().manual_seed(seed)
     shapes = Shapes(config)
     alike = len(set(config["mlp_layer_types"])) == 1
-    writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike)
+    writer = MegatronWriter(shapes.num_layers, shapes.num_experts, alike, has_pattern)
     for row in MEGATRON:
         for block in shapes.blocks(row):
             tensor = make(shapes.of_row(row), generator=generator)
@@ -125,7 +126,7 @@ def write_megatron(
                     block = Block(Row(router_entry(name), ("theta_offset",)), layer)
                     numbers = torch.tensor(values, dtype=torch.float32).view(-1)
                     writer.add(block, numbers.shape, torch.float32, lambda numbers=numbers: numbers)
-    writer.write(save, megatron_settings.args_from_config(config, dtype) | args)
+    writer.write(save, megatron_settings.args_from_config(config, dtype, has_pattern) | args)
     return save
 
 

@@ -193,6 +193,9 @@ def test_an_evaluation_draws_samples_and_counts_experts(results: Results) -> Non
     assert all(math.isfinite(loss) and loss > 0 for loss in counted["loss"])
     mean = torch.tensor(counted["experts"]).mean().item()
     assert mean == pytest.approx(2, rel=0.3)
+    of_steps = torch.tensor(counted["sampling"])
+    assert of_steps.shape == (2, 2, 2 + 16)  # steps, layers, tokens
+    assert of_steps.min() >= 1 and of_steps.mean().item() == pytest.approx(2, rel=0.3)
 
 
 def measured(result: CaseResult, name: str) -> dict[str, Any]:

@@ -11,14 +11,13 @@ import re
 import pytest
 import torch
 
-from megatron_dynmoe.conversion.megatron.checkpoint import MegatronCheckpoint
-from megatron_dynmoe.conversion.megatron.settings import config_from_megatron
 from megatron_dynmoe.data.finding import PASSED
 from megatron_dynmoe.doctor.checkpoint.look import look
 from tests.distributed.agreement import tensors
 from tests.distributed.harness import DTOP_P, TINY, Case, CaseResult, Results, add
 from tests.distributed.selection import matrix
-from tests.distributed.test_resume import checkpoint, differences
+from tests.distributed.test_conversion import from_hf, to_hf
+from tests.distributed.test_resume import checkpoint, differences, is_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.megatron]
 
@@ -49,6 +48,23 @@ LAYOUTS = {
     "tp2": case("hybrid_tp2", f"{MODEL} {LOAD} {TP2}", 2, after=(WHOLE,)),
     "cp2": case("hybrid_cp2", f"{MODEL} {LOAD} {CP2}", 2, after=(WHOLE,)),
 }
+# To a Hugging Face folder, and back as either model.
+EXPORTED = to_hf(WHOLE, "hybrid_hf", "")
+BACK = from_hf(EXPORTED, "hybrid_back", "--hybrid")
+BACK_AS_GPT = from_hf(EXPORTED, "hybrid_back_as_gpt")
+FRESH = "--finetune --no-load-optim --no-load-rng"
+
+
+def went_on(origin: Case, flags: str) -> Case:
+    return add(
+        Case(
+            f"{origin.name}_on", 1, f"{flags} {FRESH} --load {{dir}}/{origin.name}", after=(origin,)
+        )
+    )
+
+
+ON, BACK_ON = (went_on(origin, MODEL) for origin in (WHOLE, BACK))
+BACK_AS_GPT_ON = went_on(BACK_AS_GPT, f"{COMMON} --num-layers 3 --moe-layer-freq [1,0,1]")
 OTHER_LAYERS = add(
     Case(
         "hybrid_loaded_as_gpt",
@@ -118,7 +134,23 @@ def test_the_doctor_knows_its_layers(results: Results) -> None:
     assert "6 layers, 2 of them with 8 experts" in said["layers and experts"]
 
 
-def test_no_format_has_it(results: Results) -> None:
-    folder = results[WHOLE].directory / WHOLE.name / f"iter_{STEPS:07d}"
-    with pytest.raises(ValueError, match=r"hybrid_layer_pattern is '\*E\*-\*E' \(a hybrid"):
-        config_from_megatron(MegatronCheckpoint(folder).args, 120, {})
+def test_it_is_exported_and_comes_back_to_the_bit(results: Results) -> None:
+    results.any(BACK)
+    folder = results[WHOLE].directory
+    before = tensors(folder / WHOLE.name / f"iter_{STEPS:07d}")
+    after = tensors(folder / BACK.name / "release")
+    aliases = {name for name in after if "pre_mlp_layernorm" in name or "input_layernorm" in name}
+    assert (
+        differences(
+            {name: tensor for name, tensor in before.items() if is_model(name)},
+            {name: tensor for name, tensor in after.items() if name not in aliases},
+        )
+        == {}
+    )
+
+
+@pytest.mark.parametrize(("back", "rel"), [(BACK_ON, 0), (BACK_AS_GPT_ON, 1e-6)])
+def test_it_comes_back_as_either_model(results: Results, back: Case, rel: float) -> None:
+    on, back_on = results[ON], results[back]
+    assert back_on.losses == pytest.approx(on.losses, rel=rel, abs=0)
+    assert on.losses[-1] < results[WHOLE].losses[0] - 0.01

@@ -1,6 +1,9 @@
 """The sampler, the images and the positions of ``examples/diffusion``: no model is trained."""
 
+import gzip
+import io
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from examples.diffusion.flow import noised, sample
-from examples.diffusion.images import NoisedImages, load, split
+from examples.diffusion.images import Images, NoisedImages, load, split
 from megatron_dynmoe.settings.messages.refusals import FlagError
 
 
@@ -95,15 +98,121 @@ def test_every_source_of_images(tmp_path) -> None:
         found = load(str(tmp_path / source))
         assert torch.equal(found.pixels, expected) and found.labels.tolist() == labels.tolist()
         assert found.names == names
-    Image.fromarray(pixels[0, :2]).save(tmp_path / "tree" / "class_1" / "small.png")
-    load.cache_clear()
+
+
+def of_files(folder: Path, *files: Image.Image | bytes | None, name: str = "a") -> str:
+    """A folder of images with one folder for each of two classes, the second of which is plain."""
+    for number in range(2):
+        (folder / "b").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 4), 10 * number).save(folder / "b" / f"{number}.png")
+    (folder / name).mkdir()
+    for number, file in enumerate(files):
+        path = folder / name / f"{number}.png"
+        path.write_bytes(file) if isinstance(file, bytes) else file.save(path)
+    return str(folder)
+
+
+def test_images_of_one_folder_become_gray_or_rgb(tmp_path) -> None:
+    gray, clear = Image.new("L", (6, 4), 90), Image.new("LA", (6, 4), (90, 0))
+    found = load(of_files(tmp_path / "gray", gray, clear, gray.convert("1"))).pixels
+    assert found.shape == (5, 1, 4, 6)
+    assert found[:, 0, 0, 0].tolist() == [90, 255, 0, 0, 10]  # what is transparent is white
+    few = Image.new("P", (6, 4))
+    few.putpalette([7, 8, 9])
+    half = Image.new("RGBA", (6, 4), (200, 100, 0, 255))
+    half.putpixel((5, 3), (1, 2, 3, 0))
+    found = load(of_files(tmp_path / "colors", few, half, gray)).pixels
+    assert found.shape == (5, 3, 4, 6)
+    assert found[:3, :, 0, 0].tolist() == [[7, 8, 9], [200, 100, 0], [90, 90, 90]]
+    assert found[1, :, 3, 5].tolist() == [255, 255, 255]
+
+
+def damaged() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6), dtype=np.uint8)).save(
+        file, "PNG"
+    )
+    return file.getvalue()[:60]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([Image.new("I;16", (6, 4))], r"a/0\.png is of Pillow's mode I;16, not of 8 bits for each"),
+        (
+            [Image.new("L", (6, 4)), Image.new("L", (4, 4))],
+            r"a/1\.png has \[4, 4\] pixels, and the",
+        ),
+        ([damaged()], r"a/0\.png cannot be read: "),
+        ([b"text"], r"a/0\.png cannot be read: cannot identify image file"),
+        ([], r"/a holds no PNG or JPEG files"),
+    ],
+    ids=["16 bits", "another size", "damaged", "no image", "an empty class"],
+)
+def test_files_that_cannot_be_learned_are_named(tmp_path, files: list, message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        load(of_files(tmp_path, *files))
+
+
+IMAGES, LABELS = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"images": np.zeros((4, 8, 8, 2), np.uint8)},
+            r"uint8 \[4, 8, 8, 2\], not .*C = 1 \(gray\)",
+        ),
+        (
+            {"images": np.zeros((4, 3, 8, 8), np.uint8)},
+            r"uint8 \[4, 3, 8, 8\], not uint8 \[N, H, W",
+        ),
+        ({"images": IMAGES.astype(np.uint16)}, r"images are uint16 \[4, 8, 8, 1\], not uint8"),
+        ({"images": IMAGES / 255}, r"images are float64 "),
+        ({"images": IMAGES[:3], "labels": LABELS[:3]}, "there are 3 images, and 4 are the fewest"),
+        ({"labels": LABELS[:3]}, r"labels are int64 \[3\] of 4 images"),
+        ({"labels": LABELS / 2}, r"labels are float64 "),
+        ({"labels": LABELS + 1}, "labels are of 2 classes from 1 to 2, not numbered 0, 1, 2"),
+        ({"labels": LABELS * 10**9}, "labels are of 2 classes from 0 to 1000000000, not numbered"),
+        ({"labels": LABELS - 1}, "labels are of 2 classes from -1 to 0, not numbered"),
+        ({"images": np.array([None] * 4)}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_arrays_that_cannot_be_learned_are_refused(tmp_path, arrays, message: str) -> None:
+    np.savez(tmp_path / "some.npz", **{"images": IMAGES, "labels": LABELS} | arrays)
+    with pytest.raises(FlagError, match=message):
+        load(str(tmp_path / "some.npz"))
+
+
+def test_a_source_that_cannot_be_read_is_refused(tmp_path) -> None:
+    np.savez(tmp_path / "short.npz", images=IMAGES, labels=LABELS)
+    content = (tmp_path / "short.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(content[:-40])
+    (tmp_path / "text.npz").write_text("text")
+    np.savez(tmp_path / "other.npz", pixels=IMAGES)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "idx").mkdir()
+    packed = gzip.compress(np.array([2051, 4, 8, 8], ">u4").tobytes() + IMAGES.tobytes())
+    (tmp_path / "idx" / "train-images-idx3-ubyte.gz").write_bytes(packed[:-12])
     for source, message in (
-        ("tree", r"small.png is \[2, 8, 3\], and .* \[4, 8, 3\]"),
-        ("none", "No such file"),
-        ("none.npz", "No such file"),
+        *(("none", "No such file"), ("none.npz", "No such file")),
+        ("short.npz", "not a zip file"),
+        ("text.npz", "allow_pickle"),
+        ("other.npz", "images is not a file in the archive"),
+        ("empty", "it holds no folders, of which each would be a class"),
+        ("idx", "ended before"),
     ):
         with pytest.raises(FlagError, match=message):
             load(str(tmp_path / source))
+
+
+def test_two_images_or_more_are_held_out_and_learned() -> None:
+    for number, fraction, expected in ((4, 0.05, 2), (4, 0.9, 2), (100, 0.05, 5), (100, 0.9, 90)):
+        few = Images(torch.zeros(number, 1, 2, 2), torch.zeros(number, dtype=torch.int64), ["0"])
+        learned, held_out = split(few, fraction, seed=1)
+        assert len(held_out) == expected
+        assert sorted([*learned.tolist(), *held_out.tolist()]) == list(range(number))
 
 
 @pytest.mark.megatron

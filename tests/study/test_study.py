@@ -125,11 +125,21 @@ def test_routings_of_images_are_compared_with_their_seeds_noise():
 
     found = {"dtop_p-seed1": row(1.0), "dtop_p-seed2": row(1.2), "top2-seed1": row(3.0)}
     lines = diffusion.table(found)
-    assert lines[2].startswith("| DTop-p, target 2 | 2 | 1.10 ± 0.20 | 1.10 ± 0.20 | 1.1000 ± 0.2")
-    assert lines[3].startswith("| top-2 | 1 | 3.00 ± 0.28 |")  # noise pooled, of one run
+    # One degree of freedom: 12.7062 standard errors, by Student's table.
+    half = 12.7062 * 0.02**0.5
+    assert lines[2].startswith(f"| DTop-p, target 2 | 2 | 1.10 ± {half / 2**0.5:.2f} |")
+    assert lines[3].startswith(f"| top-2 | 1 | 3.00 ± {half:.2f} |")  # noise pooled, of one run
     assert lines[4] == "| fixed top-p 0.146 | 0 " + "| - " * len(diffusion.MEASURES) + "|"
-    assert lines[6].startswith("| loss at time | seeds | 0.00 | 0.20 |")
+    more = half * 1.5**0.5
+    assert lines[8].startswith(f"| top-2 | -1.9000 ({-1.9 - more:.4f} to {-1.9 + more:+.4f}) |")
+    assert lines[9] == "| fixed top-p 0.146 | - | - | - |"
+    assert lines[11].startswith("| loss at time | seeds | 0.00 | 0.20 |")
     assert diffusion.table({})[2].startswith("| DTop-p, target 2 | 0 | - |")
+    # Counts of top-2 never differ: they have no interval, and do not narrow that of the others.
+    found |= {"top2-seed2": row(3.0)}
+    lines = diffusion.table(found)
+    assert lines[2].startswith(f"| DTop-p, target 2 | 2 | 1.10 ± {half / 2**0.5:.2f} |")
+    assert lines[3].startswith("| top-2 | 2 | 3.00 | 3.00 |")
 
 
 def test_rules_are_compared_by_their_seeds_noise():

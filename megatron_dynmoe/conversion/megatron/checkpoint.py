@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dynmoe.conversion.names import MEGATRON, rows_by_part
-from megatron_dynmoe.conversion.shapes import Block
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.storage.manifest import plain_name
 from megatron_dynmoe.storage.megatron_names import TRACKER, checkpoint_name, read_tracker
@@ -40,6 +39,7 @@ COMMON_STATE = "common_state/shard_0_1"
 _NOT_THE_MODEL = re.compile(
     r"(chained_\d+\.)?optimizer\b|rng_state|rerun_state_machine|common_state|.*\._extra_state/"
 )
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 class StoredPart(NamedTuple):
@@ -99,11 +99,10 @@ class MegatronCheckpoint:
     @property
     def num_layers(self) -> int:
         """The number of layers that the weights have, which the arguments need not agree with."""
-        template = rows_by_part(MEGATRON)["o"].key
-        stacked = template.replace("{layer}.", "")
+        stacked = rows_by_part(MEGATRON)["o"].key.replace("{layer}.", "")
         if stacked in self._entries:
             return next(iter(self.shape(stacked)), 0)
-        return next(n for n in itertools.count() if template.format(layer=n) not in self._entries)
+        return len({match[1] for match in map(_LAYER.match, self._entries) if match})
 
     @property
     def model_keys(self) -> set[str]:
@@ -208,11 +207,6 @@ class MegatronCheckpoint:
         if damaged is not None:
             raise ValueError(f"{path}: {key} does not have its checksum: the file is damaged")
         self._checked.add((info.relative_path, info.offset))
-
-    def read_block(self, block: Block) -> Tensor:
-        """The tensor of a row of the Megatron table in one layer and for one expert."""
-        key, index = self.find((block.row.key, *block.row.aliases), block.layer)
-        return self.read(key, index if block.expert is None else (*index, block.expert))
 
     def _tensor_entry(self, key: str) -> TensorStorageMetadata:
         entry = self._entries[key]

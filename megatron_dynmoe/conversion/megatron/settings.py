@@ -23,6 +23,7 @@ from megatron_dynmoe.conversion.routing_settings import (
     routing_config,
     settings_from_config,
 )
+from megatron_dynmoe.settings.hybrid_pattern import as_whole_layers, pairs
 from megatron_dynmoe.settings.messages.command_line import UsageError
 from megatron_dynmoe.settings.routings import ROUTINGS, STOCK
 from megatron_dynmoe.settings.upstream_flags import layers_with_experts
@@ -83,7 +84,10 @@ NEEDED_OF_MEGATRON = (
     Needed("activation_func_clamp_value", None, "clamped activations"),
     Needed("glu_linear_offset", 0.0, "an offset in the gated unit"),
     Needed("mtp_num_layers", None, "multi-token prediction"),
-    Needed("hybrid_layer_pattern", None, "a hybrid model"),
+    Needed(
+        *("hybrid_layer_pattern", None, "layers that are not attention and an MLP in turn"),
+        "give --hybrid-layer-pattern one such as *E*E",
+    ),
     Needed("heterogeneous_layers_config_path", None, "layers of different kinds"),
     Needed("use_mup", False, "maximal update parametrization"),
     Needed("moe_latent_size", None, "experts in a latent space"),
@@ -105,6 +109,7 @@ def obstacles(args: Namespace) -> list[tuple[Needed, Any]]:
     Args:
         args: Megatron's arguments, of a trained model or of one that is to be trained.
     """
+    args = as_whole_layers(args)
     dense = not getattr(args, "num_experts", None)
     found = []
     for needed in NEEDED_OF_MEGATRON:
@@ -141,6 +146,7 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
             f"only models trained with {shown(allowed)} can be converted. For training anew: "
             f"{needed.remedy}."
         )
+    args = as_whole_layers(args)
     sparse = (False,) * args.num_layers
     if not dense:
         sparse = layers_with_experts(args.moe_layer_freq, args.num_layers, "moe_layer_freq")
@@ -174,11 +180,14 @@ def config_from_megatron(args: Namespace, vocab_size: int, state: RouterState) -
     return config | routing_config(settings, state)
 
 
-def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def args_from_config(
+    config: dict[str, Any], dtype: str, has_pattern: bool = False
+) -> dict[str, Any]:
     """Megatron's arguments that describe a model, as plain values.
 
     Args:
         dtype: dtype of the weights: float32, bfloat16 or float16.
+        has_pattern: whether it is to be a ``HybridModel``.
 
     Raises:
         UsageError: the model has a setting that training does not have.
@@ -241,16 +250,23 @@ def args_from_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     settings = settings_from_config(config)
     if settings is not None:
         args["moe_dynamic_settings"] = settings
+    if has_pattern:
+        halves = [half for experts in sparse for half in (0, int(experts))]
+        args |= {
+            "hybrid_layer_pattern": pairs(sparse),
+            "num_layers": len(halves),
+            "moe_layer_freq": halves if any(sparse) else 1,
+        }
     return args
 
 
-def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
+def training_flags(config: dict[str, Any], dtype: str, has_pattern: bool = False) -> list[str]:
     """The flags of a training command for this model, without data, optimizer and layout."""
-    args = args_from_config(config, dtype)
+    args = args_from_config(config, dtype, has_pattern)
     flags = ["--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
     flags.append("--position-embedding-type rope")
-    for name, _, flag in _SAME:
-        value = config[name]
+    for _, theirs, flag in _SAME:
+        value = args[theirs]
         if value is True:
             flags.append(flag)
         elif value is not None and value is not False:
@@ -265,12 +281,14 @@ def training_flags(config: dict[str, Any], dtype: str) -> list[str]:
     if args["untie_embeddings_and_output_weights"]:
         flags.append("--untie-embeddings-and-output-weights")
     flags += [f"--{name}" for name in ("bf16", "fp16") if args[name]]
+    if has_pattern:
+        flags.append(f"--hybrid-layer-pattern {args['hybrid_layer_pattern']}")
     if args["num_experts"] is None:
         return flags
     flags.append(f"--num-experts {config['num_experts']}")
     flags.append(f"--moe-ffn-hidden-size {config['moe_intermediate_size']}")
     frequency = args["moe_layer_freq"]
-    if frequency != 1:
+    if frequency != 1 and not has_pattern:
         # No quotes: a shell takes those that come out of $(cat ...) for a part of the value.
         flags.append(f"--moe-layer-freq {str(frequency).replace(' ', '')}")
     settings = args.get("moe_dynamic_settings")

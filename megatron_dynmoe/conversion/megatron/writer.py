@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_dynmoe.conversion.megatron.checkpoint import COMMON_STATE
+from megatron_dynmoe.conversion.names import in_halves
 from megatron_dynmoe.conversion.shapes import Block
 from megatron_dynmoe.storage.manifest import write_manifest
 from megatron_dynmoe.storage.megatron_names import RELEASE, TRACKER
@@ -39,16 +40,20 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 class MegatronWriter:
     """Collects the entries of a checkpoint; :meth:`write` then produces them one by one."""
 
-    def __init__(self, num_layers: int, num_experts: int, layers_alike: bool) -> None:
+    def __init__(
+        self, num_layers: int, num_experts: int, layers_alike: bool, has_pattern: bool = False
+    ) -> None:
         """Start an empty checkpoint.
 
         Args:
             layers_alike: whether layers lie along a leading dimension, as in Megatron if all layers
                 are alike; otherwise each layer has keys of its own.
+            has_pattern: whether it is for a ``HybridModel``, whose layers are never alike.
         """
         self._num_layers = num_layers
         self._num_experts = num_experts
-        self._alike = layers_alike
+        self._alike = layers_alike and not has_pattern
+        self._has_pattern = has_pattern
         self._items: list[WriteItem] = []
         self._makers: dict[MetadataIndex, Callable[[], Tensor | io.BytesIO]] = {}
 
@@ -56,15 +61,16 @@ class MegatronWriter:
         self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]
     ) -> None:
         """Add a block, which ``make`` produces when its turn comes."""
-        for template in (block.row.key, *block.row.aliases):
-            key = template
+        for template in block.row.keys:
+            key, layer = template, block.layer
+            if self._has_pattern:
+                key, layer = in_halves(template, layer)
             lead: tuple[int, ...] = ()
             sizes: tuple[int, ...] = ()
-            if block.layer is not None:
-                key = template.format(layer=block.layer)
-                if self._alike:
-                    key = template.replace("{layer}.", "")
-                    lead, sizes = (block.layer,), (self._num_layers,)
+            if layer is not None and self._alike:
+                key = key.replace("{layer}.", "")
+                lead, sizes = (layer,), (self._num_layers,)
+            key = key.format(layer=layer)
             if block.expert is not None:
                 lead, sizes = (*lead, block.expert), (*sizes, self._num_experts)
             self._add_tensor(key, lead, sizes, shape, dtype, make)

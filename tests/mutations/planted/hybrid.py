@@ -21,4 +21,12 @@ MISTAKES = [
         "int(symbol != ATTENTION)",
         (f"{TESTS}::test_layers_follow_from_the_pattern",),
     ),
+    Mutation(
+        "halves_of_a_layer_are_swapped",
+        "a converted model by a pattern has its MLPs before the attention",
+        "conversion/names.py",
+        "2 * layer + half",
+        "2 * layer + 1 - half",
+        ("tests/conversion/test_patterns.py::test_attention_and_mlps_are_layers_of_their_own",),
+    ),
 ]
