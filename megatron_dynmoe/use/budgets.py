@@ -42,9 +42,9 @@ class MeasuredCurve(NamedTuple):
         parts = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in self.rough)
         return (
             f"--budgets: {EXTRA_POINTS} passes between two budgets were not enough from {parts} "
-            f"experts per token: there the count may be more than {CLOSE_ENOUGH * 100:g} % off what "
-            f"is asked for, and at most {(high / low - 1) * 100:.0f} %. Add a budget from there, "
-            f"such as {(low + high) / 2:.4g}: it brings as many passes on each side of it"
+            f"experts per token: there the count may be more than {CLOSE_ENOUGH * 100:g} % off "
+            f"what is asked for, and at most {(high / low - 1) * 100:.0f} %. Add a budget from "
+            f"there, such as {(low + high) / 2:.4g}: it brings as many passes on each side of it"
         )
 
 
