@@ -56,7 +56,7 @@ def collect(
     collected = []
     for text in texts:
         tokens_NS = read_tokens(
-            text,
+            [str(text)],
             tokenizer,
             num_tokens=num_tokens // len(texts),
             sequence_length=min(config.max_position_embeddings, 2048),

@@ -36,13 +36,16 @@ def of_code(root: Path = ROOT / "megatron_dynmoe") -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a plus if files differ from it."""
-    answer = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"],
-        capture_output=True,
-        text=True,
+    """The commit that is checked out, with a plus if other files than results differ from it."""
+    name, changes = (
+        subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        for words in (
+            ("describe", "--always"),
+            # Every run that ends writes into the results, which the next one does not read.
+            ("diff", "--quiet", "HEAD", "--", ".", ":(exclude)study/results"),
+        )
     )
-    return answer.stdout.strip() or "unknown"
+    return (name.stdout.strip() or "unknown") + "+" * (changes.returncode == 1)
 
 
 def of_files(paths: Iterable[Path]) -> str:

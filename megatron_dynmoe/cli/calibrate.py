@@ -11,6 +11,7 @@ import argparse
 import copy
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,17 @@ def _run(args: argparse.Namespace) -> None:
         passes = _Passes(folder, config, args)
         for threshold in args.sweep:
             passes.measure_at(threshold, f"threshold {threshold:g}")
-        curve = passes.find_curve(args.budgets) if args.budgets else []
+        curve = passes.find_curve(args.budgets) if args.budgets else None
         found = None if args.target is None else passes.find(args.target, args.scope, "target")
         if found is not None and isinstance(found.threshold, list):
             for layer, value in enumerate(found.threshold, 1):
                 if value is not None:
                     print(f"  layer {layer}: threshold {value:g}")
         print()
+        if curve is not None and (note := curve.note()):
+            print(f"note: {note}", file=sys.stderr)
         if args.in_place or args.output is not None:
-            written = _write(args, folder, found, curve)
+            written = _write(args, folder, found, [] if curve is None else curve.points)
             print(f"written: {written / 'config.json'}")
         else:
             print("nothing was written: give --in-place, or --output for a copy")
@@ -122,8 +125,8 @@ class _Passes:
         self._table.add(_describe(self._config), self._latest, f"  <- {what} {goal:g}")
         return found
 
-    def find_curve(self, budgets: Sequence[float]) -> list[Any]:
-        """Return the points of the curve of budgets, and of those between that it needs."""
+    def find_curve(self, budgets: Sequence[float]) -> Any:
+        """Return the :class:`MeasuredCurve` of budgets, with the points between that it needs."""
         from megatron_dynmoe.use.budgets import points_of, refine
 
         def measure_between(threshold: Any, label: str) -> Any:

@@ -76,6 +76,8 @@ def _run(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     from megatron_dynmoe.use.vocabulary import check_given
 
     load.be_quiet()
+    if args.budget is not None and args.load is None:  # before the tasks' data are downloaded
+        budgets.set_budget(load.load_config(source), args.budget)
     tasks = load_tasks(args.tasks.split(","), args.include_path)  # before minutes of loading
     # A checkpoint becomes a folder until the evaluation is over.
     is_checkpoint = args.load is not None

@@ -117,10 +117,10 @@ def _override_routing(config: Any, args: argparse.Namespace) -> None:
         if value is None:
             continue
         if reason := _fixed_experts(config):
-            raise UsageError(
-                f"{flag} is {value}, but {reason}: leave it out, or give the model a threshold "
-                "with dynmoe calibrate"
-            )
+            remedy = "leave it out"
+            if getattr(config, "num_experts_per_tok", None) is not None:
+                remedy += ", or give the model a threshold with dynmoe calibrate"
+            raise UsageError(f"{flag} is {value}, but {reason}: {remedy}")
         if field == "inference_max_experts_per_token" and value > config.num_experts:
             raise UsageError(f"{flag} is {value}: the model has {config.num_experts} experts")
         if field is not None:

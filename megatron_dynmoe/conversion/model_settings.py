@@ -108,8 +108,9 @@ def check_kinds(
             may_be_null = name not in values or name not in {*_NEVER_NULL, *numbers, *flags}
             if not (fits(value) or no_experts or (value is None and may_be_null)):
                 raise ValueError(f"{name} is {value!r}: use {kind}.")
-    if values.get("rope_parameters"):
-        check_kinds(values["rope_parameters"])
+    for name in ("rope_parameters", "rope_scaling"):
+        if values.get(name):
+            check_kinds(values[name])
 
 
 def check_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ weights of its experts sum to 1, its output is
 
     sum over its copies of w_c sum_j G f_j(x) = f(x) sum of G w_c = f(x)
 
-So the weights have to be renormalized. Copies are whole if G is 1, or with a fixed number of
-experts that G divides. A threshold would cut a copy apart.
+So the weights have to be renormalized, and no token may be without an expert. Copies are whole if G
+is 1, or with a fixed number of experts that G divides. A threshold would cut a copy apart.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_dynmoe.conversion.names import Row, row, rows_by_part
 from megatron_dynmoe.conversion.shapes import Block, Shapes
 from megatron_dynmoe.conversion.sources import FromFolder
 from megatron_dynmoe.settings.messages.command_line import UsageError
+from megatron_dynmoe.settings.routings import ROUTINGS
 
 # The dense parameter from which each of an expert's is made, and the dimension that is cut.
 _MADE_OF = {"expert_gate": ("gate", 0), "expert_up": ("up", 0), "expert_down": ("down", 1)}
@@ -112,6 +113,13 @@ class Upcycling(NamedTuple):
             UsageError: it is such a routing; the message names the setting.
         """
         routing = config["routing"]
+        if ROUTINGS[routing].least_experts == 0:
+            fit = [name for name, other in ROUTINGS.items() if other.least_experts > 0]
+            raise UsageError(
+                f"--routing {routing} may leave a token without an expert, where the dense model "
+                f"has an MLP: use one of {', '.join(fit)}, or upcycle with one of them, train, and "
+                "change the routing then."
+            )
         if config["weights"] != "renormalized":
             raise UsageError(
                 f"--routing {routing} has weights {config['weights']!r}, which do not sum to 1, so "

@@ -91,6 +91,12 @@ def _check_shape(config: Any) -> None:
             "shared_expert_gate is on, but there is no shared expert: set "
             "shared_expert_intermediate_size, or leave the gate out."
         )
+    for name, value in config.rope_parameters.items():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"rope_parameters has values for {name} alone: give rope_type and rope_theta for "
+                "all layers."
+            )
     rope_type = config.rope_parameters.get("rope_type", "default")
     known = ("default", *ROPE_INIT_FUNCTIONS)
     if rope_type not in known:

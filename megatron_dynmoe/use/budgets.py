@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dynmoe.huggingface.budgets_dynmoe import threshold_at
 from megatron_dynmoe.settings.messages.command_line import UsageError
@@ -18,7 +18,34 @@ from megatron_dynmoe.use.calibrate import Calibration, Measurement, Point, Thres
 # How far, relatively, the count in the middle of two points may be from what was asked for.
 CLOSE_ENOUGH = 0.02
 # Passes between two budgets; each of them halves a part of the range.
-EXTRA_POINTS = 5
+EXTRA_POINTS = 8
+
+
+class MeasuredCurve(NamedTuple):
+    """What was measured of a curve of budgets.
+
+    Attributes:
+        points: ascending.
+        rough: the parts, from a number of experts to another, whose middles were not measured
+            because all passes between two budgets had been taken; ascending. The count of a budget
+            in one of them is somewhere in it, too.
+    """
+
+    points: list[Point]
+    rough: list[tuple[float, float]]
+
+    def note(self) -> str | None:
+        """What to say of the parts that are rough, and what to do; None: there are none."""
+        if not self.rough:
+            return None
+        low, high = max(self.rough, key=lambda part: part[1] / part[0])
+        parts = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in self.rough)
+        return (
+            f"--budgets: {EXTRA_POINTS} passes between two budgets were not enough from {parts} "
+            f"experts per token: there the count may be more than {CLOSE_ENOUGH * 100:g} % off "
+            f"what is asked for, and at most {(high / low - 1) * 100:.0f} %. Add a budget from "
+            f"there, such as {(low + high) / 2:.4g}: it brings as many passes on each side of it"
+        )
 
 
 def points_of(found: Sequence[Calibration]) -> list[Point]:
@@ -43,7 +70,7 @@ def points_of(found: Sequence[Calibration]) -> list[Point]:
 
 def refine(
     points: Sequence[Point], measure_at: Callable[[Threshold, str], Measurement]
-) -> list[Point]:
+) -> MeasuredCurve:
     """Add measured points until the middle of each two neighbors gives what it is asked for.
 
     It does so to :data:`CLOSE_ENOUGH`, with at most :data:`EXTRA_POINTS` passes between two of the
@@ -54,10 +81,10 @@ def refine(
         measure_at: runs a pass with a threshold; the text labels the pass.
     """
     found = {point.experts: point for point in points}
+    rough = []
     for below, above in pairwise(points):
-        parts = [(below.experts, above.experts)]
+        parts = _wide([(below.experts, above.experts)])
         for _ in range(EXTRA_POINTS):
-            parts = [(low, high) for low, high in parts if high - low > CLOSE_ENOUGH * low]
             if not parts:
                 break
             low, high = parts.pop(0)
@@ -69,9 +96,15 @@ def refine(
             # If the count is still that of an end, the line had better begin here.
             experts = min(max(round(measured.experts, 6), low), high)
             found[experts] = Point(experts, threshold, measured)
-            halves = [(low, experts), (experts, high)]
-            parts = sorted([*parts, *halves], key=lambda part: part[0] - part[1])
-    return sorted(found.values(), key=lambda point: point.experts)
+            parts = _wide([*parts, (low, experts), (experts, high)])
+        rough += sorted(parts)
+    return MeasuredCurve(sorted(found.values(), key=lambda point: point.experts), rough)
+
+
+def _wide(parts: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those in which a count may be far from what is asked for, the widest first."""
+    wide = [(low, high) for low, high in parts if high - low > CLOSE_ENOUGH * low]
+    return sorted(wide, key=lambda part: part[0] - part[1])
 
 
 def set_budget(config: Any, budget: float | None, asked_by: str = "--budget") -> None:

@@ -213,8 +213,10 @@ def check_routing(config: Any) -> None:
     """Refuse a model whose experts are chosen by no threshold that a calibration could find.
 
     Raises:
-        ValueError: it has another rule.
+        ValueError: it has another rule, or no experts.
     """
+    if "sparse" not in config.mlp_layer_types:
+        raise ValueError("the model has no layer with experts, so there is nothing to calibrate")
     if config.rule is not None:
         raise ValueError(
             f"routing is {config.routing!r}, which has no threshold to calibrate: give a model "
@@ -229,8 +231,6 @@ def check_target(config: Any, target: float, flag: str = "--target") -> None:
         UsageError: the target is below 1, or above the cap or the number of experts.
         ValueError: the model has no threshold to calibrate.
     """
-    if "sparse" not in config.mlp_layer_types:
-        raise ValueError("the model has no layer with experts")
     check_routing(config)
     most = max_experts(config) or config.num_experts
     if not 1 <= target <= most:

@@ -140,6 +140,18 @@ def test_noise_has_the_stated_size_and_the_seed_decides_it(llama: Path, tmp_path
             "--routing top_p has weights 'raw', which do not sum to 1, so copies of an MLP would "
             "not add up to it: give --weights renormalized",
         ),
+        *(
+            (
+                f"--upcycle-experts 8 --routing {rule} --target-experts-per-token 2 {more}",
+                f"--routing {rule} may leave a token without an expert, where the dense model has "
+                "an MLP: use one of top_k, top_p, dtop_p, or upcycle with one of them, train",
+            )
+            for rule, more in (
+                ("expert_threshold", "--weights renormalized"),
+                ("seq_top_k", "--weights renormalized"),
+                ("relu", ""),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_upcycled(llama: Path, refused: Refused, flags: str, says: str) -> None:

@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "mlp_only_layers": [1],
     "mlp_layer_types": ["dense", "sparse"],
     "num_experts_per_tok": 1,
+    "partial_rotary_factor": 0.5,
     "router_dtype": "bfloat16",
     "router_jitter_noise": 0.01,
     "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},

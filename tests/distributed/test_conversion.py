@@ -190,7 +190,7 @@ def megatron_weights(folder: Path) -> dict[str, Any]:
     matrix(
         TRIPS,
         (
-            *("dynmoe, pp2ep2", "dynamic-moe, ep2", "mixtral, pp2"),
+            *("dynmoe, pp2ep2", "dynamic-moe, ep2", "mixtral, pp2", "qwen3-moe, pp2ep2"),
             *("dynmoe, odd", "dynmoe, top-k", "dynmoe, padded vocabulary"),
         ),
     ),

@@ -40,6 +40,7 @@ MISSPELLED = {
     "benchmarks/preprocess.py": ("--tokeniser-model x", "--tokenizer-model"),
     "benchmarks/row_buffer.py": ("--naem x -- y", "--name"),
     "benchmarks/select_experts.py": ("--outptu x", "--output"),
+    "benchmarks/upcycling.py": ("--stesp 5", "--steps"),
     "benchmarks/vllm_padding.py": ("--model x --ruonds 3", "--rounds"),
     "-m study": ("--lsit", "--list"),
     "-m megatron_dynmoe": ("attempt begin --wrold-size 2 smoke", "--world-size"),

@@ -1,6 +1,7 @@
 """Budgets on the command line: measured, written, asked for, and shown beside what was counted."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_dynmoe.conversion.convert import Target, to_hf
 from megatron_dynmoe.huggingface.budgets_dynmoe import check_curve, threshold_at
 from megatron_dynmoe.storage.manifest import check_manifest
 from megatron_dynmoe.use import calibrate as calibration
-from megatron_dynmoe.use.budgets import points_of, refine
+from megatron_dynmoe.use.budgets import CLOSE_ENOUGH, MeasuredCurve, points_of, refine
 from megatron_dynmoe.use.calibrate import Calibration, Measurement
 from megatron_dynmoe.use.load import load_config, load_model, load_tokenizer
 from tests.helpers.tiny_export import BOOK, export_tiny, make_tokenizer
@@ -129,15 +130,53 @@ def test_between_the_points_the_count_is_what_was_asked_for(
         Calibration(count, "global", inverse(count), measured_from(counts)(inverse(count)))
         for count in (1.0, 1.5, 2.5, 4.0)
     ]
-    points = refine(points_of(given), measure_at)
+    found = refine(points_of(given), measure_at)
     assert 3 <= len(labels) <= passes
-    curve = [point.to_json() for point in points]
+    assert found.note() is None
+    curve = [point.to_json() for point in found.points]
     check_curve(curve, 4)
     for budget in torch.linspace(1, 4, 301).double().tolist():
         count = counts(threshold_at(curve, budget))
         assert count == pytest.approx(budget, rel=0.025)
     assert {1.0, 1.5, 2.5, 4.0} <= {point["experts_per_token"] for point in curve}
     assert [point["loss"] for point in curve] == [round(1 - p["threshold"], 6) for p in curve]
+
+
+def test_what_the_passes_did_not_reach_is_said() -> None:
+    """Of a count that rises so fast at first that halving a part hardly moves its end."""
+
+    def counts(threshold: float) -> float:
+        return 1 + 3 * math.sqrt(threshold)
+
+    def refined(*budgets: float) -> MeasuredCurve:
+        measure_at = measured_from(counts)
+        thresholds = [((budget - 1) / 3) ** 2 for budget in budgets]
+        given = [
+            Calibration(budget, "global", threshold, measure_at(threshold))
+            for budget, threshold in zip(budgets, thresholds, strict=True)
+        ]
+        return refine(points_of(given), measure_at)
+
+    found = refined(1, 4)
+    curve = [point.to_json() for point in found.points]
+    worst = 0.0
+    for budget in torch.linspace(1, 4, 3001).double().tolist():
+        off = abs(counts(threshold_at(curve, budget)) / budget - 1)
+        parts = [(low, high) for low, high in found.rough if low <= budget <= high]
+        assert off <= max((high / low - 1 for low, high in parts), default=1.25 * CLOSE_ENOUGH)
+        worst = max(worst, off)
+    assert worst > 2 * CLOSE_ENOUGH
+
+    note = found.note() or ""
+    parts = [f"{low:.4g} to {high:.4g}" for low, high in found.rough]
+    assert f"not enough from {', '.join(parts)} experts per token" in note
+    most = max(high / low - 1 for low, high in found.rough)
+    assert f"more than 2 % off what is asked for, and at most {100 * most:.0f} %." in note
+    # What it says to do helps.
+    suggested = float(note.partition("such as ")[2].partition(":")[0])
+    assert any(low < suggested < high for low, high in found.rough)
+    again = refined(1, suggested, 4)
+    assert max(high / low - 1 for low, high in again.rough) < most
 
 
 def test_only_the_curve_and_its_record_are_new(plain: Path, folder: Path) -> None:
@@ -168,6 +207,19 @@ def test_the_table_shows_every_budget(plain: Path, capsys: pytest.CaptureFixture
     assert float(rows[1][2]) == pytest.approx(2, abs=0.01)
     assert not any(line.startswith("threshold 0.1 ") for line in lines)  # no sweep
     assert "nothing was written" in lines[-1] and words_of(plain) == before
+
+
+def test_the_command_says_so(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_dynmoe.use.budgets.EXTRA_POINTS", 3)
+    command = ["--model", str(plain), *TOKENS, "--budgets"]
+    calibrate.main([*command, "2,2.03"])  # so near that nothing between them is far off
+    assert capsys.readouterr().err == ""
+    calibrate.main([*command, "1,4"])
+    said = capsys.readouterr().err
+    assert said.startswith("note: --budgets: 3 passes between two budgets were not enough")
+    assert said.count("\n") == 1
 
 
 def test_generate_asks_and_shows_what_was_counted(
@@ -228,7 +280,8 @@ def test_evaluate_asks_and_reports(
         assert report["experts_asked_for"] == (1.5 if flags else None)
         entries.append(report["tasks"]["choice"])
     assert entries[0] == entries[1]
-    text = said(evaluate.main, "--model", folder, "--tasks", choice, "--budget", 5, capsys=capsys)
+    # Before the tasks are looked for, whose data may have to be downloaded.
+    text = said(evaluate.main, "--model", folder, "--tasks", "x", "--budget", 5, capsys=capsys)
     assert "--budget: experts_per_token is 5.0, and the model's budget_curve goes from 1 to" in text
 
 

@@ -295,7 +295,9 @@ def _budgets(curve: list[dict[str, Any]]) -> tuple[Figure, str, str]:
     with_loss = [point for point in curve if point.get("loss") is not None]
     panels = figure.subplots(1, 2 if with_loss else 1, squeeze=False)[0]
     thresholds = [point["threshold"] for point in curve]
-    panels[0].plot([point[KEY] for point in curve], thresholds, "o-", color=BLUE, markersize=4)
+    x = [point[KEY] for point in curve]
+    # The first threshold may be 0, and the marker has a lower half, too.
+    panels[0].plot(x, thresholds, "o-", color=BLUE, markersize=4, clip_on=False)
     panels[0].set(title="threshold", xlabel="experts per token asked for", ylim=(0, None))
     if with_loss:
         x, y = [point[KEY] for point in with_loss], [point["loss"] for point in with_loss]

@@ -63,6 +63,7 @@ UNSCALED_POSITIONS = Needed("rope_type", "default", "scaled rotary positions")
 TOP_K = Needed("routing", "top_k", "a varying number of experts per token")
 GROUPED_WORDS = {
     *("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "rope_theta"),
+    "partial_rotary_factor",
 }
 # The words of a config.json that usual_config reads.
 USUAL_WORDS = {
@@ -160,12 +161,22 @@ def grouped_config(theirs: dict[str, Any], default_base: float) -> dict[str, Any
         default_base: the rotary base of a ``config.json`` that states none.
 
     Raises:
-        UsageError: the rotary positions are scaled, or turn a part of a head only.
+        UsageError: the rotary positions are scaled, turn a part of a head only, or are of several
+            kinds.
     """
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    # The older word goes first, as in Transformers.
+    word = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
+    rope = theirs.get(word) or {}
+    kinds = [name for name, value in rope.items() if isinstance(value, dict)]
+    if kinds:
+        raise UsageError(
+            f"{word} has values for {' and '.join(kinds)} each, and only layers that are alike can "
+            "be converted: if they are, give the values of one kind for all, or use another model."
+        )
+    turned = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor") or 1.0)
     for name, needed, value in (
         ("rope_type", "default", rope.get("rope_type", rope.get("type", "default"))),
-        ("partial_rotary_factor", 1.0, rope.get("partial_rotary_factor", 1.0)),
+        ("partial_rotary_factor", 1.0, turned),
     ):
         if value != needed:
             raise UsageError(

@@ -223,6 +223,8 @@ def with_settings(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> Pat
     ("format", "settings", "says"),
     [
         ("dynmoe", {"threshold": 1.5}, ("threshold", "1.5")),
+        ("dynmoe", {"rope_parameters": {"full_attention": {}}}, ("values for full_attention",)),
+        ("mixtral", {"rope_scaling": {"rope_theta": "x"}}, ("rope_theta is 'x': use a number",)),
         ("dynmoe", {"threshold": -0.1}, ("threshold", "-0.1")),
         ("dynmoe", {"threshold": [0.3]}, ("threshold", "2 layers")),
         ("dynmoe", {"threshold": [0.3, 2]}, ("threshold[1]", "2")),
@@ -277,6 +279,18 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
         ("mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, ("is 'linear'",)),
         ("qwen3-moe", {"rope_scaling": YARN}, ("rope_type is 'yarn'", "take the change out")),
         ("qwen3-moe", {"rope_parameters": YARN}, ("rope_type is 'yarn'", "take the change out")),
+        # Transformers goes by the older word, if there are both.
+        (
+            "qwen3-moe",
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            ("rope_type is 'yarn'",),
+        ),
+        (
+            "qwen3-moe",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            ("rope_parameters has values for full_attention each", "give the values of one kind"),
+        ),
+        ("llama", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor is 0.5", "take the")),
         ("qwen3-moe", {"use_sliding_window": True}, ("use_sliding_window is True", "to false")),
         (
             "qwen3-moe",

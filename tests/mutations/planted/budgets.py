@@ -54,4 +54,12 @@ MISTAKES = [
         "<= middle:",
         (f"{USED}::test_between_the_points_the_count_is_what_was_asked_for",),
     ),
+    Mutation(
+        "rough_curve_unsaid",
+        "nothing is said of parts that all passes together did not reach",
+        "use/budgets.py",
+        "rough += sorted(parts)",
+        "rough += []",
+        (f"{USED}::test_what_the_passes_did_not_reach_is_said",),
+    ),
 ]

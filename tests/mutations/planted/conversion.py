@@ -31,6 +31,22 @@ MISTAKES = [
         ("tests/conversion/test_upcycle.py::test_what_cannot_be_upcycled",),
     ),
     Mutation(
+        "tokens_without_the_dense_mlp",
+        "experts are grown for a rule that may leave a token without any",
+        "conversion/upcycle.py",
+        "if ROUTINGS[routing].least_experts == 0:",
+        "if ROUTINGS[routing].least_experts < 0:",
+        ("tests/conversion/test_upcycle.py::test_what_cannot_be_upcycled",),
+    ),
+    Mutation(
+        "scaling_beside_other_positions",
+        "scaled positions are overlooked beside rope_parameters",
+        "conversion/formats/common.py",
+        'word = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"',
+        'word = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"',
+        ("tests/conversion/bad_input/test_folders.py::test_what_training_does_not_have",),
+    ),
+    Mutation(
         "top_k_probabilities_always_normalized",
         "norm_topk_prob of a Qwen3-MoE is taken for true",
         "conversion/formats/qwen3_moe.py",
