@@ -1,4 +1,4 @@
-"""AdamW as a GPU takes its steps: fused, here on the CPU, where runs leave it alone."""
+"""AdamW takes its steps fused, unless a run on a CPU is to do without kernels."""
 
 from __future__ import annotations
 
@@ -22,16 +22,6 @@ LAYOUTS = {
 
 
 @contextlib.contextmanager
-def on_a_gpu(recorder: Any) -> Iterator[None]:
-    """Build optimizers as for a GPU."""
-    from megatron_dynmoe.upstream import fewer_kernels
-    from tests.distributed.faults import replaced
-
-    with replaced(fewer_kernels, "is_on_gpu", lambda: True), steps_counted(recorder):
-        yield
-
-
-@contextlib.contextmanager
 def steps_counted(recorder: Any) -> Iterator[None]:
     """Keep whether Adam is fused, and the steps that it counts, when the run ends."""
     yield
@@ -46,13 +36,13 @@ def run(layout: str, is_fused: bool, origin: Case | None = None) -> Case:
     kind = "fused" if is_fused else "plain"
     name = f"adam_{layout}_{kind}" + (f"_from_{origin.name}" if origin else "")
     load = f"--load {{dir}}/{origin.name} --ckpt-step {HALF}" if origin else ""
-    hook = f"{__name__}:{'on_a_gpu' if is_fused else 'steps_counted'}"
     return add(
         Case(
             name,
             num_ranks,
             f"{TRAIN} {flags} {load} --save {{dir}}/{name}",
-            hooks=(hook,),
+            hooks=(f"{__name__}:steps_counted",),
+            env={"DYNMOE_KERNELS": "" if is_fused else "0"},
             after=(origin,) if origin else (),
         )
     )
