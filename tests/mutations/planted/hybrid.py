@@ -17,8 +17,8 @@ MISTAKES = [
         "dense_layers_of_a_pattern_have_experts",
         "every MLP of a pattern is taken for one with experts",
         "settings/hybrid_pattern.py",
-        "int(symbol == EXPERTS)",
-        "int(symbol != ATTENTION)",
+        "int(symbol == EXPERTS) for symbol in layers",
+        "int(symbol != ATTENTION) for symbol in layers",
         (f"{TESTS}::test_layers_follow_from_the_pattern",),
     ),
     Mutation(
