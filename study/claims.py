@@ -52,7 +52,7 @@ def _title(variant: str) -> str:
     return VARIANTS[variant].title
 
 
-def _all(words: Sequence[bool | None]) -> bool | None:
+def every(words: Sequence[bool | None]) -> bool | None:
     """Whether every part of a claim holds; None if that is not clear."""
     return False if False in words else None if None in words else True
 
@@ -87,7 +87,7 @@ def _lower(first: str, *others: str) -> Callable[[Results], Verdict]:
             _losses(results, first, other, each)
             for other, each in zip(others, compared, strict=True)
         ]
-        return Verdict(_verdict(_all([each.is_lower for each in compared])), "; ".join(texts))
+        return Verdict(_verdict(every([each.is_lower for each in compared])), "; ".join(texts))
 
     return look
 
@@ -97,7 +97,7 @@ def _fewer_and_better(results: Results) -> Verdict:
     experts = results.experts("top_p_04")
     fewer = paired(experts, [TARGET] * len(experts))
     return Verdict(
-        _verdict(_all([fewer.is_lower, compared.is_lower])),
+        _verdict(every([fewer.is_lower, compared.is_lower])),
         f"{fewer.first:.2f} ± {fewer.error:.2f} experts; "
         + _losses(results, "top_p_04", "top2", compared),
     )
@@ -124,7 +124,7 @@ def _dynamic_loss(results: Results) -> Verdict:
     compared = results.compare("top_p_04", without)
     counts = results.compare("top_p_04", without, "validation_experts_per_token")
     return Verdict(
-        _verdict(_all([compared.is_lower, counts.is_lower])),
+        _verdict(every([compared.is_lower, counts.is_lower])),
         f"{counts.difference:+.2f} ± {counts.error:.2f} experts; "
         + _losses(results, "top_p_04", without, compared),
     )
@@ -237,7 +237,7 @@ def _locks(results: Results) -> Verdict:
     drifts = _same([drift > max(DRIFT, *moved["dtop_p"]) for drift in moved["fixed_020"]])
     drifted = {name: ", ".join(percent(drift) for drift in moved[name]) for name in moved}
     return Verdict(
-        _verdict(_all([_same(held), drifts])),
+        _verdict(every([_same(held), drifts])),
         f"held {'; '.join(texts)}: {_verdict(_same(held))} if early is the first fifth; from the "
         f"second fifth to the last the count moves by {drifted['fixed_020']} with the threshold "
         f"fixed at 0.2, by {drifted['dtop_p']} with DTop-p: {_verdict(drifts)} if drifting is "
@@ -259,7 +259,7 @@ def _by_layer(results: Results) -> Verdict:
     worst = max(abs(value / TARGET - 1) for value in row["experts_by_layer"])
     compared = results.compare("dtop_p", "by_layer")
     return Verdict(
-        _verdict(_all([worst <= TOLERANCE, compared.is_lower])),
+        _verdict(every([worst <= TOLERANCE, compared.is_lower])),
         f"at the end no layer is more than {percent(worst)} off (held: within "
         f"{percent(TOLERANCE, 0)}); " + _losses(results, "dtop_p", "by_layer", compared),
     )

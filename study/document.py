@@ -58,8 +58,8 @@ own model, which `PART=rules` trains.
 
 Every [rule](rules.md) has the text and size below. The loss is that of all held-out text, in nats.
 The interval takes in what seeds alone cause, by the runs below and these together, and the verdict
-is that of the rule against DTop-p. *DRN without controller* has a fixed threshold, chosen for about
-2 experts; see its count.
+is that of the rule against DTop-p. *DRN without controller* and *fixed top-p* (which has neither)
+have thresholds that were chosen for about 2 experts; see their counts.
 
 {rules}
 
@@ -210,7 +210,8 @@ def _claims(results: Results | None) -> str:
             "The losses that are compared were not reached with equal numbers of experts. So "
             "each loss comes with the experts per token and the work in experts that it took. "
             "If the worse routing had less of both, it lost to more compute; only "
-            "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count.",
+            "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count. Claims *at "
+            "equal counts* are judged by the [rules at equal compute](#rules-at-equal-compute).",
         ),
         "",
         "| paper | claim | they saw | this study saw | |",

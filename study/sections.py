@@ -57,8 +57,8 @@ def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list
 
 
 def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:
-    """The cells of what DTop-p's authors claim of the axes, as in :mod:`study.claims`."""
-    lines = []
+    """The cells of what DTop-p's authors claim and parts test, as in :mod:`study.claims`."""
+    lines = rules.claims(rules.PART.all_rows(folder), results)
     for axis in SCALING:
         if axis.claim is None:
             continue

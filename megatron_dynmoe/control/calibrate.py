@@ -24,6 +24,11 @@ from megatron_dynmoe.settings.routings import ROUTINGS
 # 2 % in about 24 steps and stays stable until the slope is 7.7 times the computed one.
 PROPORTIONAL_LOOP_GAIN = 0.05
 INTEGRAL_LOOP_GAIN = 0.16
+# A router becomes sharper as it learns: the standard deviation of its logits (theta, if they are
+# normalized) grows, say to this. The loop keeps this margin there, also at targets at which the
+# slope grows by more than the margin of the first step.
+SHARP = 3.0
+MARGIN_WHEN_SHARP = 1.5
 
 _POPULATION_LOGITS = 2**20
 _POPULATION_SEED = 20251213
@@ -140,16 +145,21 @@ def plant_slope(
 def default_gains(num_experts: int, target: float, **plant: Any) -> tuple[float, float]:
     """Compute ``K_p`` and ``K_i`` that give the default loop gains on normal logits.
 
-    Both are 0 if a token can use only one expert. Arguments and errors are those of
-    :func:`initial_threshold`.
+    They are smaller if the margin of a sharp router (:data:`SHARP`) would be less than
+    :data:`MARGIN_WHEN_SHARP`, as at targets above a quarter of the experts. Both are 0 if a token
+    can use only one expert. Arguments and errors are those of :func:`initial_threshold`.
     """
     slope = plant_slope(num_experts, target, **plant)
     if slope == 0:
         return 0.0, 0.0
-    return (
+    gains = (
         PROPORTIONAL_LOOP_GAIN * num_experts / slope,
         INTEGRAL_LOOP_GAIN * num_experts / slope,
     )
+    sharpness = "theta" if plant.get("normalized", True) else "logits_std"
+    slope_when_sharp = plant_slope(num_experts, target, **plant | {sharpness: SHARP})
+    scale = min(1.0, gain_margin(*gains, slope_when_sharp, num_experts) / MARGIN_WHEN_SHARP)
+    return scale * gains[0], scale * gains[1]
 
 
 def gain_margin(

@@ -97,7 +97,7 @@ def _check_target(dynmoe: DynMoEConfig, wanted: Target, num_experts: int) -> Non
     least = ROUTINGS[dynmoe.routing].least_experts
     for target in wanted.targets:
         if not (least <= target <= most and target > 0):
-            reason = "{max_experts_per_token}" if dynmoe.max_experts_per_token else "all experts"
+            reason = "{max_experts_per_token}" if most < num_experts else "all experts"
             raise SettingError(
                 "target_experts_per_token",
                 dynmoe.target_experts_per_token,

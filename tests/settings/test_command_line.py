@@ -31,6 +31,7 @@ MISSPELLED = {
     "benchmarks/controller_step_response.py": ("--figrue x", "--figure"),
     "benchmarks/convert_checkpoint.py": ("--layres 2", "--layers"),
     "benchmarks/documents.py": ("--ruonds 2", "--rounds"),
+    "benchmarks/controller_in_training.py": ("--olny dtop_p-16-2-1024", "--only"),
     "benchmarks/controller_transfer.py": ("--hlep", "--help"),
     "benchmarks/drawn_target.py": ("--hlep", "--help"),
     "benchmarks/dry_runs.py": ("--onyl smoke", "--only"),

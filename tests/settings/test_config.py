@@ -406,6 +406,11 @@ REFUSED = [
         )
     ),
     (SEQ_TOP_K | {"max_experts_per_token": 1}, "target_experts_per_token is 2", "at most 1 ("),
+    (
+        {"routing": "null_experts", "target_experts_per_token": 20},
+        "target_experts_per_token is 20",
+        "at most 16 (all experts)",
+    ),
     (SEQ_TOP_K | {"scope": "layer"}, "scope is 'layer', which routing 'seq_top_k'", "'dtop_p'"),
     (SEQ_TOP_K | {"threshold": 0.1}, "threshold is 0.1, which routing 'seq_top_k'", "'top_p'"),
     (DTOP_P | {"min_threshold": -0.1}, "min_threshold is -0.1", "0 <= min < max <= 1"),

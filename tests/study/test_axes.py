@@ -177,7 +177,8 @@ def test_what_is_claimed_of_an_axis_is_judged_if_all_of_it_is_there(tmp_path, le
     write(tmp_path, rules.PART, of_rules)
     write(tmp_path, axis, rows)
     claims = {cells[1]: cells for cells in sections.claims(None, tmp_path)}
-    assert len(claims) == 3  # the authors have no axis of the number of experts
+    # The authors have no axis of the number of experts
+    assert len(claims) == 3 + len(rules.CLAIMS)
     assert claims[axis.claim[0]][-1] == word
     assert claims[tokens.PART.claim[0]][-2:] == ["waits for `PART=tokens`", ""]
     del rows["top2_large-seed1"], rows["top2_large-seed2"]
@@ -186,6 +187,32 @@ def test_what_is_claimed_of_an_axis_is_judged_if_all_of_it_is_there(tmp_path, le
     assert claims[axis.claim[0]][-2] == "waits for `PART=size`"
     for cells in claims.values():
         assert cells[1] in document.text(None)
+
+
+@pytest.mark.parametrize("without, word", [(5.3, HOLDS), (4.8, FAILS), (5.01, UNCLEAR), (None, "")])
+def test_controller_and_normalization_are_judged_at_equal_counts(tmp_path, without, word):
+    losses = {"dtop_p": 5.0, "no_drn": 5.2, "no_controller": without, "top2": 5.2}
+    rows = {
+        f"{name}-seed{seed}": {
+            "validation_loss": loss + 0.01 * seed,
+            "validation_experts_per_token": 2.02,
+        }
+        for name, loss in losses.items()
+        if loss is not None
+        for seed in (1, 2)
+    }
+    write(tmp_path, rules.PART, rows)
+    of_count, of_both = sections.claims(None, tmp_path)[:2]
+    assert of_count[-2:] == ["waits for `PART=rules`", ""]  # there is no fixed threshold
+    assert of_both[1] == "Controller and normalization are both needed: at equal counts."
+    assert of_both[-1] == word
+    if without is None:
+        assert of_both[-2] == "waits for `PART=rules`"
+    else:
+        assert of_both[-2].startswith(
+            "held-out loss less that of DTop-p without DRN (2.02 experts)"
+        )
+        assert f"threshold 0.222 (2.02 experts): {5 - without:+.4f} (" in of_both[-2]
 
 
 def test_settings_stand_beside_dynamic_moes_tables():

@@ -43,6 +43,14 @@ MISTAKES = [
         (f"{PI}::test_saturated_threshold_leaves_its_bound_at_the_first_opposite_error",),
     ),
     Mutation(
+        "gains_of_the_first_step",
+        "the default gains do not heed that a router becomes sharper",
+        "control/calibrate.py",
+        "SHARP = 3.0",
+        "SHARP = 1.0",
+        ("tests/control/test_transfer.py::test_the_count_settles_in_the_stated_time",),
+    ),
+    Mutation(
         "not_finite_is_summed",
         "a measurement that is not finite enters the sum",
         "control/pi.py",

@@ -7,8 +7,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from megatron_dynmoe.control.pi import PIController
-from megatron_dynmoe.moe.rules.expert_threshold import route
+from megatron_dynmoe.control import PIController, default_gains
+from megatron_dynmoe.moe.rules.expert_threshold import START, route
 from megatron_dynmoe.routing.rules import quantiles
 from megatron_dynmoe.routing.rules.expert_threshold import select
 from tests.oracles import expert_threshold as oracle
@@ -195,7 +195,9 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, age=0, change=None,
     each expert's its own way.
     """
     num_experts, num_tokens = 16, 2048
-    law = PIController(num_experts, target / num_experts, 0.05, 0.16)
+    plant = {"normalized": False, "logits_std": scale, "routing": "expert_threshold"}
+    gains = default_gains(num_experts, target, **plant)
+    law = PIController(num_experts, target / num_experts, *gains)
     share, integral = torch.tensor([law.initial_threshold]), torch.zeros(1)
     first = NormalDist(0, scale).inv_cdf(1 - law.initial_threshold) if start is None else start
     thresholds = torch.full((num_experts,), first)
@@ -210,7 +212,7 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, age=0, change=None,
         now = change if change is not None and step >= 40 else target
         measured = torch.tensor([means[-1]])
         next_share, integral = law.step(share, integral, measured, now)
-        weight = max(0.001, 10 / (10 + age + step))
+        weight = max(0.001, START / (START + age + step))
         thresholds = quantiles.next_thresholds(thresholds, counts, share, next_share, weight)
         share = next_share
     return means
@@ -224,8 +226,8 @@ def closed_loop(target, *, start=None, scale=0.25, steps=90, age=0, change=None,
         pytest.param({"target": 2.0, "start": 3.0}, id="no token at first"),
         pytest.param({"target": 2.0, "scale": 5.0, "start": 0.0}, id="large logits"),
         pytest.param({"target": 2.0, "change": 4.0}, id="another target"),
-        pytest.param({"target": 6.0, "change": 1.0, "age": 1000}, id="a much smaller target"),
-        pytest.param({"target": 2.0, "change": 4.0, "age": 10000}, id="a long average"),
+        pytest.param({"target": 6.0, "change": 1.0, "age": 10_000}, id="a much smaller target"),
+        pytest.param({"target": 2.0, "change": 4.0, "age": 100_000}, id="a long average"),
         pytest.param({"target": 2.0, "drift": 0.02}, id="drift"),
     ],
 )
