@@ -263,7 +263,10 @@ def test_another_layout_loads_every_tensor_and_goes_on(results: Results, name: s
     if tolerance == 1e-5:
         assert differences(checkpoint(origin), checkpoint(resumed), tolerance) == {}
     if gradient_hooks(origin.case.flags):
-        assert_same_gradients(origin, resumed, step=HALF)
+        # With null slots, routers have a hundredth of the attention's gradients, from which
+        # rounding (4e-9 in every matrix) reaches them.
+        share = {"tolerance": 2e-5} if origin is results[NULLS] else {}
+        assert_same_gradients(origin, resumed, step=HALF, **share)
 
 
 @pytest.mark.parametrize("name", matrix(OTHER_PADDING, ("tp2 to one", "one to tp2, per token")))
