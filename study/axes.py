@@ -112,7 +112,7 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
     """Loss and experts of both routings at each point, and the lead of DTop-p, in Markdown."""
     known = leads(points, rows, of_main)
     lines = [
-        "| | DTop-p, seeds | loss | experts | top-k, seeds | loss | experts | lead of DTop-p, 95 % "
+        "| | DTop-p, seeds | loss | experts | top-k, seeds | loss | experts | lead of DTop-p, 2 SE "
         "| |",
         "| --- " * 9 + "|",
     ]

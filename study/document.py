@@ -57,9 +57,11 @@ own model, which `PART=rules` trains.
 {status}
 
 Every [rule](rules.md) has the text and size below. The loss is that of all held-out text, in nats.
-The interval takes in what seeds alone cause, by the runs below and these together, and the verdict
-is that of the rule against DTop-p. *DRN without controller* and *fixed top-p* (which has neither)
-have thresholds that were chosen for about 2 experts; see their counts.
+The interval is two standard errors (SE) to either side, by what seeds alone cause in the runs below
+and these together, and the verdict is that of the rule against DTop-p. A mean of two seeds beside
+one of a single seed also has what the second seed does to every rule. *DRN without controller* and
+*fixed top-p* (which has neither) have thresholds that were chosen for about 2 experts; see their
+counts.
 
 {rules}
 

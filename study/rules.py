@@ -70,7 +70,7 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     """Loss and experts of each rule, and how it differs from DTop-p, in Markdown."""
     found = losses(rows)
     deviation = noise(found.values(), of_main)
-    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % | |"]
+    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 2 SE | |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, variant in VARIANTS.items():
         more = more_than(REFERENCE, name, found, deviation)

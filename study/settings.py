@@ -94,7 +94,7 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     deviation = noise(found.values(), of_main)
     lines = [
         "| losses of DTop-p | seeds | held-out loss | experts per token | threshold | load "
-        "| more than the first, 95 % | |",
+        "| more than the first, 2 SE | |",
         "| --- " * 8 + "|",
     ]
     for name, variant in COEFFICIENTS.items():
@@ -113,7 +113,7 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
 def _of_dynamic_moe(rows: Rows, of_main: Results | None, deviation: float | None) -> list[str]:
     lines = [
         "| Tables 7 and 8 | their experts | score | seeds here | experts | held-out loss "
-        "| more than top-2, 95 % | |",
+        "| more than top-2, 2 SE | |",
         "| --- " * 8 + "|",
     ]
     if of_main is not None:
