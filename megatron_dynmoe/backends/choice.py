@@ -20,7 +20,7 @@ from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.attention.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.attention.documents import check_masks
 from megatron_dynmoe.backends.attention.latent_attention import check_latent_attention
-from megatron_dynmoe.moe.experts import has_grouped_gemm, uses_grouped_mm
+from megatron_dynmoe.moe.grouped_linear import has_grouped_gemm, uses_grouped_mm
 from megatron_dynmoe.moe.recompute import MODULE, recomputes_activations
 from megatron_dynmoe.settings.messages.refusals import FlagError, SettingError
 from megatron_dynmoe.settings.routings import AUTO

@@ -240,7 +240,7 @@ def _experts() -> Check:
     import torch
 
     from megatron_dynmoe.backends import cpu
-    from megatron_dynmoe.moe.experts import grouped_linear, has_grouped_gemm, uses_grouped_mm
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear, has_grouped_gemm, uses_grouped_mm
 
     on_gpu = torch.cuda.is_available() and not cpu.is_installed()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

@@ -24,9 +24,9 @@ def take_the_ways_of_cuda(replace: Callable[[Any, str, Any], None] = setattr) ->
     """
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends import choice
-    from megatron_dynmoe.moe import experts, permute
+    from megatron_dynmoe.moe import grouped_linear, permute
 
-    of_this_device = experts.uses_grouped_mm
+    of_this_device = grouped_linear.uses_grouped_mm
 
     def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
         return dtype == torch.bfloat16 and of_this_device(device, dtype, *sizes)
@@ -34,5 +34,5 @@ def take_the_ways_of_cuda(replace: Callable[[Any, str, Any], None] = setattr) ->
     replace(kernels, "available", lambda device: kernels.asked_for() == "1")
     replace(kernels, "_is_plain_cpu", lambda values: False)
     replace(permute, "scatters_in_order", lambda device: False)
-    for module in (experts, choice):
+    for module in (grouped_linear, choice):
         replace(module, "uses_grouped_mm", uses_grouped_mm)

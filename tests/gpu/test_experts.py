@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_dynmoe.moe import permute
-from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
+from megatron_dynmoe.moe.grouped_linear import grouped_linear, uses_grouped_mm
 from tests.gpu.stand_in import ON_GPU
 from tests.kernels.device import DEVICE
 

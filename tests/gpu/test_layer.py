@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dynmoe.moe.experts import has_grouped_gemm
+from megatron_dynmoe.moe.grouped_linear import has_grouped_gemm
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.gpu.stand_in import ON_GPU
 from tests.kernels.device import DEVICE

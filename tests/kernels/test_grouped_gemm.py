@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dynmoe.moe import experts
+from megatron_dynmoe.moe import grouped_linear as gemms
 from tests.kernels.device import DEVICE
 
 pytest.importorskip("triton")
@@ -67,11 +67,11 @@ def test_experts_run_by_it_where_there_is_no_grouped_mm(monkeypatch):
     counts = torch.tensor([3, 0, 130, 7], device=DEVICE)
     results = []
     for use in (False, True):
-        monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: False)
-        monkeypatch.setattr(experts.kernels, "available", lambda device, use=use: use)
+        monkeypatch.setattr(gemms, "uses_grouped_mm", lambda *_: False)
+        monkeypatch.setattr(gemms.kernels, "available", lambda device, use=use: use)
         rows = normal(140, 24, dtype=torch.float32).requires_grad_()
         weight = normal(4, 16, 24, dtype=torch.float32).requires_grad_()
-        output = experts.grouped_linear(rows, weight, counts)
+        output = gemms.grouped_linear(rows, weight, counts)
         output.square().sum().backward()
         results.append((output, rows.grad, weight.grad))
     assert type(output.grad_fn).__name__ == "_KernelLinearBackward"
@@ -80,8 +80,8 @@ def test_experts_run_by_it_where_there_is_no_grouped_mm(monkeypatch):
 
 
 def test_float64_stays_with_the_loop_whose_sums_are_float64(monkeypatch):
-    monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: False)
-    monkeypatch.setattr(experts.kernels, "available", lambda device: True)
+    monkeypatch.setattr(gemms, "uses_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(gemms.kernels, "available", lambda device: True)
     rows, weight = normal(3, 5, dtype=torch.float64), normal(1, 7, 5, dtype=torch.float64)
-    got = experts.grouped_linear(rows, weight, torch.tensor([3], device=DEVICE))
+    got = gemms.grouped_linear(rows, weight, torch.tensor([3], device=DEVICE))
     torch.testing.assert_close(got, rows @ weight[0].T, rtol=1e-14, atol=1e-14)

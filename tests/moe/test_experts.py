@@ -58,7 +58,7 @@ def test_equal_to_upstreams_experts(counts, dtype, tolerance, ffn):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_kinds_of_gemm_agree(dtype):
-    from megatron_dynmoe.moe.experts import grouped_linear, uses_grouped_mm
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear, uses_grouped_mm
 
     assert uses_grouped_mm(torch.device("cpu"), dtype, 16, 24)
     assert not uses_grouped_mm(torch.device("cpu"), dtype, 16, 25)
@@ -81,7 +81,7 @@ def test_both_kinds_of_gemm_agree(dtype):
 def test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns(
     monkeypatch, counts
 ):
-    from megatron_dynmoe.moe.experts import grouped_linear
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear
 
     grouped_mm, left_unwritten = torch.nn.functional.grouped_mm, []
 
@@ -109,7 +109,7 @@ def test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns
 
 @pytest.mark.parametrize(("counts", "passes"), [([1, 2], 0), ([3, 0], 1)], ids=str)
 def test_counts_on_the_host_save_the_pass_over_a_devices_gradient(monkeypatch, counts, passes):
-    from megatron_dynmoe.moe.experts import _zero_unused
+    from megatron_dynmoe.moe.grouped_linear import _zero_unused
 
     gradient, called = torch.empty(2, 4, 4, device="meta"), []
     monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda *_: called.append(1))
@@ -119,7 +119,7 @@ def test_counts_on_the_host_save_the_pass_over_a_devices_gradient(monkeypatch, c
 
 @pytest.mark.parametrize("counts", [[1, 2, 1], [3, 0, 1], [0, 0, 4]], ids=str)
 def test_on_a_cpu_only_the_gradients_of_unused_experts_are_touched(counts):
-    from megatron_dynmoe.moe.experts import _zero_unused
+    from megatron_dynmoe.moe.grouped_linear import _zero_unused
 
     gradient = torch.randn(3, 4, 5)
     expected = gradient * (torch.tensor(counts) > 0).view(-1, 1, 1)

@@ -128,7 +128,7 @@ def test_counts_of_an_overflowed_pass_move_nothing(overflows):
 )
 def test_the_host_waits_for_the_number_of_rows_or_never(monkeypatch, dynmoe, room, waits):
     monkeypatch.setenv("DYNMOE_KERNELS", "0")  # this and the next as on a device
-    monkeypatch.setattr("megatron_dynmoe.moe.experts._are_on_host", lambda counts: False)
+    monkeypatch.setattr("megatron_dynmoe.moe.grouped_linear._are_on_host", lambda counts: False)
     layer = layer_of(dynmoe)
     if room is not None:
         layer.token_dispatcher.make_room(room, layer.router.counters)

@@ -11,7 +11,7 @@ _NORM = "the gradient's norm"
 _ROWS = "counts of rows"
 _CORE, _OURS = "megatron/core", "megatron_dynmoe"
 _DISPATCHER = f"{_CORE}/transformer/moe/token_dispatcher.py"
-_EXPERTS = f"{_OURS}/moe/experts.py"
+_GEMMS = f"{_OURS}/moe/grouped_linear.py"
 
 # By file and function: the operations, with [] if they may make a single number only, and why.
 ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
@@ -71,8 +71,8 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         ("lift_fresh",),
         _OTHER_RANKS,
     ),
-    (_EXPERTS, "_zero_unused"): (("any []",), "whether an expert has no rows"),
-    (_EXPERTS, "grouped_linear"): (("eq",), "which experts have no rows"),
+    (_GEMMS, "_zero_unused"): (("any []",), "whether an expert has no rows"),
+    (_GEMMS, "grouped_linear"): (("eq",), "which experts have no rows"),
     (f"{_OURS}/routing/counters.py", "pack"): (("lift_fresh []",), _CONSTANT),
     (f"{_OURS}/routing/select.py", "used_in_order"): (("lift_fresh []",), _CONSTANT),
     (f"{_OURS}/training/signals.py", "StopSignals.signals_received"): (

@@ -77,7 +77,7 @@ MISTAKES = [
     Mutation(
         "gradient_of_no_rows_left_to_grouped_mm",
         "experts without rows keep the weight gradient that grouped_mm returns",
-        "moe/experts.py",
+        "moe/grouped_linear.py",
         "return grad_rows, _zero_unused(grad_weight, unused_E), None, None",
         "return grad_rows, grad_weight, None, None",
         (

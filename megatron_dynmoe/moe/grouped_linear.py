@@ -1,0 +1,145 @@
+"""One GEMM per expert, over rows by expert, by the fastest code that a device has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe import kernels
+
+ALIGNMENT_BYTES = 16  # grouped_mm wants rows whose size is a multiple of this
+
+
+def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply the rows of each expert by its weight, transposed.
+
+    Args:
+        rows_RI: [R, I], the rows of expert 0 first.
+        weight_EOI: [E, O, I] of the rows' dtype.
+        tokens_per_expert: [E] int64, sums to R.
+
+    Returns:
+        [R, O].
+    """
+    device = rows_RI.device
+    if len(rows_RI) and has_grouped_gemm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
+        ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0).int()
+        if uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
+            return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert == 0)
+        return _KernelLinear.apply(rows_RI, weight_EOI, ends)
+    counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
+    return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
+
+
+def has_grouped_gemm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether one call runs these GEMMs and takes the counts on the device."""
+    if uses_grouped_mm(device, dtype, *sizes):
+        return True
+    return dtype != torch.float64 and kernels.available(device)  # kernels add up in float32
+
+
+def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether these GEMMs run as ``torch.nn.functional.grouped_mm``.
+
+    On a GPU ``grouped_mm`` has a kernel only for bf16 on Hopper and later. In all other cases it
+    copies the counts to the host and loops over experts. The loop in this module does the same, but
+    mostly without the copy, because the dispatcher has already made it.
+    :mod:`megatron_dynmoe.kernels.grouped_gemm` needs neither loop nor copy. On a CPU ``grouped_mm``
+    is as fast as the loop or up to 12 % faster (docs/backends.md).
+    """
+    if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
+        return False
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """:func:`grouped_linear` with one call for all experts forward, and two calls backward.
+
+    The derivative that PyTorch has for ``grouped_mm`` fails if the gradient is an expanded tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, unused_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends, unused_E)
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, ends, unused_E = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
+        grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
+        return grad_rows, _zero_unused(grad_weight, unused_E), None, None
+
+
+def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
+    """Zero the gradients of experts without a row, in place.
+
+    On Blackwell ``grouped_mm`` returns something else for them (pytorch issue 172439, open). This
+    is one more pass over the gradient, and the host does not wait for the device. If the counts are
+    on the host, there is a pass only if an expert has no row, and on a CPU only over its part.
+    """
+    device = grad_weight_EOI.device
+    if _are_on_host(unused_E):
+        if not unused_E.any():
+            return grad_weight_EOI
+        if device.type == "cpu":
+            for expert in unused_E.nonzero().flatten().tolist():
+                grad_weight_EOI[expert].zero_()
+            return grad_weight_EOI
+    is_unused = unused_E.to(device, non_blocking=True).view(-1, 1, 1)
+    return grad_weight_EOI.masked_fill_(is_unused, 0)
+
+
+def _are_on_host(counts_E: Tensor) -> bool:
+    """Whether looking at the counts takes no wait for a device."""
+    return counts_E.device.type == "cpu"
+
+
+class _KernelLinear(torch.autograd.Function):
+    """:func:`grouped_linear` with the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        from megatron_dynmoe.kernels.grouped_gemm import multiply_rows
+
+        ctx.save_for_backward(rows, weight, ends)
+        return multiply_rows(rows, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        from megatron_dynmoe.kernels.grouped_gemm import multiply_by_rows, multiply_rows
+
+        rows, weight, ends = ctx.saved_tensors
+        return multiply_rows(grad, weight, ends), multiply_by_rows(grad, rows, ends), None
+
+
+class _LoopedLinear(torch.autograd.Function):
+    """:func:`grouped_linear`, one expert at a time, without copies of rows or weights."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
+        output = rows.new_empty(len(rows), weight.shape[1])
+        for expert, (rows_e, output_e) in enumerate(_groups(counts, rows, output)):
+            torch.mm(rows_e, weight[expert].t(), out=output_e)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        groups = _groups(ctx.counts, rows, grad, grad_rows)
+        for expert, (rows_e, grad_e, grad_rows_e) in enumerate(groups):
+            torch.mm(grad_e, weight[expert], out=grad_rows_e)
+            torch.mm(grad_e.t(), rows_e, out=grad_weight[expert])  # zero if there are no rows
+        return grad_rows, grad_weight, None
+
+
+def _groups(counts: list[int], *tensors: Tensor) -> Any:
+    return zip(*(tensor.split(counts) for tensor in tensors), strict=True)
