@@ -12,6 +12,7 @@ every provider routes by the same logits: those of a trained router for 16 exper
 measured. The providers are:
 
     ours                   DTop-p on torch_native, with kernels on a GPU
+    ours, experts fused    with the experts in Triton's kernels, too (only if it has them)
     ours, no kernels       the same in PyTorch alone
     ours, worst-case rows  memory for twice the mean, so that the host need not wait for the count
     plain reference        DTop-p on Megatron's local experts, without kernels

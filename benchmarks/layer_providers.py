@@ -64,13 +64,14 @@ class Provider:
 
     Attributes:
         experts_per_token: mean on this input; measured if it varies.
+        kernels: DYNMOE_KERNELS, or nothing.
     """
 
     layer: Any
     hidden_SBD: torch.Tensor
     gradient_SBD: torch.Tensor
     experts_per_token: float
-    use_kernels: bool
+    kernels: str
 
     def clear(self) -> None:
         self.output = None
@@ -79,7 +80,7 @@ class Provider:
             parameter.grad = None
 
     def forward(self) -> None:
-        os.environ["DYNMOE_KERNELS"] = "1" if self.use_kernels else ""
+        os.environ["DYNMOE_KERNELS"] = self.kernels
         self.output = self.layer(self.hidden_SBD)[0]
 
     def backward(self) -> None:
@@ -157,16 +158,18 @@ def factories(
     make = (make_provider, workload, logits, dtype)
     os.environ["DYNMOE_KERNELS"] = "1"
     has_kernels = kernels.available(torch.device("cuda" if measure.on_gpu() else "cpu"))
-    found: dict[str, tuple[Any, ...]] = {OURS: (*make, "dtop_p", "torch_native", has_kernels)}
+    best = "1" if has_kernels else ""
+    found: dict[str, tuple[Any, ...]] = {OURS: (*make, "dtop_p", "torch_native", best)}
     if has_kernels:
-        found["ours, no kernels"] = (*make, "dtop_p", "torch_native", False)
-    found["ours, worst-case rows"] = (*make, "dtop_p", "torch_native", has_kernels, 2)
-    found["plain reference"] = (*make, "dtop_p", "local", False)
+        found["ours, experts fused"] = (*make, "dtop_p", "torch_native", "fused")
+        found["ours, no kernels"] = (*make, "dtop_p", "torch_native", "")
+    found["ours, worst-case rows"] = (*make, "dtop_p", "torch_native", best, 2)
+    found["plain reference"] = (*make, "dtop_p", "local", "")
     backends = ["local", "torch_native"]
     backends += ["transformer_engine"] if has_transformer_engine() else []
     for backend in backends:
-        found[f"stock top-k, {backend}"] = (*make, "top_k", backend, False)
-    found[DENSE] = (*make, "dense", "torch_native", False)
+        found[f"stock top-k, {backend}"] = (*make, "top_k", backend, "")
+    found[DENSE] = (*make, "dense", "torch_native", "")
     return found
 
 
@@ -176,12 +179,13 @@ def make_provider(
     dtype: torch.dtype,
     routing: str,
     backend: str,
-    use_kernels: bool,
+    kernels: str,
     room: int | None = None,
 ) -> Provider:
     """One of them, in this process.
 
     Args:
+        kernels: DYNMOE_KERNELS, or nothing.
         room: with DTop-p, allocate rows for this many times the mean instead of counting them. The
             host then does not wait, and a token uses no more experts than that.
     """
@@ -253,7 +257,7 @@ def make_provider(
             torch.nn.init.eye_(layer.router.weight)  # passes the first hidden states on
         if routing == "dtop_p":
             experts = _calibrate(layer.router, hidden_SBD, workload)
-    return Provider(layer, hidden_SBD, gradient_SBD, experts, use_kernels)
+    return Provider(layer, hidden_SBD, gradient_SBD, experts, kernels)
 
 
 def _input(

@@ -2,13 +2,13 @@
 
     python -m benchmarks.gpu_first.agree --output DIR [--workloads a b c] [--sequence N]
 
-The same layer, with the same weights and input, runs three times: in bf16 with kernels, in bf16 in
-plain PyTorch, and in plain PyTorch in float32, the reference. An error is |x - reference| /
-|reference|, of the output and of every gradient. Kernels agree if their error is at most 1.5 times
-plain PyTorch's, which is rounding, and if both choose the same experts for all but one token in a
-thousand (two sums that differ in their last bits may fall on both sides of the threshold). A row
-of each is in DIR/agree.csv as soon as it is known; the exit code is 1 if one does not agree. On a
-CPU the kernels are the CPU's own, and the sizes smaller.
+The same layer, with the same weights and input, runs four times: in bf16 with kernels, with fused
+experts besides, in bf16 in plain PyTorch, and in plain PyTorch in float32, the reference. An error
+is |x - reference| / |reference|, of the output and of every gradient. Kernels agree if their error
+is at most 1.5 times plain PyTorch's, which is rounding, and if both choose the same experts for all
+but one token in a thousand (two sums that differ in their last bits may fall on both sides of the
+threshold). A row of each is in DIR/agree.csv as soon as it is known; the exit code is 1 if one does
+not agree. On a CPU the kernels are the CPU's own, and the sizes smaller.
 """
 
 from __future__ import annotations
@@ -61,10 +61,20 @@ def main() -> None:
 
 
 def compare(workload: Workload) -> Iterator[dict[str, str]]:
+    """For each setting, a row for the choice of experts and for each result of both passes."""
+    provider = make_provider(workload, None, torch.bfloat16, "dtop_p", "torch_native", "1")
+    plain = run(provider, "0")
+    reference = run(in_float32(provider, workload), "0")
+    for kernels in ("1", "fused"):
+        found = run(provider, kernels)
+        for row in differences(found, plain, reference):
+            yield {"kernels": kernels, **row}
+
+
+def differences(
+    with_kernels: dict[str, Tensor], plain: dict[str, Tensor], reference: dict[str, Tensor]
+) -> Iterator[dict[str, str]]:
     """A row for the choice of experts, and for each result of both passes."""
-    provider = make_provider(workload, None, torch.bfloat16, "dtop_p", "torch_native", True)
-    with_kernels, plain = run(provider, kernels=True), run(provider, kernels=False)
-    reference = run(in_float32(provider, workload), kernels=False)
     other = (with_kernels["experts"] != plain["experts"]).any(-1).double().mean().item()
     yield {
         "quantity": "experts",
@@ -85,9 +95,13 @@ def compare(workload: Workload) -> Iterator[dict[str, str]]:
             }
 
 
-def run(provider: Provider, kernels: bool) -> dict[str, Tensor]:
-    """Chosen experts [T, E] bool, output and gradients of one pass each way."""
-    os.environ["DYNMOE_KERNELS"] = "1" if kernels else "0"
+def run(provider: Provider, kernels: str) -> dict[str, Tensor]:
+    """Chosen experts [T, E] bool, output and gradients of one pass each way.
+
+    Args:
+        kernels: DYNMOE_KERNELS.
+    """
+    os.environ["DYNMOE_KERNELS"] = kernels
     provider.clear()
     layer, hidden_SBD = provider.layer, provider.hidden_SBD
     with torch.no_grad():
@@ -104,7 +118,7 @@ def run(provider: Provider, kernels: bool) -> dict[str, Tensor]:
 
 def in_float32(provider: Provider, workload: Workload) -> Provider:
     """The same layer and input, of the same values."""
-    wide = make_provider(workload, None, torch.float32, "dtop_p", "torch_native", False)
+    wide = make_provider(workload, None, torch.float32, "dtop_p", "torch_native", "")
     wide.layer.load_state_dict(provider.layer.state_dict())
     with torch.no_grad():
         wide.hidden_SBD.copy_(provider.hidden_SBD)

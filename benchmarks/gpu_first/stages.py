@@ -24,7 +24,7 @@ class Stage:
     gpu: str = ""
     rehearsal: str = ""
     writes: str = ""
-    kernels: int | None = None
+    kernels: int | str | None = None
     needs: tuple[str, ...] = ()
 
     @property

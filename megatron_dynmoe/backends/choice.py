@@ -20,7 +20,8 @@ from megatron_dynmoe.backends import transformer_engine
 from megatron_dynmoe.backends.attention.context_parallel import check_context_parallel
 from megatron_dynmoe.backends.attention.documents import check_masks
 from megatron_dynmoe.backends.attention.latent_attention import check_latent_attention
-from megatron_dynmoe.moe.grouped_linear import has_grouped_gemm, uses_grouped_mm
+from megatron_dynmoe.moe.fused import is_fused
+from megatron_dynmoe.moe.grouped_linear import uses_grouped_mm
 from megatron_dynmoe.moe.recompute import MODULE, recomputes_activations
 from megatron_dynmoe.settings.messages.refusals import FlagError, SettingError
 from megatron_dynmoe.settings.routings import AUTO
@@ -364,6 +365,6 @@ def gemm_of(config: TransformerConfig) -> str:
     """Name what runs the stacked experts' GEMMs on this device; a loop needs counts on the host."""
     device, ffn = torch.device(torch.cuda.current_device()), config.moe_ffn_hidden_size or 0
     gemms = device, config.params_dtype, config.hidden_size, ffn
-    if uses_grouped_mm(*gemms):
-        return "grouped_mm"
-    return "a Triton kernel" if has_grouped_gemm(*gemms) else "a loop"
+    if is_fused(*gemms):
+        return "fused Triton kernels"
+    return "grouped_mm" if uses_grouped_mm(*gemms) else "a loop"

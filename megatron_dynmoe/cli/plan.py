@@ -159,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         help="how many times their share the experts of this GPU get (1)",
     )
     dry.add_argument(
-        "--kernels", choices=("0", "1", "both"), help="DYNMOE_KERNELS; default: as it is set"
+        "--kernels",
+        choices=("0", "1", "fused", "both"),
+        help="DYNMOE_KERNELS, or both: 0 and 1; default: as it is set",
     )
     return parser

@@ -163,7 +163,7 @@ def _triton() -> Check:
         return Check("Triton", WARNING, "not installed", remedy)
     import triton
 
-    found = f"{triton.__version__}; kernels are {'on' if asked_for() == '1' else 'off'}"
+    found = f"{triton.__version__}; kernels are {'on' if asked_for() in ('1', 'fused') else 'off'}"
     if torch.cuda.is_available() and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         remedy = "Triton builds its launchers with one: install gcc"
         return Check("Triton", WARNING, f"{found}; no C compiler", remedy)
@@ -240,7 +240,8 @@ def _experts() -> Check:
     import torch
 
     from megatron_dynmoe.backends import cpu
-    from megatron_dynmoe.moe.grouped_linear import grouped_linear, has_grouped_gemm, uses_grouped_mm
+    from megatron_dynmoe.moe.fused import fused_experts, is_fused
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear, uses_grouped_mm
 
     on_gpu = torch.cuda.is_available() and not cpu.is_installed()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -251,10 +252,13 @@ def _experts() -> Check:
     output.sum().backward()
     assert output.min() == output.max() == 64 and rows.grad is not None
     kind = f"in {str(dtype).removeprefix('torch.')} on {torch.cuda.get_device_name(0)}, tried"
+    if is_fused(device, dtype, 64, 32):
+        second = torch.ones(2, 64, 16, device=device, dtype=dtype)
+        counts = torch.tensor([2, 4], device=device)
+        fused_experts(rows, torch.ones(6, device=device), weight, second, counts).sum().backward()
+        return Check("experts' GEMM", PASSED, f"fused Triton kernels {kind}")
     if uses_grouped_mm(device, dtype, 64, 32):
         return Check("experts' GEMM", PASSED, f"grouped_mm {kind}")
-    if has_grouped_gemm(device, dtype, 64, 32):
-        return Check("experts' GEMM", PASSED, f"a Triton kernel {kind}")
     remedy = (
         "PyTorch groups them from Hopper on; DYNMOE_KERNELS=1 does with Triton (docs/backends.md)"
     )

@@ -17,7 +17,7 @@ _SIZES = {
     "measured": "rows are counted anew in every layer and pass",
     "target": "the room for rows changes from step to step",
 }
-_KERNELS = {"0": "plain PyTorch", "1": "Triton's"}
+_KERNELS = {"0": "plain PyTorch", "1": "Triton's", "fused": "Triton's, experts fused"}
 
 
 def describe(run: DryRun) -> str:

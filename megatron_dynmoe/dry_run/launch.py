@@ -62,7 +62,7 @@ class DryRun:
         counts: where it comes from.
         expected: the counts that the routing's settings imply: mean, first steps', cap.
         imbalance: how many times their share the experts of this rank get.
-        kernels: DYNMOE_KERNELS, 0 or 1.
+        kernels: DYNMOE_KERNELS: 0, 1 or fused.
         row_buffer: the setting, None without dynamic routing.
         formula: the planner's memory, None if it does not know a setting.
         formula_note: which setting that is.

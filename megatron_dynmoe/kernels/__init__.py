@@ -8,6 +8,8 @@ Tests hold each one equal to the plain PyTorch that it replaces. The environment
            inference, plain PyTorch on CUDA
     1      as unset, but the Triton kernels on CUDA if Triton is installed. They have run in
            Triton's interpreter, but not on a GPU yet
+    fused  as 1, and the experts are fused also where PyTorch has a grouped GEMM of its own, as it
+           has for bf16 from Hopper on
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from torch import Tensor
 from megatron_dynmoe.routing.route import Routing, route
 from megatron_dynmoe.settings.messages.command_line import UsageError
 
+SETTINGS = ("0", "1", "fused")  # of DYNMOE_KERNELS
+
 
 def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
     """Choose the fastest :func:`megatron_dynmoe.routing.route.route` for these logits.
 
     Raises:
-        UsageError: ``DYNMOE_KERNELS`` is set to something other than 0 or 1.
+        UsageError: ``DYNMOE_KERNELS`` is set to something else.
     """
     if _is_plain_cpu(logits_TE) and asked_for() != "0":
         from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
@@ -44,20 +48,20 @@ def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
 
 def available(device: torch.device) -> bool:
     """Whether Triton's kernels are used for tensors on ``device``."""
-    return device.type == "cuda" and asked_for() == "1" and _has_triton()
+    return device.type == "cuda" and asked_for() in ("1", "fused") and _has_triton()
 
 
 def asked_for() -> str | None:
     """What ``DYNMOE_KERNELS`` says.
 
     Raises:
-        UsageError: it is something else than 0 or 1.
+        UsageError: it is something else than 0, 1 or fused.
     """
     setting = os.environ.get("DYNMOE_KERNELS") or None
-    if setting not in ("0", "1", None):
+    if setting not in (*SETTINGS, None):
         raise UsageError(
             f"DYNMOE_KERNELS is {setting!r}: set 0 for plain PyTorch, 1 for Triton's kernels on a "
-            "GPU, or unset it."
+            "GPU, fused for these and fused experts also on Hopper, or unset it."
         )
     return setting
 

@@ -1,9 +1,11 @@
 """Triton: one GEMM per expert over rows that are ordered by expert.
 
-These kernels are for cases in which ``torch.nn.functional.grouped_mm`` has no kernel of its own:
-Ampere GPUs, and float32. The counts stay on the device, so the host does not know the number of
-tiles. The grid therefore has a program for every tile that there could be, and a program without
-rows returns at once.
+These kernels are for cases in which ``torch.nn.functional.grouped_mm`` has no kernel of its own
+(Ampere GPUs, and float32), and for what it cannot do: to gather the rows of a weight's gradient,
+and to add that gradient to what is there. The counts stay on the device, so the host does not know
+the number of tiles. The grid therefore has a program for every tile that there could be, and a
+program without rows returns at once. Column tiles are numbered first, so that an expert's weight
+stays in the L2 cache while its rows pass once.
 """
 
 from __future__ import annotations
@@ -17,8 +19,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_dynmoe.kernels.operators import operator
+from megatron_dynmoe.kernels.tiles import Grid, Way, launch, tiled
 
-TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 32
+WAYS = (
+    Way(128, 128, 32, warps=8, stages=3),
+    Way(128, 128, 64, warps=8, stages=3),
+    Way(128, 256, 64, warps=8, stages=3),
+    Way(64, 128, 64, warps=4, stages=4),
+    Way(64, 256, 32, warps=4, stages=4),
+)
+# A weight's gradient that is added to another one needs more registers.
+GRADIENT_WAYS = (Way(128, 64, 32, warps=8, stages=3), *WAYS[:2], WAYS[3])
 
 
 def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
@@ -33,71 +44,99 @@ def multiply_rows(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor
         [R, O], contiguous. Rows after those of the last expert are not written.
     """
     output_RO = rows_RI.new_empty(len(rows_RI), weight_EIO.shape[2])
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    tile_ends_E = ((counts_E + TILE_ROWS - 1) // TILE_ROWS).cumsum(0).int()
-    multiply_each_row(rows_RI, weight_EIO, output_RO, ends_E, tile_ends_E)
+    multiply_each_row(rows_RI, weight_EIO, output_RO, ends_E)
     return output_RO
 
 
 @operator("output_RO")
 def multiply_each_row(
-    rows_RI: Tensor, weight_EIO: Tensor, output_RO: Tensor, ends_E: Tensor, tile_ends_E: Tensor
+    rows_RI: Tensor, weight_EIO: Tensor, output_RO: Tensor, ends_E: Tensor
 ) -> None:
-    """Launch the kernel of :func:`multiply_rows`.
-
-    Args:
-        tile_ends_E: [E] int32, the index after each expert's last tile.
-    """
+    """Launch the kernel of :func:`multiply_rows`."""
     num_experts, inner, columns = weight_EIO.shape
-    grid = (
-        triton.cdiv(len(rows_RI), TILE_ROWS) + num_experts,
-        triton.cdiv(columns, TILE_COLUMNS),
-    )
-    _multiply_rows[grid](
-        rows_RI, weight_EIO, output_RO, ends_E, tile_ends_E,
+    launch(
+        _multiply_rows, tiles_of_rows(len(rows_RI), num_experts, columns),
+        rows_RI, weight_EIO, output_RO, ends_E,
         num_experts, inner, columns, *rows_RI.stride(), *weight_EIO.stride(),
-        WIDTH=triton.next_power_of_2(num_experts), **_dot_of(rows_RI),
-        TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, TILE_INNER=TILE_INNER, num_warps=8,
+        WIDTH=triton.next_power_of_2(num_experts), **dot_of(rows_RI),
     )  # fmt: skip
 
 
-def multiply_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
+def multiply_by_rows(
+    left_RO: Tensor,
+    right_RI: Tensor,
+    ends_E: Tensor,
+    left_row_R: Tensor | None = None,
+    right_row_R: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:
     """Sum ``left[r]^T right[r]`` over the rows of each expert; this is a weight's gradient.
 
     Args:
         left_RO: [R, O], floating, the rows of expert 0 first.
         right_RI: [R, I], the same dtype.
         ends_E: [E] int32, the index after each expert's last row; at most R.
+        left_row_R: [R] int64, if given: row r lies there in ``left_RO``, which may have any length.
+        right_row_R: the same for ``right_RI``.
+        add_to: [E, O, I], contiguous, any floating dtype, to which the sums are added.
 
     Returns:
-        [E, O, I], zero for an expert without rows.
+        ``add_to``, or [E, O, I], zero for an expert without rows.
     """
-    output_EOI = left_RO.new_empty(len(ends_E), left_RO.shape[1], right_RI.shape[1])
-    multiply_all_rows(left_RO, right_RI, output_EOI, ends_E)
+    output_EOI = add_to
+    if output_EOI is None:
+        output_EOI = left_RO.new_empty(len(ends_E), left_RO.shape[1], right_RI.shape[1])
+    adds = add_to is not None
+    multiply_all_rows(left_RO, right_RI, output_EOI, ends_E, left_row_R, right_row_R, adds)
     return output_EOI
 
 
 @operator("output_EOI")
 def multiply_all_rows(
-    left_RO: Tensor, right_RI: Tensor, output_EOI: Tensor, ends_E: Tensor
-) -> None:
+    left_RO: Tensor, right_RI: Tensor, output_EOI: Tensor, ends_E: Tensor,
+    left_row_R: Tensor | None, right_row_R: Tensor | None, adds: bool,
+) -> None:  # fmt: skip
     """Launch the kernel of :func:`multiply_by_rows`."""
     height, width = left_RO.shape[1], right_RI.shape[1]
-    grid = (len(ends_E), triton.cdiv(height, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS))
-    _multiply_by_rows[grid](
-        left_RO, right_RI, output_EOI, ends_E,
-        height, width, *left_RO.stride(), *right_RI.stride(), **_dot_of(left_RO),
-        TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, TILE_INNER=TILE_INNER, num_warps=8,
+
+    def grid(tile: dict[str, Any]) -> tuple[int, ...]:
+        lines = triton.cdiv(height, tile["TILE_ROWS"])
+        return triton.cdiv(width, tile["TILE_COLUMNS"]), lines, len(ends_E)
+
+    launch(
+        _multiply_by_rows, grid,
+        left_RO, right_RI, output_EOI, ends_E, left_row_R, right_row_R,
+        height, width, *left_RO.stride(), *right_RI.stride(), ADDS=adds, **dot_of(left_RO),
     )  # fmt: skip
 
 
-@register_flop_formula([multiply_each_row, multiply_all_rows])
-def _flops(left_shape: Any, right_shape: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of [R, I] times [E, I, O], an expert a row, or of [R, O] times [R, I]."""
-    return 2 * left_shape[0] * left_shape[1] * right_shape[-1]
+@register_flop_formula(multiply_each_row)
+def _flops(rows_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of [R, I] times [E, I, O], an expert a row."""
+    return 2 * rows_shape[0] * rows_shape[1] * weight_shape[-1]
 
 
-def _dot_of(values: Tensor) -> dict[str, Any]:
+@register_flop_formula(multiply_all_rows)
+def _flops_of_gradient(
+    left_shape: Any, right_shape: Any, output: Any, ends: Any, left_row: Any, *_: Any, **__: Any
+) -> int:
+    """FLOPs of [R, O] times [R, I]; one of them at most is gathered."""
+    rows = right_shape[0] if left_row else left_shape[0]
+    return 2 * rows * left_shape[1] * right_shape[1]
+
+
+def tiles_of_rows(num_rows: int, num_experts: int, columns: int) -> Grid:
+    """A grid with a program for each tile that there could be; see :func:`tile_of`."""
+
+    def grid(tile: dict[str, Any]) -> tuple[int, ...]:
+        # Every expert may have a tile that is not full. Axis 0 may be the longest.
+        of_rows = triton.cdiv(num_rows, tile["TILE_ROWS"]) + num_experts
+        return (of_rows * triton.cdiv(columns, tile["TILE_COLUMNS"]),)
+
+    return grid
+
+
+def dot_of(values: Tensor) -> dict[str, Any]:
     """Choose the precision of products; float32 follows PyTorch's own setting for TF32."""
     tf32 = torch.backends.cuda.matmul.allow_tf32 and values.dtype == torch.float32
     return {
@@ -108,40 +147,59 @@ def _dot_of(values: Tensor) -> dict[str, Any]:
 
 
 @triton.jit
-def _add_product(total, left, right, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def add_product(total, left, right, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """``total + left @ right`` in float32."""
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
+def tile_of(
+    ends_ptr, num_experts, columns,
+    WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Find this program's tile: expert (or ``num_experts``: none), first row, end, first column."""
+    column_tiles = tl.cdiv(columns, TILE_COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    first_column = (tl.program_id(0) % column_tiles * TILE_COLUMNS).to(tl.int64)
+    experts = tl.arange(0, WIDTH)
+    exists = experts < num_experts
+    ends = tl.load(ends_ptr + experts, mask=exists, other=0)
+    starts = tl.load(ends_ptr + experts - 1, mask=exists & (experts > 0), other=0)
+    tiles = tl.where(exists, (ends - starts + TILE_ROWS - 1) // TILE_ROWS, 0)
+    is_before = exists & (tl.cumsum(tiles, axis=0) <= tile)
+    expert = tl.sum(is_before.to(tl.int32), axis=0)
+    # Rows before this expert's tile, whose own tiles may not be full.
+    is_expert = experts == expert
+    start = tl.sum(tl.where(is_expert, starts, 0), axis=0)
+    end = tl.sum(tl.where(is_expert, ends, 0), axis=0)
+    tiles_before = tl.sum(tl.where(is_before, tiles, 0), axis=0)
+    first_row = (start + (tile - tiles_before) * TILE_ROWS).to(tl.int64)
+    return expert, first_row, end, first_column
+
+
+@tiled("inner", "columns", ways=WAYS)
+@triton.jit
 def _multiply_rows(
-    rows_ptr, weight_ptr, output_ptr, ends_ptr, tile_ends_ptr,
+    rows_ptr, weight_ptr, output_ptr, ends_ptr,
     num_experts, inner, columns, row_step, row_column_step,
     weight_expert_step, weight_inner_step, weight_column_step,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip
-    # 1. Find the expert of this tile; tiles are numbered expert by expert
-    tile = tl.program_id(0)
-    experts = tl.arange(0, WIDTH)
-    exists = experts < num_experts
-    tile_ends = tl.load(tile_ends_ptr + experts, mask=exists, other=2147483647)
-    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    expert, first_row, end, first_column = tile_of(
+        ends_ptr, num_experts, columns, WIDTH, TILE_ROWS, TILE_COLUMNS
+    )
     if expert >= num_experts:
         return
-    first_tile = tl.load(tile_ends_ptr + expert - 1, mask=expert > 0, other=0)
-    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends_ptr + expert)
-    first_row = (start + (tile - first_tile) * TILE_ROWS).to(tl.int64)
-    first_column = (tl.program_id(1) * TILE_COLUMNS).to(tl.int64)
     row = tl.arange(0, TILE_ROWS)[:, None]
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     place = tl.arange(0, TILE_INNER)
     is_row, is_column = row < end - first_row, column < columns - first_column
-    # 2. Multiply. Only a tile's first place takes 64 bits: those of all its values would not fit
-    # into the registers.
+    # Only a tile's first place takes 64 bits: those of all its values would not fit into the
+    # registers.
     left_ptrs = (
         rows_ptr + first_row * row_step + (row * row_step + place[None, :] * row_column_step)
     )
@@ -152,7 +210,7 @@ def _multiply_rows(
     for at in range(0, inner, TILE_INNER):
         left = tl.load(left_ptrs, mask=is_row & (place[None, :] < inner - at), other=0.0)
         right = tl.load(right_ptrs, mask=is_column & (place[:, None] < inner - at), other=0.0)
-        total = _add_product(total, left, right, PRECISION, WIDEN)
+        total = add_product(total, left, right, PRECISION, WIDEN)
         left_ptrs += TILE_INNER * row_column_step
         right_ptrs += TILE_INNER * weight_inner_step
     output_ptr += first_row * columns + first_column
@@ -160,32 +218,40 @@ def _multiply_rows(
     tl.store(output_ptr + row * columns + column, total, is_row & is_column)
 
 
+@tiled("height", "width", "ADDS", ways=GRADIENT_WAYS, changes="output_ptr")
 @triton.jit
 def _multiply_by_rows(
-    left_ptr, right_ptr, output_ptr, ends_ptr,
+    left_ptr, right_ptr, output_ptr, ends_ptr, left_index_ptr, right_index_ptr,
     height, width, left_row_step, left_column_step, right_row_step, right_column_step,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ADDS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(0)
+    expert = tl.program_id(2)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
     line = (tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS))[:, None]
-    column = (tl.program_id(2) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS))[None, :]
+    column = (tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS))[None, :]
     total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     for at in range(start, end, TILE_INNER):
         row = (at + tl.arange(0, TILE_INNER)).to(tl.int64)
+        left_row, right_row = row, row
+        if left_index_ptr is not None:
+            left_row = tl.load(left_index_ptr + row, mask=row < end, other=0)
+        if right_index_ptr is not None:
+            right_row = tl.load(right_index_ptr + row, mask=row < end, other=0)
         left = tl.load(
-            left_ptr + row[None, :] * left_row_step + line * left_column_step,
+            left_ptr + left_row[None, :] * left_row_step + line * left_column_step,
             mask=(row[None, :] < end) & (line < height),
             other=0.0,
         )
         right = tl.load(
-            right_ptr + row[:, None] * right_row_step + column * right_column_step,
+            right_ptr + right_row[:, None] * right_row_step + column * right_column_step,
             mask=(row[:, None] < end) & (column < width),
             other=0.0,
         )
-        total = _add_product(total, left, right, PRECISION, WIDEN)
-    output_ptr += expert.to(tl.int64) * height * width
+        total = add_product(total, left, right, PRECISION, WIDEN)
+    output_ptrs = output_ptr + expert.to(tl.int64) * height * width + (line * width + column)
     inside = (line < height) & (column < width)
-    tl.store(output_ptr + line * width + column, total.to(output_ptr.dtype.element_ty), inside)
+    if ADDS:
+        total += tl.load(output_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output_ptrs, total.to(output_ptr.dtype.element_ty), inside)

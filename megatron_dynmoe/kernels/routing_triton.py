@@ -28,7 +28,8 @@ from megatron_dynmoe.routing.route import Routing, check_positions
 from megatron_dynmoe.routing.select import most_experts
 
 ELEMENTS_PER_PROGRAM = 2048
-WARPS_TO_SORT = 8  # with 4, the elements that a thread sorts would not fit into its registers
+# With half as many, the elements of a thread would not fit into its registers.
+WARPS_FORWARD, WARPS_BACKWARD = 8, 16
 NEVER_EXCEEDED = tl.constexpr(2**63 - 1)
 
 
@@ -180,7 +181,7 @@ def route_forward(
         logits_TE, threshold, theta, valid_T,
         weights_TE, map_TE, experts_T, prob_sums, entropies, assignments, not_finite,
         most, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
-        TOP=max(2, triton.next_power_of_2(most)), num_warps=WARPS_TO_SORT,
+        TOP=max(2, triton.next_power_of_2(most)), num_warps=WARPS_FORWARD,
     )  # fmt: skip
 
 
@@ -211,6 +212,7 @@ def route_backward(
     _backward[grid](
         logits_TE, map_TE, theta, valid_T, d_weights_TE, d_sums_BE, d_entropy,
         d_logits_TE, d_thetas, **_settings(logits_TE, theta, valid_T, num_sequences, renormalize),
+        num_warps=WARPS_BACKWARD,
     )  # fmt: skip
 
 

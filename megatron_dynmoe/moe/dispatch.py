@@ -18,6 +18,7 @@ from megatron_dynmoe.moe.permute import (
     permute,
     rows_of,
     unpermute,
+    weights_of,
 )
 from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
 from megatron_dynmoe.routing.counters import RoutingCounters
@@ -49,6 +50,8 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     row_order: RowOrder | None
     # Those that are permuted, [T, D], from dispatch to the experts if they gather rows again.
     tokens: torch.Tensor | None = None
+    # Whether the experts of this pass take the tokens and their order in place of rows.
+    leaves_tokens: bool = False
 
     def make_room(self, rows_per_token: float, counters: RoutingCounters) -> None:
         """Make room in the passes that follow for this mean, and count those that need more."""
@@ -91,7 +94,7 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             probs: [T, E], the weights.
 
         Returns:
-            Rows [R, D] and their weights [R].
+            Rows [R, D], or the tokens if the experts gather them, and the weights of the rows, [R].
         """
         if self.config.moe_permute_fusion:  # Transformer Engine's kernels
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
@@ -111,14 +114,20 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.row_order = order_rows(
             routing_map, int(self.num_out_tokens), all_used=self.rows_per_token is None
         )
+        if self.leaves_tokens:
+            return tokens_TD, weights_of(probs, self.row_order)
         self.tokens = tokens_TD.detach() if self.gathers_again else None
         return permute(tokens_TD, probs, self.row_order)
 
     @property
     def gathers_again(self) -> bool:
         """Whether the backward pass gathers the rows again: they came from no other rank."""
-        alone = self.ep_size * self.tp_size == 1 and not self.config.moe_permute_fusion
-        return alone and recomputes_activations(self.config)
+        return self.has_all_experts and recomputes_activations(self.config)
+
+    @property
+    def has_all_experts(self) -> bool:
+        """Whether no row travels, and the order of rows is ours."""
+        return self.ep_size * self.tp_size == 1 and not self.config.moe_permute_fusion
 
     def keeping_no_rows(self, rows_RD: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """Let the experts, which run within, keep the tokens instead of their rows, if possible."""
@@ -150,7 +159,10 @@ class VariableKAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             return super().combine_postprocess(permutated_local_input_tokens)
         row_order, self.row_order = self.row_order, None
         assert row_order is not None
-        output = unpermute(permutated_local_input_tokens, row_order).view(self.hidden_shape)
+        output = permutated_local_input_tokens
+        if not self.leaves_tokens:
+            output = unpermute(output, row_order)
+        output = output.view(self.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output

@@ -25,7 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from megatron_dynmoe.moe.fused import fused_experts, is_fused
 from megatron_dynmoe.moe.grouped_linear import grouped_linear
+from megatron_dynmoe.moe.permute import RowOrder
 from megatron_dynmoe.moe.recompute import computed_again, recomputes_activations
 
 _EXTRA_STATE = "_extra_state"
@@ -85,7 +87,11 @@ class GroupedExperts(MegatronModule):
         self.weight1, self.weight2 = _stacked(weights1), _stacked(weights2)
 
     def forward(
-        self, hidden_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor
+        self,
+        hidden_RD: Tensor,
+        tokens_per_expert: Tensor,
+        probs_R: Tensor,
+        order: RowOrder | None = None,
     ) -> tuple[Tensor, None]:
         """Run every row through its expert and weight the result.
 
@@ -93,10 +99,16 @@ class GroupedExperts(MegatronModule):
             hidden_RD: [R, D], the rows of expert 0, then those of expert 1, ...
             tokens_per_expert: [E] int64, on any device; sums to R.
             probs_R: [R] float32, the rows' weights.
+            order: if given, ``hidden_RD`` are tokens, [T, D], of which these are the rows; only if
+                the experts :meth:`gather <gathers>`.
 
         Returns:
-            [R, D] in the input's dtype, and None for a bias.
+            [R, D] (or each token's sum, [T, D]) in the input's dtype, and None for a bias.
         """
+        if self.gathers(hidden_RD):
+            weights = self.weight1, self.weight2
+            return fused_experts(hidden_RD, probs_R, *weights, tokens_per_expert, order), None
+        assert order is None
         gate_up = grouped_linear(hidden_RD, self.weight1, tokens_per_expert)
         weighted_RF = self._activated(gate_up, probs_R)
         again: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -105,6 +117,11 @@ class GroupedExperts(MegatronModule):
             again = computed_again(weighted_RF, partial(self._activated, *inputs))
         with again:
             return grouped_linear(weighted_RF, self.weight2, tokens_per_expert), None
+
+    def gathers(self, tokens: Tensor) -> bool:
+        """Whether these experts take tokens and the order of their rows in place of the rows."""
+        sizes = self.weight1.shape[1:], self.weight2.shape[1:]
+        return is_fused(tokens.device, tokens.dtype, *sizes[0], *sizes[1])
 
     def _activated(self, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
         """As in upstream, the weights multiply the activations and not the outputs."""

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dynmoe import kernels
-
 ALIGNMENT_BYTES = 16  # grouped_mm wants rows whose size is a multiple of this
 
 
@@ -24,20 +22,11 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
         [R, O].
     """
     device = rows_RI.device
-    if len(rows_RI) and has_grouped_gemm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
-        ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0).int()
-        if uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
-            return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert == 0)
-        return _KernelLinear.apply(rows_RI, weight_EOI, ends)
+    if len(rows_RI) and uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
+        ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert == 0)
     counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
     return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
-
-
-def has_grouped_gemm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether one call runs these GEMMs and takes the counts on the device."""
-    if uses_grouped_mm(device, dtype, *sizes):
-        return True
-    return dtype != torch.float64 and kernels.available(device)  # kernels add up in float32
 
 
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
@@ -46,8 +35,8 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bo
     On a GPU ``grouped_mm`` has a kernel only for bf16 on Hopper and later. In all other cases it
     copies the counts to the host and loops over experts. The loop in this module does the same, but
     mostly without the copy, because the dispatcher has already made it.
-    :mod:`megatron_dynmoe.kernels.grouped_gemm` needs neither loop nor copy. On a CPU ``grouped_mm``
-    is as fast as the loop or up to 12 % faster (docs/backends.md).
+    :mod:`megatron_dynmoe.moe.fused` needs neither loop nor copy. On a CPU ``grouped_mm`` is as fast
+    as the loop or up to 12 % faster (docs/backends.md).
     """
     if any(size * dtype.itemsize % ALIGNMENT_BYTES for size in sizes):
         return False
@@ -98,24 +87,6 @@ def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
 def _are_on_host(counts_E: Tensor) -> bool:
     """Whether looking at the counts takes no wait for a device."""
     return counts_E.device.type == "cpu"
-
-
-class _KernelLinear(torch.autograd.Function):
-    """:func:`grouped_linear` with the Triton kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        from megatron_dynmoe.kernels.grouped_gemm import multiply_rows
-
-        ctx.save_for_backward(rows, weight, ends)
-        return multiply_rows(rows, weight.transpose(1, 2), ends)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        from megatron_dynmoe.kernels.grouped_gemm import multiply_by_rows, multiply_rows
-
-        rows, weight, ends = ctx.saved_tensors
-        return multiply_rows(grad, weight, ends), multiply_by_rows(grad, rows, ends), None
 
 
 class _LoopedLinear(torch.autograd.Function):

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.moe.dispatch import VariableKAlltoAllTokenDispatcher
+from megatron_dynmoe.moe.experts import GroupedExperts
 from megatron_dynmoe.moe.flex import VariableKFlexTokenDispatcher
 from megatron_dynmoe.moe.router import DynamicRouter
 
@@ -87,10 +88,17 @@ class DynMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         """Permute the tokens, as upstream does, and note the rows that this rank will receive.
 
-        The first pass of a layer that is recomputed runs without gradients and is not counted.
+        Experts that gather their rows get the tokens as they are. The first pass of a layer that is
+        recomputed runs without gradients and is not counted.
         """
-        rows = super().preprocess(hidden_states, probs, routing_map)
         router, dispatcher = self.router, self.token_dispatcher
+        if isinstance(dispatcher, VariableKAlltoAllTokenDispatcher):
+            dispatcher.leaves_tokens = (
+                dispatcher.has_all_experts
+                and isinstance(self.experts, GroupedExperts)
+                and self.experts.gathers(hidden_states)
+            )
+        rows = super().preprocess(hidden_states, probs, routing_map)
         if (
             isinstance(router, DynamicRouter)
             and isinstance(dispatcher, VariableKAlltoAllTokenDispatcher)
@@ -104,7 +112,11 @@ class DynMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Run the experts as upstream does, without keeping rows that can be gathered again."""
         keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(self.token_dispatcher, VariableKAlltoAllTokenDispatcher):
-            keeping = self.token_dispatcher.keeping_no_rows(hidden_states)
+        dispatcher = self.token_dispatcher
+        if isinstance(dispatcher, VariableKAlltoAllTokenDispatcher):
+            if dispatcher.leaves_tokens:
+                tokens_TD, counts_E, probs_R = dispatcher.dispatch_postprocess(hidden_states, probs)
+                return self.experts(tokens_TD, counts_E, probs_R, order=dispatcher.row_order)
+            keeping = dispatcher.keeping_no_rows(hidden_states)
         with keeping:
             return super().routed_experts_compute(hidden_states, probs)

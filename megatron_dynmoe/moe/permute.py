@@ -92,10 +92,15 @@ def permute(tokens_TD: Tensor, weights_TE: Tensor, order: RowOrder) -> tuple[Ten
         [R, D] and [R], differentiable in tokens and weights. The gradients of a token's rows are
         added in a fixed order, without atomics; on CUDA in float32.
     """
+    return _Gather.apply(tokens_TD, order), weights_of(weights_TE, order)
+
+
+def weights_of(weights_TE: Tensor, order: RowOrder) -> Tensor:
+    """Gather the rows' weights, [R], with a gradient; see :func:`permute`."""
     weights = weights_TE.reshape(-1)
     if not order.all_used:  # the gradients of unused rows go to one extra element
         weights = torch.nn.functional.pad(weights, (0, 1))
-    return _Gather.apply(tokens_TD, order), weights.index_select(0, order.weight_R)
+    return weights.index_select(0, order.weight_R)
 
 
 def unpermute(rows_RD: Tensor, order: RowOrder) -> Tensor:

@@ -32,7 +32,7 @@ ON_CPU = (
     "torch.arange(len(routing_map), device='cpu')",
 )
 # In a function that may make something else on the host, and a single number.
-ON_CPU_TOO = ("moe/experts.py", "device = rows_RI.device", "torch.arange(3, device='cpu')")
+ON_CPU_TOO = ("moe/grouped_linear.py", "device = rows_RI.device", "torch.arange(3, device='cpu')")
 NUMBER = (
     "moe/dispatch.py",
     "self.probs, self.routing_map = probs, routing_map",
@@ -60,6 +60,12 @@ def spread():
 def alone():
     """One GPU that has room for the worst case, with Triton's kernels."""
     return dry_run(ONE_RANK, 1, "1")
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """The same with fused experts."""
+    return dry_run(ONE_RANK, 1, "fused")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,16 @@ def test_the_planner_is_near(spread, alone):
 
 def test_flops_are_those_of_the_planner(spread):
     assert sum(spread.result.flops.values()) == pytest.approx(spread.planned_flops, rel=0.05)
+
+
+def test_fused_experts_keep_less_and_take_fewer_kernels(alone, fused):
+    assert fused.result.mistakes == [] and waits_in_layers(fused) == []
+    assert fused.result.peak_bytes["forward"] < alone.result.peak_bytes["forward"]
+    assert sum(fused.result.flops.values()) == sum(alone.result.flops.values())
+    limits = {"dispatch, combine": (9, 3), "experts": (4, 7)}
+    for row in fused.result.kernels:
+        most = limits.get(row.part, (row.forward, row.backward))
+        assert row.forward <= most[0] and row.backward <= most[1], row
 
 
 def test_rows_without_a_token_are_computed_too(alone):
@@ -197,11 +213,12 @@ def test_a_planted_item_is_found_and_named(planted, spread):
 def test_a_planted_tensor_on_the_cpu_is_found_and_named(planted):
     run, lines = planted
     mistakes = {mistake.line: mistake for mistake in run.result.mistakes}
-    assert len(mistakes) == len(run.result.mistakes) == 3
-    # A step has two layers and two micro-batches; the experts' function runs twice in each.
+    # The experts' function is called from two lines.
+    assert (len(mistakes), len(run.result.mistakes)) == (3, 4)
+    # A step has two layers and two micro-batches.
     for planted_one, made, per_step in (
         (ON_CPU, "arange [32]", 4),
-        (ON_CPU_TOO, "arange [3]", 8),
+        (ON_CPU_TOO, "arange [3]", 4),
         (NUMBER, "zeros []", 4),
     ):
         mistake = mistakes[f"megatron_dynmoe/{lines[planted_one[2]]}"]

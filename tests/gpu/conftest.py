@@ -35,10 +35,10 @@ def _initialize_nccl() -> None:
     parallel_state.initialize_model_parallel()
 
 
-@pytest.fixture(params=["0", "1"], ids=["plain", "kernels"])
+@pytest.fixture(params=["0", "1", "fused"], ids=["plain", "kernels", "fused"])
 def setting(request, monkeypatch) -> str:
-    """Both values of DYNMOE_KERNELS."""
-    if request.param == "1":
+    """All values of DYNMOE_KERNELS."""
+    if request.param != "0":
         pytest.importorskip("triton")
     monkeypatch.setenv("DYNMOE_KERNELS", request.param)
     return request.param

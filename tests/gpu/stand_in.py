@@ -24,15 +24,15 @@ def take_the_ways_of_cuda(replace: Callable[[Any, str, Any], None] = setattr) ->
     """
     from megatron_dynmoe import kernels
     from megatron_dynmoe.backends import choice
-    from megatron_dynmoe.moe import grouped_linear, permute
+    from megatron_dynmoe.moe import fused, grouped_linear, permute
 
     of_this_device = grouped_linear.uses_grouped_mm
 
     def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
         return dtype == torch.bfloat16 and of_this_device(device, dtype, *sizes)
 
-    replace(kernels, "available", lambda device: kernels.asked_for() == "1")
+    replace(kernels, "available", lambda device: kernels.asked_for() in ("1", "fused"))
     replace(kernels, "_is_plain_cpu", lambda values: False)
     replace(permute, "scatters_in_order", lambda device: False)
-    for module in (grouped_linear, choice):
+    for module in (fused, grouped_linear, choice):
         replace(module, "uses_grouped_mm", uses_grouped_mm)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_dynmoe.moe import permute
+from megatron_dynmoe.moe.fused import fused_experts
 from megatron_dynmoe.moe.grouped_linear import grouped_linear, uses_grouped_mm
 from tests.gpu.stand_in import ON_GPU
 from tests.kernels.device import DEVICE
@@ -48,6 +49,21 @@ def test_experts_equal_products_one_by_one_and_without_rows_have_zero_gradients(
     assert_close(weight.grad, want)
     unused = [count == 0 for count in COUNTS]
     assert not weight.grad[unused].any()  # to the bit
+
+
+@either_dtype
+def test_fused_experts_without_rows_have_zero_gradients(poisoned_memory, dtype):
+    pytest.importorskip("triton")
+    rows = normal(sum(COUNTS), INPUTS, dtype=dtype)
+    first = normal(len(COUNTS), 2 * OUTPUTS, INPUTS, dtype=dtype)
+    second = normal(len(COUNTS), INPUTS, OUTPUTS, dtype=dtype)
+    probs, counts = torch.ones(sum(COUNTS), device=DEVICE), torch.tensor(COUNTS, device=DEVICE)
+    with poisoned_memory():
+        fused_experts(rows, probs, first, second, counts).float().square().sum().backward()
+    unused = [count == 0 for count in COUNTS]
+    for weight in (first, second):
+        assert weight.grad.isfinite().all() and weight.grad.any()
+        assert not weight.grad[unused].any()  # to the bit
 
 
 def test_grouped_mm_runs_without_a_copy_to_the_host(never_waiting):

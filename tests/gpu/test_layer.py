@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dynmoe.moe.grouped_linear import has_grouped_gemm
+from megatron_dynmoe.moe import fused, grouped_linear
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.gpu.stand_in import ON_GPU
 from tests.kernels.device import DEVICE
@@ -66,7 +66,8 @@ def assert_alike(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
 
 def with_room(dtype: torch.dtype, room: str = "worst_case"):
     """A layer that does not count its rows; ``overflow`` has too little room for them."""
-    if not has_grouped_gemm(torch.device(DEVICE), dtype, D, FFN):
+    sizes = torch.device(DEVICE), dtype, D, FFN
+    if not (fused.is_fused(*sizes) or grouped_linear.uses_grouped_mm(*sizes)):
         pytest.skip("no grouped GEMM here: it needs Hopper or later, or DYNMOE_KERNELS=1")
     layer = layer_of(dtype, row_buffer="worst_case")
     if room == "overflow":
@@ -78,10 +79,23 @@ def with_room(dtype: torch.dtype, room: str = "worst_case"):
 def test_kernels_change_no_result(monkeypatch, dtype):
     pytest.importorskip("triton")
     results = []
-    for setting in ("0", "1"):
+    for setting in ("0", "1", "fused"):
         monkeypatch.setenv("DYNMOE_KERNELS", setting)
         results.append(one_step(layer_of(dtype)))
-    assert_alike(results[1], results[0])
+    for with_kernels in results[1:]:
+        assert_alike(with_kernels, results[0])
+
+
+@either_dtype
+@pytest.mark.parametrize("setting", ["1", "fused"])
+def test_experts_are_fused_if_asked_for_or_if_there_is_no_grouped_gemm(monkeypatch, dtype, setting):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("DYNMOE_KERNELS", setting)
+    layer = layer_of(dtype)
+    one_step(layer)
+    has_grouped_mm = grouped_linear.uses_grouped_mm(torch.device(DEVICE), dtype, D, FFN)
+    is_fused = setting == "fused" or not has_grouped_mm
+    assert layer.token_dispatcher.leaves_tokens == is_fused
 
 
 @either_dtype

@@ -13,6 +13,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -20,36 +22,42 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dynmoe.kernels import grouped_gemm, permute, rope, routing_triton
+from megatron_dynmoe.kernels import fused_experts, grouped_gemm, permute, rope, routing_triton
 
 # Compute capability to the shared memory of a block, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TILES = {"TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_INNER": 32}
 
 
-def cases():
-    """A kernel, its pointers' types, its constants, and its number of warps."""
+class Case(NamedTuple):
+    """A kernel, its pointers' types, its constants, and from which GPUs on it is used."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    since: int = min(TARGETS)
+
+
+def cases() -> Iterator[Case]:
     for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
-        settings = TILES | {"PRECISION": precision, "WIDEN": False}
-        values = dict.fromkeys(["rows_ptr", "weight_ptr", "output_ptr"], dtype)
-        counts = {"ends_ptr": "i32", "tile_ends_ptr": "i32"}
-        yield grouped_gemm._multiply_rows, values | counts, settings | {"WIDTH": 16}, 8
-        values = dict.fromkeys(["left_ptr", "right_ptr", "output_ptr"], dtype)
-        yield grouped_gemm._multiply_by_rows, values | counts, settings, 8
+        yield from tiled_cases(dtype, {"PRECISION": precision, "WIDEN": False})
     for dtype in ("bf16", "fp32"):
         types = {"rows_ptr": dtype, "sums_ptr": dtype, "row_of_slot_ptr": "i64", "ends_ptr": "i64"}
-        yield permute._sum_rows, types, {"BLOCK": permute.BLOCK}, 4
+        yield Case(permute._sum_rows, types, {"BLOCK": permute.BLOCK}, 4)
     for width in (16, 512):
         block = permute._tokens_per_program(width)
         settings = {"BLOCK": block, "WIDTH": width}
         types = {"map_ptr": "i1", "counts_ptr": "i32", "experts_ptr": "i64"}
-        yield permute._count_chosen, types, settings, 4
+        yield Case(permute._count_chosen, types, settings, 4)
         rows = dict.fromkeys(["ends_ptr", "token_ptr", "weight_ptr", "row_of_slot_ptr"], "i64")
-        yield permute._number_rows, {"map_ptr": "i1", "counted_ptr": "i64"} | rows, settings, 4
+        yield Case(
+            permute._number_rows, {"map_ptr": "i1", "counted_ptr": "i64"} | rows, settings, 4
+        )
     for dtype in ("bf16", "fp32"):
         for back in (True, False):
             settings = {"INTERLEAVED": False, "BACK": back, "HEADS": 32, "PAIRS": 64}
-            yield rope._rotate, {"values_ptr": dtype, "rotated_ptr": dtype}, settings, 4
+            yield Case(rope._rotate, {"values_ptr": dtype, "rotated_ptr": dtype}, settings, 4)
     for width, top in ((2, 2), (16, 16), (64, 64), (128, 16), (512, 32)):
         # With all that a router may have, and with nothing of it.
         for full in (True, False):
@@ -60,58 +68,116 @@ def cases():
                 settings |= {"theta_ptr": None, "valid_ptr": None}
             types = {"logits_ptr": "fp32", "map_ptr": "i1", "valid_ptr": "i1"}
             types |= {"experts_ptr": "i64", "assignments_ptr": "i32", "not_finite_ptr": "i32"}
-            yield (
-                routing_triton._forward,
-                types,
-                settings | {"TOP": top},
-                routing_triton.WARPS_TO_SORT,
-            )
-            yield routing_triton._backward, types, settings, 4
+            top_settings, warps = settings | {"TOP": top}, routing_triton.WARPS_FORWARD
+            yield Case(routing_triton._forward, types, top_settings, warps)
+            yield Case(routing_triton._backward, types, settings, routing_triton.WARPS_BACKWARD)
         parts = {"assignments_ptr": "i32", "not_finite_ptr": "i32"}
         parts |= {"assignments_out": "i64", "not_finite_out": "i64"}
-        yield routing_triton._add_up_parts, parts, {"PARTS": block, "WIDTH": width}, 4
+        yield Case(routing_triton._add_up_parts, parts, {"PARTS": block, "WIDTH": width}, 4)
 
 
-def compile_case(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
-    """The compiled kernel, and what the assembler (``ptxas -v``) says of it."""
+def tiled_cases(dtype: str, settings: dict):
+    """The GEMMs; in bf16 in each way to cut them into tiles, of which a GPU may refuse some."""
+    counts = {"ends_ptr": "i32", "token_ptr": "i64"}
+    index = {"left_index_ptr": "i64", "right_index_ptr": "i64"}
+    wide = settings | {"WIDTH": 16}
+    by_rows = settings | {"left_column_step": 1, "right_column_step": 1}
+    values = dict.fromkeys(["rows_ptr", "weight_ptr", "output_ptr"], dtype)
+    for step in ("weight_inner_step", "weight_column_step"):  # forward, backward
+        steps = {"row_column_step": 1, step: 1}
+        yield from ways_of(
+            grouped_gemm._multiply_rows, grouped_gemm.WAYS, values | counts, wide | steps
+        )
+    values = dict.fromkeys(["left_ptr", "right_ptr", "output_ptr"], dtype)
+    for gathered in ("left_index_ptr", "right_index_ptr"):
+        given = {name: None for name in index if name != gathered}
+        yield from ways_of(
+            grouped_gemm._multiply_by_rows,
+            grouped_gemm.GRADIENT_WAYS,
+            values | counts | index,
+            by_rows | {"ADDS": False} | given,
+        )
+    adding = values | counts | {"output_ptr": "fp32"}
+    in_place = by_rows | {"ADDS": True} | dict.fromkeys(index)
+    yield from ways_of(grouped_gemm._multiply_by_rows, grouped_gemm.GRADIENT_WAYS, adding, in_place)
+    names = ("tokens", "d_output", "weight", "gate_up", "activated", "d_gate_up")
+    values = {f"{name}_ptr": dtype for name in names}
+    for given in ({}, {"token_ptr": None}):
+        for kernel, ways in (
+            (fused_experts._gate_and_up, fused_experts.WAYS),
+            (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
+        ):
+            yield from ways_of(kernel, ways, values | counts, wide | given)
+
+
+def ways_of(kernel, ways, types: dict[str, str], settings: dict):
+    """A kernel's ways in bf16, the narrow type; else the first, for which there is room."""
+    for way in ways if "bf16" in types.values() else ways[:1]:
+        constants = settings | way.config.kwargs
+        yield Case(kernel.fn, types, constants, way.warps, way.stages, way.since)
+
+
+def compile_case(case: Case, capability: int):
+    """The compiled kernel, and what the assembler (``ptxas -v``) says of it.
+
+    Addresses, sizes and steps (but those of 1) are multiples of 16, as in a layer. Triton knows so
+    when it launches a kernel, and copies straight into shared memory then.
+    """
 
     def type_of(name: str) -> str:
-        if name in constants:
+        if name in case.constants:
             return "constexpr"
         if name.endswith(("_ptr", "_out")):
-            return "*" + types.get(name, "fp32")
+            return "*" + case.types.get(name, "fp32")
         return "fp32" if name == "epsilon" else "i32"
 
-    signature = {name: type_of(name) for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    signature = {name: type_of(name) for name in case.kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name != "num_experts")
+    }
+    source = ASTSource(
+        fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned
+    )
     target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        compiled = triton.compile(source, target=target, options=options)
     return compiled, said.getvalue()
 
 
-def main() -> None:
+def main() -> int:
     seen: set[str] = set()
+    mistakes = 0
     triton.knobs.nvidia.dump_ptxas_log = True
-    for kernel, types, constants, warps in cases():
-        if "quick" in sys.argv and (kernel.__name__ in seen or constants.get("WIDTH") == 2):
+    for case in cases():
+        name = case.kernel.__name__
+        if "quick" in sys.argv and (name in seen or case.constants.get("WIDTH") == 2):
             continue
-        seen.add(kernel.__name__)
+        seen.add(name)
         for capability, limit in TARGETS.items():
-            compiled, said = compile_case(kernel, types, constants, warps, capability)
+            if capability < case.since:
+                continue
+            compiled, said = compile_case(case, capability)
             used, registers = compiled.metadata.shared, re.search(r"Used (\d+) registers", said)[1]
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
             print(
-                f"{kernel.__name__} {constants} sm_{capability}: {used} bytes of shared memory, "
-                f"{registers} registers, {spilled} bytes spilled"
+                f"{name} {case.constants} {case.warps} warps sm_{capability}: {used} bytes of "
+                f"shared memory, {registers} registers, {spilled} bytes spilled"
             )
+            mistake = ""
             if used > limit:
-                raise SystemExit(f"more than the {limit} bytes that a block can have")
-            if spilled:
-                raise SystemExit("more values than registers: use smaller tiles or more warps")
+                mistake = f"more than the {limit} bytes that a block can have"
+            elif spilled:
+                mistake = "more values than registers: use smaller tiles or more warps"
+            if mistake:
+                mistakes += 1
+                print(f"{name} {case.constants} sm_{capability}: {mistake}", file=sys.stderr)
+    return mistakes
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:  # what is compiled already says nothing
         os.environ["TRITON_CACHE_DIR"] = folder
-        main()
+        sys.exit(f"{mistakes} mistakes" if (mistakes := main()) else 0)

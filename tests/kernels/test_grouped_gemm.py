@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_dynmoe.moe import grouped_linear as gemms
 from tests.kernels.device import DEVICE
 
 pytest.importorskip("triton")
+from megatron_dynmoe.kernels import grouped_gemm
 from megatron_dynmoe.kernels.grouped_gemm import multiply_by_rows, multiply_rows
 
 pytestmark = [pytest.mark.megatron, pytest.mark.triton]
@@ -53,6 +53,50 @@ def test_a_weights_gradient_sums_over_its_experts_rows(counts, dtype):
     assert_close(got, torch.stack([one.T @ other for one, other in parts]))
 
 
+@pytest.mark.parametrize("gathers", ["left", "right"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_weights_gradient_gathers_one_of_its_sides(counts, dtype, gathers):
+    num_rows, num_tokens = sum(counts), 7
+    token_R = torch.arange(num_rows, device=DEVICE).mul(3).remainder(num_tokens)
+    tokens, rows = normal(num_tokens, 24, dtype=dtype), normal(num_rows, 140, dtype=dtype)
+    if gathers == "left":
+        got = multiply_by_rows(tokens, rows, ends_of(counts), left_row_R=token_R)
+        want = multiply_by_rows(tokens[token_R], rows, ends_of(counts))
+    else:
+        got = multiply_by_rows(rows, tokens, ends_of(counts), right_row_R=token_R)
+        want = multiply_by_rows(rows, tokens[token_R], ends_of(counts))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weights_gradient_is_added_to_a_buffer_in_the_buffers_precision(dtype):
+    counts = [3, 0, 150]
+    left, right = normal(153, 24, dtype=dtype), normal(153, 40, dtype=dtype)
+    before = normal(3, 24, 40, dtype=torch.float32)
+    buffer = before.clone()
+    assert multiply_by_rows(left, right, ends_of(counts), add_to=buffer) is buffer
+    parts = zip(left.double().split(counts), right.double().split(counts), strict=True)
+    # Not rounded to the rows' dtype in between.
+    assert_close(buffer, torch.stack([one.T @ other for one, other in parts]) + before.double())
+    assert torch.equal(buffer[1], before[1])
+
+
+def test_every_way_to_cut_into_tiles_gives_the_same_products(monkeypatch):
+    counts = [3, 0, 128, 150]
+    rows, weight = normal(281, 70, dtype=torch.float32), normal(4, 70, 300, dtype=torch.float32)
+    right = normal(281, 300, dtype=torch.float32)
+    parts = list(rows.double().split(counts))
+    product = torch.cat([part @ weight[expert].double() for expert, part in enumerate(parts)])
+    rights = right.double().split(counts)
+    gradient = torch.stack([one.T @ other for one, other in zip(parts, rights, strict=True)])
+    for way in {*grouped_gemm.WAYS, *grouped_gemm.GRADIENT_WAYS}:
+        for kernel in (grouped_gemm._multiply_rows, grouped_gemm._multiply_by_rows):
+            monkeypatch.setattr(kernel, "configs", [way.config])
+        assert_close(multiply_rows(rows, weight, ends_of(counts)), product)
+        assert_close(multiply_by_rows(rows, right, ends_of(counts)), gradient)
+
+
 def test_rows_beyond_the_last_expert_are_not_read():
     counts, beyond = [3, 5], 200
     rows = normal(8, 16, dtype=torch.float32)
@@ -61,27 +105,3 @@ def test_rows_beyond_the_last_expert_are_not_read():
     ends = ends_of(counts)
     assert torch.equal(multiply_rows(padded, weight, ends)[:8], multiply_rows(rows, weight, ends))
     assert torch.equal(multiply_by_rows(padded, padded, ends), multiply_by_rows(rows, rows, ends))
-
-
-def test_experts_run_by_it_where_there_is_no_grouped_mm(monkeypatch):
-    counts = torch.tensor([3, 0, 130, 7], device=DEVICE)
-    results = []
-    for use in (False, True):
-        monkeypatch.setattr(gemms, "uses_grouped_mm", lambda *_: False)
-        monkeypatch.setattr(gemms.kernels, "available", lambda device, use=use: use)
-        rows = normal(140, 24, dtype=torch.float32).requires_grad_()
-        weight = normal(4, 16, 24, dtype=torch.float32).requires_grad_()
-        output = gemms.grouped_linear(rows, weight, counts)
-        output.square().sum().backward()
-        results.append((output, rows.grad, weight.grad))
-    assert type(output.grad_fn).__name__ == "_KernelLinearBackward"
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
-
-
-def test_float64_stays_with_the_loop_whose_sums_are_float64(monkeypatch):
-    monkeypatch.setattr(gemms, "uses_grouped_mm", lambda *_: False)
-    monkeypatch.setattr(gemms.kernels, "available", lambda device: True)
-    rows, weight = normal(3, 5, dtype=torch.float64), normal(1, 7, 5, dtype=torch.float64)
-    got = gemms.grouped_linear(rows, weight, torch.tensor([3], device=DEVICE))
-    torch.testing.assert_close(got, rows @ weight[0].T, rtol=1e-14, atol=1e-14)

@@ -7,6 +7,8 @@ ROWS = "tests/moe/test_row_buffer.py"
 ROOM = "tests/distributed/test_row_buffer.py::test_not_a_bit_depends_on_the_room"
 CONTEXT = "tests/distributed/test_context_parallel.py"
 TE = "tests/backends/test_transformer_engine.py"
+FUSED = "tests/moe/test_fused.py"
+FUSED_KERNEL = "tests/kernels/test_fused_experts.py"
 
 MISTAKES = [
     Mutation(
@@ -167,10 +169,39 @@ MISTAKES = [
         "kernels/grouped_gemm.py",
         "inside = (line < height) & (column < width)",
         "inside = (line < height) & (column < width) & (end > start)",
-        (
-            "tests/gpu/test_experts.py::"
-            "test_experts_equal_products_one_by_one_and_without_rows_have_zero_gradients",
-        ),
+        ("tests/gpu/test_experts.py::test_fused_experts_without_rows_have_zero_gradients",),
+    ),
+    Mutation(
+        "gradients_added_and_left_to_the_hook",
+        "a weight's gradient that is in Megatron's buffer already is added to it by the hook, too",
+        "moe/fused.py",
+        "parameter.grad_added_to_main_grad = True",
+        "multiply_by_rows(*operands, add_to=parameter.main_grad)",
+        (f"{FUSED}::test_megatrons_own_buffer_gets_every_gradient_once",),
+    ),
+    Mutation(
+        "tokens_taken_for_rows",
+        "the gradient of the experts' second weight takes tokens' gradients as if they were rows",
+        "moe/fused.py",
+        "return multiply_by_rows(*operands)",
+        "return multiply_by_rows(left, right, ends_E, None, right_row_R)",
+        (f"{FUSED}::test_output_and_gradients_are_those_of_a_loop_over_tokens",),
+    ),
+    Mutation(
+        "unweighted_gradients_of_fused_experts",
+        "the gradients of gate and up leave out the rows' weights",
+        "kernels/fused_experts.py",
+        "d_weighted *= prob",
+        "d_weighted *= 1.0",
+        (f"{FUSED_KERNEL}::test_gradients_of_the_activation_are_those_of_float64",),
+    ),
+    Mutation(
+        "tile_of_the_next_expert",
+        "a tile belongs to the expert after its own",
+        "kernels/grouped_gemm.py",
+        "is_before = exists & (tl.cumsum(tiles, axis=0) <= tile)",
+        "is_before = exists & (tl.cumsum(tiles, axis=0) <= tile + 1)",
+        ("tests/kernels/test_grouped_gemm.py::test_every_experts_rows_meet_its_weight",),
     ),
     Mutation(
         "flex_sends_the_largest_weights",

@@ -1,0 +1,79 @@
+"""How the GEMMs of Triton are cut into tiles: a few ways, of which a device measures the fastest.
+
+A GPU's memory, caches and tensor cores decide which way is the fastest, so it is not written down
+here. The first launch for a shape tries all of them, and Triton keeps the result with its compiled
+kernels, on the disk. Other tiles add up in another order, so that ``--deterministic-mode``, which
+asks for the same bits on every machine of a kind, takes the first way without measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+# How many programs there are, by a way's constants.
+Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+class Way(NamedTuple):
+    """A tile, and the program that computes it.
+
+    Attributes:
+        inner: how much of the inner size a step of the loop takes.
+        stages: how many steps are loaded at a time.
+        since: the first GPUs whose registers suffice, as 10 x their compute capability.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    since: int = 80
+
+    @property
+    def config(self) -> triton.Config:
+        """As Triton has it."""
+        tile = {"TILE_ROWS": self.rows, "TILE_COLUMNS": self.columns, "TILE_INNER": self.inner}
+        return triton.Config(tile, num_warps=self.warps, num_stages=self.stages)
+
+
+def tiled(*key: str, ways: Sequence[Way], changes: str | None = None) -> Callable[[Any], Any]:
+    """Give a kernel its tiles, as the constants TILE_ROWS, TILE_COLUMNS and TILE_INNER.
+
+    Args:
+        key: names of the arguments that decide which way is the fastest.
+        ways: to choose from; the first one is for every GPU.
+        changes: a tensor that a launch adds to, or of which it writes a part. It is put back after
+            every trial.
+    """
+
+    def prune(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
+        major, minor = torch.cuda.get_device_capability()
+        found = zip(configs, ways, strict=True)
+        return [config for config, way in found if way.since <= 10 * major + minor]
+
+    return triton.autotune(
+        [way.config for way in ways],
+        list(key),
+        restore_value=changes and [changes],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )
+
+
+def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
+    """Launch a kernel of :func:`tiled`."""
+    if measures():
+        kernel[grid](*args, **constants)
+    else:
+        kernel.fn[grid](*args, **constants, **kernel.configs[0].all_kwargs())
+
+
+def measures() -> bool:
+    """Whether ways are tried; Triton's interpreter has no time to measure."""
+    is_interpreted = triton.knobs.runtime.interpret
+    return not (is_interpreted or torch.are_deterministic_algorithms_enabled())
