@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from megatron_dynmoe import kernels
-from megatron_dynmoe.moe import experts, fused, grouped_linear, permute
+from megatron_dynmoe.moe import experts, fused, permute
 from megatron_dynmoe.moe.fused import fused_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
 from tests.kernels.device import DEVICE
@@ -28,8 +28,7 @@ def with_kernels(monkeypatch):
     """Triton's, whatever the device, and no grouped GEMM of PyTorch's."""
     monkeypatch.setattr(kernels, "available", lambda device: True)
     monkeypatch.setattr(permute, "scatters_in_order", lambda device: False)
-    for module in (fused, grouped_linear):
-        monkeypatch.setattr(module, "uses_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(fused, "uses_grouped_mm", lambda *_: False)
 
 
 def order_of(unused: int = 0) -> permute.RowOrder:

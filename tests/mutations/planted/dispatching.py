@@ -196,11 +196,11 @@ MISTAKES = [
         (f"{FUSED_KERNEL}::test_gradients_of_the_activation_are_those_of_float64",),
     ),
     Mutation(
-        "tile_of_the_next_expert",
-        "a tile belongs to the expert after its own",
+        "every_tile_at_its_experts_first_row",
+        "each tile of an expert begins at the expert's first row",
         "kernels/grouped_gemm.py",
-        "is_before = exists & (tl.cumsum(tiles, axis=0) <= tile)",
-        "is_before = exists & (tl.cumsum(tiles, axis=0) <= tile + 1)",
+        "first_row = (start + (tile - tiles_before) * TILE_ROWS).to(tl.int64)",
+        "first_row = start.to(tl.int64)",
         ("tests/kernels/test_grouped_gemm.py::test_every_experts_rows_meet_its_weight",),
     ),
     Mutation(
