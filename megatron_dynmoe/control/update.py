@@ -108,10 +108,8 @@ class GlobalBatchUpdate:
         return [router.layer_number - 1 for router in self._routers]
 
     def _stage(self, statistics: RoutingStatistics, maps_L2K: Tensor, sums_LW: Tensor) -> None:
-        # If a logit is not finite, or rows were left out, the counts mean nothing, and the state
-        # stays as it is.
         pooled = statistics.pooled(keepdim=True)
-        is_invalid = pooled.not_finite + pooled.overflows != 0  # [1]
+        is_invalid = pooled.is_invalid  # [1]; the state stays as it is then
         self._measured = self._next_measured(statistics, is_invalid)
         of_scope = pooled if self.dynmoe.scope == "global" else statistics
         self._staged = self._next_controlled(of_scope, maps_L2K, is_invalid)
@@ -168,7 +166,7 @@ class GlobalBatchUpdate:
             map_SK, integrals_SK = self.controller.step(map_SK, integrals_SK, measured, target)
             at_mean = map(self.controller.at_mean_target, (map_SK, integrals_SK))
             return *at_mean, map_SK, integrals_SK
-        _, knob, integral = statistics.states
+        knob, integral = statistics.controlled
         # If the count falls with the knob, the negative count rises with it. The controller then
         # holds the negative count at the negative target.
         if self.rule.direction < 0:
@@ -217,6 +215,8 @@ class GlobalBatchUpdate:
 
 
 def _of_layers(values_L: Tensor, layers: list[int]) -> Tensor:
+    if layers == list(range(layers[0], layers[0] + len(layers))):
+        return values_L[layers[0] : layers[0] + len(layers)]
     return torch.cat([values_L[layer : layer + 1] for layer in layers])
 
 
@@ -262,7 +262,9 @@ def _reduce(
     device = torch.device(torch.cuda.current_device())
     counters = [router.evaluation_counters if evaluation else router.counters for router in routers]
     numbers = [router.layer_number for router in routers]
-    packed = pack(numbers, counters, _states(routers, device), num_layers, num_experts, device)
+    states = zip(counters, map(_state, routers), strict=True)
+    of_layers = dict(zip(numbers, states, strict=True))
+    packed = pack(of_layers, num_layers, num_experts, device)
     if widths[0]:
         packed = torch.cat([packed, _by_layer(numbers, _maps(routers), packed, widths[0])], dim=1)
     if widths[1]:
@@ -275,18 +277,10 @@ def _reduce(
     return RoutingStatistics(own), maps_L2K, sums_LW
 
 
-@torch.no_grad()
-def _states(routers: list[DynamicRouter], device: torch.device) -> Tensor:
-    """Theta, knob and integral of each router, [R, 3] float32, in one go for all routers."""
-    if not routers:
-        return torch.empty(0, 3, device=device)
-    knobs_and_integrals = [getattr(r, name) for name in ("knob", "integral") for r in routers]
-    offsets: list[Tensor] = [r.theta_offset for r in routers if r.theta_offset is not None]
-    if not offsets:
-        offsets = [torch.zeros(len(routers), device=device)]
-    states_3R = torch.cat([*offsets, *knobs_and_integrals]).view(3, -1)
-    states_3R[0].add_(1)  # theta
-    return states_3R.t()
+def _state(router: DynamicRouter) -> tuple[Tensor, Tensor, Tensor]:
+    """Theta offset, knob and integral, [1] float32 each."""
+    offset = torch.zeros_like(router.knob) if router.theta_offset is None else router.theta_offset
+    return offset.detach(), router.knob, router.integral
 
 
 def _by_layer(numbers: list[int], rows: Iterable[Tensor], like: Tensor, width: int) -> Tensor:

@@ -8,6 +8,8 @@ small one between the ranks of a group finds the busiest of them before.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,16 +48,16 @@ class RoutingStatistics:
     tokens = _Column()
     tokens_at_cap = _Column()
     squared_experts = _Column()  # sum over tokens of (experts of the token) ** 2
-    overflows = _Column()  # passes with more rows than there was room for
     balance_loss = _Column()
     dynamic_loss = _Column()
     micro_batches = _Column()  # in units of 1 / size of the group that shares its tokens
     not_finite = _Column()  # tokens with a logit that is NaN or infinite
+    overflows = _Column()  # passes with more rows than there was room for
     # Sums over dispatches and ranks; zero without expert parallelism, where no rows travel.
     dispatches = _Column()
     rows = _Column()  # that the rank received
     busiest_rows = _Column()  # that the busiest rank of its expert-parallel group received
-    thetas = _Column()  # this and the next two are sums over the routers that contribute
+    theta_offsets = _Column()  # this and the next two are sums over the routers that contribute
     knobs = _Column()  # the numbers that the controller moves; for top-p they are thresholds
     integrals = _Column()
     routers = _Column()
@@ -71,14 +73,24 @@ class RoutingStatistics:
         return self.assignments.sum(dim=-1) / self.tokens
 
     @property
+    def is_invalid(self) -> Tensor:
+        """Whether the counts mean nothing: a logit was not finite, or rows were left out."""
+        return self.packed[..., _FIRST_OF_FAULTS : _FIRST_OF_FAULTS + 2].any(dim=-1)
+
+    @property
     def rank_imbalance(self) -> Tensor:
         """Rows of the busiest expert-parallel rank over the mean of the ranks, from 1 on."""
         return torch.where(self.rows > 0, self.busiest_rows / self.rows, 1.0)
 
     @property
-    def states(self) -> tuple[Tensor, ...]:
-        """Mean theta, knob and integral of the routers, [...] float32 each."""
-        sums = self.packed[..., _FIRST_OF_STATE : _FIRST_OF_STATE + 3]
+    def thetas(self) -> Tensor:
+        """Mean theta of the routers, [...] float32."""
+        return (1 + self.theta_offsets / self.routers).float()
+
+    @property
+    def controlled(self) -> tuple[Tensor, ...]:
+        """Mean knob and integral of the routers, [...] float32 each."""
+        sums = self.packed[..., _FIRST_OF_STATE + 1 : _FIRST_OF_STATE + 3]
         return (sums / self.routers.unsqueeze(-1)).float().unbind(dim=-1)
 
     def pooled(self, keepdim: bool = False) -> RoutingStatistics:
@@ -91,41 +103,53 @@ class RoutingStatistics:
 
 NUM_STATISTICS = len(RoutingStatistics.columns)
 _FIRST_OF_ROWS = RoutingStatistics.columns.index("dispatches")
-_FIRST_OF_STATE = RoutingStatistics.columns.index("thetas")
+_FIRST_OF_STATE = RoutingStatistics.columns.index("theta_offsets")
+_FIRST_OF_FAULTS = RoutingStatistics.columns.index("not_finite")
 
 
 def pack(
-    layer_numbers: list[int],
-    counters: list[RoutingCounters],
-    states_R3: Tensor,
+    routers: Mapping[int, tuple[RoutingCounters, Sequence[Tensor]]],
     num_layers: int,
     num_experts: int,
     device: torch.device,
 ) -> Tensor:
-    """Put the statistics of this rank's R routers into the tensor that is all-reduced.
+    """Put the statistics of this rank's routers into the tensor that is all-reduced.
 
     The number of kernels does not depend on the number of routers.
 
     Args:
-        layer_numbers: the routers' global layer numbers, 1-based.
-        counters: what they have counted.
-        states_R3: [R, 3] float32: each router's theta, knob and integral.
+        routers: by global layer number, from 1: what a router has counted, and its theta offset,
+            knob and integral, [1] float32 each.
 
     Returns:
         [num_layers, NUM_STATISTICS + E] float64; rows without a router are zero.
     """
-    if not counters:
-        width = NUM_STATISTICS + num_experts
-        return torch.zeros(num_layers, width, dtype=torch.float64, device=device)
-    rows = torch.stack([each.row for each in counters])
-    if (received_R3 := _received_rows(counters)) is not None:
-        rows[:, _FIRST_OF_ROWS : _FIRST_OF_ROWS + 3] = received_R3
-    rows[:, _FIRST_OF_STATE : _FIRST_OF_STATE + 3] = states_R3
-    rows[:, _FIRST_OF_STATE + 3] = 1  # each is one router
-    if layer_numbers == list(range(1, num_layers + 1)):
-        return rows
-    empty, by_layer = rows.new_zeros(rows.shape[1]), dict(zip(layer_numbers, rows, strict=True))
-    return torch.stack([by_layer.get(number, empty) for number in range(1, num_layers + 1)])
+    layers = [routers.get(number) for number in range(1, num_layers + 1)]
+    row, zero, one = (
+        _constant(value, size, dtype, device)
+        for value, size, dtype in (
+            (0.0, NUM_STATISTICS + num_experts, torch.float64),
+            (0.0, 1, torch.float32),
+            (1.0, 1, torch.float32),
+        )
+    )
+    packed = torch.stack([row if layer is None else layer[0].row for layer in layers])
+    if (received := _received_rows([counters for counters, _ in routers.values()])) is not None:
+        rows = dict(zip(routers, received, strict=True))
+        none = torch.zeros_like(received[0])
+        packed[:, _FIRST_OF_ROWS : _FIRST_OF_ROWS + 3] = torch.stack(
+            [rows.get(number, none) for number in range(1, num_layers + 1)]
+        )
+    states = [(zero,) * 4 if layer is None else (*layer[1], one) for layer in layers]
+    states_4L = torch.cat([state for column in zip(*states, strict=True) for state in column])
+    packed[:, _FIRST_OF_STATE : _FIRST_OF_STATE + 4] = states_4L.view(4, -1).t()
+    return packed
+
+
+@functools.cache
+def _constant(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that nobody writes to. To fill one takes a kernel in every step."""
+    return torch.full((size,), value, dtype=dtype, device=device)
 
 
 class RoutingCounters(KeepDtype):

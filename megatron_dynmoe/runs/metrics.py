@@ -81,7 +81,7 @@ def summarize(statistics: RoutingStatistics) -> RoutingSummary:
         experts_per_token_by_layer=layer.mean_experts.tolist(),
         threshold=(pooled.knobs / pooled.routers).item(),
         threshold_by_layer=(layer.knobs / layer.routers).tolist(),
-        theta_by_layer=(layer.thetas / layer.routers).tolist(),
+        theta_by_layer=layer.thetas.tolist(),
         balance_loss=(pooled.balance_loss / pooled.micro_batches).item(),
         dynamic_loss=(pooled.dynamic_loss / pooled.micro_batches).item(),
         max_over_mean_load=load_L.max().item(),

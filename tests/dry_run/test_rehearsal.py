@@ -164,11 +164,11 @@ def test_kernels_do_not_creep_back(alone):
     A limit may fall. If one has to rise, the commit says why.
     """
     forward = {row.part: row.forward for row in alone.result.kernels}
-    limits = {"router": 30, "dispatch, combine": 12, "experts": 9, "attention": 5}
+    limits = {"router": 30, "dispatch, combine": 12, "experts": 7, "attention": 5}
     assert {part: forward[part] for part, limit in limits.items() if forward[part] > limit} == {}
-    assert sum(forward.values()) <= 60
+    assert sum(forward.values()) <= 58
     assert sum(row.backward for row in alone.result.kernels) <= 60
-    assert alone.result.kernels_per_step["the rest"] <= 54
+    assert alone.result.kernels_per_step["the rest"] <= 50
     # The gradient's norm: one, whatever the number of parameters.
     norms = [wait for wait in alone.result.waits if "clip_grads" in wait.line + wait.caller]
     assert [wait.per_step for wait in norms] == [1]

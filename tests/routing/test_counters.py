@@ -33,9 +33,9 @@ def counted(assignments_E: list[int], tokens: int, squared: int) -> RoutingCount
 
 def packed_layers(counters: list[RoutingCounters], num_experts: int) -> Tensor:
     """Those of layers 1, 2, ..., all with a theta of 1 and a threshold of 0.4."""
-    states_R3 = torch.tensor([1.0, 0.4, 0.0]).repeat(len(counters), 1)
-    numbers = list(range(1, len(counters) + 1))
-    return pack(numbers, counters, states_R3, LAYERS, num_experts, CPU)
+    state = torch.tensor([0.0, 0.4, 0.0]).split(1)
+    routers = {number: (each, state) for number, each in enumerate(counters, 1)}
+    return pack(routers, LAYERS, num_experts, CPU)
 
 
 @settings(max_examples=10)
@@ -121,12 +121,18 @@ def test_micro_batches_are_counted_exactly(num_experts: int) -> None:
 
 @pytest.mark.parametrize("numbers", [[], [2], [1, 3], [3, 1, 2]])
 def test_each_router_has_the_row_of_its_layer(numbers: list[int]) -> None:
-    counters = [counted([number, 2 * number], 10 * number, 0) for number in numbers]
-    states_R3 = torch.tensor([[1.5, 0.25, -number] for number in numbers]).reshape(-1, 3)
-    packed = RoutingStatistics(pack(numbers, counters, states_R3, 3, 2, CPU))
+    routers = {
+        number: (
+            counted([number, 2 * number], 10 * number, 0),
+            torch.tensor([0.5, 0.25, -number]).split(1),
+        )
+        for number in numbers
+    }
+    packed = RoutingStatistics(pack(routers, 3, 2, CPU))
     has_router = [number in numbers for number in (1, 2, 3)]
     assert packed.routers.tolist() == has_router
-    assert packed.thetas.tolist() == [1.5 * has for has in has_router]
+    assert packed.theta_offsets.tolist() == [0.5 * has for has in has_router]
+    assert [theta == 1.5 for theta in packed.thetas.tolist()] == has_router
     assert packed.knobs.tolist() == [0.25 * has for has in has_router]
     expected = [number * has for number, has in zip((1, 2, 3), has_router, strict=True)]
     assert packed.integrals.neg().tolist() == expected

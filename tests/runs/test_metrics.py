@@ -47,18 +47,14 @@ def statistics_of(maps: dict[int, np.ndarray], num_layers: int = 4):
     """The reduced statistics, made as routers make them."""
     from megatron_dynmoe.routing.counters import RoutingCounters, RoutingStatistics, pack
 
-    all_counters, states = [], []
+    routers = {}
     for layer, routing_map in maps.items():
         counters = RoutingCounters(E, torch.device("cpu"))
         for micro_batch in np.array_split(routing_map, 2):
             add_map(counters, torch.from_numpy(micro_batch), CAP)
             counters.add_losses(torch.tensor(1.5 * layer), torch.tensor(0.25 * layer), 1)
-        all_counters.append(counters)
-        states.append([1 + layer / 10, layer / 20, 0])
-    states_R3 = torch.tensor(states).reshape(-1, 3)
-    return RoutingStatistics(
-        pack(list(maps), all_counters, states_R3, num_layers, E, torch.device("cpu"))
-    )
+        routers[layer] = counters, torch.tensor([layer / 10, layer / 20, 0]).split(1)
+    return RoutingStatistics(pack(routers, num_layers, E, torch.device("cpu")))
 
 
 def by_layer(values: dict[int, float]) -> list[float]:
@@ -152,8 +148,8 @@ def test_one_layer_and_one_expert(num_layers):
 
     counters = RoutingCounters(1, torch.device("cpu"))
     add_map(counters, torch.ones(5, 1, dtype=torch.bool), None)
-    states_R3 = torch.tensor([[1.0, 0, 0]])
-    packed = pack([1], [counters], states_R3, num_layers, 1, torch.device("cpu"))
+    routers = {1: (counters, torch.zeros(3).split(1))}
+    packed = pack(routers, num_layers, 1, torch.device("cpu"))
     summary = summarize(RoutingStatistics(packed))
     assert summary.experts_per_token == summary.max_over_mean_load == 1
     assert summary.std_experts_per_token == summary.share_at_cap == 0
@@ -177,7 +173,7 @@ def test_large_counts_stay_exact():
     counters = RoutingCounters(E, torch.device("cpu"))
     counters.sums.tokens.fill_(2**40 + 1)
     counters.sums.assignments.copy_(torch.tensor([2**40 + 1, 1, 0, 0]))
-    packed = pack([1], [counters], torch.zeros(1, 3), 1, E, torch.device("cpu"))
+    packed = pack({1: (counters, torch.zeros(3).split(1))}, 1, E, torch.device("cpu"))
     assert RoutingStatistics(packed).assignments[0].tolist() == [2**40 + 1, 1, 0, 0]
     assert summarize(RoutingStatistics(packed)).experts_per_token == 1 + 1 / (2**40 + 1)
 

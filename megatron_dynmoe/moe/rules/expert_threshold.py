@@ -81,7 +81,7 @@ class ExpertThreshold(Rule):
             for each_R1 in (state["share"], next_knob_R1, weights_R1)
         )
         next_RE = quantiles.next_thresholds(
-            thresholds_RE.flatten(), sums_RW.view(thresholds_RE.numel(), -1), *of_router
+            thresholds_RE.flatten(), sums_RW.reshape(thresholds_RE.numel(), -1), *of_router
         ).view_as(thresholds_RE)
         # A batch without tokens is none.
         batches_R1 = batches_R1 + (sums_RW.sum(dim=-1, keepdim=True) > 0)
