@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from study.parts import Part, Rows, cells, held_out, losses, noise, of_variant
-from study.results import NOT_CLEAR, Comparison, Results, compared
+from study.results import NOT_CLEAR, Comparison, Results, compared_by_seed
 from study.tables import paragraph
 from study.variants import TARGET, Variant, dtop_p, top_k
 
@@ -99,12 +99,12 @@ class Axis(Part):
 def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> dict[Point, Comparison]:
     """The loss of top-k less that of DTop-p, at the points of which both have been trained."""
     found = losses(rows)
-    deviation = noise(found.values(), of_main)
+    known = noise(found, of_main)
     return {
-        point: compared(found[theirs], found[ours], deviation)
+        point: compared_by_seed(found[theirs], found[ours], known)
         for point in points
         for ours, theirs in [point.runs]
-        if ours in found and theirs in found
+        if ours in found and theirs in found and found[ours].keys() & found[theirs].keys()
     }
 
 
@@ -112,7 +112,7 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
     """Loss and experts of both routings at each point, and the lead of DTop-p, in Markdown."""
     known = leads(points, rows, of_main)
     lines = [
-        "| | DTop-p, seeds | loss | experts | top-k, seeds | loss | experts | lead of DTop-p, 2 SE "
+        "| | DTop-p, seeds | loss | experts | top-k, seeds | loss | experts | lead of DTop-p, 95 % "
         "| |",
         "| --- " * 9 + "|",
     ]
@@ -149,7 +149,7 @@ def trend(points: Sequence[tuple[float, Comparison]]) -> Comparison:
     Returns:
         The slope against 0. A lead counts by the inverse square of its error.
     """
-    known = all(math.isfinite(lead.error) for _, lead in points)
+    known = all(0 < lead.error < math.inf for _, lead in points)
     weights = [lead.error**-2 if known else 1.0 for _, lead in points]
     places = [math.log2(at) for at, _ in points]
     center = math.sumprod(weights, places) / sum(weights)

@@ -57,9 +57,11 @@ own model, which `PART=rules` trains.
 {status}
 
 Every [rule](rules.md) has the text and size below. The loss is that of all held-out text, in nats.
-The interval is two standard errors (SE) to either side, by what seeds alone cause in the runs below
-and these together, and the verdict is that of the rule against DTop-p. A mean of two seeds beside
-one of a single seed also has what the second seed does to every rule. *DRN without controller* and
+A rule is compared with DTop-p seed by seed, because a seed (the order of the text, the first
+weights) moves all rules alike: the difference is the mean over the seeds that both have. Its 95 %
+interval is Student's, by what neither rule nor seed explains in the runs of this table and of the
+next section. (The pairing was chosen when two seeds had been trained; before, the table compared
+means.) *DRN without controller* and
 *fixed top-p* (which has neither) have thresholds that were chosen for about 2 experts; see their
 counts.
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
 from study import corpus, fingerprint, runs
 from study.queue import Queue, alone
-from study.results import RESULTS, Results, compared, pooled_deviation
+from study.results import RESULTS, Noise, Results, compared_by_seed, noise_beside_seeds
 from study.variants import SIZES, Variant
 
 Rows = dict[str, Any]  # by the name of a run
+Losses = dict[str, dict[int, float]]  # by the name of a variant, and by seed
 LOSS, EXPERTS = "validation_loss", "validation_experts_per_token"
 
 
@@ -133,17 +135,23 @@ def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:
     return [row for run, row in sorted(rows.items()) if run.rpartition("-seed")[0] == name]
 
 
-def noise(groups: Iterable[Sequence[float]], of_main: Results | None) -> float | None:
-    """What seeds alone cause in the held-out loss, by a part's losses and the main study's."""
-    of_others = [] if of_main is None else [of_main.values(name, LOSS) for name in of_main.rows]
-    return pooled_deviation([*groups, *of_others])
+def noise(found: Losses, of_main: Results | None) -> Noise | None:
+    """That of the held-out loss, by a part's losses and the main study's of other variants."""
+    others = [] if of_main is None else [name for name in of_main.rows if name not in found]
+    of_others = [of_main.by_seed(name, LOSS) for name in others] if of_main is not None else []
+    of_part, beside = noise_beside_seeds(found.values()), noise_beside_seeds(of_others)
+    known = [each for each in (of_part, beside) if each is not None]
+    degrees = sum(each.freedom for each in known)
+    squares = sum(each.deviation**2 * each.freedom for each in known)
+    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
 
 
-def losses(rows: Rows) -> dict[str, list[float]]:
-    """Held-out losses of all seeds, by variant."""
-    found: dict[str, list[float]] = {}
+def losses(rows: Rows) -> Losses:
+    """Held-out losses by variant and seed."""
+    found: Losses = {}
     for run, row in sorted(rows.items()):
-        found.setdefault(run.rpartition("-seed")[0], []).append(row[LOSS])
+        name, _, seed = run.rpartition("-seed")
+        found.setdefault(name, {})[int(seed)] = row[LOSS]
     return found
 
 
@@ -167,15 +175,15 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [str(len(rows)), mean(rows, LOSS, ".4f"), mean(rows, EXPERTS, ".2f")]
 
 
-def more_than(
-    reference: str, name: str, found: dict[str, list[float]], noise: float | None
-) -> tuple[str, str]:
+def more_than(reference: str, name: str, found: Losses, noise: Noise | None) -> tuple[str, str]:
     """Two cells: by how much a variant's loss is more than another's, and whether it is worse."""
     if name == reference:
         return "", ""
     if reference not in found or name not in found:
         return "-", ""
-    more = compared(found[name], found[reference], noise)
+    more = compared_by_seed(found[name], found[reference], noise)
+    if math.isnan(more.difference):
+        return "-", ""
     return more.interval, more.verdict("better", "worse")
 
 

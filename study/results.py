@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +144,7 @@ def tail(values: Sequence[float]) -> Sequence[float]:
 
 
 class Comparison(NamedTuple):
-    """A difference of two means; ``error`` is two standard errors of it."""
+    """A difference of two means; ``error`` is half of its interval."""
 
     first: float
     second: float
@@ -194,6 +194,57 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
+class Noise(NamedTuple):
+    """What neither the variant of a run nor its seed explains.
+
+    Attributes:
+        deviation: its standard deviation.
+        freedom: of how many degrees of freedom this was estimated.
+    """
+
+    deviation: float
+    freedom: int
+
+
+def noise_beside_seeds(groups: Iterable[Mapping[int, float]]) -> Noise | None:
+    """Estimate the noise from variants that have several seeds; None if no two have the same ones.
+
+    A seed decides the order of the text and the first weights, and so moves all variants alike.
+    What is left after the means of variants and those of seeds are taken away is noise, for which
+    V variants with S seeds have (V - 1) (S - 1) degrees of freedom. Variants with the same seeds
+    are taken together.
+
+    Args:
+        groups: for each variant its numbers by seed.
+    """
+    by_seeds: dict[tuple[int, ...], list[list[float]]] = {}
+    for group in groups:
+        if len(group) > 1:
+            seeds = tuple(sorted(group))
+            by_seeds.setdefault(seeds, []).append([group[seed] for seed in seeds])
+    squares, degrees = 0.0, 0
+    for values in map(np.array, by_seeds.values()):
+        of_variants, of_seeds = values.mean(axis=1, keepdims=True), values.mean(axis=0)
+        squares += float(((values - of_variants - of_seeds + values.mean()) ** 2).sum())
+        degrees += (values.shape[0] - 1) * (values.shape[1] - 1)
+    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
+
+
+def compared_by_seed(
+    first: Mapping[int, float], second: Mapping[int, float], noise: Noise | None
+) -> Comparison:
+    """Compare two variants by the seeds that both have; the error is half of a 95 % interval."""
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return Comparison(math.nan, math.nan, math.inf)
+    means = [statistics.fmean(group[seed] for seed in shared) for group in (first, second)]
+    error = math.inf
+    if noise is not None:
+        of_difference = noise.deviation * math.sqrt(2 / len(shared))
+        error = errors_in_95(noise.freedom) * of_difference
+    return Comparison(*means, error)
+
+
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
     """The standard deviation within groups of runs that differ by their seed; None if none do."""
     several = [group for group in groups if len(group) > 1]
@@ -237,6 +288,10 @@ class Results:
     def values(self, variant: str, name: str) -> list[float]:
         """One number of each seed."""
         return [row[name] for row in self.rows[variant] if row.get(name) is not None]
+
+    def by_seed(self, variant: str, name: str) -> dict[int, float]:
+        """The same by seed."""
+        return {row["seed"]: row[name] for row in self.rows[variant] if row.get(name) is not None}
 
     def mean(self, variant: str, name: str) -> float:
         return statistics.fmean(self.values(variant, name))

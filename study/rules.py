@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from study.claims import FAILS, HOLDS, UNCLEAR, every
 from study.parts import Part, Rows, cells, end, held_out, losses, more_than, noise, of_variant
-from study.results import Results, compared
+from study.results import Results, compared_by_seed
 from study.variants import SEEDS, TARGET, Variant
 from study.variants import VARIANTS as MAIN
 
@@ -69,11 +69,11 @@ VARIANTS = {
 def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     """Loss and experts of each rule, and how it differs from DTop-p, in Markdown."""
     found = losses(rows)
-    deviation = noise(found.values(), of_main)
-    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 2 SE | |"]
+    known = noise(found, of_main)
+    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % | |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, variant in VARIANTS.items():
-        more = more_than(REFERENCE, name, found, deviation)
+        more = more_than(REFERENCE, name, found, known)
         row = [variant.title, *cells(of_variant(rows, name)), *more]
         lines.append(f"| {' | '.join(row)} |")
     return lines
@@ -98,12 +98,14 @@ CLAIMS = (
 def claims(rows: Rows, of_main: Results | None = None) -> list[list[str]]:
     """The cells of :data:`CLAIMS`, as in :mod:`study.claims`."""
     found = losses(rows)
-    deviation = noise(found.values(), of_main)
+    known = noise(found, of_main)
     lines = []
     for text, they_saw, others in CLAIMS:
         saw, word = f"waits for `PART={PART.name}`", ""
         if all(name in found for name in (REFERENCE, *others)):
-            pairs = {name: compared(found[REFERENCE], found[name], deviation) for name in others}
+            pairs = {
+                name: compared_by_seed(found[REFERENCE], found[name], known) for name in others
+            }
             saw = "; ".join(
                 f"held-out loss less that of {VARIANTS[name].title} "
                 f"({cells(of_variant(rows, name))[-1]} experts): {pair.interval}"

@@ -20,9 +20,8 @@ _PLACES = {
 }
 _HOW_TO_READ = (
     "In the sections that follow, the lead of DTop-p is the held-out loss of top-k less that of "
-    "DTop-p, with the same mean number of experts. An interval is two standard errors (SE) to "
-    "either side, by what seeds alone cause in all runs with several; it takes this to be the same "
-    "for all models. Between one seed of each it is wide, so that only a large difference is clear."
+    "DTop-p, with the same mean number of experts and the same seeds. Its interval is made as that "
+    "above; it takes the noise to be the same for all models."
 )
 
 

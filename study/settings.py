@@ -33,7 +33,7 @@ from study.parts import (
     noise,
     of_variant,
 )  # fmt: skip
-from study.results import Results, paired, tail
+from study.results import Noise, Results, paired, tail
 from study.variants import SEEDS, Variant, dtop_p
 from study.variants import VARIANTS as MAIN
 
@@ -91,10 +91,10 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
         of_main: results of the main study, which trains the other models of those tables.
     """
     found = losses(rows)
-    deviation = noise(found.values(), of_main)
+    known = noise(found, of_main)
     lines = [
         "| losses of DTop-p | seeds | held-out loss | experts per token | threshold | load "
-        "| more than the first, 2 SE | |",
+        "| more than the first, 95 % | |",
         "| --- " * 8 + "|",
     ]
     for name, variant in COEFFICIENTS.items():
@@ -104,16 +104,16 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
         row = [
             *(variant.title, *cells(of_model)),
             *(mean(of_model, THRESHOLD, ".3f"), mean(of_model, LOAD, ".2f")),
-            *more_than(REFERENCE, name, found, deviation),
+            *more_than(REFERENCE, name, found, known),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", *_of_dynamic_moe(rows, of_main, deviation)]
+    return [*lines, "", *_of_dynamic_moe(rows, of_main, known)]
 
 
-def _of_dynamic_moe(rows: Rows, of_main: Results | None, deviation: float | None) -> list[str]:
+def _of_dynamic_moe(rows: Rows, of_main: Results | None, known: Noise | None) -> list[str]:
     lines = [
         "| Tables 7 and 8 | their experts | score | seeds here | experts | held-out loss "
-        "| more than top-2, 2 SE | |",
+        "| more than top-2, 95 % | |",
         "| --- " * 8 + "|",
     ]
     if of_main is not None:
@@ -126,7 +126,7 @@ def _of_dynamic_moe(rows: Rows, of_main: Results | None, deviation: float | None
         row = [
             *(title, experts, score, str(len(of_model))),
             *(mean(of_model, EXPERTS, ".2f"), mean(of_model, LOSS, ".4f")),
-            *more_than(TOP_2, name, found, deviation),
+            *more_than(TOP_2, name, found, known),
         ]
         lines.append(f"| {' | '.join(row)} |")
     swept = [] if of_main is None else of_main.content["post_hoc"]

@@ -142,25 +142,68 @@ def test_routings_of_images_are_compared_with_their_seeds_noise():
     assert lines[3].startswith("| top-2 | 2 | 3.00 | 3.00 |")
 
 
-def test_rules_are_compared_by_their_seeds_noise():
+def test_noise_beside_seeds_is_what_a_regression_leaves():
+    """Against least squares with a constant for each variant and each seed of each group."""
+    random = np.random.default_rng(0)
+    groups = [dict.fromkeys(range(1, 4), 0.0) for _ in range(3)]
+    groups += [dict.fromkeys((2, 3), 0.0) for _ in range(2)] + [{1: 9.0}]
+    for group in groups[:5]:
+        for seed in group:
+            group[seed] = 10 * seed + random.normal()
+    rows, values = [], []
+    for number, group in enumerate(groups[:5]):
+        for seed, value in group.items():
+            row = np.zeros(5 + 2 * 4)
+            row[number] = row[5 + 4 * (number > 2) + seed] = 1
+            rows.append(row)
+            values.append(value)
+    design = np.array(rows)
+    _, _, rank, _ = np.linalg.lstsq(design, values)
+    residuals = values - design @ np.linalg.lstsq(design, values)[0]
+    noise = results.noise_beside_seeds(groups)
+    assert noise.freedom == len(values) - rank == 5
+    assert noise.deviation == pytest.approx(math.sqrt((residuals**2).sum() / 5))
+    assert results.noise_beside_seeds([{1: 1.0, 2: 2.0}, {1: 3.0}]) is None
+
+
+def test_intervals_hold_what_they_say():
+    """Over many studies of three seeds, whose effect is large, they hold the difference in 95 %."""
+    random, held, studies = np.random.default_rng(1), 0, 400
+    for _ in range(studies):
+        of_seeds = random.normal(scale=3.0, size=3)
+        groups = [
+            dict(enumerate(of_seeds + level + random.normal(size=3), 1)) for level in (0, 5, 2, 2)
+        ]
+        noise = results.noise_beside_seeds(groups)
+        found = results.compared_by_seed(groups[1], groups[0], noise)
+        held += abs(found.difference - 5) <= found.error
+    assert 0.92 < held / studies < 0.98
+
+
+def test_rules_are_compared_seed_by_seed():
+    losses = {"dtop_p": (4.0, 4.2), "top2": (4.3, 4.52), "relu": (3.0,)}
     found = {
         f"{name}-seed{seed}": {"validation_loss": loss, "validation_experts_per_token": 2.0}
-        for name, losses in {"dtop_p": (4.0, 4.2), "top2": (4.3, 4.5), "relu": (3.0,)}.items()
-        for seed, loss in enumerate(losses, 1)
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds, 1)
     }
-    noise = results.pooled_deviation([[4.0, 4.2], [4.3, 4.5], [3.0], []])
-    assert noise == pytest.approx(0.02**0.5)
     lines = rules.table(found)
     assert len(lines) == 2 + len(rules.VARIANTS)
     top2 = next(line for line in lines if line.startswith("| top-2 "))
-    half = 2 * noise  # two seeds of each
-    interval = f"({0.3 - half:+.4f} to {0.3 + half:+.4f})"
-    assert f"| 2 | 4.4000 | 2.00 | +0.3000 {interval} | worse |" in top2
-    relu = next(line for line in lines if "ReLU" in line)
-    assert "| 1 | 3.0000 | 2.00 | -1.1000 (" in relu and relu.endswith("| better |")
+    # The differences are 0.30 and 0.32, so the noise is 0.01, of one degree of freedom; 12.7062 is
+    # of Student's table.
+    half = 12.7062 * 0.01
+    interval = f"({0.31 - half:+.4f} to {0.31 + half:+.4f})"
+    assert f"| 2 | 4.4100 | 2.00 | +0.3100 {interval} | worse |" in top2
+    relu = next(line for line in lines if "ReLU" in line)  # against seed 1 alone
+    assert "| 1 | 3.0000 | 2.00 | -1.0000 (" in relu and relu.endswith("| better |")
     assert "| 0 | - | - | - |" in next(line for line in lines if "SeqTopK" in line)
-    found["dtop_p-seed1"]["validation_loss"] = 5.0
+    found["dtop_p-seed1"]["validation_loss"] = 4.1
     assert rules.table(found)[3].endswith("| not clear |")
+    del found["relu-seed1"]
+    found["relu-seed3"] = {"validation_loss": 3.0, "validation_experts_per_token": 2.0}
+    (relu,) = (line for line in rules.table(found) if "ReLU" in line)
+    assert relu.endswith("| 1 | 3.0000 | 2.00 | - |  |")  # no seed in common
 
 
 def test_without_controller_the_threshold_is_the_one_that_dtop_p_begins_with():
