@@ -99,7 +99,7 @@ def differentiate_activation(
     activated_RF = gate_up_R2F.new_empty(num_rows, double // 2)
     # Of each column tile, since without atomics each program needs its own place.
     parts = triton.cdiv(double // 2, NARROWEST)
-    d_probs_RC = probs_R.new_zeros(num_rows, parts)
+    d_probs_RC = probs_R.new_zeros(num_rows, parts, dtype=torch.float32)
     gate_and_up_backward(
         *(d_output_TD, token_R, probs_R, weight_EDF, gate_up_R2F, ends_E),
         *(d_gate_up_R2F, d_probs_RC, activated_RF),
@@ -170,7 +170,7 @@ def _gate_and_up(
     gate_ptrs += column * inner + place[:, None]
     gate = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     up = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    to_up = columns.to(tl.int64) * inner
+    to_up = columns * inner
     for at in range(0, inner, TILE_INNER):
         left = tl.load(left_ptrs, mask=is_row & (place[None, :] < inner - at), other=0.0)
         inside = is_column & (place[:, None] < inner - at)

@@ -108,6 +108,9 @@ def tiled_cases(dtype: str, settings: dict):
             (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
         ):
             yield from ways_of(kernel, ways, values | counts, wide | given)
+            # Of a rank that has one expert; Triton makes a constant of a 1.
+            alone = settings | {"WIDTH": 1, "num_experts": 1} | given
+            yield from ways_of(kernel, ways[:1], values | counts, alone)
 
 
 def ways_of(kernel, ways, types: dict[str, str], settings: dict):

@@ -22,5 +22,6 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell_and_spills_nothin
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     assert compiled == {
         *("_multiply_rows", "_multiply_by_rows", "_sum_rows", "_count_chosen", "_number_rows"),
+        *("_gate_and_up", "_gate_and_up_backward"),
         *("_rotate", "_forward", "_add_up_parts", "_backward"),
     }
