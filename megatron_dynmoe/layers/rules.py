@@ -111,7 +111,7 @@ def _null_experts(
         max_experts=settings["max_experts_per_token"],
         renormalize=settings["weights"] == "renormalized",
     )
-    return Chosen(slots.spread_TE, slots.map_TE, slots.weights_TE, slots.residual_T)
+    return Chosen(slots.among_experts_TE, slots.map_TE, slots.weights_TE, slots.residual_T)
 
 
 def _relu(logits_TE: Tensor, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Chosen:
@@ -150,7 +150,8 @@ LAYER_RULES: dict[str, LayerRule] = {
     "seq_top_k": LayerRule(
         _seq_top_k,
         {"score_threshold": "one"},
-        defaults={"balance_loss": "seq_aux_loss", "balance_loss_coeff": 1e-2},
+        defaults={"weights": "renormalized", "balance_loss": "seq_aux_loss"}
+        | {"balance_loss_coeff": 1e-2},
     ),
     "relu": LayerRule(
         _relu,

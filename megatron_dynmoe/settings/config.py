@@ -167,7 +167,7 @@ class DynMoEConfig:
             "float",
             "Each expert's threshold is a moving average over global batches; a batch counts this "
             "much less with each one after it. The first batches count more: n batches after the "
-            "start, the last one has at least the weight 10 / (10 + n).",
+            "start, the last one has at least the weight 100 / (100 + n).",
         ),
     ] = None
     normalization: Annotated[

@@ -189,7 +189,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         knob_remedy=_SHARE_REMEDY,
     ),
     # "Composing Weight and Data Sparsity": zero slots, half of the slots null on average, weights
-    # renormalized, and its 2e-2 for a loss that is 1 if balanced: here it is the count, such as 2.
+    # renormalized. The coefficient is that of the other rules (docs/rules.md has the paper's).
     "null_experts": RoutingSettings(
         title="null experts",
         summary="top-k of experts and null slots; a PI controller steers the share of tokens that "
@@ -198,6 +198,9 @@ ROUTINGS: dict[str, RoutingSettings] = {
         defaults=_COMMON_DEFAULTS
         | _CONTROLLER_DEFAULTS
         | {
+            # As the papers' losses and biases, which are of one layer each. With one bias for all,
+            # the layers' null logits decide what each uses, and nothing teaches them that.
+            "scope": "layer",
             "max_experts_per_token": Derived("twice the largest target", _twice_the_target),
             "null_slots": Derived("one per expert", lambda _, num_experts: num_experts),
             "null_kind": "zero",
@@ -212,7 +215,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         is_exported=True,
         knob_remedy=_SHARE_REMEDY,
     ),
-    # SeqTopK: raw probabilities, and no loss of its own beside the balance loss.
+    # SeqTopK: weights as those of Megatron's top-k, and no loss of its own beside the balance loss.
     "seq_top_k": RoutingSettings(
         title="SeqTopK",
         summary="SeqTopK: the tokens of a sequence share a number of experts",
@@ -220,7 +223,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
         defaults=_COMMON_DEFAULTS
         | {
             "normalization": "none",
-            "weights": "raw",
+            "weights": "renormalized",
             "balance_loss_coeff": 1e-2,
             "dynamic_loss_coeff": 0.0,
             "row_buffer_margin": 0.0,

@@ -107,11 +107,12 @@ BATCH_SIZE_SCHEDULE = case(
     .replace("--global-batch-size 8", '--step-batch-size-schedule "0:4 256:8"'),
 )
 
-# Null slots that copy the token, under every kind of layout. The default scope of their balance
-# loss, the global batch so far, depends on how many ranks share it.
+# Null slots that copy the token, under every kind of layout, with one bias for the layers of all
+# pipeline ranks. The default scope of their balance loss, the global batch so far, depends on how
+# many ranks share it.
 NULLS = (
     f"{TINY} --moe-dynamic-routing null_experts --moe-dynamic-target-experts-per-token 2 "
-    "--moe-dynamic-balance-loss seq_aux_loss"
+    "--moe-dynamic-scope global --moe-dynamic-balance-loss seq_aux_loss"
 )
 NULLS_SAVED = case("nulls_saved", 1, f"{NULLS} {ALLTOALL} {SAVE}".replace("/weights", "/nulls"))
 

@@ -129,7 +129,7 @@ DRAWN = run("drawn", "pp2ep2", DRAWN_TARGET)
 SEQ_TOP_K_RUN = run("seq_top_k", "one", SEQ_TOP_K)
 NULLS_FLAGS = (
     "--moe-dynamic-routing null_experts --moe-dynamic-null-kind identity "
-    "--moe-dynamic-weights raw --moe-dynamic-balance-loss seq_aux_loss"
+    "--moe-dynamic-weights raw --moe-dynamic-scope global --moe-dynamic-balance-loss seq_aux_loss"
 )
 NULLS = run("nulls", "ep2", NULLS_FLAGS)
 TOP_K_RUN = run("top_k", "one", model=TOP_K)

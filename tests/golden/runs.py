@@ -49,7 +49,7 @@ FLAGS = {
     "dtop_p_readable": f"{SMALL} {DTOP_P}",
     "expert_threshold": f"{SMALL} --moe-dynamic-routing expert_threshold "
     "--moe-dynamic-target-experts-per-token 2",
-    "seq_top_k": f"{SMALL} {SEQ_TOP_K}",
+    "seq_top_k": f"{SMALL} {SEQ_TOP_K} --moe-dynamic-weights raw",
     "null_experts": f"{SMALL} --moe-dynamic-routing null_experts "
     "--moe-dynamic-target-experts-per-token 2 --moe-dynamic-null-kind identity",
     "relu": f"{SMALL} --moe-dynamic-routing relu --moe-dynamic-target-experts-per-token 2 "

@@ -67,6 +67,21 @@ def test_a_sequence_spends_its_budget_on_its_best_scores(balance_loss, padded):
     assert router.counters.sums_W.tolist() == pytest.approx([left_out, B])
 
 
+def test_with_a_cap_at_the_budget_it_is_megatrons_top_k():
+    """The selection alone sets the two apart: by default also the weights are those of top-k."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    ours = built(target_experts_per_token=2, max_experts_per_token=2).router
+    config = one_rank.transformer_config(E, D, moe_router_topk=2, moe_router_dtype="fp32")
+    upstream = TopKRouter(config, get_default_pg_collection())
+    upstream.weight.data.copy_(ours.weight)
+    weights_TE, map_TE = ours(hidden(4))
+    wanted_TE, wanted_map_TE = upstream(hidden(4))
+    assert torch.equal(map_TE, wanted_map_TE)
+    torch.testing.assert_close(weights_TE, wanted_TE)
+
+
 @pytest.mark.parametrize("weights", ["raw", "renormalized"])
 def test_weights_losses_and_gradients_are_those_of_the_loops(weights):
     router = built(weights=weights, balance_loss="aux_loss", balance_loss_coeff=0.5).router

@@ -137,7 +137,7 @@ def route_with_nulls(
     sums_W = _count(scaled_TL, bias, how["max_experts"], valid_T) if counted else None
     return summed(
         logits_TL,
-        slots.spread_TE,
+        slots.among_experts_TE,
         slots.map_TE,
         slots.weights_TE,
         num_sequences,

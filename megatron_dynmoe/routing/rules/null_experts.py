@@ -23,17 +23,10 @@ class Slots(NamedTuple):
 
     probs_TE: Tensor  # of the experts, without the bias
     null_T: Tensor  # the probability of all M null slots together
+    among_experts_TE: Tensor  # probabilities as if there were no null slots, for the balance loss
     map_TE: Tensor  # bool, the experts that a token uses; it may be none
     weights_TE: Tensor  # zero where not used
     residual_T: Tensor | None  # the weight of the token itself; None: null slots put out zero
-
-    @property
-    def spread_TE(self) -> Tensor:
-        """Probabilities for the balance loss: that of the null slots, spread over the experts.
-
-        A row sums to 1, and the loss moves no token from experts to null slots.
-        """
-        return self.probs_TE + self.null_T.unsqueeze(-1) / self.probs_TE.shape[1]
 
 
 def fill_slots(
@@ -76,7 +69,9 @@ def fill_slots(
         total_T = total_T.masked_fill(total_T == 0, 1)  # no slot that puts something out
         weights_TE = weights_TE / total_T.unsqueeze(-1)
         residual_T = None if residual_T is None else residual_T / total_T
-    return Slots(probs_TE, null_T, map_TE, weights_TE, residual_T)
+    # Not probs_TE over its sum: that underflows where the null logit is far above the others.
+    among_experts_TE = logits_TL[:, :-1].softmax(dim=-1)
+    return Slots(probs_TE, null_T, among_experts_TE, map_TE, weights_TE, residual_T)
 
 
 @torch.no_grad()

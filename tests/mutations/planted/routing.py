@@ -185,12 +185,12 @@ MISTAKES = [
         ),
     ),
     Mutation(
-        "balance_moves_tokens_to_null_slots",
-        "the balance loss sees the experts' probabilities without those of the null slots",
+        "null_logit_lowers_the_balance_loss",
+        "the balance loss sees probabilities that the null slots take a part of",
         "routing/rules/null_experts.py",
-        "return self.probs_TE + self.null_T.unsqueeze(-1) / self.probs_TE.shape[1]",
-        "return self.probs_TE",
-        (f"{NULLS}::test_the_balance_loss_is_the_papers_at_the_target_and_never_moves_the_count",),
+        "among_experts_TE = logits_TL[:, :-1].softmax(dim=-1)",
+        "among_experts_TE = probs_TE + null_T1 / num_experts",
+        (f"{NULLS}::test_the_balance_loss_cannot_be_lowered_by_the_null_logit",),
     ),
     Mutation(
         "copies_dropped",

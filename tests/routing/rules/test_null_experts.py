@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def test_weights_counts_sums_and_gradients_are_those_of_every_slot_in_a_loop(
         residuals.append(of_token)
         if valid_T[token]:
             entropy += oracle.entropy(probs)
-            sums_BE[token % B] += torch.stack(probs[:E]).detach() + float(sum(probs[E:])) / E
+            sums_BE[token % B] += torch.stack(probs[:E]).detach() / float(sum(probs[:E]))
             assignments_BE[token % B, sorted(slot for slot in chosen if slot < E)] += 1
     counts = {int(count) for count in routed.experts_T}
     assert 0 in counts and len(counts) > 1  # tokens without an expert are part of the case
@@ -117,36 +119,48 @@ def test_tokens_without_experts_with_ties_and_with_nan_have_defined_weights_and_
         assert (select_above_null(logits_TL[:2].detach(), bias, 2).sum(-1) == count).all()
 
 
-def test_the_balance_loss_is_the_papers_at_the_target_and_never_moves_the_count():
-    # M = E (K - k) / k null slots are balanced with the experts at the mean count k.
-    slots, null_slots = 4, 6
-    logits_TL = draw(5, num_tokens=60)
-    bias = (
-        sum(null_crossings(logits_TL, slots).flatten().sort().values[-121:-119]) / 2
-    )  # 120 lie above
-    logits_TL.requires_grad_()
+def balance(logits_TL: Tensor, bias: float, null_slots: int, slots: int) -> tuple[Tensor, Tensor]:
+    """The balance loss, and the mean number of experts."""
     routed = route_with_nulls(
         logits_TL, bias, null_slots=null_slots, identity=False, max_experts=slots
     )
-    mean = float(routed.experts_T.double().mean())
-    assert null_slots == E * (slots - mean) / mean
     fractions_BE = fractions(routed.assignments_BE, len(logits_TL), torch.float64)
-    ours = load_balance_loss(routed.prob_sums_BE, fractions_BE, len(logits_TL))
-    probs = [oracle.probabilities(list(row), null_slots) for row in logits_TL]
-    choices = [oracle.choose(row.detach(), float(bias), null_slots, slots) for row in logits_TL]
-    papers = oracle.load_balance_loss(probs, choices, E)
-    (of_ours,) = torch.autograd.grad(ours, logits_TL, retain_graph=True)
-    (of_papers,) = torch.autograd.grad(papers, logits_TL)
-    torch.testing.assert_close(of_papers, slots / mean * of_ours)  # 12 slots against 6
+    loss = load_balance_loss(routed.prob_sums_BE, fractions_BE, len(logits_TL))
+    return loss, routed.experts_T.double().mean()
 
-    # Balanced experts, whatever their share: nothing moves tokens from experts to null slots.
-    level_TL = torch.zeros(E, E + 1, dtype=torch.float64)
-    level_TL[:, :E] += torch.eye(E)
-    level_TL.requires_grad_()
-    routed = route_with_nulls(level_TL, 0.5, null_slots=E, identity=False, max_experts=2)
-    balanced = load_balance_loss(
-        routed.prob_sums_BE, fractions(routed.assignments_BE, E, torch.float64), E
-    )
-    (gradient,) = torch.autograd.grad(balanced, level_TL)
-    assert float(balanced) == pytest.approx(1)  # the mean count
-    assert gradient.abs().max() < 1e-12
+
+def test_the_balance_loss_is_the_papers_where_null_slots_have_their_share():
+    """At the target, with the paper's M, and each token's null slots at their part of all slots."""
+    slots, null_slots = 4, 6
+    experts_TE = draw(5, num_tokens=60)[:, :E].requires_grad_()
+    # So the null slots of every token have the probability M / (E + M), whatever its experts do.
+    null_T1 = experts_TE.logsumexp(dim=-1, keepdim=True) - math.log(E)
+    logits_TL = torch.cat([experts_TE, null_T1], dim=-1)
+    crossings = null_crossings(logits_TL.detach(), slots).flatten().sort().values
+    bias = float(crossings[-121:-119].mean())  # 120 lie above: 2 experts per token
+    ours, mean = balance(logits_TL, bias, null_slots, slots)
+    assert null_slots == E * (slots - float(mean)) / float(mean)
+    probs = [oracle.probabilities(list(row), null_slots) for row in logits_TL]
+    choices = [oracle.choose(row.detach(), bias, null_slots, slots) for row in logits_TL]
+    papers = oracle.load_balance_loss(probs, choices, E)
+    # The part of the null slots does not change.
+    assert float(papers) == pytest.approx(float(ours + null_slots / E * mean))
+    (of_ours,) = torch.autograd.grad(ours, experts_TE, retain_graph=True)
+    (of_papers,) = torch.autograd.grad(papers, experts_TE)
+    assert of_ours.abs().max() > 1e-4
+    torch.testing.assert_close(of_papers, of_ours)
+
+
+def test_the_balance_loss_cannot_be_lowered_by_the_null_logit():
+    """Whatever the load: a null logit that rises while its bias falls changes no choice."""
+    logits_TL = draw(6)
+    logits_TL[:, 0] += 2.0
+    found = []
+    for shift in (0.0, 8.0):
+        shifted_TL = (logits_TL + shift * (torch.arange(E + 1) == E)).requires_grad_()
+        loss, mean = balance(shifted_TL, 0.4 - shift, null_slots=E, slots=3)
+        (gradient_TL,) = torch.autograd.grad(loss, shifted_TL)
+        assert float(loss) > 1.2 * float(mean)  # far from balanced
+        assert (gradient_TL[:, E] == 0).all()
+        found.append((loss.detach(), gradient_TL))
+    torch.testing.assert_close(*found)
