@@ -65,6 +65,13 @@ means.) *DRN without controller* and
 *fixed top-p* (which has neither) have thresholds that were chosen for about 2 experts; see their
 counts.
 
+*Shared expert* is the model of expert threshold's paper at the same FLOPs: a token has one shared
+expert and on average one other, which the table counts, and the first layer is dense. Top-1 is what
+that paper compares with. Without a shared expert, half of the tokens have no expert in most layers
+of [expert threshold](rules.md#without-a-shared-expert). With
+[null experts](rules.md#in-a-small-model) that put out zero, nothing teaches a token how many
+experts it needs.
+
 {rules}
 
 ## What is compared
@@ -126,7 +133,7 @@ def _describe(size: Size) -> str:
 def _variants() -> str:
     rows = ["| name | routing | seeds | flags |", "| --- | --- | --- | --- |"]
     for variant in VARIANTS.values():
-        flags = variant.flags.format(twice_ffn=2 * SIZES[SIZE].ffn)
+        flags = variant.flags.format(**SIZES[SIZE].sizes)
         rows.append(
             f"| `{variant.name}` | {variant.title} | {variant.num_seeds} | `{flags.strip()}` |"
         )

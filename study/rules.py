@@ -13,7 +13,7 @@ from dataclasses import replace
 from study.claims import FAILS, HOLDS, UNCLEAR, every
 from study.parts import Part, Rows, cells, end, held_out, losses, more_than, noise, of_variant
 from study.results import Results, compared_by_seed
-from study.variants import SEEDS, TARGET, Variant
+from study.variants import SEEDS, TARGET, Variant, top_k
 from study.variants import VARIANTS as MAIN
 
 REFERENCE = "dtop_p"
@@ -40,6 +40,13 @@ def _with_threshold(name: str, of_main: str, title: str, threshold: float) -> Va
     return replace(variant, name=name, title=f"{title}, threshold {threshold:g}", flags=flags)
 
 
+# The model of expert threshold's paper at the FLOPs of the others: a token has the shared expert
+# and on average one of the rest; in the first layer it has a dense MLP as wide as two experts.
+_SHARED = (
+    "--moe-shared-expert-intermediate-size {ffn} --moe-ffn-hidden-size {ffn} "
+    "--ffn-hidden-size {twice_ffn} --moe-layer-freq {but_the_first}"
+)
+
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -51,6 +58,20 @@ VARIANTS = {
         _with_threshold("fixed_top_p", "fixed_020", "fixed top-p", WITHOUT_DRN),
         _of_main("by_layer"),
         _rule("expert_threshold", "expert threshold", "expert_threshold"),
+        Variant(
+            "expert_threshold_shared",
+            "expert threshold, shared expert",
+            f"--moe-dynamic-routing expert_threshold --moe-dynamic-target-experts-per-token 1 "
+            f"{_SHARED}",
+            SEEDS,
+        ),
+        # What that paper compares with. Its scores are sigmoids, too.
+        Variant(
+            "top1_shared",
+            "top-1, shared expert",
+            f"{top_k(1)} --moe-router-score-function sigmoid {_SHARED}",
+            SEEDS,
+        ),
         _rule("null_zero", "null experts, zero", "null_experts"),
         _rule(
             "null_identity",

@@ -122,13 +122,22 @@ class Size:
 
     @property
     def sequence_length(self) -> int:
-        flags = self.flags.split()
-        return int(flags[flags.index("--seq-length") + 1])
+        return self._number("--seq-length")
+
+    @property
+    def sizes(self) -> dict[str, object]:
+        """What the flags of a variant may name: widths, and which layers have experts."""
+        but_the_first = f"([0]+[1]*{self._number('--num-layers') - 1})"
+        return {"ffn": self.ffn, "twice_ffn": 2 * self.ffn, "but_the_first": but_the_first}
 
     def scaled(self, factor: float) -> Size:
         """The same with more or fewer tokens a run, which is not recorded."""
         eighths = max(1, round(factor * self.steps / self.num_evaluations))
         return dataclasses.replace(self, steps=eighths * self.num_evaluations, recorded=False)
+
+    def _number(self, flag: str) -> int:
+        flags = self.flags.split()
+        return int(flags[flags.index(flag) + 1])
 
 
 _COMMON = (
@@ -194,7 +203,7 @@ def training_flags(variant: Variant, size: Size, seed: int) -> list[str]:
     experts = f"--num-experts {NUM_EXPERTS} --moe-token-dispatcher-type alltoall "
     text = (
         f"{size.flags} {'' if variant.name == 'dense' else experts}"
-        f"{variant.flags.format(twice_ffn=2 * size.ffn)} --seed {seed} "
+        f"{variant.flags.format(**size.sizes)} --seed {seed} "
         f"--train-iters {size.steps} --lr-warmup-iters {size.steps // 10} "
         f"--eval-interval {interval} --eval-iters {size.eval_iters} "
         f"--log-interval {max(1, interval // 4)}"

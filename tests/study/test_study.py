@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import shutil
@@ -204,6 +205,17 @@ def test_rules_are_compared_seed_by_seed():
     found["relu-seed3"] = {"validation_loss": 3.0, "validation_experts_per_token": 2.0}
     (relu,) = (line for line in rules.table(found) if "ReLU" in line)
     assert relu.endswith("| 1 | 3.0000 | 2.00 | - |  |")  # no seed in common
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_a_shared_expert_is_one_of_two_experts_and_the_dense_layer_as_wide_as_both(size):
+    for name in ("expert_threshold_shared", "top1_shared"):
+        flags = training_flags(rules.VARIANTS[name], size, 1)
+        last = dict(itertools.pairwise(flags))  # the last one counts
+        assert last["--moe-shared-expert-intermediate-size"] == f"{size.ffn}"
+        assert last["--moe-ffn-hidden-size"] == f"{size.ffn}"
+        assert last["--ffn-hidden-size"] == f"{2 * size.ffn}"
+        assert last["--moe-layer-freq"] == f"([0]+[1]*{int(last['--num-layers']) - 1})"
 
 
 def test_without_controller_the_threshold_is_the_one_that_dtop_p_begins_with():
