@@ -66,7 +66,8 @@ class DynMoECausalLMOutput(CausalLMOutputWithPast):
     """Outputs of the language model; those not listed are as in :class:`DynMoEModelOutput`.
 
     Attributes:
-        loss: a scalar, with labels: mean cross entropy plus ``aux_loss``.
+        loss: a scalar, with labels: mean cross entropy, plus ``aux_loss`` in training mode. In
+            evaluation mode its exponential is the perplexity.
         logits: [B, S, vocabulary].
     """
 
@@ -343,7 +344,8 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GeneratesWithBudgets, GenerationM
             shift_labels = next_tokens(labels, position_ids, attention_mask)
             predicting = logits[:, :-1]
         if shift_labels is not None:
-            loss = language_loss(predicting, shift_labels, outputs.aux_loss, num_items_in_batch)
+            aux_loss = outputs.aux_loss if self.training else None
+            loss = language_loss(predicting, shift_labels, aux_loss, num_items_in_batch)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DynMoECausalLMOutput(loss=loss, logits=logits, **rest)
 

@@ -115,6 +115,17 @@ def test_a_batch_without_targets_has_only_the_losses_of_routing(num_items):
     assert only_one_token.loss == only_one_token.aux_loss
 
 
+def test_an_evaluation_has_the_cross_entropy_alone():
+    """Or the exponential of the loss, which everybody takes for the perplexity, were none."""
+    model, ids = tiny_model(threshold=0.5, balance_loss_coeff=0.3), tokens(2, 9)
+    evaluated = model(ids, labels=ids, output_router_logits=True)
+    entropy = F.cross_entropy(evaluated.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(evaluated.loss, entropy)
+    assert evaluated.aux_loss > 1
+    trained = model.train()(ids, labels=ids)
+    torch.testing.assert_close(trained.loss, entropy + evaluated.aux_loss)
+
+
 def test_top_k_has_a_routing_loss_only_where_one_is_set():
     ids = tokens(2, 9)
     plain = tiny_model(routing="top_k", num_experts_per_tok=2)
@@ -217,7 +228,8 @@ def test_trainer_learns_a_text_and_evaluates(tmp_path):
     )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
     with torch.no_grad():
-        before = model(rows[0]["input_ids"][None], labels=rows[0]["labels"][None]).loss.item()
+        row = rows[0]["input_ids"][None]
+        before = model.train()(row, labels=row).loss.item()
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == pytest.approx(before, rel=0.02)

@@ -69,4 +69,12 @@ MISTAKES = [
             f"{SEQUENCES}::test_losses_of_a_split_sequence_leave_padding_out_as_those_of_a_whole_one",
         ),
     ),
+    Mutation(
+        "evaluation_with_routing_losses",
+        "the exported model's loss in evaluation has the losses of the routing in it",
+        "huggingface/modeling_dynmoe.py",
+        "outputs.aux_loss if self.training else None",
+        "outputs.aux_loss",
+        ("tests/huggingface/test_training.py::test_an_evaluation_has_the_cross_entropy_alone",),
+    ),
 ]
