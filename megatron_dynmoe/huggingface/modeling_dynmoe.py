@@ -21,6 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -348,6 +349,11 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GeneratesWithBudgets, GenerationM
             loss = language_loss(predicting, shift_labels, aux_loss, num_items_in_batch)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DynMoECausalLMOutput(loss=loss, logits=logits, **rest)
+
+
+# With label smoothing Trainer computes the loss itself. It shifts the labels only for the classes
+# of this list, and would teach those of any other model to repeat each token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[DynMoEModelConfig.model_type] = DynMoEForCausalLM.__name__
 
 
 def warn_of_slots(config: DynMoEModelConfig) -> None:

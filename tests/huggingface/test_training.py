@@ -126,6 +126,20 @@ def test_an_evaluation_has_the_cross_entropy_alone():
     torch.testing.assert_close(trained.loss, entropy + evaluated.aux_loss)
 
 
+def test_label_smoothing_in_trainer_predicts_the_next_token(tmp_path):
+    """Trainer computes this loss from the logits, and shifts labels only for models that it knows.
+
+    For any other it would train each token to predict itself.
+    """
+    model, ids = tiny_model(threshold=0.5), tokens(2, 9)
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[]
+    )
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits, targets = model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, label_smoothing=0.1))
+
+
 def test_top_k_has_a_routing_loss_only_where_one_is_set():
     ids = tokens(2, 9)
     plain = tiny_model(routing="top_k", num_experts_per_tok=2)

@@ -77,4 +77,15 @@ MISTAKES = [
         "outputs.aux_loss",
         ("tests/huggingface/test_training.py::test_an_evaluation_has_the_cross_entropy_alone",),
     ),
+    Mutation(
+        "trainer_does_not_know_the_model",
+        "Trainer does not know the exported model as one that predicts the next token",
+        "huggingface/modeling_dynmoe.py",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[DynMoEModelConfig.model_type] =",
+        "_ =",
+        (
+            "tests/huggingface/test_training.py"
+            "::test_label_smoothing_in_trainer_predicts_the_next_token",
+        ),
+    ),
 ]
