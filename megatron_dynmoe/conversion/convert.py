@@ -7,7 +7,6 @@ parameters inside them. Nothing is computed, only copied, so a round trip gives 
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import sys
 from argparse import Namespace
@@ -50,7 +49,6 @@ from megatron_dynmoe.storage.manifest import write_manifest
 
 FLAGS = "training_flags.txt"
 _TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model")
-_PACKAGE = Path(__file__).parent.parent
 
 
 class Target(NamedTuple):
@@ -130,7 +128,10 @@ def write_folder(source: Source, target: Target, inv_freq_dtype: str | None = "f
         special = {} if tokenizer is None else _write_tokenizer(tokenizer, folder)
         ids = words.written_ids({n: config.get(n) for n in TOKEN_IDS}, special, stated)
         write_json(folder / CONFIG, theirs | ids)
-        _ship_code(format.shipped, folder)
+        if format.ships_code:
+            from megatron_dynmoe.huggingface.shipping import write_code
+
+            write_code(folder)
         known_ids = {name: value for name, value in ids.items() if value is not None}
         write_json(folder / words.GENERATION_CONFIG, known_ids | generation)
         num_bytes = sum(entry.num_bytes for entry in entries)
@@ -310,16 +311,6 @@ def _write_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
     for text in differing:
         say(f"the exported tokenizer gives other ids than the training's for {text!r}")
     return special_token_ids(folder)
-
-
-def _ship_code(files: tuple[str, ...], folder: Path) -> None:
-    """Copy the modeling files, which then import each other instead of the package."""
-    for name in files:
-        code = (_PACKAGE / name).read_text("utf-8")
-        code = re.sub(
-            r"^from megatron_dynmoe\.[\w.]*\b(\w+) import", r"from .\1 import", code, flags=re.M
-        )
-        (folder / Path(name).name).write_text(code)
 
 
 def _counted(make: Any, block: Block, size: int, update: Any) -> Any:

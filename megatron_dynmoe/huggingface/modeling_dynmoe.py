@@ -11,9 +11,12 @@ Dimension letters, in names as a suffix (``hidden_BSD``): those of ``layers.moe`
 
 import importlib
 import logging
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +97,9 @@ class DynMoEPreTrainedModel(PreTrainedModel):
         "attentions": DynMoEAttention,
     }
     _no_split_modules = ["DynMoEDecoderLayer"]  # noqa: RUF012
+    # Set by the package: what makes a saved folder one that loads without it.
+    auto_map: ClassVar[dict[str, str] | None] = None
+    write_code: ClassVar[Callable[[Path], None] | None] = None
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @classmethod
@@ -150,10 +156,22 @@ class DynMoEPreTrainedModel(PreTrainedModel):
                 )
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save like every model, after the config's theta has been updated."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save like every model, with the config's theta as it is, and with the model's code."""
         self.config.theta = self.theta
-        super().save_pretrained(*args, **kwargs)
+        write_code = type(self).write_code
+        if write_code is not None:
+            self.config.auto_map = self.auto_map
+            if is_main_process and not os.path.isfile(save_directory):
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                write_code(Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 class DynMoEModel(DynMoEPreTrainedModel):

@@ -38,14 +38,12 @@ ROWS = (
 
 
 def _write(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    from megatron_dynmoe.huggingface.shipping import AUTO_MAP
+
     return config | {
         "architectures": ["DynMoEForCausalLM"],
         "model_type": "dynmoe",
-        "auto_map": {
-            "AutoConfig": "configuration_dynmoe.DynMoEModelConfig",
-            "AutoModel": "modeling_dynmoe.DynMoEModel",
-            "AutoModelForCausalLM": "modeling_dynmoe.DynMoEForCausalLM",
-        },
+        "auto_map": dict(AUTO_MAP),
         "dtype": dtype,
     }
 
@@ -67,27 +65,7 @@ FORMAT = Format(
     read=check_config,
     words=_words,
     keeps_other_words=True,
-    # The place of these files in the package. In an exported folder they lie side by side.
-    shipped=(
-        "huggingface/budgets_dynmoe.py",
-        "huggingface/configuration_dynmoe.py",
-        "huggingface/layers_dynmoe.py",
-        "huggingface/loss_dynmoe.py",
-        "huggingface/masking_dynmoe.py",
-        "huggingface/modeling_dynmoe.py",
-        "huggingface/validation_dynmoe.py",
-        "kernels/choose_cpu.py",
-        "layers/moe.py",
-        "layers/rules.py",
-        "routing/keep_dtype.py",
-        "routing/losses.py",
-        "routing/normalize.py",
-        "routing/rules/expert_threshold.py",
-        "routing/rules/null_experts.py",
-        "routing/rules/relu.py",
-        "routing/rules/seq_top_k.py",
-        "routing/select.py",
-    ),
+    ships_code=True,
     how_to_load="""\
 ```python
 import megatron_dynmoe.huggingface  # without the package: trust_remote_code=True in both calls

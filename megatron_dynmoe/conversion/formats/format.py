@@ -55,7 +55,7 @@ class Format:
         keeps_other_words: whether words that ``read`` does not know stay in the config.
         has_model_code: whether Transformers, with this package, has code for its models.
         inv_freq_key: the key of a layer's rotary frequencies, if folders hold these.
-        shipped: files of this package that a folder needs to run by itself.
+        ships_code: whether a folder needs code of this package to run by itself.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Format:
     keeps_other_words: bool = False
     has_model_code: bool = True
     inv_freq_key: str | None = None
-    shipped: tuple[str, ...] = ()
+    ships_code: bool = False
 
     def to_format(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """The content of ``config.json``.
