@@ -28,6 +28,8 @@ _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
+# The same for embedding and output layer, which are parameters of the others if these are missing.
+_DECOUPLED = ("decoupled_lr", "decoupled_min_lr")
 # The argument of Megatron's in which a hash of the tokenizer lies in its checkpoints.
 _TOKENIZER = "dynmoe_tokenizer"
 
@@ -62,8 +64,10 @@ def agree_with_checkpoint(args: Namespace) -> None:
             )
     _keep_padded_vocabulary(args, saved)
     tell_other_tokenizer(args, saved)
-    takes_any = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if not (takes_any or args.finetune or args.no_load_optim or args.skip_train):
+    if args.finetune or args.no_load_optim or args.skip_train:
+        return
+    _check_groups(args, saved)
+    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
         _check_schedule(args, saved)
 
 
@@ -141,8 +145,23 @@ def _hash_of_tokenizer(args: Namespace) -> str | None:
         return None
 
 
+def _check_groups(args: Namespace, saved: Namespace) -> None:
+    """Refuse a learning rate of its own for parameters that had none, and the other way round."""
+    name = _DECOUPLED[0]
+    here, there = (getattr(run, name, None) for run in (args, saved))
+    if (here is None) != (there is None):
+        as_saved = "leave it out" if there is None else f"give {flag(name)} {there}"
+        raise FlagError(
+            name,
+            here,
+            f", and the run in {args.load} has {'none' if there is None else there}: the "
+            "optimizer's state is that of other groups of parameters",
+            f"{as_saved}, or give --no-load-optim to begin with a new optimizer",
+        )
+
+
 def _check_schedule(args: Namespace, saved: Namespace) -> None:
-    for name in _SCHEDULE:
+    for name in (*_SCHEDULE, *_DECOUPLED):
         here, there = getattr(args, name), getattr(saved, name, None)
         if here is not None and there is not None and here != there:
             _refuse(args, name, here, there)

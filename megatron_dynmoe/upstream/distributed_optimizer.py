@@ -105,8 +105,10 @@ def restructuring(load_state_dict: _Method) -> _Method:
 
     @functools.wraps(load_state_dict)
     def load_restructured(self, loaded):
-        if _overrides_schedule():
+        if _asks_for("override_opt_param_scheduler"):
             loaded = optimizer_state.with_schedule_of(self.chained_optimizers, loaded)
+        elif _asks_for("use_checkpoint_opt_param_scheduler"):
+            optimizer_state.take_schedule(self.chained_optimizers, loaded)
         loaded = optimizer_state.restructured(loaded, self.chained_optimizers)
         load_state_dict(self, optimizer_state.with_step_of(self.chained_optimizers, loaded))
         for inner in (part.optimizer for part in self.chained_optimizers):
@@ -116,10 +118,10 @@ def restructuring(load_state_dict: _Method) -> _Method:
     return load_restructured
 
 
-def _overrides_schedule() -> bool:
+def _asks_for(argument: str) -> bool:
     from megatron.training import get_args
 
     try:
-        return get_args().override_opt_param_scheduler
+        return getattr(get_args(), argument)
     except AssertionError:  # a user's own training loop has no Megatron arguments
         return False

@@ -9,6 +9,8 @@ import torch
 
 # Among the keys that distinguish parameter groups, these belong to the schedule, not to the model.
 _SCHEDULE_OF_GROUPS = ("max_lr", "min_lr", "start_wd", "end_wd")
+# Whether a group follows --lr, which tells it from those with a --decoupled-lr.
+_FOLLOWS_LR = "default_config"
 
 
 def with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
@@ -17,17 +19,10 @@ def with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
     Upstream also uses these values to distinguish groups. Under another ``--lr`` it therefore finds
     no group, even with ``--override-opt-param-scheduler``, which allows another learning rate.
     """
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
-
     own = [group for optimizer in optimizers for group in optimizer.param_groups]
-    model_keys = [key for key in keys if key not in _SCHEDULE_OF_GROUPS]
 
     def rescheduled(group: dict[str, Any]) -> dict[str, Any]:
-        for ignored in (None, "is_expert_parallel"):
-            for mine in own:
-                if all(mine.get(k) == group.get(k) for k in model_keys if k != ignored):
-                    return group | {k: mine[k] for k in _SCHEDULE_OF_GROUPS if k in mine}
-        return group
+        return group | _schedule(_same_parameters(group, own) or group)
 
     def walk(part: Any) -> Any:
         if not isinstance(part, dict):
@@ -39,6 +34,48 @@ def with_schedule_of(optimizers: list[Any], loaded: Any) -> Any:
         }
 
     return walk(loaded)
+
+
+def take_schedule(optimizers: list[Any], loaded: Any) -> None:
+    """Give this run's parameter groups the learning rates and weight decay of a saved state.
+
+    For the same reason, upstream would find no group under another ``--lr`` with
+    ``--use-checkpoint-opt-param-scheduler`` either, which asks for the saved learning rate.
+    """
+    saved: list[dict[str, Any]] = []
+
+    def walk(part: Any) -> None:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if key == "param_groups":
+                saved.extend(value)
+            else:
+                walk(value)
+
+    walk(loaded)
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group.update(_schedule(_same_parameters(group, saved) or {}))
+
+
+def _schedule(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in _SCHEDULE_OF_GROUPS if key in group}
+
+
+def _same_parameters(group: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The group of another run that holds the same kind of parameters, whatever its schedule."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
+
+    model_keys = [key for key in keys if key not in _SCHEDULE_OF_GROUPS]
+
+    def is_same(other: dict[str, Any], ignored: str | None) -> bool:
+        return other.get(_FOLLOWS_LR, True) == group.get(_FOLLOWS_LR, True) and all(
+            other.get(key) == group.get(key) for key in model_keys if key != ignored
+        )
+
+    for ignored in (None, "is_expert_parallel"):
+        for other in others:
+            if is_same(other, ignored):
+                return other
+    return None
 
 
 def restructured(loaded: Any, optimizers: list[Any]) -> Any:

@@ -147,6 +147,18 @@ PATCHES = (
         {f"{_CHAINED}.load_state_dict": distributed_optimizer.restructuring},
     ),
     Patch(
+        "the saved weight decay at once",
+        "megatron/core/optimizer_param_scheduler.py sets the weight decay of all parameters before "
+        "it has loaded that of the checkpoint. With --use-checkpoint-opt-param-scheduler, the "
+        "first step therefore has that of the command line.",
+        "The schedule's last call of step comes after all of its state (NVIDIA/Megatron-LM#5213).",
+        {
+            "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict": (
+                wrappers.decaying_by_what_was_loaded
+            )
+        },
+    ),
+    Patch(
         "guarded saves",
         "megatron/training/checkpointing.py overwrites the tracker in place. If the disk is full "
         "or the process ends at that moment, the tracker is empty, and the way to the previous "

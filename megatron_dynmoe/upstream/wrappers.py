@@ -97,3 +97,14 @@ def counting_all_sinks(param_groups: Callable[..., Any]) -> Callable[..., Any]:
         return param_groups(model_chunks, *args, **kwargs)
 
     return param_groups_with_sinks
+
+
+def decaying_by_what_was_loaded(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """Set learning rates and weight decay once more when all of the saved schedule is known."""
+
+    @functools.wraps(load_state_dict)
+    def load_then_set(self, state_dict):
+        load_state_dict(self, state_dict)
+        self.step(increment=0)
+
+    return load_then_set

@@ -203,6 +203,34 @@ OTHER_SCHEDULE = {
         (DIST_EP2_BF16, "ep2", f"{RESHARDABLE} {BF16}"),
     )
 }
+# Whatever the command line says, the run goes on by the schedule of its checkpoint.
+DECOUPLED_LR = "--decoupled-lr 3e-3 --decoupled-min-lr 3e-4"
+DECOUPLED = run("decoupled", "ep2", DECOUPLED_LR)
+ANOTHER = "--lr 1e-3 --min-lr 1e-4 --weight-decay 0.3 --lr-decay-style constant"
+SAVED_SCHEDULE = {
+    f"{origin.name} on {layout}": (
+        origin,
+        resume(
+            f"{origin.name}_by_checkpoint_{layout}",
+            origin,
+            layout,
+            f"{flags} {ANOTHER} --use-checkpoint-opt-param-scheduler",
+        ),
+    )
+    for origin, layout, flags in (
+        (ONE, "one", ""),
+        (EP2, "one", ""),
+        (DIST_DP2, "dp2", RESHARDABLE),
+        (DECOUPLED, "ep2", "--decoupled-lr 9e-3 --decoupled-min-lr 9e-4"),
+    )
+}
+NEW_DECOUPLED = resume(
+    "decoupled_anew",
+    DECOUPLED,
+    "one",
+    f"{NEW_SCHEDULE} --decoupled-lr 2e-3 --decoupled-min-lr 2e-3",
+)
+NOT_DECOUPLED = resume("not_decoupled", DECOUPLED, "ep2", "--override-opt-param-scheduler")
 REFUSED = {
     "--lr 1e-3": "--lr is 0.001, and the run in .* has 0.01: .*--override-opt-param-scheduler",
     "--train-iters 9": "--train-iters is 9, and the run in .* has 6: .*--lr-decay-iters 6 for",
@@ -290,6 +318,29 @@ def test_another_schedule_takes_the_optimizers_state_along(results: Results, nam
     tolerance = 1e-3 if BF16 in origin.case.flags else 1e-5
     assert resumed.losses[0] == pytest.approx(origin.losses[HALF], rel=tolerance)
     assert resumed.losses[-1] != pytest.approx(origin.losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", matrix(SAVED_SCHEDULE, ("one_whole on one", "decoupled on ep2")))
+def test_the_saved_schedule_goes_on_whatever_the_flags_say(results: Results, name: str) -> None:
+    origin, resumed = (results[case] for case in SAVED_SCHEDULE[name])
+    assert differences(checkpoint(origin, HALF), checkpoint(resumed, HALF)) == {}
+    assert resumed.losses == pytest.approx(origin.losses[HALF:], rel=1e-5)
+    assert differences(checkpoint(origin), checkpoint(resumed), 1e-5) == {}
+
+
+def test_another_schedule_leaves_embeddings_a_rate_of_their_own(results: Results) -> None:
+    origin, resumed = results[DECOUPLED], results[NEW_DECOUPLED]
+    found = differences(checkpoint(origin, HALF), checkpoint(resumed, HALF))
+    assert {*found} <= {"lr", "weight_decay", "scheduler"}
+    assert checkpoint(resumed)["lr"] == {1e-3, 2e-3}
+
+
+def test_embeddings_do_not_lose_their_rate_in_silence(results: Results) -> None:
+    assert re.search(
+        "--decoupled-lr is not given, and the run in .* has 0.003: .* --decoupled-lr 0.003, or "
+        "give --no-load-optim",
+        results.any(NOT_DECOUPLED).error or "it was accepted",
+    )
 
 
 @pytest.mark.parametrize("flags", REFUSED)

@@ -191,6 +191,11 @@ def sinks_are_not_marked(_: Path) -> bool:
     return "partition_dim" not in made and "tensor_model_parallel_attributes" not in made
 
 
+def the_weight_decay_is_set_before_it_is_known(_: Path) -> bool:
+    load = source("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict")
+    return load.index("self.step(") < load.index("self.end_wd =")
+
+
 def only_the_loop_itself_wraps_a_schedule(_: Path) -> bool:
     train = source("megatron.training.training:train")
     wrappers = set(re.findall(r"forward_backward_func = (\w+)\(", train))
@@ -242,6 +247,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "each step is logged as itself": the_first_step_is_counted_twice,
     "experts begin differently": experts_are_drawn_without_their_rank,
     "the norm counts all sinks": sinks_are_not_marked,
+    "the saved weight decay at once": the_weight_decay_is_set_before_it_is_known,
     "room for rows": only_the_loop_itself_wraps_a_schedule,
     "settings of a CPU": settings_need_a_gpu,
     "random state of a CPU": the_state_goes_to_a_list_of_generators,
