@@ -65,6 +65,7 @@ def agree_with_checkpoint(args: Namespace) -> None:
     _keep_padded_vocabulary(args, saved)
     tell_other_tokenizer(args, saved)
     if args.finetune or args.no_load_optim or args.skip_train:
+        tell_new_schedule(args, saved)
         return
     _check_groups(args, saved)
     if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
@@ -131,6 +132,28 @@ def tell_other_tokenizer(args: Namespace, saved: Namespace) -> None:
         f"> note: the tokenizer is {here[0]} {here[1]}, and the run in {args.load} had {there[0]} "
         f"{there[1]}{' of other content' * (here == there)}: if they are not the same, the model "
         "takes each piece for another",
+        flush=True,
+    )
+
+
+def tell_new_schedule(args: Namespace, saved: Namespace) -> None:
+    """Say that the learning rate begins anew, in the middle of the run, if only the optimizer does.
+
+    Megatron keeps the place in the schedule with the optimizer. Without it the rate warms up again,
+    and it does not come down to its end, because only the rest of the run is left for all of it.
+    """
+    done = getattr(saved, "consumed_train_samples", None) or 0
+    if args.rank != 0 or args.finetune or args.skip_train or not done:
+        return
+    if args.lr_decay_style == "constant" and not (
+        args.lr_warmup_iters or args.lr_warmup_samples or args.lr_warmup_fraction
+    ):
+        return
+    unit = "iters" if args.train_samples is None else "samples"
+    print(
+        f"> note: --no-load-optim also begins the schedule of the learning rate anew, {done} "
+        f"samples into the run: to have it end with the run, give --lr-decay-{unit} what is left "
+        "of it",
         flush=True,
     )
 
