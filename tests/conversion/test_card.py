@@ -1,5 +1,6 @@
 """The model card says what the settings say, also after a calibration."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def test_a_card_names_data_steps_routing_and_what_was_measured(tmp_path: Path) -
 def test_what_was_not_measured_is_not_claimed(tmp_path: Path, measured: list | None) -> None:
     text = card(tmp_path, CONFIG | {"measured_experts_per_token": measured})
     assert "were not measured" in text and "on average" not in text
+
+
+@pytest.mark.parametrize("splits", [True, False, None])
+def test_what_chat_templates_need_is_said(tmp_path: Path, splits: bool | None) -> None:
+    if splits is not None:
+        config = {"split_special_tokens": splits}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ("split_special_tokens=False" in card(tmp_path, CONFIG)) is bool(splits)
 
 
 def test_cards_of_other_models(tmp_path: Path) -> None:

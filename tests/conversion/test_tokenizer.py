@@ -152,6 +152,20 @@ def test_ids_of_special_tokens(train: Callable[..., Path], tmp_path: Path) -> No
     assert tokenizer.decode([1, *encode(tokenizer, "text"), 1], skip_special_tokens=True) == "text"
 
 
+def test_chat_templates_have_their_tokens_if_they_are_asked_for(
+    quickstart_model: Path, tmp_path: Path
+) -> None:
+    """Otherwise the names of tokens are text, as in the training, in templates, too."""
+    export_tokenizer(quickstart_model, tmp_path)
+    for splits in (True, False):
+        given = {} if splits else {"split_special_tokens": False}
+        tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), **given)
+        tokenizer.chat_template = "{{ messages[0].content }}{{ eos_token }}"
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "if x"}])["input_ids"]
+        assert (ids[-1] == tokenizer.eos_token_id) is not splits
+        assert tokenizer.decode(ids) == "if x</s>"
+
+
 def test_collators_leave_the_end_of_a_text_to_be_learned(
     quickstart_model: Path, tmp_path: Path
 ) -> None:

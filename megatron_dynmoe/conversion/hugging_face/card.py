@@ -79,7 +79,7 @@ def about_training(args: Namespace, iteration: int) -> dict[str, Any]:
 def write_card(
     folder: Path, config: dict[str, Any], about: dict[str, Any], how_to_load: str, dtype: str
 ) -> None:
-    """Write the card into the folder."""
+    """Write the card into the folder, which holds the tokenizer already."""
     lines = [
         "---",
         "library_name: transformers",
@@ -94,6 +94,7 @@ def write_card(
         "## Use",
         "",
         how_to_load,
+        *_special_tokens(folder),
         "## Model",
         "",
         *_table({name: config[name] for name in _MODEL} | {"dtype": dtype}),
@@ -160,6 +161,19 @@ def _summary(config: dict[str, Any], about: dict[str, Any]) -> str:
     if "steps" in about:
         sentences.append("Trained with Megatron-Core and megatron-dynmoe.")
     return " ".join(sentences)
+
+
+def _special_tokens(folder: Path) -> list[str]:
+    """What a chat template needs, if the tokenizer takes the names of special tokens for text."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not json.loads(path.read_text("utf-8")).get("split_special_tokens"):
+        return []
+    return [
+        "To the tokenizer, the name of a special token within a text is text, as it was in the "
+        "training. For chat templates, and for texts that end with the end token's name, load it "
+        "with `AutoTokenizer.from_pretrained(folder, split_special_tokens=False)`.",
+        "",
+    ]
 
 
 def _routing(config: dict[str, Any]) -> list[str]:
