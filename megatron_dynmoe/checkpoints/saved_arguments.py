@@ -196,6 +196,16 @@ def _check_schedule(args: Namespace, saved: Namespace) -> None:
         if None not in values and values[0] != values[1]:
             is_given = getattr(args, f"lr_decay_{unit}") is not None
             _refuse(args, f"{'lr_decay' if is_given else 'train'}_{unit}", *values)
+    here, there = args.global_batch_size, getattr(saved, "global_batch_size", None)
+    if args.train_samples is None and None not in (here, there) and here != there:
+        raise FlagError(
+            "global_batch_size",
+            here,
+            f", and the run in {args.load} has {there}: Megatron counts the schedule of the "
+            "learning rate in samples, so that it is another one",
+            "give --override-opt-param-scheduler to go on with it, or "
+            "--use-checkpoint-opt-param-scheduler to end with the samples of the old one",
+        )
 
 
 def _refuse(args: Namespace, name: str, here: object, there: object) -> None:

@@ -234,6 +234,8 @@ NOT_DECOUPLED = resume("not_decoupled", DECOUPLED, "ep2", "--override-opt-param-
 REFUSED = {
     "--lr 1e-3": "--lr is 0.001, and the run in .* has 0.01: .*--override-opt-param-scheduler",
     "--train-iters 9": "--train-iters is 9, and the run in .* has 6: .*--lr-decay-iters 6 for",
+    "--global-batch-size 4": "--global-batch-size is 4, and the run in .* has 8: .*in samples.*"
+    "--override-opt-param-scheduler",
     "--hidden-size 64": "--hidden-size is 64, and the model in .* has 32: give --hidden-size 32",
     "--num-experts 8": "--num-experts is 8, and the model in .* has 4",
     "--num-layers 3": "--num-layers is 3, and the model in .* has 2",
