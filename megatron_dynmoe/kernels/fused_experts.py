@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_dynmoe.kernels.grouped_gemm import add_product, dot_of, tile_of, tiles_of_rows
 from megatron_dynmoe.kernels.operators import operator
-from megatron_dynmoe.kernels.tiles import Way, launch, tiled
+from megatron_dynmoe.kernels.tiles import Way, launch, situation, tiled
 
 # A program has two products, or several values of each place after its product.
 WAYS = (
@@ -65,10 +65,12 @@ def gate_and_up(
     """Launch the kernel of :func:`multiply_and_activate`."""
     num_experts, inner = len(weight_E2FD), tokens_TD.shape[1]
     num_rows, columns = activated_RF.shape
+    if not num_rows:
+        return
     launch(
         _gate_and_up, tiles_of_rows(num_rows, num_experts, columns),
         tokens_TD, token_R, probs_R, weight_E2FD, gate_up_R2F, activated_RF, ends_E,
-        num_experts, inner, columns,
+        num_experts, inner, columns, situation(num_rows),
         WIDTH=triton.next_power_of_2(num_experts), **dot_of(tokens_TD),
     )  # fmt: skip
 
@@ -115,11 +117,14 @@ def gate_and_up_backward(
 ) -> None:  # fmt: skip
     """Launch the kernel of :func:`differentiate_activation`."""
     num_experts, inner, columns = weight_EDF.shape
+    num_rows = len(gate_up_R2F)
+    if not num_rows:
+        return
     launch(
-        _gate_and_up_backward, tiles_of_rows(len(gate_up_R2F), num_experts, columns),
+        _gate_and_up_backward, tiles_of_rows(num_rows, num_experts, columns),
         d_output_TD, token_R, probs_R, weight_EDF, gate_up_R2F,
         d_gate_up_R2F, d_probs_RC, activated_RF, ends_E,
-        num_experts, inner, columns, d_probs_RC.shape[1],
+        num_experts, inner, columns, d_probs_RC.shape[1], situation(num_rows),
         WIDTH=triton.next_power_of_2(num_experts), **dot_of(d_output_TD),
     )  # fmt: skip
 
@@ -151,7 +156,7 @@ def _rows_of_tokens(tokens_ptr, token_ptr, first_row, row, is_row, width):
 @triton.jit
 def _gate_and_up(
     tokens_ptr, token_ptr, probs_ptr, weight_ptr, gate_up_ptr, activated_ptr, ends_ptr,
-    num_experts, inner, columns, WIDTH: tl.constexpr,
+    num_experts, inner, columns, situation, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +203,7 @@ def _gate_and_up(
 def _gate_and_up_backward(
     d_output_ptr, token_ptr, probs_ptr, weight_ptr, gate_up_ptr,
     d_gate_up_ptr, d_probs_ptr, activated_ptr, ends_ptr,
-    num_experts, inner, columns, parts, WIDTH: tl.constexpr,
+    num_experts, inner, columns, parts, situation, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_dynmoe.kernels.operators import operator
-from megatron_dynmoe.kernels.tiles import Grid, Way, launch, tiled
+from megatron_dynmoe.kernels.tiles import Grid, Way, launch, situation, tiled
 
 WAYS = (
     Way(128, 128, 32, warps=8, stages=3),
     Way(128, 128, 64, warps=8, stages=3),
-    Way(128, 256, 64, warps=8, stages=3),
+    Way(128, 256, 64, warps=8, stages=3, since=90),
     Way(64, 128, 64, warps=4, stages=4),
     Way(64, 256, 32, warps=4, stages=4),
 )
@@ -54,11 +54,13 @@ def multiply_each_row(
 ) -> None:
     """Launch the kernel of :func:`multiply_rows`."""
     num_experts, inner, columns = weight_EIO.shape
+    if not len(rows_RI):
+        return
     launch(
         _multiply_rows, tiles_of_rows(len(rows_RI), num_experts, columns),
         rows_RI, weight_EIO, output_RO, ends_E,
         num_experts, inner, columns, *rows_RI.stride(), *weight_EIO.stride(),
-        WIDTH=triton.next_power_of_2(num_experts), **dot_of(rows_RI),
+        situation(len(rows_RI)), WIDTH=triton.next_power_of_2(num_experts), **dot_of(rows_RI),
     )  # fmt: skip
 
 
@@ -98,6 +100,11 @@ def multiply_all_rows(
 ) -> None:  # fmt: skip
     """Launch the kernel of :func:`multiply_by_rows`."""
     height, width = left_RO.shape[1], right_RI.shape[1]
+    num_rows = len(right_RI if right_row_R is None else right_row_R)
+    if not num_rows:
+        if not adds:
+            output_EOI.zero_()
+        return
 
     def grid(tile: dict[str, Any]) -> tuple[int, ...]:
         lines = triton.cdiv(height, tile["TILE_ROWS"])
@@ -106,7 +113,8 @@ def multiply_all_rows(
     launch(
         _multiply_by_rows, grid,
         left_RO, right_RI, output_EOI, ends_E, left_row_R, right_row_R,
-        height, width, *left_RO.stride(), *right_RI.stride(), ADDS=adds, **dot_of(left_RO),
+        height, width, *left_RO.stride(), *right_RI.stride(), situation(num_rows),
+        ADDS=adds, **dot_of(left_RO),
     )  # fmt: skip
 
 
@@ -184,7 +192,7 @@ def tile_of(
 def _multiply_rows(
     rows_ptr, weight_ptr, output_ptr, ends_ptr,
     num_experts, inner, columns, row_step, row_column_step,
-    weight_expert_step, weight_inner_step, weight_column_step,
+    weight_expert_step, weight_inner_step, weight_column_step, situation,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
@@ -222,7 +230,7 @@ def _multiply_rows(
 @triton.jit
 def _multiply_by_rows(
     left_ptr, right_ptr, output_ptr, ends_ptr, left_index_ptr, right_index_ptr,
-    height, width, left_row_step, left_column_step, right_row_step, right_column_step,
+    height, width, left_row_step, left_column_step, right_row_step, right_column_step, situation,
     ADDS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
 ):  # fmt: skip

@@ -1,13 +1,16 @@
 """How the GEMMs of Triton are cut into tiles: a few ways, of which a device measures the fastest.
 
 A GPU's memory, caches and tensor cores decide which way is the fastest, so it is not written down
-here. The first launch for a shape tries all of them, and Triton keeps the result with its compiled
-kernels, on the disk. Other tiles add up in another order, so that ``--deterministic-mode``, which
-asks for the same bits on every machine of a kind, takes the first way without measuring.
+here. The first launch for sizes and a number of rows (to a power of two) tries all of them, and
+Triton keeps the result with its compiled kernels, on the disk. Other tiles add up in another order,
+so that ``--deterministic-mode``, which asks for the same bits on every machine of a kind, takes the
+first way without measuring.
 """
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,10 +48,11 @@ def tiled(*key: str, ways: Sequence[Way], changes: str | None = None) -> Callabl
     """Give a kernel its tiles, as the constants TILE_ROWS, TILE_COLUMNS and TILE_INNER.
 
     Args:
-        key: names of the arguments that decide which way is the fastest.
+        key: names of the arguments that decide which way is the fastest, beside ``situation``,
+            which the kernel takes and does not read.
         ways: to choose from; the first one is for every GPU.
         changes: a tensor that a launch adds to, or of which it writes a part. It is put back after
-            every trial.
+            every trial, and that is timed with all ways alike.
     """
 
     def prune(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
@@ -58,7 +62,7 @@ def tiled(*key: str, ways: Sequence[Way], changes: str | None = None) -> Callabl
 
     return triton.autotune(
         [way.config for way in ways],
-        list(key),
+        [*key, "situation"],
         restore_value=changes and [changes],
         prune_configs_by={"early_config_prune": prune},
         cache_results=True,
@@ -71,6 +75,19 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
         kernel[grid](*args, **constants)
     else:
         kernel.fn[grid](*args, **constants, **kernel.configs[0].all_kwargs())
+
+
+def situation(num_rows: int) -> int:
+    """A number for what Triton's own key leaves out: the device's name and the number of rows.
+
+    It is a multiple of 16, as Triton compiles other code for other numbers.
+    """
+    return 16 * (zlib.crc32(f"{_device()} {triton.next_power_of_2(num_rows)}".encode()) >> 5)
+
+
+@functools.cache
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def measures() -> bool:

@@ -97,7 +97,8 @@ class GroupedExperts(MegatronModule):
 
         Args:
             hidden_RD: [R, D], the rows of expert 0, then those of expert 1, ...
-            tokens_per_expert: [E] int64, on any device; sums to R.
+            tokens_per_expert: [E] int64, on any device; sums to R, or to less if there is room for
+                more rows.
             probs_R: [R] float32, the rows' weights.
             order: if given, ``hidden_RD`` are tokens, [T, D], of which these are the rows; only if
                 the experts :meth:`gather <gathers>`.

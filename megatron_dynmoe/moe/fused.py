@@ -146,8 +146,11 @@ def _weight_gradient(
 def adds_to_buffer(weight: Tensor) -> bool:
     """Whether Megatron's DistributedDataParallel has a buffer for a weight's gradient.
 
-    It says by ``grad_added_to_main_grad`` that it knows of gradients which are in it already.
+    It says by ``grad_added_to_main_grad`` that it knows of gradients which are in it already. FSDP
+    has the same name, and a buffer only from time to time.
     """
-    if getattr(weight, "zero_out_wgrad", False) or not hasattr(weight, "grad_added_to_main_grad"):
+    if getattr(weight, "zero_out_wgrad", False) or hasattr(weight, "__fsdp_param__"):
+        return False
+    if not hasattr(weight, "grad_added_to_main_grad"):
         return False
     return getattr(weight, "main_grad", None) is not None

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     warps: int
     stages: int = 3
     since: int = min(TARGETS)
+    unaligned: str = ""  # a pointer that need not be
 
 
 def cases() -> Iterator[Case]:
@@ -83,11 +84,12 @@ def tiled_cases(dtype: str, settings: dict):
     wide = settings | {"WIDTH": 16}
     by_rows = settings | {"left_column_step": 1, "right_column_step": 1}
     values = dict.fromkeys(["rows_ptr", "weight_ptr", "output_ptr"], dtype)
-    for step in ("weight_inner_step", "weight_column_step"):  # forward, backward
-        steps = {"row_column_step": 1, step: 1}
-        yield from ways_of(
-            grouped_gemm._multiply_rows, grouped_gemm.WAYS, values | counts, wide | steps
-        )
+    rows_types = values | counts
+    forward, backward = (
+        {"row_column_step": 1, step: 1} for step in ("weight_inner_step", "weight_column_step")
+    )
+    for steps in (forward, backward, forward | {"WIDTH": 64}):
+        yield from ways_of(grouped_gemm._multiply_rows, grouped_gemm.WAYS, rows_types, wide | steps)
     values = dict.fromkeys(["left_ptr", "right_ptr", "output_ptr"], dtype)
     for gathered in ("left_index_ptr", "right_index_ptr"):
         given = {name: None for name in index if name != gathered}
@@ -99,18 +101,28 @@ def tiled_cases(dtype: str, settings: dict):
         )
     adding = values | counts | {"output_ptr": "fp32"}
     in_place = by_rows | {"ADDS": True} | dict.fromkeys(index)
-    yield from ways_of(grouped_gemm._multiply_by_rows, grouped_gemm.GRADIENT_WAYS, adding, in_place)
+    ways = grouped_gemm.GRADIENT_WAYS
+    yield from ways_of(grouped_gemm._multiply_by_rows, ways, adding, in_place)
+    # Without the distributed optimizer, a gradient may begin anywhere in Megatron's buffer. On
+    # Blackwell wider ways spill then, and lose when they are measured.
+    for case in ways_of(grouped_gemm._multiply_by_rows, ways[:1], adding, in_place):
+        yield case._replace(unaligned="output_ptr")
     names = ("tokens", "d_output", "weight", "gate_up", "activated", "d_gate_up")
     values = {f"{name}_ptr": dtype for name in names}
-    for given in ({}, {"token_ptr": None}):
+    many = {"WIDTH": 128}  # experts
+    yield from ways_of(
+        grouped_gemm._multiply_rows, grouped_gemm.WAYS, rows_types, wide | forward | many
+    )
+    for given in ({}, {"token_ptr": None}, many):
         for kernel, ways in (
             (fused_experts._gate_and_up, fused_experts.WAYS),
             (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
         ):
             yield from ways_of(kernel, ways, values | counts, wide | given)
-            # Of a rank that has one expert; Triton makes a constant of a 1.
-            alone = settings | {"WIDTH": 1, "num_experts": 1} | given
-            yield from ways_of(kernel, ways[:1], values | counts, alone)
+    # Of a rank that has one expert; Triton makes a constant of a 1.
+    alone = settings | {"WIDTH": 1, "num_experts": 1}
+    for kernel in (fused_experts._gate_and_up, fused_experts._gate_and_up_backward):
+        yield from ways_of(kernel, fused_experts.WAYS[:1], values | counts, alone)
 
 
 def ways_of(kernel, ways, types: dict[str, str], settings: dict):
@@ -139,6 +151,7 @@ def compile_case(case: Case, capability: int):
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or (kind == "i32" and name != "num_experts")
+        if name != case.unaligned
     }
     source = ASTSource(
         fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned

@@ -102,6 +102,22 @@ def test_float64_is_not_for_kernels_whose_sums_are_float32():
     assert not fused.is_fused(device, torch.float64, D, F)
 
 
+def test_no_rows_leave_gradients_of_zero():
+    tokens, weights_TE, *weights = operands()
+    nobody = permute.order_rows(torch.zeros_like(MAP_TE).to(DEVICE), 0)
+    probs = permute.weights_of(weights_TE, nobody)
+    output = fused_experts(tokens, probs, *weights, torch.zeros(E, dtype=torch.int64), nobody)
+    assert output.shape == (T, D) and not output.any()
+    for gradient in torch.autograd.grad(output.sum(), [tokens, weights_TE, *weights]):
+        assert not gradient.any()
+    buffered = [in_a_buffer(weight) for weight in weights]
+    for weight in buffered:
+        weight.main_grad.fill_(3.0)
+    counts = torch.zeros(E, dtype=torch.int64)
+    fused_experts(tokens, probs, *buffered, counts, nobody).sum().backward()
+    assert all((weight.main_grad == 3).all() for weight in buffered)
+
+
 def in_a_buffer(weight: torch.Tensor) -> Any:
     """A parameter as Megatron's DistributedDataParallel leaves it."""
     parameter: Any = torch.nn.Parameter(weight.detach())
@@ -214,9 +230,9 @@ def test_a_layer_moves_and_keeps_little_more_than_it_must():
         ends_T = torch.empty(tokens, dtype=torch.int64)
         order = permute.RowOrder(places, places, tokens, True, places, ends_T)
         counts = torch.empty(experts_, dtype=torch.int64)
-        kept: list[list[int]] = []
+        kept: list[torch.Tensor] = []
         keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(list(tensor.shape)) or tensor, lambda tensor: tensor
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
         )
         with Moved() as moved, keep:
             output = fused_experts(values, probs, first, second, counts, order)
@@ -227,7 +243,7 @@ def test_a_layer_moves_and_keeps_little_more_than_it_must():
     assert least == pytest.approx(1.22e9, rel=0.02)
     assert least <= moved.bytes <= 1.03 * least
     assert moved.calls <= 4
-    # Of the rows only gate and up are kept, which have 369 MB, and the weights.
-    of_rows = [shape for shape in kept if shape[0] == rows]
-    assert sorted(of_rows) == [[rows], [rows, 2 * ffn]]
-    assert rows * (2 * ffn * half + 4) < 400e6
+    # Of the rows only gate and up are kept, and the weights.
+    of_rows = [tensor for tensor in kept if len(tensor) == rows]
+    assert sorted(list(tensor.shape) for tensor in of_rows) == [[rows], [rows, 2 * ffn]]
+    assert sum(tensor.numel() * tensor.itemsize for tensor in of_rows) < 400e6
