@@ -61,9 +61,8 @@ A rule is compared with DTop-p seed by seed, because a seed (the order of the te
 weights) moves all rules alike: the difference is the mean over the seeds that both have. Its 95 %
 interval is Student's, by what neither rule nor seed explains in the runs of this table and of the
 next section. (The pairing was chosen when two seeds had been trained; before, the table compared
-means.) *DRN without controller* and
-*fixed top-p* (which has neither) have thresholds that were chosen for about 2 experts; see their
-counts.
+means.) *DRN without controller* and *fixed top-p* (which has neither) have thresholds that were
+chosen for about 2 experts; see their counts.
 
 *Shared expert* is the model of expert threshold's paper at the same FLOPs: a token has one shared
 expert and on average one other, which the table counts, and the first layer is dense. Top-1 is what
