@@ -109,11 +109,12 @@ def tiled_cases(dtype: str, settings: dict):
         yield case._replace(unaligned="output_ptr")
     names = ("tokens", "d_output", "weight", "gate_up", "activated", "d_gate_up")
     values = {f"{name}_ptr": dtype for name in names}
-    many = {"WIDTH": 128}  # experts
-    yield from ways_of(
-        grouped_gemm._multiply_rows, grouped_gemm.WAYS, rows_types, wide | forward | many
-    )
-    for given in ({}, {"token_ptr": None}, many):
+    # Of 128 experts, in bf16. In float32 the backward kernel spills eight bytes on Blackwell then.
+    many = [{"WIDTH": 128}] if dtype == "bf16" else []
+    for given in many:
+        types, constants = rows_types, wide | forward | given
+        yield from ways_of(grouped_gemm._multiply_rows, grouped_gemm.WAYS, types, constants)
+    for given in ({}, {"token_ptr": None}, *many):
         for kernel, ways in (
             (fused_experts._gate_and_up, fused_experts.WAYS),
             (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
