@@ -66,10 +66,10 @@ chosen for about 2 experts; see their counts.
 
 *Shared expert* is the model of expert threshold's paper at the same FLOPs: a token has one shared
 expert and on average one other, which the table counts, and the first layer is dense. Top-1 is what
-that paper compares with. Without a shared expert, half of the tokens have no expert in most layers
-of [expert threshold](rules.md#without-a-shared-expert). With
-[null experts](rules.md#in-a-small-model) that put out zero, nothing teaches a token how many
-experts it needs.
+that paper compares with, here by a softmax. Without a shared expert, half of the tokens have no
+expert in most layers of [expert threshold](rules.md#without-a-shared-expert). With [null
+experts](rules.md#in-a-small-model) that put out zero, nothing teaches a token how many experts it
+needs.
 
 {rules}
 

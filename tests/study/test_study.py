@@ -112,11 +112,14 @@ def test_flags_of_all_variants_are_accepted_settings():
     assert routings["top_p_04"].weights == "raw" and routings["fixed_020"].threshold == 0.2
     assert {c.balance_loss_coeff for c in routings.values() if c.is_dynamic} == {1e-2}
     parser.add_argument("--num-experts", type=int)
+    parser.add_argument("--moe-router-score-function")
     with_parts = (rules.PART, budgets.PART, *sections.SCALING, settings.PART)
     for variants in (*(part.variants for part in with_parts), diffusion.VARIANTS):
         for variant in variants.values():
             args, _ = parser.parse_known_args(training_flags(variant, CPU, 1))
             config_from_args(args).resolve(args.num_experts)
+            # Held-out text is read by the exported model, which no other scores have.
+            assert args.moe_router_score_function is None, variant.name
 
 
 def test_routings_of_images_are_compared_with_their_seeds_noise():
