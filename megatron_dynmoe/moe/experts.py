@@ -121,8 +121,8 @@ class GroupedExperts(MegatronModule):
 
     def gathers(self, tokens: Tensor) -> bool:
         """Whether these experts take tokens and the order of their rows in place of the rows."""
-        sizes = self.weight1.shape[1:], self.weight2.shape[1:]
-        return is_fused(tokens.device, tokens.dtype, *sizes[0], *sizes[1])
+        sizes = *self.weight1.shape[1:], *self.weight2.shape[1:]
+        return is_fused(tokens.device, tokens.dtype, *sizes)
 
     def _activated(self, gate_up_R2F: Tensor, probs_R: Tensor) -> Tensor:
         """As in upstream, the weights multiply the activations and not the outputs."""

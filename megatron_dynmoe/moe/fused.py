@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.moe.grouped_linear import uses_grouped_mm
-from megatron_dynmoe.moe.permute import RowOrder
+from megatron_dynmoe.moe.permute import RowOrder, sums_of
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
@@ -113,13 +113,7 @@ def _product(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _summed(rows_RD: Tensor, order: RowOrder | None) -> Tensor:
-    """Each token's rows, added up in float32, in a fixed order."""
-    if order is None:
-        return rows_RD
-    from megatron_dynmoe.kernels.permute import sum_rows
-
-    assert order.row_of_slot is not None and order.end_T is not None
-    return sum_rows(rows_RD, order.row_of_slot, order.end_T)
+    return rows_RD if order is None else sums_of(rows_RD, order)
 
 
 def _weight_gradient(

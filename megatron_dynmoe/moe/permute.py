@@ -117,14 +117,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rows_RD: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(d_rows_RD, ctx.order), None
+        return sums_of(d_rows_RD, ctx.order), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return _sum_rows(rows_RD, order)
+        return sums_of(rows_RD, order)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +138,8 @@ def rows_of(tokens_TD: Tensor, order: RowOrder) -> Tensor:
     return tokens_TD.index_select(0, token_R)
 
 
-def _sum_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
+def sums_of(rows_RD: Tensor, order: RowOrder) -> Tensor:
+    """Sum each token's rows, [T, D], without a gradient; see :func:`unpermute`."""
     if order.row_of_slot is None:
         sums_TD = rows_RD.new_zeros(order.num_tokens + (not order.all_used), rows_RD.shape[1])
         sums_TD.scatter_add_(0, order.token_R.unsqueeze(-1).expand_as(rows_RD), rows_RD)
