@@ -88,7 +88,8 @@ def build_reference(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps)
+    # The default of Transformers' trainer, adamw_torch_fused.
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=True)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, args.lr_warmup_iters, args.train_iters, min_lr=args.min_lr
     )

@@ -107,12 +107,24 @@ def _wait_row(wait: Wait) -> str:
 
 def _kernels(run: DryRun) -> Iterator[str]:
     result, rows = run.result, run.result.kernels
-    yield _row(["forward", "backward"], f"kernels of a micro-batch in layer {result.kernel_layer}")
+    title = f"kernels of a micro-batch in layer {result.kernel_layer}, and what they move"
+    yield _row(["forward", "backward", "MB"], title)
     yield from map(_kernel_row, rows)
     forward, backward = (sum(getattr(row, phase) for row in rows) for phase in PHASES[:2])
-    yield _row([f"{forward:g}", f"{backward:g}"], "the whole layer")
+    moved = sum(map(_megabytes, rows))
+    yield _row([f"{forward:g}", f"{backward:g}", f"{moved:,.0f}"], "the whole layer")
     yield _kernel_row(result.kernels_outside)
+    if run.least_expert_traffic:
+        yield (
+            f"  read and written by its experts, forward: {_size(result.expert_traffic)}, "
+            f"{result.expert_traffic / run.least_expert_traffic:.2f} times the least that they "
+            f"must; kept for the backward pass: {_size(result.expert_kept)}"
+        )
     yield f"  kernels of a step: {_by_phase(result.kernels_per_step)}"
+    files = ", ".join(f"{file} {count:g}" for file, count in result.kernels_between.items())
+    if files:
+        yield f"  the rest: {files}"
+    yield f"  bytes that they read and write: {_by_phase(result.traffic)}"
     yield f"  FLOPs of a step: {_by_phase(result.flops)}"
     yield f"  FLOPs by the planner's formula, the mean of all GPUs: {_count(run.planned_flops)}"
 
@@ -124,7 +136,12 @@ def _by_phase(counts: dict[str, float]) -> str:
 
 def _kernel_row(row: Kernels) -> str:
     files = ", ".join(f"{file} {count:g}" for file, count in [*row.files.items()][:4])
-    return _row([f"{row.forward:g}", f"{row.backward:g}"], f"{row.part}: {files}")
+    cells = [f"{row.forward:g}", f"{row.backward:g}", f"{_megabytes(row):,.0f}"]
+    return _row(cells, f"{row.part}: {files}")
+
+
+def _megabytes(row: Kernels) -> float:
+    return sum(row.traffic.values()) / 1e6
 
 
 def _sent(result: Result) -> Iterator[str]:

@@ -68,6 +68,8 @@ class DryRun:
         formula_note: which setting that is.
         planned_flops: of a step, the mean of all GPUs, by Megatron's formula, which the planner
             takes.
+        least_expert_traffic: bytes that a layer's experts must read and write in the forward pass
+            of a micro-batch, None if the planner does not know a setting.
     """
 
     recipe: str
@@ -84,6 +86,7 @@ class DryRun:
     formula: Memory | None
     formula_note: str
     planned_flops: float
+    least_expert_traffic: float | None
     result: Result
 
     @property
@@ -173,6 +176,7 @@ def dry_run(
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
         planned_flops=_planned_flops(args, layout, experts),
+        least_expert_traffic=model and model.least_expert_traffic(rows_per_token, imbalance),
         result=_run(request, setting),
     )
 

@@ -124,6 +124,23 @@ class MemoryModel:
         rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token)
         return self._of_stage(stage, rows * imbalance, self.local_tokens * rows_per_token)
 
+    def least_expert_traffic(self, rows_per_token: float, imbalance: float = 1.0) -> float:
+        """Compute the bytes that experts of a layer must read and write in a forward pass.
+
+        These are, once each, the tokens and their outputs, the weights of the experts, what the
+        first GEMM puts out (the backward pass needs it), and, written and read, the activation and
+        the rows.
+
+        Args:
+            rows_per_token, imbalance: as in :meth:`of_stage`.
+        """
+        shape, sizes = self.shape, self._experts
+        rows = mean_rows(self.local_tokens, self.layout.expert_tensor, rows_per_token) * imbalance
+        width = (shape.gate_factor + 2) * sizes.ffn + 2 * shape.hidden
+        weights = sizes.num_local * (shape.gate_factor + 1) * sizes.ffn * shape.hidden
+        numbers = 2 * self.local_tokens * shape.hidden + weights + rows * width
+        return numbers * self.precision.activation if any(shape.moe_layers) else 0
+
     def worst_case(self, cap: int | None) -> tuple[int, Memory]:
         """Find the same if every layer has the most rows that the cap allows."""
         layout, num_experts = self.layout, self.shape.num_experts

@@ -9,6 +9,9 @@ from megatron_dynmoe.planning.gpus import GPUS
 pytestmark = [pytest.mark.megatron, pytest.mark.long]
 # Whatever --global-batch-size is, a dry run takes as long: a few micro-batches stand for all.
 LONG_TEXT = "--seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1"
+ACTIVATIONS = "--recompute-granularity selective --recompute-modules moe_act"
+# The whole of Dynamic MoE's 3.5 B model.
+ONE_GPU = ("dtop_p_16e", "--pipeline-model-parallel-size 1 --micro-batch-size 8")
 ELSEWHERE = {
     "DeepEP": (
         "dtop_p_64e8a",
@@ -22,10 +25,7 @@ ELSEWHERE = {
     "target": ("dtop_p_16e", "--moe-dynamic-row-buffer target"),
     "tensor": ("dtop_p_16e", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "interleaved": ("moe_top2", "--num-virtual-stages-per-pipeline-rank 3"),
-    "activations": (
-        "dtop_p_16e",
-        "--recompute-granularity selective --recompute-modules moe_act",
-    ),
+    "activations": ("dtop_p_16e", ACTIVATIONS),
     "latent attention": (
         "smoke",
         "--multi-latent-attention --kv-lora-rank 16 --q-lora-rank 16 --qk-head-dim 8 "
@@ -38,9 +38,11 @@ ELSEWHERE = {
 }
 
 
-def dry_run(recipe, flags="", **options):
+def dry_run(recipe, flags="", more="", **options):
     options = {"kernels": "0"} | options
-    return launch.dry_run(recipe, flags.split(), None, GPUS["h200-141g"], **options)
+    return launch.dry_run(
+        recipe, [*flags.split(), *more.split()], None, GPUS["h200-141g"], **options
+    )
 
 
 def flops_over_planned(run):
@@ -78,6 +80,24 @@ def test_what_users_add(name):
         # was found to need at once: it was 15.4 % above the peak, so on the safe side.
         within = 0.16 if name == "recomputed" else 0.15
         assert run.formula.total == pytest.approx(run.result.peak, rel=within)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "flags", "traffic", "kept"),
+    [("fused", "", 1.05, 372), ("1", ACTIVATIONS, 1.45, 372), ("1", "", 1.45, 624)],
+)
+def test_a_layer_of_the_papers_model_on_one_gpu(kernels, flags, traffic, kept):
+    """What docs/backends.md says of it; a limit may fall, and if it has to rise, say why."""
+    run = dry_run(*ONE_GPU, kernels=kernels, more=flags)
+    result = run.result
+    assert result.mistakes == []
+    assert sum(row.forward for row in result.kernels) <= 60
+    assert 1 <= result.expert_traffic / run.least_expert_traffic <= traffic
+    assert result.expert_kept <= kept * 1e6
+    assert result.peak_bytes["optimizer"] - result.state_bytes < 0.001 * result.state_bytes
+    assert sum(result.kernels_between[file] for file in ("pi", "counters", "update")) <= 30
+    norms = [wait for wait in result.waits if "clip_grads" in wait.line + wait.caller]
+    assert sum(wait.per_step for wait in norms) <= 5
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,11 @@ def _line_of(path, text):
     return number
 
 
+def least_traffic(run):
+    """How many times the bytes that experts must move they move."""
+    return run.result.expert_traffic / run.least_expert_traffic
+
+
 def waits_in_layers(run):
     return [wait for wait in run.result.waits if wait.per.startswith("layer")]
 
@@ -139,6 +144,8 @@ def test_fused_experts_keep_less_and_take_fewer_kernels(alone, fused):
     assert fused.result.peak_bytes["forward"] < alone.result.peak_bytes["forward"]
     assert sum(fused.result.flops.values()) == sum(alone.result.flops.values())
     limits = {"dispatch, combine": (9, 3), "experts": (4, 7)}
+    assert least_traffic(fused) < 1.15 < 1.3 < least_traffic(alone)
+    assert 0 < fused.result.expert_kept < 0.75 * alone.result.expert_kept
     for row in fused.result.kernels:
         most = limits.get(row.part, (row.forward, row.backward))
         assert row.forward <= most[0] and row.backward <= most[1], row
@@ -168,7 +175,12 @@ def test_kernels_do_not_creep_back(alone):
     assert {part: forward[part] for part, limit in limits.items() if forward[part] > limit} == {}
     assert sum(forward.values()) <= 58
     assert sum(row.backward for row in alone.result.kernels) <= 60
-    assert alone.result.kernels_per_step["the rest"] <= 50
+    between = alone.result.kernels_between
+    assert sum(between.values()) == alone.result.kernels_per_step["the rest"] <= 50
+    assert sum(between[file] for file in ("pi", "counters", "update")) <= 30  # the controller's
+    # AdamW needs no temporaries.
+    result = alone.result
+    assert result.peak_bytes["optimizer"] - result.state_bytes < 0.01 * result.state_bytes
     # The gradient's norm: one, whatever the number of parameters.
     norms = [wait for wait in alone.result.waits if "clip_grads" in wait.line + wait.caller]
     assert [wait.per_step for wait in norms] == [1]

@@ -52,6 +52,20 @@ class AllocationJournal:
         """Begin a phase."""
         self._phases.append((len(self._journal), phase))
 
+    @property
+    def num_entries(self) -> int:
+        """How long the journal is."""
+        return len(self._journal)
+
+    def kept_since(self, entry: int) -> dict[tuple[int, str], int]:
+        """Bytes that were added from an entry on and are alive, by layer and part of it."""
+        kept: dict[tuple[int, str], int] = defaultdict(int)
+        for each in self._alive.values():
+            num_bytes, place = self._journal[each]
+            if each >= entry and num_bytes is not None and isinstance(place, Place):
+                kept[place.layer, place.part] += num_bytes
+        return kept
+
     def add(self, tensor: torch.Tensor, place: Place) -> None:
         """Note the storage of a tensor on the device, if it is a new one."""
         storage = tensor.untyped_storage()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dynmoe.dry_run.devices import known
-from megatron_dynmoe.dry_run.recording import flops
+from megatron_dynmoe.dry_run.recording import flops, traffic
 from megatron_dynmoe.dry_run.recording.collectives import Collective, Collectives
 from megatron_dynmoe.dry_run.recording.memory import AllocationJournal
 from megatron_dynmoe.dry_run.recording.places import Place, Places
@@ -50,10 +50,12 @@ class Recorder(TorchDispatchMode):
     Attributes:
         kernels: by moment, place and name.
         flops: by moment and place.
+        traffic: bytes that kernels read and write, by moment and place.
         waits: of the host for the device, by moment, place and what waits.
         copies: from the host that block it, by moment and place.
         sent: collectives by moment.
         off_device: tensors that are made on the host, by moment, place, and operation and shape.
+        kept: bytes that the last forward pass which was asked for has left, by layer and part.
         state_bytes: what was alive when the last step ended.
         num_true: how many values of a mask are true, by a size that only such masks have.
     """
@@ -70,14 +72,16 @@ class Recorder(TorchDispatchMode):
         self.collectives = Collectives(self.places)
         self.kernels: Counter[tuple[Moment, Place, str]] = Counter()
         self.flops: defaultdict[tuple[Moment, Place], float] = defaultdict(float)
+        self.traffic: defaultdict[tuple[Moment, Place], float] = defaultdict(float)
         self.waits: Counter[tuple[Moment, Place, str]] = Counter()
         self.copies: Counter[tuple[Moment, Place]] = Counter()
         self.sent: Counter[tuple[Moment, Collective]] = Counter()
         self.off_device: Counter[tuple[Moment, Place, str]] = Counter()
+        self.kept: dict[tuple[int, str], int] = {}
         self.state_bytes = 0
         self.num_true: dict[int, int] = {}
         self._launching: dict[Any, bool] = {}
-        self._within_kernel = 0
+        self._within: traffic.WithinKernel | None = None
         self.moment = Moment("build")
         self.memory.enter("build")
 
@@ -103,20 +107,25 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def one_kernel(self, name: str) -> Iterator[None]:
         """What runs in this block is one kernel, and its results are added by :meth:`keep`."""
-        if not self._within_kernel:
-            self.kernels[self.moment, self.places.now(), name] += 1
-        self._within_kernel += 1
+        if self._within is not None:  # a part of another one
+            yield
+            return
+        place, within = self.places.now(), traffic.WithinKernel()
+        self.kernels[self.moment, place, name] += 1
+        self._within = within
         try:
             yield
         finally:
-            self._within_kernel -= 1
+            self._within = None
+        self.traffic[self.moment, place] += within.num_bytes
 
     def keep(self, results: Any) -> None:
         """Add tensors to what is alive."""
-        if not self._within_kernel:
+        if self._within is None:
             place = self.places.now()
             for result in tree_leaves(results):
                 if isinstance(result, Tensor) and known.is_on_device(result):
+                    self.traffic[self.moment, place] += traffic.size_of(result)
                     self.memory.add(result, place)
 
     def note_sent(self, kind: str, group: Any, num_bytes: int) -> None:
@@ -157,7 +166,9 @@ class Recorder(TorchDispatchMode):
         if function in _COPIES:
             self._note_copy(function, args, kwargs, results[0], place)
         self._note_kernel(function, args, kwargs, result, place)
-        if not self._within_kernel:
+        if self._within is not None:
+            self._within.add(inputs, results)
+        else:
             for tensor in results:
                 if known.is_on_device(tensor):
                     self.memory.add(tensor, place)
@@ -239,8 +250,9 @@ class Recorder(TorchDispatchMode):
             self._launching[function] = not (
                 function.is_view or function._opname.startswith(_NO_KERNEL)
             )
-        if self._launching[function] and not self._within_kernel:
+        if self._launching[function] and self._within is None:
             self.kernels[self.moment, place, function._opname] += 1
+            self.traffic[self.moment, place] += traffic.bytes_of(function, args, kwargs, result)
         formula = flops.formula_of(function)
         if formula is not None:
             self.flops[self.moment, place] += formula(*args, **kwargs, out_val=result)

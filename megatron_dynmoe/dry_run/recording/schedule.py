@@ -102,7 +102,10 @@ class Watch:
         def run(*args: Any, **kwargs: Any) -> Any:
             chunk, micro_batch = kwargs.get("vp_stage") or 0, kwargs["current_microbatch"]
             self.recorder.enter(Moment(self.phase("forward"), chunk, micro_batch))
+            before = self.recorder.memory.num_entries
             result = function(*args, **kwargs)
+            if not micro_batch:  # what it keeps is not released before it has gone backward
+                self.recorder.kept |= self.recorder.memory.kept_since(before)
             for output in tree_leaves(result[0]):
                 if isinstance(output, Tensor):
                     output._dry_run_pass = chunk, micro_batch  # type: ignore[attr-defined]

@@ -40,12 +40,20 @@ class Wait:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels that one part launches in one micro-batch, and how many of them by file."""
+    """Kernels that one part launches in one micro-batch.
+
+    Attributes:
+        files: how many of them, by file.
+        traffic: bytes that they read and write, by phase.
+        kept: bytes that the part keeps for the backward pass.
+    """
 
     part: str
     forward: float
     backward: float
     files: dict[str, float]
+    traffic: dict[str, float]
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,12 @@ class Result:
         kernels: by part of that layer.
         kernels_outside: of a micro-batch, outside of layers.
         kernels_per_step: by phase.
+        kernels_between: of those that belong to none, how many by file.
         flops: of a step, by phase.
+        traffic: bytes that kernels read and write in a step, by phase.
+        expert_traffic: the same of the experts of the layer that is listed, with the rows' way to
+            them and back, in the forward pass of a micro-batch.
+        expert_kept: bytes that these keep for the backward pass.
         copies: from the host that block it, in a step, by line.
     """
 
@@ -118,7 +131,11 @@ class Result:
     kernels: list[Kernels]
     kernels_outside: Kernels
     kernels_per_step: dict[str, float]
+    kernels_between: dict[str, float]
     flops: dict[str, float]
+    traffic: dict[str, float]
+    expert_traffic: float
+    expert_kept: int
     sent: list[Sent]
     copies: dict[str, float]
     off_device: list[OffDevice]

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dynmoe.dry_run.recording.collectives import Collective
 from megatron_dynmoe.dry_run.recording.memory import Peak
-from megatron_dynmoe.dry_run.recording.places import Place
+from megatron_dynmoe.dry_run.recording.places import DISPATCH, PARTS, Place
 from megatron_dynmoe.dry_run.recording.recorder import Recorder
 from megatron_dynmoe.dry_run.recording.schedule import BETWEEN, MicroBatches
 from megatron_dynmoe.dry_run.reporting.on_host import why_on_host
@@ -34,6 +34,8 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
     all_peaks = recorder.memory.peaks()
     peaks = {phase: all_peaks[phase] for phase in PHASES if phase in all_peaks}
     layer = step.layer_to_show()
+    kernels = step.kernels_of_layer(layer)
+    of_experts = [row for row in kernels if row.part in (DISPATCH, PARTS["mlp.experts"])]
     return Result(
         micro_batches=micro_batches.planned,
         micro_batches_run=micro_batches.run,
@@ -45,10 +47,14 @@ def summarize(recorder: Recorder, micro_batches: MicroBatches) -> Result:
         waits=step.waits(recorder.waits),
         graph_breaks=step.graph_breaks(),
         kernel_layer=layer,
-        kernels=step.kernels_of_layer(layer),
+        kernels=kernels,
         kernels_outside=step.kernels_outside(),
         kernels_per_step=step.by_phase(recorder.kernels),
+        kernels_between=step.kernels_between(),
         flops=step.by_phase(recorder.flops),
+        traffic=step.by_phase(recorder.traffic),
+        expert_traffic=sum(row.traffic.get("forward", 0) for row in of_experts),
+        expert_kept=sum(row.kept for row in of_experts),
         sent=step.sent(),
         copies=step.copies(),
         off_device=step.off_device(),
@@ -88,7 +94,7 @@ class _Step:
             if key[0].phase in (*PHASES, BETWEEN):
                 yield key, count * self.micro_batches.times(key[0])
 
-    def sample(self, counter: Mapping[Any, int]) -> Iterator[tuple[Any, float]]:
+    def sample(self, counter: Mapping[Any, float]) -> Iterator[tuple[Any, float]]:
         """Yield what was counted, and how often it happens in a micro-batch of the middle."""
         for key, count in counter.items():
             if key[0].phase in (*PHASES, BETWEEN) and self.micro_batches.in_sample(key[0]):
@@ -142,13 +148,23 @@ class _Step:
         return sorted(rows, key=lambda row: -row.forward - row.backward)
 
     def _kernels_of_part(self, layer: int, part: str) -> Kernels:
-        return self._kernels(part, lambda place: (place.layer, place.part) == (layer, part))
+        kept = self.recorder.kept.get((layer, part), 0)
+        return self._kernels(part, lambda place: (place.layer, place.part) == (layer, part), kept)
 
     def kernels_outside(self) -> Kernels:
         """The kernels of a micro-batch outside of layers."""
-        return self._kernels("outside of layers", lambda place: not place.layer)
+        kept = sum(size for (layer, _), size in self.recorder.kept.items() if not layer)
+        return self._kernels("outside of layers", lambda place: not place.layer, kept)
 
-    def _kernels(self, part: str, belongs: Callable[[Place], bool]) -> Kernels:
+    def kernels_between(self) -> dict[str, float]:
+        """The kernels of the step that belong to neither a pass nor the optimizer, by file."""
+        return _sums(
+            (PurePath(place.file).stem, count)
+            for (moment, place, _), count in self.whole(self.recorder.kernels)
+            if moment.phase == BETWEEN
+        )
+
+    def _kernels(self, part: str, belongs: Callable[[Place], bool], kept: int) -> Kernels:
         counted = [
             (moment.phase, PurePath(place.file).stem, count)
             for (moment, place, _), count in self.sample(self.recorder.kernels)
@@ -156,7 +172,13 @@ class _Step:
         ]
         phases = _sums((phase, count) for phase, _, count in counted)
         files = _sums((file, count) for _, file, count in counted)
-        return Kernels(part, phases.get("forward", 0), phases.get("backward", 0), files)
+        traffic = _sums(
+            (moment.phase, num_bytes)
+            for (moment, place), num_bytes in self.sample(self.recorder.traffic)
+            if belongs(place)
+        )
+        forward, backward = (phases.get(phase, 0) for phase in _PASSES)
+        return Kernels(part, forward, backward, files, traffic, kept)
 
     def sent(self) -> list[Sent]:
         """Communication between at least two ranks, the most bytes first."""
