@@ -176,7 +176,9 @@ def dry_run(
         formula=None if model is None else model.of_stage(stage, rows_per_token, imbalance),
         formula_note=note,
         planned_flops=_planned_flops(args, layout, experts),
-        least_expert_traffic=model and model.least_expert_traffic(rows_per_token, imbalance),
+        least_expert_traffic=(
+            None if model is None else model.least_expert_traffic(rows_per_token, imbalance)
+        ),
         result=_run(request, setting),
     )
 
