@@ -122,6 +122,16 @@ def upstream_flags() -> str:
     return UPSTREAM + "\n".join(rows) + "\n"
 
 
+def benchmarks() -> str:
+    """The text of docs/benchmarks.md: what it says now, with the table of the kernels' least times.
+
+    It needs Triton.
+    """
+    from benchmarks.kernel_rooflines import table
+
+    return with_tables("benchmarks.md", {"kernel rooflines": table()})
+
+
 def testing() -> str:
     """The text of docs/testing.md: what it says now, with the table of planted mistakes."""
     from tests.mutations.planted import MUTATIONS
@@ -209,6 +219,7 @@ def with_tables(page: str, tables: dict[str, list[str]]) -> str:
 
 
 DOCUMENTS = {
+    "benchmarks.md": benchmarks,
     "configuration.md": configuration,
     "diffusion.md": diffusion,
     "huggingface.md": huggingface,
