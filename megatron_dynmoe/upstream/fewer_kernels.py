@@ -2,7 +2,7 @@
 
 Without these, its optimizer works through one parameter after another: several kernels each, and
 for the norm a wait of the host. The functions here take all parameters at once. Rotary positions
-get a kernel of ours, also on a CPU, on which rows that are in order are not sorted.
+get a Triton kernel of ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_dynmoe import kernels
 from megatron_dynmoe.backends import cpu
-from megatron_dynmoe.kernels.rope_cpu import rotate_halves, rotates_all
 from megatron_dynmoe.upstream.optimizer_state import is_torch_adam
 
 
@@ -45,7 +44,7 @@ def scale(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], b
     torch._foreach_mul_(targets, by)
 
 
-def fused(build: Callable[..., Any]) -> Callable[..., Any]:
+def with_fused_adam(build: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch's Adam, which upstream builds, take each step of all parameters in a few kernels.
 
     It then needs no temporaries, which otherwise are as large as the parameters that it updates. On
@@ -105,45 +104,3 @@ def packed_rotation(found: Callable[..., Any] | None) -> Callable[..., Any]:
         )
 
     return found or rotate_packed
-
-
-def rotating_halves(rotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let upstream's rotation of queries or keys do the common case on a CPU in fewer calls."""
-
-    @functools.wraps(rotate)
-    def rotated(
-        values: Tensor,
-        angles: Tensor,
-        rotary_interleaved: bool = False,
-        mla_rotary_interleaved: bool = False,
-        mscale: float = 1.0,
-        **other: Any,
-    ) -> Tensor:
-        is_plain = not (rotary_interleaved or mla_rotary_interleaved or other)
-        if is_plain and rotates_all(values, angles):
-            return rotate_halves(values, angles, mscale)
-        return rotate(values, angles, rotary_interleaved, mla_rotary_interleaved, mscale, **other)
-
-    return rotated
-
-
-def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in float32, and the largest of each token, without its place; as upstream's."""
-    wide = logits.float()
-    return wide, wide.amax(dim=-1)
-
-
-def sort_of_ranks(sort: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave rows as they are that come from a single rank, in the order of its experts already."""
-
-    @functools.wraps(sort)
-    def sorted_rows(
-        rows: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None = None, fused: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        is_in_order = order.device.type == "cpu" and order.tolist() == [*range(len(order))]
-        # Upstream's sizes may leave out rows, which its sort drops.
-        if is_in_order and sizes.device.type == "cpu" and int(sizes.sum()) == len(rows):
-            return rows, probs
-        return sort(rows, sizes, order, probs=probs, fused=fused)
-
-    return sorted_rows

@@ -21,7 +21,7 @@ from megatron_dynmoe.checkpoints.save import SaveGuard, TrackerFileWriter
 from megatron_dynmoe.control.row_buffer import with_row_buffer
 from megatron_dynmoe.training.datasets import index_cache, splits
 from megatron_dynmoe.training.signals import StopSignals
-from megatron_dynmoe.upstream import distributed_optimizer, fewer_kernels, wrappers
+from megatron_dynmoe.upstream import distributed_optimizer, fewer_kernels, shortcuts, wrappers
 from megatron_dynmoe.upstream.patch import Patch
 
 _CHECKPOINTING = "megatron.training.checkpointing"
@@ -81,7 +81,7 @@ PATCHES = (
                 utils.local_multi_tensor_scale, fewer_kernels.scale
             ),
             "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups": lambda build: (
-                fewer_kernels.fused(build) if optimizer.USING_PYTORCH_OPTIMIZER else build
+                fewer_kernels.with_fused_adam(build) if optimizer.USING_PYTORCH_OPTIMIZER else build
             ),
         },
     ),
@@ -102,7 +102,7 @@ PATCHES = (
         "autograd goes through each of them again. The last one appends what does not rotate, "
         "which is usually an empty tensor.",
         "Upstream concatenates nothing if everything rotates.",
-        {f"{_ROPE}:_apply_rotary_pos_emb_bshd": fewer_kernels.rotating_halves},
+        {f"{_ROPE}:_apply_rotary_pos_emb_bshd": shortcuts.rotating_halves},
         cpu.is_installed,
     ),
     Patch(
@@ -112,7 +112,7 @@ PATCHES = (
         "Upstream takes the maximum alone.",
         {
             "megatron.core.tensor_parallel.cross_entropy:VocabParallelCrossEntropy"
-            ".calculate_logits_max": lambda _: staticmethod(fewer_kernels.largest_logits)
+            ".calculate_logits_max": lambda _: staticmethod(shortcuts.largest_logits)
         },
     ),
     Patch(
@@ -121,7 +121,7 @@ PATCHES = (
         "so if there is but one rank, too: it splits them by expert and puts them together again "
         "as they were, twice in each layer and direction.",
         "Upstream returns rows unchanged if they are in order.",
-        {f"{_DISPATCHER}:sort_chunks_by_idxs": fewer_kernels.sort_of_ranks},
+        {f"{_DISPATCHER}:sort_chunks_by_idxs": shortcuts.sort_of_ranks},
     ),
     Patch(
         "resuming the distributed optimizer",

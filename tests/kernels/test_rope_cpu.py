@@ -11,7 +11,7 @@ S, B, HEADS, WIDTH = 7, 3, 2, 8
 def both():
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-    from megatron_dynmoe.upstream.fewer_kernels import rotating_halves
+    from megatron_dynmoe.upstream.shortcuts import rotating_halves
 
     theirs = getattr(_apply_rotary_pos_emb_bshd, "__wrapped__", _apply_rotary_pos_emb_bshd)
     return theirs, rotating_halves(theirs)

@@ -61,7 +61,7 @@ def test_steps_are_fused_except_on_a_cpu_without_kernels(
     monkeypatch.setenv("DYNMOE_KERNELS", setting)
     monkeypatch.setattr(fewer_kernels.cpu, "is_installed", lambda: on_cpu)
     params = [torch.nn.Parameter(grad) for grad in gradients()]
-    optimizer = fewer_kernels.fused(torch.optim.AdamW)(params)
+    optimizer = fewer_kernels.with_fused_adam(torch.optim.AdamW)(params)
     is_fused = not (on_cpu and setting == "0")
     assert [bool(group["fused"]) for group in optimizer.param_groups] == [is_fused]
 
@@ -106,25 +106,6 @@ def test_loading_does_not_change_how_steps_are_made(fewer_kernels, is_fused) -> 
     assert bool(optimizer.param_groups[0]["fused"]) is is_fused
     optimizer.step()
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_rows_are_sorted_only_if_they_are_not(fewer_kernels, order: list[int]) -> None:
-    from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
-
-    def sort(*given):
-        assert order != [0, 1, 2]
-        return sort_chunks_by_idxs(*given[:3], probs=given[3], fused=given[4])
-
-    rows, probs = torch.arange(12.0).view(6, 2), torch.arange(6.0)
-    sizes = torch.tensor([3, 0, 3])
-    expected = sort_chunks_by_idxs(rows, sizes, torch.tensor(order), probs=probs)
-    sort_rows = fewer_kernels.sort_of_ranks(
-        lambda rows, sizes, order, probs, fused: sort(rows, sizes, order, probs, fused)
-    )
-    found = sort_rows(rows, sizes, torch.tensor(order), probs=probs)
-    assert all(map(torch.equal, found, expected))
-    assert sort_rows(rows, sizes, torch.tensor(order))[1] is None
 
 
 def test_upstream_calls_them(fewer_kernels) -> None:

@@ -101,7 +101,7 @@ def nothing_is_appended(_: Path) -> bool:
 
 
 def the_largest_logit_has_a_place(_: Path) -> bool:
-    from megatron_dynmoe.upstream.fewer_kernels import largest_logits
+    from megatron_dynmoe.upstream.shortcuts import largest_logits
 
     name = "megatron.core.tensor_parallel.cross_entropy:VocabParallelCrossEntropy"
     find = upstreams(f"{name}.calculate_logits_max")

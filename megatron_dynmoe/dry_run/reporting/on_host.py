@@ -79,7 +79,7 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         ("lift_fresh",),
         _OTHER_RANKS,
     ),
-    (f"{_OURS}/upstream/fewer_kernels.py", "sort_of_ranks.<locals>.sorted_rows"): (
+    (f"{_OURS}/upstream/shortcuts.py", "sort_of_ranks.<locals>.sorted_rows"): (
         ("sum []",),
         _ROWS,
     ),

@@ -158,10 +158,10 @@ MISTAKES = [
     Mutation(
         "rows_of_two_ranks_left_unsorted",
         "rows from several ranks go to the experts in the order of the ranks",
-        "upstream/fewer_kernels.py",
+        "upstream/shortcuts.py",
         "order.tolist() == [*range(len(order))]",
         "len(order) > 0",
-        ("tests/upstream/test_fewer_kernels.py::test_rows_are_sorted_only_if_they_are_not",),
+        ("tests/upstream/test_shortcuts.py::test_rows_are_sorted_only_if_they_are_not",),
     ),
     Mutation(
         "top_k_of_a_dynamic_checkpoint_unsaid",

@@ -1,0 +1,57 @@
+"""Work of Megatron's that the common case does not need.
+
+Leaving it out changes no result: the part of a rotation that is empty, the place of a maximum, and
+the sorting of rows that are in order. On a CPU each of these takes a share of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dynmoe.kernels.rope_cpu import rotate_halves, rotates_all
+
+
+def rotating_halves(rotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let upstream's rotation of queries or keys do the common case on a CPU in fewer calls."""
+
+    @functools.wraps(rotate)
+    def rotated(
+        values: Tensor,
+        angles: Tensor,
+        rotary_interleaved: bool = False,
+        mla_rotary_interleaved: bool = False,
+        mscale: float = 1.0,
+        **other: Any,
+    ) -> Tensor:
+        is_plain = not (rotary_interleaved or mla_rotary_interleaved or other)
+        if is_plain and rotates_all(values, angles):
+            return rotate_halves(values, angles, mscale)
+        return rotate(values, angles, rotary_interleaved, mla_rotary_interleaved, mscale, **other)
+
+    return rotated
+
+
+def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float32, and the largest of each token, without its place; as upstream's."""
+    wide = logits.float()
+    return wide, wide.amax(dim=-1)
+
+
+def sort_of_ranks(sort: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave rows as they are that come from a single rank, in the order of its experts already."""
+
+    @functools.wraps(sort)
+    def sorted_rows(
+        rows: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None = None, fused: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        is_in_order = order.device.type == "cpu" and order.tolist() == [*range(len(order))]
+        # Upstream's sizes may leave out rows, which its sort drops.
+        if is_in_order and sizes.device.type == "cpu" and int(sizes.sum()) == len(rows):
+            return rows, probs
+        return sort(rows, sizes, order, probs=probs, fused=fused)
+
+    return sorted_rows

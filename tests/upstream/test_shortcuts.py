@@ -1,0 +1,27 @@
+"""Rows in order are left as they are; rotations: tests/kernels/test_rope_cpu.py."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_rows_are_sorted_only_if_they_are_not(order: list[int]) -> None:
+    from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+
+    from megatron_dynmoe.upstream.shortcuts import sort_of_ranks
+
+    def sort(*given):
+        assert order != [0, 1, 2]
+        return sort_chunks_by_idxs(*given[:3], probs=given[3], fused=given[4])
+
+    rows, probs = torch.arange(12.0).view(6, 2), torch.arange(6.0)
+    sizes = torch.tensor([3, 0, 3])
+    expected = sort_chunks_by_idxs(rows, sizes, torch.tensor(order), probs=probs)
+    sort_rows = sort_of_ranks(
+        lambda rows, sizes, order, probs, fused: sort(rows, sizes, order, probs, fused)
+    )
+    found = sort_rows(rows, sizes, torch.tensor(order), probs=probs)
+    assert all(map(torch.equal, found, expected))
+    assert sort_rows(rows, sizes, torch.tensor(order))[1] is None
