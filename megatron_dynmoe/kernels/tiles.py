@@ -4,7 +4,7 @@ A GPU's memory, caches and tensor cores decide which way is the fastest, so it i
 here. The first launch for sizes and a number of rows (to a power of two) tries all of them, and
 Triton keeps the result with its compiled kernels, on the disk. Other tiles add up in another order,
 so that ``--deterministic-mode``, which asks for the same bits on every machine of a kind, takes the
-first way without measuring.
+first way without measuring. So does whatever has too few registers for wider tiles.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 # How many programs there are, by a way's constants.
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
@@ -50,7 +51,7 @@ def tiled(*key: str, ways: Sequence[Way], changes: str | None = None) -> Callabl
     Args:
         key: names of the arguments that decide which way is the fastest, beside ``situation``,
             which the kernel takes and does not read.
-        ways: to choose from; the first one is for every GPU.
+        ways: to choose from; the first one is for every GPU and dtype.
         changes: a tensor that a launch adds to, or of which it writes a part. It is put back after
             every trial, and that is timed with all ways alike.
     """
@@ -70,11 +71,21 @@ def tiled(*key: str, ways: Sequence[Way], changes: str | None = None) -> Callabl
 
 
 def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
-    """Launch a kernel of :func:`tiled`."""
-    if measures():
+    """Launch a kernel of :func:`tiled`; its first argument has the dtype that it multiplies."""
+    if measures() and _all_ways_fit([arg for arg in args if isinstance(arg, Tensor)]):
         kernel[grid](*args, **constants)
     else:
         kernel.fn[grid](*args, **constants, **kernel.configs[0].all_kwargs())
+
+
+def _all_ways_fit(operands: Sequence[Tensor]) -> bool:
+    """Whether registers suffice for every way.
+
+    For most ways but the first they do not in float32, and for some not on Blackwell if an operand,
+    such as a gradient in Megatron's buffer, begins at an address that is no multiple of 16.
+    """
+    aligned = not any(operand.data_ptr() % 16 for operand in operands)
+    return operands[0].itemsize == 2 and aligned
 
 
 def situation(num_rows: int) -> int:

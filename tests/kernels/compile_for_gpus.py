@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_dynmoe.kernels import fused_experts, grouped_gemm, permute, rope, routing_triton
+from megatron_dynmoe.kernels.tiles import Way
 
 # Compute capability to the shared memory of a block, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     stages: int = 3
     since: int = min(TARGETS)
     unaligned: str = ""  # a pointer that need not be
+    may_spill: int = 0  # bytes, as docs/backends.md says
 
 
 def cases() -> Iterator[Case]:
@@ -77,8 +79,8 @@ def cases() -> Iterator[Case]:
         yield Case(routing_triton._add_up_parts, parts, {"PARTS": block, "WIDTH": width}, 4)
 
 
-def tiled_cases(dtype: str, settings: dict):
-    """The GEMMs; in bf16 in each way to cut them into tiles, of which a GPU may refuse some."""
+def tiled_cases(dtype: str, settings: dict[str, Any]) -> Iterator[Case]:
+    """The GEMMs, in each way in which they are launched."""
     counts = {"ends_ptr": "i32", "token_ptr": "i64"}
     index = {"left_index_ptr": "i64", "right_index_ptr": "i64"}
     wide = settings | {"WIDTH": 16}
@@ -103,31 +105,32 @@ def tiled_cases(dtype: str, settings: dict):
     in_place = by_rows | {"ADDS": True} | dict.fromkeys(index)
     ways = grouped_gemm.GRADIENT_WAYS
     yield from ways_of(grouped_gemm._multiply_by_rows, ways, adding, in_place)
-    # Without the distributed optimizer, a gradient may begin anywhere in Megatron's buffer. On
-    # Blackwell wider ways spill then, and lose when they are measured.
+    # Without the distributed optimizer, a gradient may begin anywhere in Megatron's buffer.
     for case in ways_of(grouped_gemm._multiply_by_rows, ways[:1], adding, in_place):
         yield case._replace(unaligned="output_ptr")
     names = ("tokens", "d_output", "weight", "gate_up", "activated", "d_gate_up")
     values = {f"{name}_ptr": dtype for name in names}
-    # Of 128 experts, in bf16. In float32 the backward kernel spills eight bytes on Blackwell then.
-    many = [{"WIDTH": 128}] if dtype == "bf16" else []
-    for given in many:
-        types, constants = rows_types, wide | forward | given
-        yield from ways_of(grouped_gemm._multiply_rows, grouped_gemm.WAYS, types, constants)
-    for given in ({}, {"token_ptr": None}, *many):
-        for kernel, ways in (
-            (fused_experts._gate_and_up, fused_experts.WAYS),
-            (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
-        ):
-            yield from ways_of(kernel, ways, values | counts, wide | given)
+    many = settings | {"WIDTH": 128}
+    yield from ways_of(grouped_gemm._multiply_rows, grouped_gemm.WAYS, rows_types, many | forward)
+    for kernel, ways in (
+        (fused_experts._gate_and_up, fused_experts.WAYS),
+        (fused_experts._gate_and_up_backward, fused_experts.BACKWARD_WAYS),
+    ):
+        for constants in (wide, wide | {"token_ptr": None}, many):
+            for case in ways_of(kernel, ways, values | counts, constants):
+                # The one exception, on Blackwell.
+                is_known = kernel is fused_experts._gate_and_up_backward and constants is many
+                yield case._replace(may_spill=8) if is_known and dtype == "fp32" else case
     # Of a rank that has one expert; Triton makes a constant of a 1.
     alone = settings | {"WIDTH": 1, "num_experts": 1}
     for kernel in (fused_experts._gate_and_up, fused_experts._gate_and_up_backward):
         yield from ways_of(kernel, fused_experts.WAYS[:1], values | counts, alone)
 
 
-def ways_of(kernel, ways, types: dict[str, str], settings: dict):
-    """A kernel's ways in bf16, the narrow type; else the first, for which there is room."""
+def ways_of(
+    kernel: Any, ways: Sequence[Way], types: dict[str, str], settings: dict[str, Any]
+) -> Iterator[Case]:
+    """A kernel's ways in bf16; in float32 the first one, because no other is launched."""
     for way in ways if "bf16" in types.values() else ways[:1]:
         constants = settings | way.config.kwargs
         yield Case(kernel.fn, types, constants, way.warps, way.stages, way.since)
@@ -186,7 +189,7 @@ def main() -> int:
             mistake = ""
             if used > limit:
                 mistake = f"more than the {limit} bytes that a block can have"
-            elif spilled:
+            elif spilled > case.may_spill:
                 mistake = "more values than registers: use smaller tiles or more warps"
             if mistake:
                 mistakes += 1
