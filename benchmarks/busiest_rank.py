@@ -95,6 +95,7 @@ def compare(args: Namespace) -> None:
             found = train(ranks, quantity, target, args.steps)
             row = {"ranks": ranks, "controlled": quantity, "target": f"{target:.4f}"}
             row |= {"steps": args.steps} | {name: f"{value:.5g}" for name, value in found.items()}
+            row["load_1min"] = measure.load()
             rows.put(row)
             print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
             target = found["busiest_rank_experts"]

@@ -97,6 +97,7 @@ def main() -> None:
                 "seconds": round(seconds, 1),
                 "peak_gb": round(peak / 1e9, 2),
                 "disk_gb": size(written),
+                "load_1min": measure.load(),
             }
             print(rows.put(row))
         shutil.rmtree(there)

@@ -1,6 +1,8 @@
 """Draws the newest rows of each workload: docs/images/benchmark_{select,layer,train}_{cpu,gpu}.png.
 
 python benchmarks/plot.py [--results benchmarks/results] [--images docs/images]
+
+docs/images/benchmark_busiest_rank.png is drawn, too, from the rows of busiest_rank.py draw.
 """
 
 from __future__ import annotations
@@ -21,6 +23,14 @@ from megatron_dynmoe.settings.messages.command_line import CommandParser
 ROOT = Path(__file__).resolve().parent.parent
 INK, MUTED = "#1f2328", "#6e7781"
 OURS_COLORS, OTHER_COLORS = ("#0b6e6e", "#6bb5b0"), ("#8c959f", "#ced4da")
+
+# Of benchmarks/busiest_rank.py, in the order in which they are drawn.
+RANK_ROUTINGS = {
+    "top_k": ("top-8", OTHER_COLORS[0]),
+    "dtop_p": ("DTop-p, target 8", OURS_COLORS[0]),
+    "dtop_p_cap": ("DTop-p, target 8, cap of 16", OURS_COLORS[1]),
+}
+RANK_TOKENS = "4096"  # of a rank's micro-batch
 
 Row = dict[str, str]
 
@@ -90,6 +100,12 @@ def main() -> None:
                 image = args.images / f"benchmark_{name}_{kind}.png"
                 draw(figure, workloads, image)
                 print(f"wrote {image}")
+    path = args.results / "busiest_rank_drawn.csv"
+    if path.exists():
+        image = args.images / "benchmark_busiest_rank.png"
+        with path.open(newline="") as file:
+            draw_waiting(list(csv.DictReader(file)), image)
+        print(f"wrote {image}")
 
 
 def device(row: Row) -> str:
@@ -172,6 +188,45 @@ def draw_panel(panel: Axes, figure: Figure, workload: str, rows: list[Row]) -> N
     panel.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
+
+
+def draw_waiting(rows: list[Row], image: Path) -> None:
+    """The share of a step that ranks wait for the busiest one: bars of routings by ranks."""
+    rows = [row for row in rows if row["tokens_of_a_rank"] == RANK_TOKENS]
+    ranks = sorted({int(row["ranks"]) for row in rows})
+    plot, panel = plt.subplots(figsize=(7.2, 3.9), layout="constrained")
+    width = 0.8 / len(RANK_ROUTINGS)
+    for number, (routing, (label, color)) in enumerate(RANK_ROUTINGS.items()):
+        # The last run of each number of ranks.
+        last = {int(row["ranks"]): row for row in rows if row["routing"] == routing}
+        for place, count in enumerate(ranks):
+            lost, upper = (100 * float(last[count][c]) for c in ("share_lost", "share_lost_95th"))
+            at = place + (number - (len(RANK_ROUTINGS) - 1) / 2) * width
+            panel.bar(at, lost, 0.92 * width, color=color, label=label if not place else None)
+            panel.errorbar(at, lost, [[0], [upper - lost]], color=INK, linewidth=1, capsize=2)
+            panel.annotate(
+                f"{lost + 1e-9:.1f}",  # a half, such as 9.25, goes up, as in the docs
+                (at, upper), (0, 2), textcoords="offset points",
+                ha="center", fontsize=8, color=INK,
+            )  # fmt: skip
+    panel.set_xticks(range(len(ranks)), labels=ranks, fontsize=8.5)
+    panel.set_xlabel("expert-parallel ranks", fontsize=8, color=MUTED)
+    panel.set_ylabel("% of a step, and 95th percentile", fontsize=8, color=MUTED)
+    panel.set_title("Lost to waiting for the busiest rank", fontsize=13, color=INK, weight="bold")
+    panel.legend(fontsize=8, frameon=False, loc="upper left")
+    panel.tick_params(axis="both", labelsize=8, colors=MUTED, length=0)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+    share = 100 * float(rows[-1]["share_of_experts"])
+    assumed = (
+        f"On paper: {int(RANK_TOKENS):,} tokens of a rank, drawn from the last quarter of "
+        f"{rows[-1]['steps']} steps of a model of 64 experts and 4 layers; experts lie on ranks in "
+        "order; each layer waits for its busiest rank alone; time is floating-point operations, of "
+        f"which experts do {share:.0f} % as in DTop-p's 6.9 B model."
+    )
+    plot.supxlabel("\n".join(textwrap.wrap(assumed, 118)), fontsize=7.5, color=MUTED)
+    plot.savefig(image, dpi=130)
+    plt.close(plot)
 
 
 def is_ours(provider: str) -> bool:
