@@ -12,13 +12,13 @@ sheet. The layer is workload a of layer.py, in bf16, with DTop-p and fused exper
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.layer_providers import WORKLOADS, Workload
 from megatron_dynmoe import kernels
+from megatron_dynmoe.dry_run.devices import known
+from megatron_dynmoe.dry_run.recording.traffic import bytes_of
 from megatron_dynmoe.kernels.permute import order_by_expert
 from megatron_dynmoe.kernels.rope import rotate
 from megatron_dynmoe.kernels.routing_triton import route_fused
@@ -86,14 +88,9 @@ class _Recorder(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.namespace == "dynmoe":
-            names = [argument.name for argument in function._schema.arguments]
-            given = dict(zip(names, args, strict=True))
-            tensors = [value for value in args if isinstance(value, Tensor)]
-            if given.get("adds"):
-                tensors.append(given["output_EOI"])
             formula = flop_registry.get(function.overloadpacket)
             flops = formula(*args, out_val=None) if formula else 0
-            num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+            num_bytes = bytes_of(function, args, {}, None)
             self.found.append(Launch(function.overloadpacket.__name__, flops, num_bytes))
         return function(*args, **(kwargs or {}))
 
@@ -104,11 +101,15 @@ def launches(sizes: Workload) -> list[Launch]:
     Raises:
         ValueError: a layer launches other kernels.
     """
+    # Autograd takes no tensors of a GPU that is not there, so these are a CPU's.
     as_on_a_gpu = (
+        mock.patch.object(known, "is_on_device", lambda tensor: True),
         mock.patch.object(kernels, "available", lambda device: True),
         mock.patch.object(fused, "uses_grouped_mm", lambda *_: False),
     )
-    with FakeTensorMode(), _Recorder() as recorder, as_on_a_gpu[0], as_on_a_gpu[1]:
+    with FakeTensorMode(), _Recorder() as recorder, contextlib.ExitStack() as patches:
+        for patch in as_on_a_gpu:
+            patches.enter_context(patch)
         _run_layer(sizes)
         _rotate(sizes)
     found, listed = [launch.operator for launch in recorder.found], [row[0] for row in LAUNCHES]
