@@ -120,7 +120,8 @@ def tiled_cases(dtype: str, settings: dict[str, Any]) -> Iterator[Case]:
             for case in ways_of(kernel, ways, values | counts, constants):
                 # The one exception, on Blackwell.
                 is_known = kernel is fused_experts._gate_and_up_backward and constants is many
-                yield case._replace(may_spill=8) if is_known and dtype == "fp32" else case
+                is_known &= dtype == "fp32" and settings["PRECISION"] == "ieee"
+                yield case._replace(may_spill=8) if is_known else case
     # Of a rank that has one expert; Triton makes a constant of a 1.
     alone = settings | {"WIDTH": 1, "num_experts": 1}
     for kernel in (fused_experts._gate_and_up, fused_experts._gate_and_up_backward):
