@@ -1,4 +1,7 @@
-"""Rows in order are left as they are; rotations: tests/kernels/test_rope_cpu.py."""
+"""Rows in order, or of one rank, are left as they are.
+
+Rotations are in tests/kernels/test_rope_cpu.py.
+"""
 
 import pytest
 import torch
@@ -25,3 +28,23 @@ def test_rows_are_sorted_only_if_they_are_not(order: list[int]) -> None:
     found = sort_rows(rows, sizes, torch.tensor(order), probs=probs)
     assert all(map(torch.equal, found, expected))
     assert sort_rows(rows, sizes, torch.tensor(order))[1] is None
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_are_sent_only_if_there_is_another_rank(size: int) -> None:
+    from megatron_dynmoe.upstream.shortcuts import sending
+
+    class Group:
+        def size(self) -> int:
+            return size
+
+    rows, sent = torch.arange(6.0), torch.arange(3.0)
+    given = []
+
+    def exchange(*values, **options):
+        given.append((*values, options))
+        return sent
+
+    found = sending(exchange)(group := Group(), rows, [3], [6], use_nccl_stream=True)
+    assert found is (rows if size == 1 else sent)
+    assert given == ([] if size == 1 else [(group, rows, [3], [6], {"use_nccl_stream": True})])
