@@ -113,6 +113,15 @@ def the_largest_logit_has_a_place(_: Path) -> bool:
     return any(event.name == "aten::max" for event in profile.events())
 
 
+def rows_of_one_rank_pass_autograd(_: Path) -> bool:
+    from types import SimpleNamespace
+
+    exchange = upstreams("megatron.core.transformer.moe.token_dispatcher:all_to_all")
+    rows = torch.ones(4, 2, requires_grad=True)
+    found = exchange(SimpleNamespace(size=lambda: 1), rows)
+    return torch.equal(found, rows) and found.grad_fn is not None
+
+
 def rows_in_order_are_sorted(_: Path) -> bool:
     sort = upstreams("megatron.core.transformer.moe.token_dispatcher:sort_chunks_by_idxs")
     rows = torch.ones(4, 2)
@@ -237,6 +246,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "rotary positions in one kernel": no_kernel_rotates,
     "rotary positions in few calls": nothing_is_appended,
     "the largest logit without its place": the_largest_logit_has_a_place,
+    "rows go to other ranks only": rows_of_one_rank_pass_autograd,
     "rows in order are not sorted": rows_in_order_are_sorted,
     "guarded saves": the_tracker_is_overwritten,
     "checked loads": an_unreadable_tracker_is_exit_code_0,
