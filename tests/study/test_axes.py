@@ -275,6 +275,9 @@ def test_parts_train_measure_and_print(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         (row,) = json.loads((tmp_path / f"{module}.json").read_text()).values()
         assert 1 <= row["validation_experts_per_token"] <= 16 and row["validation_loss"] < 8
+        # Two layers of experts of 64 in a model of 32, each token with 1 to 16 of them
+        steps = 12 * (2 if module == "tokens" else 1)
+        assert 1 <= row["expert_flops"] / (steps * 512 * 2 * 6 * 3 * 32 * 64) <= 16
         assert f"| 1 | {row['validation_loss']:.4f} |" in done.stdout
         if module == "settings":
             assert 0 < row["threshold"] < 1 <= row["busiest_load"]

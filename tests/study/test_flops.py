@@ -8,7 +8,7 @@ import pytest
 
 from study import flops, rules, runs, settings
 from study.corpus import Corpus
-from study.variants import SIZES
+from study.variants import SIZES, Variant
 from tests.helpers.fake_runs import dtop_p_scalars, make_run
 
 CPU, TEXT = SIZES["cpu"], Corpus("text", ["book"], None)
@@ -54,6 +54,14 @@ def test_work_is_known_of_models_whose_tokens_use_the_same_number():
     assert known["top1"] == pytest.approx(known["top2"] / 2)
     dynamic = rules.VARIANTS.keys() - {"top2", "dense", "top1_shared", "top1"}
     assert {name for name, found in known.items() if found is None} == dynamic
+
+
+def test_a_dense_first_layer_is_as_wide_as_its_mlp():
+    shared = rules.VARIANTS["top1_shared"]
+    variant = Variant("top2_shared", "", shared.flags.replace("-topk 1", "-topk 2"))
+    (run,) = runs.plan(CPU, TEXT, "code", Path(), variants={variant.name: variant})
+    # Five layers have two experts beside the shared one, the first one an MLP as wide as two.
+    assert flops.known(run) == pytest.approx(504 * 2048 * 6 * 3 * 128 * 256 * (5 * 3 + 2))
 
 
 def test_rows_are_filled_from_their_own_runs_alone(tmp_path):
