@@ -23,13 +23,13 @@ from megatron_dynmoe.use import calibrate as calibration
 from megatron_dynmoe.use import load
 from study.corpus import Corpus
 from study.fingerprint import ROOT
-from study.runs import Run
+from study.runs import HELD_OUT, Run
 from study.variants import TARGET
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4)  # Dynamic MoE's Table 7
 ANALYZED = ("dtop_p", "top_p_04")  # the first seed of each
 BATCH = 8  # sequences
-HELD_OUT, POST_HOC, ANALYSIS = "held_out.json", "post_hoc.json", "analysis"
+POST_HOC, ANALYSIS = "post_hoc.json", "analysis"
 
 
 def held_out(run: Run, corpus: Corpus) -> dict[str, float]:
@@ -55,8 +55,8 @@ def post_hoc(run: Run, corpus: Corpus) -> list[dict[str, Any]]:
     return [point | {"seed": run.seed} for point in points]
 
 
-def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
-    """Experts by source, layer and token of a model, from tools/analyze_routing.py.
+def routing(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """The statistics of tools/analyze_routing.py about a model, on all held-out text.
 
     Raises:
         subprocess.CalledProcessError: the tool failed, and said why.
@@ -77,7 +77,12 @@ def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
-    found = json.loads((folder / ROUTING).read_text())["statistics"]
+    return json.loads((folder / ROUTING).read_text())["statistics"]
+
+
+def analysis(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """Experts by source, layer and token of a model."""
+    found = routing(run, corpus)
     tokens = found["tokens"]
     return {
         "variant": run.variant.name,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from study.parts import Part, Rows, cells, held_out, losses, noise, of_variant
 from study.results import NOT_CLEAR, Comparison, Results, compared_by_seed
@@ -88,15 +89,30 @@ class Axis(Part):
             claim=claim,
         )
 
-    def trend(self, rows: Rows, of_main: Results | None) -> Comparison | None:
+    def trend(self, rows: Rows, of_main: Results | None) -> Trend | None:
         """How the lead changes; None before all points that can differ have been trained."""
         found = leads(self.points, rows, of_main)
         if any(point.in_trend and point not in found for point in self.points):
             return None
-        return _trend_of(found)
+        return trend_of(found, rows)
 
 
-def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> dict[Point, Comparison]:
+Leads = Mapping[Point, Comparison]
+
+
+class Trend(NamedTuple):
+    """How a lead changes along an axis.
+
+    Attributes:
+        slope: by so much with each doubling, against 0.
+        seeds: how many each point has of both models, along the axis.
+    """
+
+    slope: Comparison
+    seeds: tuple[int, ...]
+
+
+def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> Leads:
     """The loss of top-k less that of DTop-p, at the points of which both have been trained."""
     found = losses(rows)
     known = noise(found, of_main)
@@ -124,20 +140,27 @@ def table(points: Sequence[Point], rows: Rows, of_main: Results | None = None) -
         lead = known.get(point)
         row += ["-", ""] if lead is None else [lead.interval, lead.verdict("behind", "ahead")]
         lines.append(f"| {' | '.join(row)} |")
-    if (slope := _trend_of(known)) is not None:
+    if (found := trend_of(known, rows)) is not None:
         complete = all(point in known for point in points if point.in_trend)
-        so_far = "" if complete else " That is of the points so far."
-        lines += ["", paragraph(f"{in_words(slope)}.{so_far}")]
+        so_far = "" if complete else " More points wait."
+        lines += ["", paragraph(f"{in_words(found)}.{so_far}")]
     return lines
 
 
-def in_words(slope: Comparison) -> str:
-    """A trend, and what it says of the lead."""
+def in_words(found: Trend) -> str:
+    """A trend, what it rests on, and what it says of the lead."""
+    slope, seeds = found.slope, found.seeds
     verdict = slope.verdict("it narrows here", "it widens here")
     if verdict == NOT_CLEAR:
         verdict += " here whether it widens"
-    change = f"With each doubling along the axis the lead changes by {slope.interval}"
-    return f"{change}{verdict and ': '}{verdict}"
+    numbers = f"{', '.join(map(str, seeds[:-1]))} and {seeds[-1]} seeds"
+    if len(set(seeds)) == 1:
+        numbers = f"{seeds[0]} {'seed' if seeds[0] == 1 else 'seeds'} each"
+    noise = "" if math.isinf(slope.error) else " and noise that is mostly that of other models"
+    return (
+        f"By {len(seeds)} points ({numbers}){noise}, the lead changes by {slope.interval} with "
+        f"each doubling along the axis{verdict and ': '}{verdict}"
+    )
 
 
 def trend(points: Sequence[tuple[float, Comparison]]) -> Comparison:
@@ -159,7 +182,14 @@ def trend(points: Sequence[tuple[float, Comparison]]) -> Comparison:
     return Comparison(slope, 0.0, square**-0.5 if known else math.inf)
 
 
-def _trend_of(known: Mapping[Point, Comparison]) -> Comparison | None:
+def trend_of(known: Leads, rows: Rows) -> Trend | None:
     """The trend of the points at which the routings can differ; None of fewer than two."""
-    inside = [(point.at, lead) for point, lead in known.items() if point.in_trend]
-    return trend(inside) if len(inside) > 1 else None
+    inside = [point for point in known if point.in_trend]
+    if len(inside) < 2:
+        return None
+    found = losses(rows)
+    seeds = [
+        len(found[ours].keys() & found[theirs].keys())
+        for ours, theirs in (point.runs for point in inside)
+    ]
+    return Trend(trend([(point.at, known[point]) for point in inside]), tuple(seeds))

@@ -42,6 +42,8 @@ class Claim(NamedTuple):
     needs: tuple[str, ...]  # variants
     look: Callable[[Results], Verdict]
     analyzed: str | None = None  # the variant whose analysis it needs
+    plain: bool = False  # whether it is a plain correlation, which the part influences looks into
+    at_equal_counts: bool = False  # whether a later claim tests the same at equal counts
 
 
 def _verdict(is_so: bool | None) -> str:
@@ -291,7 +293,7 @@ CLAIMS = (
           "10 of 100, against 51 of 100 with fewest (Table 6)", ("top_p_04",), _words, "top_p_04"),
     Claim(_DYNAMIC, "Harder input needs more experts.",
           "BBH 1.87, other tasks 1.72 to 1.76 (Table 3); here: a token's own loss",
-          ("top_p_04",), _harder, "top_p_04"),
+          ("top_p_04",), _harder, "top_p_04", plain=True),
     Claim(_DYNAMIC, "Top-2 with a threshold after the fact is worse at 2 experts.",
           "40.3 at 1.9 experts instead of 41.6; 42.1 at 2.8, 42.8 at 3.9 (Table 7)",
           ("top2",), _post_hoc),
@@ -300,18 +302,20 @@ CLAIMS = (
           ("top_p_04", "top2"), _throughput),
     Claim(_DTOP_P, "DTop-p beats top-k and fixed top-p.",
           "50.9, top-k 49.0, fixed top-p 49.3 (average of 13 tasks)",
-          ("dtop_p", "top2", "fixed_020"), _lower("dtop_p", "top2", "fixed_020")),
+          ("dtop_p", "top2", "fixed_020"), _lower("dtop_p", "top2", "fixed_020"),
+          at_equal_counts=True),
     Claim(_DTOP_P, "The count locks to its target early; a fixed threshold drifts.",
           "locked within 1 B of 100 B tokens", ("dtop_p", "fixed_020"), _locks),
     Claim(_DTOP_P, "With a fixed threshold the count depends much on its value.",
           "8 experts at 0.35, more than 12 at 0.40", ("fixed_020", "fixed_030"), _sensitive),
     Claim(_DTOP_P, "Controller and normalization are both needed.",
           "either alone is worse (no figures at hand)",
-          ("dtop_p", "no_drn", "no_controller"), _lower("dtop_p", "no_drn", "no_controller")),
+          ("dtop_p", "no_drn", "no_controller"), _lower("dtop_p", "no_drn", "no_controller"),
+          at_equal_counts=True),
     Claim(_DTOP_P, "Shallow layers use fewer experts, deep ones more.", "so (no figures at hand)",
           ("dtop_p",), _more_in(False, "dtop_p")),
     Claim(_DTOP_P, "By layer, every layer holds its target, and the loss is slightly worse.",
-          "so (no figures at hand)", ("dtop_p", "by_layer"), _by_layer),
+          "so (no figures at hand)", ("dtop_p", "by_layer"), _by_layer, at_equal_counts=True),
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import budgets, rules, sections, tables
+from study import budgets, influences, rules, sections, tables
 from study.claims import CLAIMS, judge
 from study.fingerprint import ROOT
 from study.parts import read_rows
@@ -31,8 +31,7 @@ here may not hold at the papers' sizes, and the other way round.
     make study STUDY="--quick"             # a few minutes, to see whether everything works
     make study STUDY="--only dtop_p top2 --tokens-scale 0.5"
     make study-gpu STUDY="--text mine.jsonl.gz"    # larger, on one GPU, on text of your own
-    make study PART=rules                  # every rule at 2 experts, {num_runs} runs; see "Parts"
-    make study PART=tokens STUDY="--seeds 1"
+    make study PART=tokens STUDY="--seeds 1"       # one of the "Parts"
 
 Trainings run {jobs} at a time, with one thread each. At Ctrl-C or SIGTERM they save and end; the
 same command continues from there, or after a crash from the last checkpoint. A run is not trained
@@ -48,11 +47,18 @@ tables are drawn. A part can be trained run by run, on any day: a finished run a
 counts as done, and `make study PART=tokens STUDY="--list"` shows which wait. `granularity` to
 `settings` take 60 to 75 minutes each on two cores, by the processor time of a few of their steps;
 if models have fewer than three seeds, three would take more than 90. Each axis also has the study's
-own model, which `PART=rules` trains.
+own model, which `PART=rules` trains. `influences` takes a few minutes after `rules`, whose models
+it looks at. `rules` has {num_runs} runs; those that were timed took 6 to 8 processor minutes each.
+So these lines take about an hour on two cores each, one seed of all rules after the other:
+
+    make study PART=rules STUDY="--seeds 1"    # the first seed of all rules
+    make study PART=rules STUDY="--seeds 2"    # then the second
+    make study PART=rules                      # then the third
+    make study PART=rules STUDY="--only dtop_p relu --seeds 2"    # two rules: about 20 minutes
 
 {parts}
 
-### Rules at equal compute
+### Rules at equal counts
 
 {status}
 
@@ -60,18 +66,31 @@ Every [rule](rules.md) has the text and size below. The loss is that of all held
 A rule is compared with DTop-p seed by seed, because a seed (the order of the text, the first
 weights) moves all rules alike: the difference is the mean over the seeds that both have. Its 95 %
 interval is Student's, by what neither rule nor seed explains in the runs of this table and of the
-next section. (The pairing was chosen when two seeds had been trained; before, the table compared
-means.) *DRN without controller* and *fixed top-p* (which has neither) have thresholds that were
-chosen for about 2 experts; see their counts.
+[main study](#what-is-compared). (The pairing was chosen when two seeds had been trained; before,
+the table compared means.) *DRN without controller* and *fixed top-p* (which has neither) have
+thresholds that were chosen for about 2 experts; see their counts.
 
-*Shared expert* is the model of expert threshold's paper at the same FLOPs: a token has one shared
-expert and on average one other, which the table counts, and the first layer is dense. Top-1 is what
-that paper compares with, here by a softmax. Without a shared expert, half of the tokens have no
-expert in most layers of [expert threshold](rules.md#without-a-shared-expert). With [null
-experts](rules.md#in-a-small-model) that put out zero, nothing teaches a token how many experts it
-needs.
+Equal counts on held-out text are not equal work in training. *TFLOP in experts* is that of the
+whole training, forward and backward, by the count of every step; shared experts and the MLPs of
+dense layers count, too. A fixed threshold begins with more experts than it ends with, ReLU with
+[half of its gates open, and soon more](rules.md#relu), and top-1 has half of the work throughout.
+The figure is the mean over the seeds of which it is known: the first runs did not keep it.
+
+*Shared expert* is the model of expert threshold's paper at the FLOPs of two experts: a token has
+one shared expert and on average one other, which the table counts, and the first layer is dense.
+Top-1 is what that paper compares with, here by a softmax. Without a shared expert, half of the
+tokens have no expert in most layers of [expert threshold](rules.md#without-a-shared-expert). With
+[null experts](rules.md#in-a-small-model) that put out zero, nothing teaches a token how many
+experts it needs.
 
 {rules}
+
+{picture}
+Other pairs, in the same way. Each interval is one of 95 % by itself, here and above: of twenty
+pairs that do not differ at all, one would be marked on average.
+
+{pairs}
+{sections}
 
 ## What is compared
 
@@ -83,6 +102,9 @@ since Megatron divides by k), also DTop-p, whose authors take 1e-4 for a larger 
 the initialization and the order of the text. The dense model's MLP is as wide as two experts.
 """
 
+_OF_RULES = """\
+![By how much the loss of each rule is more than DTop-p's](images/study_rules.png)
+"""
 _NOT_RUN = """
 ## Results
 
@@ -93,9 +115,13 @@ writes them into this page.
 
 def write(results: Results | None) -> list[Path]:
     """Write the page and, if there are results, the pictures; returns the files."""
-    from study.figures import draw_all, draw_budgets
+    from study.figures import draw_all, draw_budgets, draw_leads, draw_rules
 
     written = [DOCUMENT]
+    if rules.differences(of_rules := rules.PART.all_rows(), results):
+        written.append(draw_rules(of_rules, results, IMAGES))
+    if of_axes := sections.known_leads(results):
+        written.append(draw_leads(of_axes, IMAGES))
     if of_budgets := read_rows(budgets.PART.results):
         written.append(draw_budgets(of_budgets, IMAGES))
     if results is not None:
@@ -117,7 +143,10 @@ def text(results: Results | None) -> str:
         num_runs=rules.PART.num_runs,
         parts=sections.all_parts(),
         status=paragraph(sections.status(rules.PART, of_rules := rules.PART.all_rows())),
-        rules="\n".join([*rules.table(of_rules, results), *sections.of_parts(results)]),
+        rules="\n".join(rules.table(of_rules, results)),
+        picture=_OF_RULES if rules.differences(of_rules, results) else "",
+        pairs="\n".join(rules.pairs(of_rules, results)),
+        sections="\n".join(sections.of_parts(results)),
     )
     if results is None:
         return page + _NOT_RUN + _claims(None)
@@ -221,17 +250,22 @@ def _claims(results: Results | None) -> str:
             "each loss comes with the experts per token and the work in experts that it took. "
             "If the worse routing had less of both, it lost to more compute; only "
             "top-2, DTop-p and DTop-p without DRN or by layer aim at the same count. Claims *at "
-            "equal counts* are judged by the [rules at equal compute](#rules-at-equal-compute).",
+            "equal counts* are judged by the [rules at equal counts](#rules-at-equal-counts), and "
+            "count more than those that point to them.",
         ),
         "",
         "| paper | claim | they saw | this study saw | |",
         "| --- | --- | --- | --- | --- |",
     ]
-    rows = []
+    rows, of_influences = [], influences.PART.all_rows()
     for claim in CLAIMS:
         verdict = judge(claim, results) if results is not None else None
         saw, word = ("not run yet", "") if verdict is None else (verdict.numbers, verdict.word)
-        cells = [claim.paper, claim.text, claim.they_saw, saw, word]
+        if claim.plain and verdict is not None and of_influences:
+            saw += f". {influences.in_words(of_influences)}"
+            word += ", by the plain correlation alone"
+        text = claim.text + " (See: at equal counts.)" * claim.at_equal_counts
+        cells = [claim.paper, text, claim.they_saw, saw, word]
         rows.append(cells)
     for cells in [*rows, *sections.claims(results)]:
         lines.append(f"| {' | '.join(tables.escaped(cell) for cell in cells)} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from megatron_dynmoe.runs.drawing.curves import save_figure
-from study import budgets
+from study import budgets, rules
+from study.axes import Leads
 from study.parts import Rows
-from study.results import Results
+from study.results import Comparison, Results
 from study.variants import TARGET, VARIANTS
 
+BETTER, WORSE, UNCLEAR = "C2", "C3", "C7"  # colors
 CURVES = ("dtop_p", "no_drn", "no_controller", "fixed_020", "fixed_030", "top_p_04")
 LAYERS = ("dtop_p", "no_drn", "by_layer", "fixed_020", "top_p_04", "top_p_04_no_dynamic_loss")
 
@@ -151,9 +154,65 @@ def draw_budgets(rows: Rows, folder: Path) -> Path:
             experts, losses = ([point[key] for point in seeds] for key in ("experts", "loss"))
             axis.plot(experts, losses, "o", color=f"C{number}", markersize=4)
     axis.set(xlabel="experts per token, held-out text", ylabel="nats per token")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    written = folder / "study_budgets.png"
-    save_figure(figure, written, dpi=110)
-    return written
+    return _save(figure, folder / "study_budgets.png")
+
+
+def draw_rules(rows: Rows, of_main: Results | None, folder: Path) -> Path:
+    """Draw by how much each rule's loss is more than DTop-p's, with 95 % intervals."""
+    found = rules.differences(rows, of_main)
+    names = sorted(found, key=lambda name: -found[name].difference)  # the best at the top
+    figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
+    for place, name in enumerate(names):
+        color = {True: BETTER, False: WORSE, None: UNCLEAR}[found[name].is_lower]
+        _interval(axis, found[name], place, color, upright=False)
+    axis.axvline(0, color="black", linestyle="--", linewidth=0.8)
+    axis.set_yticks(range(len(names)), [rules.VARIANTS[name].title for name in names])
+    axis.set(xlabel="held-out loss more than DTop-p's, nats per token (95 %)")
+    return _save(figure, folder / "study_rules.png")
+
+
+def draw_leads(known: Mapping[str, Leads], folder: Path) -> Path:
+    """Draw DTop-p's lead over top-k along each axis, with 95 % intervals."""
+    figure, panels = plt.subplots(
+        1, len(known), figsize=(3 * len(known), 3.4), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, (name, found) in zip(panels.flat, known.items(), strict=True):
+        for point, lead in found.items():
+            color = {True: WORSE, False: BETTER, None: UNCLEAR}[lead.is_lower]
+            _interval(panel, lead, point.at, color, upright=True, filled=point.in_trend)
+        panel.axhline(0, color="black", linestyle="--", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        titles = [point.title.partition(":")[0] for point in found]
+        panel.set_xticks([point.at for point in found], titles, rotation=30, ha="right")
+        panel.minorticks_off()
+        panel.margins(x=0.2)
+        panel.set(title=name)
+    figure.supylabel("lead of DTop-p, nats per token (95 %)", fontsize=10)
+    return _save(figure, folder / "study_leads.png")
+
+
+def _interval(
+    axis: Any, found: Comparison, at: float, color: str, *, upright: bool, filled: bool = True
+) -> None:
+    """A dot with its interval; the dot alone if nothing is known of the error."""
+    error = found.error if np.isfinite(found.error) else None
+    places = (at, found.difference) if upright else (found.difference, at)
+    axis.errorbar(
+        *places,
+        **{"yerr" if upright else "xerr": error},
+        fmt="o",
+        color=color,
+        markerfacecolor=color if filled else "white",
+        markersize=5,
+        capsize=3,
+    )
+
+
+def _save(figure: Any, path: Path) -> Path:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    save_figure(figure, path, dpi=110)
+    return path

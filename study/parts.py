@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_dynmoe.settings.messages.command_line import CommandParser
 from megatron_dynmoe.storage.atomic import replace_file
-from study import corpus, fingerprint, runs
+from study import corpus, fingerprint, flops, runs
 from study.queue import Queue, alone
 from study.results import RESULTS, Noise, Results, compared_by_seed, noise_beside_seeds
 from study.variants import SIZES, Variant
@@ -94,6 +94,11 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
             done = "in the results" if run.name in rows else f"{run.iteration} of {run.size.steps}"
             print(f"{run.name:<24} {done:<16} {run.variant.title}")
         return 0
+    if args.fill:
+        if filled := flops.fill(rows, planned, folder):
+            _keep(rows, results)
+        print(f"{results}: {', '.join(filled) or 'no row'} filled")
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         corpus.prepare(text, files, size.vocab_size, size.sequence_length)
@@ -102,8 +107,7 @@ def main(part: Part, argv: Sequence[str] | None = None) -> int:
         def measure(run: runs.Run) -> None:
             print(f"{run.name}: held-out text", flush=True)
             rows[run.name] = {"commit": run.commit, **part.measure(run, text)}
-            kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
-            replace_file(results, lambda partial: partial.write_text(kept))
+            _keep(rows, results)
 
         for run in left:  # from before, when something stopped the study
             if run.is_finished:
@@ -155,9 +159,9 @@ def losses(rows: Rows) -> Losses:
     return found
 
 
-def mean(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
-    """A cell: the mean of a measure over the rows that have it."""
-    values = [row[name] for row in rows if row.get(name) is not None]
+def mean(rows: Sequence[dict[str, Any]], name: str, form: str, unit: float = 1) -> str:
+    """A cell: the mean of a measure, in a unit, over the rows that have it."""
+    values = [row[name] / unit for row in rows if row.get(name) is not None]
     return format(statistics.fmean(values), form) if values else "-"
 
 
@@ -188,10 +192,10 @@ def more_than(reference: str, name: str, found: Losses, noise: Noise | None) -> 
 
 
 def held_out(run: runs.Run, text: corpus.Corpus) -> dict[str, Any]:
-    """Loss and experts on all held-out text: a row of most parts."""
+    """Loss and experts on all held-out text, and the training's work: a row of most parts."""
     from study import afterwards  # imports PyTorch
 
-    return afterwards.held_out(run, text)
+    return afterwards.held_out(run, text) | {flops.FLOPS: flops.measured(run)}
 
 
 def end(part: Part) -> None:
@@ -204,6 +208,11 @@ def end(part: Part) -> None:
         sys.exit(f"study: error: {Path(error.cmd[1]).name} failed")
 
 
+def _keep(rows: Rows, results: Path) -> None:
+    kept = json.dumps(rows, indent=2, sort_keys=True) + "\n"
+    replace_file(results, lambda partial: partial.write_text(kept))
+
+
 def _parser(part: Part) -> argparse.ArgumentParser:
     parser = CommandParser(
         prog=f"python -m study.{part.name}", description=" ".join(prose(part.about))
@@ -212,6 +221,11 @@ def _parser(part: Part) -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="NAME", help=f"runs: {', '.join(part.variants)}")
     add("--seeds", type=int, metavar="N", help="at most so many seeds of each (default: all)")
     add("--list", action="store_true", help="show the runs and how far they are")
+    add(
+        "--fill",
+        action="store_true",
+        help="train nothing: add the work in experts to rows that lack it, from the runs in --runs",
+    )
     add("--quick", action="store_true", help="a tiny model, to see whether everything works")
     add("--jobs", type=int, default=2, metavar="N", help="trainings side by side")
     add("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/study)")

@@ -17,6 +17,7 @@ from megatron_dynmoe.runs.drawing import overlay
 from megatron_dynmoe.runs.events import layers, read_run
 from megatron_dynmoe.runs.summary import TAIL, summarize_run
 from megatron_dynmoe.storage.atomic import replace_file
+from study import flops
 from study.fingerprint import ROOT
 from study.runs import Run
 
@@ -48,7 +49,7 @@ def row_of(run: Run, held_out: dict[str, float]) -> dict[str, Any]:
         "steps": summary["iterations"],
         "tokens": int(drawn.tokens[-1]),
         **held_out,
-        "expert_flops": drawn.expert_flops[-1],
+        flops.FLOPS: flops.measured(run),
         "seconds_per_step": tokens_per_step / summary["tokens_per_second"],
         "processor_seconds_per_step": run.processor_seconds_per_step(),
         "experts_per_token": summary["mean_experts_per_token"],

@@ -1,9 +1,10 @@
-"""Every rule of routing at the same mean number of experts, so at equal FLOPs.
+"""Every rule of routing at the same mean number of experts.
 
-    python -m study.rules [--only NAME ...] [--list] [--quick]
+    python -m study.rules [--only NAME ...] [--seeds N] [--list] [--fill] [--quick]
 
 Same text, model, tokens and seeds for all, on the study's text and with its model; those of a
 varying number are held at 2 experts per token on average. Losses are those on all held-out text.
+What a training spent depends on its way there, and stands beside the loss.
 """
 
 from __future__ import annotations
@@ -11,8 +12,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from study.claims import FAILS, HOLDS, UNCLEAR, every
-from study.parts import Part, Rows, cells, end, held_out, losses, more_than, noise, of_variant
-from study.results import Results, compared_by_seed
+from study.flops import FLOPS
+from study.parts import (
+    Part,
+    Rows,
+    cells,
+    end,
+    held_out,
+    losses,
+    mean,
+    more_than,
+    noise,
+    of_variant,
+)  # fmt: skip
+from study.results import Comparison, Results, compared_by_seed
 from study.variants import SEEDS, TARGET, Variant, top_k
 from study.variants import VARIANTS as MAIN
 
@@ -86,13 +99,64 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
     """Loss and experts of each rule, and how it differs from DTop-p, in Markdown."""
     found = losses(rows)
     known = noise(found, of_main)
-    lines = ["| rule | seeds | held-out loss | experts per token | more than DTop-p, 95 % | |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = [
+        "| rule | seeds | held-out loss | experts per token | TFLOP in experts "
+        "| more than DTop-p, 95 % | |",
+        "| --- " * 7 + "|",
+    ]
     for name, variant in VARIANTS.items():
-        more = more_than(REFERENCE, name, found, known)
-        row = [variant.title, *cells(of_variant(rows, name)), *more]
+        of_rule = of_variant(rows, name)
+        work = mean(of_rule, FLOPS, ",.1f", unit=1e12)
+        row = [variant.title, *cells(of_rule), work, *more_than(REFERENCE, name, found, known)]
         lines.append(f"| {' | '.join(row)} |")
     return lines
+
+
+# Pairs of rules, neither of which is DTop-p, that differ in what a reader may want to choose.
+PAIRS = (
+    ("expert_threshold_shared", "top1_shared"),
+    ("null_zero", "null_identity"),
+    ("relu", "by_layer"),
+    ("relu", "top2"),
+    ("by_layer", "top2"),
+    ("seq_top_k", "top2"),
+    ("fixed_top_p", "top2"),
+    ("no_drn", "top2"),
+    ("no_controller", "top2"),
+    ("no_controller", "fixed_top_p"),
+    ("no_drn", "fixed_top_p"),
+    ("no_controller", "no_drn"),
+    ("seq_top_k", "expert_threshold"),
+    ("top2", "dense"),
+    ("top2", "top1"),
+)
+
+
+def pairs(rows: Rows, of_main: Results | None = None) -> list[str]:
+    """How the rules of :data:`PAIRS` differ, in Markdown."""
+    found = losses(rows)
+    known = noise(found, of_main)
+    lines = ["| rule | less that of | seeds | difference, 95 % | |", "| --- " * 5 + "|"]
+    for first, second in PAIRS:
+        shared = found.get(first, {}).keys() & found.get(second, {}).keys()
+        titles = (VARIANTS[name].title for name in (first, second))
+        row = [*titles, str(len(shared)), "-", ""]
+        if shared:
+            pair = compared_by_seed(found[first], found[second], known)
+            row[-2:] = pair.interval, pair.verdict("better", "worse")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def differences(rows: Rows, of_main: Results | None = None) -> dict[str, Comparison]:
+    """The loss of each rule less that of DTop-p, of those that have a seed in common with it."""
+    found = losses(rows)
+    known, reference = noise(found, of_main), found.get(REFERENCE, {})
+    return {
+        name: compared_by_seed(found[name], reference, known)
+        for name in VARIANTS
+        if name != REFERENCE and found.get(name, {}).keys() & reference.keys()
+    }
 
 
 # What DTop-p's authors claim and what they saw, with the variants that DTop-p has to beat. The main
@@ -107,6 +171,11 @@ CLAIMS = (
         "Controller and normalization are both needed: at equal counts.",
         "either alone is worse (no figures at hand)",
         ("no_drn", "no_controller"),
+    ),
+    (
+        "By layer the loss is slightly worse: at equal counts.",
+        "so (no figures at hand)",
+        ("by_layer",),
     ),
 )
 

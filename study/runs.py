@@ -25,6 +25,7 @@ from study.variants import VARIANTS, Size, Variant, training_flags
 KEY = "study.json"
 COMMIT = "commit.txt"
 LOG, ERRORS, TIMES = "log.txt", "errors.txt", "times.csv"
+HELD_OUT = "held_out.json"  # what was measured of the trained model on held-out text
 
 
 @dataclass(frozen=True)

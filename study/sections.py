@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import budgets, diffusion, experts, granularity, rules, settings, size, tokens
-from study.axes import in_words
+from study import (
+    budgets,
+    diffusion,
+    experts,
+    granularity,
+    influences,
+    rules,
+    settings,
+    size,
+    tokens,
+)  # fmt: skip
+from study.axes import Leads, in_words, leads
 from study.claims import FAILS, HOLDS, UNCLEAR
 from study.parts import Part, Rows, prose, read_rows, run_names
 from study.results import NOT_CLEAR, RESULTS, Results
@@ -14,7 +24,7 @@ from study.tables import paragraph
 
 SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
 _PLACES = {
-    "rules": "#rules-at-equal-compute",
+    "rules": "#rules-at-equal-counts",
     "budgets": "huggingface.md#budgets",
     "diffusion": "diffusion.md#three-routings-at-equal-compute",
 }
@@ -28,7 +38,7 @@ _HOW_TO_READ = (
 def all_parts() -> str:
     """A list of the parts: what each asks, and how many of its runs have been trained."""
     lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
-    for part in (rules.PART, budgets.PART, *SCALING, settings.PART):
+    for part in (rules.PART, budgets.PART, *SCALING, settings.PART, influences.PART):
         where = _PLACES.get(part.name, f"#{part.name}")
         lines.append(_line(part.name, part.about, read_rows(part.results), part.run_names, where))
     rows, names = read_rows(diffusion.ROWS), run_names(diffusion.VARIANTS)
@@ -40,7 +50,16 @@ def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
     """The lines of a section for each part of this page that has a row."""
     of_axes = [line for axis in SCALING for line in of_part(axis, results, folder)]
     how_to_read = ["", paragraph(_HOW_TO_READ)] if of_axes else []
-    return [*how_to_read, *of_axes, *of_part(settings.PART, results, folder)]
+    if known_leads(results, folder):
+        how_to_read += ["", "![Lead of DTop-p along each axis](images/study_leads.png)"]
+    others = (of_part(part, results, folder) for part in (settings.PART, influences.PART))
+    return [*how_to_read, *of_axes, *(line for lines in others for line in lines)]
+
+
+def known_leads(results: Results | None, folder: Path = RESULTS) -> dict[str, Leads]:
+    """The leads of DTop-p along each axis that has two points or more, by the axis' name."""
+    found = {axis.name: leads(axis.points, axis.all_rows(folder), results) for axis in SCALING}
+    return {name: of_axis for name, of_axis in found.items() if len(of_axis) > 1}
 
 
 def of_part(part: Part, results: Results | None, folder: Path = RESULTS) -> list[str]:
@@ -61,10 +80,10 @@ def claims(results: Results | None, folder: Path = RESULTS) -> list[list[str]]:
     for axis in SCALING:
         if axis.claim is None:
             continue
-        slope = axis.trend(axis.all_rows(folder), results)
+        trend = axis.trend(axis.all_rows(folder), results)
         saw, word = f"waits for `PART={axis.name}`", ""
-        if slope is not None:
-            saw, word = in_words(slope), slope.verdict(FAILS, HOLDS)
+        if trend is not None:
+            saw, word = in_words(trend), trend.slope.verdict(FAILS, HOLDS)
             word = UNCLEAR if word == NOT_CLEAR else word
         lines.append(["DTop-p", *axis.claim, saw, word])
     return lines

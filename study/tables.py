@@ -80,7 +80,8 @@ def patterns(results: Results) -> list[str]:
         paragraph(
             "The tokens are those that appear at least 20 times, by their mean number of experts; "
             "a space shows as \u2423. [This page](analysis.md) says what counts as a word, and how "
-            "else to look at a model.",
+            "else to look at a model. The rank correlation is a plain one, of which [little is "
+            "left](#influences) all else equal.",
         ),
         "",
     ]

@@ -125,11 +125,13 @@ def test_the_lead_at_each_point_and_its_trend():
     )
     assert lines[3].endswith("| behind |")
     # The narrow point, with its large lead, does not count; between two points a doubling lies.
-    assert lines[-1].startswith(
-        "With each doubling along the axis the lead changes by "
-        f"+0.8000 ({0.8 - half * 2**0.5:+.4f} to {0.8 + half * 2**0.5:+.4f})"
+    assert lines[-1].replace("\n", " ") == (
+        "By 2 points (2 seeds each) and noise that is mostly that of other models, the lead "
+        f"changes by +0.8000 ({0.8 - half * 2**0.5:+.4f} to {0.8 + half * 2**0.5:+.4f}) with each "
+        "doubling along the axis: it widens here."
     )
-    assert lines[-1].endswith(": it widens here.")
+    del rows["top2_x2-seed1"]
+    assert "By 2 points (1 and 2 seeds)" in table(points, rows)[-1]
     del rows["dtop_p_x4-seed1"], rows["dtop_p_x4-seed2"]
     lines = table(points, rows)
     assert lines[-1] == "| 4 wide | 0 | - | - | 2 | 4.5100 | 2.00 | - |  |"
@@ -209,10 +211,18 @@ def test_controller_and_normalization_are_judged_at_equal_counts(tmp_path, witho
         for seed in (1, 2)
     }
     write(tmp_path, rules.PART, rows)
-    of_count, of_both = sections.claims(None, tmp_path)[:2]
+    of_count, of_both, of_layers = sections.claims(None, tmp_path)[:3]
     assert of_count[-2:] == ["waits for `PART=rules`", ""]  # there is no fixed threshold
     assert of_both[1] == "Controller and normalization are both needed: at equal counts."
     assert of_both[-1] == word
+    assert of_layers[1] == "By layer the loss is slightly worse: at equal counts."
+    assert of_layers[-1] == ""
+    by_layer = {
+        name.replace("no_drn", "by_layer"): row for name, row in rows.items() if "no_drn" in name
+    }
+    write(tmp_path, rules.PART, rows | by_layer)
+    of_layers = sections.claims(None, tmp_path)[2]
+    assert of_layers[-1] == HOLDS and "DTop-p by layer (2.02 experts): -0.19" in of_layers[-2]
     if without is None:
         assert of_both[-2] == "waits for `PART=rules`"
     else:
@@ -265,6 +275,9 @@ def test_parts_train_measure_and_print(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         (row,) = json.loads((tmp_path / f"{module}.json").read_text()).values()
         assert 1 <= row["validation_experts_per_token"] <= 16 and row["validation_loss"] < 8
+        # Two layers of experts of 64 in a model of 32, each token with 1 to 16 of them
+        steps = 12 * (2 if module == "tokens" else 1)
+        assert 1 <= row["expert_flops"] / (steps * 512 * 2 * 6 * 3 * 32 * 64) <= 16
         assert f"| 1 | {row['validation_loss']:.4f} |" in done.stdout
         if module == "settings":
             assert 0 < row["threshold"] < 1 <= row["busiest_load"]

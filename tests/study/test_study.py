@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from study import (
     diffusion,
     document,
     fingerprint,
+    influences,
     parts,
     results,
     rules,
@@ -113,7 +115,7 @@ def test_flags_of_all_variants_are_accepted_settings():
     assert {c.balance_loss_coeff for c in routings.values() if c.is_dynamic} == {1e-2}
     parser.add_argument("--num-experts", type=int)
     parser.add_argument("--moe-router-score-function")
-    with_parts = (rules.PART, budgets.PART, *sections.SCALING, settings.PART)
+    with_parts = (rules.PART, budgets.PART, *sections.SCALING, settings.PART, influences.PART)
     for variants in (*(part.variants for part in with_parts), diffusion.VARIANTS):
         for variant in variants.values():
             args, _ = parser.parse_known_args(training_flags(variant, CPU, 1))
@@ -160,16 +162,49 @@ def test_rules_are_compared_seed_by_seed():
     # of Student's table.
     half = 12.7062 * 0.01
     interval = f"({0.31 - half:+.4f} to {0.31 + half:+.4f})"
-    assert f"| 2 | 4.4100 | 2.00 | +0.3100 {interval} | worse |" in top2
+    assert f"| 2 | 4.4100 | 2.00 | - | +0.3100 {interval} | worse |" in top2
     relu = next(line for line in lines if "ReLU" in line)  # against seed 1 alone
-    assert "| 1 | 3.0000 | 2.00 | -1.0000 (" in relu and relu.endswith("| better |")
-    assert "| 0 | - | - | - |" in next(line for line in lines if "SeqTopK" in line)
+    assert "| 1 | 3.0000 | 2.00 | - | -1.0000 (" in relu and relu.endswith("| better |")
+    assert "| 0 | - | - | - | - |" in next(line for line in lines if "SeqTopK" in line)
     found["dtop_p-seed1"]["validation_loss"] = 4.1
     assert rules.table(found)[3].endswith("| not clear |")
     del found["relu-seed1"]
     found["relu-seed3"] = {"validation_loss": 3.0, "validation_experts_per_token": 2.0}
     (relu,) = (line for line in rules.table(found) if "ReLU" in line)
-    assert relu.endswith("| 1 | 3.0000 | 2.00 | - |  |")  # no seed in common
+    assert relu.endswith("| 1 | 3.0000 | 2.00 | - | - |  |")  # no seed in common
+    assert rules.differences(found).keys() == {"top2"}
+    found["relu-seed3"]["expert_flops"] = 1.5e12
+    found["relu-seed1"] = found["relu-seed3"] | {"expert_flops": 1.9e12}
+    found["relu-seed2"] = found["dtop_p-seed2"]  # of which it is not known
+    (relu,) = (line for line in rules.table(found) if "ReLU" in line)
+    assert "| 2.00 | 1.7 |" in relu
+
+
+def test_pairs_of_rules_are_compared_by_the_seeds_that_both_have():
+    losses = {
+        "dtop_p": (4.0, 4.2),
+        "top2": (4.3, 4.52),
+        "relu": (3.0, 3.2, 9.0),
+        "by_layer": (4.0,),
+    }
+    found = {
+        f"{name}-seed{seed}": {"validation_loss": loss}
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds, 1)
+    }
+    lines = rules.pairs(found)
+    assert len(lines) == 2 + len(rules.PAIRS)
+    of_relu, *_ = (line for line in lines if line.startswith("| ReLU | top-2 |"))
+    # dtop_p and top2 have the noise of the test above; relu has other seeds.
+    half = 12.7062 * 0.01
+    assert of_relu == (
+        f"| ReLU | top-2 | 2 | -1.3100 ({-1.31 - half:+.4f} to {-1.31 + half:+.4f}) | better |"
+    )
+    of_one, *_ = (line for line in lines if line.startswith("| ReLU | DTop-p by layer |"))
+    assert of_one.startswith("| ReLU | DTop-p by layer | 1 | -1.0000 (")
+    assert "| SeqTopK | top-2 | 0 | - |  |" in lines
+    for names in rules.PAIRS:
+        assert set(names) <= rules.VARIANTS.keys() - {rules.REFERENCE}
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -465,6 +500,26 @@ def test_the_page_with_results_has_every_claim_and_every_routing(tmp_path):
     }
     for picture in pictures:
         assert f"(images/{picture.name})" in page
+
+
+def test_the_page_shows_the_pictures_that_are_written(tmp_path, monkeypatch):
+    """Of the results that are kept, into another folder."""
+    monkeypatch.setattr(document, "DOCUMENT", tmp_path / "study.md")
+    monkeypatch.setattr(document, "IMAGES", tmp_path)
+    written = document.write(Results.read(results.RESULTS / "cpu.json"))
+    page = (tmp_path / "study.md").read_text()
+    shown = set(re.findall(r"!\[.+\]\(images/(.+)\)", page))
+    assert shown == {path.name for path in written} - {"study.md", "study_budgets.png"}
+    assert {"study_rules.png", "study_leads.png"} <= shown
+    for name in shown:
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert (fingerprint.ROOT / "docs" / "images" / name).is_file()
+
+
+def test_an_older_claim_points_to_the_one_at_equal_counts():
+    page = document.text(Results(synthetic()))
+    assert page.count("(See: at equal counts.)") == len(rules.CLAIMS) == 3
+    assert "DTop-p beats top-k and fixed top-p. (See: at equal counts.)" in page
 
 
 def test_numbers_are_kept_with_five_digits():

@@ -6,7 +6,7 @@ of dense models. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,16 @@ def read(run_dir: Path, label: str) -> Run:
         aimed_at,
         _at(iterations, scalars[names.THRESHOLD], np.nan) if names.THRESHOLD in scalars else None,
     )
+
+
+def mlp_flops(megatron: Mapping[str, Any], width: float) -> float:
+    """FLOPs of one token in an MLP: two per weight forward, four backward.
+
+    Args:
+        megatron: Megatron's arguments, of which ``hidden_size`` and ``swiglu`` count.
+        width: the hidden size of the MLP.
+    """
+    return 6.0 * megatron["hidden_size"] * width * (3 if megatron["swiglu"] else 2)
 
 
 def labels_of(run_dirs: Sequence[Path]) -> list[str]:
@@ -208,8 +218,8 @@ def _at(iterations: NDArray[np.int64], series: Series | None, default: float) ->
 
 
 def _flops_per_expert(megatron: dict[str, Any]) -> float:
-    """FLOPs of one token in one expert: two per weight forward, four backward."""
+    """FLOPs of one token in one expert, or in a layer's MLP of a dense model."""
     width = megatron["ffn_hidden_size"]
     if megatron["num_experts"]:
         width = megatron["moe_ffn_hidden_size"] or width
-    return 6.0 * megatron["hidden_size"] * width * (3 if megatron["swiglu"] else 2)
+    return mlp_flops(megatron, width)
