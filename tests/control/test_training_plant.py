@@ -36,9 +36,8 @@ def counts_over_target(
     generator = torch.Generator().manual_seed(3)
     knob = torch.full_like(force, controller.initial_threshold)
     integral, speed = torch.zeros_like(force), torch.zeros_like(force)
-    excess = torch.full_like(
-        force, math.log(num_experts / 2 / target)
-    )  # half of the gates are open
+    # Half of the gates are open.
+    excess = torch.full_like(force, math.log(num_experts / 2 / target))
     counts = []
     for _ in range(STEPS):
         counts.append(excess.exp())
