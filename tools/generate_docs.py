@@ -133,6 +133,12 @@ def testing() -> str:
     return with_tables("testing.md", {"planted mistakes": rows})
 
 
+def extending() -> str:
+    """The text of docs/extending.md: what it says now, with the example of a rule."""
+    source = (DOCS.parent / "tests/moe/min_p.py").read_text(encoding="utf-8")
+    return with_tables("extending.md", {"min-p": ["```python", *source.splitlines(), "```"]})
+
+
 def monitoring() -> str:
     """The text of docs/monitoring.md: what it says now, with the table of metrics."""
     rows = ["| name | meaning |", "| --- | --- |"]
@@ -211,6 +217,7 @@ def with_tables(page: str, tables: dict[str, list[str]]) -> str:
 DOCUMENTS = {
     "configuration.md": configuration,
     "diffusion.md": diffusion,
+    "extending.md": extending,
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
     "planning.md": planning,
