@@ -283,13 +283,13 @@ def rise(decay: float, follows: bool) -> int | str:
 
 
 def wander_row(start: float) -> tuple[str, ...]:
-    """Counts if each expert's logits wander by a tenth of their spread a step."""
+    """Counts if all logits wander together, by a tenth of their spread a step."""
     generator = torch.Generator().manual_seed(6)
-    means_L1E = torch.zeros(LAYERS, 1, 16)
+    mean = torch.zeros(1)
 
     def logits(_: int) -> torch.Tensor:
-        means_L1E.add_(0.1 * torch.randn(means_L1E.shape, generator=generator))
-        return means_L1E + torch.randn(LAYERS, 1024, 16, generator=generator)
+        mean.add_(0.1 * torch.randn(1, generator=generator))
+        return mean + torch.randn(LAYERS, 1024, 16, generator=generator)
 
     counts = expert_thresholds(logits, [2.0] * 400, decay=0.99, start=start)
     parts = (counts[100:200], counts[200:])
