@@ -112,13 +112,13 @@ def test_a_response_that_is_twice_as_late_swings():
     assert deviations.median() < 0.02 and deviations.max() > 0.3
 
 
-@pytest.mark.parametrize("relaxation", [0.0, 0.01])
+@pytest.mark.parametrize("relaxation", [0.0, 0.02])
 def test_a_plant_that_hardly_returns_swings_but_not_with_the_gains_for_it(relaxation):
     plants, default = PLANTS.clone(), law(RELATIVE)
     plants[:, 2] = relaxation
     other = dataclasses.replace(default, proportional_gain=1.0, integral_gain=0.02)
     swinging, held = (counts_over_target(gains, 2.0, plants) for gains in (default, other))
-    assert swinging[600:].std(dim=0).max() > 1
+    assert swinging[600:].std(dim=0).max() > 0.3
     assert held[600:].std(dim=0).max() < 0.05
     assert settled_from(held).median() > 1.5 * SETTLES  # more slowly
 
