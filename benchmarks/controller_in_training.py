@@ -76,17 +76,19 @@ CASES = [
         (512, 64, 1024),
     )),
     *(Case("expert_threshold", *point) for point in (
-        (16, 2, 1024), (64, 8, 1024), (512, 64, 1024),
+        (16, 2, 1024), (64, 8, 1024), (64, 8, 4096), (512, 64, 1024),
     )),
-    *(Case("null_experts", *point) for point in ((8, 1.5, 1024), (16, 2, 1024), (64, 8, 1024))),
-    *(Case("relu", *point) for point in ((16, 2, 1024), (64, 8, 1024))),
+    *(Case("null_experts", *point) for point in (
+        (8, 1.5, 1024), (16, 2, 1024), (64, 8, 1024), (64, 8, 4096),
+    )),
+    *(Case("relu", *point) for point in ((16, 2, 1024), (64, 8, 1024), (64, 8, 4096))),
 ]  # fmt: skip
 
 
 class Step(NamedTuple):
     """What was seen of a global batch."""
 
-    knob: float
+    knob: float  # the mean of all layers; with scope global each has this one
     count: float
     slope: float | None  # experts per token per unit of the knob
 
@@ -136,9 +138,9 @@ def train(case: Case) -> tuple[list[Step], float | None]:
         return next_state(self, state, sums_RW, next_R1)
 
     @torch.no_grad()
-    def count(self: Any, knob: float) -> float:
-        """Experts per token of the noted logits with another knob."""
-        knobs_R1 = torch.full((len(self._routers), 1), knob)
+    def count(self: Any, factor: float) -> float:
+        """Experts per token of the noted logits with every layer's knob times a factor."""
+        knobs_R1 = factor * torch.stack([router.knob for router in self._routers])
         moved = next_state(self.rule, *before, knobs_R1) if before else {}
         moved = {**moved, self.rule.knob: knobs_R1}
         places = {router.knob.data_ptr(): row for row, router in enumerate(self._routers)}
@@ -155,10 +157,10 @@ def train(case: Case) -> tuple[list[Step], float | None]:
         held = list(before)
         update(self, model, *given, **named)
         after, before[:] = list(before), held
-        knob = float(self._routers[0].knob)
+        knob = statistics.fmean(float(router.knob) for router in self._routers)
         slope = None
         if case.rule != "relu" and (before or next_state is Rule.next_state):
-            up, down = (count(self, knob * (1 + way * NUDGE)) for way in (1, -1))
+            up, down = (count(self, 1 + way * NUDGE) for way in (1, -1))
             slope = (up - down) / (2 * NUDGE * knob)
         steps.append(Step(knob, float(self.statistics.pooled().mean_experts), slope))
         before[:] = after

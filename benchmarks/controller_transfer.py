@@ -1,17 +1,19 @@
-"""Prints the tables of docs/controller.md on gains that transfer: 8 to 512 experts, any target.
+"""Prints tables of docs/controller.md and docs/rules.md: gains on simulated routers of any size.
 
     python benchmarks/controller_transfer.py
 
-The plant is the real selection rule on simulated normal logits, for DTop-p with DRN. The default
-gains are computed for each number of experts and target; nothing else is tuned. The script runs on
-a CPU in a few minutes; seeds are fixed.
+The plants are the real selection rules on simulated normal logits (DTop-p with DRN; expert
+threshold and null experts, whose knob is a share) and, for ReLU, that of its test. The gains are
+the default ones; nothing else is tuned. The script runs on a CPU in ten minutes; seeds are fixed.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,11 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.controller_step_response import print_table, settled_from
 from megatron_dynmoe.control import PIController, default_gains, initial_threshold, plant_slope
+from megatron_dynmoe.control.pi import RELATIVE
 from megatron_dynmoe.control.settle import settle, started_rule
+from megatron_dynmoe.moe.rules.expert_threshold import START
 from megatron_dynmoe.routing.crossings import crossings
 from megatron_dynmoe.routing.normalize import normalize
+from megatron_dynmoe.routing.rules import quantiles
+from megatron_dynmoe.routing.rules.expert_threshold import select
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.command_line import CommandParser
+from tests.control.test_training_plant import PLANTS, counts_over_target
+from tests.control.test_training_plant import law as relu_law
+from tests.control.test_training_plant import settled_from as relu_settled
 
 # Targets from far below to far above the papers' eighth of the experts.
 POINTS = (
@@ -39,6 +48,12 @@ BATCHES = (2**11, 2**14, 2**22)
 SHARE_RULES = ("expert_threshold", "null_experts")
 SHARE_POINTS = ((8, 1.5), (16, 2), (64, 8), (64, 32), (512, 64))
 SHARE_TOKENS, SHARE_STEPS = 2**13, 60
+# Of ReLU, whose count answers through training, late.
+RELU_POINTS = ((64, 2), (64, 8), (512, 8), (512, 64), (512, 256))
+RELU_DELAYS = (3.0, 10.0, 20.0)
+# Of expert threshold's moving average.
+DECAYS = (0.99, 0.999)
+LAYERS, RISE_AT, RISE_STEPS = 4, 50, 1300
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,24 @@ def main() -> None:
             *("steps to 2 %", "rms afterwards", "rms of a batch with fixed thresholds"),
         ),
         [share_row(rule, *point) for rule in SHARE_RULES for point in SHARE_POINTS],
+    )
+    print_table(
+        "ReLU: steps to 10 % of half, and of nine of ten plants; widest deviation from step 600 on",
+        ("experts, target", *(f"delay {delay:g}" for delay in RELU_DELAYS)),
+        [relu_row(*point) for point in RELU_POINTS],
+    )
+    print_table(
+        "Expert threshold, 16 experts: steps to 2 % after the target rises from 2 to 3",
+        ("thresholds follow the share", *(f"decay {decay}" for decay in DECAYS)),
+        [
+            ("yes" if follows else "no", *(rise(decay, follows) for decay in DECAYS))
+            for follows in (False, True)
+        ],
+    )
+    print_table(
+        "Expert threshold, target 2 of 16, logits that wander: mean and deviation of the counts",
+        ("START", "steps 101 to 200", "201 to 400"),
+        [wander_row(start) for start in (10.0, 100.0)],
     )
 
 
@@ -184,6 +217,83 @@ def share_row(routing: str, num_experts: int, target: float) -> tuple[str, ...]:
         *(f"{settled_from(list(means))}", f"{np.sqrt((loop[60:] ** 2).mean()):.2%}"),
         f"{np.std(fixed):.2%}",
     )
+
+
+def relu_row(num_experts: int, target: float) -> tuple[str, ...]:
+    """How soon ReLU's count settles, for the test's plants with another delay."""
+    cells = []
+    for delay in RELU_DELAYS:
+        plants = PLANTS[PLANTS[:, 1] == PLANTS[0, 1]].clone()
+        plants[:, 1] = delay
+        counts = counts_over_target(relu_law(RELATIVE), target, plants, num_experts)
+        settled = relu_settled(counts)
+        half, most = settled.median(), settled.quantile(0.9)
+        cells.append(f"{half:.0f}, {most:.0f}; {counts[600:].std(dim=0).max():.1%}")
+    return f"{num_experts}, {target:g}", *cells
+
+
+def expert_thresholds(
+    logits: Callable[[int], torch.Tensor],
+    targets: list[float],
+    *,
+    decay: float,
+    follows: bool = True,
+    start: float = START,
+) -> np.ndarray:
+    """The counts of a loop of 16 experts, step by step.
+
+    Args:
+        logits: makes those of a step, [LAYERS, T, 16]. The layers share q.
+        follows: whether the thresholds move at once as their quantiles do with the share; False:
+            the moving average alone.
+        start: how slowly the moving average becomes slow.
+    """
+    experts, given = 16, {"routing": "expert_threshold", "normalized": False}
+    first = initial_threshold(experts, targets[0], **given)
+    law = PIController(experts, first, *default_gains(experts, targets[0], **given))
+    share, integral = torch.tensor([first]), torch.zeros(1)
+    thresholds = torch.full((LAYERS, experts), NormalDist().inv_cdf(1 - first))
+    counts = []
+    for step, target in enumerate(targets):
+        pairs = list(zip(logits(step), thresholds, strict=True))
+        used = [float(select(batch_TE, one_E).sum() / len(batch_TE)) for batch_TE, one_E in pairs]
+        counts.append(float(np.mean(used)))
+        moved, integral = law.step(share, integral, torch.tensor([counts[-1]]), target)
+        shares = (share, moved) if follows else (moved, moved)
+        weight = max(1 - decay, start / (start + step))
+        found = []
+        for batch_TE, one_E in pairs:
+            bins_EN = quantiles.count(batch_TE, one_E, None).view(experts, -1)
+            found.append(quantiles.next_thresholds(one_E, bins_EN, *shares, weight))
+        thresholds, share = torch.stack(found), moved
+    return np.array(counts)
+
+
+def rise(decay: float, follows: bool) -> int | str:
+    """Steps to 2 % after a change of the target, long after the start."""
+    generator = torch.Generator().manual_seed(5)
+
+    def logits(_: int) -> torch.Tensor:
+        return torch.randn(LAYERS, SHARE_TOKENS, 16, generator=generator)
+
+    # The average is slow from the first step on, as if it had gone on for long.
+    targets = [2.0] * RISE_AT + [3.0] * RISE_STEPS
+    counts = expert_thresholds(logits, targets, decay=decay, follows=follows, start=0.01)
+    return settled_from(list(counts[RISE_AT:] / 3 - 1))
+
+
+def wander_row(start: float) -> tuple[str, ...]:
+    """Counts if all logits wander together, by a tenth of their spread a step."""
+    generator = torch.Generator().manual_seed(6)
+    mean = torch.zeros(1)
+
+    def logits(_: int) -> torch.Tensor:
+        mean.add_(0.1 * torch.randn(1, generator=generator))
+        return mean + torch.randn(LAYERS, 1024, 16, generator=generator)
+
+    counts = expert_thresholds(logits, [2.0] * 400, decay=0.99, start=start)
+    parts = (counts[100:200], counts[200:])
+    return f"{start:g}", *(f"{part.mean():.2f}, {part.std():.2f}" for part in parts)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,12 @@ def testing() -> str:
     return with_tables("testing.md", {"planted mistakes": rows})
 
 
+def extending() -> str:
+    """The text of docs/extending.md: what it says now, with the example of a rule."""
+    source = (DOCS.parent / "tests/moe/min_p.py").read_text(encoding="utf-8")
+    return with_tables("extending.md", {"min-p": ["```python", *source.splitlines(), "```"]})
+
+
 def monitoring() -> str:
     """The text of docs/monitoring.md: what it says now, with the table of metrics."""
     rows = ["| name | meaning |", "| --- | --- |"]
@@ -222,6 +228,7 @@ DOCUMENTS = {
     "benchmarks.md": benchmarks,
     "configuration.md": configuration,
     "diffusion.md": diffusion,
+    "extending.md": extending,
     "huggingface.md": huggingface,
     "monitoring.md": monitoring,
     "planning.md": planning,

@@ -6,18 +6,22 @@ import math
 import re
 import shutil
 import xml.etree.ElementTree
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmoe.analysis.counting.counts import RoutingCounts, Shape
+from megatron_dynmoe.analysis.counting.windows import TextFile, read_windows
 from megatron_dynmoe.analysis.results import figures
 from megatron_dynmoe.cli import analyze as analyze_command
 from megatron_dynmoe.storage.manifest import write_manifest
+from megatron_dynmoe.use.load import load_tokenizer
 from tests.helpers.commands import exit_code_of
 from tests.helpers.tiny_export import export_tiny
 
@@ -118,6 +122,61 @@ def test_reports_of_parts_merge_into_the_whole(
     assert merged["groups"] == whole["groups"]
     assert merged["token_texts"] == whole["token_texts"]
     assert (tmp_path / "m" / "index.html").exists()
+
+
+def test_tokens_without_an_expert_count_as_none(
+    tmp_path: Path,
+    tokenizer_model: Path,
+    texts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rule that leaves tokens without one: some in the first layer, and all in the last."""
+    nulls = tmp_path / "nulls"
+    model = export_tiny(
+        nulls,
+        tokenizer_model,
+        routing="null_experts",
+        max_experts_per_token=3,
+        rule_settings={"null_slots": 8, "null_kind": "zero"},
+        router_state={"share": [[0.25], None, [0.25]], "null_bias": [[3.0], None, [50.0]]},
+    )
+    whole = content(analyze(tmp_path / "whole", nulls, *texts.values()))
+    shape = Shape(**whole["shape"])
+    histogram = Counter[int]()
+    for name, path in texts.items():
+        windows = read_windows([TextFile(path, name)], load_tokenizer(nulls), 32)
+        for window in windows:
+            with torch.no_grad():
+                counts_LT = model(torch.tensor([window.tokens])).experts_per_token[:, 0]
+            assert not counts_LT[1].any()
+            histogram.update(counts_LT[0].tolist())
+    tokens = sum(histogram.values())
+    assert set(histogram) == {0, 1, 2, 3} and histogram[0] > tokens / 10
+    counted = RoutingCounts(shape)
+    for group in whole["groups"].values():
+        counted += RoutingCounts.from_json(shape, group)
+    assert {k: n for k, n in enumerate(counted.experts_LK[0]) if n} == dict(histogram)
+    assert counted.experts_LK[1].tolist() == [tokens] + [0] * 8
+
+    statistics = whole["statistics"]
+    mean = sum(number * times for number, times in histogram.items()) / tokens
+    first, last = statistics["layers"]
+    assert first["experts_per_token"]["mean"] == pytest.approx(mean)
+    assert first["experts_per_token"]["min"] == 0
+    assert statistics["all"]["experts_per_token"]["mean"] == pytest.approx(mean / 2)
+    assert set(last["experts_per_token"].values()) == {0}
+    assert last["unused_experts"] == list(range(8)) and last["load_max_over_mean"] is None
+    assert all(row["load_over_mean"] is None for row in statistics["experts"][8:])
+
+    without = (histogram[0] + tokens) / (2 * tokens)
+    assert f"{100 * without:.1f} % have none" in (tmp_path / "whole" / "index.html").read_text()
+
+    monkeypatch.setattr(figures, "draw_all", lambda *_: {})
+    parts = [analyze(tmp_path / name, nulls, path) for name, path in texts.items()]
+    files = [str(part / "routing.json") for part in parts]
+    assert main(["--merge", *files, "--output", str(tmp_path / "m"), "--min-count", "5"]) == 0
+    merged = content(tmp_path / "m")
+    assert merged["groups"] == whole["groups"] and merged["statistics"] == statistics
 
 
 @pytest.mark.usefixtures("undrawn")

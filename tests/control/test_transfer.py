@@ -9,6 +9,7 @@ that the gains do not know.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,11 +24,11 @@ REST = 800
 class Router:
     """The experts of a population of tokens, which does not change."""
 
-    def __init__(self, num_experts: int, theta: float, seed: int) -> None:
+    def __init__(self, num_experts: int, theta: float, seed: int, logits: int = 2**17) -> None:
         generator = np.random.default_rng(seed)
-        logits = generator.standard_normal((2**17 // num_experts, num_experts))
-        logits -= logits.mean(axis=1, keepdims=True)
-        exponentials = np.exp(theta * logits / logits.std(axis=1, keepdims=True))
+        logits_TE = generator.standard_normal((logits // num_experts, num_experts))
+        logits_TE -= logits_TE.mean(axis=1, keepdims=True)
+        exponentials = np.exp(theta * logits_TE / logits_TE.std(axis=1, keepdims=True))
         probs = -np.sort(-exponentials / exponentials.sum(axis=1, keepdims=True), axis=1)
         self.sums_TE = probs.cumsum(axis=1)[:, :-1]
         self.sums = np.sort(self.sums_TE, axis=None)
@@ -84,6 +85,30 @@ def test_the_count_settles_in_the_stated_time(router: tuple[int, float, float, i
     within = SETTLES_WITHIN if target <= num_experts / 4 else SETTLES_AT_HALF
     # Of few tokens, the next count may be more than 2 % away.
     assert abs(counts[within:] / target - 1).max() < 0.02 + 2 * num_experts / 2**17
+
+
+def settling(router: Router, num_experts: int, target: float) -> int:
+    """Steps to 2 % after the same rise."""
+    law = PIController(
+        num_experts, initial_threshold(num_experts, target), *default_gains(num_experts, target)
+    )
+    counts = run(router, law, [target - 0.25 * (target - 1)] + 800 * [target])
+    return int(np.flatnonzero(abs(counts / target - 1) >= 0.02)[-1]) + 1
+
+
+def test_a_target_near_1_of_512_experts_settles_in_the_stated_time() -> None:
+    """A sharper router hardly answers there."""
+    flat, sharp, sharper = (
+        settling(Router(512, theta, seed=0, logits=2**20), 512, 1.2) for theta in (1, 2, 3)
+    )
+    assert flat < 10 < sharp < sharper <= 70
+
+
+def test_three_quarters_of_64_experts_settle_in_the_stated_time() -> None:
+    """A flatter router is slower, because the gains are made for a margin at theta 3."""
+    steps = [settling(Router(64, theta, seed=0), 64, 48.0) for theta in (0.5, 1.0, 2.0, 3.0)]
+    assert steps == sorted(steps, reverse=True)
+    assert 6 <= steps[-1] < 10 and steps[0] == pytest.approx(670, abs=15)
 
 
 @settings(max_examples=8)

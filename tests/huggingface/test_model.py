@@ -2,6 +2,7 @@
 
 import copy
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 
 from megatron_dynmoe.huggingface import layers_dynmoe
 from tests.huggingface.tiny import LAYERS, left_padded, tiny_config, tiny_model, tokens
-from tests.oracles import relu
+from tests.oracles import expert_threshold, relu
 from tests.oracles import routing as oracle
 
 SHAPE = {
@@ -148,6 +149,17 @@ ROUTINGS = {
         "max_experts_per_token": 2,
         "router_state": {"score_threshold": [[0.1], [0.3], [0.2]]},
     },
+    "expert_threshold": {
+        "routing": "expert_threshold",
+        "weights": "raw",
+        "max_experts_per_token": 3,
+        "rule_settings": {"threshold_decay": 0.99},
+        "router_state": {
+            "share": [[0.25]] * 3,
+            "thresholds": [[0.1 * e - 0.2 * layer for e in range(8)] for layer in range(3)],
+            "batches": [[7.0]] * 3,
+        },
+    },
     "relu": {
         "routing": "relu",
         "weights": "raw",
@@ -170,6 +182,10 @@ def choices_by_oracle(config, layer, probs_TE):
         return [{e for e in b[:cap] if r[e] > least} for b, r in zip(best, rows, strict=True)]
     if config.routing == "relu":  # the gates stand in place of probabilities
         return [{e for e, gate in enumerate(r) if gate > 0} for r in rows]
+    if config.routing == "expert_threshold":  # and here the logits
+        least = torch.tensor(config.router_state["thresholds"][layer]).tolist()
+        cap = config.max_experts_per_token
+        return [expert_threshold.choose(row, least, cap) for row in rows]
     threshold, cap = config.threshold_and_cap(layer, training=False)
     exact = Fraction(torch.tensor(threshold).item())  # the float32 nearest to the config's number
     return [
@@ -198,14 +214,19 @@ def test_a_moe_layer_is_the_papers_equations_token_by_token(name):
     for token in range(30):
         logits = list(moe64.router.weight @ hidden_TD[token])
         logits = logits if theta is None else oracle.normalize(logits, theta)
-        of_token = relu.gates(logits) if config.routing == "relu" else oracle.softmax(logits)
+        if config.routing == "expert_threshold":
+            of_token = [expert_threshold.sigmoid(logit) for logit in logits]
+        else:
+            of_token = relu.gates(logits) if config.routing == "relu" else oracle.softmax(logits)
         probs.append([prob.squeeze() for prob in of_token])
     logits_TE = logits_BSE.flatten(0, 1)
-    probs_TE = logits_TE.relu() if config.routing == "relu" else logits_TE.softmax(dim=-1)
+    of_logits = {"relu": torch.relu, "expert_threshold": torch.sigmoid}
+    probs_TE = of_logits.get(config.routing, partial(torch.softmax, dim=-1))(logits_TE)
     torch.testing.assert_close(
         probs_TE.double(), torch.stack([torch.stack(row) for row in probs]), atol=1e-5, rtol=0
     )
-    choices = choices_by_oracle(config, layer, probs_TE)
+    by_logit = config.routing == "expert_threshold"
+    choices = choices_by_oracle(config, layer, logits_TE if by_logit else probs_TE)
     renormalize = config.weights == "renormalized"
     weights = [oracle.weights(row, c, renormalize) for row, c in zip(probs, choices, strict=True)]
 
@@ -241,6 +262,7 @@ def test_the_routings_above_do_differ():
     assert len(counts["dtop_p"].unique()) > 2
     assert (counts["top_k"] == 3).all()
     assert counts["seq_top_k"].unique().tolist() == [0, 1, 2]
+    assert counts["expert_threshold"].unique().tolist() == [0, 1, 2, 3]
     assert len(counts["relu"].unique()) > 4 and not (counts["relu"] == counts["top_p"]).all()
 
 
@@ -330,7 +352,10 @@ GENERATE = {"max_new_tokens": 8, "do_sample": False}
 
 @pytest.mark.parametrize(
     ("attention", "routing"),
-    [("eager", "top_p"), ("sdpa", "top_p"), ("sdpa", "seq_top_k"), ("eager", "relu")],
+    [
+        *(("eager", "top_p"), ("sdpa", "top_p"), ("sdpa", "seq_top_k"), ("eager", "relu")),
+        ("sdpa", "expert_threshold"),
+    ],
 )
 def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention, routing):
     model, ids = tiny_model(attention=attention, **ROUTINGS[routing]), tokens(2, 12)
@@ -350,8 +375,9 @@ def test_cached_steps_give_the_logits_and_counts_of_one_forward(attention, routi
     assert torch.equal(torch.cat(counts, dim=-1), whole.experts_per_token)
 
 
-def test_generation_with_and_without_a_cache_is_the_same():
-    model, ids = tiny_model(threshold=0.5), tokens(2, 6)
+@pytest.mark.parametrize("routing", ["top_p", "seq_top_k", "expert_threshold", "relu"])
+def test_generation_with_and_without_a_cache_is_the_same(routing):
+    model, ids = tiny_model(**ROUTINGS[routing]), tokens(2, 6)
     cached = model.generate(ids, **GENERATE)
     assert cached.shape == (2, 14)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **GENERATE))

@@ -13,11 +13,12 @@ from torch import Tensor
 from megatron_dynmoe.control.calibrate import initial_threshold, plant_slope
 from megatron_dynmoe.moe.rules import RULES, Rule, TopP
 from megatron_dynmoe.routing.losses import sum_by_sequence, sum_entropy
-from megatron_dynmoe.routing.route import Routing, route, route_by
+from megatron_dynmoe.routing.route import Routing, route
 from megatron_dynmoe.settings.config import DynMoEConfig
 from megatron_dynmoe.settings.messages.refusals import SettingError
 from megatron_dynmoe.settings.routings import DYNAMIC, ROUTINGS
 from tests.moe import one_rank
+from tests.moe.min_p import MinP
 
 pytestmark = pytest.mark.megatron
 E, D = 8, 16
@@ -42,33 +43,6 @@ class Thrift(Rule):
     @staticmethod
     def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
         return 1 - TopP.crossings(logits_TE, max_experts)
-
-
-class MinP(Rule):
-    """Experts with at least a share of the largest probability, and the first one for NaN."""
-
-    knob, direction, entries = "share", -1, ("share",)
-
-    def route(
-        self,
-        logits_TE: Tensor,
-        state: Mapping[str, Tensor],
-        *,
-        training: bool,
-        group: Any,
-        **batch: Any,
-    ) -> Routing:
-        def select(probs_TE: Tensor) -> Tensor:
-            chosen_TE = probs_TE >= state["share"] * probs_TE.max(dim=-1, keepdim=True).values
-            chosen_TE[:, 0] |= ~chosen_TE.any(dim=-1)
-            return chosen_TE
-
-        return route_by(select, logits_TE, renormalize=True, **batch)
-
-    @staticmethod
-    def crossings(logits_TE: Tensor, max_experts: int | None) -> Tensor:
-        probs_TE = logits_TE.softmax(dim=-1).sort(dim=-1, descending=True).values
-        return probs_TE[:, 1:max_experts] / probs_TE[:, :1]
 
 
 class Quotas(Rule):

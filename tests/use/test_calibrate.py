@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dynmoe.cli import calibrate as command
 from megatron_dynmoe.control import mean_experts_per_token
+from megatron_dynmoe.layers.rules import LAYER_RULES
 from megatron_dynmoe.storage.manifest import write_manifest
 from megatron_dynmoe.use import calibrate as calibration
 from megatron_dynmoe.use.calibrate import Calibration, Measurement, calibrate, measure, read_tokens
@@ -230,16 +231,6 @@ def test_cap_counts() -> None:
     assert capped(found.threshold).experts == pytest.approx(1.9, abs=0.0095)
 
 
-def test_a_rule_without_a_threshold_for_all_layers_is_refused_in_one_line(
-    tmp_path: Path, tokenizer_model: Path, tool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = {"score_threshold": [[0.2], None, [0.3]]}
-    export_tiny(tmp_path / "model", tokenizer_model, routing="seq_top_k", router_state=state)
-    said = "error: routing is 'seq_top_k', which has no threshold to calibrate: give a model with"
-    with pytest.raises(SystemExit, match=said):
-        tool(monkeypatch, "--model", tmp_path / "model", "--data", BOOK, "--target", 2)
-
-
 def test_a_jump_over_the_target_is_refused() -> None:
     def measure_at(threshold: Any, _label: str = "") -> Measurement:
         probs_LTE = torch.full((1, 100, 4), 0.25)
@@ -451,27 +442,43 @@ def test_bad_flags_are_named(
     assert error.value.code == 2 and re.search(message, said) and "\n" not in said
 
 
-def test_a_rule_without_a_threshold_for_all_is_refused_by_name(
+# Settings that a rule has beside those of all, with a value of each.
+OF_RULES = {
+    "threshold_decay": 0.99,
+    "null_slots": 8,
+    "null_kind": "zero",
+    "control_law": "pi",
+}
+
+
+@pytest.mark.parametrize("goal", [["--target", "2"], ["--budgets", "1,2"]], ids=["one", "curve"])
+@pytest.mark.parametrize("routing", LAYER_RULES)
+def test_a_rule_without_a_threshold_for_all_layers_is_refused_in_one_line(
+    routing: str,
+    goal: list[str],
     tmp_path: Path,
     tokenizer_model: Path,
     tool: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = {"share": 1, "thresholds": 8, "batches": 1}
+    rule = LAYER_RULES[routing]
+    state = {
+        name: [[0.125] * length if sparse else None for sparse in SPARSE]
+        for name, length in rule.lengths(8).items()
+    }
+    settings = {name: OF_RULES[name] for name in rule.settings}
     export_tiny(
         tmp_path,
         tokenizer_model,
-        routing="expert_threshold",
+        routing=routing,
         weights="raw",
-        rule_settings={"threshold_decay": 0.99},
-        router_state={
-            name: [[0.125] * length if sparse else None for sparse in SPARSE]
-            for name, length in state.items()
-        },
+        rule_settings=settings or None,
+        router_state=state,
     )
-    for goal in (["--target", "2"], ["--budgets", "1,2"]):
-        with pytest.raises(SystemExit, match="'expert_threshold', which has no threshold to"):
-            tool(monkeypatch, "--model", tmp_path, "--data", BOOK, "--tokens", 64, *goal)
+    said = f"error: routing is '{routing}', which has no threshold to calibrate: give a model with"
+    with pytest.raises(SystemExit, match=said) as error:
+        tool(monkeypatch, "--model", tmp_path, "--data", BOOK, "--tokens", 64, *goal)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "x", "nan"])

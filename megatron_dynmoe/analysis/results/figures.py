@@ -141,9 +141,10 @@ def _distribution(statistics: dict[str, Any], total: RoutingCounts) -> tuple[Fig
     left, right = figure.subplots(1, 2)
     share_K = 100 * total.experts_LK.sum(axis=0) / total.experts_LK.sum()
     last = int(np.flatnonzero(share_K)[-1])
-    left.bar(range(1, last + 1), share_K[1 : last + 1], color=BLUE)
+    numbers = range(0 if share_K[0] else 1, last + 1)  # most rules leave no token without an expert
+    left.bar(numbers, share_K[numbers.start : last + 1], color=BLUE)
     left.set(title="in one layer", xlabel="experts of a token", ylabel="% of tokens")
-    _whole_numbers(left, list(range(1, last + 1)))
+    _whole_numbers(left, list(numbers))
     present = np.flatnonzero(total.total_K)
     bins = np.linspace(present[0] - 0.5, present[-1] + 0.5, min(len(present), 40) + 1) / layers
     right.hist(
@@ -157,6 +158,8 @@ def _distribution(statistics: dict[str, Any], total: RoutingCounts) -> tuple[Fig
         f"In one layer a token uses {spread['mean']:.2f} experts on average, with a standard "
         f"deviation of {spread['std']:.2f} and at most {spread['max']:.0f}"
     )
+    if share_K[0]:
+        alt += f"; {share_K[0]:.1f} % have none"
     return figure, "How many experts a token uses", alt
 
 
@@ -319,15 +322,16 @@ def _point(point: dict[str, Any]) -> str:
 def _load(total: RoutingCounts, moe_layers: list[int]) -> tuple[Figure, str, str]:
     mean_L1 = total.load_LE.mean(axis=1, keepdims=True)
     figure, axes = _figure(5.4, 1.6 + 0.22 * min(len(moe_layers), 40))
-    ratio_LE = total.load_LE / mean_L1
+    with np.errstate(invalid="ignore"):  # a rule may leave every token of a layer without one
+        ratio_LE = total.load_LE / mean_L1
     image = _draw_ratios(axes, ratio_LE)
     axes.set(xlabel="expert", ylabel="layer")
     _ticks(axes, moe_layers)
     _ratio_bar(figure, image, axes, "tokens / mean of the layer")
     unused = int((total.load_LE == 0).sum())
     alt = (
-        f"The busiest expert has {ratio_LE.max():.2f} times the mean load of its layer; "
-        f"{unused} of {total.load_LE.size} experts were not used"
+        f"The busiest expert has {np.nan_to_num(ratio_LE).max():.2f} times the mean load of its "
+        f"layer; {unused} of {total.load_LE.size} experts were not used"
     )
     return figure, "Load of each expert", alt
 

@@ -217,7 +217,7 @@ def _of_layers(
                     name: distribution(counts.experts_LK[index])["mean"]
                     for name, counts in groups.items()
                 },
-                "load_max_over_mean": float(load_E.max() / load_E.mean()),
+                "load_max_over_mean": _over_mean(load_E.max(), load_E),
                 "unused_experts": np.flatnonzero(load_E == 0).tolist(),
                 "group_information_bits": mutual_information(loads_GLE[:, index]),
             }
@@ -225,9 +225,17 @@ def _of_layers(
     return rows
 
 
+def _over_mean(load: int, load_E: np.ndarray) -> float | None:
+    """None in a layer that no token used an expert of, as some rules allow."""
+    return float(load / load_E.mean()) if load_E.any() else None
+
+
 def mutual_information(load_GE: np.ndarray) -> float | None:
-    """What the expert of an assignment tells about its group, in bits; None for one group."""
-    if len(load_GE) < 2:
+    """What the expert of an assignment tells about its group, in bits.
+
+    None for one group, or without an assignment.
+    """
+    if len(load_GE) < 2 or not load_GE.any():
         return None
     joint_GE = load_GE / load_GE.sum()
     apart_GE = joint_GE.sum(axis=1, keepdims=True) * joint_GE.sum(axis=0, keepdims=True)
@@ -262,7 +270,7 @@ def _of_experts(
                     "layer": layer,
                     "expert": expert,
                     "tokens": int(load_E[expert]),
-                    "load_over_mean": float(load_E[expert] / load_E.mean()),
+                    "load_over_mean": _over_mean(load_E[expert], load_E),
                     "partner": partner if used and partners[partner] > 0 else None,
                     "with_partner": float(partners[partner] / load_E[expert]) if used else None,
                     "group": favorite if used and len(groups) > 1 else None,

@@ -1,7 +1,10 @@
-"""The quantiles of each expert's logits over global batches, from counts in bins.
+"""Quantiles over the tokens of global batches, from counts in bins.
 
-The thresholds of :mod:`~megatron_dynmoe.routing.rules.expert_threshold` follow them. Letters beyond
-those of the package: N bins of the logits of one expert, N - 1 edges between them.
+The thresholds of :mod:`~megatron_dynmoe.routing.rules.expert_threshold` follow those of each
+expert's logits. The bias of :mod:`~megatron_dynmoe.routing.rules.null_experts` follows that of a
+token's crossings, which are counted as the logits of one expert are: read *crossings* for logits
+and *bias* for the threshold then. Letters beyond those of the package: N bins of the logits of one
+expert, N - 1 edges between them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-CHOICE = "tests/routing/rules/test_best_of_sequence.py"
+CHOICE = "tests/routing/rules/test_seq_top_k.py"
 ROUTER = "tests/moe/test_seq_top_k.py"
 
 MISTAKES = [
