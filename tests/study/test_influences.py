@@ -34,7 +34,7 @@ def test_every_influence_has_a_line_with_its_strongest_partial_correlation():
         "| the token's own loss (difficulty) | +0.50 +0.50 | +0.01 +0.05 "
         "| +0.07 (+0.05 to +0.09), layer 2, seed 2 |"
     )
-    (of_entropy,) = (line for line in lines if "entropy" in line)
+    (of_entropy,) = (line for line in lines if line.startswith("| the entropy"))
     assert "| +0.01 -0.11 | -0.25 (-0.27 to -0.23), layer 2, seed 2 |" in of_entropy
     assert "means over 2 seeds" in lines[-1]
     left = "own loss is at most +0.07 in any layer, that with the entropy -0.25, and that with how"
