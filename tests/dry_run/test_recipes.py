@@ -69,6 +69,8 @@ def test_what_users_add(name):
     assert run.result.mistakes == []
     if name not in ("DeepEP", "recomputed"):  # upstream's code for the former waits more often
         assert waits_of_a_layer(run) == (0 if name in ("worst case", "target") else 1)
+    rooms = [wait for wait in run.result.waits if "row_buffer" in wait.line]
+    assert [wait.per_step for wait in rooms] == [1] * (name == "target")
     # What the formula does not know: flash attention computes the scores again in its backward
     # pass, recomputation everything once more, and room for twice the rows is computed with, too.
     most = {"recomputed": 4.5 / 3, "worst case": 2}.get(name, 3.5 / 3)
