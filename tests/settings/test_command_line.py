@@ -34,6 +34,7 @@ MISSPELLED = {
     "benchmarks/controller_in_training.py": ("--olny dtop_p-16-2-1024", "--only"),
     "benchmarks/controller_transfer.py": ("--hlep", "--help"),
     "benchmarks/drawn_target.py": ("--hlep", "--help"),
+    "benchmarks/kernel_rooflines.py": ("--hlep", "--help"),
     "benchmarks/dry_runs.py": ("--onyl smoke", "--only"),
     "benchmarks/exported.py": ("--shpae small", "--shape"),
     "benchmarks/layer.py": ("--ruonds 2", "--rounds"),
