@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.cli.plan import dry_run_to_json
 from megatron_dynmoe.dry_run.launch import dry_run
+from megatron_dynmoe.dry_run.reporting.result import controllers
 from megatron_dynmoe.jobs.recipes import recipe_names
 from megatron_dynmoe.kernels import SETTINGS
 from megatron_dynmoe.planning.gpus import GPUS
@@ -137,9 +138,7 @@ def row_of(found: dict[str, Any]) -> dict[str, Any]:
         "kernels_forward_of_a_layer": layer[0],
         "kernels_of_a_layer": sum(layer),
         "kernels_of_a_step": sum(result["kernels_per_step"].values()),
-        "kernels_of_the_controller": sum(
-            result["kernels_between"].get(file, 0) for file in ("pi", "counters", "update")
-        ),
+        "kernels_of_the_controller": controllers(result["kernels_between"]),
         "mb_moved_by_experts": f"{moved / 1e6:.4g}",
         "of_the_least": f"{moved / least:.3f}" if least else "",
         "mb_kept_by_experts": f"{result['expert_kept'] / 1e6:.4g}",

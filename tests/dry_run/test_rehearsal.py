@@ -177,7 +177,7 @@ def test_kernels_do_not_creep_back(alone):
     assert sum(row.backward for row in alone.result.kernels) <= 60
     between = alone.result.kernels_between
     assert sum(between.values()) == alone.result.kernels_per_step["the rest"] <= 50
-    assert sum(between[file] for file in ("pi", "counters", "update")) <= 30  # the controller's
+    assert 0 < alone.result.kernels_of_controller <= 30
     # AdamW needs no temporaries.
     result = alone.result
     assert result.peak_bytes["optimizer"] - result.state_bytes < 0.01 * result.state_bytes

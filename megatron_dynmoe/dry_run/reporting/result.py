@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 PHASES = ("forward", "backward", "optimizer")
+_CONTROLLER = ("pi", "counters", "update")  # files
+
+
+def controllers(kernels: Mapping[str, float]) -> float:
+    """How many of the kernels of a step, by file, are the controller's."""
+    return sum(kernels.get(file, 0) for file in _CONTROLLER)
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,11 @@ class Result:
     def peak(self) -> int:
         """The highest of all phases."""
         return max(self.peak_bytes.values())
+
+    @property
+    def kernels_of_controller(self) -> float:
+        """Those of a step."""
+        return controllers(self.kernels_between)
 
     @property
     def mistakes(self) -> list[OffDevice]:
