@@ -117,7 +117,7 @@ def leads(points: Sequence[Point], rows: Rows, of_main: Results | None) -> Leads
     found = losses(rows)
     known = noise(found, of_main)
     return {
-        point: compared_by_seed(found[theirs], found[ours], known)
+        point: compared_by_seed(found, theirs, ours, known)
         for point in points
         for ours, theirs in [point.runs]
         if ours in found and theirs in found and found[ours].keys() & found[theirs].keys()

@@ -141,13 +141,13 @@ def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:
 
 def noise(found: Losses, of_main: Results | None) -> Noise | None:
     """That of the held-out loss, by a part's losses and the main study's of other variants."""
-    others = [] if of_main is None else [name for name in of_main.rows if name not in found]
-    of_others = [of_main.by_seed(name, LOSS) for name in others] if of_main is not None else []
-    of_part, beside = noise_beside_seeds(found.values()), noise_beside_seeds(of_others)
-    known = [each for each in (of_part, beside) if each is not None]
+    others = set() if of_main is None else of_main.rows.keys() - found.keys()
+    of_others = {name: of_main.by_seed(name, LOSS) for name in others} if of_main else {}
+    known = [each for each in map(noise_beside_seeds, (found, of_others)) if each is not None]
     degrees = sum(each.freedom for each in known)
     squares = sum(each.deviation**2 * each.freedom for each in known)
-    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
+    apart = frozenset[str]().union(*(each.apart for each in known))
+    return Noise(math.sqrt(squares / degrees), degrees, apart) if degrees else None
 
 
 def losses(rows: Rows) -> Losses:
@@ -185,7 +185,7 @@ def more_than(reference: str, name: str, found: Losses, noise: Noise | None) -> 
         return "", ""
     if reference not in found or name not in found:
         return "-", ""
-    more = compared_by_seed(found[name], found[reference], noise)
+    more = compared_by_seed(found, name, reference, noise)
     if math.isnan(more.difference):
         return "-", ""
     return more.interval, more.verdict("better", "worse")

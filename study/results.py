@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,19 +195,25 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
+# A variant stands apart if chance makes the noise of any so large less often than this.
+STANDS_OUT = 0.05
+
+
 class Noise(NamedTuple):
     """What neither the variant of a run nor its seed explains.
 
     Attributes:
         deviation: its standard deviation.
         freedom: of how many degrees of freedom this was estimated.
+        apart: the variants that are not held to it, because their own stands out.
     """
 
     deviation: float
     freedom: int
+    apart: frozenset[str] = frozenset()
 
 
-def noise_beside_seeds(groups: Iterable[Mapping[int, float]]) -> Noise | None:
+def noise_beside_seeds(found: Mapping[str, Mapping[int, float]]) -> Noise | None:
     """Estimate the noise from variants that have several seeds; None if no two have the same ones.
 
     A seed decides the order of the text and the first weights, and so moves all variants alike.
@@ -216,34 +222,72 @@ def noise_beside_seeds(groups: Iterable[Mapping[int, float]]) -> Noise | None:
     are taken together.
 
     Args:
-        groups: for each variant its numbers by seed.
+        found: the numbers of each variant by seed.
     """
-    by_seeds: dict[tuple[int, ...], list[list[float]]] = {}
-    for group in groups:
+    by_seeds: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for name, group in found.items():
         if len(group) > 1:
             seeds = tuple(sorted(group))
-            by_seeds.setdefault(seeds, []).append([group[seed] for seed in seeds])
-    squares, degrees = 0.0, 0
-    for values in map(np.array, by_seeds.values()):
-        of_variants, of_seeds = values.mean(axis=1, keepdims=True), values.mean(axis=0)
-        squares += float(((values - of_variants - of_seeds + values.mean()) ** 2).sum())
-        degrees += (values.shape[0] - 1) * (values.shape[1] - 1)
-    return Noise(math.sqrt(squares / degrees), degrees) if degrees else None
+            by_seeds.setdefault(seeds, {})[name] = [group[seed] for seed in seeds]
+    squares, degrees, apart = 0.0, 0, set[str]()
+    for of_variants in by_seeds.values():
+        alike = _with_common_noise(of_variants)
+        apart |= of_variants.keys() - alike.keys()
+        squares += _beside_means(alike)
+        degrees += (len(alike) - 1) * (len(next(iter(alike.values()))) - 1)
+    return Noise(math.sqrt(squares / degrees), degrees, frozenset(apart)) if degrees else None
 
 
 def compared_by_seed(
-    first: Mapping[int, float], second: Mapping[int, float], noise: Noise | None
+    found: Mapping[str, Mapping[int, float]], first: str, second: str, noise: Noise | None
 ) -> Comparison:
-    """Compare two variants by the seeds that both have; the error is half of a 95 % interval."""
-    shared = sorted(first.keys() & second.keys())
+    """Compare two variants by the seeds that both have; the error is half of a 95 % interval.
+
+    If one of the two stands apart, the noise is that of the pair's own differences.
+    """
+    shared = sorted(found.get(first, {}).keys() & found.get(second, {}).keys())
     if not shared:
         return Comparison(math.nan, math.nan, math.inf)
-    means = [statistics.fmean(group[seed] for seed in shared) for group in (first, second)]
-    error = math.inf
-    if noise is not None:
-        of_difference = noise.deviation * math.sqrt(2 / len(shared))
-        error = errors_in_95(noise.freedom) * of_difference
-    return Comparison(*means, error)
+    ours, theirs = ([found[name][seed] for seed in shared] for name in (first, second))
+    means = statistics.fmean(ours), statistics.fmean(theirs)
+    if noise is None:
+        return Comparison(*means, math.inf)
+    variance, degrees = 2 * noise.deviation**2, noise.freedom
+    if not noise.apart.isdisjoint((first, second)):
+        if len(shared) == 1:
+            return Comparison(*means, math.inf)
+        variance, degrees = float(np.subtract(ours, theirs).var(ddof=1)), len(shared) - 1
+    return Comparison(*means, errors_in_95(degrees) * math.sqrt(variance / len(shared)))
+
+
+def _with_common_noise(of_variants: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The variants whose noise does not stand out; the others are left out one by one."""
+    from scipy import stats  # of the tests' extra
+
+    alike = dict(of_variants)
+    while len(alike) > 2:
+        all_squares, without = _beside_means(alike), {}
+        for name in alike:
+            others = {other: alike[other] for other in alike if other != name}
+            without[name] = _beside_means(others)
+        worst = min(without, key=lambda name: without[name])
+        if without[worst] <= 1e-9 * all_squares:  # rounding errors tell nothing of noise
+            break
+        own = len(alike[worst]) - 1
+        rest = (len(alike) - 2) * own
+        ratio = (all_squares - without[worst]) / own / (without[worst] / rest)
+        # Fisher's F test, for the worst of so many
+        if stats.f.sf(ratio, own, rest) * len(alike) >= STANDS_OUT:
+            break
+        del alike[worst]
+    return alike
+
+
+def _beside_means(by_variant: Mapping[str, list[float]]) -> float:
+    """The sum of the squares of what the means of variants and those of seeds leave."""
+    values = np.array(list(by_variant.values()))
+    of_variants, of_seeds = values.mean(axis=1, keepdims=True), values.mean(axis=0)
+    return float(((values - of_variants - of_seeds + values.mean()) ** 2).sum())
 
 
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:

@@ -25,7 +25,8 @@ from study.parts import (
     noise,
     of_variant,
 )  # fmt: skip
-from study.results import Comparison, Results, compared_by_seed
+from study.results import STANDS_OUT, Comparison, Noise, Results, compared_by_seed
+from study.tables import paragraph
 from study.variants import SEEDS, TARGET, Variant, top_k
 from study.variants import VARIANTS as MAIN
 
@@ -109,7 +110,22 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
         work = mean(of_rule, FLOPS, ",.1f", unit=1e12)
         row = [variant.title, *cells(of_rule), work, *more_than(REFERENCE, name, found, known)]
         lines.append(f"| {' | '.join(row)} |")
-    return lines
+    return [*lines, *_apart(known)]
+
+
+def _apart(known: Noise | None) -> list[str]:
+    """How rules whose noise is their own are compared; nothing without any."""
+    names = VARIANTS.keys() & (known.apart if known else ())
+    if not names:
+        return []
+    titles = "* and *".join(VARIANTS[name].title for name in sorted(names))
+    text = (
+        f"The trainings of *{titles}* differ among themselves so much that chance would do it to "
+        f"any rule in fewer than {100 * STANDS_OUT:.0f} % of such tables. Its noise does not count "
+        "for the others, and it is compared by the spread of its own differences. (This exception "
+        "was made when all three seeds were known.)"
+    )
+    return ["", paragraph(text)]
 
 
 # Pairs of rules, neither of which is DTop-p, that differ in what a reader may want to choose.
@@ -142,7 +158,7 @@ def pairs(rows: Rows, of_main: Results | None = None) -> list[str]:
         titles = (VARIANTS[name].title for name in (first, second))
         row = [*titles, str(len(shared)), "-", ""]
         if shared:
-            pair = compared_by_seed(found[first], found[second], known)
+            pair = compared_by_seed(found, first, second, known)
             row[-2:] = pair.interval, pair.verdict("better", "worse")
         lines.append(f"| {' | '.join(row)} |")
     return lines
@@ -153,7 +169,7 @@ def differences(rows: Rows, of_main: Results | None = None) -> dict[str, Compari
     found = losses(rows)
     known, reference = noise(found, of_main), found.get(REFERENCE, {})
     return {
-        name: compared_by_seed(found[name], reference, known)
+        name: compared_by_seed(found, name, REFERENCE, known)
         for name in VARIANTS
         if name != REFERENCE and found.get(name, {}).keys() & reference.keys()
     }
@@ -188,9 +204,7 @@ def claims(rows: Rows, of_main: Results | None = None) -> list[list[str]]:
     for text, they_saw, others in CLAIMS:
         saw, word = f"waits for `PART={PART.name}`", ""
         if all(name in found for name in (REFERENCE, *others)):
-            pairs = {
-                name: compared_by_seed(found[REFERENCE], found[name], known) for name in others
-            }
+            pairs = {name: compared_by_seed(found, REFERENCE, name, known) for name in others}
             saw = "; ".join(
                 f"held-out loss less that of {VARIANTS[name].title} "
                 f"({cells(of_variant(rows, name))[-1]} experts): {pair.interval}"
