@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_dynmoe import kernels
-from megatron_dynmoe.moe.grouped_linear import uses_grouped_mm
+from megatron_dynmoe.moe.grouped_linear import adds_to_buffer, in_buffer, uses_grouped_mm
 from megatron_dynmoe.moe.permute import RowOrder, sums_of
 
 
@@ -132,19 +132,4 @@ def _weight_gradient(
         return multiply_by_rows(*operands)
     parameter: Any = weight_EOI
     multiply_by_rows(*operands, add_to=parameter.main_grad)
-    parameter.grad_added_to_main_grad = True
-    # Its hook adds no gradient then, but with --overlap-grad-reduce it asks for one.
-    return torch.empty_like(weight_EOI)
-
-
-def adds_to_buffer(weight: Tensor) -> bool:
-    """Whether Megatron's DistributedDataParallel has a buffer for a weight's gradient.
-
-    It says by ``grad_added_to_main_grad`` that it knows of gradients which are in it already. FSDP
-    has the same name, and a buffer only from time to time.
-    """
-    if getattr(weight, "zero_out_wgrad", False) or hasattr(weight, "__fsdp_param__"):
-        return False
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return False
-    return getattr(weight, "main_grad", None) is not None
+    return in_buffer(weight_EOI)

@@ -24,7 +24,7 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tenso
     device = rows_RI.device
     if len(rows_RI) and uses_grouped_mm(device, rows_RI.dtype, *weight_EOI.shape[1:]):
         ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert == 0)
+        return _GroupedLinear.apply(rows_RI, weight_EOI, ends, tokens_per_expert)
     counts = tokens_per_expert.tolist() if len(rows_RI) else [0] * len(weight_EOI)
     return _LoopedLinear.apply(rows_RI, weight_EOI, counts)
 
@@ -52,17 +52,19 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, unused_E: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends, unused_E)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends, counts_E)
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, ends, unused_E = ctx.saved_tensors
+        rows, weight, ends, counts_E = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
+        if rows.device.type == "cpu" and _can_add(weight, rows):
+            return grad_rows, _added(weight, grad, rows, counts_E.tolist()), None, None
         grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
-        return grad_rows, _zero_unused(grad_weight, unused_E), None, None
+        return grad_rows, _zero_unused(grad_weight, counts_E == 0), None, None
 
 
 def _zero_unused(grad_weight_EOI: Tensor, unused_E: Tensor) -> Tensor:
@@ -104,13 +106,61 @@ class _LoopedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-        groups = _groups(ctx.counts, rows, grad, grad_rows)
-        for expert, (rows_e, grad_e, grad_rows_e) in enumerate(groups):
+        grad_rows = torch.empty_like(rows)
+        for expert, (grad_e, grad_rows_e) in enumerate(_groups(ctx.counts, grad, grad_rows)):
             torch.mm(grad_e, weight[expert], out=grad_rows_e)
+        if _can_add(weight, rows):
+            return grad_rows, _added(weight, grad, rows, ctx.counts), None
+        grad_weight = torch.empty_like(weight)
+        for expert, (rows_e, grad_e) in enumerate(_groups(ctx.counts, rows, grad)):
             torch.mm(grad_e.t(), rows_e, out=grad_weight[expert])  # zero if there are no rows
         return grad_rows, grad_weight, None
 
 
 def _groups(counts: list[int], *tensors: Tensor) -> Any:
     return zip(*(tensor.split(counts) for tensor in tensors), strict=True)
+
+
+def _can_add(weight: Tensor, rows: Tensor) -> bool:
+    """Whether Megatron's buffer takes the products of these rows as they are."""
+    parameter: Any = weight
+    return adds_to_buffer(weight) and parameter.main_grad.dtype == rows.dtype
+
+
+def _added(weight_EOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, counts: list[int]) -> Tensor:
+    """Add the weight's gradient to Megatron's buffer, expert by expert, while it is computed."""
+    parameter: Any = weight_EOI
+    buffers, grads, rows = (
+        parameter.main_grad.unbind(),
+        grad_RO.t().split(counts, 1),
+        rows_RI.split(counts),
+    )
+    for count, buffer_OI, grad_e, rows_e in zip(counts, buffers, grads, rows, strict=True):
+        if count:
+            buffer_OI.addmm_(grad_e, rows_e)
+    return in_buffer(weight_EOI)
+
+
+def adds_to_buffer(weight: Tensor) -> bool:
+    """Whether Megatron's DistributedDataParallel has a buffer for a weight's gradient.
+
+    It says by ``grad_added_to_main_grad`` that it knows of gradients which are in it already. FSDP
+    has the same name, and a buffer only from time to time.
+    """
+    if getattr(weight, "zero_out_wgrad", False) or hasattr(weight, "__fsdp_param__"):
+        return False
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return False
+    return getattr(weight, "main_grad", None) is not None
+
+
+def in_buffer(weight: Tensor) -> Tensor:
+    """Tell Megatron that a weight's gradient is in its buffer.
+
+    Returns:
+        What a backward pass returns in the gradient's place, of its shape and no meaning: the
+        weight's hook adds no gradient then, but with --overlap-grad-reduce it asks for one.
+    """
+    parameter: Any = weight
+    parameter.grad_added_to_main_grad = True
+    return torch.empty_like(weight)

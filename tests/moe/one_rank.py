@@ -116,3 +116,41 @@ def end_of_batch(*layers: Any) -> Callable[[], None]:
 def router(dynmoe: Any, **settings: Any) -> Any:
     """The DynamicRouter of such a layer."""
     return moe_layer(dynmoe, **settings).router
+
+
+def in_a_buffer(weight: torch.Tensor) -> Any:
+    """A parameter as Megatron's DistributedDataParallel leaves it."""
+    parameter: Any = torch.nn.Parameter(weight.detach())
+    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    parameter.grad_added_to_main_grad = False
+    return parameter
+
+
+def buffer_after_two_micro_batches(
+    overlap: bool, device: str = "cpu", **settings: Any
+) -> dict[str, torch.Tensor]:
+    """The weights' gradients in the buffer of Megatron's DistributedDataParallel."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+    )
+
+    from megatron_dynmoe.settings.config import DynMoEConfig
+
+    world_of_one()
+    torch.manual_seed(1)
+    dynmoe = DynMoEConfig(routing="top_p", threshold=0.4, backend="torch_native")
+    layer = moe_layer(dynmoe, num_experts=4, **{"moe_ffn_hidden_size": 16} | settings).to(device)
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
+    parallel = DistributedDataParallel(layer.config, ddp, layer)
+    parallel.zero_grad_buffer()
+    for micro_batch in (1, 2):
+        hidden = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(micro_batch))
+        with parallel.no_sync() if micro_batch == 1 else torch.enable_grad():
+            parallel(hidden.to(device))[0].square().sum().backward()
+    parallel.finish_grad_sync()
+    return {
+        name: parameter.main_grad.clone()
+        for name, parameter in layer.named_parameters()
+        if "experts" in name or "router.weight" in name
+    }

@@ -107,6 +107,57 @@ def test_an_expert_without_rows_gets_a_zero_gradient_whatever_grouped_mm_returns
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("size", [12, 11], ids=["grouped", "looped"])
+def test_weight_gradients_add_up_in_megatrons_buffer(counts, size):
+    """Of two micro-batches, to what is in the buffer; none is computed elsewhere to be added."""
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear
+
+    generator = torch.Generator().manual_seed(5)
+    weight = one_rank.in_a_buffer(torch.randn(E, size, D, generator=generator))
+    want = weight.main_grad.normal_(generator=generator).double()
+    for _ in range(2):
+        rows = torch.randn(sum(counts), D, generator=generator).requires_grad_()
+        direction = torch.randn(sum(counts), size, generator=generator)
+        wide = [rows.detach().double(), weight.detach().double()]
+        for operand in wide:
+            operand.requires_grad_()
+        parts = zip(wide[0].split(counts), wide[1], strict=True)
+        oracle = torch.cat([rows_e @ weight_e.t() for rows_e, weight_e in parts])
+        oracle.backward(direction.double())
+        want = want + wide[1].grad
+        grouped_linear(rows, weight, torch.tensor(counts)).backward(direction)
+        torch.testing.assert_close(rows.grad.double(), wide[0].grad, rtol=1e-5, atol=1e-5)
+        assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [12, 11], ids=["grouped", "looped"])
+def test_a_buffer_of_another_type_is_left_to_megatron(size):
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear
+
+    weight = one_rank.in_a_buffer(torch.randn(E, size, D).bfloat16())
+    rows, counts = torch.randn(10, D).bfloat16(), torch.tensor(COUNTS[0])
+    grouped_linear(rows, weight, counts).sum().backward()
+    assert not weight.grad_added_to_main_grad and not weight.main_grad.any()
+    assert weight.grad[0].any() and not weight.grad[1].any()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ffn", [16, 10], ids=["grouped", "looped"])
+def test_every_gradient_is_in_megatrons_own_buffer_once(monkeypatch, ffn, overlap):
+    """As if Megatron's hook had added it."""
+    from megatron_dynmoe.moe import grouped_linear
+
+    got = one_rank.buffer_after_two_micro_batches(overlap, moe_ffn_hidden_size=ffn)
+    monkeypatch.setattr(grouped_linear, "adds_to_buffer", lambda weight: False)
+    for name, want in one_rank.buffer_after_two_micro_batches(
+        overlap, moe_ffn_hidden_size=ffn
+    ).items():
+        assert want.any(), name
+        torch.testing.assert_close(got[name], want)
+
+
 @pytest.mark.parametrize(("counts", "passes"), [([1, 2], 0), ([3, 0], 1)], ids=str)
 def test_counts_on_the_host_save_the_pass_over_a_devices_gradient(monkeypatch, counts, passes):
     from megatron_dynmoe.moe.grouped_linear import _zero_unused

@@ -1,7 +1,5 @@
 """Fused experts: against float64, within a layer, into Megatron's buffer, and what they move."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -110,7 +108,7 @@ def test_no_rows_leave_gradients_of_zero():
     assert output.shape == (T, D) and not output.any()
     for gradient in torch.autograd.grad(output.sum(), [tokens, weights_TE, *weights]):
         assert not gradient.any()
-    buffered = [in_a_buffer(weight) for weight in weights]
+    buffered = [one_rank.in_a_buffer(weight) for weight in weights]
     for weight in buffered:
         weight.main_grad.fill_(3.0)
     counts = torch.zeros(E, dtype=torch.int64)
@@ -118,19 +116,11 @@ def test_no_rows_leave_gradients_of_zero():
     assert all((weight.main_grad == 3).all() for weight in buffered)
 
 
-def in_a_buffer(weight: torch.Tensor) -> Any:
-    """A parameter as Megatron's DistributedDataParallel leaves it."""
-    parameter: Any = torch.nn.Parameter(weight.detach())
-    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
-    parameter.grad_added_to_main_grad = False
-    return parameter
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradients_of_micro_batches_add_up_in_megatrons_buffer(dtype):
     values = operands(dtype)
     want = [torch.zeros_like(value, dtype=torch.float64) for value in values[2:]]
-    weights = [in_a_buffer(value) for value in values[2:]]
+    weights = [one_rank.in_a_buffer(value) for value in values[2:]]
     for micro_batch in (1, 2):
         tokens = values[0].detach() * micro_batch
         wide = [tokens.double(), values[1], *values[2:]]
@@ -151,36 +141,11 @@ def test_megatrons_own_buffer_gets_every_gradient_once(overlap):
     for setting in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experts, "is_fused", lambda *_, setting=setting: setting)
-            buffers.append(buffer_after_two_micro_batches(overlap))
+            buffers.append(one_rank.buffer_after_two_micro_batches(overlap, DEVICE))
     for name, want in buffers[0].items():
         scale = want.abs().max().item()
         assert scale > 0, name
         torch.testing.assert_close(buffers[1][name], want, rtol=0, atol=1e-5 * scale)
-
-
-def buffer_after_two_micro_batches(overlap: bool) -> dict[str, torch.Tensor]:
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-    )
-
-    one_rank.world_of_one()
-    torch.manual_seed(1)
-    dynmoe = DynMoEConfig(routing="top_p", threshold=0.4, backend="torch_native")
-    layer = one_rank.moe_layer(dynmoe, num_experts=4, moe_ffn_hidden_size=16).to(DEVICE)
-    settings = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
-    parallel = DistributedDataParallel(layer.config, settings, layer)
-    parallel.zero_grad_buffer()
-    for micro_batch in (1, 2):
-        hidden = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(micro_batch))
-        with parallel.no_sync() if micro_batch == 1 else torch.enable_grad():
-            parallel(hidden.to(DEVICE))[0].square().sum().backward()
-    parallel.finish_grad_sync()
-    return {
-        name: parameter.main_grad.clone()
-        for name, parameter in layer.named_parameters()
-        if "experts" in name or "router.weight" in name
-    }
 
 
 def test_rows_that_came_from_other_ranks_are_not_gathered(monkeypatch):
