@@ -57,10 +57,12 @@ class _GroupedLinear(torch.autograd.Function):
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weight, ends, counts_E = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
+        if not ctx.needs_input_grad[1]:
+            return grad_rows, None, None, None
         if rows.device.type == "cpu" and _can_add(weight, rows):
             return grad_rows, _added(weight, grad, rows, counts_E.tolist()), None, None
         grad_weight = torch.nn.functional.grouped_mm(grad.t(), rows, offs=ends)
@@ -104,11 +106,13 @@ class _LoopedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         rows, weight = ctx.saved_tensors
         grad_rows = torch.empty_like(rows)
         for expert, (grad_e, grad_rows_e) in enumerate(_groups(ctx.counts, grad, grad_rows)):
             torch.mm(grad_e, weight[expert], out=grad_rows_e)
+        if not ctx.needs_input_grad[1]:
+            return grad_rows, None, None
         if _can_add(weight, rows):
             return grad_rows, _added(weight, grad, rows, ctx.counts), None
         grad_weight = torch.empty_like(weight)

@@ -133,6 +133,16 @@ def test_weight_gradients_add_up_in_megatrons_buffer(counts, size):
 
 
 @pytest.mark.parametrize("size", [12, 11], ids=["grouped", "looped"])
+def test_what_is_frozen_adds_nothing_to_its_buffer(size):
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear
+
+    weight = one_rank.in_a_buffer(torch.randn(E, size, D)).requires_grad_(False)
+    rows = torch.randn(10, D).requires_grad_()
+    grouped_linear(rows, weight, torch.tensor(COUNTS[0])).sum().backward()
+    assert rows.grad.any() and not weight.main_grad.any() and not weight.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("size", [12, 11], ids=["grouped", "looped"])
 def test_a_buffer_of_another_type_is_left_to_megatron(size):
     from megatron_dynmoe.moe.grouped_linear import grouped_linear
 
