@@ -142,7 +142,7 @@ bench-gpu-train: gpu ## training steps of the paper's 3.5 B model, on one GPU of
 	@$(PLOT)
 
 study: setup ## the papers' claims in small, resumes; PART=rules or another of docs/study.md
-	@$(PYTHON_VENV) -m study$(if $(PART),.$(PART)) $(STUDY)
+	@$(PYTHON_VENV) -m study $(if $(PART),part $(PART)) $(STUDY)
 
 study-gpu: ## the same with a larger model on one GPU; STUDY="--text FILE.jsonl.gz ..."
 	@$(PYTHON_GPU) -m study --size gpu $(STUDY)

@@ -1,6 +1,7 @@
 """Trains the study's runs and writes its results; see docs/study.md.
 
 python -m study [--list] [--only NAME ...] [--quick]
+python -m study part NAME ...    # as python -m study.NAME
 python -m study document
 """
 
@@ -18,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.settings.messages.command_line import CommandParser, number
-from study import corpus, document, fingerprint, results, runs
+from study import corpus, document, fingerprint, results, runs, sections
 from study.queue import Queue, alone
 from study.variants import SIZES, VARIANTS, Size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do as the command line says; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["part"]:
+        return _part(*argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -36,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"study: error: {Path(error.cmd[1]).name} failed", file=sys.stderr)
     return 1
+
+
+def _part(name: str = "", *argv: str) -> int:
+    if name not in sections.NAMES:
+        print(f"study: error: PART={name}: use one of {', '.join(sections.NAMES)}", file=sys.stderr)
+        return 2
+    os.execv(sys.executable, [sys.executable, "-m", f"study.{name}", *argv])
 
 
 def _study(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_dynmoe.runs import metric_names
 from megatron_dynmoe.runs.events import read_run
-from megatron_dynmoe.settings.messages.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 from megatron_dynmoe.storage.atomic import replace_file
 from study import fingerprint
 from study.parts import Rows, of_variant, read_rows
@@ -175,11 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--images", default="/usr/share/datasets/fashion-mnist", help="see docs/diffusion.md")
     add("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    add("--seeds", type=int, default=SEEDS, metavar="N", help="at most so many of each")
+    add("--seeds", type=number(int, 1), default=SEEDS, metavar="N", help="at most so many of each")
     add("--list", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     rows = read_rows(ROWS)
-    planned = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.only]
+    planned = [
+        (name, seed) for seed in range(1, args.seeds + 1) for name in dict.fromkeys(args.only)
+    ]
     for variant, seed in planned:
         name = f"{variant}-seed{seed}"
         if args.list or name in rows:
@@ -193,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read_rows(ROWS) | {name: row}
         kept = json.dumps(rows, indent=1, sort_keys=True) + "\n"
         replace_file(ROWS, lambda partial, kept=kept: Path(partial).write_text(kept))
-    print("\n".join(table(rows)))
+    if not args.list:
+        print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,7 @@ def draw_rules(rows: Rows, of_main: Results | None, folder: Path) -> Path:
         color = {True: BETTER, False: WORSE, None: UNCLEAR}[found[name].is_lower]
         _interval(axis, found[name], place, color, upright=False)
     axis.axvline(0, color="black", linestyle="--", linewidth=0.8)
+    _clip(axis, [found[name] for name in names])
     axis.set_yticks(range(len(names)), [rules.VARIANTS[name].title for name in names])
     axis.set(xlabel="held-out loss more than DTop-p's, nats per token (95 %)")
     return _save(figure, folder / "study_rules.png")
@@ -191,6 +192,21 @@ def draw_leads(known: Mapping[str, Leads], folder: Path) -> Path:
         panel.set(title=name)
     figure.supylabel("lead of DTop-p, nats per token (95 %)", fontsize=10)
     return _save(figure, folder / "study_leads.png")
+
+
+def _clip(axis: Any, shown: Sequence[Comparison]) -> None:
+    """Let an interval of a noise of its own run out of the picture, with an arrow at its end."""
+    usual = 3 * float(np.median([one.error for one in shown]))
+    ends = [(one.difference - one.error, one.difference + one.error) for one in shown]
+    inside = [end for one, end in zip(shown, ends, strict=True) if one.error <= usual]
+    dots = [one.difference for one in shown]
+    low, high = min(*(end[0] for end in inside), *dots), max(*(end[1] for end in inside), *dots)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    axis.set_xlim(low, high)
+    for place, (left, right) in enumerate(ends):
+        for end, mark, is_out in ((low, "<", left < low), (high, ">", right > high)):
+            if is_out:
+                axis.plot(end, place, mark, color=UNCLEAR, markersize=7, clip_on=False)
 
 
 def _interval(

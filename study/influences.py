@@ -58,7 +58,8 @@ def table(rows: Rows, of_main: Results | None = None) -> list[str]:
         paragraph(
             f"Figures by layer are means over {len(rows)} seeds; intervals are over documents, and "
             "[made so](analysis.md#what-the-figures-mean). All else equal, "
-            f"{_left(rows)}. Harder tokens take hardly more experts for being hard."
+            f"{_left(rows)}. A figure of a model like these by layer, with intervals, [is "
+            "here](analysis.md#what-the-figures-mean)."
         ),
     ]
 
@@ -77,7 +78,7 @@ def _left(rows: Rows) -> str:
         for name in (OWN_LOSS, "entropy", "frequency")
     )
     return (
-        f"the correlation with a token's own loss is at most {own} in any layer, that with the "
+        f"the correlation with a token's own loss is {own} where it is strongest, that with the "
         f"entropy {entropy}, and that with how often the token came before {frequency}"
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.settings.messages.command_line import CommandParser
+from megatron_dynmoe.settings.messages.command_line import CommandParser, number
 from megatron_dynmoe.storage.atomic import replace_file
 from study import corpus, fingerprint, flops, runs
 from study.queue import Queue, alone
@@ -67,8 +67,8 @@ class Part:
 
     def all_rows(self, folder: Path = RESULTS) -> Rows:
         """What the table shows."""
-        others = read_rows(folder / f"{self.beside}.json") if self.beside else {}
-        return others | read_rows(folder / self.results.name)
+        own = read_rows(folder / self.results.name)
+        return joined(own, read_rows(folder / f"{self.beside}.json")) if self.beside else own
 
 
 def main(part: Part, argv: Sequence[str] | None = None) -> int:
@@ -128,6 +128,17 @@ def read_rows(results: Path) -> Rows:
     return json.loads(results.read_text()) if results.is_file() else {}
 
 
+def joined(rows: Rows, others: Rows) -> Rows:
+    """Rows, and others of variants that they lack: all seeds of a variant are from one file."""
+    known = {variant_of(run) for run in rows}
+    return rows | {run: row for run, row in others.items() if variant_of(run) not in known}
+
+
+def variant_of(run: str) -> str:
+    """The variant of a run of this name."""
+    return run.rpartition("-seed")[0]
+
+
 def prose(about: str | None) -> list[str]:
     """The paragraphs of a module's docstring, without that of commands."""
     paragraphs = (about or "").strip().split("\n\n")
@@ -136,7 +147,7 @@ def prose(about: str | None) -> list[str]:
 
 def of_variant(rows: Rows, name: str) -> list[dict[str, Any]]:
     """The rows of all seeds of a variant."""
-    return [row for run, row in sorted(rows.items()) if run.rpartition("-seed")[0] == name]
+    return [row for run, row in sorted(rows.items()) if variant_of(run) == name]
 
 
 def noise(found: Losses, of_main: Results | None) -> Noise | None:
@@ -219,7 +230,12 @@ def _parser(part: Part) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="NAME", help=f"runs: {', '.join(part.variants)}")
-    add("--seeds", type=int, metavar="N", help="at most so many seeds of each (default: all)")
+    add(
+        "--seeds",
+        type=number(int, 1),
+        metavar="N",
+        help="at most so many seeds of each (default: all)",
+    )
     add("--list", action="store_true", help="show the runs and how far they are")
     add(
         "--fill",
@@ -227,6 +243,6 @@ def _parser(part: Part) -> argparse.ArgumentParser:
         help="train nothing: add the work in experts to rows that lack it, from the runs in --runs",
     )
     add("--quick", action="store_true", help="a tiny model, to see whether everything works")
-    add("--jobs", type=int, default=2, metavar="N", help="trainings side by side")
+    add("--jobs", type=number(int, 1), default=2, metavar="N", help="trainings side by side")
     add("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/study)")
     return parser

@@ -23,6 +23,7 @@ from study.runs import Run
 
 RESULTS = ROOT / "study" / "results"
 NOT_CLEAR = "not clear"  # the verdict of a comparison within its error
+EDGE = 0.1  # a verdict is barely clear if its interval ends within this share of its error from 0
 
 # Shares of the target, the two bands by which control engineering defines settling: a count is held
 # from a step within the first band on if it never leaves the second band again.
@@ -161,6 +162,11 @@ class Comparison(NamedTuple):
         return None if abs(self.difference) <= self.error else self.difference < 0
 
     @property
+    def is_barely_clear(self) -> bool:
+        """Whether the interval ends so near to 0 that a little more noise would reach it."""
+        return 0 < abs(self.difference) - self.error <= EDGE * self.error
+
+    @property
     def interval(self) -> str:
         """The difference and its ends; without them if nothing is known of the error."""
         text = f"{self.difference:+.4f}"
@@ -173,7 +179,9 @@ class Comparison(NamedTuple):
         """What the first is, or ``not clear``; no word if nothing is known of the error."""
         if math.isinf(self.error):
             return ""
-        return NOT_CLEAR if self.is_lower is None else lower if self.is_lower else higher
+        if self.is_lower is None:
+            return NOT_CLEAR
+        return (lower if self.is_lower else higher) + ", barely" * self.is_barely_clear
 
 
 def compared(first: Sequence[float], second: Sequence[float], noise: float | None) -> Comparison:
@@ -187,11 +195,19 @@ def compared(first: Sequence[float], second: Sequence[float], noise: float | Non
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare two numbers of each seed; the error is from the spread of their difference."""
+def paired(
+    first: Sequence[float], second: Sequence[float], *, by_student: bool = False
+) -> Comparison:
+    """Compare two numbers of each seed; the error is from the spread of their difference.
+
+    Args:
+        by_student: the error is half of a 95 % interval, not two standard errors.
+    """
     differences = [one - other for one, other in zip(first, second, strict=True)]
-    several = len(differences) > 1
-    error = 2 * statistics.stdev(differences) / math.sqrt(len(differences)) if several else math.inf
+    error, number = math.inf, len(differences)
+    if number > 1:
+        errors = errors_in_95(number - 1) if by_student else 2
+        error = errors * statistics.stdev(differences) / math.sqrt(number)
     return Comparison(statistics.fmean(first), statistics.fmean(second), error)
 
 

@@ -210,7 +210,9 @@ def claims(rows: Rows, of_main: Results | None = None) -> list[list[str]]:
                 f"({cells(of_variant(rows, name))[-1]} experts): {pair.interval}"
                 for name, pair in pairs.items()
             )
-            is_so = every([pair.is_lower for pair in pairs.values()])
+            is_so = every(
+                [None if pair.is_barely_clear else pair.is_lower for pair in pairs.values()]
+            )
             word = UNCLEAR if is_so is None else HOLDS if is_so else FAILS
         lines.append(["DTop-p", text, they_saw, saw, word])
     return lines

@@ -116,7 +116,7 @@ def plan(
     for name in only:
         if name not in variants:
             raise ValueError(f"--only {name}: use one of {', '.join(variants)}.")
-    chosen = [variants[name] for name in only or variants]
+    chosen = [variants[name] for name in dict.fromkeys(only or variants)]
     most = max(variant.num_seeds for variant in chosen)
     planned = []
     for seed in range(1, min(most, num_seeds or most) + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from study.results import NOT_CLEAR, RESULTS, Results
 from study.tables import paragraph
 
 SCALING = (granularity.PART, experts.PART, size.PART, tokens.PART)
+PARTS = (rules.PART, budgets.PART, *SCALING, settings.PART, influences.PART)
+NAMES = (*(part.name for part in PARTS), "diffusion")  # of modules that are run
 _PLACES = {
     "rules": "#rules-at-equal-counts",
     "budgets": "huggingface.md#budgets",
@@ -38,7 +41,7 @@ _HOW_TO_READ = (
 def all_parts() -> str:
     """A list of the parts: what each asks, and how many of its runs have been trained."""
     lines = ["| `PART=` | what it trains | runs trained | |", "| --- | --- | --- | --- |"]
-    for part in (rules.PART, budgets.PART, *SCALING, settings.PART, influences.PART):
+    for part in PARTS:
         where = _PLACES.get(part.name, f"#{part.name}")
         lines.append(_line(part.name, part.about, read_rows(part.results), part.run_names, where))
     rows, names = read_rows(diffusion.ROWS), run_names(diffusion.VARIANTS)
@@ -52,6 +55,7 @@ def of_parts(results: Results | None, folder: Path = RESULTS) -> list[str]:
     how_to_read = ["", paragraph(_HOW_TO_READ)] if of_axes else []
     if known_leads(results, folder):
         how_to_read += ["", "![Lead of DTop-p along each axis](images/study_leads.png)"]
+        how_to_read += ["", "Hollow: a point that is not part of the trend."]
     others = (of_part(part, results, folder) for part in (settings.PART, influences.PART))
     return [*how_to_read, *of_axes, *(line for lines in others for line in lines)]
 
@@ -93,7 +97,8 @@ def status(part: Part, rows: Rows) -> str:
     """Which runs of a part have been trained, and which wait."""
     num_trained = _num_trained(part.run_names, rows)
     if num_trained == part.num_runs:
-        return f"All {num_trained} runs of `PART={part.name}` have been trained."
+        trained = f"All {num_trained} runs of `PART={part.name}` have been trained."
+        return f"{trained} {_commits(rows)}"
     waiting: dict[tuple[int, ...], list[str]] = {}
     for name, variant in part.variants.items():
         seeds = range(1, variant.num_seeds + 1)
@@ -101,7 +106,21 @@ def status(part: Part, rows: Rows) -> str:
             waiting.setdefault(missing, []).append(f"`{name}`")
     trained = f"{num_trained} of the {part.num_runs} runs of `PART={part.name}`"
     these = "; ".join(f"{_and(names)} ({_seeds(seeds)})" for seeds, names in waiting.items())
-    return f"{trained} {'has' if num_trained == 1 else 'have'} been trained. These wait: {these}."
+    verb = "has" if num_trained == 1 else "have"
+    return f"{trained} {verb} been trained. These wait: {these}. {_commits(rows)}"
+
+
+def _commits(rows: Rows) -> str:
+    """Which code trained the rows."""
+    counted = Counter(
+        commit[:7] + "+" * commit.endswith("+")  # git shortens to more digits, too
+        for commit in (row["commit"] for row in rows.values() if "commit" in row)
+    )
+    if not counted:
+        return ""
+    named = [f"{commit} ({number})" for commit, number in counted.most_common()]
+    plus = "; + is for changes that were not committed" if "+" in "".join(counted) else ""
+    return f"Code: commit {', '.join(named)}{plus}."
 
 
 def _num_trained(names: Sequence[str], rows: Rows) -> int:

@@ -27,6 +27,7 @@ from study.parts import (
     cells,
     end,
     held_out,
+    joined,
     losses,
     mean,
     more_than,
@@ -117,9 +118,10 @@ def _of_dynamic_moe(rows: Rows, of_main: Results | None, known: Noise | None) ->
         "| --- " * 8 + "|",
     ]
     if of_main is not None:
-        rows = rows | {
+        trained_there = {
             f"{row['variant']}-seed{row['seed']}": row for row in of_main.content["runs"]
         }
+        rows = joined(trained_there, rows)
     found = losses(rows)
     for name, title, experts, score in TRAINED:
         of_model = of_variant(rows, name)
@@ -133,7 +135,8 @@ def _of_dynamic_moe(rows: Rows, of_main: Results | None, known: Noise | None) ->
     own = [point["loss"] for point in swept if point["threshold"] is None]
     for threshold, experts, score in AFTERWARDS:
         points = [point for point in swept if point["threshold"] == threshold]
-        more = paired([point["loss"] for point in points], own) if points else None
+        after = [point["loss"] for point in points]
+        more = paired(after, own, by_student=True) if points else None
         row = [
             *(f"top-2, p = {threshold:g} after training", experts, score, str(len(points))),
             *(mean(points, "experts", ".2f"), mean(points, "loss", ".4f")),

@@ -15,6 +15,7 @@ from study import document, fingerprint, granularity, rules, runs, sections, set
 from study.axes import Point, table, trend
 from study.claims import FAILS, HOLDS, UNCLEAR
 from study.corpus import Corpus
+from study.parts import joined
 from study.results import Comparison, Results
 from study.variants import SIZES
 from tests.study.test_study import synthetic
@@ -173,6 +174,22 @@ def test_seeds_that_wait_are_named():
     assert "`dtop_p_64e8a` and `top8_64e8a` (seed 2); `top1_8e1a` (seeds 1 and 2)." in text
 
 
+def test_the_code_of_rows_is_named_with_what_was_not_committed():
+    commits = ["013f4eb", "013f4ebe", "a5f3c6d+", "013f4ebe2"]
+    rows = {f"dtop_p_x2-seed{n}": {"commit": commit} for n, commit in enumerate(commits, 1)}
+    text = sections.status(tokens.PART, rows)
+    assert text.endswith(
+        "Code: commit 013f4eb (3), a5f3c6d+ (1); + is for changes that were not committed."
+    )
+    assert "not committed" not in sections.status(tokens.PART, {"a-seed1": {"commit": "013f4eb"}})
+
+
+def test_all_seeds_of_a_variant_are_from_one_file():
+    own = {"dtop_p-seed1": 1, "balance_1e1-seed1": 2}
+    others = {"dtop_p-seed1": 3, "dtop_p-seed2": 4, "dtop_p_x2-seed1": 5}
+    assert joined(own, others) == own | {"dtop_p_x2-seed1": 5}
+
+
 @pytest.mark.parametrize(
     "leads, word", [((0.1, 0.3, 0.5), HOLDS), ((0.5, 0.3, 0.1), FAILS), ((0.1, 0.1, 0.1), UNCLEAR)]
 )
@@ -253,6 +270,36 @@ def test_settings_stand_beside_dynamic_moes_tables():
     swept = "| top-2, p = 0.1 after training | 1.1 | 40.0 | 3 | 2.00 | 5.2200 | +0.2000 (+0.2000 "
     assert any(line.startswith(swept) for line in lines)
     assert settings.table(rows)[-1].endswith("| 3.9 | 42.8 | 0 | - | - | - |  |")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["part", "nonsense"], "PART=nonsense: use one of rules, budgets, granularity"),
+        (["part"], "PART=: use one of rules"),
+        (["part", "tokens", "--seeds", "0"], "--seeds is 0: use at least 1"),
+        (["part", "tokens", "--jobs", "-1"], "--jobs is -1: use at least 1"),
+        (["part", "diffusion", "--seeds", "0"], "--seeds is 0: use at least 1"),
+        (["part", "tokens", "--only", "x"], "--only x: use one of dtop_p_x2"),
+    ],
+)
+def test_plain_mistakes_get_plain_answers(flags, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "study", *flags],
+        cwd=fingerprint.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_named_twice_is_planned_once():
+    names = ["dtop_p_x2", "top2_x2"]
+    twice = runs.plan(
+        *(CPU, TEXT, "code", fingerprint.ROOT), variants=tokens.PART.variants, only=names * 2
+    )
+    assert [run.variant.name for run in twice] == names
 
 
 @pytest.mark.distributed

@@ -37,7 +37,7 @@ def test_every_influence_has_a_line_with_its_strongest_partial_correlation():
     (of_entropy,) = (line for line in lines if line.startswith("| the entropy"))
     assert "| +0.01 -0.11 | -0.25 (-0.27 to -0.23), layer 2, seed 2 |" in of_entropy
     assert "means over 2 seeds" in lines[-1]
-    left = "own loss is at most +0.07 in any layer, that with the entropy -0.25, and that with how"
+    left = "own loss is +0.07 where it is strongest, that with the entropy -0.25, and that with how"
     assert left in lines[-1].replace("\n", " ")
 
 
@@ -52,5 +52,5 @@ def test_the_claim_of_harder_input_says_what_is_left_of_it(monkeypatch, tmp_path
     assert "plain correlation" not in claim()
     kept.write_text(json.dumps(rows(own_loss=0.07)))
     monkeypatch.setattr(influences.PART, "all_rows", lambda: json.loads(kept.read_text()))
-    assert "all else equal, the correlation with a token's own loss is at most +0.07" in claim()
+    assert "all else equal, the correlation with a token's own loss is +0.07" in claim()
     assert claim().endswith("([table](#influences)) | holds here, by the plain correlation alone |")

@@ -82,3 +82,20 @@ def test_a_variant_stands_apart_only_where_chance_makes_it_so_rarely():
     assert not math.isinf(results.compared_by_seed(found, "a", "b", noise).error)
     mild = results.noise_beside_seeds(alike | {"mild": {1: 2.0, 2: -1.0, 3: -1.0}})
     assert mild.freedom == 16 and not mild.apart
+
+
+def test_a_verdict_at_the_edge_says_so():
+    words = [
+        results.Comparison(0.0, second, 0.1).verdict("better", "worse")
+        for second in (0.2, 0.11, 0.105, 0.099, -0.105, -0.2)
+    ]
+    barely = "better, barely"
+    assert words == ["better", barely, barely, "not clear", "worse, barely", "worse"]
+
+
+def test_pairs_of_a_seed_have_an_interval_by_students_distribution():
+    first, second = [1.0, 2.0, 4.0], [0.5, 1.25, 3.0]  # differences 0.5, 0.75, 1.0
+    assert results.paired(first, second).error == pytest.approx(2 * 0.25 / math.sqrt(3))
+    by_student = results.paired(first, second, by_student=True)
+    assert by_student.error == pytest.approx(4.3027 * 0.25 / math.sqrt(3), rel=1e-4)
+    assert math.isinf(results.paired([1.0], [2.0], by_student=True).error)
