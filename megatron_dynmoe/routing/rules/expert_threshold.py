@@ -26,7 +26,7 @@ def choose_above_thresholds(
     Returns:
         The sigmoids divided by their sum over all experts, from which losses are computed; the
         routing map, bool, which may be empty for a token (NaN exceeds nothing); and the weights,
-        zero where not chosen. All [T, E].
+        zero where not chosen (NaN for a logit that is NaN). All [T, E].
     """
     map_TE = select(logits_TE, thresholds_E, max_experts)
     scores_TE = logits_TE.sigmoid()
