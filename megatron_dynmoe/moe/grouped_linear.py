@@ -134,11 +134,9 @@ def _can_add(weight: Tensor, rows: Tensor) -> bool:
 def _added(weight_EOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, counts: list[int]) -> Tensor:
     """Add the weight's gradient to Megatron's buffer, expert by expert, while it is computed."""
     parameter: Any = weight_EOI
-    buffers, grads, rows = (
-        parameter.main_grad.unbind(),
-        grad_RO.t().split(counts, 1),
-        rows_RI.split(counts),
-    )
+    used = sum(counts)  # a row buffer may have room for more
+    buffers = parameter.main_grad.unbind()
+    grads, rows = grad_RO[:used].t().split(counts, 1), rows_RI[:used].split(counts)
     for count, buffer_OI, grad_e, rows_e in zip(counts, buffers, grads, rows, strict=True):
         if count:
             buffer_OI.addmm_(grad_e, rows_e)

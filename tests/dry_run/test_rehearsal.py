@@ -32,7 +32,11 @@ ON_CPU = (
     "torch.arange(len(routing_map), device='cpu')",
 )
 # In a function that may make something else on the host, and a single number.
-ON_CPU_TOO = ("moe/grouped_linear.py", "device = rows_RI.device", "torch.arange(3, device='cpu')")
+ON_CPU_TOO = (
+    "moe/grouped_linear.py",
+    "grad = grad.contiguous()",
+    "torch.arange(3, device='cpu')",
+)
 NUMBER = (
     "moe/dispatch.py",
     "self.probs, self.routing_map = probs, routing_map",

@@ -132,6 +132,22 @@ def test_weight_gradients_add_up_in_megatrons_buffer(counts, size):
     torch.testing.assert_close(weight.main_grad.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_room_without_rows_adds_nothing_to_megatrons_buffer():
+    """Rows of a row buffer that no token has taken hold anything."""
+    from megatron_dynmoe.moe.grouped_linear import grouped_linear
+
+    buffers = []
+    for room in (0, 3):
+        generator = torch.Generator().manual_seed(6)
+        weight = one_rank.in_a_buffer(torch.randn(E, 12, D, generator=generator))
+        rows = torch.randn(10, D, generator=generator)
+        rows = torch.cat([rows, torch.full((room, D), torch.nan)]).requires_grad_()
+        output = grouped_linear(rows, weight, torch.tensor(COUNTS[0]))
+        output.backward(torch.cat([torch.ones(10, 12), torch.full((room, 12), torch.nan)]))
+        buffers.append(weight.main_grad)
+    assert buffers[0].any() and torch.equal(*buffers)
+
+
 @pytest.mark.parametrize("size", [12, 11], ids=["grouped", "looped"])
 def test_what_is_frozen_adds_nothing_to_its_buffer(size):
     from megatron_dynmoe.moe.grouped_linear import grouped_linear

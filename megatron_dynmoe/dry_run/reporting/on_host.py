@@ -72,7 +72,7 @@ ALLOWED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         _OTHER_RANKS,
     ),
     (_GEMMS, "_zero_unused"): (("any []",), "whether an expert has no rows"),
-    (_GEMMS, "grouped_linear"): (("eq",), "which experts have no rows"),
+    (_GEMMS, "_GroupedLinear.backward"): (("eq",), "which experts have no rows"),
     (f"{_OURS}/routing/counters.py", "pack"): (("lift_fresh []",), _CONSTANT),
     (f"{_OURS}/routing/select.py", "used_in_order"): (("lift_fresh []",), _CONSTANT),
     (f"{_OURS}/training/signals.py", "StopSignals.signals_received"): (

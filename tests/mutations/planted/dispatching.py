@@ -174,10 +174,13 @@ MISTAKES = [
     Mutation(
         "gradients_added_and_left_to_the_hook",
         "a weight's gradient that is in Megatron's buffer already is added to it by the hook, too",
-        "moe/fused.py",
+        "moe/grouped_linear.py",
         "parameter.grad_added_to_main_grad = True",
-        "multiply_by_rows(*operands, add_to=parameter.main_grad)",
-        (f"{FUSED}::test_megatrons_own_buffer_gets_every_gradient_once",),
+        "parameter.main_grad.mul_(2)",
+        (
+            f"{FUSED}::test_megatrons_own_buffer_gets_every_gradient_once",
+            "tests/moe/test_experts.py::test_every_gradient_is_in_megatrons_own_buffer_once",
+        ),
     ),
     Mutation(
         "tokens_taken_for_rows",
