@@ -88,14 +88,17 @@ experts it needs.
 
 A verdict is *barely* so if its interval ends within a tenth of its half from 0. It would not stand
 with a little more noise, and decides no [claim](#the-claims). The same training by another version
-of the code, or on another processor, is another draw: top-1 with seed 1 ended at 4.8367 in the
-main study and at 4.7944 here. So each table takes all seeds of a model from one file.
+of the code, or on another processor, is another draw, so the same model has other losses in the
+main study, and each table takes all seeds of a model from one file.
 
 {picture}
 Other pairs, in the same way. Each interval is one of 95 % by itself, here and above: of twenty
 pairs that do not differ at all, one would be marked on average.
 
 {pairs}
+
+What each of them was trained with, beside what [all have](#what-is-compared); what is not given is
+the rule's [default](rules.md):
 
 {flags}
 {sections}
