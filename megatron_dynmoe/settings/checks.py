@@ -23,6 +23,9 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
     for name, remedy in kind.required.items():
         if getattr(dynmoe, name) is None:
             raise SettingError(name, None, f", which {{routing}} {dynmoe.routing!r} needs", remedy)
+    # Before the caps, whose defaults may follow from it
+    if dynmoe.target_experts_per_token is not None:
+        _check_target(dynmoe, dynmoe.target_experts_per_token, num_experts)
     for name in ("max_experts_per_token", "inference_max_experts_per_token"):
         cap = getattr(dynmoe, name)
         if cap is not None and not 1 <= cap <= num_experts:
@@ -86,24 +89,34 @@ def check_settings(dynmoe: DynMoEConfig, num_experts: int) -> None:
         value = getattr(dynmoe, name)
         if isinstance(value, float) and not kind.knob_range[0] <= value <= kind.knob_range[1]:
             raise SettingError(name, value, "", kind.knob_remedy)
-    if dynmoe.target_experts_per_token is not None:
-        _check_target(dynmoe, dynmoe.target_experts_per_token, num_experts)
+    if dynmoe.null_slots is not None:
+        _check_null_slots(dynmoe, dynmoe.null_slots, num_experts)
+    if kind.balance_holds_count and dynmoe.balance_loss == "none":
+        raise SettingError(
+            "balance_loss",
+            "none",
+            f", and with {{routing}} {dynmoe.routing!r} its gradient is what holds the count",
+            "use aux_loss (as in the paper), seq_aux_loss or global_aux_loss",
+        )
     if dynmoe.is_controlled:
         _check_controller(dynmoe)
 
 
 def _check_target(dynmoe: DynMoEConfig, wanted: Target, num_experts: int) -> None:
     most = dynmoe.max_experts_per_token or num_experts
+    if not 1 <= most <= num_experts:  # refused after this, or computed from a target that is wrong
+        most = num_experts
     least = ROUTINGS[dynmoe.routing].least_experts
     for target in wanted.targets:
         if not (least <= target <= most and target > 0):
+            fewest = "every token uses at least 1 expert" if least else "a token may use none"
             reason = "{max_experts_per_token}" if most < num_experts else "all experts"
             raise SettingError(
                 "target_experts_per_token",
                 dynmoe.target_experts_per_token,
                 "",
-                f"every token uses at least {least} expert{'s' * (least != 1)} and at most {most} "
-                f"({reason}), so use {least or 'more than 0'} to {most}",
+                f"{fewest} and at most {most} ({reason}), "
+                f"so use {least or 'more than 0'} to {most}",
             )
     if not dynmoe.is_controlled and len(wanted.targets) > 1:
         raise SettingError(
@@ -111,6 +124,21 @@ def _check_target(dynmoe: DynMoEConfig, wanted: Target, num_experts: int) -> Non
             wanted,
             f", and {{routing}} {dynmoe.routing!r} takes as many in every step",
             "give one number, such as 2",
+        )
+
+
+def _check_null_slots(dynmoe: DynMoEConfig, null_slots: int, num_experts: int) -> None:
+    caps = {
+        name: getattr(dynmoe, name) or num_experts
+        for name in ("max_experts_per_token", "inference_max_experts_per_token")
+    }
+    largest = max(caps, key=lambda name: caps[name])  # the first one if both are the same
+    if null_slots < caps[largest]:
+        raise SettingError(
+            "null_slots",
+            null_slots,
+            f", fewer than the {caps[largest]} slots of a token ({{{largest}}})",
+            f"use {caps[largest]} or more, so that any number of slots can be null",
         )
 
 
@@ -159,8 +187,8 @@ def _check_controller(dynmoe: DynMoEConfig) -> None:
             "proportional_gain",
             dynmoe.proportional_gain,
             " and {control_law} is 'sign'",
-            "leave it out: the knob moves by {integral_gain} in every step; or set {control_law} "
-            "to 'pi'",
+            "remove {proportional_gain} (the knob moves by {integral_gain} in every step), or set "
+            "{control_law} to 'pi'",
         )
     if dynmoe.integral_gain == 0:
         raise SettingError(

@@ -66,6 +66,7 @@ class RoutingSettings:
         refuses: settings of upstream that do not go with it, each with the reason.
         least_experts: the fewest experts of a token: 0 if one may be left without any.
         draws_target: whether the target may be a distribution: the knob alone sets the count.
+        balance_holds_count: whether the gradient of the balance loss is what holds the count.
         is_exported: whether formats can hold models with it.
         errors: what the controller's law takes for the error of a batch (``control/pi.py``).
         knob_range: the least and the largest value of the knob, and so of ``threshold``,
@@ -83,6 +84,7 @@ class RoutingSettings:
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
     least_experts: int = 1
     draws_target: bool = False
+    balance_holds_count: bool = False
     is_exported: bool = False
     errors: str = "share"
     knob_range: tuple[float, float] = (0.0, 1.0)
@@ -261,6 +263,7 @@ ROUTINGS: dict[str, RoutingSettings] = {
             "moe_router_force_biased": _NOISE,
         },
         least_experts=0,
+        balance_holds_count=True,
         is_exported=True,
         errors="relative",
         knob_range=(-30.0, 10.0),

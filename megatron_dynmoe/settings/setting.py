@@ -40,7 +40,7 @@ def coerce(name: str, setting: Setting, value: Any) -> Any:
         return AUTO
     wanted = "a whole number" if kind == "int" else "a number"
     if kind == "float_or_auto":
-        wanted += " or 'auto'"
+        wanted += " (or 'auto', where it can be computed)"
     try:
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number):

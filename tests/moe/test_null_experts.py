@@ -174,11 +174,35 @@ def test_evaluations_have_a_number_of_slots_of_their_own():
     assert set(router(hidden)[1].sum(-1).tolist()) == {2}
 
 
-def test_fewer_null_slots_than_slots_are_refused():
-    with pytest.raises(SettingError, match="null_slots is 2, fewer than the 3 slots of a token"):
-        one_rank.router(dataclasses.replace(ZERO, null_slots=2), num_experts=E)
-    few = {"max_experts_per_token": 1, "inference_max_experts_per_token": 3, "null_slots": 2}
-    with pytest.raises(SettingError, match="use 3 or more"):
-        one_rank.router(
-            dataclasses.replace(ZERO, target_experts_per_token=0.5, **few), num_experts=E
-        )
+TARGET = (
+    "target_experts_per_token is {}: a token may use none and at most {} .all experts., so use "
+    "more than 0 to {}"
+)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"null_slots": 2},
+            r"is 2, fewer than the 3 slots of a token \(max_experts.*use 3 or more",
+        ),
+        ({"null_slots": 0}, "null_slots is 0, fewer than the 3"),
+        ({"null_slots": -1}, "null_slots is -1, fewer than the 3"),
+        (
+            {"max_experts_per_token": 1, "inference_max_experts_per_token": 3, "null_slots": 2}
+            | {"target_experts_per_token": 0.5},
+            r"fewer than the 3 slots of a token \(inference_max_experts_per_token\)",
+        ),
+        # The cap, which is twice the target by default, was not given.
+        ({"target_experts_per_token": 0, "max_experts_per_token": None}, TARGET.format(0, E, E)),
+        ({"target_experts_per_token": -1, "max_experts_per_token": None}, TARGET.format(-1, E, E)),
+        ({"target_experts_per_token": 9, "max_experts_per_token": None}, TARGET.format(9, E, E)),
+        ({"target_experts_per_token": 4}, r"is 4: a token may use none and at most 3 \(max_exp"),
+        ({"max_experts_per_token": 0}, "max_experts_per_token is 0: use 1 to"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_refused_before_a_model_is_built(settings, message):
+    with pytest.raises(SettingError, match=message):
+        dataclasses.replace(ZERO, **settings).resolve(E)

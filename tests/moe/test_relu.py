@@ -132,10 +132,16 @@ def test_a_cap_keeps_the_largest_gates():
         ({"inference_threshold": 0.3}, "inference_threshold is 0.3.*does not have"),
         ({"balance_loss": "none"}, "its gradient is what holds the count: use aux_loss"),
         ({"initial_threshold": 11.0}, "log10 of the L1 loss's coefficient"),
-        ({"control_law": "sign", "proportional_gain": 1.0}, "control_law is 'sign': leave it out"),
+        ({"control_law": "sign", "proportional_gain": 1.0}, "control_law is 'sign': remove prop"),
         ({"target_experts_per_token": "uniform(1,3)"}, "uniform"),
-        ({"target_experts_per_token": 0}, "use more than 0 to 8"),
-        ({"target_experts_per_token": 9}, "use more than 0 to 8"),
+        (
+            {"target_experts_per_token": 0},
+            "a token may use none and at most 8 .all experts., so use more than 0 to 8",
+        ),
+        (
+            {"target_experts_per_token": 9},
+            "a token may use none and at most 8 .all experts., so use more than 0 to 8",
+        ),
         ({"integral_gain": "auto"}, r"integral_gain is 'auto'.*leave it out \(0.08\)"),
         ({"initial_threshold": "auto"}, r"initial_threshold is 'auto'.*leave it out \(-8\)"),
         ({"integral_gain": 0.0}, "use a positive number"),
@@ -144,7 +150,7 @@ def test_a_cap_keeps_the_largest_gates():
 )
 def test_what_makes_no_sense_is_refused_by_name(settings, message):
     with pytest.raises(SettingError, match=message):
-        layer_of(DynMoEConfig(**({"routing": "relu", "target_experts_per_token": 2} | settings)))
+        DynMoEConfig(**({"routing": "relu", "target_experts_per_token": 2} | settings)).resolve(8)
 
 
 def test_z_loss_is_refused_by_its_flag():

@@ -23,7 +23,6 @@ from megatron_dynmoe.routing.rules import quantiles
 from megatron_dynmoe.routing.rules.null_experts import Slots, fill_slots, null_crossings
 from megatron_dynmoe.routing.select import most_experts
 from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.messages.refusals import SettingError
 
 # The bias stays within this, also if no share of the tokens fits.
 LARGEST_BIAS = 50.0
@@ -48,15 +47,7 @@ class NullExperts(Rule):
 
     def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
         super().__init__(dynmoe, first, num_experts)
-        slots = max(most_experts(num_experts, self.cap(training)) for training in (True, False))
         assert dynmoe.null_slots is not None
-        if dynmoe.null_slots < slots:
-            raise SettingError(
-                "null_slots",
-                dynmoe.null_slots,
-                f", fewer than the {slots} slots of a token ({{max_experts_per_token}})",
-                f"use {slots} or more, so that any number of slots can be null",
-            )
         self.null_slots = dynmoe.null_slots
         self.slots = most_experts(num_experts, self.cap(training=True))
         self.start(1.0)

@@ -15,8 +15,6 @@ from torch.distributed import ProcessGroup
 from megatron_dynmoe.moe.rules.rule import Rule
 from megatron_dynmoe.routing.route import Routing, scale, summed
 from megatron_dynmoe.routing.rules.relu import choose_open
-from megatron_dynmoe.settings.config import DynMoEConfig
-from megatron_dynmoe.settings.messages.refusals import SettingError
 
 
 class ReLU(Rule):
@@ -28,16 +26,6 @@ class ReLU(Rule):
     # Half of the gates are positive in step 1. Until the coefficient has grown, the language-model
     # loss may open all of them.
     peak = 2.0
-
-    def __init__(self, dynmoe: DynMoEConfig, first: float | None, num_experts: int) -> None:
-        super().__init__(dynmoe, first, num_experts)
-        if dynmoe.balance_loss == "none":
-            raise SettingError(
-                "balance_loss",
-                "none",
-                f", and with {{routing}} {dynmoe.routing!r} its gradient is what holds the count",
-                "use aux_loss (as in the paper), seq_aux_loss or global_aux_loss",
-            )
 
     def route(
         self,
