@@ -139,7 +139,8 @@ def _added(weight_EOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, counts: list[in
     grads, rows = grad_RO[:used].t().split(counts, 1), rows_RI[:used].split(counts)
     for count, buffer_OI, grad_e, rows_e in zip(counts, buffers, grads, rows, strict=True):
         if count:
-            buffer_OI.addmm_(grad_e, rows_e)
+            # Not addmm_, which PyTorch's counter of FLOPs does not know
+            torch.addmm(buffer_OI, grad_e, rows_e, out=buffer_OI)
     return in_buffer(weight_EOI)
 
 
