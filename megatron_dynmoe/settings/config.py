@@ -364,7 +364,7 @@ class DynMoEConfig:
             raise SettingError(
                 "routing", self.routing, ", but the model has no experts", "set --num-experts"
             )
-        defaults = dict(kind.defaults)
+        defaults = kind.defaults_of(self)
         if (self.balance_loss or defaults["balance_loss"]) == "none":
             if self.balance_loss_coeff:
                 raise SettingError(
@@ -374,7 +374,6 @@ class DynMoEConfig:
                     "leave the coefficient out, or choose a loss, such as seq_aux_loss",
                 )
             defaults["balance_loss_coeff"] = 0.0
-        defaults |= kind.law_defaults.get(self.control_law or "", {})
         if self.row_buffer != "target":
             if self.row_buffer_margin is not None:
                 raise SettingError(
@@ -393,7 +392,7 @@ class DynMoEConfig:
         resolved = dataclasses.replace(
             self, **{name: value for name, value in defaults.items() if getattr(self, name) is None}
         )
-        check_settings(resolved, num_experts)
+        check_settings(resolved, self, num_experts)
         return resolved
 
     def _refuse_foreign(self, kind: RoutingSettings) -> None:

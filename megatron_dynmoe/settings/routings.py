@@ -103,13 +103,17 @@ class RoutingSettings:
         """
         return AUTO in (self.defaults.get(name) for name in CALIBRATED)
 
+    def defaults_of(self, dynmoe: DynMoEConfig) -> dict[str, Any]:
+        """The defaults with the control law of these settings."""
+        return {**self.defaults, **self.law_defaults.get(dynmoe.control_law or "", {})}
+
 
 _NOISE = "half of all gates of random logits are open, whatever the coefficient of the L1 loss is"
 
 
 def _twice_the_target(dynmoe: DynMoEConfig, num_experts: int) -> int:
     target = dynmoe.target_experts_per_token
-    return num_experts if target is None else min(num_experts, math.ceil(2 * max(target.targets)))
+    return num_experts if target is None else math.ceil(min(num_experts, 2 * max(target.targets)))
 
 
 _COMMON_DEFAULTS = {"balance_loss": "seq_aux_loss", "row_buffer": "measured", "backend": AUTO}

@@ -39,6 +39,23 @@ def test_a_mistake_in_routing_is_found(change, message):
         check_routing([*recipe_flags("dtop_p_16e"), *change.split()], 16)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "null_experts --moe-dynamic-target-experts-per-token 0",
+            "^--moe-dynamic-target-experts-per-token is 0: .*use more than 0 to 16",
+        ),
+        ("null_experts --moe-dynamic-null-slots 1", "^--moe-dynamic-null-slots is 1, fewer than"),
+        ("relu --moe-dynamic-balance-loss none", "^--moe-dynamic-balance-loss is 'none'.* holds"),
+    ],
+)
+def test_what_a_rule_cannot_do_is_found(change, message):
+    flags = f"--moe-dynamic-target-experts-per-token 2 --moe-dynamic-routing {change}"
+    with pytest.raises(ValueError, match=message):
+        check_routing(flags.split(), 16)
+
+
 def test_settings_in_yaml_count(tmp_path, monkeypatch):
     (tmp_path / "dynmoe.yaml").write_text("routing: dtop_p\ntarget_experts_per_token: 9")
     monkeypatch.setenv("DYNMOE_CONFIG", str(tmp_path / "dynmoe.yaml"))

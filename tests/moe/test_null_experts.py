@@ -199,7 +199,20 @@ TARGET = (
         ({"target_experts_per_token": -1, "max_experts_per_token": None}, TARGET.format(-1, E, E)),
         ({"target_experts_per_token": 9, "max_experts_per_token": None}, TARGET.format(9, E, E)),
         ({"target_experts_per_token": 4}, r"is 4: a token may use none and at most 3 \(max_exp"),
-        ({"max_experts_per_token": 0}, "max_experts_per_token is 0: use 1 to"),
+        (
+            {"target_experts_per_token": "1e308", "max_experts_per_token": None},
+            "is 1e.308: a token",
+        ),
+        ({"max_experts_per_token": 0}, "max_experts_per_token is 0: use 1 to .*leave it out.$"),
+        (
+            {"max_experts_per_token": None, "null_slots": 2},
+            "the 3 slots that a token has unless max_experts_per_token is given: use 3 or more",
+        ),
+        (
+            {"max_experts_per_token": None, "inference_max_experts_per_token": 3, "null_slots": 2},
+            r"fewer than the 3 slots of a token \(inference_max_experts_per_token\)",
+        ),
+        ({"null_slots": 2**64}, f"null_slots is {2**64}: use 3 to {2**63 - 1}"),
     ],
     ids=str,
 )

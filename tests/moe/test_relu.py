@@ -144,6 +144,19 @@ def test_a_cap_keeps_the_largest_gates():
         ),
         ({"integral_gain": "auto"}, r"integral_gain is 'auto'.*leave it out \(0.08\)"),
         ({"initial_threshold": "auto"}, r"initial_threshold is 'auto'.*leave it out \(-8\)"),
+        (
+            {"control_law": "sign", "integral_gain": "auto"},
+            r"integral_gain is 'auto'.*leave it out \(0.0791812\)",
+        ),
+        (
+            {"control_law": "sign", "proportional_gain": "auto"},
+            "is 'auto' and control_law is 'sign'",
+        ),
+        (
+            {"min_threshold": -4},
+            r"^min_threshold is -4.0, and initial_threshold is -8.0 by default: give one between",
+        ),
+        ({"max_threshold": -9}, "^max_threshold is -9.0, and initial_threshold is -8.0 by default"),
         ({"integral_gain": 0.0}, "use a positive number"),
     ],
     ids=str,

@@ -414,8 +414,14 @@ REFUSED = [
     (SEQ_TOP_K | {"scope": "layer"}, "scope is 'layer', which routing 'seq_top_k'", "'dtop_p'"),
     (SEQ_TOP_K | {"threshold": 0.1}, "threshold is 0.1, which routing 'seq_top_k'", "'top_p'"),
     (DTOP_P | {"min_threshold": -0.1}, "min_threshold is -0.1", "0 <= min < max <= 1"),
-    (DTOP_P | {"max_threshold": 1.1}, "max_threshold is 1.1", "0 <= min < max <= 1"),
-    (DTOP_P | {"max_threshold": 0}, "max_threshold is 0.0", "0 <= min < max <= 1"),
+    *(
+        (
+            DTOP_P | {"max_threshold": given},
+            f"max_threshold is {given} and min_threshold is 0.0",
+            "0 <= min < max <= 1",
+        )
+        for given in (1.1, 0.0)
+    ),
     (
         DTOP_P | {"min_threshold": 0.6, "max_threshold": 0.5},
         "min_threshold is 0.6 and max_threshold is 0.5",
@@ -443,6 +449,8 @@ def test_refused_with_name_value_and_remedy(settings, what, remedy):
         config(**settings).resolve(16)
     assert what in str(error.value)
     assert remedy in str(error.value)
+    # What follows from the settings was not given. Only a target can be missing.
+    assert str(error.value).partition(" ")[0] in (*settings, "target_experts_per_token")
 
 
 @pytest.mark.parametrize("num_experts", [None, 0])
