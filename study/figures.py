@@ -196,8 +196,15 @@ def draw_leads(known: Mapping[str, Leads], folder: Path) -> Path:
 
 def _clip(axis: Any, shown: Sequence[Comparison]) -> None:
     """Let an interval of a noise of its own run out of the picture, with an arrow at its end."""
-    usual = 3 * float(np.median([one.error for one in shown]))
-    ends = [(one.difference - one.error, one.difference + one.error) for one in shown]
+    known = [one.error for one in shown if np.isfinite(one.error)]
+    if not known:
+        return
+    usual = 3 * float(np.median(known))
+    ends = [
+        (one.difference - error, one.difference + error)
+        for one in shown
+        for error in [one.error if np.isfinite(one.error) else 0.0]
+    ]
     inside = [end for one, end in zip(shown, ends, strict=True) if one.error <= usual]
     dots = [one.difference for one in shown]
     low, high = min(*(end[0] for end in inside), *dots), max(*(end[1] for end in inside), *dots)

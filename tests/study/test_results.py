@@ -99,3 +99,22 @@ def test_pairs_of_a_seed_have_an_interval_by_students_distribution():
     by_student = results.paired(first, second, by_student=True)
     assert by_student.error == pytest.approx(4.3027 * 0.25 / math.sqrt(3), rel=1e-4)
     assert math.isinf(results.paired([1.0], [2.0], by_student=True).error)
+
+
+@pytest.mark.parametrize("errors", [(math.inf,) * 3, (0.1, 0.1, math.inf), (0.1, 0.1, 5.0)])
+def test_the_picture_of_rules_shows_all_dots_whatever_is_known_of_the_noise(
+    monkeypatch, tmp_path, errors
+):
+    from study import figures
+
+    names = list(figures.rules.VARIANTS)[:3]
+    shown = {
+        name: results.Comparison(place, 0.0, error)
+        for place, (name, error) in enumerate(zip(names, errors, strict=True))
+    }
+    monkeypatch.setattr(figures.rules, "differences", lambda rows, of_main: shown)
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    figures.draw_rules({}, None, tmp_path)
+    low, high = drawn[0].axes[0].get_xlim()
+    assert -1.5 < low < 0 and 2 < high < 3.5
