@@ -4,8 +4,8 @@ Tests hold each one equal to the plain PyTorch that it replaces. The environment
 ``DYNMOE_KERNELS`` chooses:
 
     0      plain PyTorch everywhere
-    unset  on a CPU ``routing_cpu`` and PyTorch's fused AdamW in training and ``choose_cpu`` in
-           inference, plain PyTorch on CUDA
+    unset  on a CPU ``routing_cpu``, ``cross_entropy_cpu`` and PyTorch's fused AdamW in training
+           and ``choose_cpu`` in inference, plain PyTorch on CUDA
     1      as unset, but the Triton kernels on CUDA if Triton is installed. They have run in
            Triton's interpreter, but not on a GPU yet
     fused  as 1, and the experts are fused also where PyTorch has a grouped GEMM of its own, as it
@@ -34,7 +34,7 @@ def choose_route(logits_TE: Tensor) -> Callable[..., Routing]:
     Raises:
         UsageError: ``DYNMOE_KERNELS`` is set to something else.
     """
-    if _is_plain_cpu(logits_TE) and asked_for() != "0":
+    if is_plain_cpu(logits_TE) and asked_for() != "0":
         from megatron_dynmoe.kernels.routing_cpu import route_in_blocks
 
         return route_in_blocks
@@ -66,7 +66,7 @@ def asked_for() -> str | None:
     return setting
 
 
-def _is_plain_cpu(values: Tensor) -> bool:
+def is_plain_cpu(values: Tensor) -> bool:
     """Whether NumPy can read the values. It cannot in a compiled function or from a fake tensor."""
     return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
 

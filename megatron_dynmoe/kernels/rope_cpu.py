@@ -1,7 +1,8 @@
 """On a CPU: rotary position embedding (RoPE) with Megatron's own bits, in fewer calls.
 
 Upstream negates, concatenates, and appends what does not rotate even if that is nothing; autograd
-then goes through every part of the formula again.
+then goes through every part of the formula again. It computes the same cosines and sines for
+queries and keys of every layer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# By angles, which all layers share: cosines and sines, by what else they depend on.
+_WAVES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def rotates_all(values: Tensor, angles: Tensor) -> bool:
@@ -28,23 +33,43 @@ def rotate_halves(values: Tensor, angles: Tensor, scale: float = 1.0) -> Tensor:
         scale: multiplies cosines and sines, before they are rounded to the values' dtype.
 
     Returns:
-        [S, B, H, D], dtype of the values. Not differentiable in the angles.
+        [S, B, H, D], dtype of the values, in memory as [B, H, S, D], which attention reads faster.
+        Not differentiable in the angles.
     """
-    return _RotateHalves.apply(values, angles, scale)
+    return _RotateHalves.apply(values, *_waves(angles, scale, values.dtype))
+
+
+def _waves(angles: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines, and sines with their signs, [1 or B, 1, S, D], kept as long as the angles are."""
+    kept: dict[Any, tuple[Tensor, Tensor]] = _WAVES.setdefault(angles, {})
+    key = scale, dtype, None if angles.is_inference() else angles._version
+    if key not in kept:
+        kept.clear()
+        with torch.inference_mode(False), torch.no_grad():  # a training may use them, too
+            cos, sin = (wave.mul_(scale).to(dtype) for wave in (angles.cos(), angles.sin()))
+            sin[..., : angles.shape[-1] // 2].neg_()  # y stands where x did, its sign in the sine
+            kept[key] = _by_head(cos).contiguous(), _by_head(sin).contiguous()
+    return kept[key]
+
+
+def _by_head(values: Tensor) -> Tensor:
+    return values.permute(1, 2, 0, 3)
 
 
 class _RotateHalves(torch.autograd.Function):
+    """Works on a copy by head, where a wave's values lie as those that it multiplies."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, angles: Tensor, scale: float) -> Tensor:
-        cos, sin = (wave.mul_(scale).to(values.dtype) for wave in (angles.cos(), angles.sin()))
-        half = values.shape[-1] // 2
-        sin[..., :half].neg_()  # so y stands where x did, and its sign is in the sine
+    def forward(ctx: Any, values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return values.roll(half, -1).mul_(sin).add_(values * cos)
+        ours = _by_head(values).clone(memory_format=torch.contiguous_format)
+        swapped = ours.roll(values.shape[-1] // 2, -1)
+        return swapped.mul_(sin).add_(ours.mul_(cos)).permute(2, 0, 1, 3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rotated: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        half = d_rotated.shape[-1] // 2
-        return (d_rotated * sin).roll(half, -1).add_(d_rotated * cos), None, None
+        ours = _by_head(d_rotated).clone(memory_format=torch.contiguous_format)
+        swapped = (ours * sin).roll(d_rotated.shape[-1] // 2, -1)
+        return swapped.add_(ours.mul_(cos)).permute(2, 0, 1, 3), None, None

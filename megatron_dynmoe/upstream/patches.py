@@ -106,14 +106,17 @@ PATCHES = (
         cpu.is_installed,
     ),
     Patch(
-        "the largest logit without its place",
-        "megatron/core/tensor_parallel/cross_entropy.py takes the maximum along the vocabulary "
-        "with its index, which it does not use; on a CPU this takes more than twice the time.",
-        "Upstream takes the maximum alone.",
+        "the loss in few passes",
+        "megatron/core/tensor_parallel/cross_entropy.py takes nine passes over the logits, as parts "
+        "of a vocabulary on several ranks need, also if a rank has all of it; on a CPU they take "
+        "twice the time.",
+        "Upstream takes a softmax of logits that are whole.",
         {
-            "megatron.core.tensor_parallel.cross_entropy:VocabParallelCrossEntropy"
-            ".calculate_logits_max": lambda _: staticmethod(shortcuts.largest_logits)
+            "megatron.core.tensor_parallel:vocab_parallel_cross_entropy": (
+                shortcuts.with_whole_vocabularies
+            )
         },
+        cpu.is_installed,
     ),
     Patch(
         "rows go to other ranks only",

@@ -1,8 +1,8 @@
 """Work of Megatron's that the common case does not need.
 
-Leaving it out changes no result: the part of a rotation that is empty, the place of a maximum, the
-sorting of rows that are in order, and their journey to nobody else. On a CPU each of these takes a
-share of a step.
+Leaving it out changes no result: the part of a rotation that is empty, the sorting of rows that are
+in order, and their journey to nobody else. The loss of a vocabulary that nobody else has a part of
+is rounded in another place. On a CPU each of these takes a share of a step.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor
 
+from megatron_dynmoe import kernels
+from megatron_dynmoe.kernels.cross_entropy_cpu import cross_entropy
 from megatron_dynmoe.kernels.rope_cpu import rotate_halves, rotates_all
 
 
@@ -36,10 +39,23 @@ def rotating_halves(rotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rotated
 
 
-def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in float32, and the largest of each token, without its place; as upstream's."""
-    wide = logits.float()
-    return wide, wide.amax(dim=-1)
+def with_whole_vocabularies(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let upstream's cross entropy have fewer passes on a CPU if a rank has all of a vocabulary.
+
+    ``DYNMOE_KERNELS=0`` leaves it as it is.
+    """
+
+    @functools.wraps(loss)
+    def of_tokens(
+        logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, tp_group: Any = None
+    ) -> Tensor:
+        group = get_tensor_model_parallel_group() if tp_group is None else tp_group
+        is_plain = group.size() == 1 and not label_smoothing and kernels.is_plain_cpu(logits)
+        if is_plain and kernels.asked_for() != "0":
+            return cross_entropy(logits, targets)
+        return loss(logits, targets, label_smoothing, tp_group)
+
+    return of_tokens
 
 
 def sending(all_to_all: Callable[..., Tensor]) -> Callable[..., Tensor]:

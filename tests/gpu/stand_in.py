@@ -32,7 +32,7 @@ def take_the_ways_of_cuda(replace: Callable[[Any, str, Any], None] = setattr) ->
         return dtype == torch.bfloat16 and of_this_device(device, dtype, *sizes)
 
     replace(kernels, "available", lambda device: kernels.asked_for() in ("1", "fused"))
-    replace(kernels, "_is_plain_cpu", lambda values: False)
+    replace(kernels, "is_plain_cpu", lambda values: False)
     replace(permute, "scatters_in_order", lambda device: False)
     for module in (fused, grouped_linear, choice):
         replace(module, "uses_grouped_mm", uses_grouped_mm)

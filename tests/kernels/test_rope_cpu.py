@@ -50,6 +50,47 @@ def test_other_forms_are_left_to_megatron(width, settings) -> None:
     assert torch.equal(theirs, ours)
 
 
+@pytest.mark.parametrize("length", [1, S])
+def test_the_input_stays_as_it_is(length: int) -> None:
+    """With one position, or one sequence and head, the order by head is that of the memory."""
+    from megatron_dynmoe.kernels.rope_cpu import rotate_halves
+
+    for shape in ((length, B, HEADS, WIDTH), (length, 1, 1, WIDTH)):
+        values = torch.randn(shape).requires_grad_()
+        gradient, angles = torch.randn(shape), torch.randn(length, 1, 1, WIDTH)
+        before = values.detach().clone(), gradient.clone()
+        rotate_halves(values, angles).backward(gradient)
+        assert torch.equal(values, before[0]) and torch.equal(gradient, before[1])
+
+
+def test_waves_are_those_of_the_angles_as_they_are_now() -> None:
+    from megatron_dynmoe.kernels import rope_cpu
+
+    theirs, ours = both()
+    values, angles = torch.randn(S, B, HEADS, WIDTH), torch.randn(S, 1, 1, WIDTH)
+    for mscale in (1.0, 1.3):
+        assert torch.equal(theirs(values, angles, mscale=mscale), ours(values, angles, mscale=mscale))
+    assert torch.equal(theirs(values.double(), angles), ours(values.double(), angles))
+    angles.add_(1)
+    assert torch.equal(theirs(values, angles), ours(values, angles))
+    number = len(rope_cpu._WAVES)
+    del angles
+    assert len(rope_cpu._WAVES) == number - 1
+
+
+def test_a_training_takes_angles_and_waves_of_an_inference() -> None:
+    theirs, ours = both()
+    with torch.inference_mode():
+        within = torch.randn(S, 1, 1, WIDTH)
+    for angles in (within, torch.randn(S, 1, 1, WIDTH)):
+        with torch.inference_mode():
+            ours(torch.randn(S, B, HEADS, WIDTH), angles)
+        values = torch.randn(S, B, HEADS, WIDTH, requires_grad=True)
+        rotated = ours(values, angles)
+        assert torch.equal(rotated, theirs(values, angles.clone()))
+        rotated.sum().backward()
+
+
 def test_values_with_fewer_dimensions_than_the_angles_are_left_to_megatron() -> None:
     """Megatron 0.19 fails; later ones take a dimension of the angles away."""
     from megatron_dynmoe.kernels.rope_cpu import rotates_all

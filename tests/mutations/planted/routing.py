@@ -49,8 +49,8 @@ MISTAKES = [
         "kernels_not_switched_off",
         "DYNMOE_KERNELS=0 does not train through the readable lines",
         "kernels/__init__.py",
-        'if _is_plain_cpu(logits_TE) and asked_for() != "0":',
-        "if _is_plain_cpu(logits_TE):",
+        'if is_plain_cpu(logits_TE) and asked_for() != "0":',
+        "if is_plain_cpu(logits_TE):",
         ("tests/kernels/test_routing_cpu.py::test_the_environment_chooses",),
     ),
     Mutation(
