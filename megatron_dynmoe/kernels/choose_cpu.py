@@ -33,11 +33,11 @@ def choose(
     most = most_experts(probs_TE.shape[-1], max_experts)
     is_number = isinstance(threshold, float)
     if is_number and probs_TE.shape[0] == 1:
-        return _choose_for_one(probs_TE, _in_units(threshold), most)
+        return _choose_for_one(probs_TE, number_in_units(threshold), most)
     ranked = _sort_quickly(probs_TE)
     if ranked is None:
         return choose_anywhere(probs_TE, threshold, max_experts)
-    limit = _in_units(threshold) if is_number else threshold_in_units(threshold, probs_TE)
+    limit = number_in_units(threshold) if is_number else threshold_in_units(threshold, probs_TE)
     sorted_TE, order_TE = ranked
     return order_TE[:, :most], used_in_order(sorted_TE, limit, most)
 
@@ -89,7 +89,7 @@ def _choose_for_one(probs_TE: Tensor, limit: int, most: int) -> tuple[Tensor, Te
 
 
 @lru_cache(maxsize=1024)
-def _in_units(threshold: float) -> int:
+def number_in_units(threshold: float) -> int:
     """The threshold in units, as a float32; see :func:`select.threshold_in_units`."""
     if threshold != threshold:
         return -(2**FIXED_POINT_BITS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dynmoe.kernels.choose_cpu import number_in_units
 from megatron_dynmoe.routing.normalize import EPSILON
 from megatron_dynmoe.routing.route import Routing, check_positions
 from megatron_dynmoe.routing.select import (
@@ -196,7 +197,10 @@ def _select_and_count(
     # The bits of floats >= 0, read as unsigned integers, have the same order as the floats, and NaN
     # comes last. NumPy sorts integers faster, because it searches every row of floats for NaN.
     ascending_TE = np.sort(values.view(f"u{values.itemsize}"), axis=-1).view(values.dtype)
-    limit = int(threshold_in_units(threshold, probs_TE))
+    if isinstance(threshold, float) and probs_TE.dtype == torch.float32:
+        limit = number_in_units(threshold)
+    else:
+        limit = int(threshold_in_units(threshold, probs_TE))
     experts_T = _count(ascending_TE, limit, most_experts(num_experts, max_experts))
     # Read each token's least selected probability and the next smaller one. A token that uses all
     # experts has no next one: the value read instead belongs to a neighboring row. If that value

@@ -40,11 +40,12 @@ def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tens
     Returns:
         A scalar: this part's share of the loss. Gradients flow through Q only.
     """
-    mean_probs_BE = prob_sums_BE / _per_sequence(tokens_B)
-    loss_B = fractions_BE.shape[-1] * (fractions_BE * mean_probs_BE).sum(dim=-1)
+    num_sequences, num_experts = fractions_BE.shape
     if isinstance(tokens_B, Tensor):
-        return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
-    return loss_B.sum() / len(loss_B)
+        num_sequences = (tokens_B > 0).sum().clamp(min=1)
+    # The sums come last: each operation on them is two or three more of autograd's.
+    by_token_BE = fractions_BE * num_experts / (num_sequences * _per_sequence(tokens_B))
+    return (by_token_BE * prob_sums_BE).sum()
 
 
 def _per_sequence(tokens_B: Tensor | int) -> Tensor | int:
