@@ -39,8 +39,8 @@ MISTAKES = [
         "sequences_summed",
         "the balance losses of a micro-batch's sequences are summed, not averaged",
         "routing/losses.py",
-        "num_sequences = (tokens_B > 0).sum().clamp(min=1)",
-        "num_sequences = 1",
+        "(num_sequences * _per_sequence(tokens_B))",
+        "_per_sequence(tokens_B)",
         (f"{ROUTER}::test_the_sequence_loss_does_not_depend_on_the_micro_batch",),
     ),
     Mutation(
