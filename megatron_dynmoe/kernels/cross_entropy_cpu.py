@@ -1,4 +1,4 @@
-"""On a CPU: the cross entropy of a whole vocabulary, in four passes over the logits instead of nine.
+"""On a CPU: the cross entropy of a whole vocabulary, in three passes over its logits, not six.
 
 Upstream's has a pass each for difference, exponential, sum and quotient, as parts of a vocabulary
 on several ranks need them. Its exponential is that of Intel's MKL, which takes an AMD processor

@@ -40,6 +40,7 @@ def load_balance_loss(prob_sums_BE: Tensor, fractions_BE: Tensor, tokens_B: Tens
     Returns:
         A scalar: this part's share of the loss. Gradients flow through Q only.
     """
+    num_sequences: Tensor | int
     num_sequences, num_experts = fractions_BE.shape
     if isinstance(tokens_B, Tensor):
         num_sequences = (tokens_B > 0).sum().clamp(min=1)

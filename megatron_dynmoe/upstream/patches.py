@@ -107,9 +107,9 @@ PATCHES = (
     ),
     Patch(
         "the loss in few passes",
-        "megatron/core/tensor_parallel/cross_entropy.py takes nine passes over the logits, as parts "
-        "of a vocabulary on several ranks need, also if a rank has all of it; on a CPU they take "
-        "twice the time.",
+        "megatron/core/tensor_parallel/cross_entropy.py takes six passes over the logits, as parts "
+        "of a vocabulary on several ranks need them, also if a rank has all of it; on a CPU they "
+        "take twice the time of three.",
         "Upstream takes a softmax of logits that are whole.",
         {
             "megatron.core.tensor_parallel:vocab_parallel_cross_entropy": (

@@ -69,7 +69,9 @@ def test_waves_are_those_of_the_angles_as_they_are_now() -> None:
     theirs, ours = both()
     values, angles = torch.randn(S, B, HEADS, WIDTH), torch.randn(S, 1, 1, WIDTH)
     for mscale in (1.0, 1.3):
-        assert torch.equal(theirs(values, angles, mscale=mscale), ours(values, angles, mscale=mscale))
+        assert torch.equal(
+            theirs(values, angles, mscale=mscale), ours(values, angles, mscale=mscale)
+        )
     assert torch.equal(theirs(values.double(), angles), ours(values.double(), angles))
     angles.add_(1)
     assert torch.equal(theirs(values, angles), ours(values, angles))
