@@ -147,9 +147,9 @@ class ScaledDotProductAttention(DotProductAttention):
             # attends to all keys by its scores; in upstream it attends to all keys evenly.
             added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, MASKED_SCORE)
         is_causal = self.attn_mask_type == AttnMaskType.causal and query.shape[2] > 1
-        if query.device.type == "cpu":
-            # It reads a head whose positions lie far apart more slowly, forward and backward, than
-            # it is copied. Rotated queries and keys lie as they should.
+        if query.device.type == "cpu" and query.shape[2] == key.shape[2]:
+            # To read a head whose positions lie far apart takes longer, forward and backward, than
+            # to copy it, unless few queries read it. Rotated queries and keys lie as they should.
             query, key, value = (tensor.contiguous() for tensor in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(
             query,
