@@ -63,8 +63,8 @@ def test_fused_steps_train_as_others_do(results: Results, layout: str) -> None:
     assert set(fused.ranks[0]["fused"]) == {True} and set(plain.ranks[0]["fused"]) == {False}
     assert fused.losses == pytest.approx(plain.losses, rel=1e-5)
     norms = [[step["grad_norm"] for step in run.ranks[0]["steps"]] for run in (fused, plain)]
-    # The plain run has Megatron's cross entropy, whose rounding Adam's first steps amplify: with one
-    # in float64 the norm of the third step is 1.3e-4 larger, and 3e-7 smaller than with ours.
+    # The plain run has Megatron's cross entropy, whose rounding Adam's first steps amplify: its
+    # third norm is off by 1.3e-4 from that with one in float64, and ours by 3e-7.
     assert norms[0] == pytest.approx(norms[1], rel=3e-4)
 
 
