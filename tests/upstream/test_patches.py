@@ -101,6 +101,13 @@ def nothing_is_appended(_: Path) -> bool:
     return sum(event.name == "aten::cat" for event in profile.events()) > 1
 
 
+def gradients_follow_each_other(_: Path) -> bool:
+    name = "megatron.core.distributed.param_and_grad_buffer"
+    layout = upstreams(f"{name}:_compute_default_per_buffer_param_layout")
+    weight, offset = (torch.nn.Parameter(torch.ones(size)) for size in (64, 1))
+    return layout([weight, offset], None).param_index_map[weight][0] == 1
+
+
 def a_loss_takes_one_pass_after_another(_: Path) -> bool:
     loss = upstreams("megatron.core.tensor_parallel:vocab_parallel_cross_entropy")
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -240,6 +247,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool]] = {
     "packaged dataset helpers": make_is_run_without_a_makefile,
     "saving without a helper process": a_save_starts_a_manager,
     "optimizer in few kernels": optimizers_take_one_parameter_after_another,
+    "gradients at aligned addresses": gradients_follow_each_other,
     "rotary positions in one kernel": no_kernel_rotates,
     "rotary positions in few calls": nothing_is_appended,
     "the loss in few passes": a_loss_takes_one_pass_after_another,

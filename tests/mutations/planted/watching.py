@@ -148,6 +148,14 @@ MISTAKES = [
         ("tests/doctor/test_checkpoint.py::test_a_planted_fault_is_named",),
     ),
     Mutation(
+        "gradients_without_gaps",
+        "the one element of a router's theta_offset moves the gradients after it off cache lines",
+        "upstream/gradient_buffer.py",
+        "position = pad_param_start(position + end - start)",
+        "position = position + end - start",
+        ("tests/upstream/test_gradient_buffer.py::test_gradients_of_a_layer_begin_at_cache_lines",),
+    ),
+    Mutation(
         "rotation_not_turned_back",
         "the gradient of rotary positions on a CPU is rotated forward",
         "kernels/rope_cpu.py",
